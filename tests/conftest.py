@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,47 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""OmniOPD: on-policy distillation from teachers that return only text, as a trainer in TRL's style.
+
+    from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+
+The names below are imported on first use, so that `import omniopd_trl` loads neither torch nor TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omniopd_trl.omniopd_config import OmniOPDConfig
+    from omniopd_trl.omniopd_trainer import OmniOPDTrainer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["OmniOPDConfig", "OmniOPDTrainer", "__version__"]
+
+_LAZY = {
+    "OmniOPDConfig": "omniopd_trl.omniopd_config",
+    "OmniOPDTrainer": "omniopd_trl.omniopd_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value  # The next access does not come here again.
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
