@@ -1,0 +1,181 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Is the answer right? Reward functions for evaluation, in TRL's signature."""
+
+import contextlib
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from omniopd_trl.errors import DataError, import_extra
+
+logger = logging.getLogger(__name__)
+
+# math-verify can be slow on hostile input (towers of powers, huge factorials); whole seconds, as it counts in these.
+_TIMEOUT_SECONDS = 5
+
+_ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
+_LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_PLAIN_NUMBER = re.compile(r"[\d\s.,/%+-]*")
+
+
+def math_accuracy(
+    completions: Sequence[str | list[dict[str, Any]]],
+    solution: Sequence[Any] | None = None,
+    answer: Sequence[Any] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""Whether each completion gives the right answer, judged by math-verify.
+
+    A completion is judged by what follows its last `Answer:`, the form that the paper's prompt asks for, or as a whole
+    where it has none. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
+
+    Args:
+        completions: plain texts, or conversational completions, of which the last message counts.
+        solution: the dataset's column of worked solutions or answers.
+        answer: the dataset's column of answers. Where a row has both, `answer` is taken, since a worked solution holds
+            other numbers too; `solution` is used where `answer` is missing or cannot be read.
+        **kwargs: other columns, which TRL passes along; not used.
+
+    Returns:
+        1.0 or 0.0 per completion, and `None` where the right answer itself cannot be read as mathematics; such rows
+        are named once in a warning.
+
+    Raises:
+        MissingExtraError: when math-verify is not installed.
+        DataError: when there is neither a `solution` nor an `answer` column.
+
+    Example:
+        ```python
+        math_accuracy(["3 + 4 = 7, so Answer: 7", "Answer: 8"], answer=["7", "7"])  # [1.0, 0.0]
+        ```
+    """
+    if solution is None and answer is None:
+        raise DataError(
+            "math_accuracy compares completions with a `solution` or an `answer` column, and the dataset has neither. "
+            "Add one, or pass a reward function of your own as `eval_reward_funcs`."
+        )
+    # Before the loop, so that a missing package is reported once and for an empty batch too.
+    import_extra("math_verify", "eval")
+    nothing: list[Any] = [None] * len(completions)
+    rewards: list[float | None] = []
+    for completion, *golds in zip(completions, answer or nothing, solution or nothing, strict=True):
+        gold = next((parsed for text in golds if (parsed := _parse_gold(text))), None)
+        if gold is None:
+            _warn_unreadable(*map(repr, golds))
+            rewards.append(None)
+        else:
+            rewards.append(float(_is_correct(_text_of(completion), gold)))
+    return rewards
+
+
+def _text_of(completion: str | list[dict[str, Any]]) -> str:
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1].get("content") or "") if completion else ""
+
+
+def _is_correct(completion: str, gold: tuple[Any, ...]) -> bool:
+    parsed = _parse(completion)
+    if not parsed:
+        return False
+    with _timeout() as seconds:
+        return import_extra("math_verify", "eval").verify(list(gold), list(parsed), timeout_seconds=seconds)
+
+
+# An evaluation asks for the same right answers again at every evaluation and for every sample of a prompt.
+@lru_cache(maxsize=65536)
+def _parse_gold(text: Any) -> tuple[Any, ...]:
+    return () if text is None else _parse(str(text))
+
+
+@lru_cache(maxsize=65536)
+def _warn_unreadable(answer: str, solution: str) -> None:
+    """Warn, once for each pair."""
+    logger.warning(
+        "A row has no right answer that can be read as mathematics (answer %s, solution %s); it counts neither as "
+        "right nor as wrong. Mend it, or pass a reward function of your own as `eval_reward_funcs`.",
+        answer,
+        solution,
+    )
+
+
+def _parse(text: str) -> tuple[Any, ...]:
+    """What math-verify reads in a text: expressions, with the string that each was read from; empty for nothing."""
+    marks = list(_ANSWER_MARK.finditer(text))
+    if not marks:
+        return _parse_marked(text) if len(text) <= 100 else _parse_raw(text)
+    tail = text[marks[-1].end() :].strip()
+    # The answer is on one line, as the prompt asks; what comes after it is ignored. A line that cannot be read alone
+    # (the opening of a displayed formula) is read together with the rest.
+    head = tail.split("\n", 1)[0]
+    return _parse_marked(head) or _parse_marked(tail)
+
+
+def _parse_marked(text: str) -> tuple[Any, ...]:
+    """Parse a text that is an answer and little else."""
+    # A dollar sign of its own is money; two of them, a formula.
+    text = text.replace("\\$", "").strip()
+    if text.count("$") % 2:
+        text = text.replace("$", "")
+    text = text.rstrip(".* ")
+    readings = [text]
+    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")):
+        formula = f"${text}$"
+        # math-verify reads LaTeX only between delimiters: outside of them `2^{10}` would be 2. A text with words in it
+        # is read as text first.
+        words = _WORD.search(_LATEX_COMMAND.sub("", text))
+        if not _PLAIN_NUMBER.fullmatch(text):
+            readings = [text, formula] if words else [formula, text]
+    for reading in readings:
+        parsed = _parse_raw(reading)
+        if parsed:
+            return parsed
+    return ()
+
+
+def _parse_raw(text: str) -> tuple[Any, ...]:
+    with _timeout() as seconds:
+        return tuple(import_extra("math_verify", "eval").parse(text, parsing_timeout=seconds))
+
+
+@contextlib.contextmanager
+def _timeout() -> Iterator[int | None]:
+    """The time limit for a call of math-verify, which sets an alarm: only the main thread can.
+
+    In other threads there is no limit. An alarm that was set before (a watchdog's, a test runner's) is set again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # It would warn at every call that there is no limit.
+        for name in ("math_verify.parser", "math_verify.grader"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield None
+        return
+    if not hasattr(signal, "setitimer"):  # Windows: math-verify uses a process instead of an alarm.
+        yield _TIMEOUT_SECONDS
+        return
+    remaining, interval = signal.getitimer(signal.ITIMER_REAL)
+    start = time.monotonic()
+    try:
+        yield _TIMEOUT_SECONDS
+    finally:
+        if remaining:
+            left = remaining - (time.monotonic() - start)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)
