@@ -1,0 +1,283 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One trajectory through the middle of the method: chunks -> rollouts -> similarity -> posterior.
+
+Text and numbers only: nothing here knows of the trainer, and a teacher is anything that continues text.
+"""
+
+import asyncio
+import math
+import os
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from omniopd_trl.chunks import Chunk, select_chunks
+from omniopd_trl.posterior import chunk_prior, posterior_mean
+from omniopd_trl.similarity import similarity_matrix
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+
+T = TypeVar("T")
+
+# The teacher counts in tokens of its own. It is asked for this many times the chunk's length, and what it writes is
+# then cut to the chunk's length in student tokens.
+TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
+
+
+class Tokenizer(Protocol):
+    """What is needed of the student's tokenizer."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """The part of the configuration that an audit needs; see `OmniOPDConfig` for the meaning of each field."""
+
+    num_chunks: int
+    chunk_length: int
+    min_chunk_length: int
+    num_rollouts: int
+    prior_strength: float
+    chunk_overlap: str
+    chunk_placement: str
+    chunk_selection: str
+    teacher_temperature: float
+    teacher_top_p: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the student wrote, and how sure it was.
+
+    Attributes:
+        prompt: as it stands in the dataset.
+        token_ids: the completion, `T` tokens, without padding.
+        entropy: `(T,)`, nats, of the distribution that produced each token (Eq. 6).
+        prior_logprobs: `(T,)`, nats, of the tokens under the policy that serves as prior (Eq. 4).
+        mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
+        seed: seeds the selection (when it is random) and the teacher's sampling (when it can be seeded).
+    """
+
+    prompt: Prompt
+    token_ids: list[int]
+    entropy: torch.Tensor
+    prior_logprobs: torch.Tensor
+    mask: torch.Tensor | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkAudit:
+    """One chunk, what the teacher wrote in its place, and what follows from it.
+
+    Attributes:
+        chunk: where it stands.
+        prefix: the student's text before the chunk.
+        text: the student's text in the chunk.
+        rollouts: the teacher's texts, cut to the chunk's length in student tokens.
+        similarities: `phi(text, rollout)` for each rollout, in [0, 1].
+        prior: geometric mean probability of the chunk's tokens (Eq. 4).
+        posterior: posterior mean (Eq. 5).
+    """
+
+    chunk: Chunk
+    prefix: str
+    text: str
+    rollouts: tuple[str, ...]
+    similarities: tuple[float, ...]
+    prior: float
+    posterior: float
+
+    @property
+    def mean_similarity(self) -> float:
+        """The frequentist estimate, `k_sem / n`."""
+        return sum(self.similarities) / len(self.similarities)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All chunks of one trajectory.
+
+    Attributes:
+        chunks: the chunks with at least one rollout, in ascending order.
+        num_dropped: chunks that were selected but got no rollout. Their tokens count as un-audited.
+        num_rollouts: rollouts that came back.
+        num_short: rollouts that the teacher was cut off in before they filled their chunk: its tokens are shorter than
+            expected, and the similarity suffers.
+        usage: tokens used.
+        failures: why rollouts are missing, in the teacher's words.
+    """
+
+    chunks: tuple[ChunkAudit, ...] = ()
+    num_dropped: int = 0
+    num_rollouts: int = 0
+    num_short: int = 0
+    usage: Usage = field(default_factory=Usage)
+    failures: tuple[str, ...] = ()
+
+
+class Auditor:
+    """Audits trajectories with one teacher.
+
+    Args:
+        teacher: who continues the prefixes.
+        tokenizer: the student's tokenizer; everything between student and teacher is text.
+        settings: how many chunks, how long, how many rollouts.
+        similarity: phi, as `get_similarity` returns it.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        tokenizer: Tokenizer,
+        settings: AuditSettings,
+        similarity: Callable[[str, str], float],
+    ):
+        self.teacher = teacher
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.similarity = similarity
+
+    def select(self, trajectory: Trajectory) -> list[Chunk]:
+        """The chunks of a trajectory (Eq. 7)."""
+        settings = self.settings
+        return select_chunks(
+            trajectory.entropy,
+            trajectory.mask,
+            num_chunks=settings.num_chunks,
+            chunk_length=settings.chunk_length,
+            min_chunk_length=settings.min_chunk_length,
+            overlap=settings.chunk_overlap,
+            placement=settings.chunk_placement,
+            selection=settings.chunk_selection,
+            seed=trajectory.seed,
+        )
+
+    async def audit_all(self, trajectories: Sequence[Trajectory]) -> list[Audit]:
+        """Audit several trajectories concurrently; the results are in their order."""
+        return list(await asyncio.gather(*map(self.audit, trajectories)))
+
+    async def audit(self, trajectory: Trajectory) -> Audit:
+        """Audit one trajectory.
+
+        Raises:
+            TeacherError: when the teacher cannot answer and asking again will not help.
+        """
+        chunks = self.select(trajectory)
+        if not chunks:
+            return Audit()
+        texts = [self.split_text(trajectory.token_ids, chunk) for chunk in chunks]
+        request = SamplingRequest(
+            num_samples=self.settings.num_rollouts,
+            max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),
+            temperature=self.settings.teacher_temperature,
+            top_p=self.settings.teacher_top_p,
+            seed=trajectory.seed,
+        )
+        replies = await self.teacher.sample([Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
+        return self.score(trajectory, chunks, texts, replies)
+
+    def score(
+        self,
+        trajectory: Trajectory,
+        chunks: list[Chunk],
+        texts: list[tuple[str, str]],
+        replies: list[TeacherReply],
+    ) -> Audit:
+        """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk without a rollout is dropped."""
+        cut = [self.cut(reply.rollouts, chunk.end - chunk.start) for reply, chunk in zip(replies, chunks, strict=True)]
+        rollouts = [texts_of_chunk for texts_of_chunk, _ in cut]
+        matrix = similarity_matrix([text for _, text in texts], rollouts, self.similarity)
+        audits = []
+        for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
+            if not answers:
+                continue
+            prior = chunk_prior(trajectory.prior_logprobs[chunk.start : chunk.end])
+            posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
+            audits.append(
+                ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))
+            )
+        return Audit(
+            chunks=tuple(audits),
+            num_dropped=len(chunks) - len(audits),
+            num_rollouts=sum(map(len, rollouts)),
+            num_short=sum(short for _, short in cut),
+            usage=sum((reply.usage for reply in replies), Usage()),
+            failures=tuple(reply.failure for reply in replies if reply.failure is not None),
+        )
+
+    def split_text(self, token_ids: list[int], chunk: Chunk) -> tuple[str, str]:
+        """Text before the chunk, and text of the chunk.
+
+        A chunk may begin or end inside a character of several bytes, whose decoding is then a replacement character.
+        The prefix ends before such a character and the chunk begins with it, so the two always join to the student's
+        own text.
+        """
+        whole = self._decode(token_ids[: chunk.end])
+        prefix = self._decode(token_ids[: chunk.start])
+        if not whole.startswith(prefix):  # tokenizers whose decoding depends on what follows
+            prefix = os.path.commonprefix([prefix, whole])
+        return prefix, whole[len(prefix) :]
+
+    def cut(self, rollouts: Sequence[Rollout], num_tokens: int) -> tuple[list[str], int]:
+        """Cut rollouts to `num_tokens` student tokens: a teacher token is not a student token.
+
+        Returns:
+            The texts, and how many of them the teacher was cut off in before they had that many tokens.
+        """
+        if not rollouts:
+            return [], 0
+        encoded = self.tokenizer([rollout.text for rollout in rollouts], add_special_tokens=False)["input_ids"]
+        texts, short = [], 0
+        for rollout, token_ids in zip(rollouts, encoded, strict=True):
+            short += rollout.finish_reason == "length" and len(token_ids) < num_tokens
+            texts.append(rollout.text if len(token_ids) <= num_tokens else self._decode(token_ids[:num_tokens]))
+        return texts, short
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")  # the beginning of a character that goes on in the next token
+
+
+class EventLoopThread:
+    """An event loop in a thread of its own.
+
+    The trainer is synchronous and may itself run inside an event loop (a notebook does), while the clients of remote
+    teachers live on one loop for as long as the run takes.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="omniopd-teacher", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Start a coroutine; `result()` of the returned future waits for it and raises what it raised."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Stop the loop and wait for its thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()

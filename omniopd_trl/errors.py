@@ -1,0 +1,66 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One root, `OmniOPDError`, whose children are also the standard library's types.
+
+Every message names the value that was received, the rule that it breaks, and the next step.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+
+class OmniOPDError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class ConfigError(OmniOPDError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class DataError(OmniOPDError, ValueError):
+    """The dataset, a model path or a tokenizer cannot be used as given."""
+
+
+class TeacherError(OmniOPDError, RuntimeError):
+    """The teacher cannot answer, and asking again will not help."""
+
+
+class NonFiniteError(OmniOPDError, ArithmeticError):
+    """The student produced NaN or infinite numbers; training on would destroy it."""
+
+
+class MissingExtraError(OmniOPDError, ImportError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: dotted name of the module, for example `"math_verify"`.
+        extra: the extra of this package that installs it, for example `"eval"`.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: when the module is not installed; the message holds the pip command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"`{module}` is needed here and could not be imported ({error}). "
+            f"Install it with: pip install 'omniopd_trl[{extra}]'"
+        ) from error

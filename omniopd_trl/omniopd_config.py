@@ -1,0 +1,390 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of the [`OmniOPDTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+from trl import DistillationConfig
+
+from omniopd_trl.errors import ConfigError
+
+logger = logging.get_logger(__name__)
+
+# Keys of `generation_kwargs` that would make the student sample from another policy than the one that is trained.
+_OTHER_POLICY_KEYS = ("temperature", "do_sample", "num_beams", "num_return_sequences", "n")
+
+_CHOICES = {
+    "prior": ("policy", "reference"),
+    "chunk_overlap": ("resample", "merge"),
+    "chunk_placement": ("start", "center"),
+    "chunk_selection": ("entropy", "uniform"),
+    "loss_normalization": ("tokens", "sum", "components"),
+    "posterior_baseline": ("none", "batch", "trajectory", "moving_average"),
+}
+
+_COUNTS = ("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations")
+
+
+@dataclass
+class OmniOPDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`OmniOPDTrainer`].
+
+    This class includes only the parameters that are specific to OmniOPD training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] and [`~trl.DistillationConfig`] documentation.
+    Note that default values in this class may differ from those in [`~trl.DistillationConfig`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the audits
+
+        num_chunks (`int`, *optional*, defaults to `10`):
+            Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them.
+        chunk_length (`int`, *optional*, defaults to `50`):
+            Student tokens per chunk, C in the paper. At most `max_completion_length`.
+        min_chunk_length (`int`, *optional*, defaults to `8`):
+            A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter than this.
+        num_rollouts (`int`, *optional*, defaults to `10`):
+            Teacher continuations per chunk, N in the paper.
+        similarity (`str`, *optional*, defaults to `"edit"`):
+            Similarity of a chunk and a rollout in [0, 1], phi in the paper: `"edit"`, `"rouge1"`, `"rougeL"`,
+            `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. A function of one's own is passed to the
+            trainer as `similarity`.
+        prior_strength (`float`, *optional*, defaults to `1.0`):
+            Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist estimator.
+        prior (`str`, *optional*, defaults to `"policy"`):
+            Whose probabilities make the prior of Eq. 4: the current `"policy"`, as in the paper's equations, or the
+            `"reference"`, as in its prose. `"reference"` costs a forward pass of the reference per trajectory.
+        chunk_overlap (`str`, *optional*, defaults to `"resample"`):
+            What happens to a chunk that overlaps a chosen one: `"resample"` skips it for the next-highest entropy;
+            `"merge"` takes exactly `num_chunks` tokens and merges windows that overlap or touch.
+        chunk_placement (`str`, *optional*, defaults to `"start"`):
+            Whether a chunk starts at its anchor (`"start"`) or holds it in the middle (`"center"`).
+        chunk_selection (`str`, *optional*, defaults to `"entropy"`):
+            `"entropy"` audits where the student is least certain; `"uniform"` draws positions at random (the paper's
+            ablation).
+
+        > Parameters that control the loss
+
+        beta (`float`, *optional*, defaults to `0.1`):
+            Weight of the anchor, `KL(ref || theta)` on un-audited tokens. It is the paper's beta and, as in
+            [`~trl.GRPOConfig`], the weight of a KL to a reference model; values above 1 are legal. It is not the
+            interpolation coefficient that [`~trl.DistillationConfig`] has under this name. `0` loads no reference.
+        loss_normalization (`str`, *optional*, defaults to `"tokens"`):
+            `"tokens"` divides the whole of Eq. 8 by the completion tokens of the global batch; `"sum"` is Eq. 8 per
+            sequence, averaged over sequences; `"components"` averages each of its two terms over its own tokens.
+        posterior_baseline (`str`, *optional*, defaults to `"none"`):
+            What is subtracted from the posterior means before they weight the chunk loss. `"none"` is the paper;
+            `"batch"` the mean over the global batch; `"trajectory"` the mean of the other chunks of the same
+            trajectory; `"moving_average"` that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for
+            `"none"` only.
+        ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in addition to
+            `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
+            the student's path or id instead of copied.
+
+        > Parameters that control the teacher
+
+        teacher_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal.
+        teacher_top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus sampling mass of the teacher.
+        teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's.
+
+        > Parameters that control the evaluation
+
+        audit_eval (`bool`, *optional*, defaults to `False`):
+            Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, where the
+            evaluation set has a `solution` or `answer` column, pass@1.
+        num_eval_generations (`int`, *optional*, defaults to `1`):
+            Samples per evaluation problem, over which pass@1 is averaged.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DistillationConfig`]:
+    > - `beta`: Defaults to `0.1` instead of `1.0`, and means something else.
+    """
+
+    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
+        "ref_model_init_kwargs",
+        "teacher_chat_template_kwargs",
+    ]
+
+    # Parameters that control the audits
+    num_chunks: int = field(
+        default=10,
+        metadata={
+            "help": "Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them."
+        },
+    )
+    chunk_length: int = field(
+        default=50,
+        metadata={"help": "Student tokens per chunk, C in the paper. At most `max_completion_length`."},
+    )
+    min_chunk_length: int = field(
+        default=8,
+        metadata={
+            "help": "A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter "
+            "than this."
+        },
+    )
+    num_rollouts: int = field(
+        default=10,
+        metadata={"help": "Teacher continuations per chunk, N in the paper."},
+    )
+    similarity: str = field(
+        default="edit",
+        metadata={
+            "help": "Similarity of a chunk and a rollout in [0, 1], phi in the paper: 'edit', 'rouge1', 'rougeL', "
+            "'jaccard', 'bleu1', 'bleu2', 'exact' or 'embedding'. A function of one's own is passed to the trainer as "
+            "`similarity`."
+        },
+    )
+    prior_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist "
+            "estimator."
+        },
+    )
+    prior: str = field(
+        default="policy",
+        metadata={
+            "help": "Whose probabilities make the prior of Eq. 4: the current 'policy', as in the paper's equations, "
+            "or the 'reference', as in its prose. 'reference' costs a forward pass of the reference per trajectory."
+        },
+    )
+    chunk_overlap: str = field(
+        default="resample",
+        metadata={
+            "help": "What happens to a chunk that overlaps a chosen one: 'resample' skips it for the next-highest "
+            "entropy; 'merge' takes exactly `num_chunks` tokens and merges windows that overlap or touch."
+        },
+    )
+    chunk_placement: str = field(
+        default="start",
+        metadata={"help": "Whether a chunk starts at its anchor ('start') or holds it in the middle ('center')."},
+    )
+    chunk_selection: str = field(
+        default="entropy",
+        metadata={
+            "help": "'entropy' audits where the student is least certain; 'uniform' draws positions at random (the "
+            "paper's ablation)."
+        },
+    )
+
+    # Parameters that control the loss
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the anchor, KL(ref || theta) on un-audited tokens. It is the paper's beta and, as in "
+            "`GRPOConfig`, the weight of a KL to a reference model; values above 1 are legal. It is not the "
+            "interpolation coefficient that `DistillationConfig` has under this name. `0` loads no reference."
+        },
+    )
+    loss_normalization: str = field(
+        default="tokens",
+        metadata={
+            "help": "'tokens' divides the whole of Eq. 8 by the completion tokens of the global batch; 'sum' is Eq. 8 "
+            "per sequence, averaged over sequences; 'components' averages each of its two terms over its own tokens."
+        },
+    )
+    posterior_baseline: str = field(
+        default="none",
+        metadata={
+            "help": "What is subtracted from the posterior means before they weight the chunk loss. 'none' is the "
+            "paper; 'batch' the mean over the global batch; 'trajectory' the mean of the other chunks of the same "
+            "trajectory; 'moving_average' that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for "
+            "'none' only."
+        },
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in "
+            "addition to `model_init_kwargs`. With these, a student that was passed as an instance has its reference "
+            "loaded from the student's path or id instead of copied."
+        },
+    )
+
+    # Parameters that control the teacher
+    teacher_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal."
+        },
+    )
+    teacher_top_p: float = field(
+        default=1.0,
+        metadata={"help": "Nucleus sampling mass of the teacher."},
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's."
+        },
+    )
+
+    # Parameters that control the evaluation
+    audit_eval: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, where "
+            "the evaluation set has a `solution` or `answer` column, pass@1."
+        },
+    )
+    num_eval_generations: int = field(
+        default=1,
+        metadata={"help": "Samples per evaluation problem, over which pass@1 is averaged."},
+    )
+
+    def __post_init__(self):
+        self._check_numbers()
+        # The base class knows `beta` as an interpolation coefficient in [0, 1] and refuses others.
+        beta, self.beta = self.beta, 0.0
+        super().__post_init__()
+        self.beta = beta
+        self._check_choices()
+        self._check_inherited()
+        self._warn_about_policy()
+
+    def _check_numbers(self) -> None:
+        # YAML values arrive as they are written: a quoted number is a string, and YAML 1.1 reads 1e-6 as one.
+        for name in ("beta", "prior_strength", "teacher_temperature", "teacher_top_p", "temperature", "top_p"):
+            value = getattr(self, name)
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if isinstance(value, bool) or not math.isfinite(number):
+                raise ConfigError(f"{name}={value!r} is not a finite number. Give it as a number.")
+            setattr(self, name, number)
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        if isinstance(self.learning_rate, str):
+            try:
+                self.learning_rate = float(self.learning_rate)
+            except ValueError:
+                raise ConfigError(f"learning_rate={self.learning_rate!r} is not a number. Give it as one.") from None
+        for name in ("beta", "prior_strength", "teacher_temperature"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature={self.temperature} must be above 0: the student's log-probabilities are those of the "
+                "policy that sampled, logits divided by the temperature. Use 1.0, as the paper does."
+            )
+        for name in ("teacher_top_p", "top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be in (0, 1].")
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
+        # Imported here so that `--help` does not pay for it.
+        from omniopd_trl.similarity import get_similarity
+
+        if not isinstance(self.similarity, str):
+            raise ConfigError(
+                f"similarity={self.similarity!r} is not a name. Pass a function to the trainer instead: "
+                "OmniOPDTrainer(..., similarity=function)."
+            )
+        if self.similarity != "embedding":  # which would load a model here
+            get_similarity(self.similarity)
+        if isinstance(self.max_completion_length, bool) or not isinstance(self.max_completion_length, int):
+            raise ConfigError(
+                f"max_completion_length={self.max_completion_length!r} must be a whole number of tokens: generation "
+                "and the memory for it need a bound."
+            )
+        if self.chunk_length > self.max_completion_length:
+            raise ConfigError(
+                f"chunk_length={self.chunk_length} is larger than max_completion_length={self.max_completion_length}, "
+                "so that no trajectory could hold a whole chunk. Lower `chunk_length` or raise "
+                "`max_completion_length`."
+            )
+        if self.min_chunk_length > self.chunk_length:
+            raise ConfigError(
+                f"min_chunk_length={self.min_chunk_length} is larger than chunk_length={self.chunk_length}. Lower it: "
+                "it is the shortest trajectory that still gives a chunk."
+            )
+        if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
+            raise ConfigError(
+                "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
+                "prior='policy'."
+            )
+
+    def _check_inherited(self) -> None:
+        """An inherited option that has no meaning here is refused rather than ignored."""
+        for key in _OTHER_POLICY_KEYS:
+            if key in (self.generation_kwargs or {}):
+                raise ConfigError(
+                    f"generation_kwargs={self.generation_kwargs!r} sets {key!r}, which would sample from another "
+                    "policy than the one whose log-probabilities are trained. Use the field of the configuration "
+                    "(`temperature`), or leave it out."
+                )
+        if self.max_tool_calling_iterations is not None:
+            raise ConfigError(
+                f"max_tool_calling_iterations={self.max_tool_calling_iterations} has no meaning: tools are not "
+                "supported yet. Leave it out."
+            )
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning: there are no labels, and the "
+                "posterior weights the log-probabilities. Leave it out."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} would train another policy than the one that wrote "
+                "the trajectory. Leave it out."
+            )
+        if self.remove_unused_columns:
+            raise ConfigError(
+                "remove_unused_columns=True would remove the columns that evaluation scores against. Leave it at "
+                "False."
+            )
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=True would run a step again, and pay the teacher for it again, after an "
+                "out-of-memory error. Set `per_device_train_batch_size` yourself."
+            )
+
+    def _warn_about_policy(self) -> None:
+        filters = {
+            "top_p": self.top_p < 1,
+            "top_k": bool(self.top_k),
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1,
+            "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,
+        }
+        used = [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+        if used:
+            logger.warning(
+                f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
+                "log-probabilities are those of the full one at `temperature`. The training is then not exactly "
+                "on-policy."
+            )
+        if self.teacher_temperature == 0 and self.num_rollouts > 1:
+            logger.warning(
+                f"teacher_temperature=0 makes all num_rollouts={self.num_rollouts} rollouts of a chunk equal. Set "
+                "num_rollouts=1 to pay for one."
+            )

@@ -1,0 +1,879 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The trainer: TRL's on-policy loop around the functions of this package."""
+
+import copy
+import random
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+from trl import DistillationTrainer
+from trl.data_utils import is_conversational
+from trl.models import prepare_deepspeed
+from trl.models.utils import prepare_fsdp
+from trl.trainer.utils import (
+    RepeatSampler,
+    create_model_from_path,
+    flush_left,
+    get_callable_name,
+    get_config_model_id,
+    repeat_iterable_dataset,
+    use_adapter,
+)
+
+from omniopd_trl.audit import (
+    TEACHER_TOKENS_PER_STUDENT_TOKEN,
+    Audit,
+    Auditor,
+    AuditSettings,
+    EventLoopThread,
+    Trajectory,
+)
+from omniopd_trl.data import check_dataset, check_prompt_lengths
+from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
+from omniopd_trl.evaluation import math_accuracy
+from omniopd_trl.lm_head import kl_to_reference, lm_head_of, logprobs_of
+from omniopd_trl.loss import chunk_loss, combine
+from omniopd_trl.omniopd_config import OmniOPDConfig
+from omniopd_trl.posterior import centered_posteriors
+from omniopd_trl.similarity import get_similarity
+from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, Usage, load_teacher
+
+logger = logging.get_logger(__name__)
+
+RewardFunc = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A batch with its padding moved to the right and cut, as the models see it.
+
+    Prompts are padded on the left and completions on the right; joined, a row would start anywhere and hold padding
+    twice. Here every row starts at position 0, which is also where models with absolute positions expect it.
+
+    Attributes:
+        input_ids: `(B, L)`.
+        attention_mask: `(B, L)`.
+        targets: `(B, L - 1)`, the token that each position predicts.
+        completion: `(B, L - 1)`, true where the target is a completion token.
+        audited: `(B, L - 1)`, true where the target lies in an audited chunk.
+        weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    completion: torch.Tensor
+    audited: torch.Tensor
+    weights: torch.Tensor
+
+
+class PosteriorAverage(TrainerCallback, ExportableState):
+    """Mean posterior of earlier batches, for `posterior_baseline="moving_average"`. Checkpoints keep it.
+
+    An exponential average over generation batches in which the last ten count most.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.weight = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """The average, or `None` before the first batch."""
+        return self.total / self.weight if self.weight else None
+
+    def update(self, batch_mean: float) -> None:
+        """Count one more batch."""
+        self.total = self.DECAY * self.total + (1 - self.DECAY) * batch_mean
+        self.weight = self.DECAY * self.weight + (1 - self.DECAY)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
+
+
+class OmniOPDTrainer(DistillationTrainer):
+    """
+    Trainer for OmniOPD, logit-free on-policy distillation. The student writes its own solution; at its most uncertain
+    places a teacher that returns nothing but text writes what it would have said next; the similarity of the two
+    weights the student's own tokens there, and a KL to the initial student holds everything else in place. The method
+    was introduced in [OmniOPD: Logit-Free On-Policy Distillation via Speculative
+    Verification](https://huggingface.co/papers/2606.01476).
+
+    Example:
+
+    ```python
+    >>> from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+    >>> from datasets import load_dataset
+
+    >>> dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
+
+    >>> trainer = OmniOPDTrainer(
+    ...     model="Qwen/Qwen3-4B",
+    ...     teacher_model="Qwen/Qwen3-32B",
+    ...     args=OmniOPDConfig(max_completion_length=4096),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student to be trained, as in [`~trl.DistillationTrainer`]. The reference of the KL anchor is its initial
+            state: a frozen copy, or, with LoRA, the base model with adapters off.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~omniopd_trl.teachers.Teacher`], *optional*):
+            Who continues the student's text: a path or *model id* (loaded with `args.teacher_model_init_kwargs`), an
+            instantiated model, `"scripted"`, or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary
+            may differ from the student's. Defaults to `args.teacher_model_name_or_path`.
+        args ([`OmniOPDConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset to use for training. It must include a column `"prompt"`, plain text or conversational.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
+            Dataset to use for evaluation. Where it has a `"solution"` or `"answer"` column, pass@1 is reported.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer. If `None`, it is loaded from the model's name, with padding on the left.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            List of callbacks to customize the training loop.
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+            A tuple containing the optimizer and the scheduler to use.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the student from a model identifier. Combine with
+            `peft_config` for QLoRA training.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the student. If `None`, the student is not wrapped.
+        tools (`None`):
+            Tools are not supported yet.
+        similarity (`Callable[[str, str], float]`, *optional*):
+            A similarity of one's own in [0, 1], instead of `args.similarity`.
+        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Functions that score evaluation samples, in the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`, instead
+            of math-verify. With one function its mean is `pass@1`; with several, each is `pass@1/<name>`.
+    """  # noqa: E501
+
+    _tag_names = ["trl", "omniopd"]
+    _name = "OmniOPD"
+    _paper = {
+        "title": "OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification",
+        "id": "2606.01476",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{zhou2026omniopd,
+                title        = {{OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification}},
+                author       = {Yuhang Zhou and Lizhu Zhang and Yifan Wu and Mingyi Wang and Peng Bo and Jiayi Liu and Xiangjun Fan and Zhuokai Zhao},
+                year         = 2026,
+                eprint       = {arXiv:2606.01476},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        args: OmniOPDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        tools: None = None,
+        similarity: Callable[[str, str], float] | None = None,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = OmniOPDConfig(f"{name.split('/')[-1]}-OmniOPD")
+        if tools:
+            raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
+
+        # Everything that can be wrong is looked at before a model is loaded.
+        self._check_data(train_dataset, eval_dataset)
+        processing_class = processing_class or _load_tokenizer(model, args)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ConfigError(
+                f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
+                "tokenizer."
+            )
+        context_length = _context_length(model, args)
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_prompt_lengths(
+                dataset,
+                processing_class,
+                name=name,
+                chat_template_kwargs=args.chat_template_kwargs,
+                context_length=context_length,
+                max_completion_length=args.max_completion_length,
+            )
+        phi = get_similarity(similarity if similarity is not None else args.similarity)
+        self._eval_reward_funcs = self._reward_funcs(eval_reward_funcs, eval_dataset)
+
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if teacher_model is None:
+            raise ConfigError(
+                "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
+            )
+        self.teacher = load_teacher(
+            teacher_model,
+            model_init_kwargs=args.teacher_model_init_kwargs,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.teacher_chat_template_kwargs or args.chat_template_kwargs,
+            device=args.device,
+        )
+        for _, dataset in _named_datasets(train_dataset, eval_dataset):
+            self.teacher.probe(next(iter(dataset))["prompt"])
+            break
+
+        # The reference is the student before anything happens to it, so an instance is copied here.
+        reference = None
+        needs_copy = args.beta > 0 and peft_config is None and not isinstance(model, str) and not is_peft_model(model)
+        if needs_copy and args.ref_model_init_kwargs is None and not is_deepspeed_zero3_enabled():
+            reference = copy.deepcopy(model)
+
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=_repeat_iterable(eval_dataset, args.num_eval_generations),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+        if args.beta > 0 and not is_peft_model(self.model) and reference is None:
+            reference = self._load_reference(quantization_config)
+        self.ref_model = None if reference is None else self._prepare_reference(reference)
+
+        settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
+        self.auditor = Auditor(self.teacher, processing_class, settings, phi)
+        self.teacher_usage = Usage()
+        self._loop = EventLoopThread()
+        # Metrics that are ratios of sums over ranks and micro-batches: [numerator, denominator].
+        self._ratios: dict[str, defaultdict[str, list[float]]] = {
+            "train": defaultdict(lambda: [0.0, 0.0]),
+            "eval": defaultdict(lambda: [0.0, 0.0]),
+        }
+        self._eval_name = ""
+        self._warned: set[str] = set()
+        if args.posterior_baseline == "moving_average":
+            self.add_callback(PosteriorAverage())
+
+    # ---- Construction ----
+
+    @staticmethod
+    def _check_data(train_dataset: Any, eval_dataset: Any) -> None:
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_dataset(dataset, name)
+
+    @staticmethod
+    def _reward_funcs(funcs: RewardFunc | list[RewardFunc] | None, eval_dataset: Any) -> list[RewardFunc]:
+        """The functions that score evaluation samples; empty when there is nothing to score against."""
+        if funcs is not None:
+            return list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        for _, dataset in _named_datasets(None, eval_dataset):
+            if {"solution", "answer"} & set(dataset.column_names or ()):
+                import_extra("math_verify", "eval")
+                return [math_accuracy]
+        return []
+
+    def _load_reference(self, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
+        kwargs = {**(self.args.model_init_kwargs or {}), **(self.args.ref_model_init_kwargs or {})}
+        if quantization_config is not None:
+            kwargs.setdefault("quantization_config", quantization_config)
+        # Distributed training requires device_map=None ("auto" fails)
+        if self.args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+            kwargs["device_map"] = None
+        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+        kwargs.setdefault("dtype", self.model.dtype)
+        kwargs.setdefault("attn_implementation", self.model.config._attn_implementation)
+        return create_model_from_path(get_config_model_id(self.model.config), **kwargs)
+
+    def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
+        reference = reference.eval().requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
+
+    def _generate_single_turn(self, *args, **kwargs):
+        try:
+            completion_ids = super()._generate_single_turn(*args, **kwargs)
+        except RuntimeError as error:
+            if "probability tensor contains" in str(error):  # torch.multinomial
+                raise self._non_finite("the student's next-token probabilities") from error
+            raise
+        # An engine may return no token at all, while the base class looks at each completion's last one.
+        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        batch = super()._generate_and_score_completions(inputs)
+        completion_mask = batch["completion_mask"].bool()
+        batch["weights"] = torch.zeros_like(completion_mask, dtype=torch.float32)
+        batch["audited_mask"] = torch.zeros_like(completion_mask)
+        if mode == "eval":
+            self._score_samples(inputs, batch)
+        if mode == "train" or self.args.audit_eval:
+            self._audit_batch([example["prompt"] for example in inputs], batch, mode)
+        num_audited = batch["audited_mask"].sum()
+        counts = torch.stack([num_audited, completion_mask.sum() - num_audited])
+        if mode == "train":  # evaluation has no accumulation: each batch is averaged over itself
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        batch["num_audited"], batch["num_unaudited"] = counts.unbind()
+        return batch
+
+    def _audit_batch(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> None:
+        """Fill in `weights` and `audited_mask`, both `(B, T)`."""
+        logprobs, entropy, prior_logprobs = self._score_completions(batch)
+        lengths = batch["completion_mask"].sum(1).tolist()
+        trajectories = [
+            Trajectory(
+                prompt=prompt,
+                token_ids=batch["completion_ids"][b, :length].tolist(),
+                entropy=entropy[b, :length],
+                prior_logprobs=prior_logprobs[b, :length],
+                seed=self._trajectory_seed(mode, b),
+            )
+            for b, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        start = time.perf_counter()
+        audits = self._loop.submit(self.auditor.audit_all(trajectories)).result()
+        waited = time.perf_counter() - start
+
+        posteriors = torch.tensor([chunk.posterior for audit in audits for chunk in audit.chunks])
+        rows = torch.tensor([b for b, audit in enumerate(audits) for _ in audit.chunks], dtype=torch.long)
+        weights = self._chunk_weights(posteriors, rows, mode)
+        spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
+        for (b, chunk), weight in zip(spans, weights.tolist(), strict=True):
+            batch["weights"][b, chunk.start : chunk.end] = weight
+            batch["audited_mask"][b, chunk.start : chunk.end] = True
+        self._record_audits(mode, audits, logprobs, entropy, lengths, waited)
+
+    def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, mode: str) -> torch.Tensor:
+        """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks of this process."""
+        baseline = self.args.posterior_baseline
+        batch_mean = None
+        if baseline in ("batch", "moving_average"):
+            sums = torch.tensor([[posteriors.sum().item(), len(posteriors)]], device=self.accelerator.device)
+            total, count = self.accelerator.gather(sums).double().sum(0).tolist()
+            batch_mean = total / max(count, 1)
+        average = next((c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage)), None)
+        moving_average = average.value if average is not None else None
+        weights = centered_posteriors(posteriors, rows, baseline, batch_mean, moving_average)
+        # Only after use: the average a batch is measured against must not depend on it.
+        if average is not None and mode == "train" and count:
+            average.update(batch_mean)
+        return weights
+
+    def _trajectory_seed(self, mode: str, index: int) -> int:
+        key = (self.args.seed, mode, self.state.global_step, self.accelerator.process_index, index)
+        return random.Random(repr(key)).getrandbits(31)
+
+    # ---- Forward passes ----
+
+    def _inside_forward(self, model: nn.Module, body: Callable[[PreTrainedModel], Any]) -> Any:
+        """Run `body(unwrapped model)` inside the wrapper's forward, where sharded parameters are whole.
+
+        Mixed precision has to be entered here: the redirection replaces the forward that accelerate wrapped. Tensors
+        travel in and out through closures, since FSDP2 rounds every float that it sees as an argument or a result.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+
+        def run() -> Any:
+            with self.accelerator.autocast():
+                return body(unwrapped)
+
+        return self._forward_redirection(model, unwrapped, run)
+
+    def _tokens(self, batch: dict[str, Any]) -> _Tokens:
+        prompt_padding = torch.zeros_like(batch["prompt_mask"])
+        mask, input_ids, completion, audited, weights = flush_left(
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
+            torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
+            torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
+        )
+        if self.pad_to_multiple_of is not None:
+            padding = -mask.size(1) % self.pad_to_multiple_of
+            mask, completion, audited, weights = (
+                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights)
+            )
+            input_ids = nn.functional.pad(input_ids, (0, padding), value=self._tokenizer.pad_token_id)
+        return _Tokens(
+            input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:]
+        )
+
+    def _hidden_states(
+        self, model: PreTrainedModel, tokens: _Tokens, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """States that predict `tokens.targets`: `(B, L - 1, H)`, or those of some rows."""
+        input_ids, attention_mask = tokens.input_ids, tokens.attention_mask
+        if rows is not None:
+            input_ids, attention_mask = input_ids[rows], attention_mask[rows]
+        return self._get_last_hidden_state(model, input_ids, attention_mask, input_ids.size(1) - 1)
+
+    def _run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
+        """Run `body(reference model)` without gradients. `student` is the unwrapped student, inside its forward."""
+        with torch.no_grad():
+            if self.ref_model is not None:
+                self._inside_forward(self.ref_model, body)
+                return
+            with use_adapter(student, None), _evaluation_mode(student):
+                body(student)
+
+    @torch.no_grad()
+    def _score_completions(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the completions under the policy that wrote them.
+
+        Returns:
+            Log-probabilities, entropies, and the log-probabilities of the prior, all `(B, T)`, float32, on the CPU, and
+            0 on padding.
+
+        Raises:
+            NonFiniteError: when one of them is not a finite number.
+        """
+        num_rows, _ = batch["completion_mask"].shape
+        scores = torch.zeros(3, *batch["completion_mask"].shape, device=self.accelerator.device)
+        needs_reference = self.args.prior == "reference" and self.args.prior_strength > 0
+        # Like with like, so that a micro-batch pays for little padding.
+        order = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).argsort(descending=True)
+        for rows in order.split(self.args.per_device_train_batch_size):
+            part = {k: batch[k][rows] for k in _TOKEN_KEYS}
+            scores[:, rows] = self._score_rows(part, needs_reference)
+        finite = scores.isfinite().all()
+        if not self.accelerator.gather(finite[None]).all():
+            raise self._non_finite("the student's log-probabilities")
+        logprobs, entropy, prior_logprobs = scores.cpu()
+        return logprobs, entropy, prior_logprobs
+
+    def _score_rows(self, part: dict[str, torch.Tensor], needs_reference: bool) -> torch.Tensor:
+        tokens = self._tokens(part)
+        where = part["completion_mask"].bool()
+        scores = torch.zeros(3, *where.shape, device=where.device)
+
+        def project(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self._hidden_states(model, tokens)
+            with lm_head_of(model) as head:
+                hidden, targets = hidden[tokens.completion], tokens.targets[tokens.completion]
+                return logprobs_of(
+                    hidden.to(head.weight.device), head, targets.to(head.weight.device), self.temperature
+                )
+
+        def score(student: PreTrainedModel) -> None:
+            logprobs, entropy = project(student)
+            scores[0, where] = logprobs.to(scores)
+            scores[1, where] = entropy.to(scores)
+            scores[2] = scores[0]
+
+        def score_reference(reference: PreTrainedModel) -> None:
+            scores[2, where] = project(reference)[0].to(scores)
+
+        def body(student: PreTrainedModel) -> None:
+            score(student)
+            if needs_reference:
+                self._run_reference(student, score_reference)
+
+        with _evaluation_mode(self.model):
+            self._inside_forward(self.model_wrapped, body)
+        return scores
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        sums: dict[str, torch.Tensor] = {}
+        tokens = self._tokens(inputs)
+        loss = self._inside_forward(model, lambda student: self._objective(student, tokens, inputs, mode, sums))
+        self._record_losses(mode, loss, sums)
+        return (loss, None) if return_outputs else loss
+
+    def _objective(
+        self,
+        student: PreTrainedModel,
+        tokens: _Tokens,
+        inputs: dict[str, Any],
+        mode: str,
+        sums: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Eq. 8 of one micro-batch, scaled so that micro-batches and processes add up to that of the global batch."""
+        unaudited = tokens.completion & ~tokens.audited
+        hidden = self._hidden_states(student, tokens)
+        with lm_head_of(student) as head:
+            device = head.weight.device
+            hidden = hidden.to(device)
+            audited_targets = tokens.targets[tokens.audited].to(device)
+            logprobs, _ = logprobs_of(hidden[tokens.audited], head, audited_targets, self.temperature)
+            chunk_sum = chunk_loss(logprobs, tokens.weights[tokens.audited].to(device))
+            kl_sum = torch.zeros((), device=device)
+            if self.args.beta > 0:
+                # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same: every
+                # process has to take part.
+                rows = unaudited.any(1)
+                if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                    rows = torch.ones_like(rows)
+                row_ids = rows.nonzero().squeeze(1)
+                if len(row_ids):
+                    # Metrics cover the rows whose reference states exist.
+                    audited_here = tokens.audited & rows[:, None]
+                    ref: dict[str, Any] = {}
+
+                    def reference_states(reference: PreTrainedModel) -> None:
+                        states = self._hidden_states(reference, tokens, row_ids)
+                        with lm_head_of(reference) as ref_head:
+                            states = states.to(device)
+                            ref["states"], ref["head"] = states[unaudited[row_ids]], ref_head
+                            ref["logprobs"], _ = logprobs_of(
+                                states[tokens.audited[row_ids]],
+                                ref_head,
+                                tokens.targets[audited_here].to(device),
+                                self.temperature,
+                            )
+
+                    self._run_reference(student, reference_states)
+                    kl, entropy = kl_to_reference(
+                        hidden[unaudited], head, ref["states"], ref["head"], self.temperature
+                    )
+                    kl_sum = kl.sum()
+                    log_ratio = ref["logprobs"] - logprobs.detach()[audited_here[tokens.audited]]
+                    sums["kl/audited"] = _sampled_kl(log_ratio)
+                    sums["kl/unaudited"] = torch.stack([kl_sum.detach(), kl_sum.new_tensor(kl.numel())])
+                    if mode == "eval" and not self.args.audit_eval:
+                        sums["entropy"] = torch.stack([entropy.sum(), kl_sum.new_tensor(kl.numel())])
+            elif mode == "eval" and not self.args.audit_eval:
+                _, entropy = logprobs_of(
+                    hidden[tokens.completion], head, tokens.targets[tokens.completion].to(device), self.temperature
+                )
+                sums["entropy"] = torch.stack([entropy.sum(), entropy.new_tensor(entropy.numel())])
+
+        num_processes = self.accelerator.num_processes if mode == "train" else 1
+        num_rows = tokens.input_ids.size(0)
+        loss = combine(
+            chunk_sum,
+            kl_sum,
+            beta=self.args.beta,
+            normalization=self.args.loss_normalization,
+            num_tokens=(inputs["num_audited"] + inputs["num_unaudited"]).to(device),
+            num_sequences=num_rows * num_processes * (self.args.gradient_accumulation_steps if mode == "train" else 1),
+            num_audited=inputs["num_audited"].to(device),
+            num_unaudited=inputs["num_unaudited"].to(device),
+        )
+        # Gradients are averaged over processes, so that each one's share is scaled up by their number.
+        return loss * num_processes
+
+    # ---- Metrics ----
+
+    def _add_ratios(self, mode: str, ratios: dict[str, tuple[float, float]]) -> None:
+        """Add numerators and denominators, summed over processes. Every process names the same metrics."""
+        local = torch.tensor([list(ratios.values())], dtype=torch.float64, device=self.accelerator.device)
+        for name, total in zip(ratios, self.accelerator.gather(local).sum(0).tolist(), strict=True):
+            entry = self._ratios[mode][self._eval_name + name if mode == "eval" else name]
+            entry[0] += total[0]
+            entry[1] += total[1]
+
+    def _record_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+        names = ("kl/unaudited", "kl/audited", "entropy")
+        ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
+        ratios["finite"] = (float(loss.isfinite()), 1.0)
+        self._add_ratios(mode, ratios)
+        finite, count = self._ratios[mode].pop(self._eval_name + "finite" if mode == "eval" else "finite")
+        if finite < count:
+            raise self._non_finite("the loss")
+
+    def _record_audits(
+        self,
+        mode: str,
+        audits: list[Audit],
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        lengths: list[int],
+        waited: float,
+    ) -> None:
+        chunks = [(b, chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
+        num_audited = sum(chunk.chunk.end - chunk.chunk.start for _, chunk in chunks)
+        # The paper's form, whatever the baseline. The policy has not moved since, so it is that of the update.
+        loss = -sum(c.posterior * logprobs[b, c.chunk.start : c.chunk.end].sum().item() for b, c in chunks)
+        usage = sum((audit.usage for audit in audits), Usage())
+        num_rollouts = sum(audit.num_rollouts for audit in audits)
+        num_dropped = sum(audit.num_dropped for audit in audits)
+        num_chunks, num_tokens = len(chunks), sum(lengths)
+        self._add_ratios(
+            mode,
+            {
+                "chunk_loss": (loss, num_audited),
+                "entropy": (entropy.double().sum().item(), num_tokens),
+                "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
+                "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
+                "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
+                "audit/anchor_entropy": (sum(entropy[b, c.chunk.anchor].item() for b, c in chunks), num_chunks),
+                "audit/num_chunks": (num_chunks, len(audits)),
+                "audit/audited_fraction": (num_audited, num_tokens),
+                "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
+                "audit/short_rollouts": (sum(audit.num_short for audit in audits), num_rollouts),
+                "teacher/wait_seconds": (waited, 1.0),
+                "teacher/prompt_tokens": (usage.prompt_tokens, 1.0 / self.accelerator.num_processes),
+                "teacher/completion_tokens": (usage.completion_tokens, 1.0 / self.accelerator.num_processes),
+            },
+        )
+        usages = gather_object([usage])
+        self.teacher_usage = sum(usages, self.teacher_usage)
+        self._warn_about_audits(audits, num_chunks, num_rollouts)
+
+    def _warn_about_audits(self, audits: list[Audit], num_chunks: int, num_rollouts: int) -> None:
+        if not num_chunks:
+            self._warn_once(
+                "no chunks",
+                f"No chunk could be audited at step {self.state.global_step}: the completions are shorter than "
+                f"min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a batch "
+                "trains on the KL anchor alone.",
+            )
+        num_short = sum(audit.num_short for audit in audits)
+        if num_short > 0.1 * num_rollouts:
+            self._warn_once(
+                "short",
+                f"{num_short} of {num_rollouts} rollouts were cut off before they filled their chunk: the teacher's "
+                f"tokens are shorter than {1 / TEACHER_TOKENS_PER_STUDENT_TOKEN:.2f} of a student token. Similarities "
+                "are lower than they should be.",
+            )
+        failures = [failure for audit in audits for failure in audit.failures]
+        if failures:
+            self._warn_once("failures", f"Some rollouts are missing, for example: {failures[0]}.")
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message)
+
+    def _non_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what[0].upper()}{what[1:]} at step {self.state.global_step} hold NaN or infinity. Training stops here, "
+            "since one more update would destroy the student. Go back to the last checkpoint with a lower "
+            "`learning_rate` or a lower `max_grad_norm`, and check that the model is not run in float16."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, (numerator, denominator) in self._ratios[mode].items():
+            if denominator:
+                self._metrics[mode][name] = [numerator / denominator]
+        self._ratios[mode].clear()
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+        return RepeatSampler(
+            data_source=eval_dataset, mini_repeat_count=self.args.num_eval_generations, seed=self.args.seed
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # With several evaluation sets, the base class calls this once for each with a prefix of its own, while metrics
+        # that are recorded on the way would all be called `eval_...`.
+        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        self._eval_name = f"{name}_" if name else ""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = _repeat_iterable(eval_dataset, self.args.num_eval_generations)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_name = ""
+
+    def _score_samples(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """pass@1 of evaluation samples."""
+        if not self._eval_reward_funcs:
+            return
+        completion_ids = [
+            ids[mask].tolist()
+            for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+        ]
+        texts = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        for name, rewards in self._rewards(inputs, texts, completion_ids):
+            # Per sample, so that the samples that pad the last batch of several processes are not counted.
+            gathered = self.accelerator.gather_for_metrics(rewards)
+            scored = gathered[~gathered.isnan()]
+            entry = self._ratios["eval"][self._eval_name + name]
+            entry[0] += scored.sum().item()
+            entry[1] += scored.numel()
+
+    def _rewards(
+        self, inputs: list[dict[str, Any]], texts: list[str], completion_ids: list[list[int]] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and score of each sample, for each reward function; NaN where a function declines to score."""
+        completions: list[Any] = texts
+        if is_conversational(inputs[0]):
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {key: [example[key] for example in inputs] for key in inputs[0] if key != "prompt"}
+        for func in self._eval_reward_funcs:
+            rewards = func(
+                prompts=[example["prompt"] for example in inputs],
+                completions=completions,
+                completion_ids=completion_ids,
+                trainer_state=self.state,
+                **columns,
+            )
+            if len(rewards) != len(inputs):
+                raise ConfigError(
+                    f"The reward function {get_callable_name(func)} returned {len(rewards)} scores for {len(inputs)} "
+                    "samples. It must return one per sample, or None where it declines to score."
+                )
+            name = "pass@1" if len(self._eval_reward_funcs) == 1 else f"pass@1/{get_callable_name(func)}"
+            scores = [float("nan") if reward is None else float(reward) for reward in rewards]
+            yield name, torch.tensor(scores, dtype=torch.float64, device=self.accelerator.device)
+
+    def evaluate_teacher(self, eval_dataset: Dataset | None = None) -> dict[str, float]:
+        """pass@1 of the teacher on the evaluation set, from `num_eval_generations` samples per problem.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], *optional*):
+                Defaults to the trainer's own.
+
+        Returns:
+            The scores by name, `"pass@1"` among them, equal on all processes.
+
+        Raises:
+            DataError: when there is nothing to score against.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not isinstance(dataset, Dataset) or not self._eval_reward_funcs:
+            raise DataError(
+                "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
+                f"`eval_reward_funcs`. Got {type(dataset).__name__}."
+            )
+        request = SamplingRequest(
+            num_samples=self.args.num_eval_generations,
+            max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * self.args.max_completion_length),
+            temperature=self.args.teacher_temperature,
+            top_p=self.args.teacher_top_p,
+            seed=self.args.seed,
+        )
+        samples: list[tuple[str, float]] = []
+        mine = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        if mine:
+            examples = [dataset[i] for i in mine]
+            prefixes = [Prefix(example["prompt"]) for example in examples]
+            replies = self._loop.submit(self.teacher.sample(prefixes, request)).result()
+            self.teacher_usage = sum((reply.usage for reply in replies), self.teacher_usage)
+            pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
+            if pairs:
+                inputs, texts = (list(column) for column in zip(*pairs, strict=True))
+                for name, rewards in self._rewards(inputs, texts):
+                    samples.extend((name, score) for score in rewards.tolist())
+        scores: dict[str, list[float]] = defaultdict(list)
+        for name, score in gather_object(samples):
+            if score == score:  # not NaN
+                scores[name].append(score)
+        return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+_TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
+
+
+def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Sum and count of an estimate of `KL(ref || theta)` from tokens that theta sampled.
+
+    With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is negative.
+    The exact value would project the student's audited tokens a second time.
+    """
+    log_ratio = log_ratio.double()
+    terms = log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
+    return torch.stack([terms.sum(), terms.new_tensor(terms.numel())])
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off: the policy that is scored is the one that sampled."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    if train_dataset is not None:
+        yield "train_dataset", train_dataset
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            yield f"eval_dataset[{name!r}]", dataset
+    elif eval_dataset is not None:
+        yield "eval_dataset", eval_dataset
+
+
+def _repeat_iterable(dataset: Any, num_samples: int) -> Any:
+    """Each example of a stream `num_samples` times; map-style datasets are repeated by the sampler."""
+    if isinstance(dataset, dict):
+        return {name: _repeat_iterable(part, num_samples) for name, part in dataset.items()}
+    if isinstance(dataset, IterableDataset) and num_samples > 1:
+        return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
+    return dataset
+
+
+def _load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"No tokenizer can be loaded for the student {name!r}: it must be a folder with a saved model, or the id "
+            f"of a model on the Hub. Check the path or the id, or pass `processing_class`. ({error})"
+        ) from error
+
+
+def _context_length(model: Any, args: OmniOPDConfig) -> int | None:
+    """Positions that the student was made for; `None` when its configuration does not say."""
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        config = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

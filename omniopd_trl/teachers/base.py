@@ -1,0 +1,144 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a teacher is: one method that continues a batch of prefixes and returns text."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = list[dict[str, Any]]
+Prompt = str | Messages
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the teacher continues: the problem and the beginning of an answer to it.
+
+    Attributes:
+        prompt: plain text, or a list of chat messages. The teacher renders it with its own template.
+        completion: the student's text so far. It stands at the beginning of the assistant's turn, byte for byte.
+    """
+
+    prompt: Prompt
+    completion: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """How to sample the continuations of every prefix of a batch.
+
+    Attributes:
+        num_samples: independent continuations per prefix.
+        max_tokens: longest continuation, in the teacher's own tokens.
+        temperature: sampling temperature; 0 asks for greedy decoding.
+        top_p: nucleus sampling mass.
+        seed: seeds the sampling of a teacher that can be seeded; `None` leaves it to the teacher.
+    """
+
+    num_samples: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that a request used, as the teacher counts them.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts, cached ones included.
+        cached_tokens: how many of `prompt_tokens` were served from a cache.
+        completion_tokens: tokens written, over all samples.
+        reasoning_tokens: how many of `completion_tokens` were hidden reasoning.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One continuation.
+
+    Attributes:
+        text: what the teacher wrote next, without special tokens.
+        finish_reason: `"stop"` when the teacher ended its turn, `"length"` when it was cut at `max_tokens`.
+    """
+
+    text: str
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class TeacherReply:
+    """The continuations of one prefix.
+
+    Attributes:
+        rollouts: at most `num_samples` of them. Fewer, or none, is an outcome and not an error: a refusal, a prefix
+            longer than the teacher's context.
+        usage: tokens that this prefix used.
+        failure: why rollouts are missing, in words; `None` when none are.
+    """
+
+    rollouts: tuple[Rollout, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    failure: str | None = None
+
+
+class Teacher(ABC):
+    """Anything that continues text.
+
+    A teacher of one's own subclasses this and writes `sample`; the trainer takes an instance as `teacher_model`.
+
+    Attributes:
+        name: how logs and the model card call the teacher.
+    """
+
+    name: str
+
+    @abstractmethod
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        """Continue each prefix.
+
+        Args:
+            prefixes: usually the chunks of one trajectory in ascending order, so that each prefix begins with the one
+                before it. Calls for several trajectories run concurrently.
+            request: the same for all prefixes of the call.
+
+        Returns:
+            One reply per prefix, in the order of `prefixes`.
+
+        Raises:
+            TeacherError: when asking again will not help.
+        """
+
+    def probe(self, prompt: Prompt) -> None:
+        """Check, before anything expensive starts, that the teacher can continue an answer to `prompt`.
+
+        Raises:
+            DataError: when it cannot render the prompt.
+            TeacherError: when it cannot answer at all.
+        """

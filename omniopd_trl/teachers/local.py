@@ -1,0 +1,387 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Any `transformers` causal language model as a teacher, in this process.
+
+The prefixes of one trajectory are nested, so the longest one is run through the model once (the *trunk*), and its
+keys and values serve every chunk and every rollout of that trajectory.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
+
+from omniopd_trl.errors import DataError
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+
+logger = logging.get_logger(__name__)
+
+# Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
+# 128, 64 layers and bfloat16 (a 32B model) a token takes 256 KiB, so this is 4 GiB of cache.
+MAX_BATCH_TOKENS = 16_384
+
+
+@dataclass
+class _Job:
+    """One call of `sample`: the prefixes of one trajectory, tokenized, and where each one leaves the trunk."""
+
+    token_ids: list[list[int]]
+    trunk: list[int]
+    shared: list[int]
+
+    def cached_tokens(self, m: int) -> int:
+        """Tokens of prefix `m` that were not computed for it: the trunk was computed for the prefix that it is."""
+        return 0 if m == self.token_ids.index(self.trunk) else self.shared[m]
+
+
+class LocalTeacher(Teacher):
+    """A causal language model of `transformers`, loaded in this process.
+
+    Args:
+        model: path, Hub id, or an instance.
+        tokenizer: tokenizer of the teacher. Loaded from the model's path or id when it is not given.
+        model_init_kwargs: keyword arguments for `from_pretrained`. `dtype` defaults to the checkpoint's own.
+        revision: Hub revision of model and tokenizer.
+        trust_remote_code: whether the model may bring code of its own.
+        chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
+        device: where the model goes, unless `model_init_kwargs` holds a `device_map`.
+        max_batch_tokens: rows of a batch times their length in tokens, which bounds the memory of the cache.
+
+    Raises:
+        DataError: when the model or its tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        model_init_kwargs: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ):
+        if isinstance(model, str):
+            self.name = model
+            kwargs = {"dtype": "auto", "revision": revision, "trust_remote_code": trust_remote_code}
+            kwargs.update(model_init_kwargs or {})
+            try:
+                model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id of "
+                    f"a causal language model on the Hub. Check the path or the id. ({error})"
+                ) from error
+            revision = kwargs["revision"]
+        else:
+            self.name = model.config._name_or_path or type(model).__name__
+            if model_init_kwargs:
+                raise DataError(
+                    "`teacher_model_init_kwargs` was given, but the teacher is already instantiated. Pass a path or an "
+                    "id, or leave out `teacher_model_init_kwargs`."
+                )
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.name, revision=revision, trust_remote_code=trust_remote_code
+                )
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"No tokenizer can be loaded for the teacher {self.name!r}. Pass "
+                    f"`teacher_model=LocalTeacher(model, tokenizer)`. ({error})"
+                ) from error
+        if device is not None and not hasattr(model, "hf_device_map"):
+            model = model.to(device)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.max_batch_tokens = max_batch_tokens
+        eos = model.generation_config.eos_token_id
+        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+            eos_ids.append(tokenizer.eos_token_id)
+        self.eos_token_ids: list[int] = eos_ids
+        self._context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
+        self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+        self._waiting: list[tuple[Sequence[Prefix], SamplingRequest, asyncio.Future]] = []
+        self._warned_context = False
+
+    def probe(self, prompt: Prompt) -> None:
+        self.encode(Prefix(prompt))
+
+    def encode(self, prefix: Prefix) -> list[int]:
+        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text as it is.
+
+        Raises:
+            DataError: when the prompt is a conversation and the teacher has no chat template.
+        """
+        if isinstance(prefix.prompt, str):
+            token_ids = self.tokenizer(prefix.prompt + prefix.completion)["input_ids"]
+        else:
+            if self.tokenizer.chat_template is None:
+                raise DataError(
+                    f"The prompts are conversations, but the tokenizer of the teacher {self.name!r} has no chat "
+                    "template. Use an instruction-tuned teacher, or plain-text prompts."
+                )
+            rendered = self.tokenizer.apply_chat_template(
+                prefix.prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+            )
+            token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
+        if not token_ids:
+            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
+        return token_ids
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        # Trajectories arrive as concurrent calls. All that arrive in the same turn of the event loop share batches:
+        # a model in this process gains from larger batches, not from concurrency.
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((prefixes, request, future))
+        if len(self._waiting) == 1:
+            await asyncio.sleep(0)
+            waiting, self._waiting = self._waiting, []
+            self._serve(waiting)
+        return await future
+
+    def _serve(self, waiting: list[tuple[Sequence[Prefix], SamplingRequest, asyncio.Future]]) -> None:
+        try:
+            while waiting:
+                request = waiting[0][1]
+                same = [call for call in waiting if _mergeable(call[1], request)]
+                waiting = [call for call in waiting if not _mergeable(call[1], request)]
+                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
+                for (_, _, future), reply in zip(same, replies, strict=True):
+                    future.set_result(reply)
+        except Exception as error:
+            # Every caller learns of it, not only the one whose turn ran the batch.
+            for _, _, future in [*same, *waiting]:
+                if not future.done():
+                    future.set_exception(error)
+
+    @torch.no_grad()
+    def sample_trajectories(
+        self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
+    ) -> list[list[TeacherReply]]:
+        """Continue the prefixes of several trajectories, in batches of at most `max_batch_tokens`.
+
+        Args:
+            trajectories: for each trajectory its prefixes. They need not be nested; what the longest one shares with
+                the others is computed once.
+            request: how to sample. A seed makes the result a function of the whole call.
+
+        Returns:
+            For each trajectory one reply per prefix.
+        """
+        if request.seed is not None:
+            devices = [self.model.device] if self.model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(request.seed)
+                return self._sample_trajectories(trajectories, request)
+        return self._sample_trajectories(trajectories, request)
+
+    def _sample_trajectories(
+        self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
+    ) -> list[list[TeacherReply]]:
+        jobs = [self._job([self.encode(prefix) for prefix in prefixes]) for prefixes in trajectories]
+        replies: dict[tuple[int, int], TeacherReply] = {}
+        # Long trajectories first, like with like, so that a batch pays for little padding.
+        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].trunk), reverse=True)
+        for batch in self._batches(order, jobs, request):
+            self._sample_batch(batch, jobs, request, replies)
+        return [[replies[i, m] for m in range(len(job.token_ids))] for i, job in enumerate(jobs)]
+
+    def _job(self, token_ids: list[list[int]]) -> _Job:
+        trunk = max(token_ids, key=len, default=[])
+        # At least the last token is run again: its output is what the first new token is sampled from.
+        shared = [min(_common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
+        return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids))
+
+    def _batches(self, order: list[int], jobs: list[_Job], request: SamplingRequest) -> list[list[int]]:
+        """Groups of trajectories whose rows fit in `max_batch_tokens` together."""
+        batches: list[list[int]] = []
+        rows, width = 0, 0
+        for i in order:
+            new_rows = len(jobs[i].token_ids) * request.num_samples
+            if not batches or (rows + new_rows) * width > self.max_batch_tokens:
+                batches.append([])
+                rows, width = 0, len(jobs[i].trunk) + request.max_tokens  # the first is the longest
+            batches[-1].append(i)
+            rows += new_rows
+        return batches
+
+    def _sample_batch(
+        self,
+        batch: list[int],
+        jobs: list[_Job],
+        request: SamplingRequest,
+        replies: dict[tuple[int, int], TeacherReply],
+    ) -> None:
+        trunks = self._prefill([jobs[i].trunk for i in batch]) if self._reuses_cache else None
+        todo: list[tuple[int, int, int]] = []  # index into the batch, trajectory, prefix
+        for k, i in enumerate(batch):
+            for m, token_ids in enumerate(jobs[i].token_ids):
+                length = len(token_ids)
+                if self._context_length is not None and length + request.max_tokens > self._context_length:
+                    replies[i, m] = self._too_long(length, request)
+                else:
+                    todo.append((k, i, m))
+        # One trajectory alone may exceed the budget; its prefixes, and then the rollouts of a prefix, are split.
+        while todo:
+            width = max(len(jobs[i].token_ids[m]) for _, i, m in todo) + request.max_tokens
+            room = max(1, self.max_batch_tokens // width)
+            take = max(1, room // request.num_samples)
+            part, todo = todo[:take], todo[take:]
+            texts: list[list[Rollout]] = [[] for _ in part]
+            written = [0] * len(part)
+            samples_left = request.num_samples
+            while samples_left:
+                samples = min(samples_left, room) if take == 1 else samples_left
+                samples_left -= samples
+                rows = [row for row in range(len(part)) for _ in range(samples)]
+                generated = self._generate([part[row] for row in rows], jobs, trunks, request)
+                for row, new_ids in zip(rows, generated, strict=True):
+                    rollout, num_tokens = self._rollout(new_ids)
+                    texts[row].append(rollout)
+                    written[row] += num_tokens
+            for row, (_, i, m) in enumerate(part):
+                usage = Usage(
+                    prompt_tokens=len(jobs[i].token_ids[m]),
+                    cached_tokens=jobs[i].cached_tokens(m),
+                    completion_tokens=written[row],
+                )
+                replies[i, m] = TeacherReply(tuple(texts[row]), usage)
+
+    def _prefill(self, trunks: list[list[int]]) -> DynamicCache:
+        """Keys and values of each trunk, right-padded: padding behind a token cannot reach it through causal masks."""
+        width = max(len(trunk) for trunk in trunks)
+        padded = [trunk + [trunk[-1]] * (width - len(trunk)) for trunk in trunks]
+        cache = DynamicCache(config=self.model.config)
+        self.model(
+            input_ids=torch.tensor(padded, device=self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache
+
+    def rows_from_trunks(
+        self, rows: list[tuple[int, list[int], int]], trunks: DynamicCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
+        """Left-padded inputs whose beginning is already in a cache.
+
+        Args:
+            rows: for each row the index of its trunk, its token ids, and how many of them it shares with the trunk.
+            trunks: keys and values of the trunks, from the prefill; `None` computes every token.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape `(rows, width)`, and a cache that holds all but the last few
+            columns (`None` when there is nothing to reuse).
+        """
+        device = self.model.device
+        lengths = torch.tensor([len(ids) for _, ids, _ in rows], device=device)
+        width = int(lengths.max())
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_ids[0]
+        input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for _, ids, _ in rows], device=device)
+        position = torch.arange(width, device=device) - (width - lengths)[:, None]  # (rows, width), < 0 on padding
+        attention_mask = (position >= 0).long()
+        # All rows end in the same column, so they recompute the same number of last columns.
+        cached = width - max(len(ids) - shared for _, ids, shared in rows)
+        if trunks is None or cached <= 0:
+            return input_ids, attention_mask, None
+        cache = DynamicCache(config=self.model.config)
+        trunk_of_row = torch.tensor([trunk for trunk, _, _ in rows], device=device)[:, None]
+        source = position[:, :cached].clamp(min=0)
+        for index, layer in enumerate(trunks.layers):
+            keys = layer.keys.transpose(1, 2)[trunk_of_row.to(layer.keys.device), source.to(layer.keys.device)]
+            values = layer.values.transpose(1, 2)[trunk_of_row.to(layer.keys.device), source.to(layer.keys.device)]
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+        return input_ids, attention_mask, cache
+
+    def _generate(
+        self,
+        todo: list[tuple[int, int, int]],
+        jobs: list[_Job],
+        trunks: DynamicCache | None,
+        request: SamplingRequest,
+    ) -> list[list[int]]:
+        rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m in todo]
+        input_ids, attention_mask, cache = self.rows_from_trunks(rows, trunks)
+        greedy = request.temperature == 0
+        # Every field that the checkpoint's own generation defaults would fill is given.
+        config = GenerationConfig(
+            max_new_tokens=request.max_tokens,
+            do_sample=not greedy,
+            temperature=1.0 if greedy else request.temperature,
+            top_p=1.0 if greedy else request.top_p,
+            top_k=0,
+            repetition_penalty=1.0,
+            eos_token_id=self.eos_token_ids or None,
+            pad_token_id=self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.eos_token_ids[0],
+            disable_compile=True,
+        )
+        output = self.model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
+        )
+        return output[:, input_ids.shape[1] :].tolist()
+
+    def _rollout(self, new_ids: list[int]) -> tuple[Rollout, int]:
+        end = next((n for n, token in enumerate(new_ids) if token in self.eos_token_ids), None)
+        text_ids = new_ids if end is None else new_ids[:end]
+        text = self.tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(text, "length" if end is None else "stop"), len(text_ids) + (end is not None)
+
+    def _too_long(self, length: int, request: SamplingRequest) -> TeacherReply:
+        failure = (
+            f"a prefix of {length} tokens and {request.max_tokens} more do not fit the teacher's context of "
+            f"{self._context_length}"
+        )
+        if not self._warned_context:
+            self._warned_context = True
+            logger.warning(f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`.")
+        return TeacherReply(failure=failure)
+
+
+def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
+    """Whether two calls may share a batch: all but the seed is equal, and a batch runs under the first one's seed."""
+    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
+        second.num_samples,
+        second.max_tokens,
+        second.temperature,
+        second.top_p,
+    )
+
+
+def _common_prefix_length(first: list[int], second: list[int]) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

@@ -1,0 +1,82 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A deterministic teacher that needs no model and no key: for dry runs, examples and tests."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+
+Script = Callable[[Prefix, int], str | None]
+
+
+class ScriptedTeacher(Teacher):
+    """A teacher that follows a script.
+
+    Args:
+        script: a function of the prefix and the sample's index that returns the continuation, or `None` for a refusal;
+            or a sequence of texts, of which sample `i` of every prefix is number `i` modulo its length. By default,
+            sentences made of the prompt's own words, chosen by a hash of the prefix and the index: the same on every
+            machine, different for different prefixes.
+
+    Usage counts words, since there is no tokenizer. `max_tokens` and the temperature are ignored: the script is the
+    text.
+
+    Example:
+        >>> teacher = ScriptedTeacher(["so the sum is 4", "so the sum is 5"])
+    """
+
+    name = "scripted"
+
+    def __init__(self, script: Script | Sequence[str] | None = None):
+        if script is None:
+            self._script: Script = _words_of_prompt
+        elif callable(script):
+            self._script = script
+        else:
+            texts = list(script)
+            if not texts:
+                raise ValueError("`script` is empty; give at least one text, or no script for the default one.")
+            self._script = lambda prefix, index: texts[index % len(texts)]
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        return [self._reply(prefix, request.num_samples) for prefix in prefixes]
+
+    def _reply(self, prefix: Prefix, num_samples: int) -> TeacherReply:
+        texts = [self._script(prefix, index) for index in range(num_samples)]
+        written = [text for text in texts if text is not None]
+        refused = len(texts) - len(written)
+        return TeacherReply(
+            rollouts=tuple(Rollout(text) for text in written),
+            usage=Usage(
+                prompt_tokens=len(_prompt_text(prefix).split()) + len(prefix.completion.split()),
+                completion_tokens=sum(len(text.split()) for text in written),
+            ),
+            failure=f"the script refused {refused} of {num_samples}" if refused else None,
+        )
+
+
+def _prompt_text(prefix: Prefix) -> str:
+    if isinstance(prefix.prompt, str):
+        return prefix.prompt
+    return " ".join(str(message["content"]) for message in prefix.prompt)
+
+
+def _words_of_prompt(prefix: Prefix, index: int) -> str:
+    words = re.findall(r"\w+", _prompt_text(prefix)) or ["nothing"]
+    key = json.dumps([prefix.prompt, prefix.completion, index], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).digest()
+    return " ".join(words[byte % len(words)] for byte in digest)
