@@ -1,0 +1,444 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train a student from a recipe.
+
+    accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
+    python -m omniopd_trl.train --config recipes/demo.yaml --learning_rate 1e-4 --use_peft
+
+A recipe is a YAML file of options; the command line overrides it. Options are those of [`OmniOPDScriptArguments`],
+[`OmniOPDConfig`], [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`]: `--help` lists them.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+
+if TYPE_CHECKING:
+    from omniopd_trl.omniopd_config import OmniOPDConfig
+
+
+@dataclass
+class OmniOPDScriptArguments(ScriptArguments):
+    """
+    Arguments of the training command, in addition to [`~trl.ScriptArguments`].
+
+    Args:
+        prompt_template (`str`, *optional*):
+            How a `question` or `problem` column becomes a prompt: a built-in name (`"math"`, the paper's Table 7), or
+            a text that holds `{question}` once. Without it the question itself is the prompt.
+        evaluate_teacher (`bool`, *optional*, defaults to `False`):
+            Whether to measure the teacher's pass@1 on the evaluation set, too, after training.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id of a dataset on the Hub, or a local .json, .jsonl or .parquet file, or a folder of such files."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a `question` or `problem` column becomes a prompt: a built-in name ('math', the paper's "
+            "Table 7), or a text that holds {question} once. Without it the question itself is the prompt."
+        },
+    )
+    evaluate_teacher: bool = field(
+        default=False,
+        metadata={"help": "Whether to measure the teacher's pass@1 on the evaluation set, too, after training."},
+    )
+
+
+def make_parser(
+    subparsers: "argparse._SubParsersAction[Any] | None" = None, prog: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of the command, or of a subcommand `train`, by TRL's convention."""
+    from omniopd_trl.omniopd_config import OmniOPDConfig
+
+    dataclass_types = (OmniOPDScriptArguments, OmniOPDConfig, ModelConfig, DatasetMixtureConfig)
+    prog = prog or "python -m omniopd_trl.train"
+    settings: dict[str, Any] = {
+        "description": "Distil a text-only teacher into a student with OmniOPD.",
+        # The generated usage line would list some three hundred options, and every error prints it.
+        "usage": f"{prog} --config RECIPE.yaml [--OPTION VALUE ...]",
+        # An abbreviated option is a mistyped one: `--num_chunk` must not pass for `--num_chunks`.
+        "allow_abbrev": False,
+    }
+    if subparsers is not None:
+        return subparsers.add_parser(
+            "train", help="Train a student from a recipe", dataclass_types=dataclass_types, **settings
+        )
+    return TrlParser(dataclass_types, prog=prog, **settings)
+
+
+def parse_args(
+    args: Sequence[str] | None = None,
+) -> "tuple[OmniOPDScriptArguments, OmniOPDConfig, ModelConfig, DatasetMixtureConfig]":
+    """Parse the command line and the recipe that it names.
+
+    Args:
+        args: the command line; `None` takes that of the process.
+
+    Returns:
+        `(script_args, training_args, model_args, dataset_args)`.
+
+    Raises:
+        ConfigError: for an option that does not exist, a value of the wrong type, or settings that contradict each
+            other.
+    """
+    parser = make_parser()
+    arguments = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+    hints = {
+        name: hint
+        for dataclass_type in parser.dataclass_types  # type: ignore[attr-defined]
+        for name, hint in _type_hints(dataclass_type).items()
+    }
+    options = [arg.partition("=")[0] for arg in arguments if arg.startswith("--")]
+    check_names(
+        [option[2:].replace("-", "_") for option in options],
+        [*hints, *(f"no_{name}" for name in hints), "config", "help"],
+        "the command line",
+    )
+    if "--config" in arguments:
+        position = arguments.index("--config") + 1
+        if position == len(arguments):
+            raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
+        check_recipe(arguments[position], hints)
+    try:
+        return parser.parse_args_and_config(arguments)  # type: ignore[attr-defined]
+    except OmniOPDError:
+        raise
+    except (ValueError, TypeError) as error:
+        # The checks of the inherited configurations; their messages say what is wrong, the traceback would not.
+        raise ConfigError(str(error)) from error
+
+
+def _split_config(arg: str) -> list[str]:
+    # TRL knows `--config x.yaml` only.
+    return ["--config", arg.removeprefix("--config=")] if arg.startswith("--config=") else [arg]
+
+
+def _type_hints(dataclass_type: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(dataclass_type)
+    return {item.name: hints[item.name] for item in fields(dataclass_type) if item.init}
+
+
+def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        ConfigError: names the option, and the most similar one that exists.
+    """
+    for name in names:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean `{similar[0]}`?" if similar else "`--help` lists the options."
+            raise ConfigError(f"There is no option `{name}` (in {where}). {advice}")
+
+
+def check_recipe(path: str, hints: Mapping[str, Any]) -> None:
+    """Refuse a recipe with unknown keys, or with values of the wrong type, which the parser takes as they are.
+
+    A text is left to the parser, which converts it as it would on the command line (`1e-6` is a text in YAML 1.1).
+
+    Args:
+        path: of the YAML file.
+        hints: the type of each option.
+
+    Raises:
+        ConfigError: names the key, the value, and what it must be.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"The recipe {path!r} must be a YAML mapping of options to values, such as `beta: 0.1`.")
+    check_names([str(key) for key in recipe], [*hints, "env"], path)
+    for key, value in recipe.items():
+        if key != "env" and not _fits(value, hints[key]):
+            hint = hints[key]
+            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            advice = ""
+            if isinstance(value, bool):
+                advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
+            raise ConfigError(
+                f"`{key}` is {value!r} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that YAML read can be one of type `hint`."""
+    if hint is Any:
+        return True
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if isinstance(value, str):
+        return True
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    kind = origin or hint
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float)
+    return isinstance(value, kind)
+
+
+def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
+    """Load the dataset, or the mixture of datasets, that the recipe names.
+
+    Raises:
+        ConfigError: when none is named, or both are.
+        DataError: when it cannot be loaded.
+    """
+    from trl import get_dataset
+
+    from omniopd_trl.data import load_dataset_or_files, local_builder
+
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            raise ConfigError(
+                f"Both `datasets` and `dataset_name` ({script_args.dataset_name!r}) are set, and only one can be "
+                "used. Remove one of them."
+            )
+        for part in dataset_args.datasets:
+            builder = local_builder(part.path)
+            if builder is not None:
+                part.path, part.data_files = builder, {part.split: part.path}
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ConfigError(
+            "No dataset is named. Set `dataset_name` (the id of a dataset on the Hub, a local .json, .jsonl or "
+            ".parquet file, or a folder of them), or `datasets` for a mixture."
+        )
+    return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from.
+
+    Args:
+        value: `True` or `"true"` for the last one in `output_dir`, the path of a checkpoint, or nothing.
+        output_dir: where earlier checkpoints are.
+
+    Raises:
+        DataError: when there is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    text = str(value).lower()
+    if value is None or text in ("false", "none", ""):
+        return None
+    if text == "true":
+        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        if last is None:
+            raise DataError(
+                f"`resume_from_checkpoint` is true, and there is no checkpoint in {output_dir!r}. Leave it out to "
+                "start from the beginning, or set `output_dir` to that of the run that goes on."
+            )
+        return last
+    if not os.path.isdir(str(value)):
+        raise DataError(
+            f"`resume_from_checkpoint` is {value!r}, and there is no such folder. Give the path of a checkpoint-N "
+            "folder, or `true` for the last one in `output_dir`."
+        )
+    return str(value)
+
+
+def summarize(
+    log_history: Sequence[Mapping[str, Any]],
+    *,
+    seconds: float,
+    usage: Any = None,
+    teacher: Mapping[str, float] | None = None,
+    saved_to: str,
+) -> str:
+    """What a run gained and cost, as a short table.
+
+    Args:
+        log_history: `trainer.state.log_history`; `eval_pass@1` is looked for.
+        seconds: wall time of training.
+        usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
+        teacher: metrics of the teacher, with `pass@1`, where it was evaluated.
+        saved_to: where the model is.
+    """
+    scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
+    scores = [(step, score) for step, score in scores if score is not None]
+    rows = []
+    if scores and scores[0][0] == 0:
+        rows.append(("student before, pass@1", f"{scores[0][1]:.3f}"))
+    if scores and scores[-1][0] > 0:
+        rows.append(("student after, pass@1", f"{scores[-1][1]:.3f} (step {scores[-1][0]})"))
+    if not scores:
+        rows.append(
+            ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
+        )
+    if teacher is not None:
+        rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
+    minutes, rest = divmod(round(seconds), 60)
+    rows.append(("wall time of training", f"{minutes} min {rest} s"))
+    if usage is not None:
+        rows.append(("teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"))
+    rows.append(("model saved to", saved_to))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def main(
+    script_args: OmniOPDScriptArguments,
+    training_args: "OmniOPDConfig",
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train, evaluate, save, push, and print what it gained.
+
+    Raises:
+        OmniOPDError: when the settings, the data or the teacher cannot be used as given.
+    """
+    if model_args.model_name_or_path is None:
+        raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
+    if training_args.teacher_model_name_or_path is None:
+        raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
+    if training_args.hub_token is not None:
+        raise ConfigError(
+            "`hub_token` is set, and settings are written in clear into every checkpoint (training_args.bin), which "
+            "may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
+        )
+
+    from datasets import IterableDataset
+    from trl import get_peft_config, get_quantization_config
+
+    from omniopd_trl.data import get_split, prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    if template is not None:
+        template = resolve_template(template)
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
+    splits = load_splits(script_args, dataset_args)
+    train_dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    if isinstance(train_dataset, IterableDataset) and training_args.max_steps <= 0:
+        raise ConfigError(
+            f"max_steps={training_args.max_steps}: a streaming dataset has no length, so the number of steps must be "
+            "given. Set `max_steps`."
+        )
+    evaluates = (
+        training_args.do_eval
+        or training_args.eval_strategy != "no"
+        or training_args.eval_on_start
+        or script_args.evaluate_teacher
+    )
+    eval_dataset = None
+    if evaluates:
+        eval_dataset = get_split(splits, script_args.dataset_test_split, "dataset_test_split")
+        eval_dataset = prepare_prompts(eval_dataset, template)
+    train_dataset = prepare_prompts(train_dataset, template)
+
+    # What the recipe says about the models' loading wins over what follows from its other options. Quantization is
+    # the student's alone, and goes to the trainer by itself.
+    loading = {
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        **loading,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.teacher_model_init_kwargs = {
+        "revision": training_args.teacher_model_revision,
+        **loading,
+        **(training_args.teacher_model_init_kwargs or {}),
+    }
+
+    from omniopd_trl.omniopd_trainer import OmniOPDTrainer
+
+    trainer = OmniOPDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    # The teacher's tokens that training cost, before the teacher's own evaluation adds to them.
+    usage = trainer.teacher_usage
+
+    # Unless the last step was evaluated, or the weights are now those of an earlier one.
+    evaluated = [entry.get("step") for entry in trainer.state.log_history if "eval_loss" in entry]
+    if eval_dataset is not None and (
+        training_args.load_best_model_at_end or trainer.state.global_step not in evaluated
+    ):
+        trainer.evaluate()
+    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
+
+    trainer.save_model(training_args.output_dir)
+    saved_to = str(training_args.output_dir)
+    if training_args.push_to_hub:
+        name = script_args.dataset_name
+        # A path of this machine says nothing to the readers of the model card.
+        trainer.push_to_hub(dataset_name=None if name is None or os.path.exists(name) else name)
+        saved_to += f", pushed to {trainer.hub_model_id}"
+
+    trainer.accelerator.print(
+        "\n" + summarize(trainer.state.log_history, seconds=seconds, usage=usage, teacher=teacher, saved_to=saved_to)
+    )
+    # Finishes the trackers and destroys the process group.
+    trainer.end()
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """The command: parse, train, and turn this package's errors into one line.
+
+    Args:
+        args: the command line; `None` takes that of the process.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses.
+    """
+    try:
+        main(*parse_args(args))
+    except OmniOPDError as error:
+        # One line, as these messages say what to do. Every process says it, since it may have happened in one only.
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stderr.write(f"{'' if rank == 0 else f'[rank {rank}] '}{type(error).__name__}: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
