@@ -18,12 +18,11 @@ Text and numbers only: nothing here knows of the trainer, and a teacher is anyth
 
 import asyncio
 import math
-import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -58,9 +57,9 @@ class AuditSettings:
     min_chunk_length: int
     num_rollouts: int
     prior_strength: float
-    chunk_overlap: str
-    chunk_placement: str
-    chunk_selection: str
+    chunk_overlap: Literal["resample", "merge"]
+    chunk_placement: Literal["start", "center"]
+    chunk_selection: Literal["entropy", "uniform"]
     teacher_temperature: float
     teacher_top_p: float
 
@@ -236,7 +235,7 @@ class Auditor:
         whole = self._decode(token_ids[: chunk.end])
         prefix = self._decode(token_ids[: chunk.start])
         if not whole.startswith(prefix):  # tokenizers whose decoding depends on what follows
-            prefix = os.path.commonprefix([prefix, whole])
+            prefix = _common_prefix(prefix, whole)
         return prefix, whole[len(prefix) :]
 
     def cut(self, rollouts: Sequence[Rollout], num_tokens: int) -> tuple[list[str], int]:
@@ -257,6 +256,13 @@ class Auditor:
     def _decode(self, token_ids: list[int]) -> str:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip("\ufffd")  # the beginning of a character that goes on in the next token
+
+
+def _common_prefix(first: str, second: str) -> str:
+    for n, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return first[:n]
+    return min(first, second, key=len)
 
 
 class EventLoopThread:

@@ -90,10 +90,11 @@ def logprobs_of(
         temperature: sampling temperature, above 0.
 
     Returns:
-        Log-probabilities and entropies in nats, both `(N,)` and float32. Only the former is meant to be differentiated.
+        Log-probabilities and entropies in nats, both `(N,)` and float32. The former are meant to be differentiated.
     """
+    tile = min(VOCAB_TILE, head.weight.size(0))  # the kernel allocates a whole tile, however small the vocabulary
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, targets, temperature, VOCAB_TILE, head.softcap, head.logit_scale, ("entropy",)
+        hidden, head.weight, head.bias, targets, temperature, tile, head.softcap, head.logit_scale, ("entropy",)
     )
     return logprobs, entropy
 

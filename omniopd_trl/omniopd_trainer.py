@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -64,7 +64,7 @@ from omniopd_trl.audit import (
 from omniopd_trl.data import check_dataset, check_prompt_lengths
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
 from omniopd_trl.evaluation import math_accuracy
-from omniopd_trl.lm_head import kl_to_reference, lm_head_of, logprobs_of
+from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
@@ -98,6 +98,10 @@ class _Tokens:
     completion: torch.Tensor
     audited: torch.Tensor
     weights: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> "_Tokens":
+        """Some of the rows."""
+        return _Tokens(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 class PosteriorAverage(TrainerCallback, ExportableState):
@@ -185,9 +189,9 @@ class OmniOPDTrainer(DistillationTrainer):
             of math-verify. With one function its mean is `pass@1`; with several, each is `pass@1/<name>`.
     """  # noqa: E501
 
-    _tag_names = ["trl", "omniopd"]
+    _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
     _name = "OmniOPD"
-    _paper = {
+    _paper: ClassVar[dict[str, str]] = {
         "title": "OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification",
         "id": "2606.01476",
         # docstyle-ignore
@@ -253,7 +257,7 @@ class OmniOPDTrainer(DistillationTrainer):
             model_init_kwargs=args.teacher_model_init_kwargs,
             revision=args.teacher_model_revision,
             trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.teacher_chat_template_kwargs or args.chat_template_kwargs,
+            chat_template_kwargs=dict(args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}),
             device=args.device,
         )
         for _, dataset in _named_datasets(train_dataset, eval_dataset):
@@ -394,16 +398,18 @@ class OmniOPDTrainer(DistillationTrainer):
     def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, mode: str) -> torch.Tensor:
         """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks of this process."""
         baseline = self.args.posterior_baseline
-        batch_mean = None
-        if baseline in ("batch", "moving_average"):
-            sums = torch.tensor([[posteriors.sum().item(), len(posteriors)]], device=self.accelerator.device)
-            total, count = self.accelerator.gather(sums).double().sum(0).tolist()
-            batch_mean = total / max(count, 1)
-        average = next((c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage)), None)
-        moving_average = average.value if average is not None else None
-        weights = centered_posteriors(posteriors, rows, baseline, batch_mean, moving_average)
-        # Only after use: the average a batch is measured against must not depend on it.
-        if average is not None and mode == "train" and count:
+        if baseline not in ("batch", "moving_average"):
+            return centered_posteriors(posteriors, rows, baseline)
+        sums = torch.tensor([[posteriors.sum().item(), len(posteriors)]], device=self.accelerator.device)
+        total, count = self.accelerator.gather(sums).double().sum(0).tolist()
+        batch_mean = total / count if count else 0.0
+        if baseline == "batch":
+            return centered_posteriors(posteriors, rows, baseline, batch_mean)
+        # A restored checkpoint replaces the callback, so it is looked up each time.
+        average = next(c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage))
+        weights = centered_posteriors(posteriors, rows, baseline, moving_average=average.value)
+        # Only after use: what a batch is measured against must not depend on it.
+        if mode == "train" and count:
             average.update(batch_mean)
         return weights
 
@@ -446,14 +452,11 @@ class OmniOPDTrainer(DistillationTrainer):
             input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:]
         )
 
-    def _hidden_states(
-        self, model: PreTrainedModel, tokens: _Tokens, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """States that predict `tokens.targets`: `(B, L - 1, H)`, or those of some rows."""
-        input_ids, attention_mask = tokens.input_ids, tokens.attention_mask
-        if rows is not None:
-            input_ids, attention_mask = input_ids[rows], attention_mask[rows]
-        return self._get_last_hidden_state(model, input_ids, attention_mask, input_ids.size(1) - 1)
+    def _hidden_states(self, model: PreTrainedModel, tokens: _Tokens) -> torch.Tensor:
+        """States that predict `tokens.targets`, `(B, L - 1, H)`."""
+        return self._get_last_hidden_state(
+            model, tokens.input_ids, tokens.attention_mask, tokens.input_ids.size(1) - 1
+        )
 
     def _run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
         """Run `body(reference model)` without gradients. `student` is the unwrapped student, inside its forward."""
@@ -469,27 +472,25 @@ class OmniOPDTrainer(DistillationTrainer):
         """Log-probabilities and entropies of the completions under the policy that wrote them.
 
         Returns:
-            Log-probabilities, entropies, and the log-probabilities of the prior, all `(B, T)`, float32, on the CPU, and
-            0 on padding.
+            Log-probabilities, entropies, and the log-probabilities of the prior, all `(B, T)`, float32, on the CPU,
+            and 0 on padding.
 
         Raises:
             NonFiniteError: when one of them is not a finite number.
         """
-        num_rows, _ = batch["completion_mask"].shape
         scores = torch.zeros(3, *batch["completion_mask"].shape, device=self.accelerator.device)
-        needs_reference = self.args.prior == "reference" and self.args.prior_strength > 0
         # Like with like, so that a micro-batch pays for little padding.
         order = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).argsort(descending=True)
-        for rows in order.split(self.args.per_device_train_batch_size):
-            part = {k: batch[k][rows] for k in _TOKEN_KEYS}
-            scores[:, rows] = self._score_rows(part, needs_reference)
+        with _evaluation_mode(self.model):
+            for rows in order.split(self.args.per_device_train_batch_size):
+                scores[:, rows] = self._score_rows({key: batch[key][rows] for key in _TOKEN_KEYS})
         finite = scores.isfinite().all()
         if not self.accelerator.gather(finite[None]).all():
             raise self._non_finite("the student's log-probabilities")
         logprobs, entropy, prior_logprobs = scores.cpu()
         return logprobs, entropy, prior_logprobs
 
-    def _score_rows(self, part: dict[str, torch.Tensor], needs_reference: bool) -> torch.Tensor:
+    def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = self._tokens(part)
         where = part["completion_mask"].bool()
         scores = torch.zeros(3, *where.shape, device=where.device)
@@ -497,27 +498,19 @@ class OmniOPDTrainer(DistillationTrainer):
         def project(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
             hidden = self._hidden_states(model, tokens)
             with lm_head_of(model) as head:
-                hidden, targets = hidden[tokens.completion], tokens.targets[tokens.completion]
-                return logprobs_of(
-                    hidden.to(head.weight.device), head, targets.to(head.weight.device), self.temperature
-                )
-
-        def score(student: PreTrainedModel) -> None:
-            logprobs, entropy = project(student)
-            scores[0, where] = logprobs.to(scores)
-            scores[1, where] = entropy.to(scores)
-            scores[2] = scores[0]
+                logprobs, entropy = self._project(hidden, head, tokens, tokens.completion)
+            return logprobs.to(scores), entropy.to(scores)
 
         def score_reference(reference: PreTrainedModel) -> None:
-            scores[2, where] = project(reference)[0].to(scores)
+            scores[2, where], _ = project(reference)
 
         def body(student: PreTrainedModel) -> None:
-            score(student)
-            if needs_reference:
+            scores[0, where], scores[1, where] = project(student)
+            scores[2] = scores[0]
+            if self.args.prior == "reference" and self.args.prior_strength > 0:
                 self._run_reference(student, score_reference)
 
-        with _evaluation_mode(self.model):
-            self._inside_forward(self.model_wrapped, body)
+        self._inside_forward(self.model_wrapped, body)
         return scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -537,69 +530,83 @@ class OmniOPDTrainer(DistillationTrainer):
         sums: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Eq. 8 of one micro-batch, scaled so that micro-batches and processes add up to that of the global batch."""
-        unaudited = tokens.completion & ~tokens.audited
         hidden = self._hidden_states(student, tokens)
         with lm_head_of(student) as head:
-            device = head.weight.device
-            hidden = hidden.to(device)
-            audited_targets = tokens.targets[tokens.audited].to(device)
-            logprobs, _ = logprobs_of(hidden[tokens.audited], head, audited_targets, self.temperature)
-            chunk_sum = chunk_loss(logprobs, tokens.weights[tokens.audited].to(device))
-            kl_sum = torch.zeros((), device=device)
+            hidden = hidden.to(head.weight.device)
+            logprobs, _ = self._project(hidden, head, tokens, tokens.audited)
+            chunk_sum = chunk_loss(logprobs, tokens.weights[tokens.audited].to(hidden.device))
+            kl_sum = torch.zeros_like(chunk_sum)
             if self.args.beta > 0:
-                # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same: every
-                # process has to take part.
-                rows = unaudited.any(1)
-                if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                    rows = torch.ones_like(rows)
-                row_ids = rows.nonzero().squeeze(1)
-                if len(row_ids):
-                    # Metrics cover the rows whose reference states exist.
-                    audited_here = tokens.audited & rows[:, None]
-                    ref: dict[str, Any] = {}
-
-                    def reference_states(reference: PreTrainedModel) -> None:
-                        states = self._hidden_states(reference, tokens, row_ids)
-                        with lm_head_of(reference) as ref_head:
-                            states = states.to(device)
-                            ref["states"], ref["head"] = states[unaudited[row_ids]], ref_head
-                            ref["logprobs"], _ = logprobs_of(
-                                states[tokens.audited[row_ids]],
-                                ref_head,
-                                tokens.targets[audited_here].to(device),
-                                self.temperature,
-                            )
-
-                    self._run_reference(student, reference_states)
-                    kl, entropy = kl_to_reference(
-                        hidden[unaudited], head, ref["states"], ref["head"], self.temperature
-                    )
-                    kl_sum = kl.sum()
-                    log_ratio = ref["logprobs"] - logprobs.detach()[audited_here[tokens.audited]]
-                    sums["kl/audited"] = _sampled_kl(log_ratio)
-                    sums["kl/unaudited"] = torch.stack([kl_sum.detach(), kl_sum.new_tensor(kl.numel())])
-                    if mode == "eval" and not self.args.audit_eval:
-                        sums["entropy"] = torch.stack([entropy.sum(), kl_sum.new_tensor(kl.numel())])
+                kl_sum = self._anchor(student, tokens, hidden, head, logprobs.detach(), sums)
             elif mode == "eval" and not self.args.audit_eval:
-                _, entropy = logprobs_of(
-                    hidden[tokens.completion], head, tokens.targets[tokens.completion].to(device), self.temperature
-                )
-                sums["entropy"] = torch.stack([entropy.sum(), entropy.new_tensor(entropy.numel())])
-
+                _, entropy = self._project(hidden, head, tokens, tokens.completion)
+                sums["entropy"] = _sum_and_count(entropy)
+        # Generation hands out the micro-batches of one optimizer step; an evaluation batch stands for itself.
         num_processes = self.accelerator.num_processes if mode == "train" else 1
-        num_rows = tokens.input_ids.size(0)
+        num_micro_batches = self.args.gradient_accumulation_steps if mode == "train" else 1
+        num_audited, num_unaudited = (inputs[k].to(hidden.device) for k in ("num_audited", "num_unaudited"))
         loss = combine(
             chunk_sum,
             kl_sum,
             beta=self.args.beta,
             normalization=self.args.loss_normalization,
-            num_tokens=(inputs["num_audited"] + inputs["num_unaudited"]).to(device),
-            num_sequences=num_rows * num_processes * (self.args.gradient_accumulation_steps if mode == "train" else 1),
-            num_audited=inputs["num_audited"].to(device),
-            num_unaudited=inputs["num_unaudited"].to(device),
+            num_tokens=num_audited + num_unaudited,
+            num_sequences=tokens.input_ids.size(0) * num_processes * num_micro_batches,
+            num_audited=num_audited,
+            num_unaudited=num_unaudited,
         )
         # Gradients are averaged over processes, so that each one's share is scaled up by their number.
         return loss * num_processes
+
+    def _project(
+        self, hidden: torch.Tensor, head: LMHead, tokens: _Tokens, where: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies, `(N,)`, of the N targets at `where`; `hidden` holds the same rows."""
+        return logprobs_of(
+            hidden[where].to(head.weight.device),
+            head,
+            tokens.targets[where].to(head.weight.device),
+            self.temperature,
+        )
+
+    def _anchor(
+        self,
+        student: PreTrainedModel,
+        tokens: _Tokens,
+        hidden: torch.Tensor,
+        head: LMHead,
+        logprobs: torch.Tensor,
+        sums: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Sum of the exact `KL(ref || theta)` on un-audited tokens; `logprobs` are the student's on audited ones."""
+        unaudited = tokens.completion & ~tokens.audited
+        # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same, since every
+        # process has to take part.
+        has_unaudited = unaudited.any(1)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            has_unaudited = torch.ones_like(has_unaudited)
+        if not has_unaudited.any():
+            return hidden.sum() * 0.0
+        rows = tokens.select(has_unaudited)
+        reference: dict[str, Any] = {}
+
+        def run(model: PreTrainedModel) -> None:
+            states = self._hidden_states(model, rows)
+            with lm_head_of(model) as ref_head:
+                reference["head"] = ref_head
+                reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
+                reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
+
+        self._run_reference(student, run)
+        kl, entropy = kl_to_reference(
+            hidden[unaudited], head, reference["hidden"], reference["head"], self.temperature
+        )
+        is_in_rows = has_unaudited[:, None].expand_as(tokens.audited)[tokens.audited]
+        sums["kl/unaudited"] = _sum_and_count(kl.detach())
+        sums["kl/audited"] = _sum_and_count(_sampled_kl(reference["logprobs"].to(logprobs) - logprobs[is_in_rows]))
+        if not self.model.training and not self.args.audit_eval:
+            sums["entropy"] = _sum_and_count(entropy)
+        return kl.sum()
 
     # ---- Metrics ----
 
@@ -808,15 +815,19 @@ class OmniOPDTrainer(DistillationTrainer):
 _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
 
 
-def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Sum and count of an estimate of `KL(ref || theta)` from tokens that theta sampled.
+def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
+    values = values.double()
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
-    With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is negative.
-    The exact value would project the student's audited tokens a second time.
+
+def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`, float64.
+
+    With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is
+    negative. The exact value would project the student's audited tokens a second time.
     """
     log_ratio = log_ratio.double()
-    terms = log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
-    return torch.stack([terms.sum(), terms.new_tensor(terms.numel())])
+    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
 
 
 @contextmanager

@@ -88,22 +88,26 @@ class LocalTeacher(Teacher):
     ):
         if isinstance(model, str):
             self.name = model
-            kwargs = {"dtype": "auto", "revision": revision, "trust_remote_code": trust_remote_code}
-            kwargs.update(model_init_kwargs or {})
+            kwargs: dict[str, Any] = {
+                "dtype": "auto",
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+                **(model_init_kwargs or {}),
+            }
             try:
                 model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id of "
-                    f"a causal language model on the Hub. Check the path or the id. ({error})"
+                    f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id "
+                    f"of a causal language model on the Hub. Check the path or the id. ({error})"
                 ) from error
             revision = kwargs["revision"]
         else:
             self.name = model.config._name_or_path or type(model).__name__
             if model_init_kwargs:
                 raise DataError(
-                    "`teacher_model_init_kwargs` was given, but the teacher is already instantiated. Pass a path or an "
-                    "id, or leave out `teacher_model_init_kwargs`."
+                    "`teacher_model_init_kwargs` was given, but the teacher is already instantiated. Pass a path or "
+                    "an id, or leave out `teacher_model_init_kwargs`."
                 )
         if tokenizer is None:
             try:
