@@ -137,13 +137,15 @@ def _parse_marked(text: str) -> tuple[Any, ...]:
         text = text.replace("$", "")
     text = text.rstrip(".* ")
     readings = [text]
-    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")):
-        formula = f"${text}$"
-        # math-verify reads LaTeX only between delimiters: outside of them `2^{10}` would be 2. A text with words in it
-        # is read as text first.
+    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) and not _PLAIN_NUMBER.fullmatch(text):
+        # math-verify reads LaTeX only between delimiters: outside of them `2^{10}` would be 2. Between them, though,
+        # a word is a product of its letters, so a text with words is read as text first, or only.
         words = _WORD.search(_LATEX_COMMAND.sub("", text))
-        if not _PLAIN_NUMBER.fullmatch(text):
-            readings = [text, formula] if words else [formula, text]
+        formula = f"${text}$"
+        if not words:
+            readings = [formula, text]
+        elif "\\" in text:
+            readings = [text, formula]
     for reading in readings:
         parsed = _parse_raw(reading)
         if parsed:
