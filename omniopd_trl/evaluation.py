@@ -28,7 +28,10 @@ from omniopd_trl.errors import DataError, import_extra
 logger = logging.getLogger(__name__)
 
 # math-verify can be slow on hostile input (towers of powers, huge factorials); whole seconds, as it counts in these.
-_TIMEOUT_SECONDS = 5
+_TIMEOUT_SECONDS = 3
+# Characters of a text that are searched for an answer, from its end where nothing marks the answer. A student that
+# repeats itself for thousands of tokens would otherwise take the whole time limit each time.
+_MAX_CHARACTERS = 1000
 
 _ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -72,8 +75,10 @@ def math_accuracy(
             "math_accuracy compares completions with a `solution` or an `answer` column, and the dataset has neither. "
             "Add one, or pass a reward function of your own as `eval_reward_funcs`."
         )
-    # Before the loop, so that a missing package is reported once and for an empty batch too.
+    # Before the loop, so that a missing package is reported for an empty batch too.
     import_extra("math_verify", "eval")
+    # It logs every text that took too long, in full, and in threads that there is no time limit, at every call.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     nothing: list[Any] = [None] * len(completions)
     rewards: list[float | None] = []
     for completion, *golds in zip(completions, answer or nothing, solution or nothing, strict=True):
@@ -121,8 +126,9 @@ def _parse(text: str) -> tuple[Any, ...]:
     """What math-verify reads in a text: expressions, with the string that each was read from; empty for nothing."""
     marks = list(_ANSWER_MARK.finditer(text))
     if not marks:
-        return _parse_marked(text) if len(text) <= 100 else _parse_raw(text)
-    tail = text[marks[-1].end() :].strip()
+        # A right answer by itself is short; a whole completion is read as the prose that it is.
+        return _parse_marked(text) if len(text) <= 100 else _parse_raw(text[-_MAX_CHARACTERS:])
+    tail = text[marks[-1].end() :].strip()[:_MAX_CHARACTERS]
     # The answer is on one line, as the prompt asks; what comes after it is ignored. A line that cannot be read alone
     # (the opening of a displayed formula) is read together with the rest.
     head = tail.split("\n", 1)[0]
@@ -165,9 +171,6 @@ def _timeout() -> Iterator[int | None]:
     In other threads there is no limit. An alarm that was set before (a watchdog's, a test runner's) is set again.
     """
     if threading.current_thread() is not threading.main_thread():
-        # It would warn at every call that there is no limit.
-        for name in ("math_verify.parser", "math_verify.grader"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         yield None
         return
     if not hasattr(signal, "setitimer"):  # Windows: math-verify uses a process instead of an alarm.

@@ -181,6 +181,16 @@ class TestTime:
         assert asked
         assert time.monotonic() - start < 5
 
+    def test_endless_repetition_is_quick_and_quiet(self, caplog):
+        """A student that repeats itself costs no time limit, and its text is not logged."""
+        start = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            assert score("1 " * 20000, "7") == 0.0
+            assert score("Answer: " + "1 " * 20000, "7") == 0.0
+            assert score("7 " * 20000 + r"so it is \boxed{7}", "7") == 1.0
+        assert time.monotonic() - start < 3
+        assert not caplog.records
+
     def test_alarm_of_others_survives(self):
         """An alarm that someone else has set (a watchdog, the runner of these tests) still goes off."""
         rung = []
