@@ -129,6 +129,11 @@ class PosteriorAverage(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # `Trainer` saves the state of callbacks but, by default, restores none.
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
 
 class OmniOPDTrainer(DistillationTrainer):
     """
@@ -257,7 +262,7 @@ class OmniOPDTrainer(DistillationTrainer):
             model_init_kwargs=args.teacher_model_init_kwargs,
             revision=args.teacher_model_revision,
             trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=dict(args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}),
+            chat_template_kwargs=args.teacher_chat_template_kwargs or args.chat_template_kwargs,
             device=args.device,
         )
         for _, dataset in _named_datasets(train_dataset, eval_dataset):
@@ -405,7 +410,7 @@ class OmniOPDTrainer(DistillationTrainer):
         batch_mean = total / count if count else 0.0
         if baseline == "batch":
             return centered_posteriors(posteriors, rows, baseline, batch_mean)
-        # A restored checkpoint replaces the callback, so it is looked up each time.
+        # `Trainer` may replace the callback when it restores a checkpoint, so it is looked up each time.
         average = next(c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage))
         weights = centered_posteriors(posteriors, rows, baseline, moving_average=average.value)
         # Only after use: what a batch is measured against must not depend on it.

@@ -1,0 +1,214 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The trainer's loss and gradient against a dense float64 reference that shares no code with it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from trainer_utils import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
+from transformers import AutoModelForCausalLM
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def load(path: Path) -> torch.nn.Module:
+    """The initial student, read from disk."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def check(trainer, initial: Path, tokenizer, weight_of=None) -> dict[str, float]:
+    """One step of the trainer equals one step down the dense gradient; returns the logged metrics."""
+    perturb(trainer.model)
+    gradient, student = step_and_gradient(trainer)
+    arguments = () if weight_of is None else (weight_of,)
+    loss, metrics = dense_objective(student, load(initial), trainer.batches[0], tokenizer, trainer.args, *arguments)
+    loss.backward()
+    dense = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
+    assert max(g.abs().max() for g in dense.values()) > 1e-3, "the reference has no gradient to compare with"
+    for name, value in dense.items():
+        torch.testing.assert_close(gradient[name].double(), value, rtol=1e-3, atol=2e-6, msg=lambda m: f"{name}: {m}")
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    for name, value in metrics.items():
+        assert logged[name] == pytest.approx(value, rel=1e-4), name
+    assert metrics["kl/unaudited"] > 1e-3, "the student does not differ from its reference"
+    return logged
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradient_equals_dense_reference(tmp_path, make_tiny_model, tiny_tokenizer, tied, lora, normalization):
+    """Loss, metrics and every weight's gradient: the whole path from trajectory to loss."""
+    path = make_tiny_model(seed=5, tie_word_embeddings=tied)
+    peft_config = LoraConfig(**LORA) if lora else None
+    trainer = make_trainer(tmp_path, path, loss_normalization=normalization, peft_config=peft_config)
+    check(trainer, path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
+def test_gradient_accumulation_is_exact(
+    tmp_path, tiny_model_dir, tiny_tokenizer, batch_size, accumulation, normalization
+):
+    """However the generation batch is split, the step is that of one large batch."""
+    trainer = make_trainer(
+        tmp_path,
+        tiny_model_dir,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        loss_normalization=normalization,
+    )
+    check(trainer, tiny_model_dir, tiny_tokenizer)
+
+
+def test_temperature_is_that_of_the_sampling_policy(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """Entropies, log-probabilities, prior and KL are of logits divided by the sampling temperature."""
+    check(make_trainer(tmp_path, tiny_model_dir, temperature=0.7), tiny_model_dir, tiny_tokenizer)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """Activations that are computed again give the same gradient, with adapters too."""
+    check(make_trainer(tmp_path / "a", tiny_model_dir, gradient_checkpointing=True), tiny_model_dir, tiny_tokenizer)
+    lora = make_trainer(
+        tmp_path / "b", tiny_model_dir, gradient_checkpointing=True, peft_config=LoraConfig(**LORA)
+    )
+    check(lora, tiny_model_dir, tiny_tokenizer)
+
+
+def test_padding_to_a_multiple_changes_nothing(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """More padding, left of prompts and right of completions, is never seen by the loss."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, pad_to_multiple_of=64)
+    check(trainer, tiny_model_dir, tiny_tokenizer)
+    assert trainer.batches[0]["completion_ids"].size(1) == 64
+
+
+def test_large_beta_is_legal(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """beta is the paper's weight, not the interpolation coefficient that the base class bounds by 1."""
+    check(make_trainer(tmp_path, tiny_model_dir, beta=7.0), tiny_model_dir, tiny_tokenizer)
+
+
+def test_reference_of_an_instance_is_the_model_as_it_was_passed(tmp_path, tiny_model_dir, make_tiny_model, tiny_tokenizer):
+    """An instance that was changed in memory is its own reference; reading its path again would not be."""
+    model = load(tiny_model_dir)
+    perturb(model, 0.05)
+    changed = tmp_path / "changed"
+    model.save_pretrained(changed)
+    trainer = make_trainer(tmp_path / "out", model, processing_class=tiny_tokenizer)
+    check(trainer, changed, tiny_tokenizer)
+
+
+def test_adapter_with_its_own_head_keeps_the_original_as_reference(tmp_path, make_tiny_model, tiny_tokenizer):
+    """`modules_to_save` trains a copy of the LM head; with adapters off the original one is used."""
+    path = make_tiny_model(seed=6, tie_word_embeddings=False)
+    trainer = make_trainer(tmp_path, path, peft_config=LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    check(trainer, path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_without_beta_no_reference_is_loaded(tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch, lora):
+    """`beta=0`: no second model, and the gradient is that of the chunk loss alone."""
+    from omniopd_trl import omniopd_trainer
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a reference was loaded")
+
+    monkeypatch.setattr(omniopd_trainer, "create_model_from_path", fail)
+    monkeypatch.setattr(omniopd_trainer, "copy", SimpleNamespace(deepcopy=fail))
+    peft_config = LoraConfig(**LORA) if lora else None
+    model = load(tiny_model_dir)
+    trainer = make_trainer(tmp_path, model, beta=0.0, peft_config=peft_config, processing_class=tiny_tokenizer)
+    monkeypatch.undo()
+    assert trainer.ref_model is None
+    perturb(trainer.model)
+    gradient, student = step_and_gradient(trainer)
+    loss, _ = dense_objective(student, load(tiny_model_dir), trainer.batches[0], tiny_tokenizer, trainer.args)
+    loss.backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradient[name].double(), parameter.grad, rtol=1e-3, atol=2e-6)
+    assert "kl/unaudited" not in trainer.state.log_history[0]
+
+
+def test_with_lora_there_is_no_second_copy(tmp_path, tiny_model_dir):
+    """The reference of an adapter is its base model, which is there already."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=LoraConfig(**LORA))
+    assert trainer.ref_model is None
+    assert trainer.args.beta > 0
+
+
+def test_batch_baseline_subtracts_the_global_mean(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """The weights of all chunks of a batch are centred on their mean, over all micro-batches."""
+    plain = make_trainer(tmp_path / "plain", tiny_model_dir)
+    perturb(plain.model)
+    plain.train()
+    mean = plain.state.log_history[0]["audit/posterior"]
+    assert mean > 0.03, "nothing to subtract"
+    trainer = make_trainer(
+        tmp_path / "batch",
+        tiny_model_dir,
+        posterior_baseline="batch",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    check(trainer, tiny_model_dir, tiny_tokenizer, lambda posterior: posterior - mean)
+
+
+def test_trajectory_baseline_subtracts_the_other_chunks(tmp_path, tiny_model_dir):
+    """With two chunks, each one's weight is minus the other's; the posterior itself is logged as it is."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, posterior_baseline="trajectory")
+    trainer.train()
+    weights, audited = trainer.batches[0]["weights"], trainer.batches[0]["audited_mask"]
+    assert audited.sum() > 0
+    for row, mask in zip(weights, audited, strict=True):
+        if mask.sum() == 2 * trainer.args.chunk_length:
+            assert row.sum().item() == pytest.approx(0.0, abs=1e-6)
+            assert row.abs().max() > 0
+        else:
+            assert row.abs().max() == 0, "a chunk without others has no baseline, and weight 0"
+    assert trainer.state.log_history[0]["audit/posterior"] > 0.03
+
+
+def test_moving_average_is_kept_in_checkpoints(tmp_path, tiny_model_dir):
+    """Stopped after two steps and resumed, a run takes the same next steps as one that was not stopped."""
+    settings = {"posterior_baseline": "moving_average", "learning_rate": 0.05, "save_steps": 2, "dataset": questions(32)}
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, max_steps=4, save_strategy="steps", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", tiny_model_dir, max_steps=4, save_strategy="steps", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(resumed.batches) == 2, "the resumed run repeated steps"
+    for first, second in zip(whole.batches[2:], resumed.batches, strict=True):
+        torch.testing.assert_close(first["completion_ids"], second["completion_ids"], rtol=0, atol=0)
+        torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=1e-6)
+    after = trainable(resumed.model)
+    for name, value in trainable(whole.model).items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+
+
+def test_weights_follow_their_rows_through_shuffle_and_split(tmp_path, tiny_model_dir):
+    """TRL shuffles the generation batch: each micro-batch must hold its own rows' weights."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer.train()
+    batch = trainer.batches[0]
+    expected = {tuple(ids.tolist()): w for ids, w in zip(batch["completion_ids"], batch["weights"], strict=True)}
+    order = []
+    for micro_batch in trainer._buffered_inputs:
+        for ids, weights in zip(micro_batch["completion_ids"], micro_batch["weights"], strict=True):
+            torch.testing.assert_close(weights, expected[tuple(ids.tolist())], rtol=0, atol=0)
+            order.append(tuple(ids.tolist()))
+    assert sorted(order) == sorted(expected)
+    assert order != list(expected), "TRL no longer shuffles: this test shows nothing"
