@@ -173,7 +173,7 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         return type(dataset)({name: prepare_prompts(split, template) for name, split in dataset.items()})
 
-    columns = _column_names(dataset)
+    columns = column_names(dataset)
     if "prompt" in columns:
         if template is not None:
             warnings.warn(
@@ -217,7 +217,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
             check_dataset(part, f"{name}[{split!r}]")
         return
 
-    columns = _column_names(dataset)
+    columns = column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(f"`{name}` is empty. Training and evaluation need at least one row with a `prompt`.")
     if "prompt" not in columns:
@@ -331,7 +331,7 @@ def check_prompt_lengths(
         )
 
 
-def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns, also of a stream that declares none; an empty list when such a stream is empty."""
     if dataset.column_names is not None:
         return list(dataset.column_names)

@@ -17,6 +17,7 @@ import copy
 import random
 import textwrap
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -44,7 +44,6 @@ from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import (
-    RepeatSampler,
     create_model_from_path,
     flush_left,
     get_callable_name,
@@ -61,7 +60,7 @@ from omniopd_trl.audit import (
     EventLoopThread,
     Trajectory,
 )
-from omniopd_trl.data import check_dataset, check_prompt_lengths
+from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
 from omniopd_trl.evaluation import math_accuracy
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
@@ -280,7 +279,7 @@ class OmniOPDTrainer(DistillationTrainer):
             teacher_model=None,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=_repeat_iterable(eval_dataset, args.num_eval_generations),
+            eval_dataset=_repeat(eval_dataset, args.num_eval_generations),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -296,6 +295,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self.auditor = Auditor(self.teacher, processing_class, settings, phi)
         self.teacher_usage = Usage()
         self._loop = EventLoopThread()
+        weakref.finalize(self, self._loop.close)
         # Metrics that are ratios of sums over ranks and micro-batches: [numerator, denominator].
         self._ratios: dict[str, defaultdict[str, list[float]]] = {
             "train": defaultdict(lambda: [0.0, 0.0]),
@@ -319,7 +319,7 @@ class OmniOPDTrainer(DistillationTrainer):
         if funcs is not None:
             return list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
         for _, dataset in _named_datasets(None, eval_dataset):
-            if {"solution", "answer"} & set(dataset.column_names or ()):
+            if {"solution", "answer"} & set(column_names(dataset)):
                 import_extra("math_verify", "eval")
                 return [math_accuracy]
         return []
@@ -713,18 +713,13 @@ class OmniOPDTrainer(DistillationTrainer):
 
     # ---- Evaluation ----
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler:
-        return RepeatSampler(
-            data_source=eval_dataset, mini_repeat_count=self.args.num_eval_generations, seed=self.args.seed
-        )
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # With several evaluation sets, the base class calls this once for each with a prefix of its own, while metrics
         # that are recorded on the way would all be called `eval_...`.
         name = metric_key_prefix.removeprefix("eval").removeprefix("_")
         self._eval_name = f"{name}_" if name else ""
         if not isinstance(eval_dataset, str):
-            eval_dataset = _repeat_iterable(eval_dataset, self.args.num_eval_generations)
+            eval_dataset = _repeat(eval_dataset, self.args.num_eval_generations)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -772,12 +767,8 @@ class OmniOPDTrainer(DistillationTrainer):
             scores = [float("nan") if reward is None else float(reward) for reward in rewards]
             yield name, torch.tensor(scores, dtype=torch.float64, device=self.accelerator.device)
 
-    def evaluate_teacher(self, eval_dataset: Dataset | None = None) -> dict[str, float]:
-        """pass@1 of the teacher on the evaluation set, from `num_eval_generations` samples per problem.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`], *optional*):
-                Defaults to the trainer's own.
+    def evaluate_teacher(self) -> dict[str, float]:
+        """pass@1 of the teacher on the trainer's evaluation set, from `num_eval_generations` samples per problem.
 
         Returns:
             The scores by name, `"pass@1"` among them, equal on all processes.
@@ -785,23 +776,26 @@ class OmniOPDTrainer(DistillationTrainer):
         Raises:
             DataError: when there is nothing to score against.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset, repeats = (
+            self.eval_dataset,
+            self.args.num_eval_generations,
+        )  # each problem stands there `repeats` times
         if not isinstance(dataset, Dataset) or not self._eval_reward_funcs:
             raise DataError(
                 "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
                 f"`eval_reward_funcs`. Got {type(dataset).__name__}."
             )
         request = SamplingRequest(
-            num_samples=self.args.num_eval_generations,
+            num_samples=repeats,
             max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * self.args.max_completion_length),
             temperature=self.args.teacher_temperature,
             top_p=self.args.teacher_top_p,
             seed=self.args.seed,
         )
         samples: list[tuple[str, float]] = []
-        mine = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        mine = range(self.accelerator.process_index, len(dataset) // repeats, self.accelerator.num_processes)
         if mine:
-            examples = [dataset[i] for i in mine]
+            examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
             replies = self._loop.submit(self.teacher.sample(prefixes, request)).result()
             self.teacher_usage = sum((reply.usage for reply in replies), self.teacher_usage)
@@ -856,13 +850,19 @@ def _named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str
         yield "eval_dataset", eval_dataset
 
 
-def _repeat_iterable(dataset: Any, num_samples: int) -> Any:
-    """Each example of a stream `num_samples` times; map-style datasets are repeated by the sampler."""
+def _repeat(dataset: Any, num_samples: int) -> Any:
+    """Each example `num_samples` times in a row.
+
+    The dataset is repeated and not the sampler: how many samples of the last batch are padding, with several
+    processes, is reckoned from the length of the dataset.
+    """
+    if num_samples == 1 or dataset is None:
+        return dataset
     if isinstance(dataset, dict):
-        return {name: _repeat_iterable(part, num_samples) for name, part in dataset.items()}
-    if isinstance(dataset, IterableDataset) and num_samples > 1:
+        return {name: _repeat(part, num_samples) for name, part in dataset.items()}
+    if isinstance(dataset, IterableDataset):
         return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
-    return dataset
+    return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
 
 
 def _load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:

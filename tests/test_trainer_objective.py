@@ -84,9 +84,7 @@ def test_temperature_is_that_of_the_sampling_policy(tmp_path, tiny_model_dir, ti
 def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_model_dir, tiny_tokenizer):
     """Activations that are computed again give the same gradient, with adapters too."""
     check(make_trainer(tmp_path / "a", tiny_model_dir, gradient_checkpointing=True), tiny_model_dir, tiny_tokenizer)
-    lora = make_trainer(
-        tmp_path / "b", tiny_model_dir, gradient_checkpointing=True, peft_config=LoraConfig(**LORA)
-    )
+    lora = make_trainer(tmp_path / "b", tiny_model_dir, gradient_checkpointing=True, peft_config=LoraConfig(**LORA))
     check(lora, tiny_model_dir, tiny_tokenizer)
 
 
@@ -102,7 +100,9 @@ def test_large_beta_is_legal(tmp_path, tiny_model_dir, tiny_tokenizer):
     check(make_trainer(tmp_path, tiny_model_dir, beta=7.0), tiny_model_dir, tiny_tokenizer)
 
 
-def test_reference_of_an_instance_is_the_model_as_it_was_passed(tmp_path, tiny_model_dir, make_tiny_model, tiny_tokenizer):
+def test_reference_of_an_instance_is_the_model_as_it_was_passed(
+    tmp_path, tiny_model_dir, make_tiny_model, tiny_tokenizer
+):
     """An instance that was changed in memory is its own reference; reading its path again would not be."""
     model = load(tiny_model_dir)
     perturb(model, 0.05)
@@ -185,7 +185,12 @@ def test_trajectory_baseline_subtracts_the_other_chunks(tmp_path, tiny_model_dir
 
 def test_moving_average_is_kept_in_checkpoints(tmp_path, tiny_model_dir):
     """Stopped after two steps and resumed, a run takes the same next steps as one that was not stopped."""
-    settings = {"posterior_baseline": "moving_average", "learning_rate": 0.05, "save_steps": 2, "dataset": questions(32)}
+    settings = {
+        "posterior_baseline": "moving_average",
+        "learning_rate": 0.05,
+        "save_steps": 2,
+        "dataset": questions(32),
+    }
     whole = make_trainer(tmp_path / "whole", tiny_model_dir, max_steps=4, save_strategy="steps", **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", tiny_model_dir, max_steps=4, save_strategy="steps", **settings)

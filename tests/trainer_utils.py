@@ -56,7 +56,9 @@ class RecordingTrainer(OmniOPDTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         completion_ids = super()._generate_single_turn(*args, **kwargs)
         return [
-            ids if len(ids) <= length or not self.model.training else [*ids[: length - 1], self._tokenizer.eos_token_id]
+            ids
+            if len(ids) <= length or not self.model.training
+            else [*ids[: length - 1], self._tokenizer.eos_token_id]
             for ids, length in zip(completion_ids, LENGTHS * len(completion_ids), strict=False)
         ]
 
@@ -102,8 +104,8 @@ def make_trainer(
         "max_grad_norm": 0.0,
     }
     fields = OmniOPDConfig.__dataclass_fields__
-    settings.update({k: v for k, v in overrides.items() if k in fields})
-    arguments = {k: v for k, v in overrides.items() if k not in fields}
+    arguments = {k: v for k, v in overrides.items() if k not in fields or callable(v)}
+    settings.update({k: v for k, v in overrides.items() if k not in arguments})
     return RecordingTrainer(
         model=str(model) if isinstance(model, Path) else model,
         teacher_model=teacher if teacher is not None else ScriptedTeacher(script),

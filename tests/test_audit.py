@@ -1,0 +1,205 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a trajectory to posteriors: what the teacher is asked, how its rollouts are cut, and what is dropped."""
+
+import asyncio
+import math
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniopd_trl.audit import Audit, Auditor, AuditSettings, EventLoopThread, Trajectory
+from omniopd_trl.chunks import Chunk
+from omniopd_trl.similarity import get_similarity
+from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
+
+SETTINGS = {
+    "num_chunks": 2,
+    "chunk_length": 4,
+    "min_chunk_length": 2,
+    "num_rollouts": 3,
+    "prior_strength": 1.0,
+    "chunk_overlap": "resample",
+    "chunk_placement": "start",
+    "chunk_selection": "entropy",
+    "teacher_temperature": 0.8,
+    "teacher_top_p": 0.9,
+}
+
+
+class Recorder(Teacher):
+    """Answers from a script and keeps what it was asked."""
+
+    name = "recorder"
+
+    def __init__(self, script):
+        self.inner = ScriptedTeacher(script)
+        self.calls: list[tuple[list[Prefix], SamplingRequest]] = []
+
+    async def sample(self, prefixes, request):
+        self.calls.append((list(prefixes), request))
+        return await self.inner.sample(prefixes, request)
+
+
+def auditor(tokenizer, teacher, **overrides) -> Auditor:
+    return Auditor(teacher, tokenizer, AuditSettings(**{**SETTINGS, **overrides}), get_similarity("edit"))
+
+
+def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> Trajectory:
+    """A trajectory that writes `text`, with entropy 0.1 but for the peaks, and probability 1/2 for each token."""
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    entropy = torch.full((len(token_ids),), 0.1)
+    for position, value in peaks.items():
+        entropy[position] = value
+    logprobs = torch.full((len(token_ids),), math.log(0.5))
+    return Trajectory("What?", token_ids, entropy, logprobs, **overrides)
+
+
+def test_one_audit_by_hand(tiny_tokenizer):
+    """Two chunks, three rollouts each: prefixes, similarities, prior and posterior as computed on paper."""
+    text = "abcdefghijklmnop"  # one token for each letter
+    path = trajectory(tiny_tokenizer, text, {3: 2.0, 9: 1.0}, seed=11)
+    assert len(path.token_ids) == 16
+    teacher = Recorder(["defg", "dexy", ""])
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher).audit(path))
+
+    [(prefixes, request)] = teacher.calls
+    assert prefixes == [Prefix("What?", "abc"), Prefix("What?", "abcdefghi")]
+    assert request == SamplingRequest(num_samples=3, max_tokens=6, temperature=0.8, top_p=0.9, seed=11)
+    first, second = audit.chunks
+    assert (first.chunk, first.text) == (Chunk(3, 7, 3), "defg")
+    assert (second.chunk, second.text) == (Chunk(9, 13, 9), "jklm")
+    assert first.similarities == pytest.approx((1.0, 0.5, 0.0))
+    assert second.similarities == pytest.approx((0.0, 0.0, 0.0))
+    assert first.prior == pytest.approx(0.5)
+    assert second.prior == pytest.approx(0.5)
+    assert first.posterior == pytest.approx((1.5 + 0.5) / 4)
+    assert second.posterior == pytest.approx(0.5 / 4)
+    assert first.mean_similarity == pytest.approx(0.5)
+    assert (audit.num_dropped, audit.num_rollouts, audit.num_short, audit.failures) == (0, 6, 0, ())
+
+
+def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
+    """A rollout that goes on is cut; one that ended by itself earlier stays; one that was cut off too soon is counted."""
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
+    assert judge.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)
+    assert judge.cut([], 4) == ([], 0)
+    words = " First we add 3 and 4. So Tom has 7 apples."
+    ids = tiny_tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert len(ids) < len(words), "no token is longer than a character: the test shows nothing"
+    assert judge.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
+
+
+def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_came(tiny_tokenizer):
+    """Refusals are outcomes: n counts the rollouts that really came back."""
+
+    def script(prefix: Prefix, index: int) -> str | None:
+        if prefix.completion == "abc":
+            return None
+        return "jklm" if index == 0 else None
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(script)).audit(path))
+    [chunk] = audit.chunks
+    assert chunk.chunk.start == 9
+    assert chunk.posterior == pytest.approx((1.0 + 0.5) / 2)
+    assert (audit.num_dropped, audit.num_rollouts) == (1, 1)
+    assert len(audit.failures) == 2
+
+
+def test_a_trajectory_without_chunks_asks_nothing(tiny_tokenizer):
+    """Shorter than the shortest chunk: no request, no cost."""
+    teacher = Recorder(["x"])
+    assert asyncio.run(auditor(tiny_tokenizer, teacher).audit(trajectory(tiny_tokenizer, "a", {}))) == Audit()
+    assert teacher.calls == []
+
+
+def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
+    """Borders inside a character of several bytes: texts without replacement characters that join to the whole."""
+    text = "x = 漢字 é 😀 end"
+    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    assert len(ids) > len(text), "no character is split over tokens: the test shows nothing"
+    for start in range(len(ids)):
+        for end in range(start + 1, len(ids) + 1):
+            prefix, chunk = judge.split_text(ids, Chunk(start, end, start))
+            assert "\ufffd" not in prefix + chunk
+            assert text.startswith(prefix + chunk)
+    assert judge.split_text(ids, Chunk(0, len(ids), 0)) == ("", text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), ids=st.lists(st.integers(0, 299), min_size=1, max_size=30))
+def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
+    """Whatever a student writes, invalid UTF-8 included, prefix and chunk join to its own text."""
+    start = data.draw(st.integers(0, len(ids) - 1))
+    end = data.draw(st.integers(start + 1, len(ids)))
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    prefix, chunk = judge.split_text(ids, Chunk(start, end, start))
+    whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert prefix + chunk == whole.rstrip("\ufffd")
+
+
+def test_merged_chunks_ask_for_as_many_tokens_as_the_longest_needs(tiny_tokenizer):
+    """Windows that touch become one longer chunk, and the rollouts are as long."""
+    teacher = Recorder(["defghijk"])
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 6: 1.0})
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher, chunk_overlap="merge").audit(path))
+    [chunk] = audit.chunks
+    assert (chunk.chunk.start, chunk.chunk.end) == (3, 10)
+    assert teacher.calls[0][1].max_tokens == math.ceil(1.4 * 7)
+    assert chunk.rollouts[0] == "defghij"
+
+
+def test_results_keep_the_order_of_trajectories(tiny_tokenizer):
+    """Concurrent audits that finish in any order come back in theirs."""
+
+    class Slow(Teacher):
+        name = "slow"
+
+        async def sample(self, prefixes, request):
+            await asyncio.sleep(0.05 / len(prefixes[0].prompt))
+            return [TeacherReply((Rollout(prefixes[0].prompt),), Usage(completion_tokens=1)) for _ in prefixes]
+
+    base = trajectory(tiny_tokenizer, "abcdefgh", {1: 1.0})
+    paths = [Trajectory("p" * n, base.token_ids, base.entropy, base.prior_logprobs) for n in (1, 4, 2)]
+    audits = asyncio.run(auditor(tiny_tokenizer, Slow()).audit_all(paths))
+    assert [audit.chunks[0].rollouts[0] for audit in audits] == ["p", "pppp", "pp"]
+
+
+def test_event_loop_thread_works_inside_a_running_loop():
+    """A notebook runs the trainer inside a loop of its own."""
+
+    async def thread_name() -> str:
+        return threading.current_thread().name
+
+    async def notebook() -> str:
+        return loop.submit(thread_name()).result(timeout=10)
+
+    loop = EventLoopThread()
+    try:
+        assert asyncio.run(notebook()) == "omniopd-teacher"
+        with pytest.raises(ZeroDivisionError):
+            loop.submit(_fail()).result(timeout=10)
+    finally:
+        loop.close()
+    assert not loop._thread.is_alive()
+
+
+async def _fail() -> None:
+    raise ZeroDivisionError
