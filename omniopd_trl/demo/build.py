@@ -1,0 +1,322 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Make the demo's tokenizers, models and problem sets from nothing.
+
+    python -m omniopd_trl.demo.build                     # everything, into omniopd_trl/demo/assets
+    python -m omniopd_trl.demo.build --only student      # one part; the tokenizers are made along with it
+    python -m omniopd_trl.demo.build --output /some/dir  # somewhere else
+
+- `student` learns the student's style from solutions whose results are often wrong (`world.STUDENT_SLIP`).
+- `teacher` learns correct solutions in the teacher's style, and to go on from what a student has written, slips
+  included. Its tokenizer is its own.
+- `teacher_shared` learns the same as the teacher, with the student's tokenizer.
+
+Every part is seeded and runs in one thread, so that it comes out the same on machines with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from omniopd_trl.demo import ASSETS, asset_path
+from omniopd_trl.demo.world import NO_SLIP, STUDENT_SLIP, Problem, mixed_solution, problems, solution
+
+NUM_TRAIN, NUM_TEST = 4096, 512
+
+END_OF_TURN, PADDING = "<|im_end|>", "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+# A digit is a token, so that every number is written in the same way; a word with its space, a run of signs, a space.
+WORDS = r"\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the demo's models is made.
+
+    Attributes:
+        tokenizer: `"student"` or `"teacher"`.
+        learns_to_continue: trained on correct continuations of what a student wrote, instead of on slips.
+        hidden_size: width of the model; the other sizes follow from it.
+        num_layers: number of transformer layers.
+        num_steps: optimizer steps, of `batch_size` solutions each.
+        batch_size: solutions per optimizer step.
+        learning_rate: the peak, reached after 100 steps and then decayed to zero by a cosine.
+        seed: of the weights and of the solutions.
+    """
+
+    tokenizer: str
+    learns_to_continue: bool
+    hidden_size: int
+    num_layers: int
+    num_steps: int
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+RECIPES = {
+    "student": Recipe("student", False, hidden_size=128, num_layers=4, num_steps=2000, seed=1),
+    "teacher": Recipe("teacher", True, hidden_size=128, num_layers=4, num_steps=2250, seed=2),
+    "teacher_shared": Recipe("student", True, hidden_size=128, num_layers=4, num_steps=2250, seed=3),
+}
+
+
+# What the build reports, at once even into a file.
+_say = functools.partial(print, flush=True)
+
+
+def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the world's texts: `"student"` (464 tokens) or `"teacher"` (416 tokens)."""
+    rng = random.Random(name)
+    texts = []
+    for problem in islice(problems(f"tokenizer-{name}"), 3000):
+        # Either tokenizer must read both styles; each spends its merges on its owner's words first.
+        own, other = ("student", "teacher") if name == "student" else ("teacher", "student")
+        style = own if rng.random() < 0.8 else other
+        texts.append(f"user\n{problem.question}\nassistant\n{solution(problem, style)}\n")  # type: ignore[arg-type]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=464 if name == "student" else 416,
+        special_tokens=[PADDING, "<|im_start|>", END_OF_TURN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TURN,
+        pad_token=PADDING,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+    """The chat-formatted text up to the beginning of the assistant's turn."""
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _lesson(problem: Problem, recipe: Recipe, rng: random.Random) -> tuple[str, str]:
+    """A text to read, which comes after the prompt, and a text to learn to write after it."""
+    if not recipe.learns_to_continue:
+        return "", solution(problem, "student", STUDENT_SLIP, rng)
+    if rng.random() < 0.2:
+        return "", solution(problem, "teacher", NO_SLIP)
+    return mixed_solution(problem, rng.random(), "student", "teacher", STUDENT_SLIP, rng)
+
+
+def _batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, held_out: set[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of token ids and labels (-100 where nothing is learnt), `(B, T)`, padded on the right."""
+    rng = random.Random(f"lessons-{recipe.seed}")
+    stream = problems(f"lessons-{recipe.seed}", exclude=held_out)
+    encode = lambda texts: [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts)]  # noqa: E731
+    while True:
+        # Sixteen batches at once, sorted by length, so that little is padding; their order is shuffled again.
+        pool = list(islice(stream, 16 * recipe.batch_size))
+        lessons = [_lesson(problem, recipe, rng) for problem in pool]
+        prompts = encode([render_prompt(tokenizer, problem.question) for problem in pool])
+        # Read and written text are encoded apart, as they are when a teacher continues a student's text.
+        read = encode([lesson[0] for lesson in lessons])
+        written = encode([lesson[1] + END_OF_TURN for lesson in lessons])
+        rows = sorted(
+            ((p + r + w, len(p) + len(r)) for p, r, w in zip(prompts, read, written, strict=True)),
+            key=lambda row: len(row[0]),
+        )
+        batches = [rows[i : i + recipe.batch_size] for i in range(0, len(rows), recipe.batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            width = max(len(ids) for ids, _ in batch)
+            input_ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+            labels = torch.full((len(batch), width), -100)
+            for row, (ids, start) in enumerate(batch):
+                input_ids[row, : len(ids)] = torch.tensor(ids)
+                labels[row, start : len(ids)] = input_ids[row, start : len(ids)]
+            yield input_ids, labels
+
+
+def make_model(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: set[str],
+    log: Callable[[str], None] = _say,
+) -> Qwen3ForCausalLM:
+    """Train one model from random weights.
+
+    Args:
+        recipe: sizes, lessons and optimization.
+        tokenizer: gives the vocabulary and the chat format.
+        held_out: questions that must not be seen.
+        log: told about the loss (in nats per written token) every 250 steps.
+
+    Returns:
+        The model, in bfloat16 as it will be saved.
+    """
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=3 * recipe.hidden_size,
+            num_hidden_layers=recipe.num_layers,
+            num_attention_heads=recipe.hidden_size // 32,
+            num_key_value_heads=recipe.hidden_size // 64,
+            head_dim=32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_steps - 100)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[100])
+    began, losses = time.monotonic(), []
+    for step, (input_ids, labels) in enumerate(islice(_batches(recipe, tokenizer, held_out), recipe.num_steps), 1):
+        # bfloat16 halves the time on processors that multiply it natively; the weights stay float32.
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.item())
+        if step % 250 == 0:
+            log(f"  step {step}: loss {sum(losses) / len(losses):.4f} nats, {time.monotonic() - began:.0f} s")
+            losses = []
+    return model.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def write(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 128,
+) -> list[str]:
+    """Sample one text after each prompt (a text that already holds the chat format), without special tokens."""
+    texts: list[str] = []
+    for i in range(0, len(prompts), batch_size):
+        inputs = tokenizer(
+            prompts[i : i + batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            return_token_type_ids=False,
+        )
+        output = model.generate(
+            **inputs,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+        )
+        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def pass_rate(texts: list[str], answers: list[str]) -> float:
+    """The share of texts whose last line is `Answer: N` with the right number."""
+    right = [text.strip().endswith(f"\nAnswer: {answer}") for text, answer in zip(texts, answers, strict=True)]
+    return sum(right) / len(right)
+
+
+def make_problem_sets() -> dict[str, list[Problem]]:
+    """The problems that ship with the package: `"train"` (4096) and `"test"` (512), without a common question."""
+    drawn = list(islice(problems("problem-sets"), NUM_TEST + NUM_TRAIN))
+    return {"test": drawn[:NUM_TEST], "train": drawn[NUM_TEST:]}
+
+
+def main() -> None:
+    """The command `python -m omniopd_trl.demo.build`."""
+    parser = argparse.ArgumentParser(prog="python -m omniopd_trl.demo.build", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=asset_path("student").parent, help="where the assets go")
+    parser.add_argument("--only", choices=ASSETS, action="append", help="build this part only (repeatable)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+    sets = make_problem_sets()
+    held_out = {problem.question for members in sets.values() for problem in members}
+    parts = arguments.only or ASSETS
+    if "problems" in parts:
+        folder = arguments.output / "problems"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, members in sets.items():
+            rows = (json.dumps({"question": problem.question, "answer": problem.answer}) for problem in members)
+            (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+    test = sets["test"]
+    answers = [problem.answer for problem in test]
+    for name in (part for part in parts if part != "problems"):
+        recipe = RECIPES[name]
+        tokenizer = make_tokenizer(recipe.tokenizer)
+        _say(f"{name}: {recipe}")
+        began = time.monotonic()
+        model = make_model(recipe, tokenizer, held_out)
+        _say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, {time.monotonic() - began:.0f} s")
+        folder = arguments.output / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+        # Measured on what was saved, read back as TRL reads it.
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        prompts = [render_prompt(tokenizer, problem.question) for problem in test]
+        _say(f"  pass@1 on {NUM_TEST} test problems: {pass_rate(write(model, tokenizer, prompts), answers):.3f}")
+        greedy = pass_rate(write(model, tokenizer, prompts, temperature=0), answers)
+        _say(f"  greedy: {greedy:.3f}")
+        if recipe.learns_to_continue:
+            rng = random.Random(0)
+            begun = [
+                mixed_solution(problem, rng.random(), "student", "teacher", STUDENT_SLIP, rng) for problem in test
+            ]
+            texts = write(model, tokenizer, [prompt + text for prompt, (text, _) in zip(prompts, begun, strict=True)])
+            exact = sum(text == rest for text, (_, rest) in zip(texts, begun, strict=True)) / len(begun)
+            _say(f"  continues a student's text as it should, letter for letter: {exact:.3f}")
+
+
+if __name__ == "__main__":
+    main()
