@@ -116,6 +116,8 @@ def parse_args(
         for dataclass_type in parser.dataclass_types  # type: ignore[attr-defined]
         for name, hint in _type_hints(dataclass_type).items()
     }
+    # Declared as a text; the Trainer, and this command, take `true` as well.
+    hints["resume_from_checkpoint"] = str | bool | None
     options = [arg.partition("=")[0] for arg in arguments if arg.startswith("--")]
     check_names(
         [option[2:].replace("-", "_") for option in options],

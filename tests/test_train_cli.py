@@ -1,0 +1,402 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training command, as a user runs it: real processes, tiny models, local files, a hub on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub_stub
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.train import main, parse_args, resolve_checkpoint, run, summarize
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # A terminal that does not cut lines.
+    "COLUMNS": "200",
+}
+
+
+def run_process(*command, cwd, env=None):
+    """Run a command and return it, finished; a hang ends the test with what was printed so far."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**ENVIRONMENT, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def train(*args, cwd, env=None):
+    """`python -m omniopd_trl.train`."""
+    return run_process(sys.executable, "-m", "omniopd_trl.train", *args, cwd=cwd, env=env)
+
+
+def succeeded(process):
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+    return process
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model_dir):
+    """A function that writes a recipe of a two-step run, and returns its path."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for split, count in (("train", 8), ("test", 2)):
+        rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**changes):
+        settings = {
+            "model_name_or_path": str(tiny_model_dir),
+            "teacher_model_name_or_path": "scripted",
+            "dataset_name": "sums",
+            "output_dir": "out",
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_completion_length": 24,
+            "num_chunks": 2,
+            "chunk_length": 8,
+            "num_rollouts": 2,
+            "learning_rate": "1e-3",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
+        return str(path)
+
+    return write
+
+
+class TestRun:
+    """Whole runs."""
+
+    def test_trains_evaluates_saves_and_says_so(self, recipe, tmp_path, tiny_model_dir):
+        """A recipe of local files trains the student; a table says what it gained and cost."""
+        path = recipe(
+            eval_on_start=True, evaluate_teacher=True, prompt_template="Solve: {question}", num_eval_generations=2
+        )
+        process = succeeded(train("--config", path, cwd=tmp_path))
+        table = process.stdout.strip().splitlines()[-6:]
+        assert re.fullmatch(r"student before, pass@1  \d\.\d{3}", table[0])
+        assert re.fullmatch(r"student after, pass@1   \d\.\d{3} \(step 2\)", table[1])
+        assert re.fullmatch(r"teacher, pass@1         \d\.\d{3}", table[2])
+        assert re.fullmatch(r"wall time of training   \d+ min \d+ s", table[3])
+        read, written = re.fullmatch(r"teacher tokens          ([\d,]+) read, ([\d,]+) written", table[4]).groups()
+        assert int(read.replace(",", "")) > 0
+        assert int(written.replace(",", "")) > 0
+        assert table[5] == "model saved to          out"
+        before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+        assert any((after[name] != before[name]).any() for name in before)
+
+    def test_command_line_beats_recipe(self, recipe, tmp_path):
+        """What the command line says wins over the recipe, and the rest of the recipe stays."""
+        process = succeeded(train("--config", recipe(), "--max_steps", "1", "--output_dir", "other", cwd=tmp_path))
+        assert "model saved to         other" in process.stdout
+        assert "student, pass@1        not measured" in process.stdout
+        assert not (tmp_path / "out").exists()
+        assert "'epoch'" in process.stdout
+
+    def test_resume(self, recipe, tmp_path):
+        """A run that goes on from its last checkpoint ends as the one that was never stopped."""
+        succeeded(train("--config", recipe(max_steps=4), "--output_dir", "whole", cwd=tmp_path))
+        path = recipe(max_steps=4, save_strategy="steps", save_steps=2)
+        succeeded(train("--config", path, cwd=tmp_path))
+        # As a run that was killed after its second step leaves it.
+        for name in ("checkpoint-4", "model.safetensors"):
+            succeeded(run_process("rm", "-r", tmp_path / "out" / name, cwd=tmp_path))
+        process = succeeded(train("--config", path, "--resume_from_checkpoint", "true", cwd=tmp_path))
+        state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+        # It went on rather than starting again: only two steps are reported.
+        assert len(re.findall(r"'loss':", process.stdout)) == 2
+        resumed = load_file(tmp_path / "out" / "model.safetensors")
+        whole = load_file(tmp_path / "whole" / "model.safetensors")
+        for name in whole:
+            assert (resumed[name] - whole[name]).abs().max() < 1e-5, name
+
+    def test_lora_and_push(self, recipe, tmp_path):
+        """The LoRA flags train an adapter, which reaches the Hub byte for byte, without the token or a local path."""
+        with hub_stub.serve() as hub:
+            path = recipe(push_to_hub=True, hub_model_id="me/student", use_peft=True, lora_r=4, evaluate_teacher=False)
+            process = succeeded(train("--config", path, cwd=tmp_path, env=hub.environment))
+        repo = hub.repos["me/student"]
+        assert not hub.unauthorized
+        assert "pushed to me/student" in process.stdout
+        assert repo.files["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+        assert json.loads(repo.files["adapter_config.json"])["r"] == 4
+        assert "model.safetensors" not in repo.files
+        for name, content in repo.files.items():
+            assert hub_stub.TOKEN.encode() not in content, name
+        card = repo.files["README.md"].decode()
+        assert "omniopd" in card
+        assert "2606.01476" in card
+        assert str(tmp_path) not in card
+        assert "sums" not in card
+
+    def test_mixture(self, recipe, tmp_path):
+        """A mixture of local files, with a split of its own for evaluation."""
+        part = {"path": "sums/train.jsonl"}
+        path = recipe(dataset_name=..., datasets=[part, part], test_split_size=4, do_eval=True, max_steps=1)
+        process = succeeded(train("--config", path, cwd=tmp_path))
+        assert "student after, pass@1" in process.stdout
+
+    def test_streaming(self, recipe, tmp_path):
+        """A stream trains too, given the number of steps."""
+        succeeded(train("--config", recipe(dataset_streaming=True, eval_on_start=True), cwd=tmp_path))
+
+    def test_two_processes(self, recipe, tmp_path):
+        """Under `accelerate launch` with two processes the table is printed once."""
+        path = recipe(eval_on_start=True, evaluate_teacher=True, gradient_accumulation_steps=1)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+        command += ["--main_process_port", 0, "-m", "omniopd_trl.train", "--config", path]
+        process = succeeded(run_process(*command, cwd=tmp_path))
+        assert process.stdout.count("model saved to") == 1
+        assert "student after, pass@1" in process.stdout
+
+
+class TestMistakes:
+    """Mistakes of the user end in one line, before anything expensive, and never in a traceback."""
+
+    def test_process(self, recipe, tmp_path):
+        """Data that is not there: exit code 1, one line, nothing written."""
+        process = train("--config", recipe(dataset_name="sums.jsonl"), cwd=tmp_path)
+        assert process.returncode == 1
+        assert "Traceback" not in process.stderr
+        assert re.search(r"^DataError: There is no dataset file 'sums.jsonl'", process.stderr, re.MULTILINE)
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_extra(self, recipe, tmp_path):
+        """Without math-verify an evaluation that needs it says how to install it, before a model is loaded."""
+        code = "import sys; sys.modules['math_verify'] = None; import omniopd_trl.train as t; sys.exit(t.run())"
+        process = run_process(sys.executable, "-c", code, "--config", recipe(do_eval=True), cwd=tmp_path)
+        assert process.returncode == 1
+        assert "Traceback" not in process.stderr
+        assert re.search(r"^MissingExtraError: .*pip install 'omniopd_trl\[eval\]'", process.stderr, re.MULTILINE)
+        assert not (tmp_path / "out").exists()
+
+    def test_setting(self, recipe, capsys):
+        """A setting that contradicts another: exit code 2."""
+        assert run(["--config", recipe(chunk_length=64)]) == 2
+        assert capsys.readouterr().err.startswith("ConfigError: chunk_length=64 is larger than max_completion_length")
+
+    def test_every_process_says_it(self, recipe, capsys, monkeypatch):
+        """What goes wrong in another process than the first is not lost."""
+        monkeypatch.setenv("RANK", "1")
+        assert run(["--config", recipe(chunk_length=64)]) == 2
+        assert capsys.readouterr().err.startswith("[rank 1] ConfigError: chunk_length=64")
+
+    def test_argparse(self, recipe, capsys):
+        """A value that cannot be converted: argparse's own exit, with a usage line that fits on the screen."""
+        with pytest.raises(SystemExit) as exit_info:
+            run(["--config", recipe(), "--num_chunks", "ten"])
+        assert exit_info.value.code == 2
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage == "usage: python -m omniopd_trl.train --config RECIPE.yaml [--OPTION VALUE ...]"
+        assert "invalid int value: 'ten'" in error
+
+    def test_other_errors_keep_their_traceback(self, recipe, monkeypatch):
+        """A mistake of this package, or of one that it uses, is not passed off as one of the user's."""
+
+        def broken(*args):
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr("omniopd_trl.train.main", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            run(["--config", recipe()])
+
+
+class TestParsing:
+    """`parse_args`: recipes and command lines, in this process."""
+
+    def test_values_arrive(self, recipe):
+        """Numbers, texts that are numbers, switches and dictionaries arrive as what they are."""
+        path = recipe(similarity="rougeL", model_init_kwargs={"revision": "a"}, prompt_template="math")
+        args = [
+            "--config=" + path,
+            "--beta",
+            "0.5",
+            "--lora_target_modules",
+            "q_proj",
+            "v_proj",
+            "--no_shuffle_dataset",
+        ]
+        script_args, training_args, model_args, _ = parse_args(args)
+        assert script_args.prompt_template == "math"
+        assert training_args.learning_rate == 1e-3
+        assert training_args.beta == 0.5
+        assert training_args.similarity == "rougeL"
+        assert training_args.shuffle_dataset is False
+        assert training_args.model_init_kwargs == {"revision": "a"}
+        assert model_args.lora_target_modules == ["q_proj", "v_proj"]
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--num_chunk", "5"], "There is no option `num_chunk`.*Did you mean `num_chunks`"),
+            (["--num-chunk=5"], "There is no option `num_chunk`"),
+            (["--qqqq"], "There is no option `qqqq`.*`--help`"),
+            (["--config"], "needs the path of a recipe"),
+            (["--config", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
+            (["--output_dir", "out", "--use_cpu", "true", "stray"], "stray"),
+        ],
+    )
+    def test_command_line(self, args, message):
+        """Options that do not exist, the abbreviated included, and a recipe that is not there."""
+        with pytest.raises(ConfigError, match=message):
+            parse_args(args)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_chunk": 5}, "There is no option `num_chunk`.*recipe.yaml.*Did you mean `num_chunks`"),
+            ({"num_chunks": 2.5}, r"`num_chunks` is 2.5 \(float\).*must be of type int"),
+            ({"num_chunks": True}, r"`num_chunks` is True \(bool\)"),
+            ({"num_chunks": None}, r"`num_chunks` is None"),
+            ({"num_chunks": [5]}, r"`num_chunks` is \[5\] \(list\)"),
+            ({"beta": {"value": 1}}, r"`beta` is .*dict"),
+            ({"eval_strategy": False}, "`eval_strategy` is False.*bare yes, no, on or off.*quotes"),
+            ({"audit_eval": 3}, r"`audit_eval` is 3 \(int\).*bool"),
+            ({"run_name": 5}, "`run_name` is 5"),
+            ({"lora_target_modules": 5}, "`lora_target_modules` is 5"),
+            ({"prior_strength": -1}, "prior_strength=-1"),
+            ({"eval_strategy": "sometimes"}, "sometimes"),
+        ],
+    )
+    def test_recipe(self, recipe, changes, message):
+        """Keys that do not exist, and values of a type that the option cannot have."""
+        with pytest.raises(ConfigError, match=message):
+            parse_args(["--config", recipe(**changes)])
+
+    @pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "must be a YAML mapping")])
+    def test_no_recipe(self, tmp_path, text, message):
+        """A file that is no YAML, or no mapping."""
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            parse_args(["--config", str(path)])
+
+    def test_env(self, recipe, monkeypatch):
+        """The `env` of a recipe is set, as TRL does, and is not an option."""
+        monkeypatch.setenv("OMNIOPD_TEST_VARIABLE", "before")
+        parse_args(["--config", recipe(env={"OMNIOPD_TEST_VARIABLE": "after"})])
+        assert os.environ["OMNIOPD_TEST_VARIABLE"] == "after"
+
+
+class TestMain:
+    """What `main` refuses before a model is loaded."""
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"model_name_or_path": ...}, ConfigError, "No student is named"),
+            ({"teacher_model_name_or_path": ...}, ConfigError, "No teacher is named"),
+            ({"hub_token": "hf_x"}, ConfigError, "HF_TOKEN"),
+            ({"dataset_name": ...}, ConfigError, "No dataset is named"),
+            ({"datasets": [{"path": "x"}]}, ConfigError, "Both `datasets` and `dataset_name`"),
+            ({"dataset_name": ..., "datasets": [{"path": "x.jsonl"}]}, DataError, "no dataset file 'x.jsonl'"),
+            ({"prompt_template": "maths"}, ConfigError, "`prompt_template` is 'maths'"),
+            ({"resume_from_checkpoint": True}, DataError, "there is no checkpoint in 'out'"),
+            ({"dataset_train_split": "training"}, DataError, "no split 'training'.*`dataset_train_split`"),
+            ({"do_eval": True, "dataset_test_split": "dev"}, DataError, "no split 'dev'.*`dataset_test_split`"),
+            ({"dataset_streaming": True, "max_steps": -1}, ConfigError, "Set `max_steps`"),
+        ],
+    )
+    def test_refused(self, recipe, tmp_path, monkeypatch, changes, error, message):
+        """Each with its own message."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr("omniopd_trl.omniopd_trainer.OmniOPDTrainer", None)
+        with pytest.raises(error, match=message):
+            main(*parse_args(["--config", recipe(**changes)]))
+
+
+class TestResolveCheckpoint:
+    """`resume_from_checkpoint`, as YAML and the command line give it."""
+
+    def test_last(self, tmp_path):
+        """`true`, in both spellings, is the last checkpoint by number."""
+        for step in (2, 10):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+        for value in (True, "true", "True"):
+            assert resolve_checkpoint(value, str(tmp_path)) == str(tmp_path / "checkpoint-10")
+        assert resolve_checkpoint(str(tmp_path / "checkpoint-2"), "elsewhere") == str(tmp_path / "checkpoint-2")
+
+    def test_none(self, tmp_path):
+        """Nothing and `false` start from the beginning."""
+        for value in (None, False, "false", "none", ""):
+            assert resolve_checkpoint(value, str(tmp_path)) is None
+
+    def test_missing(self, tmp_path):
+        """A checkpoint that is not there is an error, not a new run."""
+        with pytest.raises(DataError, match="there is no checkpoint"):
+            resolve_checkpoint("true", str(tmp_path))
+        with pytest.raises(DataError, match="no such folder"):
+            resolve_checkpoint("checkpoint-7", str(tmp_path))
+
+
+class TestSummarize:
+    """The table at the end."""
+
+    def test_before_and_after(self):
+        """The first evaluation is `before` only if it was at step 0; the last is `after` only if it was not."""
+        start, middle, end = ({"step": step, "eval_pass@1": step / 10} for step in (0, 4, 8))
+        usage = SimpleNamespace(prompt_tokens=1234567, completion_tokens=89)
+        text = summarize(
+            [{"step": 1, "loss": 1.0}, start, middle, end],
+            seconds=123.4,
+            usage=usage,
+            teacher={"pass@1": 0.95},
+            saved_to="out",
+        )
+        assert text.splitlines() == [
+            "student before, pass@1  0.000",
+            "student after, pass@1   0.800 (step 8)",
+            "teacher, pass@1         0.950",
+            "wall time of training   2 min 3 s",
+            "teacher tokens          1,234,567 read, 89 written",
+            "model saved to          out",
+        ]
+        assert "before" not in summarize([middle, end], seconds=1, saved_to="out")
+        assert "after" not in summarize([start], seconds=1, saved_to="out")
+
+    def test_nothing_measured(self):
+        """Without a score it says why there is none."""
+        text = summarize([{"step": 1, "eval_loss": 1.0, "eval_pass@1": None}], seconds=1, saved_to="out")
+        assert "not measured" in text
