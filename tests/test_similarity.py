@@ -40,12 +40,11 @@ SACREBLEU = {order: BLEU(max_ngram_order=order, effective_order=True, lowercase=
 
 # Everything that the tokenizers of the oracles treat in a way of its own, often enough to meet.
 ASCII = st.text(st.sampled_from("abAB 019.,-_'!&;<>()$=\\\n\t"), max_size=30)
-SENTENCES = st.lists(
-    st.sampled_from(
-        "the The cat sat on 12 3.5 1,000 well-known - -\n don't x_1 &amp; <skipped> &quot; a. (b) $5 end.".split(" ")
-    ),
-    max_size=12,
-).map(" ".join)
+WORDS = (
+    "the The cat sat on 12 3.5 1,000 3-4 x_1 $5 (b) a. end. don't well-known - co-\nop "
+    "&amp; &quot; <skipped> a<skipped>b"
+).split(" ")
+SENTENCES = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 PRINTABLE = st.text(st.characters(max_codepoint=127), max_size=30)
 ANY = st.text(max_size=20)
 
@@ -125,6 +124,8 @@ def test_jaccard_matches_sets(left: str, right: str) -> None:
         ("bleu2", "a b c x", "a b c d", (3 / 4 * 2 / 3) ** 0.5),
         # A single word has no pairs, and the order drops to 1; the penalty is exp(1 - 2).
         ("bleu2", "a", "a b", np.exp(-1)),
+        # A word that was broken at the end of a line is one word to sacrebleu.
+        ("bleu1", "co-\nop", "coop", 1.0),
         ("exact", " abc ", "abc", 1.0),
         ("exact", "ABC", "abc", 0.0),
         # Nothing but punctuation: no word in common, unless the texts are equal.
@@ -200,6 +201,7 @@ def test_words_fold_case(name: str) -> None:
         ("𠀀𠀁", ["𠀀", "𠀁"]),
         ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),  # vowel signs are marks, and part of the word
         ("می\u200cخواهم", ["می\u200cخواهم"]),  # so is the joiner inside a Persian word
+        ("ශ්\u200dරී", ["ශ්\u200dරී"]),  # and the one inside a Sinhala word
         ("Привет, мир", ["привет", "мир"]),
         ("❤️ 👍🏽 — …", []),
     ],
