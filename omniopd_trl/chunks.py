@@ -174,7 +174,7 @@ def _inside(run_start: _Positions, run_end: _Positions, size: int) -> NDArray[np
     """True at the positions of the given runs; undoes `_runs`."""
     edges = np.zeros(size + 1, np.intp)
     edges[run_start] = 1
-    edges[run_end] -= 1
+    edges[run_end] = -1
     return np.cumsum(edges[:size]).astype(bool)
 
 
