@@ -776,10 +776,8 @@ class OmniOPDTrainer(DistillationTrainer):
         Raises:
             DataError: when there is nothing to score against.
         """
-        dataset, repeats = (
-            self.eval_dataset,
-            self.args.num_eval_generations,
-        )  # each problem stands there `repeats` times
+        dataset = self.eval_dataset  # which holds each problem so many times:
+        repeats = self.args.num_eval_generations
         if not isinstance(dataset, Dataset) or not self._eval_reward_funcs:
             raise DataError(
                 "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "

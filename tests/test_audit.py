@@ -94,7 +94,7 @@ def test_one_audit_by_hand(tiny_tokenizer):
 
 
 def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
-    """A rollout that goes on is cut; one that ended by itself earlier stays; one that was cut off too soon is counted."""
+    """A rollout that goes on is cut, one that ended by itself stays, one that was cut off too soon is counted."""
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
     rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
     assert judge.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)

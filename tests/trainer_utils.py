@@ -45,8 +45,8 @@ def script(prefix: Prefix, index: int) -> str:
     return " ".join(words[(len(prefix.completion) + index + k * len(question)) % 5] for k in range(3))
 
 
-# Random weights seldom end a turn. Completions are cut to these lengths, so that there is padding, a trajectory without
-# room for two chunks, one shorter than a chunk, and two shorter than the shortest chunk.
+# Random weights seldom end a turn. Completions are cut to these lengths, so that there is padding, a trajectory
+# without room for two chunks, one shorter than a chunk, and two shorter than the shortest chunk.
 LENGTHS = (40, 31, 5, 17, 9, 40, 24, 1)
 
 

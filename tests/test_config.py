@@ -1,0 +1,150 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configuration: the paper's defaults, what is refused, and what is said."""
+
+import math
+
+import pytest
+from transformers.utils import logging
+from trl import TrlParser
+
+from omniopd_trl import OmniOPDConfig
+from omniopd_trl.errors import ConfigError
+
+
+def config(**overrides) -> OmniOPDConfig:
+    settings = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    return OmniOPDConfig(**{**settings, **overrides})
+
+
+def test_defaults_are_the_papers():
+    """M, C, N, alpha, beta, phi, learning rate and temperature, as sections 3 and 5.1 give them."""
+    args = config()
+    assert (args.num_chunks, args.chunk_length, args.num_rollouts) == (10, 50, 10)
+    assert (args.prior_strength, args.beta, args.similarity) == (1.0, 0.1, "edit")
+    assert (args.learning_rate, args.temperature) == (1e-6, 1.0)
+    assert (args.chunk_overlap, args.chunk_placement, args.chunk_selection) == ("resample", "start", "entropy")
+    assert (args.prior, args.posterior_baseline, args.loss_normalization) == ("policy", "none", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_chunks", 0),
+        ("num_chunks", 2.5),
+        ("num_chunks", True),
+        ("num_chunks", "10"),
+        ("chunk_length", -1),
+        ("chunk_length", 513),
+        ("min_chunk_length", 51),
+        ("num_rollouts", 0),
+        ("num_eval_generations", 0),
+        ("prior_strength", -0.1),
+        ("prior_strength", math.nan),
+        ("prior_strength", "strong"),
+        ("beta", -0.1),
+        ("beta", math.inf),
+        ("beta", None),
+        ("temperature", 0.0),
+        ("teacher_temperature", -1.0),
+        ("teacher_top_p", 0.0),
+        ("teacher_top_p", 1.1),
+        ("learning_rate", "fast"),
+        ("max_completion_length", None),
+        ("max_completion_length", "512"),
+        ("similarity", "levenshtein"),
+        ("similarity", len),
+        ("prior", "teacher"),
+        ("chunk_overlap", "drop"),
+        ("chunk_placement", "end"),
+        ("chunk_selection", "random"),
+        ("loss_normalization", "mean"),
+        ("posterior_baseline", "mean"),
+        ("max_tool_calling_iterations", 3),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("remove_unused_columns", True),
+        ("auto_find_batch_size", True),
+        ("generation_kwargs", {"temperature": 0.5}),
+        ("generation_kwargs", {"do_sample": False}),
+        ("generation_kwargs", '{"num_beams": 4}'),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field, value):
+    """The message names the field and the value, and the error is a ValueError."""
+    with pytest.raises(ConfigError) as caught:
+        config(**{field: value})
+    assert field in str(caught.value)
+    shown = "num_beams" if value == '{"num_beams": 4}' else "levenshtein" if value == "levenshtein" else repr(value)
+    assert shown in str(caught.value) or str(value) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_beta_above_one_and_zero_are_legal():
+    """The base class would refuse the former; the paper lets beta grow without bound."""
+    assert config(beta=25.0).beta == 25.0
+    assert config(beta=0).beta == 0.0
+    with pytest.raises(ConfigError, match="needs the reference model"):
+        config(beta=0, prior="reference")
+    assert config(beta=0, prior="reference", prior_strength=0).prior == "reference"
+
+
+def test_numbers_as_yaml_reads_them():
+    """YAML 1.1 reads 1e-4 as a string."""
+    args = config(beta="1e-1", prior_strength=2, learning_rate="1e-4")
+    assert (args.beta, args.prior_strength, args.learning_rate) == (0.1, 2.0, 1e-4)
+
+
+def test_dictionaries_from_the_command_line():
+    """JSON on the command line, as for the fields of TRL."""
+    [args] = TrlParser([OmniOPDConfig]).parse_args_and_config(
+        [
+            *("--output_dir", "unused", "--use_cpu", "--bf16", "false", "--beta", "2.5"),
+            *("--ref_model_init_kwargs", '{"dtype": "bfloat16"}'),
+            *("--teacher_chat_template_kwargs", '{"enable_thinking": false}'),
+        ]
+    )
+    assert args.ref_model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.teacher_chat_template_kwargs == {"enable_thinking": False}
+    assert args.beta == 2.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("top_p", 0.9, "not exactly on-policy"),
+        ("top_k", 20, "not exactly on-policy"),
+        ("min_p", 0.1, "not exactly on-policy"),
+        ("repetition_penalty", 1.1, "not exactly on-policy"),
+        ("teacher_temperature", 0.0, "num_rollouts=1"),
+    ],
+)
+def test_what_weakens_the_method_is_said(caplog, field, value, words):
+    """Legal, but another distribution than the one that is trained, or money for nothing."""
+    logging.enable_propagation()
+    config(**{field: value})
+    assert words in caplog.text
+    assert f"{field}={value:g}" in caplog.text.replace(".0", "")
+
+
+def test_every_field_is_documented_twice():
+    """As TRL documents its fields: in the class's docstring and in the help of the command line."""
+    own = set(OmniOPDConfig.__annotations__)
+    assert len(own) > 15
+    for name in own:
+        field = OmniOPDConfig.__dataclass_fields__[name]
+        assert field.metadata["help"], name
+        assert f"        {name} (`" in OmniOPDConfig.__doc__, name
+        if not isinstance(field.default, str) and field.default is not None:
+            assert f"defaults to `{field.default}`" in OmniOPDConfig.__doc__.split(f"        {name} (`")[1][:80], name
