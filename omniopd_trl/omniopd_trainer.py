@@ -667,8 +667,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 "teacher/completion_tokens": (usage.completion_tokens, 1.0 / self.accelerator.num_processes),
             },
         )
-        usages = gather_object([usage])
-        self.teacher_usage = sum(usages, self.teacher_usage)
+        self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
         self._warn_about_audits(audits, num_chunks, num_rollouts)
 
     def _warn_about_audits(self, audits: list[Audit], num_chunks: int, num_rollouts: int) -> None:
@@ -791,17 +790,19 @@ class OmniOPDTrainer(DistillationTrainer):
             seed=self.args.seed,
         )
         samples: list[tuple[str, float]] = []
+        usage = Usage()
         mine = range(self.accelerator.process_index, len(dataset) // repeats, self.accelerator.num_processes)
         if mine:
             examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
             replies = self._loop.submit(self.teacher.sample(prefixes, request)).result()
-            self.teacher_usage = sum((reply.usage for reply in replies), self.teacher_usage)
+            usage = sum((reply.usage for reply in replies), usage)
             pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
             if pairs:
                 inputs, texts = (list(column) for column in zip(*pairs, strict=True))
                 for name, rewards in self._rewards(inputs, texts):
                     samples.extend((name, score) for score in rewards.tolist())
+        self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
         scores: dict[str, list[float]] = defaultdict(list)
         for name, score in gather_object(samples):
             if score == score:  # not NaN

@@ -45,7 +45,7 @@ def check(trainer, initial: Path, tokenizer, weight_of=None) -> dict[str, float]
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     for name, value in metrics.items():
-        assert logged[name] == pytest.approx(value, rel=1e-4), name
+        assert logged[name] == pytest.approx(value, rel=2e-4), name
     assert metrics["kl/unaudited"] > 1e-3, "the student does not differ from its reference"
     return logged
 

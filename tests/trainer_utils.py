@@ -156,6 +156,7 @@ def dense_objective(
     chunk_sum, kl_sum, posteriors = torch.zeros((), dtype=torch.float64), 0.0, []
     num_audited = num_unaudited = 0
     plain_chunk_sum = 0.0
+    sampled_kl: list[float] = []
     for b, prompt in enumerate(batch["prompts"]):
         prompt_ids = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()]
         completion = batch["completion_ids"][b][batch["completion_mask"][b].bool()]
@@ -191,6 +192,9 @@ def dense_objective(
             plain_chunk_sum -= posterior * token_logp[start:end].sum().item()
             audited[start:end] = True
         kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()
+        if not audited.all():
+            log_r = (ref.gather(1, completion[:, None])[:, 0] - token_logp.detach())[audited]
+            sampled_kl += (log_r.exp() * log_r - (log_r.exp() - 1)).tolist()
         num_audited += int(audited.sum())
         num_unaudited += int((~audited).sum())
 
@@ -203,6 +207,7 @@ def dense_objective(
     metrics = {
         "chunk_loss": plain_chunk_sum / num_audited,
         "kl/unaudited": kl_sum.item() / num_unaudited,
+        "kl/audited": sum(sampled_kl) / max(len(sampled_kl), 1),
         "audit/posterior": sum(posteriors) / len(posteriors),
         "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
         "audit/num_chunks": len(posteriors) / len(batch["prompts"]),
