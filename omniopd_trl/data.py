@@ -155,8 +155,9 @@ def resolve_template(template: str) -> str:
 def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyDataset:
     """Give a dataset of questions a `prompt` column, one user message per row.
 
-    A dataset that has a `prompt` column is returned as it is, and so is one without any question: `check_dataset`
-    says what is wrong with that. All other columns stay.
+    The question is looked for in `question`, then in `problem`. A dataset that has a `prompt` column is returned as it
+    is, unless its prompts are plain text and there is a template: then the text is the question. A dataset without any
+    question is returned as it is, too: `check_dataset` says what is wrong with that. All other columns stay.
 
     Args:
         dataset: a dataset, or splits by name; streaming ones too.
@@ -173,15 +174,19 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         return type(dataset)({name: prepare_prompts(split, template) for name, split in dataset.items()})
 
-    columns = column_names(dataset)
+    columns = _column_names(dataset)
+    questions = [column for column in QUESTION_COLUMNS if column in columns]
     if "prompt" in columns:
-        if template is not None:
+        if template is None:
+            return dataset
+        if not isinstance(next(iter(dataset), {"prompt": None})["prompt"], str):
             warnings.warn(
-                "The dataset has a `prompt` column, which is used as it is: `prompt_template` has no effect on it.",
+                "The prompts of the dataset are conversations, which are used as they are: `prompt_template` has no "
+                "effect on them.",
                 stacklevel=2,
             )
-        return dataset
-    questions = [column for column in QUESTION_COLUMNS if column in columns]
+            return dataset
+        questions = ["prompt"]
     if not questions:
         return dataset
 

@@ -175,12 +175,25 @@ class TestTemplates:
 
     def test_prompts_are_left_alone(self):
         """A dataset with prompts is returned itself; a template that has no effect is said."""
+        for prompt in (CHAT, "1 + 1?"):
+            dataset = Dataset.from_list([{"prompt": prompt, "question": "x"}])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert prepare_prompts(dataset) is dataset
         dataset = Dataset.from_list([{"prompt": CHAT, "question": "x"}])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert prepare_prompts(dataset) is dataset
         with pytest.warns(UserWarning, match="`prompt_template` has no effect"):
             assert prepare_prompts(dataset, "math") is dataset
+
+    def test_text_prompts_and_a_template(self):
+        """A template that is asked for turns prompts of plain text into conversations."""
+        rows = [{"prompt": "1 + 1?", "solution": "2"}, {"prompt": "2 + 2?", "solution": "4"}]
+        for dataset in (Dataset.from_list(rows), generated(rows)):
+            prepared = list(prepare_prompts(dataset, "Solve: {question}"))
+            assert [row["prompt"] for row in prepared] == [
+                [{"role": "user", "content": "Solve: 1 + 1?"}],
+                [{"role": "user", "content": "Solve: 2 + 2?"}],
+            ]
+            assert [row["solution"] for row in prepared] == ["2", "4"]
 
     def test_without_question(self):
         """A dataset without any question is left to `check_dataset`, which lists its columns."""

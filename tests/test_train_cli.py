@@ -70,7 +70,7 @@ def recipe(tmp_path, tiny_model_dir):
     """A function that writes a recipe of a two-step run, and returns its path."""
     folder = tmp_path / "sums"
     folder.mkdir()
-    for split, count in (("train", 8), ("test", 2)):
+    for split, count in (("train", 16), ("test", 2)):
         rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(count)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -134,7 +134,7 @@ class TestRun:
         assert "'epoch'" in process.stdout
 
     def test_resume(self, recipe, tmp_path):
-        """A run that goes on from its last checkpoint ends as the one that was never stopped."""
+        """A run that goes on from its last checkpoint, within an epoch, ends as the one that was never stopped."""
         succeeded(train("--config", recipe(max_steps=4), "--output_dir", "whole", cwd=tmp_path))
         path = recipe(max_steps=4, save_strategy="steps", save_steps=2)
         succeeded(train("--config", path, cwd=tmp_path))
