@@ -27,8 +27,9 @@ def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
     `L_chunk = - sum_c pi_hat_c sum_{t in c} log pi_theta(y_t | x, y_<t)`.
 
     Args:
-        logprobs: `(B, T)`, in nats, with gradient.
-        weights: `(B, T)`, `pi_hat` of its chunk on each audited token and 0 elsewhere. A constant for the gradient.
+        logprobs: `(B, T)` or any other shape, in nats, with gradient.
+        weights: of the same shape, `pi_hat` of its chunk on each audited token (less a baseline, where there is one)
+            and 0 elsewhere. A constant for the gradient.
 
     Returns:
         A scalar tensor, the sum over the batch, in float32 (float64 where an argument is).
@@ -45,7 +46,7 @@ def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
     if logprobs.shape != weights.shape:
         raise ConfigError(
             f"`logprobs` has shape {tuple(logprobs.shape)} and `weights` {tuple(weights.shape)}, but both hold one "
-            "value for each completion token. Pass two (B, T) tensors."
+            "value for each completion token. Pass two tensors of one shape."
         )
     weights = weights.detach()
     # Where nothing is audited the log-probability may be anything (padding): 0 * -inf and 0 * nan would be NaN.
