@@ -174,7 +174,7 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         return type(dataset)({name: prepare_prompts(split, template) for name, split in dataset.items()})
 
-    columns = _column_names(dataset)
+    columns = column_names(dataset)
     questions = [column for column in QUESTION_COLUMNS if column in columns]
     if "prompt" in columns:
         if template is None:
