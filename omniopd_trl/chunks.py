@@ -115,6 +115,7 @@ def select_chunks(
     # A candidate is a position that has a window. Candidates are in reading order: `start` and `end` never decrease.
     run_start, run_end = _runs(unmasked)
     length = run_end - run_start
+    # A run of C tokens or more always holds a whole chunk; the minimum is for what a shorter one holds.
     usable = length >= min(chunk_length, min_chunk_length)
     run_start, run_end, length = run_start[usable], run_end[usable], length[usable]
     first, last = np.repeat(run_start, length), np.repeat(run_end, length)
