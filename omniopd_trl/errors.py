@@ -36,6 +36,10 @@ class TeacherError(OmniOPDError, RuntimeError):
     """The teacher cannot answer, and asking again will not help."""
 
 
+class BudgetError(TeacherError):
+    """The next request might exceed the budget, so that none is sent."""
+
+
 class NonFiniteError(OmniOPDError, ArithmeticError):
     """The student produced NaN or infinite numbers; training on would destroy it."""
 

@@ -14,9 +14,13 @@
 """What a teacher is: one method that continues a batch of prefixes and returns text."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+# What a reply may count besides its rollouts. A refused, filtered or empty sample is no rollout; a restarted one (an
+# instructed continuation that began the solution anew) is; a failed request was given up after its last attempt.
+OUTCOMES = ("requests", "retries", "failed_requests", "refused", "filtered", "empty", "restarted")
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
@@ -101,11 +105,13 @@ class TeacherReply:
             longer than the teacher's context.
         usage: tokens that this prefix used.
         failure: why rollouts are missing, in words; `None` when none are.
+        outcomes: how often something happened that is worth counting, under the names of `OUTCOMES`.
     """
 
     rollouts: tuple[Rollout, ...] = ()
     usage: Usage = field(default_factory=Usage)
     failure: str | None = None
+    outcomes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Teacher(ABC):
@@ -142,3 +148,6 @@ class Teacher(ABC):
             DataError: when it cannot render the prompt.
             TeacherError: when it cannot answer at all.
         """
+
+    async def aclose(self) -> None:
+        """Release connections. A closed teacher is not used again."""
