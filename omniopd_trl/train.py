@@ -111,13 +111,7 @@ def parse_args(
     """
     parser = make_parser()
     arguments = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-    hints = {
-        name: hint
-        for dataclass_type in parser.dataclass_types  # type: ignore[attr-defined]
-        for name, hint in _type_hints(dataclass_type).items()
-    }
-    # Declared as a text; the Trainer, and this command, take `true` as well.
-    hints["resume_from_checkpoint"] = str | bool | None
+    hints = option_hints(parser.dataclass_types)  # type: ignore[attr-defined]
     options = [arg.partition("=")[0] for arg in arguments if arg.startswith("--")]
     check_names(
         [option[2:].replace("-", "_") for option in options],
@@ -143,9 +137,15 @@ def _split_config(arg: str) -> list[str]:
     return ["--config", arg.removeprefix("--config=")] if arg.startswith("--config=") else [arg]
 
 
-def _type_hints(dataclass_type: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(dataclass_type)
-    return {item.name: hints[item.name] for item in fields(dataclass_type) if item.init}
+def option_hints(dataclass_types: Iterable[type]) -> dict[str, Any]:
+    """The type of each option, by name."""
+    hints: dict[str, Any] = {}
+    for dataclass_type in dataclass_types:
+        own = typing.get_type_hints(dataclass_type)
+        hints.update({item.name: own[item.name] for item in fields(dataclass_type) if item.init})
+    # Declared as a text; the Trainer, and this command, take `true` as well.
+    hints["resume_from_checkpoint"] = str | bool | None
+    return hints
 
 
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -364,21 +364,17 @@ def main(
         eval_dataset = prepare_prompts(eval_dataset, template)
     train_dataset = prepare_prompts(train_dataset, template)
 
-    # What the recipe says about the models' loading wins over what follows from its other options. Quantization is
-    # the student's alone, and goes to the trainer by itself.
-    loading = {
+    # What the recipe says about a model's loading wins over what follows from its other options. Quantization is the
+    # student's alone, and goes to the trainer by itself; the teacher keeps the dtype that it was saved in.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-    }
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        **loading,
         **(training_args.model_init_kwargs or {}),
     }
     training_args.teacher_model_init_kwargs = {
-        "revision": training_args.teacher_model_revision,
-        **loading,
+        "attn_implementation": model_args.attn_implementation,
         **(training_args.teacher_model_init_kwargs or {}),
     }
 

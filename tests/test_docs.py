@@ -1,0 +1,228 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The documentation is true: code runs, recipes parse, commands and links exist, tables say what the code says."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from omniopd_trl.omniopd_config import OmniOPDConfig
+from omniopd_trl.train import (
+    OmniOPDScriptArguments,
+    check_names,
+    check_recipe,
+    make_parser,
+    option_hints,
+    parse_args,
+)
+from scripts import configuration_reference
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")])
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+HINTS = option_hints(make_parser().dataclass_types)
+
+
+class Block(NamedTuple):
+    """One fenced block of a page."""
+
+    language: str
+    line: int
+    text: str
+
+
+def blocks_of(page, language):
+    """The fenced blocks of one language, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(match[1], text[: match.start(2)].count("\n") + 1, match[2])
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        if match[1] == language
+    ]
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def pages_with(language):
+    return [page for page in PAGES if blocks_of(page, language)]
+
+
+@pytest.fixture
+def any_machine(monkeypatch):
+    """The defaults ask for a GPU with bf16, which a reader of a recipe for one has."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=page_id)
+@pytest.mark.usefixtures("any_machine")
+def test_python_runs(page, tmp_path, monkeypatch, tiny_model_dir, tiny_teacher_dir):
+    """The blocks of a page run, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    # Models that only a network has are stood in for by small ones; everything else runs as it is written.
+    stand_ins = {"Qwen/Qwen3-4B": str(tiny_model_dir), "Qwen/Qwen3-32B": str(tiny_teacher_dir)}
+    namespace = {"__name__": "__main__"}
+    for block in blocks_of(page, "python"):
+        text = block.text
+        for name, stand_in in stand_ins.items():
+            text = text.replace(name, stand_in)
+        # Errors show the page and the line in it.
+        tree = ast.increment_lineno(ast.parse(text), block.line - 1)
+        exec(compile(tree, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=page_id)
+@pytest.mark.usefixtures("any_machine")
+def test_yaml_parses(page, tmp_path):
+    """Every block of YAML holds options that exist, with values that they can have; a whole recipe parses."""
+    for block in blocks_of(page, "yaml"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block.text)
+        if "model_name_or_path" in yaml.safe_load(block.text):
+            parse_args(["--config", str(path)])
+        else:
+            check_recipe(str(path), HINTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=page_id)
+@pytest.mark.usefixtures("any_machine")
+def test_recipe_parses(path):
+    """Every recipe of the repository parses, and names its student, its teacher and its data."""
+    script_args, training_args, model_args, _ = parse_args(["--config", str(path)])
+    assert model_args.model_name_or_path
+    assert training_args.teacher_model_name_or_path
+    assert script_args.dataset_name
+
+
+def commands_of(page):
+    """Every command line of a page's shell blocks, as words."""
+    for language in ("bash", "sh", "shell", "console"):
+        for block in blocks_of(page, language):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield words
+
+
+def problems_of(words):
+    """What a command names that does not exist."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    if words[0] == "make":
+        yield from (f"no target {word}" for word in words[1:] if "=" not in word and word not in targets)
+    if "-m" in words:
+        module = words[words.index("-m") + 1]
+        if importlib.util.find_spec(module) is None:
+            yield f"no module {module}"
+        if module == "omniopd_trl.train":
+            options = [word[2:].partition("=")[0] for word in words[words.index(module) :] if word.startswith("--")]
+            check_names(options, [*HINTS, *(f"no_{name}" for name in HINTS), "config", "help"], "a page")
+    for word in words:
+        if re.match(r"(recipes|docs|scripts|benchmarks|tests)/", word) and not (ROOT / word).exists():
+            yield f"no file {word}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands_of(page))], ids=page_id)
+def test_commands_exist(page):
+    """Targets of make, modules, files and options that a page's commands name exist."""
+    for words in commands_of(page):
+        assert not list(problems_of(words)), words
+
+
+def test_commands_are_looked_at():
+    """The check itself sees what it is there to see."""
+    assert list(problems_of(["make", "tset"])) == ["no target tset"]
+    assert list(problems_of(["python", "-m", "omniopd_trl.trian"])) == ["no module omniopd_trl.trian"]
+    assert list(problems_of(["x", "--config", "recipes/none.yaml"])) == ["no file recipes/none.yaml"]
+    with pytest.raises(ValueError, match="num_chunk"):
+        list(problems_of(["python", "-m", "omniopd_trl.train", "--num_chunk", "3"]))
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_exist(page):
+    """Links within the repository lead somewhere, to the heading that they name."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors_of(path), target
+
+
+class TestConfigurationPage:
+    """docs/configuration.md is written from the code."""
+
+    def test_in_sync(self, capsys):
+        """The page is what `make docs` would write."""
+        assert configuration_reference.main(["--check"]) == 0, capsys.readouterr().err
+
+    def test_out_of_sync_is_noticed(self, tmp_path, monkeypatch, capsys):
+        """A page that differs by a default fails the check, and writing it mends it."""
+        page = tmp_path / "configuration.md"
+        text = configuration_reference.PAGE.read_text(encoding="utf-8")
+        page.write_text(text.replace("| `num_chunks` | `int` | `10` |", "| `num_chunks` | `int` | `11` |"))
+        monkeypatch.setattr(configuration_reference, "PAGE", page)
+        assert configuration_reference.main(["--check"]) == 1
+        assert "make docs" in capsys.readouterr().err
+        assert configuration_reference.main([]) == 0
+        assert page.read_text(encoding="utf-8") == text
+
+    def test_undocumented_field_is_noticed(self):
+        """A field without an entry in the docstring is an error, not a gap."""
+
+        @dataclasses.dataclass
+        class Config:
+            """> Parameters that control nothing"""
+
+            forgotten: int = 0
+
+        with pytest.raises(ValueError, match="forgotten"):
+            configuration_reference.groups_of(Config)
+
+    @pytest.mark.parametrize("config", [OmniOPDConfig, OmniOPDScriptArguments])
+    def test_docstring_defaults(self, config):
+        """The defaults that the docstring states are the defaults."""
+        stated = re.findall(r"^ *(\w+) \(.*defaults to `(.+)`\):$", config.__doc__, re.MULTILINE)
+        assert stated
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        for name, default in stated:
+            assert ast.literal_eval(default) == defaults[name], name
+
+    def test_help_is_in_the_docstring(self):
+        """The two descriptions of an option, docstring and `--help`, say the same."""
+
+        def words(text):
+            return re.sub(r"[^\w ]", "", re.sub(r"\[?`~?[\w.]*?(\w+)`\]?", r"\1", text).replace("\n", " ")).split()
+
+        entries = re.split(r"^ {8}(\w+) \(`.*\):\n", OmniOPDConfig.__doc__, flags=re.MULTILINE)[1:]
+        described = dict(zip(entries[::2], entries[1::2], strict=True))
+        for field in configuration_reference.own_fields(OmniOPDConfig):
+            text = re.split(r"\n\n", described[field.name])[0]
+            assert words(text) == words(field.metadata["help"]), field.name
