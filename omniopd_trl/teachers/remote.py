@@ -221,30 +221,32 @@ class RemoteTeacher(Teacher):
     # ---- One prefix ----
 
     async def _continue(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
-        responses: list[Response] = []
         counts: Counter[str] = Counter()
         problems: list[str] = []
 
-        async def ask(num_samples: int) -> None:
+        async def ask(num_samples: int) -> list[Response]:
             # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
+            responses: list[Response] = []
             while num_samples > 0:
                 response = await self._ask(prefix, num_samples, request, counts, problems)
                 if response is None:
-                    return
+                    break
                 responses.append(replace(response, samples=response.samples[:num_samples]))
                 missing = num_samples - len(response.samples)
                 if missing > 0:
                     self._returns_fewer(num_samples, len(response.samples))
                     if not response.samples:
                         problems.append("a response without samples")
-                        return
+                        break
                 num_samples = missing
+            return responses
 
         sizes = self._split(request.num_samples)
+        first: list[Response] = []
         if len(sizes) > 1 and self._fills_cache(prefix):
-            await ask(sizes.pop(0))  # the cache can be read once the first answer has begun
-        await _all(ask(size) for size in sizes)
-
+            first = await ask(sizes.pop(0))  # the cache can be read once the first answer has begun
+        answers = await _all(ask(size) for size in sizes)
+        responses = [response for answer in (first, *answers) for response in answer]
         samples = [sample for response in responses for sample in response.samples]
         for sample in samples:
             if sample.outcome != "ok":
