@@ -1,0 +1,732 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Instructed continuation, for services that refuse to continue a given beginning.
+
+`render_messages` asks for the text that comes immediately next. `repair` turns what the model wrote into a
+continuation that joins on. Both are pure, and `repair` only ever removes text or adds one space at the joint.
+
+The rules of `repair` weigh two mistakes against each other: to keep an echo, and to eat text that was meant. A split
+between two tokens is the common case, so that a joint may be inside a word, a number or a formula; where the evidence
+is not clear, the output stays as it is.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from omniopd_trl.errors import DataError
+from omniopd_trl.teachers.base import Prompt
+
+# ---- The request ----
+
+# The same for every request of a run, so that it is the first thing a prompt cache shares.
+INSTRUCTION = """\
+You continue a text. The user message holds a problem (or a conversation that ends with one) and the beginning of a \
+solution to it, the partial solution, each between tags. Write the text that comes immediately next in the solution, \
+as if the partial solution were your own words and you had never stopped writing.
+
+- Start at the exact character where the partial solution stops, even if that is in the middle of a sentence, a word, \
+a number, a formula or a line of code. Start with the space or line break that belongs there, or without one.
+- Do not repeat anything that is already written, and do not start the solution anew.
+- Write only the solution's text: no greeting, no introduction, no comment on the task or on the partial solution, no \
+quotation marks, tags or Markdown fence around your answer.
+- Keep the language, notation, format and style of the partial solution.
+- Go on in its line of thought even where it seems wrong or strange to you; you may notice a mistake only in the way \
+its author would, as part of the solution.
+- When the solution is complete, stop."""
+
+_PROBLEM, _CONVERSATION, _PARTIAL = "problem", "conversation", "partial_solution"
+
+
+def render_messages(prompt: Prompt, completion: str) -> list[dict[str, str]]:
+    """The messages that ask a chat model for what comes right after `completion`.
+
+    A constant instruction, then the problem, then the partial solution, then words about where it stops. Nothing
+    before the partial solution depends on it, so that two prefixes of one trajectory render to texts that are equal
+    up to the end of the shorter one, and a prompt cache can serve them.
+
+    Every text stands between tags byte for byte. A tag that the text itself holds gets a number that it does not hold:
+    a problem with `</problem>` in it is put between `<problem-2>` and `</problem-2>`. Of the partial solution only the
+    closing tag is numbered after its content, and the words behind it name that tag.
+
+    Args:
+        prompt: plain text, or chat messages; of the messages a single user turn is the problem, anything longer is
+            rendered as a conversation, turn by turn.
+        completion: the student's text so far; empty asks for the beginning of the solution.
+
+    Returns:
+        A system and a user message. Example, of the second one's end: `...</problem>\\n\\n<partial_solution>So the
+        ang</partial_solution>\\n\\nThe partial solution stops right before ...`.
+
+    Raises:
+        DataError: when a message holds something else than text.
+    """
+    turns = [("user", prompt)] if isinstance(prompt, str) else [_turn(message) for message in prompt]
+    texts = [text for turn in turns for text in turn]
+    if len(turns) == 1 and turns[0][0] == "user":
+        tag = _free_tag(_PROBLEM, texts)
+        problem = f"<{tag}>\n{turns[0][1]}\n</{tag}>"
+    else:
+        outer, inner = _free_tag(_CONVERSATION, texts), _free_tag("message", texts)
+        blocks = [f'<{inner} role="{role}">\n{text}\n</{inner}>' for role, text in turns]
+        problem = "\n".join([f"<{outer}>", *blocks, f"</{outer}>"])
+    opening = _free_tag(_PARTIAL, texts)
+    # The closing tag may differ from the opening one, which must not depend on the completion.
+    closing = _free_tag(_PARTIAL, [*texts, completion])
+    text = f"{problem}\n\n<{opening}>{completion}</{closing}>\n\n{describe_end(completion, closing)}"
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+
+
+def describe_end(completion: str, tag: str = _PARTIAL) -> str:
+    """Say in words where a partial solution stops, white space included, and what to begin with.
+
+    Example: `describe_end("So the ang")` names the letter "g", and asks for the rest of the word or, if the word is
+    whole, for the space that follows it.
+    """
+    if not completion:
+        return "The partial solution is still empty: write the beginning of the solution, from its first character."
+    stop = f"The partial solution stops right before `</{tag}>`"
+    space = completion[len(completion.rstrip()) :]
+    last = completion[-1]
+    if "\n" in space:
+        breaks = space.count("\n")
+        line = "one line break" if breaks == 1 else f"{breaks} line breaks"
+        indent = len(space.rpartition("\n")[2])
+        if indent:
+            where = f"after {line} and {indent} white-space characters of the new line, which belong to it"
+        else:
+            where = f"after {line}, which belong{'s' * (breaks == 1)} to it"
+        after = "Continue on that new line; do not repeat its white space."
+    elif space:
+        where = "after a space, which belongs to it" if space == " " else "after white space, which belongs to it"
+        after = "Begin with the next word, number or symbol, without another space."
+    elif last.isdigit():
+        where = f'right after the digit "{last}"'
+        after = "If that number is not complete, write its next digit first; if it is, begin with what follows it."
+    elif last.isalpha() and not _CJK.match(last):
+        where = f'right after the letter "{last}" of "{_last_word(completion)}"'
+        after = (
+            "If that is not a whole word, write the rest of the word first; if it is whole, begin with the space or "
+            "the punctuation mark that follows it."
+        )
+    else:
+        where = f'right after the character "{last}"'
+        after = "Begin with what follows it, with a space or a line break first where one belongs."
+    return f"{stop}, {where}. {after} Write only what comes immediately next."
+
+
+def _turn(message: dict[str, Any]) -> tuple[str, str]:
+    content = message.get("content")
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        parts = list(content)
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+            raise DataError(
+                f"A message of the prompt holds {content!r:.200}; a teacher that is instructed to continue reads text "
+                "only. Remove the other parts from the dataset, or use a teacher that continues a given beginning."
+            )
+        content = "\n".join(str(part.get("text", "")) for part in parts)
+    return str(message.get("role", "user")), content
+
+
+def _free_tag(name: str, texts: Iterable[str]) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... whose opening and closing tags no text holds."""
+    texts = [text.lower() for text in texts]
+    tag, number = name, 1
+    while any(f"<{tag}" in text or f"</{tag}" in text for text in texts):
+        number += 1
+        tag = f"{name}-{number}"
+    return tag
+
+
+# ---- The repair ----
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A model's answer as a continuation.
+
+    Attributes:
+        text: what joins on to the prefix; empty when nothing is left.
+        restarted: whether the answer began the solution anew or talked about the task. The text is then the best that
+            could be made of it.
+    """
+
+    text: str
+    restarted: bool = False
+
+
+def repair(prefix: str, output: str) -> Repaired:
+    """Turn what an instructed model wrote into the continuation of `prefix`.
+
+    In this order: an answer without text is empty, and a refusal is returned as it is. What is wrapped around the
+    answer goes (`_unwrap`), then what it repeats of the prefix (`_overlap`). If nothing was repeated, the answer may
+    be a restart (`_restarts`). Last, the joint gets its space (`_join`). Everything else stays byte for byte.
+
+    Args:
+        prefix: the student's text, as it stood in `render_messages`.
+        output: the model's answer.
+
+    Example: `repair("The sum of the ang", "Sure, here is the continuation:\\n\\nthe angles is 180")` returns the text
+    `"les is 180"`.
+    """
+    if not output.strip():
+        return Repaired("")
+    if _REFUSAL.match(output):
+        return Repaired(output)
+    text = _unwrap(prefix, output)
+    if not text.strip():
+        return Repaired("")
+    skip = _overlap(prefix, text)
+    if skip:
+        text = _trim_joint(prefix, text[skip:])
+        restarted = False
+    else:
+        restarted = _restarts(prefix, text)
+    if not text.strip() and skip:
+        return Repaired("")
+    return Repaired(text if restarted else _join(prefix, text), restarted)
+
+
+_REFUSAL = re.compile(
+    r"\s*(?:I['’]m (?:really |very |so )?sorry|I am sorry|Sorry|I apologi[sz]e|Unfortunately)?[,.;]?\s*(?:but )?"
+    r"I(?: can(?:['’]t|not)|['’]m (?:not able|unable)| am (?:not able|unable)| won['’]t)(?: to)? "
+    r"(?:assist|help|comply|fulfil|provide|continue|do that)",
+    re.IGNORECASE,
+)
+
+# -- What is wrapped around an answer --
+
+_GREETING = (
+    r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|all right|understood|got it|no problem|gladly|"
+    r"hello|hi(?: there)?|thank you|thanks|natürlich|gerne|klar|selbstverständlich|bien sûr|d'accord|certainement|"
+    r"claro(?: que s[íi])?|por supuesto|certo|certamente|com certeza|конечно|хорошо|好的|当然(?:可以)?|没问题|"
+    r"はい|承知しました|わかりました|물론(?:입니다|이죠)?|네)"
+)
+_WHERE = (
+    r"(?:where|at the (?:exact )?point|from the (?:exact )?(?:point|partial|given)|the (?:partial |given )?solution)"
+)
+_META = "|".join(
+    (
+        r"here(?:['’]s| is| are| comes)(?: (?:the|a|my|your|an))?"
+        r"(?: (?:exact|direct|natural|seamless|immediate|requested))*"
+        r" (?:continuation|continued|next part|rest of the|remainder of the|text that comes|completion of the)"
+        r"[^\n:]{0,100}",
+        rf"(?:i['’]ll|i will|let me|let['’]s|let us)(?: now)? (?:continue|pick up|carry on|resume|go on)"
+        rf"(?: \w+){{0,3}}? {_WHERE}[^\n:]{{0,100}}",
+        r"continuing(?: \w+)? (?:from|with) [^\n:]{0,40}(?:partial solution|left off|stopped|the point|given text)"
+        r"[^\n:]{0,60}",
+        r"\**(?:the )?continuation(?: of the (?:partial )?solution)?\**",
+        r"hier (?:ist|kommt|folgt) (?:die|der|das)[^\n:]{0,40}(?:fortsetzung|weitere text|nächste teil)[^\n:]{0,60}",
+        r"voici (?:la|le)[^\n:]{0,30}(?:suite|continuation)[^\n:]{0,60}",
+        r"(?:aqu[íi] (?:está|tienes|va)|ecco|segue)[^\n:]{0,30}(?:continuación|continuação|continuazione|seguito)"
+        r"[^\n:]{0,60}",
+        r"вот[^\n:]{0,30}продолжение[^\n:]{0,60}",
+        r"(?:以下是|下面是|这是)[^\n:：]{0,12}(?:续写|续文|后续|接续|继续|延续)[^\n:：]{0,12}",
+        r"(?:以下は|以下に)?[^\n:：]{0,8}続き(?:です|は(?:次|以下)の(?:通り|とおり)です)?",
+        r"(?:다음은|아래는)[^\n:]{0,12}(?:이어지는|계속|연속)[^\n:]{0,16}",
+    )
+)
+# A greeting counts on a line of its own or with an exclamation mark; "Of course, x > 0" may be the solution's text. A
+# meta line has to end like one, with a colon or with the line.
+_CHATTER = re.compile(
+    rf"\s*(?:(?:{_GREETING}[,.!;，。！、]?\s*)?(?:{_META})(?:\**[:：]\**[ \t]*\n?|[.。]?[ \t]*\n)|"
+    rf"{_GREETING}(?:[!！]\s+|[.,:。，：]?[ \t]*\n))[\r\n]*",
+    re.IGNORECASE,
+)
+_FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[ \t]*\r?\n")
+# Languages that a model names when it wraps prose; a fence of code may be part of the solution.
+_PROSE = {"", "markdown", "md", "text", "txt", "plaintext", "plain", "latex", "tex", "math"}
+_TAG_NAMES = (
+    r"(?:partial_solution|problem|conversation|continuation|continued|continue|completion|next_text|next|output|response)"
+    r"(?:-\d+)?"
+)
+_OPEN_TAG = re.compile(rf"\s*</?({_TAG_NAMES})>\n?", re.IGNORECASE)
+_CLOSE_TAG = re.compile(rf"\n?</({_TAG_NAMES})>\s*\Z", re.IGNORECASE)
+_QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "「": "」", "『": "』", "`": "`"}
+
+
+def _unwrap(prefix: str, text: str) -> str:
+    """Drop meta lines, fences, tags and quotation marks around an answer, in any order.
+
+    Example: "Sure! Here is the continuation:\\n```\\n= 4\\n```" becomes "= 4".
+    """
+    for _ in range(4):  # deeper wrapping has not been seen
+        before = text
+        chatter = _CHATTER.match(text)
+        if chatter and chatter.end():
+            text = text[chatter.end() :]
+        text = _unquote(prefix, _untag(prefix, _unfence(prefix, text)))
+        if text == before:
+            break
+    return text
+
+
+def _unfence(prefix: str, text: str) -> str:
+    """Drop a Markdown fence around the answer, unless it may be the solution's own.
+
+    A fence begins a line. It is a wrapper when the prefix stops inside a line, or when it names prose ("markdown").
+    A prefix that stops inside a code block is special: a fence that names a language opens it once more and goes, and
+    the closing fence is the block's own; a bare fence at the beginning of a line closes the block and stays.
+    """
+    opening = _FENCE.match(text)
+    if not opening:
+        return text
+    mark, language = opening[1], opening[2].lower()
+    at_line_start = not prefix.rpartition("\n")[2].strip()
+    rest = text[opening.end() :]
+    if _in_fence(prefix):
+        return rest if language or not at_line_start else text
+    if at_line_start and language not in _PROSE - {""}:
+        return text
+    stripped = rest.rstrip()
+    if stripped.endswith(mark):
+        body = stripped[: -len(mark)].rstrip(" \t")
+        return body[:-1] if body.endswith("\n") else body if body else ""
+    closing = rest.find("\n" + mark + "\n")
+    return rest if closing < 0 else rest[:closing] + rest[closing + 1 + len(mark) :]
+
+
+def _untag(prefix: str, text: str) -> str:
+    """Drop tags of the request, or of an answer, at both ends; text whose prefix holds the same tag keeps it."""
+    for pattern in (_OPEN_TAG, _CLOSE_TAG):
+        found = pattern.match(text) if pattern is _OPEN_TAG else pattern.search(text, max(0, len(text) - 64))
+        if found and f"<{found[1]}" not in prefix and f"</{found[1]}" not in prefix:
+            text = text[found.end() :] if pattern is _OPEN_TAG else text[: found.start()]
+    return text
+
+
+def _unquote(prefix: str, text: str) -> str:
+    """Drop quotation marks around the whole answer, where they cannot be the solution's own.
+
+    They are a wrapper when the mark occurs nowhere else and the prefix stops right after a letter or digit (no
+    quotation begins there), or when the quoted text has several lines, begins with white space, or repeats the prefix.
+    Example: after "the ang", '"les is 180."' is wrapped; after "she said ", '"yes"' is not.
+    """
+    body = text.strip()
+    if len(body) < 2 or _QUOTES.get(body[0]) != body[-1]:
+        return text
+    opening, closing, inner = body[0], body[-1], body[1:-1]
+    if opening in inner or closing in inner or not inner.strip():
+        return text
+    line = prefix.rpartition("\n")[2]
+    if line.count(opening) > line.count(closing) or (opening == closing and line.count(opening) % 2):
+        return text  # it closes what the prefix opened
+    glued = prefix[-1:].isalnum() and not _CJK.match(prefix[-1])
+    if (glued and opening != "`") or "\n" in inner or inner[0].isspace() or _overlap(prefix, inner):
+        return inner
+    return text
+
+
+# -- What an answer repeats of the prefix --
+
+# No overlap is longer than the answer; of white space, which is not counted, the prefix may hold more.
+_WINDOW = 8192
+_SEED = 4
+_MAX_CANDIDATES = 16
+_RELATION = re.compile(r"(?:=(?!=)|≈|≤|≥|<|>|→|⇒|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)")
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f\u0e00-\u0e7f]")
+_PROSE_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
+
+
+def _overlap(prefix: str, text: str) -> int:
+    """How many characters at the beginning of `text` repeat the end of `prefix`.
+
+    The longest repetition that counts, compared without white space and without regard to case. Text may repeat itself
+    on purpose ("1" and "1", "very very", "2 + 2 +", rows of a table), so that a repetition counts only if
+
+    - it has at least four characters besides white space and begins at the beginning of a word,
+    - the prefix does not already repeat it (then it is a pattern, which goes on), and
+    - it is evidently an echo (`_is_echo`): several words, one word that cannot be glued to itself, four characters
+      of Chinese or Japanese, or a piece of a formula from its beginning or from a relation sign on.
+
+    The number of a prefix that ends in "= 4" is kept in "4 + 2", and the text "= 4 + 2" loses its "= 4" no sooner than
+    the repetition has four characters. Example: the overlap of "so the sum" and "the sum is" is "the sum".
+    """
+    lead = re.match(r"\s*(?:\.\.\.|…)\s*", text)  # "... the sum is" echoes with an ellipsis before it
+    if lead and not prefix.rstrip().endswith(("...", "…")):
+        inner = _overlap(prefix, text[lead.end() :])
+        if inner:
+            return lead.end() + inner
+    head = _squeeze(text)
+    if len(head) >= _WINDOW // 2 and len(head) >= len(prefix) // 2:
+        whole = _squeeze(prefix)  # a long prefix, repeated from its very beginning
+        if head.startswith(whole):
+            return _position(text, len(whole))
+    tail = _squeeze(prefix[-min(_WINDOW, 2 * len(text) + 64) :])
+    if len(head) < _SEED or len(tail) < _SEED:
+        return 0
+    seed, last = head[:_SEED], tail[-1]
+    start = tail.find(seed, max(0, len(tail) - len(head)))
+    candidates = 0
+    while start >= 0 and candidates < _MAX_CANDIDATES:
+        size = len(tail) - start
+        # The last character is compared first: it spares most of the copies that the full comparison makes.
+        if head[size - 1] == last and head.startswith(tail[start:]):
+            candidates += 1
+            if _is_pattern(tail, size):
+                return 0
+            end = _position(text, size)
+            if _is_echo(prefix, text, size, end):
+                return end
+        start = tail.find(seed, start + 1)
+    return 0
+
+
+def _squeeze(text: str) -> str:
+    """Without white space, in lower case; a case that changes the length is left alone, so that counts still agree."""
+    text = "".join(text.split())
+    lower = text.lower()
+    return lower if len(lower) == len(text) else text
+
+
+def _position(text: str, count: int) -> int:
+    """The index right after the first `count` characters that are not white space."""
+    for word in re.finditer(r"\S+", text):
+        if count <= word.end() - word.start():
+            return word.start() + count
+        count -= word.end() - word.start()
+    return len(text)
+
+
+def _is_pattern(tail: str, size: int) -> bool:
+    """Whether the last `size` characters are repetitive, by themselves or together with those before them."""
+    piece = tail[-size:]
+    return tail.endswith(piece + piece) or piece in (piece + piece)[1:-1]
+
+
+def _is_echo(prefix: str, text: str, size: int, end: int) -> bool:
+    """Whether a repetition is evidently an echo; see `_overlap` for the rule."""
+    piece = text[:end].strip()
+    start = len(prefix) - _position(prefix[: -(2 * len(text) + 64) - 1 : -1], size)
+    before = prefix[start - 1 : start]
+    cjk = len(_CJK.findall(piece))
+    if cjk >= _SEED:
+        return True
+    if before == "\\" or (piece[0].isalnum() and before.isalnum() and not _CJK.match(before)):
+        return False  # it begins inside a word
+    words = _PROSE_WORD.findall(piece)
+    glued = prefix[-1:].isalnum() and text[:1].isalnum()
+    line, stripped = prefix[:start].rpartition("\n")[2], prefix[:start].rstrip()
+    begins_line = not line.strip(" \t*#>-") or stripped.endswith((".", "!", "?"))
+    if len(words) >= 3 and size >= 12:
+        return True
+    if len(words) == 2 and size >= 8:
+        return glued or begins_line or size >= 16
+    if glued:
+        if len(words) == 1 and len(piece) == len(words[0]):
+            # One word: whole ("therefore" + "therefore 4"), or begun ("contin" + "continuation"). A begun one that is
+            # a word of its own ("with" + "without") is more likely to lack its space.
+            inside = text[end : end + 1].isalpha()
+            return len(piece) >= 4 and not (inside and piece.lower() in _COMMON)
+        if size >= 6 and not piece.isdigit():
+            return True
+    if _RELATION.match(piece):
+        return any(character.isalnum() for character in piece)
+    whole_lines = prefix.endswith("\n") and begins_line  # rows of tables and lines of code repeat themselves
+    in_formula = stripped.endswith(("$", "\\(", "\\["))
+    if (begins_line or in_formula) and not whole_lines and size >= 8:
+        return len({character for character in piece if character.isalnum()}) >= 3
+    return size >= 40 and not whole_lines
+
+
+def _trim_joint(prefix: str, rest: str) -> str:
+    """White space that followed the echo, less that which the prefix ends with."""
+    have = prefix[len(prefix.rstrip()) :]
+    space = rest[: len(rest) - len(rest.lstrip())]
+    if not have or not space:
+        return rest
+    if space.startswith(have):
+        return rest[len(have) :]
+    if space.count("\n") > have.count("\n"):
+        position = 0
+        for _ in range(have.count("\n")):
+            position = rest.index("\n", position) + 1
+        return rest[position:]
+    return rest[len(space) :]
+
+
+# -- Restarts --
+
+_TALK = re.compile(
+    r"[\s\"'*]*(?:(?:the|this|your|in the|from the) (?:given |provided )?"
+    r"(?:partial (?:solution|answer|text)|solution so far)|"
+    r"(?:i['’]ll|i will|let me) (?:now )?(?:continue|pick up|complete|finish) "
+    r"(?:from|where|the (?:partial )?solution|writing)|"
+    r"continuing from (?:where|the)|as (?:instructed|requested)\b|"
+    r"here(?:['’]s| is) (?:the |a |my |your )?"
+    r"(?:(?:complete|full|corrected|revised|whole|final|detailed|step-by-step) )*"
+    r"(?:continuation|continued|solution to|solution:|rest of the solution|complete solution|full solution|corrected)|"
+    r"(?:it )?(?:looks|seems|appears) (?:like|that) (?:the|your) (?:partial |message|text|solution|prompt)|"
+    r"(?:i (?:notice|see)|there (?:is|seems to be) an? (?:error|mistake))[^\n.]{0,40} (?:the|your) partial|"
+    r"给定的?部分解|部分解答|以下是完整)",
+    re.IGNORECASE,
+)
+_ANEW = re.compile(
+    r"[\s*#]*(?:(?:let['’]?s|let us|let me|i['’]ll|i will|we['’]ll|we will|i need to|we need to|we have to)"
+    r"(?: (?:now|first|carefully|try to))* (?:solve|work through|tackle|break down|approach|think about|analy[sz]e|"
+    r"break) (?:this|the|it)(?: (?:problem|question|exercise|task|step|down)\b|[.:!])|"
+    r"to (?:solve|answer|approach|tackle) (?:this|the) (?:problem|question|exercise|task)|"
+    r"to solve this(?:,| step)|(?:first, )?let me (?:re-?start|start over|begin again)|"
+    r"starting (?:over|from the beginning))",
+    re.IGNORECASE,
+)
+_ANEW_INSIDE = re.compile(
+    r"\s*(?:Let['’]?s (?:solve|start|begin|break|analy[sz]e|consider|denote)|Let us|"
+    r"To (?:solve|find|determine|answer)|"
+    r"We (?:need to|are given|want to)|First,|Given(?: that|:| the)|Step 1\b|Here(?:['’]s| is)|Solution:|\*\*Solution|"
+    r"#+ )"
+)
+_STEP_ONE = re.compile(r"[\s*#]*Step 1\b", re.IGNORECASE)
+
+
+def _restarts(prefix: str, text: str) -> bool:
+    """Whether an answer that repeats nothing at the joint begins the solution anew or talks about the task.
+
+    - It talks about the task: "The partial solution ...", "I will continue from ...", "Here is the full solution".
+    - It begins like the prefix, by 30 characters besides white space or by its whole first line, unless that line is
+      a refrain of the prefix.
+    - It opens like a solution ("Let's solve this problem", "To solve this problem") though the prefix is past its
+      opening; or it has a weaker opening ("To find", "Step 1", "Let us") though the prefix stops inside a sentence.
+    - It begins with step 1 though the prefix has that already.
+    """
+    if _TALK.match(text):
+        return True
+    past = len(prefix.strip()) >= 60 or bool(re.search(r"[.!?:]\s+\S", prefix[:200]))
+    if not past:
+        return False
+    beginning, head = _squeeze(prefix[:400]), _squeeze(text[:400])
+    if len(beginning) >= 30 and head[:30] == beginning[:30] and any(c.isalpha() for c in head[:30]):
+        return prefix.count(prefix.lstrip()[:30]) < 2
+    line = prefix.lstrip().partition("\n")[0].strip()
+    first = text.lstrip().partition("\n")[0].strip()
+    if line and line == first and sum(c.isalpha() for c in line) >= 8 and not line.startswith("```"):
+        return prefix.count(line) < 2
+    if _ANEW.match(text):
+        return True
+    if _STEP_ONE.match(text) and re.search(r"^[\s*#]*step 1\b", prefix, re.IGNORECASE | re.MULTILINE):
+        return True
+    space = prefix[len(prefix.rstrip()) :]
+    inside = "\n" not in space and prefix.rstrip()[-1] not in '.!?:;。！？：*`)]}$>|"”'
+    return inside and not text.startswith("\n") and bool(_ANEW_INSIDE.match(text))
+
+
+# -- The joint --
+
+# Whole words that solutions are full of: evidence that a run of letters is a word and not a piece of one.
+_COMMON = frozenset(
+    """
+    about above add added adding after again all along already also although always amount and angle another answer any
+    apply are area around because been before below between both but calculate can cannot case cases check combine
+    common compute consider correct cost could day days degrees denote determine did difference different divide
+    divided does each either elements equal equals equation equations even every exactly example expression factor
+    find finally first follows for formula found four fraction from function get gets give given gives had half has
+    have hence her here his hold hours how however hundred implies important indeed inside instead integer integers
+    into its itself know known large larger last least left length less let line list make makes many means method
+    might more most much multiply must need needs next not note now number numbers obtain obtained obtains odd one only
+    other our over per point points positive possible probability problem product prove question rate ratio
+    real remaining remember result return right same second see set several should show shows side sides similarly
+    simplify simplifying since six smaller solution solutions solve solving some square start step steps still
+    substitute substituting subtract such suppose take takes ten than that the their them then there therefore these
+    they thing third this those three through thus time times together total triangle true twice two under until
+    use used using value values variable very was way were what when where whether which while whole will
+    with within without work would write year years yes you your
+    is are of to we it be by so if or an as at on in no do he my
+    """.split()
+)
+# Words after which a letter without a space is a mistake, unless it begins with one of these: "the" + "orem".
+_AFTER = {
+    "the": "o r m s n y i ft at ta w l",
+    "and": "r e a o y i",
+    "of": "f t",
+    "that": "c s",
+    "this": "t",
+    "which": "e s",
+    "with": "i o d h s e",
+    "from": "a",
+    "are": "a n s",
+    "was": "h t p",
+    "is": "l s o n h r",
+    "we": "a b d e i l n p r s t",
+    "have": "n r s",
+    "has": "h t s",
+    "because": "",
+    "equals": "",
+    "where": "a b e i o u v w f",
+    "when": "c e",
+    "then": "c",
+    "than": "k e a o",
+    "into": "n x l",
+    "these": "s",
+    "each": "",
+    "both": "e",
+    "since": "r",
+    "their": "s",
+    "will": "i o p y s f b e",
+    "must": "a e y i",
+    "total": "i l s",
+    "number": "s e i",
+    "gives": "",
+    "need": "l e y i s",
+}
+# Words before which any run of letters is a whole word, because none ends with them.
+_BEFORE = frozenset("which that because from with equals this have were when should would must each".split())
+# Words before which a run of letters is whole if something says that it is a word.
+_JOINS = frozenset(
+    "which that because from with equals this have were when should would must each is are was of and the to by we so "
+    "then will can has for where since into than be".split()
+)
+_WHOLE = re.compile(r"(?:[ts]ion|ing|ment|ness|ity|ance|ence|ous|ive|ly|ed|[^aeiou]er|ies|[st]s|able)\Z")
+_COMPOUNDS = frozenset(
+    """
+    without within into onto therefore thereby therefrom therein thereof whenever wherever whereas whereby wherein
+    cannot another itself themselves himself herself yourself ourselves something anything everything nothing someone
+    anyone everyone become became because before behind below beside besides between beyond being inside outside
+    input output instance income intend often also always although already almost altogether today together together
+    forever format former formal forward island issue isolate oneself online overall overlap overcome overtime
+    undergo understand underline update upset upright maybe percent percentage hundredth itself sometimes somewhere
+    nowhere elsewhere whichever whatever however whoever toward towards throughout timeline halfway subset notebook
+    weekend classroom birthday daytime daylight nearby standby thereto hereby hereto handful areas factor operator
+    andes android tensor lesson season reason person function number numbered outline sidelines setting
+    """.split()
+)
+_FOLLOWS = re.compile(r"[^\W\d_]+")
+_OPERATOR = re.compile(r"\s(?:=|\+|<|≈|≤|≥|→|⇒|×|·|÷)\Z")
+
+
+def _join(prefix: str, text: str) -> str:
+    """Mend the white space at the joint; nothing behind it changes.
+
+    - After white space inside a line the text loses its leading spaces; a line break stays. In the indentation of a
+      line a single space, or any after an odd number, completes it (tokenizers leave the last space of an
+      indentation to the word); otherwise the indentation was written anew and is counted once.
+    - Two words that stand without a space between them get one where the evidence is that both are whole
+      (`_lacks_space`), as in "the" + "answer"; "contin" + "uation" and "the" + "orem" stay as they are.
+    """
+    if not prefix or not text:
+        return text
+    if prefix[-1] in " \t":
+        spaces = len(text) - len(text.lstrip(" \t"))
+        line = prefix.rpartition("\n")[2]
+        if spaces == 0 or text[spaces : spaces + 1] in ("\n", "\r"):
+            return text
+        if line.strip() or "\n" not in prefix:
+            return text[spaces:] if not _in_fence(prefix) else text
+        if len(line) % 2 or "\t" in line:
+            return text
+        return text[min(spaces, len(line)) :]
+    if prefix[-1].isspace() or text[0].isspace():
+        return text
+    return " " + text if _lacks_space(prefix, text) else text
+
+
+def _lacks_space(prefix: str, text: str) -> bool:
+    """Whether two texts that meet without white space are evidently two words.
+
+    The evidence, outside of code: both words are whole, by a list of common words or because the prefix uses them
+    elsewhere, and do not make a known word together; or one is a word that nothing is glued to ("which", "because").
+    After a comma or the end of a sentence a common word is enough, after "=" and its like with a space before them
+    anything.
+    """
+    last = prefix[-1]
+    if _CJK.match(last) or _CJK.match(text[0]) or _in_code(prefix):
+        return False
+    match = _FOLLOWS.match(text)
+    follows = match[0] if match and text[match.end() : match.end() + 1] not in ("(", "_", "[", "=") else ""
+    if _OPERATOR.search(prefix[-2:]):
+        return text[0].isalnum() or text[0] in "\\$("
+    word = _last_word(prefix)
+    lower = follows.lower()
+    if last.isalpha():
+        before = prefix[len(prefix) - len(word) - 1 : len(prefix) - len(word)]
+        if before in ("\\", "_", "."):
+            return False  # a command of LaTeX or a part of a name
+        known = word.lower()
+        if text[0].isdigit():
+            return len(known) > 1 and known in _AFTER
+        if text[0] in "$`*\\(":
+            return len(known) > 1 and known in _AFTER and _opens(prefix, text)
+        return bool(follows) and _two_words(prefix, known, follows)
+    if len(lower) < 2 or not (lower in _COMMON or _occurs(prefix, follows)):
+        return False
+    if last.isdigit():
+        return len(lower) >= 3 and lower not in ("and", "min")
+    if last in ",;":
+        return True
+    if last in ".!?:":
+        # A numbered item, or a sentence; "www.example" and "math.floor" are neither.
+        return follows[0].isupper() or last in "!?" or bool(re.search(r"(?:^|\n)\s*\d+\.\Z", prefix[-12:]))
+    if last in "$`*":
+        return _closes(prefix)
+    return last == ")"
+
+
+def _two_words(prefix: str, word: str, follows: str) -> bool:
+    after = follows.lower()
+    if word + after in _COMPOUNDS or word + after in _COMMON or _occurs(prefix, word + follows):
+        return False
+    if len(word) < 2:
+        return word == "a" and len(after) > 2 and after in _COMMON and after not in ("line", "part", "side", "way")
+    if after in _BEFORE:
+        return True
+    if word in _AFTER and len(after) > 1 and not after.startswith(tuple(_AFTER[word].split())):
+        return True
+    whole = word in _COMMON or _occurs(prefix[: -len(word)], word) or (len(word) > 4 and bool(_WHOLE.search(word)))
+    if after in _JOINS:
+        return whole and len(word) > 2
+    return whole and len(word) > 2 and len(after) > 2 and (after in _COMMON or _occurs(prefix, follows))
+
+
+def _occurs(prefix: str, word: str) -> bool:
+    """Whether the last pages of the prefix use a word by itself, elsewhere than at their end."""
+    return bool(re.search(rf"(?<![\w\\]){re.escape(word)}(?!\w)(?!\Z)", prefix[-4000:], re.IGNORECASE))
+
+
+def _last_word(text: str) -> str:
+    match = re.search(r"[^\W\d_]+\Z", text[-64:])
+    return match[0] if match else ""
+
+
+def _in_fence(prefix: str) -> bool:
+    """Whether a text stops inside a fenced code block."""
+    return bool(prefix.count("```") % 2)
+
+
+def _in_code(prefix: str) -> bool:
+    """Whether a text stops inside a fenced code block or inside a span of code."""
+    return _in_fence(prefix) or bool(prefix.rpartition("\n")[2].replace("```", "").count("`") % 2)
+
+
+def _opens(prefix: str, text: str) -> bool:
+    """Whether a mark at the beginning of `text` opens something, because the prefix has nothing to close."""
+    paragraph = prefix.rpartition("\n\n")[2]
+    if text[0] == "$":
+        return not paragraph.replace("\\$", "").count("$") % 2
+    if text[0] == "`":
+        return not paragraph.count("`") % 2
+    if text.startswith("**"):
+        return not paragraph.count("**") % 2
+    return text.startswith(("\\(", "(")) and paragraph.count("\\(") == paragraph.count("\\)")
+
+
+def _closes(prefix: str) -> bool:
+    """Whether the mark at the end of a text closes what the same mark opened before."""
+    paragraph = prefix.rpartition("\n\n")[2]
+    if prefix[-1] == "$":
+        count = paragraph.replace("\\$", "").replace("$$", "").count("$")
+        return count > 0 and not count % 2
+    mark = "**" if prefix.endswith("**") else prefix[-1]
+    return paragraph.count(mark) > 0 and not paragraph.count(mark) % 2
