@@ -19,9 +19,11 @@ Text and numbers only: nothing here knows of the trainer, and a teacher is anyth
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -56,6 +58,7 @@ class AuditSettings:
     chunk_length: int
     min_chunk_length: int
     num_rollouts: int
+    min_rollouts: int
     prior_strength: float
     chunk_overlap: Literal["resample", "merge"]
     chunk_placement: Literal["start", "center"]
@@ -118,13 +121,14 @@ class Audit:
     """All chunks of one trajectory.
 
     Attributes:
-        chunks: the chunks with at least one rollout, in ascending order.
-        num_dropped: chunks that were selected but got no rollout. Their tokens count as un-audited.
+        chunks: the chunks with at least `min_rollouts` rollouts, in ascending order.
+        num_dropped: chunks that were selected but got fewer. Their tokens count as un-audited.
         num_rollouts: rollouts that came back.
         num_short: rollouts that the teacher was cut off in before they filled their chunk: its tokens are shorter than
             expected, and the similarity suffers.
         usage: tokens used.
         failures: why rollouts are missing, in the teacher's words.
+        outcomes: what the teacher counted besides, under the names of `omniopd_trl.teachers.OUTCOMES`.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
@@ -133,6 +137,7 @@ class Audit:
     num_short: int = 0
     usage: Usage = field(default_factory=Usage)
     failures: tuple[str, ...] = ()
+    outcomes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Auditor:
@@ -172,10 +177,6 @@ class Auditor:
             seed=trajectory.seed,
         )
 
-    async def audit_all(self, trajectories: Sequence[Trajectory]) -> list[Audit]:
-        """Audit several trajectories concurrently; the results are in their order."""
-        return list(await asyncio.gather(*map(self.audit, trajectories)))
-
     async def audit(self, trajectory: Trajectory) -> Audit:
         """Audit one trajectory.
 
@@ -203,13 +204,13 @@ class Auditor:
         texts: list[tuple[str, str]],
         replies: list[TeacherReply],
     ) -> Audit:
-        """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk without a rollout is dropped."""
+        """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
         cut = [self.cut(reply.rollouts, chunk.end - chunk.start) for reply, chunk in zip(replies, chunks, strict=True)]
         rollouts = [texts_of_chunk for texts_of_chunk, _ in cut]
         matrix = similarity_matrix([text for _, text in texts], rollouts, self.similarity)
         audits = []
         for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
-            if not answers:
+            if len(answers) < self.settings.min_rollouts:
                 continue
             prior = chunk_prior(trajectory.prior_logprobs[chunk.start : chunk.end])
             posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
@@ -223,6 +224,7 @@ class Auditor:
             num_short=sum(short for _, short in cut),
             usage=sum((reply.usage for reply in replies), Usage()),
             failures=tuple(reply.failure for reply in replies if reply.failure is not None),
+            outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
         )
 
     def split_text(self, token_ids: list[int], chunk: Chunk) -> tuple[str, str]:
@@ -277,9 +279,36 @@ class EventLoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name="omniopd-teacher", daemon=True)
         self._thread.start()
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Start a coroutine; `result()` of the returned future waits for it and raises what it raised."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def submit(self, *coroutines: Coroutine[Any, Any, T]) -> "list[Future[T]]":
+        """Start coroutines in the same turn of the loop.
+
+        Returns:
+            A future for each; its `result()` waits for the coroutine and raises what it raised.
+        """
+        futures: list[Future[T]] = [Future() for _ in coroutines]
+
+        def start() -> None:
+            for coroutine, future in zip(coroutines, futures, strict=True):
+                task = self._loop.create_task(coroutine)
+                task.add_done_callback(partial(_copy_result, future))
+
+        self._loop.call_soon_threadsafe(start)
+        return futures
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Start one coroutine and wait for it."""
+        return self.submit(coroutine)[0].result()
+
+    def cancel(self) -> None:
+        """Cancel everything that was submitted and is not finished, and wait until it has ended."""
+
+        async def cancel_others() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.run(cancel_others())
 
     def close(self) -> None:
         """Stop the loop and wait for its thread."""
@@ -287,3 +316,12 @@ class EventLoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:
+    if task.cancelled():
+        future.cancel()
+    elif (error := task.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())

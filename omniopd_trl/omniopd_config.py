@@ -34,9 +34,23 @@ _CHOICES = {
     "chunk_selection": ("entropy", "uniform"),
     "loss_normalization": ("tokens", "sum", "components"),
     "posterior_baseline": ("none", "batch", "trajectory", "moving_average"),
+    "teacher_continuation": (None, "raw", "continue_final", "prefill", "prefix_flag", "instruct"),
 }
 
-_COUNTS = ("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations")
+_COUNTS = (
+    *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
+    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
+)
+
+# Numbers and the least that each may be; those of `_POSITIVE` must be above 0.
+_AT_LEAST_ZERO = (
+    *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
+    *("teacher_input_price", "teacher_output_price", "teacher_cached_price"),
+)
+_POSITIVE = (
+    *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
+    *("teacher_requests_per_minute", "teacher_tokens_per_minute"),
+)
 
 
 @dataclass
@@ -108,6 +122,48 @@ class OmniOPDConfig(DistillationConfig):
             Nucleus sampling mass of the teacher.
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's.
+        min_rollouts (`int`, *optional*, defaults to `1`):
+            A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited.
+        max_failed_chunks (`float`, *optional*, defaults to `0.2`):
+            Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint and stops.
+
+        > Parameters that control a teacher behind a service
+
+        teacher_base_url (`str`, *optional*):
+            Where the service is, for `vllm:` and `openai:` teachers, for example `http://127.0.0.1:8000/v1`. Defaults
+            to the SDK's own.
+        teacher_tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the teacher's name.
+        teacher_continuation (`str`, *optional*):
+            How the student's text becomes the beginning of the teacher's answer: `"raw"`, `"continue_final"`,
+            `"prefill"`, `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to take.
+        teacher_max_concurrency (`int`, *optional*, defaults to `64`):
+            Requests under way at once. This and the next two are for the whole job and divided over its processes.
+        teacher_requests_per_minute (`float`, *optional*):
+            Requests per minute. No limit by default.
+        teacher_tokens_per_minute (`float`, *optional*):
+            Prompt and completion tokens per minute. No limit by default.
+        teacher_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds that one attempt of a request may take.
+        teacher_max_attempts (`int`, *optional*, defaults to `6`):
+            Attempts per request, the first one included.
+        teacher_max_seconds (`float`, *optional*, defaults to `600.0`):
+            Seconds that all attempts of a request may take together.
+        teacher_max_retry_after (`float`, *optional*, defaults to `120.0`):
+            The longest wait in seconds that the service may ask for; a longer one stops the run.
+        teacher_budget_usd (`float`, *optional*):
+            US dollars that the job may spend, earlier runs of the same `output_dir` included. It is never exceeded.
+        teacher_budget_tokens (`int`, *optional*):
+            Prompt and completion tokens that the job may use, likewise.
+        teacher_input_price (`float`, *optional*):
+            US dollars per million prompt tokens. The three prices default to those that genai-prices knows.
+        teacher_output_price (`float`, *optional*):
+            US dollars per million completion tokens.
+        teacher_cached_price (`float`, *optional*):
+            US dollars per million prompt tokens that a cache served.
+        save_audits (`bool`, *optional*, defaults to `True`):
+            Whether trajectories and audits are written to a journal under `output_dir` before they are used, so that
+            a run that is resumed asks for nothing that was paid for.
 
         > Parameters that control the evaluation
 
@@ -243,6 +299,107 @@ class OmniOPDConfig(DistillationConfig):
         },
     )
 
+    min_rollouts: int = field(
+        default=1,
+        metadata={"help": "A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited."},
+    )
+    max_failed_chunks: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint "
+            "and stops."
+        },
+    )
+
+    # Parameters that control a teacher behind a service
+    teacher_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the service is, for `vllm:` and `openai:` teachers, for example "
+            "`http://127.0.0.1:8000/v1`. Defaults to the SDK's own."
+        },
+    )
+    teacher_tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the "
+            "teacher's name."
+        },
+    )
+    teacher_continuation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the student's text becomes the beginning of the teacher's answer: 'raw', 'continue_final', "
+            "'prefill', 'prefix_flag' or 'instruct'. Defaults to what the model is known to take."
+        },
+    )
+    teacher_max_concurrency: int = field(
+        default=64,
+        metadata={
+            "help": "Requests under way at once. This and the next two are for the whole job and divided over its "
+            "processes."
+        },
+    )
+    teacher_requests_per_minute: float | None = field(
+        default=None,
+        metadata={"help": "Requests per minute. No limit by default."},
+    )
+    teacher_tokens_per_minute: float | None = field(
+        default=None,
+        metadata={"help": "Prompt and completion tokens per minute. No limit by default."},
+    )
+    teacher_timeout: float = field(
+        default=120.0,
+        metadata={"help": "Seconds that one attempt of a request may take."},
+    )
+    teacher_max_attempts: int = field(
+        default=6,
+        metadata={"help": "Attempts per request, the first one included."},
+    )
+    teacher_max_seconds: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that all attempts of a request may take together."},
+    )
+    teacher_max_retry_after: float = field(
+        default=120.0,
+        metadata={"help": "The longest wait in seconds that the service may ask for; a longer one stops the run."},
+    )
+    teacher_budget_usd: float | None = field(
+        default=None,
+        metadata={
+            "help": "US dollars that the job may spend, earlier runs of the same `output_dir` included. It is never "
+            "exceeded."
+        },
+    )
+    teacher_budget_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt and completion tokens that the job may use, earlier runs of the same `output_dir` "
+            "included. It is never exceeded."
+        },
+    )
+    teacher_input_price: float | None = field(
+        default=None,
+        metadata={
+            "help": "US dollars per million prompt tokens. The three prices default to those that genai-prices knows."
+        },
+    )
+    teacher_output_price: float | None = field(
+        default=None,
+        metadata={"help": "US dollars per million completion tokens."},
+    )
+    teacher_cached_price: float | None = field(
+        default=None,
+        metadata={"help": "US dollars per million prompt tokens that a cache served."},
+    )
+    save_audits: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether trajectories and audits are written to a journal under `output_dir` before they are "
+            "used, so that a run that is resumed asks for nothing that was paid for."
+        },
+    )
+
     # Parameters that control the evaluation
     audit_eval: bool = field(
         default=False,
@@ -268,40 +425,45 @@ class OmniOPDConfig(DistillationConfig):
 
     def _check_numbers(self) -> None:
         # YAML values arrive as they are written: a quoted number is a string, and YAML 1.1 reads 1e-6 as one.
-        for name in ("beta", "prior_strength", "teacher_temperature", "teacher_top_p", "temperature", "top_p"):
+        for name in ("learning_rate", *_AT_LEAST_ZERO, *_POSITIVE):
             value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
             try:
                 number = float(value)
             except (TypeError, ValueError):
                 number = math.nan
             if isinstance(value, bool) or not math.isfinite(number):
                 raise ConfigError(f"{name}={value!r} is not a finite number. Give it as a number.")
+            if number < 0 or (number == 0 and name in _POSITIVE):
+                raise ConfigError(f"{name}={value!r} must {'be above 0' if name in _POSITIVE else 'not be negative'}.")
             setattr(self, name, number)
         for name in _COUNTS:
             value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
-        if isinstance(self.learning_rate, str):
-            try:
-                self.learning_rate = float(self.learning_rate)
-            except ValueError:
-                raise ConfigError(f"learning_rate={self.learning_rate!r} is not a number. Give it as one.") from None
-        for name in ("beta", "prior_strength", "teacher_temperature"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.temperature <= 0:
+        for name in ("teacher_top_p", "top_p", "max_failed_chunks"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
+        if self.min_rollouts > self.num_rollouts:
             raise ConfigError(
-                f"temperature={self.temperature} must be above 0: the student's log-probabilities are those of the "
-                "policy that sampled, logits divided by the temperature. Use 1.0, as the paper does."
+                f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so that every chunk "
+                "would be dropped. Lower it."
             )
-        for name in ("teacher_top_p", "top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be in (0, 1].")
+        if (self.teacher_input_price is None) != (self.teacher_output_price is None):
+            raise ConfigError(
+                f"teacher_input_price={self.teacher_input_price} and teacher_output_price="
+                f"{self.teacher_output_price}: give both prices or neither."
+            )
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(filter(None, choices))}."
+                )
         # Imported here so that `--help` does not pay for it.
         from omniopd_trl.similarity import get_similarity
 

@@ -18,11 +18,12 @@ import random
 import textwrap
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -61,18 +62,27 @@ from omniopd_trl.audit import (
     Trajectory,
 )
 from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
-from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
+from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, TeacherError, import_extra
 from omniopd_trl.evaluation import math_accuracy
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
 from omniopd_trl.similarity import get_similarity
-from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, Usage, load_teacher
+from omniopd_trl.teachers import OUTCOMES, Prefix, SamplingRequest, Teacher, Usage, load_teacher
 
 logger = logging.get_logger(__name__)
 
 RewardFunc = Callable[..., list[float | None]]
+
+
+@dataclass
+class _PendingAudit:
+    """A trajectory whose audit is under way, with what its metrics need: two `(T,)` tensors in nats."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    future: "Future[Audit]" = field(default_factory=Future)
 
 
 @dataclass(frozen=True)
@@ -114,16 +124,27 @@ class PosteriorAverage(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.total = 0.0
         self.weight = 0.0
+        self._batch = (0.0, 0.0)
 
     @property
     def value(self) -> float | None:
         """The average, or `None` before the first batch."""
         return self.total / self.weight if self.weight else None
 
-    def update(self, batch_mean: float) -> None:
-        """Count one more batch."""
-        self.total = self.DECAY * self.total + (1 - self.DECAY) * batch_mean
-        self.weight = self.DECAY * self.weight + (1 - self.DECAY)
+    def add(self, posterior_sum: float, num_chunks: int) -> None:
+        """Collect a part of the current batch."""
+        self._batch = (self._batch[0] + posterior_sum, self._batch[1] + num_chunks)
+
+    def take(self) -> tuple[float, float]:
+        """Sum and count of what was collected, which starts anew."""
+        batch, self._batch = self._batch, (0.0, 0.0)
+        return batch
+
+    def update(self, posterior_sum: float, num_chunks: float) -> None:
+        """Count one more batch, unless nothing was audited in it."""
+        if num_chunks:
+            self.total = self.DECAY * self.total + (1 - self.DECAY) * posterior_sum / num_chunks
+            self.weight = self.DECAY * self.weight + (1 - self.DECAY)
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
@@ -261,7 +282,10 @@ class OmniOPDTrainer(DistillationTrainer):
             model_init_kwargs=args.teacher_model_init_kwargs,
             revision=args.teacher_model_revision,
             trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.teacher_chat_template_kwargs or args.chat_template_kwargs,
+            # `__post_init__` has parsed what the command line gives as JSON.
+            chat_template_kwargs=cast(
+                "dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs
+            ),
             device=args.device,
         )
         for _, dataset in _named_datasets(train_dataset, eval_dataset):
@@ -301,6 +325,10 @@ class OmniOPDTrainer(DistillationTrainer):
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
+        # Chunks of the current generation batch, of this process.
+        self._chunks_asked = self._chunks_dropped = 0
+        # Apple's GPUs have no float64.
+        self._metric_dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         self._eval_name = ""
         self._warned: set[str] = set()
         if args.posterior_baseline == "moving_average":
@@ -359,64 +387,157 @@ class OmniOPDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
-        completion_mask = batch["completion_mask"].bool()
-        batch["weights"] = torch.zeros_like(completion_mask, dtype=torch.float32)
-        batch["audited_mask"] = torch.zeros_like(completion_mask)
+        batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
+        batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         if mode == "eval":
             self._score_samples(inputs, batch)
         if mode == "train" or self.args.audit_eval:
-            self._audit_batch([example["prompt"] for example in inputs], batch, mode)
-        num_audited = batch["audited_mask"].sum()
-        counts = torch.stack([num_audited, completion_mask.sum() - num_audited])
-        if mode == "train":  # evaluation has no accumulation: each batch is averaged over itself
-            counts = self.accelerator.gather(counts[None]).sum(0)
-        batch["num_audited"], batch["num_unaudited"] = counts.unbind()
+            batch["audits"] = self._start_audits([example["prompt"] for example in inputs], batch, mode)
+            if mode == "eval" or not self._overlaps:
+                self._finish_audits(batch, mode, is_last=True)
+        if mode == "train" and self.args.loss_normalization == "components":
+            num_audited = batch["audited_mask"].sum()
+            counts = torch.stack([num_audited, batch["completion_mask"].sum() - num_audited])
+            batch["num_audited"], batch["num_unaudited"] = self.accelerator.gather(counts[None]).sum(0).unbind()
         return batch
 
-    def _audit_batch(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> None:
-        """Fill in `weights` and `audited_mask`, both `(B, T)`."""
-        logprobs, entropy, prior_logprobs = self._score_completions(batch)
-        lengths = batch["completion_mask"].sum(1).tolist()
-        trajectories = [
-            Trajectory(
-                prompt=prompt,
-                token_ids=batch["completion_ids"][b, :length].tolist(),
-                entropy=entropy[b, :length],
-                prior_logprobs=prior_logprobs[b, :length],
-                seed=self._trajectory_seed(mode, b),
-            )
-            for b, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-        ]
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if "audits" in inputs:
+            steps = self.args.gradient_accumulation_steps
+            self._finish_audits(inputs, "train", is_last=self._step % steps == steps - 1)
+        return inputs
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether a micro-batch waits for its own audits only, while later ones are still under way."""
+        needs_whole_batch = self.args.posterior_baseline == "batch" or self.args.loss_normalization == "components"
+        return self.teacher.works_elsewhere and not needs_whole_batch
+
+    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[_PendingAudit]:
+        """Score the completions, and send each trajectory to the teacher as soon as its chunks are known.
+
+        Raises:
+            NonFiniteError: when a log-probability or an entropy is not a finite number.
+        """
+        pending: dict[int, _PendingAudit] = {}
+        lengths = batch["completion_mask"].sum(1)
+        trajectories: dict[int, Trajectory] = {}
+        # Like with like, so that a micro-batch pays for little padding.
+        order = (batch["prompt_mask"].sum(1) + lengths).argsort(descending=True)
+        for rows in order.split(self.args.per_device_train_batch_size):
+            scores = self._score_rows({key: batch[key][rows] for key in _TOKEN_KEYS})
+            if not self.accelerator.gather(scores.isfinite().all()[None]).all():
+                raise self._non_finite("the student's log-probabilities")
+            for b, (logprobs, entropy, prior_logprobs) in zip(rows.tolist(), scores.cpu().unbind(1), strict=True):
+                length = int(lengths[b])
+                trajectories[b] = Trajectory(
+                    prompt=prompts[b],
+                    token_ids=batch["completion_ids"][b, :length].tolist(),
+                    entropy=entropy[:length],
+                    prior_logprobs=prior_logprobs[:length],
+                    seed=self._trajectory_seed(mode, b),
+                )
+                pending[b] = _PendingAudit(logprobs[:length], entropy[:length])
+            if self._overlaps:
+                self._submit(pending, trajectories)
+        self._submit(pending, trajectories)
+        return [pending[b] for b in range(len(prompts))]
+
+    def _submit(self, pending: dict[int, _PendingAudit], trajectories: dict[int, Trajectory]) -> None:
+        """Start the audits of `trajectories` in one turn of the event loop, and forget the latter."""
+        futures = self._loop.submit(*(self.auditor.audit(trajectory) for trajectory in trajectories.values()))
+        for b, future in zip(trajectories, futures, strict=True):
+            pending[b].future = future
+        trajectories.clear()
+
+    def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool) -> None:
+        """Wait for the audits of a batch or micro-batch, and fill in `weights` and `audited_mask`, both `(B, T)`.
+
+        Args:
+            batch: holds its `audits`, which are taken out.
+            mode: `"train"` or `"eval"`.
+            is_last: whether this ends the generation batch.
+
+        Raises:
+            TeacherError: on every process, when one of them got a final error, or when too many chunks were dropped.
+        """
+        pending: list[_PendingAudit] = batch.pop("audits")
         start = time.perf_counter()
-        audits = self._loop.submit(self.auditor.audit_all(trajectories)).result()
+        audits, error = self._wait_for(pending)
         waited = time.perf_counter() - start
+        self._stop_together(audits, error, is_last)
 
         posteriors = torch.tensor([chunk.posterior for audit in audits for chunk in audit.chunks])
         rows = torch.tensor([b for b, audit in enumerate(audits) for _ in audit.chunks], dtype=torch.long)
-        weights = self._chunk_weights(posteriors, rows, mode)
+        weights = self._chunk_weights(posteriors, rows, is_last and mode == "train")
         spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
         for (b, chunk), weight in zip(spans, weights.tolist(), strict=True):
             batch["weights"][b, chunk.start : chunk.end] = weight
             batch["audited_mask"][b, chunk.start : chunk.end] = True
-        self._record_audits(mode, audits, logprobs, entropy, lengths, waited)
+        self._record_audits(mode, audits, pending, waited)
 
-    def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, mode: str) -> torch.Tensor:
-        """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks of this process."""
+    @staticmethod
+    def _wait_for(pending: list[_PendingAudit]) -> tuple[list[Audit], TeacherError | None]:
+        audits: list[Audit] = []
+        for audit in pending:
+            try:
+                audits.append(audit.future.result())
+            except TeacherError as error:  # the others are learnt of first: no process may wait for this one
+                return audits, error
+        return audits, None
+
+    def _stop_together(self, audits: list[Audit], error: TeacherError | None, is_last: bool) -> None:
+        """Stop every process when one cannot go on: all come here, so that none waits for a dead one."""
+        self._chunks_dropped += sum(audit.num_dropped for audit in audits)
+        self._chunks_asked += sum(audit.num_dropped + len(audit.chunks) for audit in audits)
+        state = [float(error is not None), float(self._chunks_dropped), float(self._chunks_asked)]
+        failed, dropped, asked = (
+            self.accelerator.gather(torch.tensor([state], device=self.accelerator.device)).sum(0).tolist()
+        )
+        reason: str | None = None
+        if failed:
+            reason = next(text for text in gather_object([None if error is None else str(error)]) if text)
+        elif is_last:
+            self._chunks_dropped = self._chunks_asked = 0
+            if dropped > self.args.max_failed_chunks * asked:
+                failures = [failure for audit in audits for failure in audit.failures]
+                why = next(iter(gather_object(failures)), "no reason given")
+                reason = (
+                    f"{dropped:.0f} of {asked:.0f} chunks got fewer than min_rollouts={self.args.min_rollouts} "
+                    f"rollouts, more than max_failed_chunks={self.args.max_failed_chunks:g} of the batch. "
+                    f"One of the causes: {why}"
+                )
+        if reason is None:
+            return
+        self._loop.cancel()  # nothing more is spent
+        where = ""
+        if self.is_in_train:
+            self._save_checkpoint(self.model, trial=None)
+            where = f" A checkpoint is in {self.args.output_dir}; mend the cause and resume from it."
+        raise TeacherError(f"Stopped at step {self.state.global_step}: {reason}{where}") from error
+
+    def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks at hand."""
         baseline = self.args.posterior_baseline
-        if baseline not in ("batch", "moving_average"):
-            return centered_posteriors(posteriors, rows, baseline)
-        sums = torch.tensor([[posteriors.sum().item(), len(posteriors)]], device=self.accelerator.device)
-        total, count = self.accelerator.gather(sums).double().sum(0).tolist()
-        batch_mean = total / count if count else 0.0
         if baseline == "batch":
-            return centered_posteriors(posteriors, rows, baseline, batch_mean)
+            total, count = self._sum_over_processes(posteriors.sum().item(), len(posteriors))
+            return centered_posteriors(posteriors, rows, baseline, total / count if count else 0.0)
+        if baseline != "moving_average":
+            return centered_posteriors(posteriors, rows, baseline)
         # `Trainer` may replace the callback when it restores a checkpoint, so it is looked up each time.
         average = next(c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage))
         weights = centered_posteriors(posteriors, rows, baseline, moving_average=average.value)
-        # Only after use: what a batch is measured against must not depend on it.
-        if mode == "train" and count:
-            average.update(batch_mean)
+        # Counted after use, and for the whole generation batch at once: what a batch is measured against must not
+        # depend on it.
+        average.add(posteriors.sum().item(), len(posteriors))
+        if is_last:
+            average.update(*self._sum_over_processes(*average.take()))
         return weights
+
+    def _sum_over_processes(self, *values: float) -> list[float]:
+        local = torch.tensor([values], dtype=self._metric_dtype, device=self.accelerator.device)
+        return self.accelerator.gather(local).sum(0).tolist()
 
     def _trajectory_seed(self, mode: str, index: int) -> int:
         key = (self.args.seed, mode, self.state.global_step, self.accelerator.process_index, index)
@@ -473,29 +594,12 @@ class OmniOPDTrainer(DistillationTrainer):
                 body(student)
 
     @torch.no_grad()
-    def _score_completions(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies of the completions under the policy that wrote them.
+    def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities and entropies of completions under the policy that wrote them.
 
         Returns:
-            Log-probabilities, entropies, and the log-probabilities of the prior, all `(B, T)`, float32, on the CPU,
-            and 0 on padding.
-
-        Raises:
-            NonFiniteError: when one of them is not a finite number.
+            `(3, B, T)`, float32, 0 on padding: log-probabilities, entropies, and log-probabilities of the prior.
         """
-        scores = torch.zeros(3, *batch["completion_mask"].shape, device=self.accelerator.device)
-        # Like with like, so that a micro-batch pays for little padding.
-        order = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).argsort(descending=True)
-        with _evaluation_mode(self.model):
-            for rows in order.split(self.args.per_device_train_batch_size):
-                scores[:, rows] = self._score_rows({key: batch[key][rows] for key in _TOKEN_KEYS})
-        finite = scores.isfinite().all()
-        if not self.accelerator.gather(finite[None]).all():
-            raise self._non_finite("the student's log-probabilities")
-        logprobs, entropy, prior_logprobs = scores.cpu()
-        return logprobs, entropy, prior_logprobs
-
-    def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = self._tokens(part)
         where = part["completion_mask"].bool()
         scores = torch.zeros(3, *where.shape, device=where.device)
@@ -515,7 +619,8 @@ class OmniOPDTrainer(DistillationTrainer):
             if self.args.prior == "reference" and self.args.prior_strength > 0:
                 self._run_reference(student, score_reference)
 
-        self._inside_forward(self.model_wrapped, body)
+        with _evaluation_mode(self.model):
+            self._inside_forward(self.model_wrapped, body)
         return scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -547,18 +652,19 @@ class OmniOPDTrainer(DistillationTrainer):
                 _, entropy = self._project(hidden, head, tokens, tokens.completion)
                 sums["entropy"] = _sum_and_count(entropy)
         # Generation hands out the micro-batches of one optimizer step; an evaluation batch stands for itself.
-        num_processes = self.accelerator.num_processes if mode == "train" else 1
-        num_micro_batches = self.args.gradient_accumulation_steps if mode == "train" else 1
-        num_audited, num_unaudited = (inputs[k].to(hidden.device) for k in ("num_audited", "num_unaudited"))
+        is_train = mode == "train"
+        num_processes = self.accelerator.num_processes if is_train else 1
+        num_micro_batches = self.args.gradient_accumulation_steps if is_train else 1
+        local = {"num_audited": tokens.audited.sum(), "num_unaudited": (tokens.completion & ~tokens.audited).sum()}
+        counts = {key: inputs.get(key, value).to(hidden.device) for key, value in local.items()}
         loss = combine(
             chunk_sum,
             kl_sum,
             beta=self.args.beta,
             normalization=self.args.loss_normalization,
-            num_tokens=num_audited + num_unaudited,
+            num_tokens=(inputs["num_items_in_batch"] if is_train else tokens.completion.sum()).to(hidden.device),
             num_sequences=tokens.input_ids.size(0) * num_processes * num_micro_batches,
-            num_audited=num_audited,
-            num_unaudited=num_unaudited,
+            **counts,
         )
         # Gradients are averaged over processes, so that each one's share is scaled up by their number.
         return loss * num_processes
@@ -617,11 +723,11 @@ class OmniOPDTrainer(DistillationTrainer):
 
     def _add_ratios(self, mode: str, ratios: dict[str, tuple[float, float]]) -> None:
         """Add numerators and denominators, summed over processes. Every process names the same metrics."""
-        local = torch.tensor([list(ratios.values())], dtype=torch.float64, device=self.accelerator.device)
-        for name, total in zip(ratios, self.accelerator.gather(local).sum(0).tolist(), strict=True):
+        totals = self._sum_over_processes(*(number for ratio in ratios.values() for number in ratio))
+        for name, numerator, denominator in zip(ratios, totals[::2], totals[1::2], strict=True):
             entry = self._ratios[mode][self._eval_name + name if mode == "eval" else name]
-            entry[0] += total[0]
-            entry[1] += total[1]
+            entry[0] += numerator
+            entry[1] += denominator
 
     def _record_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
         names = ("kl/unaudited", "kl/audited", "entropy")
@@ -632,39 +738,39 @@ class OmniOPDTrainer(DistillationTrainer):
         if finite < count:
             raise self._non_finite("the loss")
 
-    def _record_audits(
-        self,
-        mode: str,
-        audits: list[Audit],
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-        lengths: list[int],
-        waited: float,
-    ) -> None:
-        chunks = [(b, chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
-        num_audited = sum(chunk.chunk.end - chunk.chunk.start for _, chunk in chunks)
+    def _record_audits(self, mode: str, audits: list[Audit], pending: list[_PendingAudit], waited: float) -> None:
+        chunks = [(p, chunk) for p, audit in zip(pending, audits, strict=True) for chunk in audit.chunks]
+        num_audited = sum(c.chunk.end - c.chunk.start for _, c in chunks)
         # The paper's form, whatever the baseline. The policy has not moved since, so it is that of the update.
-        loss = -sum(c.posterior * logprobs[b, c.chunk.start : c.chunk.end].sum().item() for b, c in chunks)
+        loss = -sum(c.posterior * p.logprobs[c.chunk.start : c.chunk.end].sum().item() for p, c in chunks)
         usage = sum((audit.usage for audit in audits), Usage())
         num_rollouts = sum(audit.num_rollouts for audit in audits)
         num_dropped = sum(audit.num_dropped for audit in audits)
-        num_chunks, num_tokens = len(chunks), sum(lengths)
+        num_chunks, num_tokens = len(chunks), sum(len(p.entropy) for p in pending)
+        outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
+        # Steps, or evaluation batches, that this is a part of; sums of it over processes count each one once.
+        per_step = len(audits)
+        if mode == "train":
+            per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        steps = len(audits) / per_step / self.accelerator.num_processes
         self._add_ratios(
             mode,
             {
                 "chunk_loss": (loss, num_audited),
-                "entropy": (entropy.double().sum().item(), num_tokens),
+                "entropy": (sum(p.entropy.double().sum().item() for p in pending), num_tokens),
                 "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
                 "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
                 "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
-                "audit/anchor_entropy": (sum(entropy[b, c.chunk.anchor].item() for b, c in chunks), num_chunks),
+                "audit/anchor_entropy": (sum(p.entropy[c.chunk.anchor].item() for p, c in chunks), num_chunks),
                 "audit/num_chunks": (num_chunks, len(audits)),
                 "audit/audited_fraction": (num_audited, num_tokens),
                 "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
                 "audit/short_rollouts": (sum(audit.num_short for audit in audits), num_rollouts),
-                "teacher/wait_seconds": (waited, 1.0),
-                "teacher/prompt_tokens": (usage.prompt_tokens, 1.0 / self.accelerator.num_processes),
-                "teacher/completion_tokens": (usage.completion_tokens, 1.0 / self.accelerator.num_processes),
+                "teacher/wait_seconds": (waited, steps * self.accelerator.num_processes),
+                "teacher/prompt_tokens": (usage.prompt_tokens, steps),
+                "teacher/cached_tokens": (usage.cached_tokens, steps),
+                "teacher/completion_tokens": (usage.completion_tokens, steps),
+                **{f"teacher/{name}": (outcomes[name], steps) for name in OUTCOMES if self.teacher.works_elsewhere},
             },
         )
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
@@ -674,8 +780,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if not num_chunks:
             self._warn_once(
                 "no chunks",
-                f"No chunk could be audited at step {self.state.global_step}: the completions are shorter than "
-                f"min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a batch "
+                f"No chunk of a batch could be audited at step {self.state.global_step}: the completions are shorter "
+                f"than min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a batch "
                 "trains on the KL anchor alone.",
             )
         num_short = sum(audit.num_short for audit in audits)
@@ -795,7 +901,7 @@ class OmniOPDTrainer(DistillationTrainer):
         if mine:
             examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
-            replies = self._loop.submit(self.teacher.sample(prefixes, request)).result()
+            replies = self._loop.run(self.teacher.sample(prefixes, request))
             usage = sum((reply.usage for reply in replies), usage)
             pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
             if pairs:
@@ -814,17 +920,15 @@ _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask",
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
-    values = values.double()
     return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
 
 def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
-    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`, float64.
+    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`.
 
     With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is
     negative. The exact value would project the student's audited tokens a second time.
     """
-    log_ratio = log_ratio.double()
     return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
 
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "chunk_length": 4,
     "min_chunk_length": 2,
     "num_rollouts": 3,
+    "min_rollouts": 1,
     "prior_strength": 1.0,
     "chunk_overlap": "resample",
     "chunk_placement": "start",
@@ -178,7 +179,12 @@ def test_results_keep_the_order_of_trajectories(tiny_tokenizer):
 
     base = trajectory(tiny_tokenizer, "abcdefgh", {1: 1.0})
     paths = [Trajectory("p" * n, base.token_ids, base.entropy, base.prior_logprobs) for n in (1, 4, 2)]
-    audits = asyncio.run(auditor(tiny_tokenizer, Slow()).audit_all(paths))
+    judge = auditor(tiny_tokenizer, Slow())
+    loop = EventLoopThread()
+    try:
+        audits = [future.result(timeout=10) for future in loop.submit(*map(judge.audit, paths))]
+    finally:
+        loop.close()
     assert [audit.chunks[0].rollouts[0] for audit in audits] == ["p", "pppp", "pp"]
 
 
@@ -189,13 +195,13 @@ def test_event_loop_thread_works_inside_a_running_loop():
         return threading.current_thread().name
 
     async def notebook() -> str:
-        return loop.submit(thread_name()).result(timeout=10)
+        return loop.run(thread_name())
 
     loop = EventLoopThread()
     try:
         assert asyncio.run(notebook()) == "omniopd-teacher"
         with pytest.raises(ZeroDivisionError):
-            loop.submit(_fail()).result(timeout=10)
+            loop.run(_fail())
     finally:
         loop.close()
     assert not loop._thread.is_alive()

@@ -130,7 +130,7 @@ def test_a_batch_where_no_chunk_can_be_formed(tmp_path, tiny_model_dir, caplog):
     assert log["audit/num_chunks"] == 0
     assert log["audit/audited_fraction"] == 0
     assert "audit/posterior" not in log
-    assert "No chunk could be audited at step 0" in caplog.text
+    assert "No chunk of a batch could be audited at step 0" in caplog.text
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
@@ -138,7 +138,7 @@ def test_a_teacher_that_refuses_everything(tmp_path, tiny_model_dir, beta, caplo
     """Every chunk is dropped, its tokens count as un-audited, and the reason is logged."""
     logging.enable_propagation()
     teacher = ScriptedTeacher(lambda prefix, index: None)
-    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, beta=beta)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, beta=beta, max_failed_chunks=1.0)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["audit/dropped_chunks"] == 1.0

@@ -45,6 +45,7 @@ HOOKS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["self", "logs", "start_time"],
@@ -93,7 +94,7 @@ def test_batch_keys(tmp_path, tiny_model_dir):
     trainer.train()
     keys = set(trainer.batches[0]) - {"prompts"}
     trl_keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"}
-    ours = {"weights", "audited_mask", "num_audited", "num_unaudited"}
+    ours = {"weights", "audited_mask"}
     assert keys == trl_keys | ours, f"{HINT}: the batch holds {sorted(keys)}"
     assert trainer._buffered_inputs is not None, HINT
     assert isinstance(trainer._forward_redirection, _ForwardRedirection), HINT
@@ -228,6 +229,7 @@ def test_logit_scale_names_are_the_ones_trl_knows():
     names = set(re.findall(r'getattr\(text_config, "(\w+)"', source)) - {
         "final_logit_softcapping",
         "output_router_logits",
+        "router_aux_loss_coef",
     }
     ours = set(re.findall(r'"(\w+)"', inspect.getsource(logit_scale)))
     assert names <= ours, f"{HINT}: {sorted(names - ours)}"

@@ -121,9 +121,12 @@ class Teacher(ABC):
 
     Attributes:
         name: how logs and the model card call the teacher.
+        works_elsewhere: whether its work goes on elsewhere while this process trains, so that audits may overlap with
+            training. A model in this process shares its device and its random numbers.
     """
 
     name: str
+    works_elsewhere: bool = False
 
     @abstractmethod
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:

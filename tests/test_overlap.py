@@ -1,0 +1,212 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Audits that run while earlier micro-batches train, and a teacher that fails: same result, no hang, nothing lost."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_utils import make_trainer, questions, script, trainable
+
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.teachers import Rollout, Teacher, TeacherReply, Usage
+
+FOUR_MICRO_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+class Remote(Teacher):
+    """Answers from the tests' script after a while, later for later calls, and keeps what happened when."""
+
+    name = "remote"
+    works_elsewhere = True
+
+    def __init__(self, delay: float = 0.0, fail_at: int | None = None, refuse: bool = False):
+        self.delay = delay
+        self.fail_at = fail_at
+        self.refuse = refuse
+        self.calls = 0
+        self.finished: list[float] = []
+        self.cancelled = 0
+
+    async def sample(self, prefixes, request):
+        call, self.calls = self.calls, self.calls + 1
+        try:
+            # The first comes last, so that nothing depends on the order of answers.
+            await asyncio.sleep(self.delay * (1 + (7 - call) % 8))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.fail_at is not None and call >= self.fail_at:
+            raise TeacherError("the key was rejected; set a valid one")
+        self.finished.append(time.perf_counter())
+        if self.refuse:
+            return [TeacherReply(failure="refused", outcomes={"refused": 3}) for _ in prefixes]
+        texts = [[script(prefix, i) for i in range(request.num_samples)] for prefix in prefixes]
+        return [TeacherReply(tuple(map(Rollout, row)), Usage(5, 0, 7), outcomes={"requests": 1}) for row in texts]
+
+
+class Here(Remote):
+    """The same, but the trainer waits for all of it before it trains."""
+
+    works_elsewhere = False
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
+@pytest.mark.parametrize("baseline", ["none", "batch", "trajectory", "moving_average"])
+def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, normalization):
+    """Two steps with audits that overlap end with the weights of a run that waits for every audit first."""
+    runs = []
+    for teacher in (Here(), Remote(delay=0.01)):
+        trainer = make_trainer(
+            tmp_path / teacher.name,
+            tiny_model_dir,
+            teacher=teacher,
+            posterior_baseline=baseline,
+            loss_normalization=normalization,
+            max_steps=2,
+            learning_rate=0.1,
+            dataset=questions(16),
+            **FOUR_MICRO_BATCHES,
+        )
+        trainer.train()
+        runs.append(trainer)
+    here, remote = runs
+    assert not here._overlaps
+    assert remote._overlaps == (baseline != "batch" and normalization != "components")
+    weights = trainable(remote.model)
+    for name, value in trainable(here.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    for first, second in zip(here.state.log_history[:2], remote.state.log_history[:2], strict=True):
+        for name, value in first.items():
+            if name not in ("step_time", "teacher/wait_seconds"):
+                assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert second["teacher/requests"] == second["teacher/prompt_tokens"] / 5
+
+
+def test_a_micro_batch_waits_for_its_own_audits_only(tmp_path, tiny_model_dir):
+    """The micro-batches without the one slow trajectory that come before it are trained while it is under way."""
+
+    class OneSlow(Remote):
+        async def sample(self, prefixes, request):
+            if self.calls == 1:
+                self.calls += 1
+                await asyncio.sleep(1.5)
+            return await super().sample(prefixes, request)
+
+    teacher = OneSlow()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **FOUR_MICRO_BATCHES)
+    trained: list[float] = []
+    compute_loss = trainer.compute_loss
+
+    def timed(*args, **kwargs):
+        trained.append(time.perf_counter())
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = timed
+    trainer.train()
+    assert len(trained) == 4
+    early = sum(when < max(teacher.finished) for when in trained)
+    # The shuffle of this seed puts the slow trajectory into the last micro-batch; any but the first would do.
+    assert early >= 1
+    assert trainer.state.log_history[0]["teacher/wait_seconds"] > 1
+
+
+def test_a_final_error_saves_a_checkpoint_and_stops(tmp_path, tiny_model_dir):
+    """The message names step, cause and next step; what was under way is cancelled; the run can be resumed."""
+    teacher = Remote(delay=0.02, fail_at=11)
+    settings = {"max_steps": 3, "dataset": questions(24), "learning_rate": 0.05, **FOUR_MICRO_BATCHES}
+    trainer = make_trainer(tmp_path / "run", tiny_model_dir, teacher=teacher, **settings)
+    with pytest.raises(TeacherError, match=r"Stopped at step 1: the key was rejected.*resume from it"):
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
+    assert not _busy(trainer), "audits are still under way"
+    resumed = make_trainer(tmp_path / "run", tiny_model_dir, teacher=Remote(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
+def _busy(trainer) -> bool:
+    async def others() -> int:
+        return len(asyncio.all_tasks()) - 1
+
+    return trainer._loop.run(others()) > 0
+
+
+@pytest.mark.parametrize("teacher", [Remote, Here])
+def test_too_many_dropped_chunks_stop_the_run(tmp_path, tiny_model_dir, teacher):
+    """Above `max_failed_chunks`, with the ratio and a cause in the message; at 1.0 the run goes on."""
+    trainer = make_trainer(tmp_path / "a", tiny_model_dir, teacher=teacher(refuse=True), **FOUR_MICRO_BATCHES)
+    with pytest.raises(TeacherError, match=r"10 of 10 chunks .*max_failed_chunks=0.2.*refused"):
+        trainer.train()
+    lenient = make_trainer(
+        tmp_path / "b", tiny_model_dir, teacher=teacher(refuse=True), max_failed_chunks=1.0, **FOUR_MICRO_BATCHES
+    )
+    lenient.train()
+    assert lenient.state.global_step == 1
+
+
+def test_chunks_below_min_rollouts_are_dropped(tmp_path, tiny_model_dir):
+    """Two of three rollouts are enough for `min_rollouts=2`, and too few for 3."""
+
+    class Two(Here):
+        async def sample(self, prefixes, request):
+            replies = await super().sample(prefixes, request)
+            return [TeacherReply(reply.rollouts[:2], reply.usage, "one was lost") for reply in replies]
+
+    enough = make_trainer(tmp_path / "2", tiny_model_dir, teacher=Two(), min_rollouts=2)
+    enough.train()
+    assert enough.state.log_history[0]["audit/dropped_chunks"] == 0
+    few = make_trainer(tmp_path / "3", tiny_model_dir, teacher=Two(), min_rollouts=3, max_failed_chunks=1.0)
+    few.train()
+    assert few.state.log_history[0]["audit/dropped_chunks"] == 1
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from trainer_utils import make_trainer, questions
+from test_overlap import Remote
+import os
+rank = int(os.environ["RANK"])
+teacher = Remote(delay=0.01, fail_at=5 if rank == 1 else None)
+trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), teacher=teacher, max_steps=3, dataset=questions(24),
+    per_device_train_batch_size=1, gradient_accumulation_steps=4)
+trainer.train()
+"""
+
+
+def test_a_failing_teacher_on_one_rank_ends_both(tmp_path, tiny_model_dir):
+    """Neither rank waits for the other: both stop within seconds, with the failing rank's reason."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    tests = Path(__file__).parent
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"),
+        *("--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--redirects", "3"),
+        *("--log_dir", str(tmp_path / "logs"), str(tmp_path / "ranks.py"), str(tmp_path / "out"), str(tiny_model_dir)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0
+    assert time.monotonic() - start < 100
+    logs = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
+    assert len(logs) == 2, run.stderr
+    for log in logs:
+        assert "Stopped at step 1: the key was rejected" in log, log[-2000:]
+    assert (tmp_path / "out" / "checkpoint-1").exists()
