@@ -8,7 +8,7 @@ VENV ?= .venv
 # Absolute: some recipes and tests change the directory.
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-EXTRAS := test,eval,dev,docs
+EXTRAS := test,dev,docs
 TORCH := torch==2.13.0
 
 # No test, check or demo needs a network, and none reports anything to anyone.
