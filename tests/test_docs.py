@@ -214,15 +214,3 @@ class TestConfigurationPage:
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for name, default in stated:
             assert ast.literal_eval(default) == defaults[name], name
-
-    def test_help_is_in_the_docstring(self):
-        """The two descriptions of an option, docstring and `--help`, say the same."""
-
-        def words(text):
-            return re.sub(r"[^\w ]", "", re.sub(r"\[?`~?[\w.]*?(\w+)`\]?", r"\1", text).replace("\n", " ")).split()
-
-        entries = re.split(r"^ {8}(\w+) \(`.*\):\n", OmniOPDConfig.__doc__, flags=re.MULTILINE)[1:]
-        described = dict(zip(entries[::2], entries[1::2], strict=True))
-        for field in configuration_reference.own_fields(OmniOPDConfig):
-            text = re.split(r"\n\n", described[field.name])[0]
-            assert words(text) == words(field.metadata["help"]), field.name
