@@ -92,6 +92,10 @@ def load_dataset_or_files(
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
         raise DataError(f"There is no dataset file or folder {name!r} (looked in {Path.cwd()}). Check the path.")
     builder = local_builder(name)
+    if builder is not None and config is not None:
+        raise DataError(
+            f"The configuration {config!r} of the dataset is set, and the local file {name!r} has none. Leave it out."
+        )
     try:
         if builder is not None:
             return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)

@@ -124,6 +124,11 @@ class TestLoading:
         with pytest.raises(DataError, match=r"only \.json, \.jsonl, \.parquet files are read"):
             load_dataset_or_files(str(path))
 
+    def test_configuration_of_a_file(self, tmp_path):
+        """A file has no configurations: naming one is a mistake, not a wish to be passed over."""
+        with pytest.raises(DataError, match="configuration 'main'"):
+            load_dataset_or_files(str(write_lines(tmp_path / "a.jsonl", ROWS)), "main")
+
     def test_local_builder(self, tmp_path):
         """A Hub id has no local builder; a file has its own."""
         assert local_builder("openai/gsm8k") is None
