@@ -14,11 +14,12 @@
 """What may still be spent, and what was. A request is sent only when its worst case fits."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from omniopd_trl.errors import BudgetError
+from omniopd_trl.errors import BudgetError, ConfigError
 from omniopd_trl.teachers.base import Usage
 
 
@@ -30,7 +31,7 @@ class Price:
         input: prompt tokens that no cache served.
         output: completion tokens, hidden reasoning included.
         cache_read: prompt tokens that a cache served; `None` charges them as `input`.
-        cache_write: prompt tokens that were written to a cache; `None` charges them as `input`. Used for worst cases.
+        cache_write: prompt tokens that were written to a cache; `None` charges them as `input`.
     """
 
     input: float
@@ -38,47 +39,96 @@ class Price:
     cache_read: float | None = None
     cache_write: float | None = None
 
+    def at(self, prompt_tokens: float) -> "Price":
+        """The flat price of a request with a prompt of this many tokens; some services charge long prompts more."""
+        return self
+
     def cost(self, usage: Usage) -> float:
-        """Dollars for a usage."""
-        cached = self.input if self.cache_read is None else self.cache_read
-        uncached = usage.prompt_tokens - usage.cached_tokens
-        return (uncached * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
+        """Dollars for the usage of one request."""
+        prompt, read, written = prompt_parts(usage)
+        read_price = self.input if self.cache_read is None else self.cache_read
+        write_price = self.input if self.cache_write is None else self.cache_write
+        plain = prompt - read - written
+        return (
+            plain * self.input + read * read_price + written * write_price + usage.completion_tokens * self.output
+        ) / 1e6
 
     def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The most that a request of this size can cost, in dollars."""
+        """The most that a request of at most this size can cost, in dollars."""
         highest = max(self.input, self.cache_read or 0.0, self.cache_write or 0.0)
         return (prompt_tokens * highest + completion_tokens * self.output) / 1e6
 
 
+def prompt_parts(usage: Usage) -> tuple[int, int, int]:
+    """Prompt tokens: all of them, those read from a cache, and those written to one.
+
+    A service that counts more cached tokens than prompt tokens has the former cut to the latter.
+    """
+    prompt = max(usage.prompt_tokens, 0)
+    read = min(max(usage.cached_tokens, 0), prompt)
+    # Services that charge for filling the cache count these tokens; the others leave them at 0.
+    written = min(max(getattr(usage, "cache_write_tokens", 0), 0), prompt - read)
+    return prompt, read, written
+
+
 class Reservation:
-    """The worst case of a request that is under way."""
+    """The worst case of a request that is under way. It ends once: settled, forfeited or released.
+
+    Attributes:
+        tokens: prompt and completion tokens that are held; 0 once it has ended.
+        usd: dollars that are held.
+    """
 
     def __init__(self, budget: "Budget", tokens: int, usd: float):
         self._budget = budget
         self.tokens = tokens
         self.usd = usd
+        self.ended = False
 
     def settle(self, usage: Usage) -> None:
-        """Replace the worst case by what the request used."""
-        self._budget.add(usage)
-        self.tokens, self.usd = 0, 0.0
+        """Replace the worst case by what the request used.
+
+        Raises:
+            RuntimeError: when it was settled or forfeited before; the request would be counted twice.
+        """
+        if self.ended:
+            raise RuntimeError("This reservation has ended, so that its usage would count twice. Settle it once.")
+        cost = self._budget.add(usage)
+        self._budget.compare_with_worst_case(usage.prompt_tokens + usage.completion_tokens, cost, self)
+        self._end()
 
     def forfeit(self) -> None:
-        """Count the worst case as spent: nobody knows what the service charged for."""
+        """Count the worst case as spent: nobody knows what the service charged for. Nothing happens once it ended."""
         self._budget.forfeited_tokens += self.tokens
         self._budget.forfeited_usd += self.usd
-        self.tokens, self.usd = 0, 0.0
+        self._end()
+
+    def _end(self) -> None:
+        self.tokens, self.usd, self.ended = 0, 0.0, True
 
 
 class Budget:
     """Counts tokens and dollars, and holds requests back that might exceed a limit.
 
+    At every moment, what was spent plus the worst case of all requests under way stays within the limits, so that
+    the limits are not exceeded whatever happens, as long as no request uses more than its worst case. Requests are
+    let through in the order in which they came: a large one waits for room, and the smaller ones behind it wait for
+    it. A budget serves one event loop at a time.
+
     Args:
-        max_usd: dollars that may be spent; needs a `price`. `None` for no limit.
-        max_tokens: prompt and completion tokens that may be used. `None` for no limit.
+        max_usd: dollars that the job may spend; needs a `price`. `None` for no limit.
+        max_tokens: prompt and completion tokens that the job may use, cached ones included. `None` for no limit.
         price: of the teacher; `None` when it is not known, and only tokens are counted.
-        spent: what earlier runs of the same job used, and
+        spent: what earlier runs of the same job used, all processes together, and
         spent_usd: paid.
+        forfeited_tokens: worst cases that earlier runs had to count as spent, and
+        forfeited_usd: the same in dollars.
+        num_processes: processes that share the limits. Each may spend an equal part of what earlier runs left, and
+            the parts never add up to more than it.
+
+    Raises:
+        BudgetError: when a limit in dollars cannot be kept, as the price is not known.
+        ConfigError: when a limit is not above 0, or `num_processes` is not.
     """
 
     def __init__(
@@ -88,54 +138,122 @@ class Budget:
         price: Price | None = None,
         spent: Usage | None = None,
         spent_usd: float = 0.0,
+        *,
+        forfeited_tokens: int = 0,
+        forfeited_usd: float = 0.0,
+        num_processes: int = 1,
     ):
+        for name, limit in (("teacher_budget_usd", max_usd), ("teacher_budget_tokens", max_tokens)):
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{name}={limit} must be above 0. Leave it out for no limit.")
+        if num_processes < 1:
+            raise ConfigError(f"num_processes={num_processes} must be at least 1: the budget is divided by it.")
         if max_usd is not None and price is None:
             raise BudgetError(
                 f"teacher_budget_usd={max_usd} cannot be kept: the price of the teacher is not known. Give it in the "
-                "recipe, or set `teacher_budget_tokens` instead."
+                "recipe (`teacher_input_price` and `teacher_output_price`, dollars per million tokens), or set "
+                "`teacher_budget_tokens` instead."
             )
         self.max_usd = max_usd
         self.max_tokens = max_tokens
         self.price = price
         self.used = spent or Usage()
         self.used_usd = spent_usd
-        self.forfeited_tokens = 0  # worst cases of requests that may have been charged for, not part of `used`
-        self.forfeited_usd = 0.0
+        self.forfeited_tokens = forfeited_tokens  # requests that may have been charged for, not part of `used`
+        self.forfeited_usd = forfeited_usd
+        self.num_processes = num_processes
+        # Where this process has to stop. What earlier runs left is divided, rounded down; a debt is not.
+        before, before_usd = self.tokens_spent, self.usd_spent
+        self._token_limit = None if max_tokens is None else before + max(max_tokens - before, 0) // num_processes
+        self._usd_limit = max_usd
+        if max_usd is not None and num_processes > 1:
+            self._usd_limit = before_usd + max(max_usd - before_usd, 0.0) / num_processes
+        self._said_overrun = False
         self._open: set[Reservation] = set()
-        self._changed = asyncio.Condition()
+        self._queue: deque[tuple[Reservation, asyncio.Future[None]]] = deque()
 
-    def add(self, usage: Usage) -> None:
-        """Count what was used."""
+    def add(self, usage: Usage) -> float:
+        """Count what one request used, and return what it cost in dollars; 0 without a price."""
+        cost = 0.0 if self.price is None else self.price.cost(usage)
         self.used = self.used + usage
-        if self.price is not None:
-            self.used_usd += self.price.cost(usage)
+        self.used_usd += cost
+        return cost
+
+    def compare_with_worst_case(self, tokens: int, usd: float, worst: Reservation) -> None:
+        """Say once when a request used more than it was allowed to: the limits may then be exceeded by as much."""
+        if self._said_overrun or (tokens <= worst.tokens and usd <= worst.usd * (1 + 1e-9)):
+            return
+        self._said_overrun = True
+        from transformers.utils import logging  # which counting alone does not need
+
+        logging.get_logger(__name__).warning(
+            f"A request of the teacher used {tokens} tokens ({usd:.6f} dollars), and its worst case was "
+            f"{worst.tokens} ({worst.usd:.6f}): the service does not keep to the `max_tokens` that it was sent, or "
+            "counts its prompts otherwise. All of it counts, and the budget may be exceeded by the difference."
+        )
 
     @asynccontextmanager
     async def reserve(self, prompt_tokens: int, completion_tokens: int) -> AsyncIterator[Reservation]:
-        """Hold the worst case of one request until it is settled; an unsettled request counts as free.
+        """Hold the worst case of one request until the block is left.
+
+        A block that is left without `settle` or `forfeit` counts as free, except when it was cancelled: the request
+        may have been sent, so that its worst case counts. Being cancelled while waiting costs nothing.
+
+        Args:
+            prompt_tokens: the most that the prompt can have.
+            completion_tokens: the most that the service may write, over all samples.
 
         Raises:
             BudgetError: when it does not fit, and nothing that is under way could make room.
         """
         usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
         reservation = Reservation(self, prompt_tokens + completion_tokens, usd)
-        async with self._changed:
-            while not self._fits(reservation):
-                if not self._open:
-                    raise BudgetError(self._exhausted())
-                await self._changed.wait()
-            self._open.add(reservation)
+        await self._enter(reservation)
         try:
             yield reservation
+        except asyncio.CancelledError:
+            reservation.forfeit()
+            raise
         finally:
-            async with self._changed:
-                self._open.discard(reservation)
-                self._changed.notify_all()
+            # Without an `await`, so that a second cancellation cannot keep it from happening.
+            self._open.discard(reservation)
+            self._let_in()
 
-    def _fits(self, new: Reservation) -> bool:
-        tokens = self.tokens_spent + new.tokens + sum(r.tokens for r in self._open)
-        usd = self.usd_spent + new.usd + sum(r.usd for r in self._open)
-        return (self.max_tokens is None or tokens <= self.max_tokens) and (self.max_usd is None or usd <= self.max_usd)
+    async def _enter(self, reservation: Reservation) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((reservation, future))
+        self._let_in()
+        try:
+            await future
+        except BaseException:
+            # Cancelled while waiting, or just after it was let in.
+            if future.done() and not future.cancelled():
+                future.exception()  # a refusal that nobody waits for any more is no error in the log
+            self._open.discard(reservation)
+            self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
+            self._let_in()
+            raise
+
+    def _let_in(self) -> None:
+        """Let the first in the queue through while they fit."""
+        while self._queue:
+            reservation, future = self._queue[0]
+            if not future.done():
+                if self._fits(reservation, self._open):
+                    self._open.add(reservation)
+                    future.set_result(None)
+                elif self._open and self._fits(reservation, ()):
+                    return  # what is under way may use less than its worst case
+                else:
+                    future.set_exception(BudgetError(self._exhausted(reservation)))
+            self._queue.popleft()
+
+    def _fits(self, new: Reservation, others: "set[Reservation] | tuple[()]") -> bool:
+        tokens = self.tokens_spent + new.tokens + sum(r.tokens for r in others)
+        usd = self.usd_spent + new.usd + sum(r.usd for r in others)
+        return (self._token_limit is None or tokens <= self._token_limit) and (
+            self._usd_limit is None or usd <= self._usd_limit
+        )
 
     @property
     def tokens_spent(self) -> int:
@@ -147,13 +265,21 @@ class Budget:
         """Dollars that count against the limit."""
         return self.used_usd + self.forfeited_usd
 
-    def _exhausted(self) -> str:
+    def _exhausted(self, reservation: Reservation) -> str:
         spent = []
         if self.max_usd is not None:
-            spent.append(f"{self.usd_spent:.4f} of teacher_budget_usd={self.max_usd} dollars")
+            spent.append(
+                f"{self.usd_spent:.4f} of teacher_budget_usd={self.max_usd} dollars are spent, and the next request "
+                f"may cost {reservation.usd:.4f}"
+            )
         if self.max_tokens is not None:
-            spent.append(f"{self.tokens_spent} of teacher_budget_tokens={self.max_tokens} tokens")
+            spent.append(
+                f"{self.tokens_spent} of teacher_budget_tokens={self.max_tokens} tokens are spent, and the next "
+                f"request may use {reservation.tokens}"
+            )
+        share = ""
+        if self.num_processes > 1:
+            share = f" Each of {self.num_processes} processes may spend an equal part of what earlier runs left."
         return (
-            f"The budget is used up: {' and '.join(spent)} are spent, and the worst case of one more request does not "
-            "fit. Raise the budget and resume from the last checkpoint."
+            f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and resume from the last checkpoint."
         )
