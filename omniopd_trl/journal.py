@@ -1,0 +1,566 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What was generated, audited and paid for, in one SQLite file per process, so that nothing is paid for twice.
+
+Three kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
+*audit* is written as soon as it is finished. *Usage* is written for each request as soon as it is answered, and the
+ledger is made of nothing else: an audit's own `usage` is for display, so that a request counts once, whether or not
+its audit was ever finished, and a replayed audit counts nothing.
+
+**Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes every earlier
+attempt at `s` and at later steps, which came from a student that this one is not. What is superseded stays in the file
+and in the ledger and is not replayed. Neither is what was written under another fingerprint or number of processes.
+
+**Durability.** A method that has returned has committed: the record survives `kill -9`. Against a power failure the
+file is synchronized once per generation batch; what was written since then may be lost, and the file stays intact.
+"""
+
+import json
+import os
+import sqlite3
+import struct
+import threading
+import time
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.audit import Audit, ChunkAudit
+from omniopd_trl.chunks import Chunk
+from omniopd_trl.errors import OmniOPDError
+from omniopd_trl.teachers.base import Prompt, Usage
+
+APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
+SCHEMA_VERSION = 1
+
+_TOKENS = [field.name for field in fields(Usage)]
+
+# The last column of each table is the checksum of the others: SQLite notices damage to its own structure, but not to
+# the values.
+_TABLES = {
+    # One row each time that the file is opened.
+    "sessions": "id INTEGER PRIMARY KEY, run, teacher, fingerprint, rank, num_processes, started, checksum",
+    "attempts": "id INTEGER PRIMARY KEY, session, step, checksum",
+    "trajectories": "attempt, idx, payload, checksum, PRIMARY KEY (attempt, idx)",
+    "audits": "attempt, idx, session, payload, checksum, PRIMARY KEY (attempt, idx)",
+    # All requests of one audit in one session; `idx` is -1 for those of no audit.
+    "usage": f"session, step, idx, {', '.join(_TOKENS)}, usd, checksum, PRIMARY KEY (session, step, idx)",
+}
+_SCHEMA = {table: f"CREATE TABLE {table} ({columns})" for table, columns in _TABLES.items()}
+
+
+class JournalError(OmniOPDError, RuntimeError):
+    """The journal is damaged, in use, or does not fit the run."""
+
+
+class ProcessCountError(JournalError):
+    """The journal was written by another number of processes."""
+
+
+@dataclass(frozen=True)
+class StoredTrajectory:
+    """What it takes to go on with a trajectory without generating it. Its index is its place in the list.
+
+    Attributes:
+        prompt: as it stands in the dataset.
+        prompt_ids: the rendered prompt, without padding.
+        completion_ids: what the student wrote, without padding.
+        seed: as in `Trajectory`.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one step of one run cost with one teacher.
+
+    Attributes:
+        run: name of the run.
+        step: the step that it was paid in.
+        teacher: name of the teacher.
+        usage: tokens of all requests, superseded ones included.
+        usd: dollars of the requests that had a price; `None` when none had.
+        num_audits: audits that were finished.
+    """
+
+    run: str
+    step: int
+    teacher: str
+    usage: Usage
+    usd: float | None
+    num_audits: int
+
+
+def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
+    """The journal of a process."""
+    return Path(output_dir) / "audits" / f"rank-{rank}.sqlite"
+
+
+def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:
+    """Tokens, and dollars where prices were known, that all processes of all runs in a folder have paid so far.
+
+    Files that a run is writing can be read, too.
+
+    Raises:
+        JournalError: when one of the journals is damaged or of another version.
+    """
+    usage, usd = Usage(), 0.0
+    for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
+        with _explained(path), closing(_connect(path, "ro")) as db:
+            _check_version(db, path)
+            _check_values(db, path, "usage")
+            *tokens, dollars = db.execute(_TOTALS).fetchone()
+            usage, usd = usage + Usage(*tokens), usd + dollars
+    return usage, usd
+
+
+class Journal:
+    """The journal of one process. Its methods may be called from any thread.
+
+    Args:
+        path: see `journal_path`. The folder and the file are made where they do not exist.
+        run: name of the run, for the ledger.
+        teacher: name of the teacher, for the ledger.
+        fingerprint: stands for everything that a replayed record depends on besides the checkpoint: models, data,
+            seed, sampling, chunks, similarity, prior. Records of another fingerprint are counted but not replayed.
+        rank: which process this is, of
+        num_processes: so many. The records of another number belong to other prompts.
+        replay: false opens a journal of any number of processes, for the ledger and for new records; earlier ones are
+            not replayed.
+
+    Raises:
+        JournalError: when the file is damaged, in use by another process, or of another version.
+        ProcessCountError: when it was last written by another number of processes.
+
+    In each case the file is left as it is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run: str,
+        teacher: str,
+        fingerprint: str,
+        rank: int,
+        num_processes: int,
+        replay: bool = True,
+    ):
+        self.path = path
+        self._replay = replay
+        self._key = (fingerprint, num_processes)
+        self._mutex = threading.Lock()
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path)
+        try:
+            with _explained(path):
+                if not path.exists():
+                    _create(path)
+                _check_log(path)
+                with closing(_connect(path, "ro")) as db:  # a damaged file is not written to
+                    _check(db, path)
+                    if replay:
+                        _check_num_processes(db, path, num_processes)
+                self._db = _connect(path, "rw")
+                # What `_check_log` relies on: a log of this process alone, to which whole transactions are appended.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._db.execute("PRAGMA cache_spill = OFF")
+            with self._transaction() as db:
+                values = (run, teacher, fingerprint, rank, num_processes, time.time())
+                self._session = _insert_numbered(db, "sessions", *values)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- Trajectories and audits ----
+
+    def record_trajectories(self, step: int, trajectories: list[StoredTrajectory]) -> None:
+        """Begin a new attempt at a step: all its trajectories, or none of them.
+
+        Raises:
+            JournalError: when they cannot be written.
+        """
+        payloads = [_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed]) for t in trajectories]
+        # One commit per generation batch waits for the disk, and takes everything before it along.
+        with self._transaction(synchronous="FULL") as db:
+            attempt = _insert_numbered(db, "attempts", self._session, step)
+            for index, payload in enumerate(payloads):
+                _insert(db, "trajectories", attempt, index, payload)
+
+    def trajectories(self, step: int) -> list[StoredTrajectory] | None:
+        """The trajectories of the current attempt at a step; `None` when there is none to be replayed.
+
+        Processes have to agree before any of them replays: one may have been killed just before it wrote.
+        """
+        with self._reading() as db:
+            attempt = self._attempt(db, step)
+            if attempt is None:
+                return None
+            rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
+        return [StoredTrajectory(*_decode(self.path, row)) for row in rows]
+
+    def record(self, step: int, index: int, audit: Audit) -> None:
+        """Keep a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
+
+        Raises:
+            JournalError: when it cannot be written, holds NaN or infinity, or has no recorded trajectories.
+        """
+        payload = _encode(_audit_to_json(audit))
+        with self._transaction() as db:
+            attempt = self._attempt(db, step)
+            if attempt is None:
+                raise JournalError(
+                    f"An audit of step {step} was to be kept in {self.path}, which holds no trajectories for it. "
+                    "Record the trajectories of a step before its audits."
+                )
+            _insert(db, "audits", attempt, index, self._session, payload)
+
+    def audit(self, step: int, index: int) -> Audit | None:
+        """The audit of a trajectory of the current attempt; `None` when it was not finished."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT * FROM audits WHERE attempt = ? AND idx = ?", (self._attempt(db, step), index)
+            ).fetchone()
+        return None if row is None else _audit_from_json(_decode(self.path, row))
+
+    def _attempt(self, db: sqlite3.Connection, step: int) -> int | None:
+        """The attempt that counts for a step. The newest up to a step decides, so that one at an earlier step hides
+        those that followed on what it superseded."""
+        row = db.execute(
+            "SELECT attempts.id, session, fingerprint, num_processes, step FROM attempts "
+            "JOIN sessions ON sessions.id = session WHERE step <= ? ORDER BY attempts.id DESC LIMIT 1",
+            (step,),
+        ).fetchone()
+        if row is None:
+            return None
+        attempt, session, *key, newest = row
+        ours = session == self._session or (self._replay and tuple(key) == self._key)
+        return attempt if ours and newest == step else None
+
+    # ---- The ledger ----
+
+    def record_usage(self, step: int, index: int | None, usage: Usage, usd: float | None = None) -> None:
+        """Count one request, as soon as its cost is known.
+
+        Args:
+            step: the step that it was made in.
+            index: the trajectory that it was made for; `None` for a request of no audit, a probe for example.
+            usage: tokens used. For a request that may have been charged for without an answer, what the budget counts.
+            usd: what it cost; `None` when there is no price.
+
+        Raises:
+            JournalError: when it cannot be written.
+        """
+        key = (self._session, step, -1 if index is None else index)
+        with self._transaction() as db:
+            row = db.execute("SELECT * FROM usage WHERE session = ? AND step = ? AND idx = ?", key).fetchone()
+            if row is not None:
+                *tokens, before, _ = row[3:]
+                usage = Usage(*tokens) + usage
+                if before is not None:
+                    usd = before + (usd or 0.0)
+            _insert(db, "usage", *key, *astuple(usage), None if usd is None else float(usd))
+
+    def usage(self) -> Usage:
+        """All that was ever used, superseded attempts included."""
+        with self._reading() as db:
+            *tokens, _ = db.execute(_TOTALS).fetchone()
+        return Usage(*tokens)
+
+    def ledger(self) -> list[LedgerRow]:
+        """The same by run, step and teacher, in the order in which they first appeared."""
+        with self._reading() as db:
+            rows = db.execute(_LEDGER).fetchall()
+        return [
+            LedgerRow(run, step, teacher, Usage(*tokens), usd, num_audits)
+            for run, step, teacher, *tokens, usd, num_audits in rows
+        ]
+
+    # ---- The file ----
+
+    def close(self) -> None:
+        """Close the file and let other processes have it. A second time does nothing."""
+        with self._mutex:
+            if hasattr(self, "_db"):
+                self._db.close()
+            self._lock.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex, _explained(self.path):
+            yield self._db
+
+    @contextmanager
+    def _transaction(self, synchronous: str = "NORMAL") -> Iterator[sqlite3.Connection]:
+        with self._mutex, _explained(self.path):
+            self._db.execute(f"PRAGMA synchronous = {synchronous}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+
+_TOTALS = f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in _TOKENS)}, coalesce(sum(usd), 0.0) FROM usage"
+_LEDGER = f"""
+    SELECT run, step, teacher, {", ".join(f"sum({name})" for name in _TOKENS)}, sum(usd), sum(num_audits)
+    FROM (
+        SELECT session, step, {", ".join(_TOKENS)}, usd, 0 AS num_audits FROM usage
+        UNION ALL
+        SELECT audits.session, step, {", ".join("0" for _ in _TOKENS)}, NULL, 1
+        FROM audits JOIN attempts ON attempts.id = attempt
+    ) JOIN sessions ON sessions.id = session
+    GROUP BY run, step, teacher ORDER BY min(session), step
+"""
+
+
+# ---- Opening ----
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    """Keep other processes out for as long as the connection is open.
+
+    A second file, since a lock on the journal itself would keep readers out. SQLite's locks end with their process and
+    are not inherited by its children: a data loader's worker that outlives a killed run does not hold them.
+    """
+    lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        lock.close()
+        raise JournalError(
+            f"The journal {path} is in use by another process ({error}), and two runs never share one. Wait for it to "
+            "end or stop it, or choose another output folder."
+        ) from error
+    return lock
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, timeout=2, isolation_level=None, check_same_thread=False)
+    db.text_factory = lambda text: text.decode(
+        "utf-8", "replace"
+    )  # damage may be anywhere, also in a message about it
+    return db
+
+
+def _create(path: Path) -> None:
+    """Make an empty journal; a file under its final name is always a complete one."""
+    log = Path(f"{path}-wal")
+    if log.exists() and log.stat().st_size:
+        raise JournalError(
+            f"The journal {path} is gone, while {log.name} beside it still holds records of it. Put the file back, or "
+            "delete the rest of it, too, to start with an empty journal."
+        )
+    new = path.with_suffix(".new")
+    for leftover in path.parent.glob(f"{new.name}*"):
+        leftover.unlink()
+    with closing(_connect(new, "rwc")) as db:
+        db.execute("PRAGMA page_size = 16384")  # a record is several kilobytes
+        for statement in _SCHEMA.values():
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("PRAGMA journal_mode = WAL")
+    new.replace(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
+        raise JournalError(
+            f"The journal {path} cannot be used: {error}. Check that the disk has room, that the folder can be "
+            "written to, and that no other program holds the file."
+        ) from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote what it found
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, what: object) -> JournalError:
+    return JournalError(
+        f"The journal {path} is damaged: {what}. Restore it from a copy. Or move it and its `-wal` file away and "
+        "start with an empty one: what it holds is then paid for again, and the budget does not count what it cost."
+    )
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    _check_version(db, path)
+    (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise _damaged(path, " ".join(result.split()))
+    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != _SCHEMA:
+        raise _damaged(path, "its tables are not those of a journal")
+    for table in _TABLES:
+        _check_values(db, path, table)
+
+
+def _check_version(db: sqlite3.Connection, path: Path) -> None:
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION_ID:
+        raise _damaged(path, "it does not begin like a journal")
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version != SCHEMA_VERSION:
+        raise JournalError(
+            f"The journal {path} has schema version {version}, and this version of omniopd_trl reads "
+            f"{SCHEMA_VERSION}. Use the version that wrote it, or choose another output folder."
+        )
+
+
+def _check_log(path: Path) -> None:
+    """Look for damage in the write-ahead log, which a killed process leaves behind.
+
+    SQLite reads it up to the first frame whose checksum is wrong, and drops the rest without a word. What a killed
+    process was just writing is one frame at most, the last one; where others follow that belong to the same log (they
+    carry its two salts), records would be lost.
+
+    Reference: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+    """
+    log = Path(f"{path}-wal")
+    if not log.exists() or log.stat().st_size <= 32:
+        return
+    data = log.read_bytes()
+    magic, _, page_size, _, *salts = struct.unpack(">6I", data[:24])
+    order = "<" if magic == 0x377F0682 else ">"
+    sums = _log_checksum(data[:24], order, (0, 0))
+    intact = sums == struct.unpack(">2I", data[24:32])
+    damaged = not intact  # in its header, which counts for every frame
+    for start in range(32, len(data) - page_size - 23, page_size + 24):
+        if damaged:
+            break
+        head, page = data[start : start + 24], data[start + 24 : start + 24 + page_size]
+        if head[8:16] != struct.pack(">2I", *salts):
+            intact = False
+            continue
+        damaged = not intact
+        sums = _log_checksum(page, order, _log_checksum(head[:8], order, sums))
+        intact = sums == struct.unpack(">2I", head[16:])
+    if damaged:
+        raise JournalError(
+            f"The journal {path} is damaged: its log {log.name} holds records that cannot be read any more. Restore "
+            "both files from a copy. Or go on without these records, which are then paid for again: "
+            f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'"
+        )
+
+
+def _log_checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
+    first, second = sums
+    for a, b in struct.iter_unpack(f"{order}2I", data):
+        first = (first + a + second) & 0xFFFFFFFF
+        second = (second + b + first) & 0xFFFFFFFF
+    return first, second
+
+
+def _check_values(db: sqlite3.Connection, path: Path, table: str) -> None:
+    for *values, checksum in db.execute(f"SELECT * FROM {table}"):
+        if checksum != _checksum(values):
+            raise _damaged(path, f"the checksum of a row of {table!r} does not match")
+
+
+def _check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int) -> None:
+    row = db.execute("SELECT num_processes FROM sessions ORDER BY id DESC LIMIT 1").fetchone()
+    if row is not None and row[0] != num_processes:
+        raise ProcessCountError(
+            f"The journal {path} was written by {row[0]} process(es) and this run has {num_processes}, which share "
+            f"the prompts out in another way. Resume with {row[0]} to replay it."
+        )
+
+
+# ---- Values ----
+
+
+def _insert(db: sqlite3.Connection, table: str, *values: Any) -> None:
+    marks = ", ".join("?" * (len(values) + 1))
+    db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*values, _checksum(values)))
+
+
+def _insert_numbered(db: sqlite3.Connection, table: str, *values: Any) -> int:
+    """Insert under the next number, and return it."""
+    (last,) = db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()
+    _insert(db, table, last + 1, *values)
+    return last + 1
+
+
+def _checksum(values: Sequence[Any]) -> int:
+    *key, last = values  # a payload, where there is one, comes last
+    return zlib.crc32(last if isinstance(last, bytes) else repr(last).encode(), zlib.crc32(repr(key).encode()))
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise JournalError(f"A record cannot be kept: {error}. It may hold text and finite numbers only.") from error
+    # A teacher may be cut off in the middle of a surrogate pair, which plain UTF-8 has no place for.
+    return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
+
+
+def _decode(path: Path, row: tuple[Any, ...]) -> Any:
+    *values, checksum = row
+    if checksum != _checksum(values):
+        raise _damaged(path, "the checksum of a record does not match")
+    return json.loads(zlib.decompress(values[-1]).decode("utf-8", "surrogatepass"))
+
+
+def _audit_to_json(audit: Audit) -> dict[str, Any]:
+    # A prefix begins with the one before it and that chunk's text, as far as decoding allows. It is written as the
+    # number of characters that it shares with them, and the rest: restored without the tokenizer, whatever that did,
+    # and a trajectory's text is written once instead of once per chunk.
+    chunks, before = [], ""
+    for chunk in audit.chunks:
+        shared = _shared(before, chunk.prefix)
+        before = chunk.prefix + chunk.text
+        span = [chunk.chunk.start, chunk.chunk.end, chunk.chunk.anchor]
+        rest = [chunk.text, chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior]
+        chunks.append([*span, shared, chunk.prefix[shared:], *rest])
+    values = {field.name: getattr(audit, field.name) for field in fields(audit)}
+    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {**values, "chunks": chunks, "usage": astuple(audit.usage)}
+
+
+def _shared(first: str, second: str) -> int:
+    """Length of the common beginning, by halving: texts are long, and comparing slices is fast."""
+    return bisect_left(range(min(len(first), len(second))), True, key=lambda n: first[: n + 1] != second[: n + 1])
+
+
+def _audit_from_json(values: dict[str, Any]) -> Audit:
+    chunks, before = [], ""
+    for start, end, anchor, shared, added, text, rollouts, similarities, prior, posterior in values.pop("chunks"):
+        prefix = before[:shared] + added
+        before = prefix + text
+        span = Chunk(start, end, anchor)
+        chunks.append(ChunkAudit(span, prefix, text, tuple(rollouts), tuple(similarities), prior, posterior))
+    usage = Usage(*values.pop("usage"))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Audit(chunks=tuple(chunks), usage=usage, **values)
