@@ -27,6 +27,7 @@ file is synchronized once per generation batch; what was written since then may 
 """
 
 import json
+import math
 import os
 import sqlite3
 import struct
@@ -35,7 +36,7 @@ import time
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,8 @@ class Journal:
         self._mutex = threading.Lock()
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path)
-        try:
+        with ExitStack() as stack:  # whatever goes wrong, nothing stays open
+            stack.enter_context(closing(_lock(path)))
             with _explained(path):
                 if not path.exists():
                     _create(path)
@@ -181,16 +182,14 @@ class Journal:
                     _check(db, path)
                     if replay:
                         _check_num_processes(db, path, num_processes)
-                self._db = _connect(path, "rw")
+                self._db = stack.enter_context(closing(_connect(path, "rw")))
                 # What `_check_log` relies on: a log of this process alone, to which whole transactions are appended.
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._db.execute("PRAGMA cache_spill = OFF")
             with self._transaction() as db:
                 values = (run, teacher, fingerprint, rank, num_processes, time.time())
                 self._session = _insert_numbered(db, "sessions", *values)
-        except BaseException:
-            self.close()
-            raise
+            self._stack = stack.pop_all()
 
     # ---- Trajectories and audits ----
 
@@ -269,8 +268,10 @@ class Journal:
             usd: what it cost; `None` when there is no price.
 
         Raises:
-            JournalError: when it cannot be written.
+            JournalError: when it cannot be written, or the cost is no number.
         """
+        if usd is not None and not math.isfinite(usd):
+            raise JournalError(f"A request of step {step} cost usd={usd}, which is no amount. Check the price.")
         key = (self._session, step, -1 if index is None else index)
         with self._transaction() as db:
             row = db.execute("SELECT * FROM usage WHERE session = ? AND step = ? AND idx = ?", key).fetchone()
@@ -301,9 +302,7 @@ class Journal:
     def close(self) -> None:
         """Close the file and let other processes have it. A second time does nothing."""
         with self._mutex:
-            if hasattr(self, "_db"):
-                self._db.close()
-            self._lock.close()
+            self._stack.close()
 
     def __enter__(self) -> "Journal":
         return self

@@ -254,6 +254,14 @@ def test_ledger(tmp_path):
             assert spent(tmp_path) == (Usage(3910, 90, 45, 9), 4.125)  # while both are being written
 
 
+def test_cost_must_be_finite(tmp_path):
+    """A cost that is no number would make every sum of the ledger none."""
+    with journal(tmp_path) as j:
+        with pytest.raises(JournalError, match="usd=nan"):
+            j.record_usage(0, 0, Usage(1, 0, 0, 0), float("nan"))
+        assert j.ledger() == []
+
+
 def test_nothing_spent(tmp_path):
     """A folder without journals has cost nothing, and looking makes none."""
     assert spent(tmp_path) == (Usage(), 0.0)
