@@ -37,10 +37,14 @@ LAYERS = {
     "omniopd_trl.data": "data",
     "omniopd_trl.evaluation": "data",
     "omniopd_trl.audit": "audit",
+    "omniopd_trl.journal": "journal",
+    "omniopd_trl.replay": "journal",
     "omniopd_trl.lm_head": "head",
     "omniopd_trl.omniopd_config": "config",
     "omniopd_trl.omniopd_trainer": "trainer",
+    "omniopd_trl.cost": "cost",
     "omniopd_trl.train": "command",
+    "omniopd_trl.cli": "command",
     "omniopd_trl.demo": "demo",
 }
 
@@ -52,10 +56,12 @@ ALLOWED = {
     "teachers": {"errors"},
     "data": {"errors"},
     "audit": {"errors", "math", "teachers"},
+    "journal": {"errors", "math", "teachers", "audit"},
     "head": {"errors", "math"},
     "config": {"errors", "math"},
-    "trainer": {"errors", "math", "teachers", "data", "audit", "head", "config"},
-    "command": {"errors", "data", "config", "trainer"},
+    "trainer": {"errors", "math", "teachers", "data", "audit", "journal", "head", "config"},
+    "cost": {"errors", "teachers"},
+    "command": {"errors", "teachers", "data", "audit", "cost", "config", "trainer"},
     "demo": {"errors"},
 }
 
@@ -69,6 +75,8 @@ FORBIDDEN = {
     "teachers": {"trl", "accelerate", "datasets", "peft"},
     "data": {"trl", "accelerate", "peft"},
     "audit": HEAVY,
+    "journal": HEAVY,
+    "cost": HEAVY,
     "demo": {"trl"},
 }
 
