@@ -185,7 +185,7 @@ def repair(prefix: str, output: str) -> Repaired:
     """
     if not output.strip():
         return Repaired("")
-    if _REFUSAL.match(output):
+    if _REFUSAL.match(output.lstrip()):
         return Repaired(output)
     text = _unwrap(prefix, output)
     if not text.strip():
@@ -202,7 +202,7 @@ def repair(prefix: str, output: str) -> Repaired:
 
 
 _REFUSAL = re.compile(
-    r"\s*(?:I['’]m (?:really |very |so )?sorry|I am sorry|Sorry|I apologi[sz]e|Unfortunately)?[,.;]?\s*(?:but )?"
+    r"(?:I['’]m (?:really |very |so )?sorry|I am sorry|Sorry|I apologi[sz]e|Unfortunately)?[,.;]?\s*(?:but )?"
     r"I(?: can(?:['’]t|not)|['’]m (?:not able|unable)| am (?:not able|unable)| won['’]t)(?: to)? "
     r"(?:assist|help|comply|fulfil|provide|continue|do that)",
     re.IGNORECASE,
@@ -267,7 +267,7 @@ def _unwrap(prefix: str, text: str) -> str:
     for _ in range(4):  # deeper wrapping has not been seen
         before = text
         chatter = _CHATTER.match(text)
-        if chatter and chatter.end():
+        if chatter and not text.lstrip()[0].islower():  # "sure." may be the rest of "trea"
             text = text[chatter.end() :]
         text = _unquote(prefix, _untag(prefix, _unfence(prefix, text)))
         if text == before:
@@ -337,7 +337,8 @@ def _unquote(prefix: str, text: str) -> str:
 _WINDOW = 8192
 _SEED = 4
 _MAX_CANDIDATES = 16
-_RELATION = re.compile(r"(?:=(?!=)|≈|≤|≥|<|>|→|⇒|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)")
+_EQUALS = re.compile(r"(?<![=!<>+*/-])=(?!=)")
+_RELATION = re.compile(r"(?:(?<!=)=(?!=)|≈|≤|≥|<|>|→|⇒|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f\u0e00-\u0e7f]")
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 
@@ -350,11 +351,10 @@ def _overlap(prefix: str, text: str) -> int:
 
     - it has at least four characters besides white space and begins at the beginning of a word,
     - the prefix does not already repeat it (then it is a pattern, which goes on), and
-    - it is evidently an echo (`_is_echo`): several words, one word that cannot be glued to itself, four characters
-      of Chinese or Japanese, or a piece of a formula from its beginning or from a relation sign on.
+    - it is evidently an echo (`_is_echo`).
 
-    The number of a prefix that ends in "= 4" is kept in "4 + 2", and the text "= 4 + 2" loses its "= 4" no sooner than
-    the repetition has four characters. Example: the overlap of "so the sum" and "the sum is" is "the sum".
+    So "4 + 2" after "x = 4" stays, and "x = 4 + 2" loses its "x = 4 +" only after "x = 4 +". Example: the overlap of
+    "so the sum" and "the sum is" is "the sum".
     """
     lead = re.match(r"\s*(?:\.\.\.|…)\s*", text)  # "... the sum is" echoes with an ellipsis before it
     if lead and not prefix.rstrip().endswith(("...", "…")):
@@ -409,7 +409,13 @@ def _is_pattern(tail: str, size: int) -> bool:
 
 
 def _is_echo(prefix: str, text: str, size: int, end: int) -> bool:
-    """Whether a repetition is evidently an echo; see `_overlap` for the rule."""
+    """Whether a repetition is evidently an echo.
+
+    It is one if it holds several words of prose, or four characters of Chinese or Japanese; or one word that cannot
+    stand twice without a space ("therefore" + "therefore 4"), or that was only begun ("contin" + "continuation"); or a
+    formula that holds "=" or begins with another relation; or three different numbers or names, or two from the
+    beginning of a line or formula. Terms, factors, rows and lists that may stand twice do not count.
+    """
     piece = text[:end].strip()
     start = len(prefix) - _position(prefix[: -(2 * len(text) + 64) - 1 : -1], size)
     before = prefix[start - 1 : start]
@@ -422,10 +428,21 @@ def _is_echo(prefix: str, text: str, size: int, end: int) -> bool:
     glued = prefix[-1:].isalnum() and text[:1].isalnum()
     line, stripped = prefix[:start].rpartition("\n")[2], prefix[:start].rstrip()
     begins_line = not line.strip(" \t*#>-") or stripped.endswith((".", "!", "?"))
-    if len(words) >= 3 and size >= 12:
+    if len(words) >= 3 and size >= 8:
         return True
-    if len(words) == 2 and size >= 8:
-        return glued or begins_line or size >= 16
+    apart = not prefix[-1].isspace() and not text[0].isspace()
+    if len(words) == 2 and size >= (6 if apart else 8 if begins_line else 10):
+        return True
+    factor = piece[-1] in ")}]>"  # "(x + 1)(x + 1)", "<br><br>"
+    if (
+        len(words) == 1
+        and size >= 6
+        and apart
+        and not factor
+        and piece[0].isalnum()
+        and 3 <= len(words[0]) < len(piece)
+    ):
+        return True
     if glued:
         if len(words) == 1 and len(piece) == len(words[0]):
             # One word: whole ("therefore" + "therefore 4"), or begun ("contin" + "continuation"). A begun one that is
@@ -434,13 +451,17 @@ def _is_echo(prefix: str, text: str, size: int, end: int) -> bool:
             return len(piece) >= 4 and not (inside and piece.lower() in _COMMON)
         if size >= 6 and not piece.isdigit():
             return True
-    if _RELATION.match(piece):
+    if _RELATION.match(piece) or _EQUALS.search(piece):
         return any(character.isalnum() for character in piece)
     whole_lines = prefix.endswith("\n") and begins_line  # rows of tables and lines of code repeat themselves
+    if factor or whole_lines:
+        return False
+    names = len(set(re.findall(r"(?<!\\)\b\w+", piece)))
     in_formula = stripped.endswith(("$", "\\(", "\\["))
-    if (begins_line or in_formula) and not whole_lines and size >= 8:
-        return len({character for character in piece if character.isalnum()}) >= 3
-    return size >= 40 and not whole_lines
+    if (begins_line or in_formula) and size >= 8 and names >= 2 and piece[-1].isalnum():
+        return True
+    # Three different numbers or names; but a list may go round: "7, 9, 3, 1, 7, 9, 3, 1".
+    return size >= 7 and names >= 3 and "," not in piece
 
 
 def _trim_joint(prefix: str, rest: str) -> str:
@@ -488,7 +509,7 @@ _ANEW_INSIDE = re.compile(
     r"\s*(?:Let['’]?s (?:solve|start|begin|break|analy[sz]e|consider|denote)|Let us|"
     r"To (?:solve|find|determine|answer)|"
     r"We (?:need to|are given|want to)|First,|Given(?: that|:| the)|Step 1\b|Here(?:['’]s| is)|Solution:|\*\*Solution|"
-    r"#+ )"
+    r"#+ [A-Z])"
 )
 _STEP_ONE = re.compile(r"[\s*#]*Step 1\b", re.IGNORECASE)
 
@@ -520,7 +541,7 @@ def _restarts(prefix: str, text: str) -> bool:
     if _STEP_ONE.match(text) and re.search(r"^[\s*#]*step 1\b", prefix, re.IGNORECASE | re.MULTILINE):
         return True
     space = prefix[len(prefix.rstrip()) :]
-    inside = "\n" not in space and prefix.rstrip()[-1] not in '.!?:;。！？：*`)]}$>|"”'
+    inside = "\n" not in space and prefix.rstrip()[-1] not in '.!?:;。！？：*`)]}$>|#"”'
     return inside and not text.startswith("\n") and bool(_ANEW_INSIDE.match(text))
 
 
@@ -532,87 +553,134 @@ _COMMON = frozenset(
     about above add added adding after again all along already also although always amount and angle another answer any
     apply are area around because been before below between both but calculate can cannot case cases check combine
     common compute consider correct cost could day days degrees denote determine did difference different divide
-    divided does each either elements equal equals equation equations even every exactly example expression factor
-    find finally first follows for formula found four fraction from function get gets give given gives had half has
-    have hence her here his hold hours how however hundred implies important indeed inside instead integer integers
-    into its itself know known large larger last least left length less let line list make makes many means method
-    might more most much multiply must need needs next not note now number numbers obtain obtained obtains odd one only
-    other our over per point points positive possible probability problem product prove question rate ratio
-    real remaining remember result return right same second see set several should show shows side sides similarly
-    simplify simplifying since six smaller solution solutions solve solving some square start step steps still
-    substitute substituting subtract such suppose take takes ten than that the their them then there therefore these
-    they thing third this those three through thus time times together total triangle true twice two under until
-    use used using value values variable very was way were what when where whether which while whole will
-    with within without work would write year years yes you your
-    is are of to we it be by so if or an as at on in no do he my
+    divided does each either elements equal equals equation equations even every exactly example expression factor find
+    finally first follows for formula found four fraction from function get gets give given gives had half has have
+    hence her here his hold hours how however hundred implies important indeed inside instead integer integers into its
+    itself know known large larger last least left length less let line list make makes many means method might more
+    most much multiply must need needs next not note now number numbers obtain obtained obtains odd one only other our
+    over per point points positive possible probability problem product prove question rate ratio real remaining
+    remember result return right same second see set several should show shows side sides similarly simplify
+    simplifying since six smaller solution solutions solve solving some square start step steps still substitute
+    substituting subtract such suppose take takes ten than that the their them then there therefore these they thing
+    third this those three through thus time times together total triangle true twice two under until use used using
+    value values variable very was way were what when where whether which while whole will with within without work
+    would write year years yes you your she him who during just minutes dollars people students miles inches feet
+    pounds weeks months books apples eggs money price cents buys bought sells sold spends spent pays paid earns gave
+    started finished is of to we it be by so if or an as at on in no do he my
     """.split()
 )
-# Words after which a letter without a space is a mistake, unless it begins with one of these: "the" + "orem".
+# Words after which a run of letters is a word of its own, unless it begins with one of these: "the" + "orem".
 _AFTER = {
-    "the": "o r m s n y i ft at ta w l",
-    "and": "r e a o y i",
-    "of": "f t",
-    "that": "c s",
-    "this": "t",
-    "which": "e s",
-    "with": "i o d h s e",
-    "from": "a",
-    "are": "a n s",
-    "was": "h t p",
-    "is": "l s o n h r",
-    "we": "a b d e i l n p r s t",
-    "have": "n r s",
-    "has": "h t s",
-    "because": "",
-    "equals": "",
-    "where": "a b e i o u v w f",
-    "when": "c e",
-    "then": "c",
-    "than": "k e a o",
-    "into": "n x l",
-    "these": "s",
-    "each": "",
-    "both": "e",
-    "since": "r",
-    "their": "s",
-    "will": "i o p y s f b e",
-    "must": "a e y i",
-    "total": "i l s",
-    "number": "s e i",
-    "gives": "",
-    "need": "l e y i s",
+    word: tuple(beginnings.split())
+    for word, beginnings in {
+        "the": "orem oret ory ori ocr olog rm rap refore reby rein reof reaf sis ses saur matic mselves irs ism ist "
+        "ft ater atre ta nce",
+        "and": "r e a o y i",
+        "of": "f t",
+        "that": "c s",
+        "this": "t",
+        "which": "e s",
+        "with": "i o d h s e",
+        "from": "a",
+        "are": "a n s",
+        "was": "h t p",
+        "is": "l s o n h r",
+        "we": "a b d e i l n p r s t",
+        "have": "n r s",
+        "has": "h t s",
+        "had": "a r",
+        "did": "a n",
+        "does": "n",
+        "because": "",
+        "equals": "",
+        "where": "a b e i o u v w f",
+        "when": "c e",
+        "then": "c",
+        "than": "k e a o",
+        "into": "n x l",
+        "these": "s",
+        "each": "",
+        "every": "o d t w b",
+        "both": "e",
+        "since": "r",
+        "their": "s",
+        "they": "",
+        "also": "",
+        "only": "",
+        "his": "t s p",
+        "two": "f s",
+        "three": "f s",
+        "for": "tun tn tif tr th tw ty ma mer med mi mu ge gi ga ce ci ei ever es eca wa kl um bi ba ear ert",
+        "to": "da wa ge ta ol pi wn we ma ne ng nn no uc ur us ss ke oth rn rc rq rt ry ok il le mb pp ps pl xi al",
+        "per": "c em en f h i j k m n o p ra s ta te ti tu us v",
+        "all": "o e i a u",
+        "you": "r n t",
+        "our": "s",
+        "its": "e",
+        "more": "o",
+        "but": "t c l a e",
+        "how": "e l i",
+        "there": "f b i o m u a s",
+        "here": "b i a t d",
+        "she": "l a d r p e i n",
+        "if": "f",
+        "will": "i o p y s f b e",
+        "must": "a e y i",
+        "total": "i l s",
+        "number": "s e i",
+        "gives": "",
+        "need": "l e y i s",
+    }.items()
 }
-# Words before which any run of letters is a whole word, because none ends with them.
-_BEFORE = frozenset("which that because from with equals this have were when should would must each".split())
-# Words before which a run of letters is whole if something says that it is a word.
-_JOINS = frozenset(
-    "which that because from with equals this have were when should would must each is are was of and the to by we so "
-    "then will can has for where since into than be".split()
+# How long a run of letters must be that ends before these words: none of that length ends with them ("wal" + "king").
+_BEFORE = {
+    **dict.fromkeys(
+        (
+            "which that because from with equals this were when should would could must after before they their there "
+            "these those for was will where therefore since also times plus during between every however while"
+        ).split(),
+        2,
+    ),
+    **dict.fromkeys("have we".split(), 3),
+    **dict.fromkeys("of has had not but".split(), 4),
+    "the": 5,
+}
+# Words that other words end with: "fact" + "or", "tens" + "or", "ga" + "in".
+_ENDINGS = frozenset("or an as in on it at is he his her so ten one able all own real to and are be she".split())
+_WHOLE = re.compile(r"(?:[ts]ion|ing|ment|ness|ity|ance|ence|ous|ive|ly|ed|ies|able)\Z")
+_SUFFIX = re.compile(
+    r"(?:ed|er|est|ing|ly|it[yi]|ness|abl|al|ial|iab|ion|ive|is[tem]|i[sz]|ful|less|ment|ship|der|en[ct]|an[ct]|at[io]|"
+    r"ary|ory|ous|wise|ward|fold|m[ae]n|person|works?)"
 )
-_WHOLE = re.compile(r"(?:[ts]ion|ing|ment|ness|ity|ance|ence|ous|ive|ly|ed|[^aeiou]er|ies|[st]s|able)\Z")
+# Words that are made of two words of the lists above.
 _COMPOUNDS = frozenset(
     """
-    without within into onto therefore thereby therefrom therein thereof whenever wherever whereas whereby wherein
-    cannot another itself themselves himself herself yourself ourselves something anything everything nothing someone
-    anyone everyone become became because before behind below beside besides between beyond being inside outside
-    input output instance income intend often also always although already almost altogether today together together
-    forever format former formal forward island issue isolate oneself online overall overlap overcome overtime
-    undergo understand underline update upset upright maybe percent percentage hundredth itself sometimes somewhere
-    nowhere elsewhere whichever whatever however whoever toward towards throughout timeline halfway subset notebook
-    weekend classroom birthday daytime daylight nearby standby thereto hereby hereto handful areas factor operator
-    andes android tensor lesson season reason person function number numbered outline sidelines setting
+    without within into onto therefore thereby therefrom therein thereof thereat whenever wherever whereas whereby
+    wherein whereof cannot another itself themselves himself herself myself yourself ourselves something anything
+    everything nothing someone anyone everyone sometime sometimes anytime everyday everybody become became because
+    before behind below beside besides between beyond being inside outside input output instance income intend
+    incorrect often also always although already almost altogether today together tonight forever forget forgot forgive
+    forgiven format former formal forward island issue isolate oneself online ongoing overall overlap overcome overtime
+    overuse overwork overtake undergo undertake understand underline underway update upset upright maybe percent
+    percentage somewhere somewhat nowhere anywhere everywhere elsewhere whichever whatever however whoever toward
+    towards throughout timeline halfway subset notebook weekend classroom birthday daytime daylight nearby standby
+    thereto hereby hereto areas area factor operator tensor lesson season reason person function number outline
+    sidelines surplus nonplus meanwhile meantime worthwhile lifetime lifetimes hereafter thereafter wherefor therefor
+    herewith forthwith soon door theme themes themed beat bean asset assets byproduct bypass byline notable tenor canon
+    atone noon init onset sunday afternoon otherwise peruse waterproof disproof workout workday bookshelf furthermore
+    anymore evermore driveway notebooks soit leftover leftovers indirect
     """.split()
 )
 _FOLLOWS = re.compile(r"[^\W\d_]+")
-_OPERATOR = re.compile(r"\s(?:=|\+|<|≈|≤|≥|→|⇒|×|·|÷)\Z")
+_OPERATOR = re.compile(r"\s(?:=|\+|≈|≤|≥|→|⇒|×|·|÷)\Z")
+_SPACED = re.compile(r"(?:[=+*≈≤≥→⇒×·÷-]|\\(?:times|cdot|approx|leq?|geq?|div|pm)) \S")
 
 
 def _join(prefix: str, text: str) -> str:
     """Mend the white space at the joint; nothing behind it changes.
 
-    - After white space inside a line the text loses its leading spaces; a line break stays. In the indentation of a
-      line a single space, or any after an odd number, completes it (tokenizers leave the last space of an
-      indentation to the word); otherwise the indentation was written anew and is counted once.
+    - After white space the text loses its leading spaces, in the indentation of a line only as many as are there
+      already; a line break stays, and so do spaces that belong (`_wide`).
     - Two words that stand without a space between them get one where the evidence is that both are whole
       (`_lacks_space`), as in "the" + "answer"; "contin" + "uation" and "the" + "orem" stay as they are.
     """
@@ -620,79 +688,140 @@ def _join(prefix: str, text: str) -> str:
         return text
     if prefix[-1] in " \t":
         spaces = len(text) - len(text.lstrip(" \t"))
-        line = prefix.rpartition("\n")[2]
         if spaces == 0 or text[spaces : spaces + 1] in ("\n", "\r"):
             return text
-        if line.strip() or "\n" not in prefix:
-            return text[spaces:] if not _in_fence(prefix) else text
-        if len(line) % 2 or "\t" in line:
-            return text
-        return text[min(spaces, len(line)) :]
+        return text if _wide(prefix, spaces) else text[min(spaces, _indent(prefix) or spaces) :]
     if prefix[-1].isspace() or text[0].isspace():
         return text
     return " " + text if _lacks_space(prefix, text) else text
 
 
-def _lacks_space(prefix: str, text: str) -> bool:
-    """Whether two texts that meet without white space are evidently two words.
+def _indent(prefix: str) -> int:
+    """The white space of a line that holds nothing else yet; 0 where the line holds text."""
+    line = prefix.rpartition("\n")[2]
+    return 0 if line.strip() or "\n" not in prefix else len(line)
 
-    The evidence, outside of code: both words are whole, by a list of common words or because the prefix uses them
-    elsewhere, and do not make a known word together; or one is a word that nothing is glued to ("which", "because").
-    After a comma or the end of a sentence a common word is enough, after "=" and its like with a space before them
-    anything.
+
+def _wide(prefix: str, spaces: int) -> bool:
+    """Whether the white space at the end of the prefix goes on by so many spaces, rather than being written twice.
+
+    Inside a line: in code, or if the prefix has as many after the same character elsewhere (two spaces after a full
+    stop). In an indentation: after an odd number of spaces, since tokenizers leave the last space to the word, or if
+    other lines begin with that many and none with what is there.
+    """
+    indent = _indent(prefix)
+    tail = prefix[-_WINDOW:]
+    if not indent:
+        stripped = prefix.rstrip(" \t")
+        total = len(prefix) - len(stripped) + spaces
+        return _in_fence(prefix) or (
+            total <= 64 and bool(re.search(re.escape(stripped[-1:]) + rf" {{{total}}}\S", tail))
+        )
+    if indent % 2 or "\t" in prefix[-indent:]:
+        return True
+    if indent + spaces > 256:
+        return False
+    return bool(re.search(rf"\n {{{indent + spaces}}}\S", tail)) and not re.search(rf"\n {{{indent}}}\S", tail)
+
+
+def _lacks_space(prefix: str, text: str) -> bool:
+    """Whether two texts that meet without white space are evidently two words, or a word and a formula.
+
+    Never in code, nor in Chinese or Japanese. The evidence, by what the prefix ends with:
+
+    - a letter: see `_two_words`; before a digit or a formula, a common word.
+    - a number: a word of four letters, or a common one of three (not "2nd", "4cm").
+    - a comma, where the prefix has no comma without a space; the end of a sentence, a closing mark: a common word.
+    - " =" and its like, with a space before them: anything.
+
+    An operator with a space after it gets one before it, if the prefix writes its operators so.
     """
     last = prefix[-1]
     if _CJK.match(last) or _CJK.match(text[0]) or _in_code(prefix):
         return False
-    match = _FOLLOWS.match(text)
-    follows = match[0] if match and text[match.end() : match.end() + 1] not in ("(", "_", "[", "=") else ""
     if _OPERATOR.search(prefix[-2:]):
         return text[0].isalnum() or text[0] in "\\$("
-    word = _last_word(prefix)
+    if (last.isalnum() or last in ")]}") and _SPACED.match(text):
+        operator = text.partition(" ")[0]
+        tail = prefix[-_WINDOW:]
+        return bool(re.search(r"\S [=+*/<>×·-] \S", tail)) and not re.search(rf"\S{re.escape(operator)} \S", tail)
+    match = _FOLLOWS.match(text)
+    # A name that goes on ("sin(x)", "a_1") is no word.
+    follows = match[0] if match and text[match.end() : match.end() + 1] not in tuple("(_[=0123456789") else ""
     lower = follows.lower()
     if last.isalpha():
-        before = prefix[len(prefix) - len(word) - 1 : len(prefix) - len(word)]
-        if before in ("\\", "_", "."):
+        word = _last_word(prefix)
+        if prefix[: len(prefix) - len(word)].endswith(("\\", "_", ".", "/", "-")):
             return False  # a command of LaTeX or a part of a name
-        known = word.lower()
+        common = len(word) > 1 and word.lower() in _COMMON
         if text[0].isdigit():
-            return len(known) > 1 and known in _AFTER
-        if text[0] in "$`*\\(":
-            return len(known) > 1 and known in _AFTER and _opens(prefix, text)
-        return bool(follows) and _two_words(prefix, known, follows)
-    if len(lower) < 2 or not (lower in _COMMON or _occurs(prefix, follows)):
-        return False
+            return common
+        if text[0] in "$`*" or text.startswith("\\("):
+            return common and _opens(prefix, text)
+        return bool(follows) and _two_words(prefix, word.lower(), follows)
     if last.isdigit():
-        return len(lower) >= 3 and lower not in ("and", "min")
-    if last in ",;":
+        return bool(re.search(r"(?:^|[\s($£€])[\d.,]+\Z", prefix[-24:])) and (
+            (len(lower) >= 4 and follows == lower) or (len(lower) == 3 and lower in _COMMON)
+        )
+    if len(lower) < 2:
+        return False
+    if last == "," and prefix[-2:-1].isalpha() and not re.search(r",[^\W\d_]", prefix[-_WINDOW:]):
         return True
+    if not (lower in _COMMON or _occurs(prefix, follows)):
+        return False
     if last in ".!?:":
         # A numbered item, or a sentence; "www.example" and "math.floor" are neither.
         return follows[0].isupper() or last in "!?" or bool(re.search(r"(?:^|\n)\s*\d+\.\Z", prefix[-12:]))
     if last in "$`*":
         return _closes(prefix)
-    return last == ")"
+    return last in ",;)"
 
 
 def _two_words(prefix: str, word: str, follows: str) -> bool:
+    """Whether a word that the prefix ends with, and the first word of the answer, are two words and not one.
+
+    Example: "the" + "answer" and "equation" + "is" are two; "contin" + "uation" and "the" + "orem" are one.
+    """
     after = follows.lower()
-    if word + after in _COMPOUNDS or word + after in _COMMON or _occurs(prefix, word + follows):
+    together = word + after
+    if together in _COMPOUNDS or together in _COMMON or _occurs(prefix, word + follows):
         return False
+    # One letter is a word only beside a common one.
+    if after == "a":
+        return word in _COMMON and word != "are"
     if len(word) < 2:
-        return word == "a" and len(after) > 2 and after in _COMMON and after not in ("line", "part", "side", "way")
-    if after in _BEFORE:
+        return word == "a" and len(after) > 3 and after in _COMMON
+    if len(after) < 2:
+        return False
+    if len(word) >= _BEFORE.get(after, 99):
         return True
-    if word in _AFTER and len(after) > 1 and not after.startswith(tuple(_AFTER[word].split())):
+    if word in _AFTER:
+        if not after.startswith(_AFTER[word]):
+            return True
+    elif word in _COMMON and len(word) >= 5 and len(after) >= 4 and not _SUFFIX.match(after):
         return True
-    whole = word in _COMMON or _occurs(prefix[: -len(word)], word) or (len(word) > 4 and bool(_WHOLE.search(word)))
-    if after in _JOINS:
-        return whole and len(word) > 2
-    return whole and len(word) > 2 and len(after) > 2 and (after in _COMMON or _occurs(prefix, follows))
+    if word in _COMMON:
+        return after in _COMMON or (len(word) > 3 and len(after) > 2 and _occurs(prefix, follows))
+    if len(word) < 3 or after not in _COMMON:
+        return False
+    if after in _ENDINGS:
+        return len(word) > 4 and (bool(_WHOLE.search(word)) or _occurs(prefix[: -len(word)], word))
+    return bool(_WHOLE.search(word)) or _occurs(prefix[: -len(word)], word)
 
 
 def _occurs(prefix: str, word: str) -> bool:
     """Whether the last pages of the prefix use a word by itself, elsewhere than at their end."""
-    return bool(re.search(rf"(?<![\w\\]){re.escape(word)}(?!\w)(?!\Z)", prefix[-4000:], re.IGNORECASE))
+    tail, word = prefix[-4000:].lower(), word.lower()
+    start = tail.find(word)
+    while start >= 0:
+        end = start + len(word)
+        if end == len(tail):
+            return False
+        before, behind = tail[start - 1 : start], tail[end]
+        if not (before.isalnum() or before in ("_", "\\") or behind.isalnum() or behind == "_"):
+            return True
+        start = tail.find(word, start + 1)
+    return False
 
 
 def _last_word(text: str) -> str:
