@@ -18,25 +18,38 @@ concurrency, rate limits, retries, time limits, the budget and the counts are he
 """
 
 import asyncio
+import json
+import os
 import random
+import re
+import time
+import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import UTC, date, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity.stop import stop_base
 from transformers.utils import logging
 
-from omniopd_trl.errors import TeacherError
+from omniopd_trl.errors import OmniOPDError, TeacherError
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
-from omniopd_trl.teachers.budget import Budget
+from omniopd_trl.teachers.budget import Budget, Reservation
+from omniopd_trl.teachers.instruct import render_messages
 from omniopd_trl.teachers.throttle import Throttle
 
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
+
+# The wait before attempt k + 1 is drawn from [0, min(MAX_BACKOFF, BACKOFF * 2^k)], in seconds.
+BACKOFF = 0.5
+MAX_BACKOFF = 30.0
 
 Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
 
@@ -49,7 +62,9 @@ class Capabilities:
         continuation: how the student's text becomes the beginning of the teacher's answer.
         samples_per_request: samples that one request may ask for.
         takes_temperature: whether the service accepts and honours a temperature and `top_p`.
-        reasoning_off: payload that switches hidden reasoning off, merged into the request's body.
+        reasoning_off: what is merged into the request's body to switch hidden reasoning off, or as low as it goes.
+        reasoning_headroom: tokens that a request may use beyond those of its text, where reasoning cannot be switched
+            off and counts against the limit.
         min_cached_prefix: shortest prompt that the service caches, in tokens; `None` when it caches none.
         shutdown: when the provider switches the model off, where that is known.
     """
@@ -58,6 +73,7 @@ class Capabilities:
     samples_per_request: int = 1
     takes_temperature: bool = True
     reasoning_off: dict[str, Any] = field(default_factory=dict)
+    reasoning_headroom: int = 0
     min_cached_prefix: int | None = None
     shutdown: date | None = None
 
@@ -72,7 +88,8 @@ class EngineSettings:
         tokens_per_minute: `None` for no limit.
         timeout: seconds that one attempt may take.
         max_attempts: attempts per request, the first one included.
-        max_seconds: seconds that all attempts of a request may take together.
+        max_seconds: seconds that all attempts of a request, and the waits between them, may take together. Waiting for
+            its turn does not count: a long queue is no fault.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
     """
 
@@ -111,7 +128,24 @@ class Response:
     usage: Usage
 
 
-FailureKind = Literal["final", "transient", "rate_limited", "no_prefill"]
+FailureKind = Literal[
+    "final",
+    "transient",
+    "rate_limited",
+    "rejected",
+    "no_prefill",
+    "no_temperature",
+    "one_sample",
+    "always_reasons",
+]
+
+# What is believed of a model after it refused a request for one of these reasons. Tables of capabilities age.
+LEARNED: dict[str, dict[str, Any]] = {
+    "no_prefill": {"continuation": "instruct"},
+    "no_temperature": {"takes_temperature": False},
+    "one_sample": {"samples_per_request": 1},
+    "always_reasons": {"reasoning_off": {}, "reasoning_headroom": 1024},
+}
 
 
 @dataclass(frozen=True)
@@ -119,8 +153,10 @@ class Failure:
     """What an exception of an SDK means.
 
     Attributes:
-        kind: `"final"` (asking again will not help), `"transient"`, `"rate_limited"`, or `"no_prefill"` (this model
-            refuses to continue a given beginning).
+        kind: `"final"` (no request will be answered), `"transient"`, `"rate_limited"`, `"rejected"` (this very request
+            will not be answered, others may: it is longer than the model's context), or what the model turned out not
+            to do: `"no_prefill"` (continue a given beginning), `"no_temperature"`, `"one_sample"` (several samples per
+            request), `"always_reasons"` (reasoning off).
         message: cause and next step, in words, without secrets.
         retry_after: seconds to wait, when the service named them.
         may_be_billed: whether the service may have worked, and charge for it, all the same: no answer in time, a
@@ -133,12 +169,45 @@ class Failure:
     may_be_billed: bool = False
 
 
-class _TryAgain(Exception):
-    """An attempt failed in a way that another one may mend."""
+class MalformedResponseError(Exception):
+    """A response arrived that is not what the service's own format says."""
+
+
+class _RequestFailed(Exception):
+    """An attempt failed in a way that another one may mend, or that concerns this request alone."""
 
     def __init__(self, failure: Failure):
         super().__init__(failure.message)
         self.failure = failure
+
+
+@dataclass
+class _Tally:
+    """What happened while one prefix was continued."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Clock(stop_base):
+    """Stops a request when its attempts and the waits between them have taken `seconds`; `with` times an attempt."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.busy = 0.0
+        self._entered = 0.0
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return retry_state.upcoming_sleep >= self.left(retry_state)
+
+    def left(self, retry_state: RetryCallState) -> float:
+        return self.seconds - self.busy - retry_state.idle_for
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.busy += time.monotonic() - self._entered
 
 
 class RemoteTeacher(Teacher):
@@ -150,9 +219,17 @@ class RemoteTeacher(Teacher):
         settings: limits of this process.
         budget: what may still be spent; `None` for no limit.
 
-    A subclass writes `request` and `classify`, and `aclose` when it holds a client. Clients are made in the first
-    request, so that they belong to the event loop that uses them.
+    A subclass writes `request` and `classify`, and `connect` when it holds a client.
+
+    Attributes:
+        key_variables: environment variables that may hold the key, the first one found is used.
     """
+
+    works_elsewhere = True
+    key_variables: tuple[str, ...] = ()
+
+    # Tokens that a template may add to a prompt.
+    prompt_overhead = 512
 
     def __init__(
         self,
@@ -168,6 +245,8 @@ class RemoteTeacher(Teacher):
         self._throttle = Throttle(
             self.settings.max_concurrency, self.settings.requests_per_minute, self.settings.tokens_per_minute
         )
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -184,24 +263,85 @@ class RemoteTeacher(Teacher):
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
-        prompt = prefix.prompt if isinstance(prefix.prompt, str) else str(prefix.prompt)
-        return len(prompt.encode()) + len(prefix.completion.encode()) + self.prompt_overhead
+        prompt: Any = prefix.prompt
+        completion = prefix.completion
+        if self.capabilities.continuation == "instruct":
+            prompt, completion = render_messages(prefix.prompt, prefix.completion), ""
+        return len(str(prompt).encode()) + len(completion.encode()) + self.prompt_overhead
 
-    # Tokens that templates and instructions may add.
-    prompt_overhead = 512
+    # ---- Client and key ----
+
+    def connect(self) -> Any:
+        """Make the SDK's client; its own retries are off. Called in the event loop that will use it.
+
+        Raises:
+            TeacherError: when the key is missing.
+            MissingExtraError: when the SDK is not installed.
+        """
+        raise NotImplementedError
+
+    async def disconnect(self, client: Any) -> None:
+        """Release what `connect` returned."""
+        await client.close()
+
+    @property
+    def client(self) -> Any:
+        """The SDK's client. It belongs to one event loop: a new one is made where that has changed."""
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            self._client, self._loop = self.connect(), loop
+        return self._client
+
+    async def aclose(self) -> None:
+        """Release connections. The next request makes new ones."""
+        client, self._client = self._client, None
+        if client is not None and self._loop is asyncio.get_running_loop():
+            await self.disconnect(client)
+
+    def key(self, placeholder: str | None = None) -> str:
+        """The key, from the environment. It is handed to the SDK and kept nowhere else.
+
+        Args:
+            placeholder: what to send where no key is needed; `None` where one is.
+
+        Raises:
+            TeacherError: when no variable holds one.
+        """
+        for variable in self.key_variables:
+            if value := os.environ.get(variable, "").strip():
+                return value
+        if placeholder is None:
+            raise TeacherError(
+                f"{self.name} needs a key, and the environment holds none under {' or '.join(self.key_variables)}. "
+                f"Run `export {self.key_variables[0]}=...` in the shell that starts the run; keys are read from "
+                "nowhere else."
+            )
+        return placeholder
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning the first time that it is given."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(f"{self.name}: {message}")
+
+    # ---- Many prefixes ----
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        if not self.capabilities.takes_temperature and (request.temperature, request.top_p) != (1.0, 1.0):
+            self.warn_once(
+                f"this model takes no temperature and no top_p, so teacher_temperature={request.temperature:g} and "
+                f"teacher_top_p={request.top_p:g} are not sent."
+            )
         # Tasks start in order, and places are given in order: a prefix goes out before the longer one that begins with
         # it, so that a prompt cache can serve the latter.
         return await _all(self._continue(prefix, request) for prefix in prefixes)
 
     def probe(self, prompt: Prompt) -> None:
         """One tiny request: key, model, continuation and samples per request are looked at before any generation."""
-        text = "" if self.capabilities.continuation == "instruct" else "Let us think."
         wanted = min(2, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16)
-        # In a loop of its own, which the clients must not outlive.
-        reply = _run(self._probe(Prefix(prompt, text), request))
+        # In a loop of its own, which neither the client nor the throttle may outlive.
+        reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
         if not reply.rollouts:
             raise TeacherError(
                 f"The teacher {self.name} was asked one short question and returned nothing: {reply.failure}. "
@@ -213,56 +353,62 @@ class RemoteTeacher(Teacher):
         )
 
     async def _probe(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+        throttle, self._throttle = self._throttle, Throttle(1)
         try:
             return await self._continue(prefix, request)
         finally:
+            self._throttle = throttle
             await self.aclose()
 
     # ---- One prefix ----
 
     async def _continue(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
-        counts: Counter[str] = Counter()
-        problems: list[str] = []
+        tally = _Tally()
 
-        async def ask(num_samples: int) -> list[Response]:
+        async def ask(start: int, num_samples: int) -> list[Response]:
+            try:
+                response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally)
+            except _RequestFailed:  # several samples are refused, and from now on each request asks for one
+                return await ask_all(self._split(start, num_samples))
+            if response is None:
+                return []
+            returned = len(response.samples)
+            if returned == 0:
+                tally.problems.append("a response without samples")
+            if not 0 < returned < num_samples:
+                return [replace(response, samples=response.samples[:num_samples])]
             # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
-            responses: list[Response] = []
-            while num_samples > 0:
-                response = await self._ask(prefix, num_samples, request, counts, problems)
-                if response is None:
-                    break
-                responses.append(replace(response, samples=response.samples[:num_samples]))
-                missing = num_samples - len(response.samples)
-                if missing > 0:
-                    self._returns_fewer(num_samples, len(response.samples))
-                    if not response.samples:
-                        problems.append("a response without samples")
-                        break
-                num_samples = missing
-            return responses
+            self._returns_fewer(num_samples, returned)
+            sizes = self._split(start + returned, num_samples - returned)
+            return [response, *await ask_all(sizes)]
 
-        sizes = self._split(request.num_samples)
+        async def ask_all(sizes: list[tuple[int, int]]) -> list[Response]:
+            answers = await _all(ask(start, size) for start, size in sizes)
+            return [response for answer in answers for response in answer]
+
+        sizes = self._split(0, request.num_samples)
         first: list[Response] = []
         if len(sizes) > 1 and self._fills_cache(prefix):
-            first = await ask(sizes.pop(0))  # the cache can be read once the first answer has begun
-        answers = await _all(ask(size) for size in sizes)
-        responses = [response for answer in (first, *answers) for response in answer]
+            first = await ask(*sizes.pop(0))  # the cache can be read once the first answer has begun
+        responses = [*first, *await ask_all(sizes)]
         samples = [sample for response in responses for sample in response.samples]
         for sample in samples:
             if sample.outcome != "ok":
-                counts[sample.outcome] += 1
+                tally.counts[sample.outcome] += 1
                 if sample.outcome != "restarted":
-                    problems.append(f"a sample was {sample.outcome}")
+                    tally.problems.append(f"a sample was {sample.outcome}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses), Usage())
         failure = None
         if len(rollouts) < request.num_samples:
-            failure = f"{len(rollouts)} of {request.num_samples} rollouts: {problems[0] if problems else 'no reason'}"
-        return TeacherReply(rollouts, usage, failure, dict(counts))
+            reason = tally.problems[0] if tally.problems else "no reason"
+            failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
+        return TeacherReply(rollouts, usage, failure, dict(tally.counts))
 
-    def _split(self, num_samples: int) -> list[int]:
-        most = self.capabilities.samples_per_request
-        return [min(most, num_samples - start) for start in range(0, num_samples, most)]
+    def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
+        """Samples `start` to `start + num_samples` over requests: where each one starts, and how many it asks for."""
+        most, end = self.capabilities.samples_per_request, start + num_samples
+        return [(begin, min(most, end - begin)) for begin in range(start, end, most)]
 
     def _fills_cache(self, prefix: Prefix) -> bool:
         least = self.capabilities.min_cached_prefix
@@ -279,74 +425,117 @@ class RemoteTeacher(Teacher):
 
     # ---- One request ----
 
-    async def _ask(
-        self, prefix: Prefix, num_samples: int, request: SamplingRequest, counts: Counter[str], problems: list[str]
-    ) -> Response | None:
+    async def _ask(self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally) -> Response | None:
         """One request with its retries; `None` when it was given up.
 
         Raises:
             TeacherError: on a final failure.
             BudgetError: when it might exceed the budget.
+            _RequestFailed: when the service turned out to give one sample per request.
         """
+        clock = _Clock(self.settings.max_seconds)
         try:
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_TryAgain),
-                stop=stop_after_attempt(self.settings.max_attempts) | stop_after_delay(self.settings.max_seconds),
+                retry=retry_if_exception(_may_be_repeated),
+                stop=stop_after_attempt(self.settings.max_attempts) | clock,
                 wait=_wait,
                 reraise=True,
             ):
                 with attempt:
-                    counts["requests"] += 1
-                    counts["retries"] += attempt.retry_state.attempt_number > 1
-                    return await self._attempt(prefix, num_samples, request)
-        except _TryAgain as error:
-            counts["failed_requests"] += 1
-            problems.append(f"a request was given up ({error})")
+                    again = attempt.retry_state.attempt_number > 1
+                    # Anew each time: an answer to somebody else may have changed what is sent.
+                    part = replace(request, max_tokens=request.max_tokens + self.capabilities.reasoning_headroom)
+                    prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
+                    async with (
+                        self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,
+                        self.budget.reserve(prompt_tokens, completion_tokens) as reservation,
+                    ):
+                        tally.counts["requests"] += 1
+                        tally.counts["retries"] += again
+                        with clock:
+                            left = clock.left(attempt.retry_state)
+                            return await self._attempt(prefix, num_samples, part, reservation, began, left)
+        except _RequestFailed as error:
+            if error.failure.kind == "one_sample":
+                raise
+            tally.counts["failed_requests"] += 1
+            tally.problems.append(f"a request was given up ({error})")
         return None
 
-    async def _attempt(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * request.max_tokens
-        async with (
-            self._throttle.slot(prompt_tokens // 4 + completion_tokens),
-            self.budget.reserve(prompt_tokens, completion_tokens) as reservation,
-        ):
-            try:
-                async with asyncio.timeout(self.settings.timeout):
-                    response = await self.request(prefix, num_samples, request)
-            except Exception as error:
-                failure = self._failure(error)
-                if failure is None:
-                    raise
-                if failure.may_be_billed:
-                    reservation.forfeit()
-                if failure.kind == "no_prefill" and self.capabilities.continuation != "instruct":
-                    self._instruct_instead(failure)
-                elif failure.kind in ("final", "no_prefill"):
-                    raise TeacherError(f"{self.name}: {failure.message}") from error
-                elif (failure.retry_after or 0) > self.settings.max_retry_after:
-                    raise TeacherError(
-                        f"{self.name} asks to wait {failure.retry_after:.0f} s, more than "
-                        f"teacher_max_retry_after={self.settings.max_retry_after:.0f}: {failure.message}"
-                    ) from error
-                if failure.kind == "rate_limited":
-                    self._throttle.slow_down(failure.retry_after or 0.0)
-                raise _TryAgain(failure) from error
-            reservation.settle(response.usage)
-            self._throttle.succeeded()
-            return response
+    async def _attempt(
+        self,
+        prefix: Prefix,
+        num_samples: int,
+        request: SamplingRequest,
+        reservation: Reservation,
+        began: float,
+        seconds: float,
+    ) -> Response:
+        capabilities = self.capabilities
+        try:
+            async with asyncio.timeout(min(self.settings.timeout, seconds)):
+                response = await self.request(prefix, num_samples, request)
+        except Exception as error:
+            failure = self._failure(error)
+            if failure is None:
+                raise
+            if failure.may_be_billed:
+                reservation.forfeit()
+            # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
+            raise self._verdict(failure, capabilities, began) from None
+        reservation.settle(response.usage)
+        self._throttle.succeeded()
+        return response
+
+    def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
+        """What to raise for a failure, after what it means for the requests to come."""
+        learned = LEARNED.get(failure.kind)
+        if learned is not None and replace(sent_with, **learned) != sent_with:
+            # Requests that were under way together are all refused; the first one changes what the others will send.
+            if replace(self.capabilities, **learned) != self.capabilities:
+                self._learn(failure, learned)
+            return _RequestFailed(failure)
+        if failure.kind == "final" or learned is not None:
+            return TeacherError(f"{self.name}: {failure.message}")
+        if (failure.retry_after or 0) > self.settings.max_retry_after:
+            return TeacherError(
+                f"{self.name} asks to wait {failure.retry_after:.0f} s, more than "
+                f"teacher_max_retry_after={self.settings.max_retry_after:g}: {failure.message}. Raise that limit, or "
+                "resume later from the last checkpoint."
+            )
+        if failure.kind == "rate_limited":
+            self._throttle.slow_down(failure.retry_after or 0.0, began)
+        return _RequestFailed(failure)
 
     def _failure(self, error: Exception) -> Failure | None:
+        if isinstance(error, OmniOPDError):
+            return None
+        failure: Failure | None
         if isinstance(error, TimeoutError):
             message = f"no answer within teacher_timeout={self.settings.timeout:g} s"
-            return Failure("transient", message, may_be_billed=True)
-        return self.classify(error)
+            failure = Failure("transient", message, may_be_billed=True)
+        elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
+            message = f"the response cannot be read ({type(error).__name__}: {error})"
+            failure = Failure("transient", message, may_be_billed=True)
+        else:
+            failure = self.classify(error)
+        if failure is None:
+            return None
+        return replace(failure, message=redact(failure.message, self._secrets()))
 
-    def _instruct_instead(self, failure: Failure) -> None:
-        logger.warning(
-            f"{self.name} does not continue a given beginning ({failure.message}). From now on it is instructed to "
-            'write what comes next; set teacher_continuation="instruct" to skip this attempt.'
-        )
-        self.capabilities = replace(self.capabilities, continuation="instruct")
+    def _secrets(self) -> list[str]:
+        return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+
+    def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
+        self.capabilities = replace(self.capabilities, **learned)
+        what = {
+            "no_prefill": "it does not continue a given beginning, and is instructed to write what comes next; set "
+            'teacher_continuation="instruct" to skip this attempt',
+            "no_temperature": "it takes no temperature and no top_p, and none is sent",
+            "one_sample": "it gives one sample per request, and prompts are paid for more often",
+            "always_reasons": "its reasoning cannot be switched off, and is paid for",
+        }[failure.kind]
+        logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -359,18 +548,118 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
+def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingRequest:
+    """The request for the samples from `start` on. Two requests with one seed would return the same samples."""
+    if request.seed is None:
+        return request
+    seed = (request.seed + zlib.crc32(prefix.completion.encode()) + start) % 2**31
+    return replace(request, seed=seed)
+
+
+def _may_be_repeated(error: BaseException) -> bool:
+    return isinstance(error, _RequestFailed) and error.failure.kind not in ("rejected", "one_sample")
+
+
 def _wait(state: RetryCallState) -> float:
     """Exponential backoff with full jitter, in seconds; what the service asked for is the least."""
     error = state.outcome.exception() if state.outcome is not None else None
-    assert isinstance(error, _TryAgain)
-    if error.failure.kind == "no_prefill":
+    if not isinstance(error, _RequestFailed) or error.failure.kind in LEARNED:
         return 0.0
-    return (error.failure.retry_after or 0.0) + random.uniform(0, min(30.0, 0.5 * 2**state.attempt_number))
+    longest = min(MAX_BACKOFF, BACKOFF * 2**state.attempt_number)
+    return (error.failure.retry_after or 0.0) + random.uniform(0, longest)
 
 
-def _run(coroutine: Any) -> Any:
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, coroutine).result()
+
+
+# ---- For the adapters ----
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Take out of a text what is, or looks like, a key or a part of one.
+
+    Args:
+        text: what a service said. Some echo the beginning or the end of the key that they refuse.
+        secrets: the keys in use.
+    """
+    secrets = list(secrets)
+    for secret in secrets:
+        text = text.replace(secret, "[key]")
+    text = re.sub(r"(?i)\bbearer\s+\S+", "Bearer [key]", text)
+    text = re.sub(r"\b(?:(?:sk|gsk|pk|rk)[-_]|AIza|AQ\.|ya29\.)[\w\-.*•…]{6,}", "[key]", text)
+
+    def hide(match: re.Match[str]) -> str:
+        # Part of a key, as it stands or with its middle starred out. Words that a key merely contains stay.
+        word = match[0].rstrip(".,;:")
+        pieces = [piece for piece in re.split(r"[*•…]+|\.{3,}", word) if piece]
+        starred = "".join(pieces) != word
+        for secret in secrets:
+            for piece in pieces:
+                ends = secret.startswith(piece) or secret.endswith(piece)
+                if ends and len(piece) >= (1 if starred else 4):
+                    return "[key]" + match[0][len(word) :]
+        return match[0]
+
+    return re.sub(r"[^\s'\"`,()\[\]{}]+", hide, text)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from a response's headers: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            return max(0.0, float(value) / scale)
+        except ValueError:
+            pass
+        try:
+            moment = parsedate_to_datetime(value)
+        except ValueError:
+            continue
+        return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    return None
+
+
+TOO_LONG = re.compile(
+    r"context.?length|context window|context size|maximum model length|prompt is too long|request_too_large"
+    r"|exceeds the maximum number of tokens",
+    re.IGNORECASE,
+)
+
+
+def failure_of_status(
+    status: int, detail: str, *, model: str, key: str, wait: float | None = None, code: str | None = None
+) -> Failure:
+    """What an HTTP status means with any provider.
+
+    Args:
+        status: of the response, 4xx or 5xx.
+        detail: what the service said.
+        model: as the service knows it.
+        key: the environment variable that holds the key.
+        wait: seconds that the service asked to wait.
+        code: the service's own code of the error, where it has one.
+    """
+    said = f"{status}: {detail[:500]}"
+    if code == "insufficient_quota" or status == 402:
+        return Failure("final", f"the account has no quota or credit left ({said}). Top it up, then resume.")
+    if status in (429, 503, 529):
+        busy = "asked too often" if status == 429 else "overloaded"
+        return Failure("rate_limited", f"the service says that it is {busy} ({said})", wait)
+    if status in (408, 409, 425, 499) or (status >= 500 and status != 501):
+        return Failure("transient", f"the service failed ({said})", wait, may_be_billed=status in (408, 499, 504))
+    if status in (400, 413, 422) and TOO_LONG.search(f"{code} {detail}"):
+        return Failure("rejected", f"the prompt is longer than the model takes ({said})")
+    if code in ("content_filter", "content_policy_violation"):
+        return Failure("rejected", f"the prompt was filtered ({said})")
+    if status == 401:
+        return Failure("final", f"the key in {key} was refused ({said}). Set a valid one and start again.")
+    if status == 403:
+        return Failure("final", f"the key in {key} may not use {model!r} ({said}). Ask for access, or name another.")
+    if status == 404:
+        return Failure("final", f"no model {model!r} at this address ({said}). Check teacher and base URL.")
+    return Failure("final", f"the service refuses the request ({said}). Another attempt would be refused as well.")

@@ -14,10 +14,13 @@
 """How fast requests go out: concurrency that backs off and recovers, and requests and tokens per minute."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiolimiter import AsyncLimiter
+
+MINUTE = 60.0  # seconds
 
 
 class Throttle:
@@ -30,6 +33,8 @@ class Throttle:
 
     After `slow_down`, half as many requests run at once, and none starts before the wait that the service asked for
     is over. Each full round of successes lets one more run, until `max_concurrency` is reached again.
+
+    A throttle serves one event loop.
     """
 
     def __init__(
@@ -40,39 +45,52 @@ class Throttle:
     ):
         self.max_concurrency = max_concurrency
         self.concurrency = max_concurrency
-        self._permits = asyncio.Semaphore(max_concurrency)
-        self._owed = 0  # permits to be withheld when they are given back
+        self._active = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._successes = 0
-        self._paused_until = 0.0
-        self._requests = None if requests_per_minute is None else AsyncLimiter(max(requests_per_minute, 1.0), 60)
-        self._tokens = None if tokens_per_minute is None else AsyncLimiter(tokens_per_minute, 60)
+        self._slowed_at = float("-inf")
+        self._paused_until = float("-inf")
+        self._requests = None if requests_per_minute is None else AsyncLimiter(max(requests_per_minute, 1.0), MINUTE)
+        self._tokens = None if tokens_per_minute is None else AsyncLimiter(max(tokens_per_minute, 1.0), MINUTE)
 
     @asynccontextmanager
-    async def slot(self, tokens: int) -> AsyncIterator[None]:
-        """Wait for a place, then hold it; `tokens` is what the request is expected to use."""
-        await self._permits.acquire()
+    async def slot(self, tokens: int, again: bool = False) -> AsyncIterator[float]:
+        """Wait for a place, then hold it.
+
+        Args:
+            tokens: what the request is expected to use.
+            again: a repeated request goes before those that have not been sent at all, so that the oldest work ends
+                first.
+
+        Yields:
+            When the place was given, in seconds of the loop's clock; `slow_down` wants to know.
+        """
+        await self._enter(again)
         try:
             if self._requests is not None:
                 await self._requests.acquire()
             if self._tokens is not None:
                 # A request larger than a minute's worth would wait forever; it takes all of it.
                 await self._tokens.acquire(min(tokens, self._tokens.max_rate))
-            while (pause := self._paused_until - asyncio.get_running_loop().time()) > 0:
+            loop = asyncio.get_running_loop()
+            while (pause := self._paused_until - loop.time()) > 0:
                 await asyncio.sleep(pause)
-            yield
+            yield loop.time()
         finally:
-            if self._owed:
-                self._owed -= 1
-            else:
-                self._permits.release()
+            self._leave()
 
-    def slow_down(self, retry_after: float) -> None:
-        """A service said that it is asked too much; `retry_after` in seconds, 0 when it named no wait."""
+    def slow_down(self, retry_after: float, began: float) -> None:
+        """A service said that it is asked too much.
+
+        Args:
+            retry_after: seconds that it wants to be left alone; 0 when it named none.
+            began: what `slot` yielded for the request. Refusals of requests that were under way together say the same
+                thing, and count as one.
+        """
         now = asyncio.get_running_loop().time()
-        if now >= self._paused_until:  # answers to requests that were under way together count as one
-            withheld = self.concurrency - max(1, self.concurrency // 2)
-            self.concurrency -= withheld
-            self._owed += withheld
+        if began >= self._slowed_at:
+            self.concurrency = max(1, self.concurrency // 2)
+            self._slowed_at = now
         self._successes = 0
         self._paused_until = max(self._paused_until, now + retry_after)
 
@@ -84,7 +102,31 @@ class Throttle:
         if self._successes >= self.concurrency:
             self._successes = 0
             self.concurrency += 1
-            if self._owed:
-                self._owed -= 1
-            else:
-                self._permits.release()
+            self._admit()
+
+    async def _enter(self, again: bool) -> None:
+        if self._active < self.concurrency and not self._waiting:
+            self._active += 1
+            return
+        future = asyncio.get_running_loop().create_future()
+        if again:
+            self._waiting.appendleft(future)
+        else:
+            self._waiting.append(future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not future.cancelled():  # the place was given in the same turn of the loop
+                self._leave()
+            raise  # a cancelled future is passed over when its turn comes
+
+    def _leave(self) -> None:
+        self._active -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._active < self.concurrency:
+            future = self._waiting.popleft()
+            if not future.cancelled():
+                self._active += 1
+                future.set_result(None)
