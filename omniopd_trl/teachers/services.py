@@ -1,0 +1,85 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From the name of a teacher behind a service to the teacher."""
+
+from dataclasses import replace
+from datetime import date
+from typing import Any, get_args
+
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.anthropic_teacher import AnthropicTeacher
+from omniopd_trl.teachers.budget import Budget
+from omniopd_trl.teachers.capabilities import MODELS, capabilities_of, warn_shutdown
+from omniopd_trl.teachers.gemini_teacher import GeminiTeacher
+from omniopd_trl.teachers.openai_teacher import OpenAITeacher
+from omniopd_trl.teachers.remote import Continuation, EngineSettings, RemoteTeacher
+
+PREFIXES = tuple(f"{provider}:" for provider in MODELS)
+
+# What each provider's adapter can send; what a model behind it does with it is another question.
+CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
+    "vllm": ("raw", "continue_final", "instruct"),
+    "openai": get_args(Continuation),
+    "anthropic": ("prefill", "instruct"),
+    "gemini": ("prefill", "instruct"),
+}
+
+
+def remote_teacher(
+    name: str,
+    *,
+    base_url: str | None = None,
+    tokenizer: Any = None,
+    continuation: Continuation | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    settings: EngineSettings | None = None,
+    budget: Budget | None = None,
+    today: date | None = None,
+) -> RemoteTeacher:
+    """The teacher that a name such as `anthropic:claude-haiku-4-5` stands for. Nothing is sent yet.
+
+    Args:
+        name: provider and model, with a colon between them: `vllm:`, `openai:`, `anthropic:` or `gemini:`.
+        base_url: where the service is, when not where its SDK expects it.
+        tokenizer: of a `vllm:` or `openai:` teacher, or its path or id; renders the prompts of a `raw` continuation.
+            Defaults to the model's name.
+        continuation: overrides what the model is known to take.
+        chat_template_kwargs: for `vllm:` and `openai:`, arguments for the teacher's chat template.
+        settings: limits of this process.
+        budget: what may still be spent.
+        today: the day that shutdown dates are compared with; defaults to the real one.
+
+    Raises:
+        ConfigError: when the name or the continuation is none that exists.
+    """
+    provider, _, model = name.partition(":")
+    if provider not in MODELS or not model:
+        raise ConfigError(f"teacher={name!r}: a teacher behind a service is named {'MODEL, '.join(PREFIXES)}MODEL.")
+    capabilities = capabilities_of(provider, model)
+    if continuation is not None:
+        if continuation not in CONTINUATIONS[provider]:
+            raise ConfigError(
+                f"teacher_continuation={continuation!r} is none of those that teachers of {provider!r} know: "
+                f"{', '.join(CONTINUATIONS[provider])}."
+            )
+        capabilities = replace(capabilities, continuation=continuation)
+    warn_shutdown(name, capabilities, today or date.today())
+    limits: dict[str, Any] = {"base_url": base_url, "settings": settings, "budget": budget}
+    if provider == "anthropic":
+        return AnthropicTeacher(model, capabilities, **limits)
+    if provider == "gemini":
+        return GeminiTeacher(model, capabilities, **limits)
+    return OpenAITeacher(
+        provider, model, capabilities, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs, **limits
+    )
