@@ -14,6 +14,8 @@
 """The trainer: TRL's on-policy loop around the functions of this package."""
 
 import copy
+import hashlib
+import json
 import random
 import textwrap
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -64,12 +67,18 @@ from omniopd_trl.audit import (
 from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, TeacherError, import_extra
 from omniopd_trl.evaluation import math_accuracy
+from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path, spent
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
+from omniopd_trl.replay import audit_once
 from omniopd_trl.similarity import get_similarity
 from omniopd_trl.teachers import OUTCOMES, Prefix, SamplingRequest, Teacher, Usage, load_teacher
+from omniopd_trl.teachers.budget import Budget
+from omniopd_trl.teachers.pricing import price_of
+from omniopd_trl.teachers.remote import Continuation, EngineSettings
+from omniopd_trl.teachers.services import PREFIXES, remote_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -186,8 +195,8 @@ class OmniOPDTrainer(DistillationTrainer):
             state: a frozen copy, or, with LoRA, the base model with adapters off.
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~omniopd_trl.teachers.Teacher`], *optional*):
             Who continues the student's text: a path or *model id* (loaded with `args.teacher_model_init_kwargs`), an
-            instantiated model, `"scripted"`, or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary
-            may differ from the student's. Defaults to `args.teacher_model_name_or_path`.
+            instantiated model, `"vllm:MODEL"`, `"openai:MODEL"`, `"anthropic:MODEL"`, `"gemini:MODEL"`, `"scripted"`,
+            or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to `args.teacher_model_name_or_path`.
         args ([`OmniOPDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -277,17 +286,7 @@ class OmniOPDTrainer(DistillationTrainer):
             raise ConfigError(
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
             )
-        self.teacher = load_teacher(
-            teacher_model,
-            model_init_kwargs=args.teacher_model_init_kwargs,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.trust_remote_code,
-            # `__post_init__` has parsed what the command line gives as JSON.
-            chat_template_kwargs=cast(
-                "dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs
-            ),
-            device=args.device,
-        )
+        self.teacher = _make_teacher(teacher_model, args)
         for _, dataset in _named_datasets(train_dataset, eval_dataset):
             self.teacher.probe(next(iter(dataset))["prompt"])
             break
@@ -329,6 +328,8 @@ class OmniOPDTrainer(DistillationTrainer):
         self._chunks_asked = self._chunks_dropped = 0
         # Apple's GPUs have no float64.
         self._metric_dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        self._journal: Journal | None = None  # open while training
+        self._replays = False  # whether the current generation batch comes from it
         self._eval_name = ""
         self._warned: set[str] = set()
         if args.posterior_baseline == "moving_average":
@@ -374,9 +375,55 @@ class OmniOPDTrainer(DistillationTrainer):
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def train(self, *args, **kwargs):
+        with self._open_journal():
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _open_journal(self) -> Iterator[None]:
+        """Keep trajectories and audits while training, and no longer: other trainers may use the folder then."""
+        if not self.args.save_audits:
+            yield
+            return
+        settings: dict[str, Any] = {
+            "run": str(self.args.run_name or Path(self.args.output_dir).name),
+            "teacher": self.teacher.name,
+            "fingerprint": self._fingerprint(),
+            "rank": self.accelerator.process_index,
+            "num_processes": self.accelerator.num_processes,
+        }
+        path = journal_path(self.args.output_dir, self.accelerator.process_index)
         try:
-            completion_ids = super()._generate_single_turn(*args, **kwargs)
+            journal = Journal(path, **settings)
+        except ProcessCountError as error:
+            logger.warning(f"{error} What it holds is not replayed: the teacher is asked again.")
+            journal = Journal(path, **settings, replay=False)
+        with journal:
+            self._journal = journal
+            try:
+                yield
+            finally:
+                self._loop.cancel()  # before the journal that they write to is closed
+                self._journal = None
+
+    def _fingerprint(self) -> str:
+        """Of everything that decides which trajectories and rollouts a step has, besides the checkpoint."""
+        settings = {k: v for k, v in self.args.to_dict().items() if not _is_irrelevant_to_audits(k)}
+        data = getattr(self.train_dataset, "_fingerprint", None)
+        model = [get_config_model_id(self.model.config), self.model.num_parameters()]
+        text = json.dumps([settings, data, model, self.teacher.name], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self._journal is not None and self.model.training:
+            stored = self._journal.trajectories(self.state.global_step)
+            holds = stored is not None and [t.prompt_ids for t in stored] == [list(ids) for ids in prompt_ids]
+            # Generation is collective: either every process replays its part of the step, or none does.
+            self._replays = self._sum_over_processes(holds)[0] == self.accelerator.num_processes
+            if self._replays:
+                return [t.completion_ids for t in stored or ()]
+        try:
+            completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise self._non_finite("the student's next-token probabilities") from error
@@ -391,6 +438,8 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         if mode == "eval":
             self._score_samples(inputs, batch)
+        if mode == "train" and self._journal is not None and not self._replays:
+            self._record_trajectories(inputs, batch)
         if mode == "train" or self.args.audit_eval:
             batch["audits"] = self._start_audits([example["prompt"] for example in inputs], batch, mode)
             if mode == "eval" or not self._overlaps:
@@ -440,13 +489,34 @@ class OmniOPDTrainer(DistillationTrainer):
                 )
                 pending[b] = _PendingAudit(logprobs[:length], entropy[:length])
             if self._overlaps:
-                self._submit(pending, trajectories)
-        self._submit(pending, trajectories)
+                self._submit(pending, trajectories, mode)
+        self._submit(pending, trajectories, mode)
         return [pending[b] for b in range(len(prompts))]
 
-    def _submit(self, pending: dict[int, _PendingAudit], trajectories: dict[int, Trajectory]) -> None:
+    def _record_trajectories(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Before any of them is audited: what is paid for is paid for these."""
+        assert self._journal is not None
+        masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
+        stored = [
+            StoredTrajectory(
+                prompt=example["prompt"],
+                prompt_ids=batch["prompt_ids"][b][masks[0][b]].tolist(),
+                completion_ids=batch["completion_ids"][b][masks[1][b]].tolist(),
+                seed=self._trajectory_seed("train", b),
+            )
+            for b, example in enumerate(inputs)
+        ]
+        self._journal.record_trajectories(self.state.global_step, stored)
+
+    def _submit(self, pending: dict[int, _PendingAudit], trajectories: dict[int, Trajectory], mode: str) -> None:
         """Start the audits of `trajectories` in one turn of the event loop, and forget the latter."""
-        futures = self._loop.submit(*(self.auditor.audit(trajectory) for trajectory in trajectories.values()))
+        journal = self._journal if mode == "train" else None
+        futures = self._loop.submit(
+            *(
+                audit_once(self.auditor, trajectory, journal, self.state.global_step, b)
+                for b, trajectory in trajectories.items()
+            )
+        )
         for b, future in zip(trajectories, futures, strict=True):
             pending[b].future = future
         trajectories.clear()
@@ -781,8 +851,8 @@ class OmniOPDTrainer(DistillationTrainer):
             self._warn_once(
                 "no chunks",
                 f"No chunk of a batch could be audited at step {self.state.global_step}: the completions are shorter "
-                f"than min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a batch "
-                "trains on the KL anchor alone.",
+                f"than min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a "
+                "batch trains on the KL anchor alone.",
             )
         num_short = sum(audit.num_short for audit in audits)
         if num_short > 0.1 * num_rollouts:
@@ -916,6 +986,23 @@ class OmniOPDTrainer(DistillationTrainer):
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
+# Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
+# resumed with others and still replays what was paid for.
+_IRRELEVANT_TO_AUDITS = (
+    *("output_dir", "run_name", "project", "log", "report", "save", "push", "hub", "trackio", "eval", "do_"),
+    *("load_best", "metric_for", "greater_is", "num_eval", "audit_eval", "per_device_eval", "batch_eval", "include_"),
+    *("disable_tqdm", "num_completions", "dataloader", "ddp_", "resume_from", "restore_callback", "use_cpu"),
+    *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
+    *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
+    *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
+    *("vllm_server", "vllm_gpu", "vllm_group"),
+)
+
+
+def _is_irrelevant_to_audits(name: str) -> bool:
+    return name.startswith(_IRRELEVANT_TO_AUDITS)
+
+
 _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
 
 
@@ -966,6 +1053,56 @@ def _repeat(dataset: Any, num_samples: int) -> Any:
     if isinstance(dataset, IterableDataset):
         return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
     return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
+
+
+def _make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:
+    # `__post_init__` has parsed what the command line gives as JSON.
+    template = cast("dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs)
+    if not isinstance(teacher, str) or not teacher.startswith(PREFIXES):
+        return load_teacher(
+            teacher,
+            model_init_kwargs=args.teacher_model_init_kwargs,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=template,
+            device=args.device,
+        )
+    provider, _, model = teacher.partition(":")
+    price = price_of(
+        provider,
+        model,
+        input_price=args.teacher_input_price,
+        output_price=args.teacher_output_price,
+        cached_price=args.teacher_cached_price,
+        base_url=args.teacher_base_url,
+    )
+    used, usd = spent(args.output_dir)
+    # Limits are for the whole job, and every process keeps its share of them.
+    share = 1 / args.world_size
+    return remote_teacher(
+        teacher,
+        base_url=args.teacher_base_url,
+        tokenizer=args.teacher_tokenizer_name_or_path,
+        continuation=cast("Continuation | None", args.teacher_continuation),
+        chat_template_kwargs=template,
+        settings=EngineSettings(
+            max_concurrency=max(1, int(args.teacher_max_concurrency * share)),
+            requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
+            tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
+            timeout=args.teacher_timeout,
+            max_attempts=args.teacher_max_attempts,
+            max_seconds=args.teacher_max_seconds,
+            max_retry_after=args.teacher_max_retry_after,
+        ),
+        budget=Budget(
+            args.teacher_budget_usd,
+            args.teacher_budget_tokens,
+            price,
+            used,
+            usd,
+            num_processes=args.world_size,
+        ),
+    )
 
 
 def _load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:

@@ -74,7 +74,7 @@ def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, n
     runs = []
     for teacher in (Here(), Remote(delay=0.01)):
         trainer = make_trainer(
-            tmp_path / teacher.name,
+            tmp_path / type(teacher).__name__,
             tiny_model_dir,
             teacher=teacher,
             posterior_baseline=baseline,

@@ -14,7 +14,8 @@
 """What a teacher is: one method that continues a batch of prefixes and returns text."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,11 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
         )
+
+
+# Called with what each request used and what it cost in US dollars (`None` without a price), as soon as it is known. A
+# context variable, so that whoever starts an audit meters it, through however many tasks it is split.
+METER: ContextVar[Callable[[Usage, float | None], None]] = ContextVar("meter")
 
 
 @dataclass(frozen=True)

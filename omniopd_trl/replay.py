@@ -1,0 +1,65 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""An audit that is paid for once: from the journal where it is there, from the teacher where it is not."""
+
+from dataclasses import replace
+
+from omniopd_trl.audit import Audit, Auditor, Trajectory
+from omniopd_trl.journal import Journal
+from omniopd_trl.teachers.base import METER, Usage
+
+
+async def audit_once(
+    auditor: Auditor, trajectory: Trajectory, journal: Journal | None, step: int, index: int
+) -> Audit:
+    """Audit a trajectory, unless the journal holds its audit.
+
+    Requests are counted as soon as they are answered, and the audit is kept before it is returned: whatever is killed
+    after that, nothing is lost and nothing is paid for twice.
+
+    Args:
+        auditor: asks the teacher.
+        trajectory: what to audit.
+        journal: holds the trajectories of `step`; `None` keeps nothing.
+        step: the optimizer step that the trajectory belongs to.
+        index: its place in the generation batch of this process.
+
+    Returns:
+        The audit. One from the journal has no usage and no outcomes, since it costs nothing now.
+
+    Raises:
+        TeacherError: as `Auditor.audit`.
+        JournalError: when the journal cannot be read or written.
+    """
+    if journal is None:
+        return await auditor.audit(trajectory)
+    stored = journal.audit(step, index)
+    if stored is not None:
+        return replace(stored, usage=Usage(), outcomes={})
+    metered = Usage()
+
+    def meter(usage: Usage, usd: float | None) -> None:
+        nonlocal metered
+        metered = metered + usage
+        journal.record_usage(step, index, usage, usd)
+
+    token = METER.set(meter)
+    try:
+        audit = await auditor.audit(trajectory)
+    finally:
+        METER.reset(token)
+    if metered == Usage():  # a teacher that does not meter its requests
+        journal.record_usage(step, index, audit.usage)
+    journal.record(step, index, audit)
+    return audit

@@ -1,0 +1,164 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Runs that end too soon: what was paid for is not paid for again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_overlap import FOUR_MICRO_BATCHES, Here, Remote
+from trainer_utils import make_trainer, questions, trainable
+from transformers.utils import logging
+
+from omniopd_trl.errors import BudgetError, TeacherError
+from omniopd_trl.journal import Journal, JournalError, journal_path, spent
+from omniopd_trl.teachers import Teacher, Usage
+
+
+class Silent(Teacher):
+    """Must not be asked."""
+
+    name = "remote"
+
+    async def sample(self, prefixes, request):
+        raise TeacherError("the teacher was asked again")
+
+
+SETTINGS = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "learning_rate": 0.05,
+    "dataset": questions(32),
+    **FOUR_MICRO_BATCHES,
+}
+
+
+@pytest.mark.parametrize("teacher", [Here, Remote])
+def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir, teacher):
+    """From the last checkpoint: same trajectories, same rollouts, same weights, no request; usage counts once."""
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=teacher(), **SETTINGS)
+    first.train()
+    paid = spent(tmp_path)
+    assert paid[0] == first.teacher_usage
+    assert paid[0].completion_tokens > 0
+
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **SETTINGS)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    weights = trainable(again.model)
+    for name, value in trainable(first.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    assert again.state.log_history[3]["loss"] == pytest.approx(first.state.log_history[3]["loss"], abs=1e-5)
+    assert again.state.log_history[3]["teacher/completion_tokens"] == 0
+    assert again.teacher_usage == Usage()
+    assert spent(tmp_path) == paid
+
+
+def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir):
+    """A step of another learning rate is another step: its records are counted, not replayed."""
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS).train()
+    paid, _ = spent(tmp_path)
+    other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **{**SETTINGS, "learning_rate": 0.06})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.teacher_usage.completion_tokens > 0
+    assert spent(tmp_path)[0] == paid + other.teacher_usage
+
+
+def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
+    """A larger budget, other timeouts or another log interval do not invalidate what was paid for."""
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS).train()
+    changed = {"teacher_timeout": 7.0, "teacher_budget_tokens": 10**6, "logging_steps": 3, "max_failed_chunks": 0.5}
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**SETTINGS, **changed})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_another_number_of_processes_asks_again_and_says_so(tmp_path, tiny_model_dir, caplog):
+    """Prompts are shared out in another way, so that nothing can be replayed."""
+    logging.enable_propagation()
+    path = journal_path(tmp_path, 0)
+    Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=2).close()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here())
+    trainer.train()
+    assert "Resume with 2 to replay it" in caplog.text
+    assert "asked again" in caplog.text
+    assert trainer.teacher_usage.completion_tokens > 0
+
+
+def test_a_damaged_journal_stops_the_run_before_anything_is_asked(tmp_path, tiny_model_dir):
+    """Never a silent loss: the message names the file."""
+    path = journal_path(tmp_path, 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a journal" * 1000)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+    with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
+        trainer.train()
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, tiny_model_dir):
+    """The second one is refused at its start."""
+    path = journal_path(tmp_path, 0)
+    with Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=1):
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+        with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
+            trainer.train()
+
+
+def test_without_save_audits_nothing_is_written(tmp_path, tiny_model_dir):
+    """No folder, no file."""
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), save_audits=False).train()
+    assert not (tmp_path / "audits").exists()
+
+
+def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir):
+    """A BudgetError of the teacher ends the run like any final error, and a resumed run replays what was paid."""
+
+    class Poor(Here):
+        async def sample(self, prefixes, request):
+            if self.calls >= 11:
+                raise BudgetError("The budget is used up. Raise the budget and resume from the last checkpoint.")
+            return await super().sample(prefixes, request)
+
+    poor = make_trainer(tmp_path, tiny_model_dir, teacher=Poor(), **SETTINGS)
+    with pytest.raises(TeacherError, match=r"Stopped at step 1: The budget is used up"):
+        poor.train()
+    rich = Here()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=rich, **SETTINGS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    # At most six of the eight trajectories of a step have chunks; five audits of step 1 were there already.
+    assert 2 * 5 < rich.calls <= 1 + 2 * 6
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, tiny_model_dir):
+    """kill -9 at 20 random moments: every run completes, the journal is intact, nothing journaled is asked again."""
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "killed_runs.py"), str(tmp_path), str(tiny_model_dir), "20"]
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"kills"')]
+    assert sum(result["kills"] for result in results) >= 20
+    for result in results:
+        assert result["asked_again"] == []
+        assert result["journaled"] > 50
+        # One audit of three chunks may be under way for each trajectory of a step when a run is killed.
+        assert result["requests"] - result["journaled"] <= 3 * 8 * result["kills"]
+        # Each request used 7 tokens; one that was answered just before the kill may not have been counted.
+        assert result["requests"] * 7 - result["ledger_tokens"] in range(0, 7 * 8 * result["kills"] + 1)
