@@ -26,6 +26,7 @@ from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.teachers import remote
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, Usage
 from omniopd_trl.teachers.budget import Budget, Price
+from omniopd_trl.teachers.instruct import render_messages
 from omniopd_trl.teachers.remote import (
     Capabilities,
     EngineSettings,
@@ -403,6 +404,15 @@ class TestBudget:
         with pytest.raises(BudgetError, match=r"teacher_budget_usd=0\.01"):
             ask(teacher, *prefixes(500), num_samples=4)
         assert 0.005 < teacher.budget.usd_spent <= 0.01
+
+    @pytest.mark.parametrize("prompt", ["3 + 4", "数" * 50, [{"role": "user", "content": "a\n" * 9}] * 30])
+    @pytest.mark.parametrize("completion", ["", "so the angle", "= 4\n\n    ", "数" * 99])
+    def test_bound_on_an_instructed_prompt(self, prompt, completion):
+        """The worst case of a prompt is no smaller than what is sent."""
+        teacher = Scripted(capabilities=Capabilities("instruct"))
+        rendered = render_messages(prompt, completion)
+        size = sum(len(message["content"].encode()) for message in rendered)
+        assert size + 256 < teacher.max_prompt_tokens(Prefix(prompt, completion)) < 3 * size + 2048
 
     def test_cancelled_requests_count(self):
         """What was under way when the run stopped may be charged for."""

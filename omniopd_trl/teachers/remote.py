@@ -40,7 +40,7 @@ from transformers.utils import logging
 from omniopd_trl.errors import OmniOPDError, TeacherError
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.budget import Budget, Reservation
-from omniopd_trl.teachers.instruct import render_messages
+from omniopd_trl.teachers.instruct import INSTRUCTION
 from omniopd_trl.teachers.throttle import Throttle
 
 logger = logging.get_logger(__name__)
@@ -263,11 +263,12 @@ class RemoteTeacher(Teacher):
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
-        prompt: Any = prefix.prompt
-        completion = prefix.completion
+        size = len(str(prefix.prompt).encode()) + len(prefix.completion.encode()) + self.prompt_overhead
         if self.capabilities.continuation == "instruct":
-            prompt, completion = render_messages(prefix.prompt, prefix.completion), ""
-        return len(str(prompt).encode()) + len(completion.encode()) + self.prompt_overhead
+            # The instruction, the words about where the text stops, and tags around every turn. To render it all for
+            # every request would cost more than the rest of the engine.
+            size += len(INSTRUCTION.encode()) + 1024 + 64 * len(prefix.prompt) * (not isinstance(prefix.prompt, str))
+        return size
 
     # ---- Client and key ----
 
