@@ -89,6 +89,8 @@ CASES = [
     Case("repeats words and a begun word", "The sum of the ang", "the angles is 180.", "les is 180."),
     Case("repeats an equation", "so that x = 4 + 2", "= 4 + 2 = 6.", " = 6."),
     Case("repeats a sum up to its sign", "so that x = 4 + ", "x = 4 + 2 = 6", "2 = 6"),
+    Case("repeats the left side", "We know x - 3 = 0, so x = ", "x = 3.", "3."),
+    Case("repeats a result", "so that x = 4", "= 4 + 2", " + 2"),
     Case("repeats after an ellipsis", "The sum of the ang", "...the angles is 180.", "les is 180."),
     Case("repeats across a line break", "It follows that\nthe sum", "that the sum is 9", " is 9"),
     Case("repeats, then a newline", "The answer is five.\n", "The answer is five.\nCheck it.", "Check it."),
@@ -140,6 +142,7 @@ CASES = [
     # The joint.
     Case("space missing", "The value of the", "answer is 4.", " answer is 4."),
     Case("space missing after a content word", "Solve the equation", "which has one root.", " which has one root."),
+    Case("space missing after a genitive", "We count Tom's", "apples.", " apples."),
     Case("space missing before a number", "Therefore the sum is", "42.", " 42."),
     Case("space missing before a formula", "Therefore the sum is", "$x + 1$.", " $x + 1$."),
     Case("space missing after a comma", "If x is even, then,", "so is y.", " so is y."),

@@ -35,8 +35,8 @@ TEXTS = st.sampled_from(sorted(SOLUTIONS.values()))
 PIECES = st.lists(
     st.sampled_from(
         [
-            *'the sum of is 4 = + ( ) $ \\frac { } ``` ```python " “ ” ` . , : Sure! <output> </output> 和 是 é 🎉'.split(),
-            *"Step 1 : To solve this problem Here is the continuation: a ang les x".split(),
+            *'the sum of is 4 = + ( ) $ \\frac { } ``` ```python " “ ” ` . , : Sure! <output> </output>'.split(),
+            *"和 是 é 🎉 Step 1 : To solve this problem Here is the continuation: a ang les x".split(),
             *[" ", "\n", "\n\n", "    ", "Here is the continuation:\n", "The partial solution"],
         ]
     ),

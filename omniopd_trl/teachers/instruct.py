@@ -335,7 +335,7 @@ def _unquote(prefix: str, text: str) -> str:
 
 # No overlap is longer than the answer; of white space, which is not counted, the prefix may hold more.
 _WINDOW = 8192
-_SEED = 4
+_SEED = 2
 _MAX_CANDIDATES = 16
 _EQUALS = re.compile(r"(?<![=!<>+*/-])=(?!=)")
 _RELATION = re.compile(r"(?:(?<!=)=(?!=)|≈|≤|≥|<|>|→|⇒|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)")
@@ -349,12 +349,12 @@ def _overlap(prefix: str, text: str) -> int:
     The longest repetition that counts, compared without white space and without regard to case. Text may repeat itself
     on purpose ("1" and "1", "very very", "2 + 2 +", rows of a table), so that a repetition counts only if
 
-    - it has at least four characters besides white space and begins at the beginning of a word,
+    - it has at least two characters besides white space and begins at the beginning of a word,
     - the prefix does not already repeat it (then it is a pattern, which goes on), and
     - it is evidently an echo (`_is_echo`).
 
-    So "4 + 2" after "x = 4" stays, and "x = 4 + 2" loses its "x = 4 +" only after "x = 4 +". Example: the overlap of
-    "so the sum" and "the sum is" is "the sum".
+    After "x = 4", the text "4 + 2" stays as it is, and of "= 4 + 2" only " + 2" is left. Example: the overlap of "so
+    the sum" and "the sum is" is "the sum".
     """
     lead = re.match(r"\s*(?:\.\.\.|…)\s*", text)  # "... the sum is" echoes with an ellipsis before it
     if lead and not prefix.rstrip().endswith(("...", "…")):
@@ -420,7 +420,7 @@ def _is_echo(prefix: str, text: str, size: int, end: int) -> bool:
     start = len(prefix) - _position(prefix[: -(2 * len(text) + 64) - 1 : -1], size)
     before = prefix[start - 1 : start]
     cjk = len(_CJK.findall(piece))
-    if cjk >= _SEED:
+    if cjk >= 4:
         return True
     if before == "\\" or (piece[0].isalnum() and before.isalnum() and not _CJK.match(before)):
         return False  # it begins inside a word
@@ -611,7 +611,7 @@ _AFTER = {
         "two": "f s",
         "three": "f s",
         "for": "tun tn tif tr th tw ty ma mer med mi mu ge gi ga ce ci ei ever es eca wa kl um bi ba ear ert",
-        "to": "da wa ge ta ol pi wn we ma ne ng nn no uc ur us ss ke oth rn rc rq rt ry ok il le mb pp ps pl xi al",
+        "to": "da wa ge ta ol pi wn we ma ne ng nn no uc ur us ss ke oth rn rc rq rt ry ok ny il le mb pp ps pl xi al",
         "per": "c em en f h i j k m n o p ra s ta te ti tu us v",
         "all": "o e i a u",
         "you": "r n t",
@@ -751,6 +751,8 @@ def _lacks_space(prefix: str, text: str) -> bool:
     lower = follows.lower()
     if last.isalpha():
         word = _last_word(prefix)
+        if len(follows) > 1 and re.search(r"[^\W\d_](?:['’]s|n['’]t)\Z", prefix[-5:]):
+            return True
         if prefix[: len(prefix) - len(word)].endswith(("\\", "_", ".", "/", "-")):
             return False  # a command of LaTeX or a part of a name
         common = len(word) > 1 and word.lower() in _COMMON
