@@ -132,8 +132,9 @@ def _is_number(value: object) -> bool:
 def _say_tokens_only(provider: str, model: str) -> None:
     from transformers.utils import logging
 
+    name = f"{provider}:{model}" if provider else model
     logging.get_logger(__name__).warning_once(
-        f"The price of {provider}:{model} is not known, so that its tokens are counted and no dollars. Set "
+        f"The price of {name} is not known, so that its tokens are counted and no dollars. Set "
         "`teacher_input_price` and `teacher_output_price`, in dollars per million tokens, to count dollars too."
     )
 

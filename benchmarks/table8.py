@@ -1,0 +1,113 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The paper's Table 8, cell by cell, under two readings of its formulas; and what the services of today make of it.
+
+    python -m benchmarks.table8
+
+prints the tables of docs/money.md.
+"""
+
+import sys
+from typing import NamedTuple
+
+from omniopd_trl.cost import Forecast, forecast
+
+# The prompt, the trajectory and the teacher's own solution, in tokens (section 9).
+PROMPT, TRAJECTORY, SOLUTION = 200, 6340, 8000
+
+
+class Row(NamedTuple):
+    """One row of the table as it is printed in the paper."""
+
+    num_chunks: int
+    num_rollouts: int
+    chunk_length: int
+    prompt_tokens: int
+    completion_tokens: int
+    relative_effort: float
+
+    def predict(self, *, num_rollouts: int, samples_per_request: int) -> Forecast:
+        """The formulas for this row, with another number of rollouts than it prints."""
+        return forecast(
+            prompt_tokens=PROMPT,
+            trajectory_length=TRAJECTORY,
+            solution_length=SOLUTION,
+            num_chunks=self.num_chunks,
+            chunk_length=self.chunk_length,
+            num_rollouts=num_rollouts,
+            samples_per_request=samples_per_request,
+            asked_per_token=1.0,  # as the paper counts
+        )
+
+    def as_printed(self) -> Forecast:
+        """The paper's formulas as they stand: N as printed, all samples in one request."""
+        return self.predict(num_rollouts=self.num_rollouts, samples_per_request=self.num_rollouts)
+
+    def doubled(self) -> Forecast:
+        """Twice the printed N, twenty samples per request."""
+        return self.predict(num_rollouts=2 * self.num_rollouts, samples_per_request=20)
+
+    def one_sample(self) -> Forecast:
+        """N as printed, one sample per request, no prompt cache."""
+        return self.predict(num_rollouts=self.num_rollouts, samples_per_request=1)
+
+    def cells(self, reading: Forecast) -> dict[str, bool]:
+        """Which cells a reading reproduces, to the digits that the paper prints."""
+        return {
+            "input": round(reading.trajectory.prompt_tokens) == self.prompt_tokens,
+            "output": round(reading.trajectory.completion_tokens) == self.completion_tokens,
+            "effort": f"{reading.relative_effort():.2f}" == f"{self.relative_effort:.2f}",
+        }
+
+
+TABLE_8 = (
+    Row(5, 10, 50, 16_850, 5_000, 0.88),
+    Row(10, 10, 25, 33_700, 5_000, 1.13),
+    Row(10, 10, 50, 33_700, 10_000, 1.75),
+    Row(10, 10, 100, 33_700, 20_000, 3.00),
+    Row(10, 20, 50, 67_400, 20_000, 3.50),
+    Row(20, 10, 50, 67_400, 20_000, 3.50),
+    Row(10, 20, 100, 67_400, 40_000, 6.00),
+)
+
+
+def _cell(number: str, is_printed: bool) -> str:
+    return number if is_printed else f"**{number}**"
+
+
+def table(name: str) -> str:
+    """The rows under one reading, as Markdown; cells that differ from the paper's are bold."""
+    lines = ["| M, N, C | input | output | relative effort |", "|---|---|---|---|"]
+    for row in TABLE_8:
+        reading: Forecast = getattr(row, name)()
+        cells = row.cells(reading)
+        columns = [
+            f"{row.num_chunks}, {row.num_rollouts}, {row.chunk_length}",
+            _cell(f"{reading.trajectory.prompt_tokens:,.0f}", cells["input"]),
+            _cell(f"{reading.trajectory.completion_tokens:,.0f}", cells["output"]),
+            _cell(f"{reading.relative_effort():.2f}", cells["effort"]),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print every reading."""
+    for name in ("as_printed", "doubled", "one_sample"):
+        cells = [cell for row in TABLE_8 for cell in row.cells(getattr(row, name)()).values()]
+        sys.stdout.write(f"{name}: {sum(cells)} of {len(cells)} cells as printed\n\n{table(name)}\n\n")
+
+
+if __name__ == "__main__":
+    main()

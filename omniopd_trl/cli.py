@@ -1,0 +1,412 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `omniopd` command.
+
+    omniopd cost --config recipes/math_qwen3_4b.yaml --trajectory_length 6340
+
+says what a recipe will ask of its teacher, in tokens and dollars, before anything is asked.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+
+if TYPE_CHECKING:
+    from omniopd_trl.cost import Forecast, Load
+    from omniopd_trl.omniopd_config import OmniOPDConfig
+    from omniopd_trl.teachers.budget import Price
+
+# A stream has no length; this many of its first prompts are measured.
+_STREAMED_PROMPTS = 1000
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command. It imports nothing heavy, so that `--help` is quick."""
+    parser = argparse.ArgumentParser(
+        prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    cost = commands.add_parser(
+        "cost",
+        help="forecast what a recipe asks of its teacher",
+        description="Forecast, before any request, the tokens and dollars that a recipe asks of its teacher: per "
+        "trajectory, per step and for the run, with and without a prompt cache, and what one solution per prompt "
+        "(SFT) would take. Prompts are measured with the student's tokenizer; nothing is sent to the teacher.",
+        epilog="Every option of the training command may follow, and wins over the recipe: --num_chunks 5.",
+        allow_abbrev=False,
+    )
+    cost.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
+    cost.add_argument(
+        "--trajectory_length",
+        type=_positive_number,
+        metavar="L",
+        help="tokens of a trajectory on average. Defaults to the mean that the newest checkpoint in `output_dir` "
+        "measured, else to `max_completion_length`, the most that it can be",
+    )
+    cost.add_argument(
+        "--solution_length",
+        type=_positive_number,
+        metavar="S",
+        help="tokens of a solution by the teacher itself, for SFT. Defaults to the trajectory's",
+    )
+    cost.add_argument(
+        "--max_prompts",
+        type=_positive_int,
+        metavar="K",
+        help="measure K prompts, spread evenly over the dataset, instead of all",
+    )
+    cost.add_argument(
+        "--num_processes",
+        type=_positive_int,
+        default=1,
+        metavar="P",
+        help="processes that the run will have (default: 1)",
+    )
+    cost.add_argument(
+        "--samples_per_request",
+        type=_positive_int,
+        metavar="K",
+        help="samples that one request returns. Defaults to what the teacher is known to do",
+    )
+    cost.add_argument(
+        "--tokens_per_token",
+        type=_positive_number,
+        default=1.0,
+        metavar="R",
+        help="tokens of the teacher per token of the student (default: 1.0)",
+    )
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command: parse, run, and turn this package's errors into one line.
+
+    Args:
+        args: the command line; `None` takes that of the process.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses. A command
+        line that cannot be parsed exits with 2 by itself.
+    """
+    options, rest = make_parser().parse_known_args(args)
+    try:
+        cost(options, rest)
+    except OmniOPDError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+# ---- omniopd cost ----
+
+
+class _Prompts(NamedTuple):
+    """What was measured of the dataset."""
+
+    lengths: list[int]
+    total: int | None  # of the dataset; `None` for a stream
+
+
+def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the forecast of a recipe.
+
+    Args:
+        options: of the command.
+        rest: further options of the training command.
+
+    Raises:
+        OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
+    """
+    from transformers.utils import logging
+
+    from omniopd_trl.cost import forecast
+    from omniopd_trl.teachers.pricing import price_of
+    from omniopd_trl.train import load_splits, parse_args
+
+    logging.set_verbosity_error()
+    # The machine that plans need not be the one that trains, and have a GPU with bf16.
+    arguments = ["--config", options.config, *rest, "--use_cpu", "true"]
+    script_args, args, model_args, dataset_args = parse_args(arguments)
+    teacher = args.teacher_model_name_or_path
+    if model_args.model_name_or_path is None or teacher is None:
+        missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
+        raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
+
+    provider, _, model = teacher.partition(":")
+    capabilities = _capabilities(provider, model)
+    price = price_of(
+        provider if capabilities is not None else "",
+        model if capabilities is not None else teacher,
+        input_price=args.teacher_input_price,
+        output_price=args.teacher_output_price,
+        cached_price=args.teacher_cached_price,
+        base_url=args.teacher_base_url,
+    )
+    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    splits = load_splits(script_args, dataset_args)
+    prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
+    prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
+    steps = _steps(args, prompts.total, options.num_processes)
+    trajectory_length, source = _trajectory_length(options.trajectory_length, args)
+
+    samples, min_cached_prefix, overhead = args.num_rollouts, 0, 0
+    if capabilities is not None:
+        samples = capabilities.samples_per_request
+        min_cached_prefix = capabilities.min_cached_prefix or 0
+        if (args.teacher_continuation or capabilities.continuation) == "instruct":
+            overhead = _instruction_length(tokenizer)
+    samples = min(options.samples_per_request or samples, args.num_rollouts)
+    trajectories = steps * prompts_per_step
+    result = forecast(
+        prompt_tokens=prompts.lengths,
+        trajectory_length=trajectory_length,
+        num_chunks=args.num_chunks,
+        chunk_length=args.chunk_length,
+        min_chunk_length=args.min_chunk_length,
+        num_rollouts=args.num_rollouts,
+        samples_per_request=samples,
+        tokens_per_token=options.tokens_per_token,
+        asked_per_token=max(_asked_per_token(), options.tokens_per_token),
+        prompt_overhead=overhead,
+        price=price,
+        min_cached_prefix=min_cached_prefix,
+        prompts_per_step=prompts_per_step,
+        steps=steps,
+        num_prompts=trajectories if prompts.total is None else min(trajectories, prompts.total),
+        solution_length=options.solution_length,
+    )
+    total = "a stream" if prompts.total is None else f"{prompts.total:,}"
+    mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
+    head = [
+        ("teacher", teacher),
+        ("samples per request", f"{samples} of N = {args.num_rollouts}"),
+        ("price", _describe_price(price, args)),
+        ("chunks", f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"),
+        (
+            "prompts",
+            f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}",
+        ),
+        ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}"),
+        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
+    ]
+    notes = _notes(script_args, args, result)
+    if capabilities is not None and capabilities.reasoning_headroom:
+        notes.append(
+            f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
+            f"{capabilities.reasoning_headroom:,} completion tokens more."
+        )
+    lines = [*_aligned(head), "", *_table(result), "", *notes]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _capabilities(provider: str, model: str) -> Any:
+    """What a model behind a service can do; `None` for a model of this machine."""
+    from omniopd_trl.teachers.capabilities import MODELS, capabilities_of
+
+    return capabilities_of(provider, model) if provider in MODELS and model else None
+
+
+def _asked_per_token() -> float:
+    from omniopd_trl.audit import TEACHER_TOKENS_PER_STUDENT_TOKEN
+
+    return TEACHER_TOKENS_PER_STUDENT_TOKEN
+
+
+def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
+            f"({str(error).splitlines()[0]}). Check `model_name_or_path`; without a network, the tokenizer must be in "
+            "a local folder or in the cache."
+        ) from error
+
+
+def _measure_prompts(
+    splits: Any, script_args: Any, tokenizer: Any, template_kwargs: Any, max_prompts: int | None
+) -> _Prompts:
+    """Lengths of the training prompts in student tokens, as the trainer renders them."""
+    from datasets import Dataset
+
+    from omniopd_trl.data import check_dataset, get_split, prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    total = len(dataset) if isinstance(dataset, Dataset) else None
+    if total is None:
+        dataset = dataset.take(max_prompts or _STREAMED_PROMPTS)
+    elif max_prompts is not None and max_prompts < total:
+        dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
+    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
+    check_dataset(dataset)
+    prompts = [row["prompt"] for row in dataset]
+    lengths: list[int] = []
+    for start in range(0, len(prompts), 1000):
+        batch = prompts[start : start + 1000]
+        if isinstance(batch[0], str):
+            encoded = tokenizer(text=batch)
+        elif tokenizer.chat_template is None:
+            raise DataError(
+                "The prompts are lists of messages, but the student's tokenizer has no chat template. Use a chat "
+                "model, or make the prompts plain text."
+            )
+        else:
+            encoded = tokenizer.apply_chat_template(
+                batch, add_generation_prompt=True, tokenize=True, return_dict=True, **(template_kwargs or {})
+            )
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+    return _Prompts(lengths, total)
+
+
+def _instruction_length(tokenizer: Any) -> int:
+    """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
+    from omniopd_trl.teachers.instruct import render_messages
+
+    messages = render_messages("", "So the")
+    return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
+
+
+def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
+    """Optimizer steps of the run, as the host's trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if total is None:
+        raise ConfigError(
+            f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
+            "Set `max_steps`."
+        )
+    batches = math.ceil(total / (args.per_device_train_batch_size * num_processes))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:
+    """Tokens of a trajectory, and where the number comes from."""
+    if given is not None:
+        return given, "as given"
+    folder = Path(str(args.output_dir))
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    for state in reversed(states):
+        try:
+            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            lengths = [
+                float(entry["completions/mean_length"]) for entry in history if "completions/mean_length" in entry
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a checkpoint that is being written
+        if lengths:
+            return sum(lengths) / len(lengths), f"measured in {state.parent}"
+    return (
+        float(args.max_completion_length),
+        "assumed: max_completion_length, the most that it can be; --trajectory_length sets another",
+    )
+
+
+def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
+    if price is None:
+        return "not known, tokens only; set teacher_input_price and teacher_output_price for dollars"
+    parts = [f"{price.input:g} in", f"{price.output:g} out"]
+    if price.cache_read is not None:
+        parts.append(f"{price.cache_read:g} read from the cache")
+    if price.cache_write is not None:
+        parts.append(f"{price.cache_write:g} written to it")
+    source = "genai-prices" if args.teacher_input_price is None else "the recipe"
+    return f"{', '.join(parts)} (dollars per million tokens, from {source})"
+
+
+def _table(result: "Forecast") -> list[str]:
+    def count(value: float) -> str:
+        return f"{value:,.0f}"
+
+    def dollars(value: float | None) -> str:
+        value = value or 0.0
+        return f"{value:,.4f}" if value < 1 else f"{value:,.2f}"
+
+    columns: list[Load] = [result.trajectory, result.step, result.run, result.sft_run]
+    rows: list[tuple[str, ...]] = [
+        ("", "trajectory", "step", "run", "SFT, one solution per prompt"),
+        ("requests", *(count(load.requests) for load in columns)),
+        ("prompt tokens", *(count(load.prompt_tokens) for load in columns)),
+        ("  a cache per chunk serves", *(count(load.chunk_cache.cached_tokens) for load in columns)),
+        ("  a cache per trajectory serves", *(count(load.trajectory_cache.cached_tokens) for load in columns)),
+        ("completion tokens", *(count(load.completion_tokens) for load in columns)),
+        ("  of them compared", *(count(load.kept_tokens) for load in columns)),
+    ]
+    if result.run.no_cache.usd is not None:
+        rows += [
+            ("dollars, no prompt cache", *(dollars(load.no_cache.usd) for load in columns)),
+            ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in columns)),
+            ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in columns)),
+        ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
+
+
+def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast") -> list[str]:
+    """What the numbers do not hold, and how they compare with the budget."""
+    notes = ["Tokens are counted with the student's tokenizer. Requests that are repeated after an error come on top."]
+    if args.audit_eval or script_args.evaluate_teacher:
+        notes.append("Evaluation asks the teacher too (audit_eval, evaluate_teacher), which comes on top.")
+    if args.chunk_overlap == "merge":
+        notes.append(
+            "chunk_overlap='merge' makes fewer and longer chunks, and every request of a trajectory asks for as much "
+            "as the longest: it may take more than this."
+        )
+    budgets: list[tuple[str, float | None, float | None]] = [
+        ("teacher_budget_usd", args.teacher_budget_usd, result.run.no_cache.usd),
+        ("teacher_budget_tokens", args.teacher_budget_tokens, result.run.prompt_tokens + result.run.completion_tokens),
+    ]
+    for name, limit, expected in budgets:
+        if limit is None:
+            continue
+        if expected is None:
+            notes.append(f"{name}={limit:g} cannot be kept without a price: the run would refuse to start.")
+            continue
+        verdict = "is enough" if expected <= limit else "is not enough: the run would stop early"
+        notes.append(f"{name}={limit:g} {verdict} (without a prompt cache, {expected / limit:.0%} of it).")
+    return notes
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
