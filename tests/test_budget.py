@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniopd_trl.errors import BudgetError, ConfigError, TeacherError
-from omniopd_trl.teachers.base import Usage
+from omniopd_trl.teachers.base import METER, Usage
 from omniopd_trl.teachers.budget import Budget, Price
 
 PRICE = Price(1.0, 5.0, 0.1, 1.25)
@@ -332,6 +332,24 @@ class TestEndings:
             assert budget.tokens_spent == 61
 
         asyncio.run(run())
+
+    @pytest.mark.parametrize("price", [PRICE, None])
+    @pytest.mark.parametrize("settled", [True, False])
+    def test_cancelled_is_metered(self, price, settled):
+        """The accounts beyond this process hold what a cancelled request may have cost, unless it was settled."""
+        metered = []
+
+        async def run():
+            METER.set(lambda usage, usd: metered.append((usage, usd)))
+            with pytest.raises(asyncio.CancelledError):
+                async with Budget(price=price).reserve(40, 20) as reservation:
+                    if settled:
+                        reservation.settle(Usage(1, 0, 1))
+                    raise asyncio.CancelledError
+
+        asyncio.run(run())
+        usd = None if price is None else price.worst_cost(40, 20)
+        assert metered == ([] if settled else [(Usage(40, 0, 20), usd)])
 
     def test_forfeits_count(self):
         """A forfeited worst case leaves no room for what would have fitted."""

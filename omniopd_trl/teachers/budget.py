@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from omniopd_trl.errors import BudgetError, ConfigError
-from omniopd_trl.teachers.base import Usage
+from omniopd_trl.teachers.base import METER, Usage
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,12 @@ class Budget:
         try:
             yield reservation
         except asyncio.CancelledError:
-            reservation.forfeit()
+            if not reservation.ended:
+                reservation.forfeit()
+                # Whoever keeps accounts beyond this process learns of it here: nobody else sees the cancellation.
+                meter = METER.get(None)
+                if meter is not None:
+                    meter(Usage(prompt_tokens, 0, completion_tokens), None if self.price is None else usd)
             raise
         finally:
             # Without an `await`, so that a second cancellation cannot keep it from happening.
