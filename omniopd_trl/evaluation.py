@@ -13,22 +13,23 @@
 # limitations under the License.
 """Is the answer right? Reward functions for evaluation, in TRL's signature."""
 
-import contextlib
 import logging
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 from omniopd_trl.errors import DataError, import_extra
 
 logger = logging.getLogger(__name__)
 
-# math-verify can be slow on hostile input (towers of powers, huge factorials); whole seconds, as it counts in these.
-_TIMEOUT_SECONDS = 3
+T = TypeVar("T")
+
+# Reading or comparing can be slow on hostile input: towers of powers, huge factorials, hundreds of brackets.
+_TIMEOUT_SECONDS = 3.0
 # Characters of a text that are searched for an answer, from its end where nothing marks the answer. A student that
 # repeats itself for thousands of tokens would otherwise take the whole time limit each time.
 _MAX_CHARACTERS = 1000
@@ -77,7 +78,7 @@ def math_accuracy(
         )
     # Before the loop, so that a missing package is reported for an empty batch too.
     import_extra("math_verify", "eval")
-    # It logs every text that took too long, in full, and in threads that there is no time limit, at every call.
+    # It warns that its own time limit is off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     nothing: list[Any] = [None] * len(completions)
     rewards: list[float | None] = []
@@ -101,8 +102,11 @@ def _is_correct(completion: str, gold: tuple[Any, ...]) -> bool:
     parsed = _parse(completion)
     if not parsed:
         return False
-    with _timeout() as seconds:
-        return import_extra("math_verify", "eval").verify(list(gold), list(parsed), timeout_seconds=seconds)
+    # What was read from equal strings is equal; most right answers need no algebra.
+    if {part for part in parsed if isinstance(part, str)} & {part for part in gold if isinstance(part, str)}:
+        return True
+    verify = partial(import_extra("math_verify", "eval").verify, timeout_seconds=None)
+    return _limited(verify, list(gold), list(parsed), otherwise=False)
 
 
 # An evaluation asks for the same right answers again at every evaluation and for every sample of a prompt.
@@ -160,27 +164,42 @@ def _parse_marked(text: str) -> tuple[Any, ...]:
 
 
 def _parse_raw(text: str) -> tuple[Any, ...]:
-    with _timeout() as seconds:
-        return tuple(import_extra("math_verify", "eval").parse(text, parsing_timeout=seconds))
+    parse = partial(import_extra("math_verify", "eval").parse, parsing_timeout=None)
+    return tuple(_limited(parse, text, otherwise=[]))
 
 
-@contextlib.contextmanager
-def _timeout() -> Iterator[int | None]:
-    """The time limit for a call of math-verify, which sets an alarm: only the main thread can.
+class _TooSlow(BaseException):
+    """The time limit is over. Not an `Exception`, which sympy catches in many places."""
 
-    In other threads there is no limit. An alarm that was set before (a watchdog's, a test runner's) is set again.
+
+def _limited(function: Callable[..., T], *args: Any, otherwise: T) -> T:
+    """Call a function of math-verify within the time limit, its own being switched off by the caller.
+
+    Its own gives one alarm only, which is lost where an exception cannot be raised (a callback of the garbage
+    collector), and cancels the alarms of others (a watchdog's, a test runner's). Here the alarm is repeated, and a
+    previous one is set again. Only the main thread can set one: elsewhere, and on Windows, there is no limit.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield None
-        return
-    if not hasattr(signal, "setitimer"):  # Windows: math-verify uses a process instead of an alarm.
-        yield _TIMEOUT_SECONDS
-        return
-    remaining, interval = signal.getitimer(signal.ITIMER_REAL)
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return function(*args)
+    armed = True
+
+    def stop(*_: Any) -> None:
+        if armed:
+            raise _TooSlow
+
     start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, _TIMEOUT_SECONDS, 0.1)
     try:
-        yield _TIMEOUT_SECONDS
+        try:
+            return function(*args)
+        finally:
+            armed = False
+    except _TooSlow:
+        return otherwise
     finally:
         if remaining:
-            left = remaining - (time.monotonic() - start)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)
+            remaining = max(remaining - (time.monotonic() - start), 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)

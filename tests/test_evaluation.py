@@ -153,7 +153,7 @@ def test_unreadable_gold_is_none_and_said_once(caplog):
 
 
 class TestTime:
-    """math-verify stops itself with an alarm, which only the main thread can set."""
+    """Hostile input is stopped by an alarm, which only the main thread can set."""
 
     def test_other_thread(self, caplog):
         """In another thread it works too, and does not complain at every call."""
@@ -167,7 +167,7 @@ class TestTime:
 
     def test_too_slow_is_wrong(self, monkeypatch):
         """A comparison that never ends is stopped, and counts as wrong."""
-        monkeypatch.setattr(evaluation, "_TIMEOUT_SECONDS", 1)
+        monkeypatch.setattr(evaluation, "_TIMEOUT_SECONDS", 0.3)
         asked = []
 
         def forever(*args, **kwargs):
@@ -180,6 +180,26 @@ class TestTime:
         assert score("Answer: 8", "7") == 0.0
         assert asked
         assert time.monotonic() - start < 5
+
+    def test_a_lost_alarm_is_repeated(self, monkeypatch):
+        """An alarm that goes off where its exception is swallowed does not lose the time limit."""
+        monkeypatch.setattr(evaluation, "_TIMEOUT_SECONDS", 0.1)
+        swallowed = []
+
+        def stubborn(*args, **kwargs):
+            while True:
+                try:
+                    time.sleep(5)
+                except BaseException as error:
+                    if len(swallowed) == 2:
+                        raise
+                    swallowed.append(error)
+
+        monkeypatch.setattr("math_verify.grader.sympy_expr_eq", stubborn)
+        start = time.monotonic()
+        assert score("Answer: 8", "7") == 0.0
+        assert len(swallowed) == 2
+        assert time.monotonic() - start < 4
 
     def test_endless_repetition_is_quick_and_quiet(self, caplog):
         """A student that repeats itself costs no time limit, and its text is not logged."""
