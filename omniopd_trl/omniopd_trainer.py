@@ -14,8 +14,6 @@
 """The trainer: TRL's on-policy loop around the functions of this package."""
 
 import copy
-import hashlib
-import json
 import random
 import textwrap
 import time
@@ -26,15 +24,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -52,7 +48,6 @@ from trl.trainer.utils import (
     flush_left,
     get_callable_name,
     get_config_model_id,
-    repeat_iterable_dataset,
     use_adapter,
 )
 
@@ -64,21 +59,25 @@ from omniopd_trl.audit import (
     EventLoopThread,
     Trajectory,
 )
+from omniopd_trl.construction import (
+    context_length_of,
+    fingerprint,
+    load_tokenizer,
+    make_teacher,
+    named_datasets,
+    repeated,
+)
 from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, TeacherError, import_extra
 from omniopd_trl.evaluation import math_accuracy
-from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path, spent
+from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
 from omniopd_trl.replay import audit_once
 from omniopd_trl.similarity import get_similarity
-from omniopd_trl.teachers import OUTCOMES, Prefix, SamplingRequest, Teacher, Usage, load_teacher
-from omniopd_trl.teachers.budget import Budget
-from omniopd_trl.teachers.pricing import price_of
-from omniopd_trl.teachers.remote import Continuation, EngineSettings
-from omniopd_trl.teachers.services import PREFIXES, remote_teacher
+from omniopd_trl.teachers import OUTCOMES, Prefix, SamplingRequest, Teacher, Usage
 
 logger = logging.get_logger(__name__)
 
@@ -262,14 +261,14 @@ class OmniOPDTrainer(DistillationTrainer):
 
         # Everything that can be wrong is looked at before a model is loaded.
         self._check_data(train_dataset, eval_dataset)
-        processing_class = processing_class or _load_tokenizer(model, args)
+        processing_class = processing_class or load_tokenizer(model, args)
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ConfigError(
                 f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
                 "tokenizer."
             )
-        context_length = _context_length(model, args)
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+        context_length = context_length_of(model, args)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_prompt_lengths(
                 dataset,
                 processing_class,
@@ -286,8 +285,8 @@ class OmniOPDTrainer(DistillationTrainer):
             raise ConfigError(
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
             )
-        self.teacher = _make_teacher(teacher_model, args)
-        for _, dataset in _named_datasets(train_dataset, eval_dataset):
+        self.teacher = make_teacher(teacher_model, args)
+        for _, dataset in named_datasets(train_dataset, eval_dataset):
             self.teacher.probe(next(iter(dataset))["prompt"])
             break
 
@@ -302,7 +301,7 @@ class OmniOPDTrainer(DistillationTrainer):
             teacher_model=None,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=_repeat(eval_dataset, args.num_eval_generations),
+            eval_dataset=repeated(eval_dataset, args.num_eval_generations),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -339,7 +338,7 @@ class OmniOPDTrainer(DistillationTrainer):
 
     @staticmethod
     def _check_data(train_dataset: Any, eval_dataset: Any) -> None:
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(dataset, name)
 
     @staticmethod
@@ -347,7 +346,7 @@ class OmniOPDTrainer(DistillationTrainer):
         """The functions that score evaluation samples; empty when there is nothing to score against."""
         if funcs is not None:
             return list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-        for _, dataset in _named_datasets(None, eval_dataset):
+        for _, dataset in named_datasets(None, eval_dataset):
             if {"solution", "answer"} & set(column_names(dataset)):
                 import_extra("math_verify", "eval")
                 return [math_accuracy]
@@ -388,7 +387,7 @@ class OmniOPDTrainer(DistillationTrainer):
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),
             "teacher": self.teacher.name,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": fingerprint(self.args, self.train_dataset, self.model, self.teacher),
             "rank": self.accelerator.process_index,
             "num_processes": self.accelerator.num_processes,
         }
@@ -405,14 +404,6 @@ class OmniOPDTrainer(DistillationTrainer):
             finally:
                 self._loop.cancel()  # before the journal that they write to is closed
                 self._journal = None
-
-    def _fingerprint(self) -> str:
-        """Of everything that decides which trajectories and rollouts a step has, besides the checkpoint."""
-        settings = {k: v for k, v in self.args.to_dict().items() if not _is_irrelevant_to_audits(k)}
-        data = getattr(self.train_dataset, "_fingerprint", None)
-        model = [get_config_model_id(self.model.config), self.model.num_parameters()]
-        text = json.dumps([settings, data, model, self.teacher.name], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._journal is not None and self.model.training:
@@ -894,7 +885,7 @@ class OmniOPDTrainer(DistillationTrainer):
         name = metric_key_prefix.removeprefix("eval").removeprefix("_")
         self._eval_name = f"{name}_" if name else ""
         if not isinstance(eval_dataset, str):
-            eval_dataset = _repeat(eval_dataset, self.args.num_eval_generations)
+            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -986,23 +977,6 @@ class OmniOPDTrainer(DistillationTrainer):
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-# Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
-# resumed with others and still replays what was paid for.
-_IRRELEVANT_TO_AUDITS = (
-    *("output_dir", "run_name", "project", "log", "report", "save", "push", "hub", "trackio", "eval", "do_"),
-    *("load_best", "metric_for", "greater_is", "num_eval", "audit_eval", "per_device_eval", "batch_eval", "include_"),
-    *("disable_tqdm", "num_completions", "dataloader", "ddp_", "resume_from", "restore_callback", "use_cpu"),
-    *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
-    *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
-    *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
-    *("vllm_server", "vllm_gpu", "vllm_group"),
-)
-
-
-def _is_irrelevant_to_audits(name: str) -> bool:
-    return name.startswith(_IRRELEVANT_TO_AUDITS)
-
-
 _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
 
 
@@ -1028,108 +1002,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-    if train_dataset is not None:
-        yield "train_dataset", train_dataset
-    if isinstance(eval_dataset, dict):
-        for name, dataset in eval_dataset.items():
-            yield f"eval_dataset[{name!r}]", dataset
-    elif eval_dataset is not None:
-        yield "eval_dataset", eval_dataset
-
-
-def _repeat(dataset: Any, num_samples: int) -> Any:
-    """Each example `num_samples` times in a row.
-
-    The dataset is repeated and not the sampler: how many samples of the last batch are padding, with several
-    processes, is reckoned from the length of the dataset.
-    """
-    if num_samples == 1 or dataset is None:
-        return dataset
-    if isinstance(dataset, dict):
-        return {name: _repeat(part, num_samples) for name, part in dataset.items()}
-    if isinstance(dataset, IterableDataset):
-        return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
-    return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
-
-
-def _make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:
-    # `__post_init__` has parsed what the command line gives as JSON.
-    template = cast("dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs)
-    if not isinstance(teacher, str) or not teacher.startswith(PREFIXES):
-        return load_teacher(
-            teacher,
-            model_init_kwargs=args.teacher_model_init_kwargs,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=template,
-            device=args.device,
-        )
-    provider, _, model = teacher.partition(":")
-    price = price_of(
-        provider,
-        model,
-        input_price=args.teacher_input_price,
-        output_price=args.teacher_output_price,
-        cached_price=args.teacher_cached_price,
-        base_url=args.teacher_base_url,
-    )
-    used, usd = spent(args.output_dir)
-    # Limits are for the whole job, and every process keeps its share of them.
-    share = 1 / args.world_size
-    return remote_teacher(
-        teacher,
-        base_url=args.teacher_base_url,
-        tokenizer=args.teacher_tokenizer_name_or_path,
-        continuation=cast("Continuation | None", args.teacher_continuation),
-        chat_template_kwargs=template,
-        settings=EngineSettings(
-            max_concurrency=max(1, int(args.teacher_max_concurrency * share)),
-            requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
-            tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
-            timeout=args.teacher_timeout,
-            max_attempts=args.teacher_max_attempts,
-            max_seconds=args.teacher_max_seconds,
-            max_retry_after=args.teacher_max_retry_after,
-        ),
-        budget=Budget(
-            args.teacher_budget_usd,
-            args.teacher_budget_tokens,
-            price,
-            used,
-            usd,
-            num_processes=args.world_size,
-        ),
-    )
-
-
-def _load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else get_config_model_id(model.config)
-    try:
-        return AutoTokenizer.from_pretrained(
-            name,
-            revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-            truncation_side="left",
-            padding_side="left",
-            trust_remote_code=args.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"No tokenizer can be loaded for the student {name!r}: it must be a folder with a saved model, or the id "
-            f"of a model on the Hub. Check the path or the id, or pass `processing_class`. ({error})"
-        ) from error
-
-
-def _context_length(model: Any, args: OmniOPDConfig) -> int | None:
-    """Positions that the student was made for; `None` when its configuration does not say."""
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(
-            model,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
-        )
-    else:
-        config = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -38,7 +38,7 @@ from tenacity.stop import stop_base
 from transformers.utils import logging
 
 from omniopd_trl.errors import OmniOPDError, TeacherError
-from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.base import METER, Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.budget import Budget, Reservation
 from omniopd_trl.teachers.instruct import INSTRUCTION
 from omniopd_trl.teachers.throttle import Throttle
@@ -481,9 +481,11 @@ class RemoteTeacher(Teacher):
             if failure is None:
                 raise
             if failure.may_be_billed:
+                _meter(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
                 reservation.forfeit()
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
+        _meter(response.usage, None if self.budget.price is None else self.budget.price.cost(response.usage))
         reservation.settle(response.usage)
         self._throttle.succeeded()
         return response
@@ -537,6 +539,13 @@ class RemoteTeacher(Teacher):
             "always_reasons": "its reasoning cannot be switched off, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
+
+
+def _meter(usage: Usage, usd: float | None) -> None:
+    """Tell whoever started the audit, where anybody did, before anything else can fail."""
+    meter = METER.get(None)
+    if meter is not None:
+        meter(usage, usd)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

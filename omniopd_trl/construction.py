@@ -1,0 +1,158 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a trainer is made of, and what is looked at before anything expensive starts."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, cast
+
+from datasets import IterableDataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
+
+from omniopd_trl.errors import DataError
+from omniopd_trl.journal import spent
+from omniopd_trl.omniopd_config import OmniOPDConfig
+from omniopd_trl.teachers import Teacher, load_teacher
+from omniopd_trl.teachers.budget import Budget
+from omniopd_trl.teachers.pricing import price_of
+from omniopd_trl.teachers.remote import Continuation, EngineSettings
+from omniopd_trl.teachers.services import PREFIXES, remote_teacher
+
+# Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
+# resumed with others and still replays what was paid for.
+_IRRELEVANT_TO_AUDITS = (
+    *("output_dir", "run_name", "project", "log", "report", "save", "push", "hub", "trackio", "eval", "do_"),
+    *("load_best", "metric_for", "greater_is", "num_eval", "audit_eval", "per_device_eval", "batch_eval", "include_"),
+    *("disable_tqdm", "num_completions", "dataloader", "ddp_", "resume_from", "restore_callback", "use_cpu"),
+    *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
+    *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
+    *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
+    *("vllm_server", "vllm_gpu", "vllm_group"),
+)
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    if train_dataset is not None:
+        yield "train_dataset", train_dataset
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            yield f"eval_dataset[{name!r}]", dataset
+    elif eval_dataset is not None:
+        yield "eval_dataset", eval_dataset
+
+
+def repeated(dataset: Any, num_samples: int) -> Any:
+    """Each example `num_samples` times in a row.
+
+    The dataset is repeated and not the sampler: how many samples of the last batch are padding, with several
+    processes, is reckoned from the length of the dataset.
+    """
+    if num_samples == 1 or dataset is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: repeated(part, num_samples) for name, part in dataset.items()}
+    if isinstance(dataset, IterableDataset):
+        return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
+    return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
+
+
+def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"No tokenizer can be loaded for the student {name!r}: it must be a folder with a saved model, or the id "
+            f"of a model on the Hub. Check the path or the id, or pass `processing_class`. ({error})"
+        ) from error
+
+
+def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
+    """Positions that the student was made for; `None` when its configuration does not say."""
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        config = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:
+    # `__post_init__` has parsed what the command line gives as JSON.
+    template = cast("dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs)
+    if not isinstance(teacher, str) or not teacher.startswith(PREFIXES):
+        return load_teacher(
+            teacher,
+            model_init_kwargs=args.teacher_model_init_kwargs,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=template,
+            device=args.device,
+        )
+    provider, _, model = teacher.partition(":")
+    price = price_of(
+        provider,
+        model,
+        input_price=args.teacher_input_price,
+        output_price=args.teacher_output_price,
+        cached_price=args.teacher_cached_price,
+        base_url=args.teacher_base_url,
+    )
+    used, usd = spent(args.output_dir)
+    # Limits are for the whole job, and every process keeps its share of them.
+    share = 1 / args.world_size
+    return remote_teacher(
+        teacher,
+        base_url=args.teacher_base_url,
+        tokenizer=args.teacher_tokenizer_name_or_path,
+        continuation=cast("Continuation | None", args.teacher_continuation),
+        chat_template_kwargs=template,
+        settings=EngineSettings(
+            max_concurrency=max(1, int(args.teacher_max_concurrency * share)),
+            requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
+            tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
+            timeout=args.teacher_timeout,
+            max_attempts=args.teacher_max_attempts,
+            max_seconds=args.teacher_max_seconds,
+            max_retry_after=args.teacher_max_retry_after,
+        ),
+        budget=Budget(
+            args.teacher_budget_usd,
+            args.teacher_budget_tokens,
+            price,
+            used,
+            usd,
+            num_processes=args.world_size,
+        ),
+    )
+
+
+def fingerprint(args: OmniOPDConfig, train_dataset: Any, model: PreTrainedModel, teacher: Teacher) -> str:
+    """Of everything that decides which trajectories and rollouts a step has, besides the checkpoint."""
+    settings = {k: v for k, v in args.to_dict().items() if not k.startswith(_IRRELEVANT_TO_AUDITS)}
+    data = getattr(train_dataset, "_fingerprint", None)  # of `datasets`; a stream has none
+    student = [get_config_model_id(model.config), model.num_parameters()]
+    text = json.dumps([settings, data, student, teacher.name], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
