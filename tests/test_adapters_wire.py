@@ -199,10 +199,10 @@ class TestOpenAI:
             return answer
 
         refusal = Fault(422, {"detail": "Unexpected fields in the request: {'top_k', 'min_p'}"})
-        with Loopback(strict, lambda _, body: refusal if "top_k" in body else None) as server:
+        with Loopback(strict, lambda _, body: refusal if "top_k" in body else None, delay=0.05) as server:
             teacher = remote_teacher("openai:own", base_url=server.url + "/v1", continuation="raw")
-            (reply,) = ask(teacher, Prefix("3 + 4"), num_samples=3, temperature=0.5)
-        assert len(reply.rollouts) == 3
+            replies = ask(teacher, Prefix("3 + 4"), Prefix("5 + 6"), num_samples=3, temperature=0.5)
+        assert [len(reply.rollouts) for reply in replies] == [3, 3]
         last = server.bodies[-1]
         assert json.loads(last["generation_config"]) == {
             "do_sample": True,
@@ -212,7 +212,7 @@ class TestOpenAI:
             "top_p": 1.0,
         }
         assert not {"top_k", "min_p", "repetition_penalty"} & set(last)
-        assert [body.get("n", 1) for body in server.bodies] == [3, 3, 1, 1]
+        assert sorted(body.get("n", 1) for body in server.bodies) == [1] * 4 + [3] * 4
 
     @pytest.mark.parametrize(
         ("url", "model", "present", "absent"),
