@@ -326,6 +326,27 @@ def test_truncated(tmp_path, share):
         spent(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE usage SET prompt_tokens = 0 WHERE step = 3", "row of 'usage'"),
+        ("UPDATE audits SET payload = zeroblob(9) WHERE attempt = 2 AND idx = 1", "row of 'audits'"),
+        ("UPDATE trajectories SET attempt = 77 WHERE attempt = 2", "row of 'trajectories'"),
+        ("UPDATE attempts SET step = 77 WHERE step = 1", "row of 'attempts'"),
+        ("UPDATE sessions SET fingerprint = 'other'", "row of 'sessions'"),
+        ("ALTER TABLE usage RENAME usd TO eur", "tables are not those"),
+        ("DROP TABLE audits", "tables are not those"),
+    ],
+)
+def test_changed_values(tmp_path, statement, message):
+    """What SQLite itself cannot see, such as a wrong number in the ledger, is an error at start, too."""
+    fill(tmp_path)
+    with closing(sqlite3.connect(journal_path(tmp_path, 0))) as db, db:
+        db.execute(statement)
+    with pytest.raises(JournalError, match=message):
+        journal(tmp_path)
+
+
 def test_not_a_journal(tmp_path):
     """Neither a text nor the database of another program is taken for a journal."""
     path = journal_path(tmp_path, 0)
@@ -554,6 +575,47 @@ def test_damaged_log(tmp_path, nursery):
         assert j.trajectories(0) is not None  # what stood before the damage
 
 
+def test_damage_is_left_alone(tmp_path):
+    """A damaged journal is looked at and not written to; nor is the log removed, which closing a database does."""
+    fill(tmp_path)
+    path = journal_path(tmp_path, 0)
+    log = path.with_name("rank-0.sqlite-wal")
+    write(path, path.stat().st_size // 2, os.urandom(20_000))
+    log.write_bytes(b"the beginning of a log")
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match="damaged"):
+        journal(tmp_path)
+    assert path.read_bytes() == before
+    assert log.read_bytes() == b"the beginning of a log"
+
+
+def live_copy(source, target) -> None:
+    """What a kill at this moment would leave behind."""
+    target.mkdir(parents=True)
+    for path in source.glob("rank-0.sqlite*"):
+        if path.suffix in (".sqlite", ".sqlite-wal"):
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def test_torn_twice(tmp_path):
+    """What is left of a transaction that was cut off is not taken for damage after the next crash."""
+    first, second, third = (tmp_path / name / "audits" for name in ("first", "second", "third"))
+    dice = random.Random(0)
+    ids = [dice.getrandbits(40) for _ in range(50_000)]
+    with journal(first.parent) as j:
+        j.record_trajectories(0, [trajectory()])
+        j.record_trajectories(1, [StoredTrajectory("", [], ids, 0)])  # many frames
+        live_copy(first, second)
+    log = second / "rank-0.sqlite-wal"
+    os.truncate(log, log.stat().st_size - 5000)
+    with journal(second.parent) as j:
+        assert j.trajectories(0) == [trajectory()]
+        assert j.trajectories(1) is None
+        live_copy(second, third)
+    with journal(third.parent) as j:
+        assert j.trajectories(0) == [trajectory()]
+
+
 def test_torn_log(tmp_path, nursery):
     """Where the last write was cut off, the journal opens with all records before it."""
     killed(tmp_path, nursery)
@@ -577,8 +639,18 @@ def test_foreign_writer(tmp_path):
         assert j.trajectories(0) == [trajectory()]
 
 
+@pytest.fixture
+def hasty_threads():
+    """Threads take turns all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
 def test_threads(tmp_path):
-    """One thread writes while another reads: nothing is torn, nothing is lost."""
+    """Two threads write while another reads: nothing is torn, nothing is lost."""
     problems = []
     done = threading.Event()
 
