@@ -162,6 +162,8 @@ class TestRun:
         assert repo.files["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
         assert json.loads(repo.files["adapter_config.json"])["r"] == 4
         assert "model.safetensors" not in repo.files
+        # The model and its card: never what a teacher was asked or what it answered.
+        assert not [name for name in repo.files if "/" in name or name.endswith((".sqlite", ".lock", ".jsonl"))]
         for name, content in repo.files.items():
             assert hub_stub.TOKEN.encode() not in content, name
         card = repo.files["README.md"].decode()
