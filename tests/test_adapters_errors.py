@@ -129,6 +129,7 @@ def test_nobody_there(service):
     teacher = teacher_of(service, server, settings=EngineSettings(timeout=5, max_attempts=2))
     with pytest.raises(TeacherError, match="no connection"):
         teacher.probe("3 + 4")
+    assert teacher.budget.forfeited_tokens == 0  # what was never sent is not charged
 
 
 def test_retry_after(service):

@@ -31,6 +31,7 @@ from omniopd_trl.teachers.remote import (
     Sample,
     failure_of_status,
     retry_after,
+    was_sent,
 )
 
 
@@ -119,10 +120,10 @@ class AnthropicTeacher(RemoteTeacher):
     def classify(self, error: Exception) -> Failure | None:
         anthropic = import_extra("anthropic", "anthropic")
         if isinstance(error, anthropic.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", may_be_billed=True)
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
         if isinstance(error, anthropic.APIConnectionError):
             cause = error.__cause__ or error
-            return Failure("transient", f"no connection ({type(cause).__name__}: {cause})", may_be_billed=True)
+            return Failure("transient", f"no connection ({type(cause).__name__}: {cause})", None, was_sent(error))
         if isinstance(error, anthropic.APIResponseValidationError):
             return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
         if not isinstance(error, anthropic.APIStatusError):

@@ -32,6 +32,7 @@ from omniopd_trl.teachers.remote import (
     Sample,
     failure_of_status,
     retry_after,
+    was_sent,
 )
 
 
@@ -140,9 +141,9 @@ class GeminiTeacher(RemoteTeacher):
         httpx2 = import_extra("httpx2", "gemini")
         pydantic = import_extra("pydantic", "gemini")
         if isinstance(error, httpx2.TimeoutException):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", may_be_billed=True)
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
         if isinstance(error, httpx2.TransportError):
-            return Failure("transient", f"no connection ({type(error).__name__}: {error})", may_be_billed=True)
+            return Failure("transient", f"no connection ({type(error).__name__}: {error})", None, was_sent(error))
         if isinstance(error, errors.UnknownApiResponseError | pydantic.ValidationError):
             return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
         if not isinstance(error, errors.APIError):

@@ -33,6 +33,7 @@ from omniopd_trl.teachers.remote import (
     Sample,
     failure_of_status,
     retry_after,
+    was_sent,
 )
 
 VLLM_URL = "http://localhost:8000/v1"
@@ -201,9 +202,9 @@ class OpenAITeacher(RemoteTeacher):
     def classify(self, error: Exception) -> Failure | None:
         openai = import_extra("openai", "openai")
         if isinstance(error, openai.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", may_be_billed=True)
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
         if isinstance(error, openai.APIConnectionError):
-            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", may_be_billed=True)
+            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", None, was_sent(error))
         if isinstance(error, openai.APIResponseValidationError):
             return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
         if not isinstance(error, openai.APIStatusError):

@@ -634,6 +634,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def was_sent(error: BaseException) -> bool:
+    """Whether a request that got no answer may have reached the service, which may then charge for it.
+
+    The SDKs' transports name what happened before: no connection, in time or at all, and no free place in the pool.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout"):
+            return False
+        cause = cause.__cause__
+    return True
+
+
 TOO_LONG = re.compile(
     r"context.?length|context window|context size|maximum model length|prompt is too long|request_too_large"
     r"|exceeds the maximum number of tokens",
