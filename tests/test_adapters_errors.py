@@ -141,7 +141,7 @@ def test_retry_after(service):
     with failing(service, fault) as server:
         ask(teacher_of(service, server), PREFIX)
     first, second = server.requests
-    assert 0.4 <= second.time - first.time < 1.5
+    assert 0.4 <= second.time - first.time < 5
 
 
 def test_retry_after_as_a_date(service):
@@ -210,7 +210,7 @@ def test_no_prefill(service, lines):
     def fault(_, body):
         return Fault(400, service.error(400, message)) if prefilled(body) else None
 
-    with Loopback(service.answer, fault, delay=0.05) as server:
+    with Loopback(service.answer, fault, delay=0.3) as server:
         teacher = teacher_of(service, server, continuation=continuation)
         replies = ask(teacher, *[Prefix("3 + 4", " =" * i) for i in range(1, 9)])
         more = ask(teacher, PREFIX)

@@ -199,7 +199,7 @@ class TestOpenAI:
             return answer
 
         refusal = Fault(422, {"detail": "Unexpected fields in the request: {'top_k', 'min_p'}"})
-        with Loopback(strict, lambda _, body: refusal if "top_k" in body else None, delay=0.05) as server:
+        with Loopback(strict, lambda _, body: refusal if "top_k" in body else None, delay=0.3) as server:
             teacher = remote_teacher("openai:own", base_url=server.url + "/v1", continuation="raw")
             replies = ask(teacher, Prefix("3 + 4"), Prefix("5 + 6"), num_samples=3, temperature=0.5)
         assert [len(reply.rollouts) for reply in replies] == [3, 3]
@@ -308,15 +308,15 @@ class TestClaude:
 
     def test_cache(self):
         """A long prefix is marked, and its first request goes alone."""
-        with Loopback(wire.anthropic, delay=0.1) as server:
+        with Loopback(wire.anthropic, delay=0.3) as server:
             teacher = teacher_of(CLAUDE, server)
             ask(teacher, Prefix("3 + 4", "word " * 5000), num_samples=4)
         (block,) = server.bodies[0]["messages"][-1]["content"]
         assert block["cache_control"] == {"type": "ephemeral"}
         assert block["text"].endswith("word")
         times = [request.time for request in server.requests]
-        assert times[1] - times[0] >= 0.1
-        assert times[3] - times[1] < 0.1
+        assert times[1] - times[0] >= 0.3
+        assert times[3] - times[1] < 0.3
 
     @pytest.mark.parametrize(
         ("change", "outcome"),
