@@ -75,9 +75,9 @@ from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
-from omniopd_trl.replay import audit_once
+from omniopd_trl.replay import audit_once, with_meter
 from omniopd_trl.similarity import get_similarity
-from omniopd_trl.teachers import OUTCOMES, Prefix, SamplingRequest, Teacher, Usage
+from omniopd_trl.teachers import METER, OUTCOMES, Prefix, SamplingRequest, Teacher, Usage
 
 logger = logging.get_logger(__name__)
 
@@ -286,8 +286,15 @@ class OmniOPDTrainer(DistillationTrainer):
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
             )
         self.teacher = make_teacher(teacher_model, args)
+        self._journal: Journal | None = None  # open while training
+        # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
+        self._unrecorded: list[tuple[Usage, float | None]] = []
         for _, dataset in named_datasets(train_dataset, eval_dataset):
-            self.teacher.probe(next(iter(dataset))["prompt"])
+            token = METER.set(self._meter)
+            try:
+                self.teacher.probe(next(iter(dataset))["prompt"])
+            finally:
+                METER.reset(token)
             break
 
         # The reference is the student before anything happens to it, so an instance is copied here.
@@ -327,7 +334,6 @@ class OmniOPDTrainer(DistillationTrainer):
         self._chunks_asked = self._chunks_dropped = 0
         # Apple's GPUs have no float64.
         self._metric_dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        self._journal: Journal | None = None  # open while training
         self._replays = False  # whether the current generation batch comes from it
         self._eval_name = ""
         self._warned: set[str] = set()
@@ -381,7 +387,7 @@ class OmniOPDTrainer(DistillationTrainer):
     @contextmanager
     def _open_journal(self) -> Iterator[None]:
         """Keep trajectories and audits while training, and no longer: other trainers may use the folder then."""
-        if not self.args.save_audits:
+        if not self.args.save_audits or self._journal is not None:
             yield
             return
         settings: dict[str, Any] = {
@@ -399,11 +405,20 @@ class OmniOPDTrainer(DistillationTrainer):
             journal = Journal(path, **settings, replay=False)
         with journal:
             self._journal = journal
+            while self._unrecorded:
+                self._meter(*self._unrecorded.pop())
             try:
                 yield
             finally:
                 self._loop.cancel()  # before the journal that they write to is closed
                 self._journal = None
+
+    def _meter(self, usage: Usage, usd: float | None) -> None:
+        """Count a request that belongs to no audit of a training step."""
+        if self._journal is None:
+            self._unrecorded.append((usage, usd))
+        else:
+            self._journal.record_usage(self.state.global_step, None, usage, usd)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._journal is not None and self.model.training:
@@ -501,13 +516,12 @@ class OmniOPDTrainer(DistillationTrainer):
 
     def _submit(self, pending: dict[int, _PendingAudit], trajectories: dict[int, Trajectory], mode: str) -> None:
         """Start the audits of `trajectories` in one turn of the event loop, and forget the latter."""
-        journal = self._journal if mode == "train" else None
-        futures = self._loop.submit(
-            *(
-                audit_once(self.auditor, trajectory, journal, self.state.global_step, b)
-                for b, trajectory in trajectories.items()
-            )
-        )
+        if mode == "train":
+            step = self.state.global_step
+            audits = [audit_once(self.auditor, t, self._journal, step, b) for b, t in trajectories.items()]
+        else:
+            audits = [with_meter(self._meter, self.auditor.audit(t)) for t in trajectories.values()]
+        futures = self._loop.submit(*audits)
         for b, future in zip(trajectories, futures, strict=True):
             pending[b].future = future
         trajectories.clear()
@@ -962,7 +976,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if mine:
             examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
-            replies = self._loop.run(self.teacher.sample(prefixes, request))
+            with self._open_journal():
+                replies = self._loop.run(with_meter(self._meter, self.teacher.sample(prefixes, request)))
             usage = sum((reply.usage for reply in replies), usage)
             pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
             if pairs:

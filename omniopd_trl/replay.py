@@ -13,11 +13,24 @@
 # limitations under the License.
 """An audit that is paid for once: from the journal where it is there, from the teacher where it is not."""
 
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from omniopd_trl.audit import Audit, Auditor, Trajectory
 from omniopd_trl.journal import Journal
 from omniopd_trl.teachers.base import METER, Usage
+
+T = TypeVar("T")
+
+
+async def with_meter(meter: Callable[[Usage, float | None], None], coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine while `meter` is told what each request used and cost."""
+    token = METER.set(meter)
+    try:
+        return await coroutine
+    finally:
+        METER.reset(token)
 
 
 async def audit_once(
@@ -54,11 +67,7 @@ async def audit_once(
         metered = metered + usage
         journal.record_usage(step, index, usage, usd)
 
-    token = METER.set(meter)
-    try:
-        audit = await auditor.audit(trajectory)
-    finally:
-        METER.reset(token)
+    audit = await with_meter(meter, auditor.audit(trajectory))
     if metered == Usage():  # a teacher that does not meter its requests
         journal.record_usage(step, index, audit.usage)
     journal.record(step, index, audit)

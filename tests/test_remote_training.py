@@ -209,6 +209,22 @@ def test_prices_reach_the_ledger(tmp_path, tiny_model_dir, services):
     with Loopback(service.answer) as server:
         trainer = run(tmp_path, tiny_model_dir, service, server, **prices)
     usage, usd = spent(tmp_path)
-    assert usage == trainer.teacher_usage != Usage()
+    probe = Usage(20, 12, 6)  # two samples
+    assert usage == trainer.teacher_usage + probe
+    assert trainer.teacher_usage != Usage()
     uncached = usage.prompt_tokens - usage.cached_tokens
     assert usd == pytest.approx((2.0 * uncached + 0.5 * usage.cached_tokens + 10.0 * usage.completion_tokens) / 1e6)
+
+
+def test_the_ledger_counts_what_no_audit_needed(tmp_path, tiny_model_dir, services):
+    """The probe, audits of evaluation, and the teacher's own evaluation are paid for too."""
+    service = SERVICES[1]
+    settings = {"eval_dataset": questions(3), "audit_eval": True, "eval_strategy": "steps", "eval_steps": 1}
+    with Loopback(service.answer) as server:
+        trainer = run(tmp_path, tiny_model_dir, service, server, max_steps=1, **settings)
+        trainer.evaluate_teacher()
+        answered = len(server.requests)
+        samples = sum(body.get("n") or 1 for body in server.bodies)
+    usage, _ = spent(tmp_path)
+    assert usage == Usage(20 * answered, 12 * answered, 3 * samples)
+    assert usage.prompt_tokens > trainer.state.log_history[0]["teacher/prompt_tokens"]

@@ -15,7 +15,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.teachers.base import OUTCOMES, Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.base import METER, OUTCOMES, Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from omniopd_trl.teachers.local import LocalTeacher
 
 __all__ = [
+    "METER",
     "OUTCOMES",
     "LocalTeacher",
     "Prefix",

@@ -28,6 +28,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
@@ -581,8 +582,9 @@ def _wait(state: RetryCallState) -> float:
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
+    context = copy_context()  # of the caller, whose meter counts what is used
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, coroutine).result()
+        return executor.submit(context.run, asyncio.run, coroutine).result()
 
 
 # ---- For the adapters ----
