@@ -283,12 +283,14 @@ class TestRates:
         ask(teacher, *prefixes(3), max_tokens=100)
         assert 0.5 <= time.monotonic() - start < 3
 
-    def test_probe_takes_one_place(self):
-        """The probe leaves nothing behind that belongs to its loop."""
-        teacher = Scripted(most=1, capabilities=Capabilities("raw", samples_per_request=2))
+    def test_probe_leaves_nothing_behind(self, recwarn):
+        """The probe has a loop of its own, and limiters that belong to it are not used in another."""
+        capabilities = Capabilities("raw", samples_per_request=2)
+        teacher = Scripted(most=1, capabilities=capabilities, requests_per_minute=1000, tokens_per_minute=1e6)
         teacher.probe("question")
         ask(teacher, *prefixes(5))
         assert teacher.most == 1
+        assert not [str(warning.message) for warning in recwarn if "loop" in str(warning.message)]
 
 
 class TestSamples:
