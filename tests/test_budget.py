@@ -341,13 +341,13 @@ class TestEndings:
 
         async def run():
             METER.set(lambda usage, usd: metered.append((usage, usd)))
-            with pytest.raises(asyncio.CancelledError):
-                async with Budget(price=price).reserve(40, 20) as reservation:
-                    if settled:
-                        reservation.settle(Usage(1, 0, 1))
-                    raise asyncio.CancelledError
+            async with Budget(price=price).reserve(40, 20) as reservation:
+                if settled:
+                    reservation.settle(Usage(1, 0, 1))
+                raise asyncio.CancelledError
 
-        asyncio.run(run())
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run())
         usd = None if price is None else price.worst_cost(40, 20)
         assert metered == ([] if settled else [(Usage(40, 0, 20), usd)])
 

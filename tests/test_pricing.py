@@ -108,6 +108,12 @@ class TestTable:
         assert price.at(1).output == 10
         assert price.at(200_001).output == 15
 
+    def test_worst_case_of_a_short_prompt(self):
+        """A prompt that cannot reach the dear tier does not hold money for it."""
+        price = price_of("gemini", "gemini-2.5-pro")
+        assert price.worst_cost(200_000, 1000) == pytest.approx(0.2 * 1.25 + 0.001 * 10)
+        assert price.worst_cost(200_001, 1000) == pytest.approx(0.200001 * 2.5 + 0.001 * 15)
+
     def test_written_tokens_cost_more(self):
         """Where a service counts the tokens that filled its cache, they cost what the table says."""
         usage = SimpleNamespace(prompt_tokens=1000, cached_tokens=100, cache_write_tokens=500, completion_tokens=10)
