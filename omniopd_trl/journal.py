@@ -112,8 +112,8 @@ class LedgerRow:
 
 
 def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
-    """The journal of a process."""
-    return Path(output_dir) / "audits" / f"rank-{rank}.sqlite"
+    """The journal of a process. A push to the Hub leaves out what begins with an underscore."""
+    return Path(output_dir) / "_audits" / f"rank-{rank}.sqlite"
 
 
 def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:

@@ -277,7 +277,7 @@ class TestClaude:
         }
         # The server begins with the space that was left out, and the student's text holds it already.
         assert reply.rollouts[0].text == wire.text_of(sent.body["messages"], 0)[1:]
-        assert reply.usage == Usage(45, 30, 7, 2)
+        assert reply.usage == Usage(45, 30, 7, 2, 10)
         assert sent.headers["authorization"] == f"Bearer {KEYS['ANTHROPIC_API_KEY']}"
 
     def test_one_of_temperature_and_top_p(self, caplog):
@@ -303,7 +303,7 @@ class TestClaude:
         """N samples are N requests; a short prompt is not worth a cache."""
         reply, sent = exchange("anthropic:claude-haiku-4-5", answer=wire.anthropic, path="", num_samples=5)
         assert len(sent) == len(reply.rollouts) == 5
-        assert reply.usage == Usage(225, 150, 35, 10)
+        assert reply.usage == Usage(225, 150, 35, 10, 50)
         assert "cache_control" not in json.dumps([r.body for r in sent])
 
     def test_cache(self):
@@ -333,7 +333,7 @@ class TestClaude:
         )
         assert reply.rollouts == ()
         assert reply.outcomes == {"requests": 1, "retries": 0, outcome: 1}
-        assert reply.usage == Usage(45, 30, 7, 2)
+        assert reply.usage == Usage(45, 30, 7, 2, 10)
 
     @pytest.mark.parametrize(
         ("prefix", "text", "expected"),

@@ -387,10 +387,10 @@ def test_lost_file(tmp_path):
 
 def test_cannot_write(tmp_path):
     """A folder that cannot be made, and a journal that was closed, are errors of ours."""
-    (tmp_path / "audits").write_text("a file")
+    (tmp_path / "_audits").write_text("a file")
     with pytest.raises(JournalError, match="cannot be used"):
         journal(tmp_path)
-    (tmp_path / "audits").unlink()
+    (tmp_path / "_audits").unlink()
     with journal(tmp_path) as j:
         pass
     j.close()
@@ -599,7 +599,7 @@ def live_copy(source, target) -> None:
 
 def test_torn_twice(tmp_path):
     """What is left of a transaction that was cut off is not taken for damage after the next crash."""
-    first, second, third = (tmp_path / name / "audits" for name in ("first", "second", "third"))
+    first, second, third = (tmp_path / name / "_audits" for name in ("first", "second", "third"))
     dice = random.Random(0)
     ids = [dice.getrandbits(40) for _ in range(50_000)]
     with journal(first.parent) as j:

@@ -122,7 +122,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path, tiny_model_dir):
 def test_without_save_audits_nothing_is_written(tmp_path, tiny_model_dir):
     """No folder, no file."""
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), save_audits=False).train()
-    assert not (tmp_path / "audits").exists()
+    assert not (tmp_path / "_audits").exists()
 
 
 def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir):

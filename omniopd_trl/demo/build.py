@@ -85,8 +85,8 @@ class Recipe:
 
 RECIPES = {
     "student": Recipe("student", False, hidden_size=128, num_layers=4, num_steps=2000, seed=1),
-    "teacher": Recipe("teacher", True, hidden_size=128, num_layers=4, num_steps=2250, seed=2),
-    "teacher_shared": Recipe("student", True, hidden_size=128, num_layers=4, num_steps=2250, seed=3),
+    "teacher": Recipe("teacher", True, hidden_size=128, num_layers=4, num_steps=2500, seed=2),
+    "teacher_shared": Recipe("student", True, hidden_size=128, num_layers=4, num_steps=2500, seed=3),
 }
 
 

@@ -198,4 +198,5 @@ def _usage(usage: Any) -> Usage:
         cached_tokens=read,
         completion_tokens=usage.output_tokens,
         reasoning_tokens=details.thinking_tokens if details is not None else 0,
+        cache_write_tokens=written,
     )

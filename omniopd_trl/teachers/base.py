@@ -68,12 +68,14 @@ class Usage:
         cached_tokens: how many of `prompt_tokens` were served from a cache.
         completion_tokens: tokens written, over all samples.
         reasoning_tokens: how many of `completion_tokens` were hidden reasoning.
+        cache_write_tokens: how many of `prompt_tokens` were written to a cache, where a service charges for that.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    cache_write_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -81,6 +83,7 @@ class Usage:
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
+            self.cache_write_tokens + other.cache_write_tokens,
         )
 
 

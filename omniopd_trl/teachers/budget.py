@@ -67,7 +67,7 @@ def prompt_parts(usage: Usage) -> tuple[int, int, int]:
     prompt = max(usage.prompt_tokens, 0)
     read = min(max(usage.cached_tokens, 0), prompt)
     # Services that charge for filling the cache count these tokens; the others leave them at 0.
-    written = min(max(getattr(usage, "cache_write_tokens", 0), 0), prompt - read)
+    written = min(max(usage.cache_write_tokens, 0), prompt - read)
     return prompt, read, written
 
 

@@ -292,4 +292,5 @@ def _usage(answer: Any) -> Usage:
         cached_tokens=getattr(prompt_details, "cached_tokens", None) or 0,
         completion_tokens=usage.completion_tokens or 0,
         reasoning_tokens=getattr(completion_details, "reasoning_tokens", None) or 0,
+        cache_write_tokens=getattr(prompt_details, "cache_write_tokens", None) or 0,
     )
