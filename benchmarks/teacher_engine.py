@@ -16,8 +16,8 @@
     python -m benchmarks.teacher_engine [--trajectories 64] [--latency 0.5] [--rounds 2]
 
 A loopback server in a process of its own answers each chat completion after a fixed latency. The same audits, 10
-chunks per trajectory and 10 rollouts per chunk at 64 requests at once, go out through the engine and through the bare SDK
-driven by a semaphore, in turn, with 10 samples per request and with one. Ratios are of one run.
+chunks per trajectory and 10 rollouts per chunk at 64 requests at once, go out through the engine and through the bare
+SDK driven by a semaphore, in turn, with 10 samples per request and with one. Ratios are of one run.
 """
 
 import argparse

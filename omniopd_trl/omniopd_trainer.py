@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -459,9 +459,27 @@ class OmniOPDTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if "audits" in inputs:
-            steps = self.args.gradient_accumulation_steps
-            self._finish_audits(inputs, "train", is_last=self._step % steps == steps - 1)
+            position = self._step % self.args.gradient_accumulation_steps
+            start = time.perf_counter()
+            ready = self._wait_for_micro_batch(self._buffered_inputs[position:])
+            waited = time.perf_counter() - start
+            # They all add to one optimizer step, in any order.
+            batches = self._buffered_inputs
+            batches[position], batches[position + ready] = batches[position + ready], batches[position]
+            inputs = batches[position]
+            is_last = position == self.args.gradient_accumulation_steps - 1
+            self._finish_audits(inputs, "train", is_last, waited)
         return inputs
+
+    @staticmethod
+    def _wait_for_micro_batch(batches: list[dict[str, Any]]) -> int:
+        """Index of the first micro-batch whose audits have all come back; waits until there is one."""
+        futures = [[audit.future for audit in batch["audits"]] for batch in batches]
+        while True:
+            for index, own in enumerate(futures):
+                if all(future.done() for future in own):
+                    return index
+            wait([f for own in futures for f in own if not f.done()], return_when=FIRST_COMPLETED)
 
     @property
     def _overlaps(self) -> bool:
@@ -526,13 +544,14 @@ class OmniOPDTrainer(DistillationTrainer):
             pending[b].future = future
         trajectories.clear()
 
-    def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool) -> None:
+    def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool, waited: float = 0.0) -> None:
         """Wait for the audits of a batch or micro-batch, and fill in `weights` and `audited_mask`, both `(B, T)`.
 
         Args:
             batch: holds its `audits`, which are taken out.
             mode: `"train"` or `"eval"`.
             is_last: whether this ends the generation batch.
+            waited: seconds that these audits were waited for before.
 
         Raises:
             TeacherError: on every process, when one of them got a final error, or when too many chunks were dropped.
@@ -540,7 +559,7 @@ class OmniOPDTrainer(DistillationTrainer):
         pending: list[_PendingAudit] = batch.pop("audits")
         start = time.perf_counter()
         audits, error = self._wait_for(pending)
-        waited = time.perf_counter() - start
+        waited += time.perf_counter() - start
         self._stop_together(audits, error, is_last)
 
         posteriors = torch.tensor([chunk.posterior for audit in audits for chunk in audit.chunks])
