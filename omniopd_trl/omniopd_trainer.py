@@ -429,7 +429,8 @@ class OmniOPDTrainer(DistillationTrainer):
             if self._replays:
                 return [t.completion_ids for t in stored or ()]
         try:
-            completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with _evaluation_mode(self.model):
+                completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise self._non_finite("the student's next-token probabilities") from error
@@ -1029,9 +1030,14 @@ def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off: the policy that is scored is the one that sampled."""
+    """Dropout off: the policy that samples, the one that is scored and the reference have none."""
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        # On a CPU, bitsandbytes repacks the weights of a layer that is evaluated into a form without a gradient, for
+        # good: everything below it would never be trained again.
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train(was_training)
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trainer_utils import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -218,3 +218,50 @@ def test_weights_follow_their_rows_through_shuffle_and_split(tmp_path, tiny_mode
             order.append(tuple(ids.tolist()))
     assert sorted(order) == sorted(expected)
     assert order != list(expected), "TRL no longer shuffles: this test shows nothing"
+
+
+def test_quantized_student(tmp_path, make_tiny_model, tiny_tokenizer):
+    """QLoRA: the adapter's gradient is that of the dequantized model, after forward passes without gradients."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    path = make_tiny_model(seed=7, hidden_size=64, intermediate_size=128, head_dim=16, num_key_value_heads=4)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    trainer = make_trainer(
+        tmp_path, path, quantization_config=quantization, peft_config=LoraConfig(**LORA), max_steps=2, seed=1
+    )
+    perturb(trainer.model, 0.1)
+    trainer.args.max_steps = 1
+    before = trainable(trainer.model)
+    base = load(path)
+    student = get_peft_model(load(path), LoraConfig(**LORA))
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain = name.removeprefix("base_model.model.")
+            base.get_submodule(plain.removesuffix(".base_layer")).weight.data.copy_(weight)
+            student.get_submodule(name).weight.data.copy_(weight)
+    student.load_state_dict({name: value.float() for name, value in before.items()}, strict=False)
+    trainer.train()
+    loss, _ = dense_objective(student, base, trainer.batches[0], tiny_tokenizer, trainer.args)
+    loss.backward()
+    after = trainable(trainer.model)
+    ours = torch.cat([(before[name].float() - after[name].float()).flatten() for name in before]).double()
+    dense = torch.cat([student.get_parameter(name).grad.flatten() for name in before])
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=2e-2)
+    # TRL keeps the adapters of a quantized model in bfloat16, so that a step is rounded to it.
+    assert torch.nn.functional.cosine_similarity(ours, dense, dim=0) > 0.98
+    assert ours.norm().item() == pytest.approx(dense.norm().item(), rel=0.05)
+
+
+def test_dropout_is_off_while_sampling_and_scoring(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """The policy that is scored is the one that sampled: with dropout, no two greedy completions would be equal."""
+    peft_config = LoraConfig(**LORA, lora_dropout=0.5)
+    trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=peft_config)
+    perturb(trainer.model, 0.3)
+    trainer.model.train()
+    prompt_ids = [tiny_tokenizer("Tom has 3 apples and")["input_ids"]]
+    trainer.generation_config.do_sample = False
+    completions = [trainer._generate_single_turn(prompt_ids, None, {})[0] for _ in range(3)]
+    assert completions[0] == completions[1] == completions[2]
+    assert trainer.model.training
