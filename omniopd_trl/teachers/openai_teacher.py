@@ -90,7 +90,9 @@ class OpenAITeacher(RemoteTeacher):
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         instructed = self.capabilities.continuation == "instruct"
-        fields, extra = self._sampling(num_samples, request)
+        # vLLM refuses to draw several samples without chance. They would all be the same: one stands for them.
+        copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
+        fields, extra = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
             answer = await self.client.completions.create(
@@ -110,7 +112,8 @@ class OpenAITeacher(RemoteTeacher):
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise MalformedResponseError("no list of choices in it")
-        return Response(tuple(_sample(choice, prefix, instructed) for choice in choices), _usage(answer))
+        samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
+        return Response(samples * copies, _usage(answer))
 
     # ---- What is sent ----
 
@@ -246,6 +249,9 @@ def _cause(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
+_OUT_OF_RANGE = re.compile(r"must be (in|between|at (least|most))|(above|below) (the )?(maximum|minimum)")
+
+
 def _unsupported(param: str | None, detail: str) -> Any:
     """Which ability a 400 denies, if any. The services say it in `param` or in words."""
     text = detail.lower()
@@ -254,7 +260,8 @@ def _unsupported(param: str | None, detail: str) -> Any:
     if "prefix" in text and "assistant" in text:
         return "no_prefill"
     if param in ("temperature", "top_p"):
-        return "no_temperature"
+        # A value out of range says that there is a range: without the field the service would sample as it likes.
+        return None if _OUT_OF_RANGE.search(text) else "no_temperature"
     if param == "n":
         return "one_sample"
     if param in ("reasoning_effort", "reasoning"):
