@@ -309,7 +309,7 @@ class TestTheDemoTeaches:
         return gains
 
     @staticmethod
-    def run(patch, seed, shuffled, folder):
+    def run(seed, shuffled, folder):
         from omniopd_trl import omniopd_trainer, train
 
         assert omniopd_trainer.OmniOPDTrainer.__module__ == "omniopd_trl.omniopd_trainer", (
@@ -331,9 +331,12 @@ class TestTheDemoTeaches:
                 order = torch.randperm(len(posteriors), generator=generator)
                 return super()._chunk_weights(posteriors[order], rows, is_last)
 
-        patch.setattr(omniopd_trainer, "OmniOPDTrainer", Shuffled if shuffled else Watched)
         options = ["--seed", str(seed), "--output_dir", str(folder), "--evaluate_teacher", "false"]
-        train.main(*train.parse_args(["--config", "recipes/demo.yaml", *options]))
+        # Undone after each run: the classes of the next run derive from the real trainer, not from these.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(REPOSITORY)
+            patch.setattr(omniopd_trainer, "OmniOPDTrainer", Shuffled if shuffled else Watched)
+            train.main(*train.parse_args(["--config", "recipes/demo.yaml", *options]))
         scores = [entry["eval_pass@1"] for entry in trainers[0].state.log_history if "eval_pass@1" in entry]
         print(f"seed {seed}, {'shuffled' if shuffled else 'recipe'}: {scores[0]:.3f} -> {scores[-1]:.3f}")  # noqa: T201
         return scores[0], scores[-1]
