@@ -39,6 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+# The tests' models are tiny: threads that wait for each other cost more than they compute, most of all on a machine
+# that has other work.
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
