@@ -24,6 +24,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 # A stream has no length; this many of its first prompts are measured.
 _STREAMED_PROMPTS = 1000
+
+# Of English prose, where no tokenizer is at hand to count it.
+_LETTERS_PER_TOKEN = 4
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,11 +71,33 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="tokens of a solution by the teacher itself, for SFT. Defaults to the trajectory's",
     )
-    cost.add_argument(
+    prompts = cost.add_mutually_exclusive_group()
+    prompts.add_argument(
         "--max_prompts",
         type=_positive_int,
         metavar="K",
         help="measure K prompts, spread evenly over the dataset, instead of all",
+    )
+    prompts.add_argument(
+        "--prompt_length",
+        type=_positive_number,
+        metavar="T",
+        help="tokens of a prompt on average. Neither the dataset nor the student's tokenizer is then loaded, and "
+        "`max_steps` says how long the run is",
+    )
+    cost.add_argument(
+        "--chunks_per_trajectory",
+        type=_positive_number,
+        metavar="K",
+        help="chunks of a trajectory on average, as a run logs them (`audit/num_chunks`). Defaults to `num_chunks`, "
+        "or fewer where a trajectory has no room for them",
+    )
+    cost.add_argument(
+        "--rollout_tokens",
+        type=_positive_number,
+        metavar="W",
+        help="tokens that the teacher writes per rollout on average: `teacher/completion_tokens`, divided by the "
+        "prompts of a step, the chunks and the rollouts. Defaults to all that a request asks for",
     )
     cost.add_argument(
         "--num_processes",
@@ -137,8 +163,8 @@ def main(args: Sequence[str] | None = None) -> int:
 class _Prompts(NamedTuple):
     """What was measured of the dataset."""
 
-    lengths: list[int]
-    total: int | None  # of the dataset; `None` for a stream
+    lengths: list[float]
+    total: int | None  # of the dataset; `None` for a stream, or where it was not read
 
 
 def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -176,9 +202,17 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         cached_price=args.teacher_cached_price,
         base_url=args.teacher_base_url,
     )
-    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
-    splits = load_splits(script_args, dataset_args)
-    prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
+    tokenizer = None
+    if options.prompt_length is None:
+        tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+        splits = load_splits(script_args, dataset_args)
+        prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
+    elif args.max_steps > 0:
+        prompts = _Prompts([options.prompt_length], None)
+    else:
+        raise ConfigError(
+            "--prompt_length leaves the dataset unread, so the number of steps must be given. Add `--max_steps`."
+        )
     prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
     steps = _steps(args, prompts.total, options.num_processes)
     trajectory_length, source = _trajectory_length(options.trajectory_length, args)
@@ -202,6 +236,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         tokens_per_token=options.tokens_per_token,
         asked_per_token=max(_asked_per_token(), options.tokens_per_token),
         prompt_overhead=overhead,
+        chunks_per_trajectory=options.chunks_per_trajectory,
+        rollout_tokens=options.rollout_tokens,
         price=price,
         min_cached_prefix=min_cached_prefix,
         prompts_per_step=prompts_per_step,
@@ -209,22 +245,27 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         num_prompts=trajectories if prompts.total is None else min(trajectories, prompts.total),
         solution_length=options.solution_length,
     )
-    total = "a stream" if prompts.total is None else f"{prompts.total:,}"
-    mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
+    chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
+    if options.chunks_per_trajectory is not None:
+        chunks += f", {options.chunks_per_trajectory:g} on average, as given"
+    if options.rollout_tokens is not None:
+        chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
     head = [
         ("teacher", teacher),
         ("samples per request", f"{samples} of N = {args.num_rollouts}"),
         ("price", _describe_price(price, args)),
-        ("chunks", f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"),
-        (
-            "prompts",
-            f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}",
-        ),
+        ("chunks", chunks),
+        ("prompts", _describe_prompts(prompts, options.prompt_length)),
         ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}"),
         ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
     ]
-    notes = _notes(script_args, args, result)
-    if capabilities is not None and capabilities.reasoning_headroom:
+    notes = _notes(script_args, args, result, options)
+    if overhead and tokenizer is None:
+        notes.append(
+            f"The instruction that goes with every prompt is counted at {_LETTERS_PER_TOKEN} letters per token: "
+            f"{overhead} tokens."
+        )
+    if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
@@ -277,7 +318,7 @@ def _measure_prompts(
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
     prompts = [row["prompt"] for row in dataset]
-    lengths: list[int] = []
+    lengths: list[float] = []
     for start in range(0, len(prompts), 1000):
         batch = prompts[start : start + 1000]
         if isinstance(batch[0], str):
@@ -295,11 +336,21 @@ def _measure_prompts(
     return _Prompts(lengths, total)
 
 
+def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
+    if given is not None:
+        return f"{given:g} tokens, as given"
+    total = "a stream" if prompts.total is None else f"{prompts.total:,}"
+    mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
+    return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
+
+
 def _instruction_length(tokenizer: Any) -> int:
     """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
     from omniopd_trl.teachers.instruct import render_messages
 
     messages = render_messages("", "So the")
+    if tokenizer is None:
+        return math.ceil(sum(len(message["content"]) for message in messages) / _LETTERS_PER_TOKEN)
     return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
 
 
@@ -346,7 +397,7 @@ def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
         parts.append(f"{price.cache_read:g} read from the cache")
     if price.cache_write is not None:
         parts.append(f"{price.cache_write:g} written to it")
-    source = "genai-prices" if args.teacher_input_price is None else "the recipe"
+    source = f"genai-prices {version('genai-prices')}" if args.teacher_input_price is None else "the recipe"
     return f"{', '.join(parts)} (dollars per million tokens, from {source})"
 
 
@@ -378,15 +429,16 @@ def _table(result: "Forecast") -> list[str]:
     return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
 
 
-def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast") -> list[str]:
+def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options: argparse.Namespace) -> list[str]:
     """What the numbers do not hold, and how they compare with the budget."""
     notes = ["Tokens are counted with the student's tokenizer. Requests that are repeated after an error come on top."]
     if args.audit_eval or script_args.evaluate_teacher:
         notes.append("Evaluation asks the teacher too (audit_eval, evaluate_teacher), which comes on top.")
-    if args.chunk_overlap == "merge":
+    if args.chunk_overlap == "merge" and (options.chunks_per_trajectory is None or options.rollout_tokens is None):
         notes.append(
             "chunk_overlap='merge' makes fewer and longer chunks, and every request of a trajectory asks for as much "
-            "as the longest: it may take more than this."
+            "as the longest: it may take more than this. --chunks_per_trajectory and --rollout_tokens take what a "
+            "run has logged."
         )
     budgets: list[tuple[str, float | None, float | None]] = [
         ("teacher_budget_usd", args.teacher_budget_usd, result.run.no_cache.usd),

@@ -115,7 +115,7 @@ class Forecast:
 
 def forecast(
     *,
-    prompt_tokens: float | Sequence[int],
+    prompt_tokens: float | Sequence[float],
     trajectory_length: float,
     num_chunks: int = 10,
     chunk_length: int = 50,
@@ -125,6 +125,8 @@ def forecast(
     tokens_per_token: float = 1.0,
     asked_per_token: float = 1.4,
     prompt_overhead: float = 0.0,
+    chunks_per_trajectory: float | None = None,
+    rollout_tokens: float | None = None,
     price: Price | None = None,
     min_cached_prefix: float = 0.0,
     prompts_per_step: int = 1,
@@ -138,8 +140,12 @@ def forecast(
     evenly over the trajectory, so that their prefixes have `L / 2` tokens on average. With `k = N` it is the paper's
     formula.
 
-    Not included: requests that are repeated after an error, evaluation by or of the teacher, the one request of the
-    probe, and merged chunks (`chunk_overlap="merge"`), whose requests all ask for as much as the longest.
+    What a run has logged can take the place of two assumptions: how many chunks a trajectory has
+    (`chunks_per_trajectory`), and how much the teacher writes per rollout (`rollout_tokens`). Merged chunks
+    (`chunk_overlap="merge"`) and hidden reasoning are forecast by no formula, and only by these.
+
+    Not included: requests that are repeated after an error, evaluation by or of the teacher, and the one request of
+    the probe.
 
     Args:
         prompt_tokens: length of the prompts, in student tokens; their mean, or each.
@@ -155,6 +161,10 @@ def forecast(
             and charges for, all of them unless its answer ends there, and what is too much is cut off. 1.0 is the
             paper's formula.
         prompt_overhead: tokens of the teacher that a template or an instruction adds to each prompt.
+        chunks_per_trajectory: chunks that are asked for per trajectory on average; at most `num_chunks`. Defaults to
+            as many as a trajectory of mean length has room for.
+        rollout_tokens: tokens that the teacher writes, and charges for, per rollout on average. Defaults to all that
+            are asked for.
         price: of the teacher; `None` forecasts tokens only.
         min_cached_prefix: shortest prompt that the service caches, in its tokens.
         prompts_per_step: prompts of an optimizer step, over all processes.
@@ -195,29 +205,43 @@ def forecast(
         ("tokens_per_token", tokens_per_token, 0),
         ("asked_per_token", asked_per_token, tokens_per_token),
         ("prompt_overhead", prompt_overhead, 0),
+        ("rollout_tokens", 0 if rollout_tokens is None else rollout_tokens, 0),
         ("min_cached_prefix", min_cached_prefix, 0),
     ):
         if not least <= value < math.inf:
             raise ConfigError(f"{name}={value} must be a number of at least {least}.")
 
+    chunks: float
     if trajectory_length >= chunk_length:
         chunks, length = min(num_chunks, int(trajectory_length // chunk_length)), float(chunk_length)
     else:
         chunks, length = int(trajectory_length >= min_chunk_length), float(trajectory_length)
-    # Expected order statistics of M uniform points: their mean is L / 2, whatever M is.
-    starts = [trajectory_length * (j + 1) / (chunks + 1) for j in range(chunks)]
+    if chunks_per_trajectory is not None:
+        if not 0 <= chunks_per_trajectory <= num_chunks:
+            raise ConfigError(
+                f"chunks_per_trajectory={chunks_per_trajectory} must be between 0 and num_chunks={num_chunks}: no "
+                "trajectory has more."
+            )
+        chunks = chunks_per_trajectory
     requests = math.ceil(num_rollouts / samples)
-    asked = num_rollouts * math.ceil(asked_per_token * length)
-    kept = num_rollouts * tokens_per_token * length
+    per_rollout = math.ceil(asked_per_token * length) if rollout_tokens is None else rollout_tokens
+    asked = num_rollouts * per_rollout
+    kept = num_rollouts * min(tokens_per_token * length, per_rollout)
 
+    # A mean between two whole numbers is a mixture of trajectories with as many chunks as either.
+    fewer = int(chunks)
+    mixture = [(fewer, 1 - (chunks - fewer)), (fewer + 1, chunks - fewer)]
     audits, solutions = _Sum(price), _Sum(price)
     for prompt, count in Counter(lengths).items():
-        before: float | None = None  # the cached prompt of the chunk before
-        for start in starts:
-            prefix = prompt_overhead + tokens_per_token * (prompt + start)
-            cached = prefix >= min_cached_prefix
-            audits.add(count, prefix, requests, asked, kept, cached, before)
-            before = prefix if cached else None
+        for number, share in mixture:
+            before: float | None = None  # the cached prompt of the chunk before
+            for j in range(number if share else 0):
+                # Expected order statistics of uniform points: their mean is L / 2, however many there are.
+                start = trajectory_length * (j + 1) / (number + 1)
+                prefix = prompt_overhead + tokens_per_token * (prompt + start)
+                cached = prefix >= min_cached_prefix
+                audits.add(share * count, prefix, requests, asked, kept, cached, before)
+                before = prefix if cached else None
         written = tokens_per_token * solution
         solutions.add(count, tokens_per_token * prompt, 1, written, written, False, None)
     trajectory, sft_prompt = audits.mean(len(lengths)), solutions.mean(len(lengths))
@@ -236,7 +260,7 @@ class _Sum:
 
     def add(
         self,
-        count: int,
+        count: float,
         prompt: float,
         requests: int,
         completion: float,

@@ -15,6 +15,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,30 @@ class TestCost:
         rows = forecast("--max_prompts", 2, dataset_streaming=True)
         assert rows["prompts"].startswith("2 of a stream measured")
 
+    @pytest.mark.parametrize("teacher", ["anthropic:claude-haiku-4-5", "openai:gpt-6-luna"])
+    def test_without_dataset_and_tokenizer(self, recipe, capsys, teacher):
+        """A prompt length that is given needs neither the dataset nor the student, and says what it assumes."""
+        settings = {"model_name_or_path": "no/model", "dataset_name": "no/data", "teacher_model_name_or_path": teacher}
+        command = ["cost", "--config", recipe(**settings), "--prompt_length", "200", "--trajectory_length", "6340"]
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^prompts +200 tokens, as given$", printed, re.MULTILINE)
+        assert re.search(r"^run +5 steps of 8 prompts$", printed, re.MULTILINE)
+        assert ("at 4 letters per token" in printed) == teacher.startswith("openai:")
+        if teacher.startswith("anthropic:"):
+            assert re.search(r"^prompt tokens +337,000 ", printed, re.MULTILINE)
+
+    def test_letters_per_token(self, tiny_tokenizer):
+        """The instruction's estimate is that of its letters."""
+        assert 200 < cli._instruction_length(None) < cli._instruction_length(tiny_tokenizer)
+
+    def test_chunks_of_a_log(self, forecast):
+        """What a run has logged replaces what is assumed of its chunks."""
+        rows = forecast("--trajectory_length", 2000, "--chunks_per_trajectory", 7.5, "--rollout_tokens", 90)
+        assert rows["chunks"].endswith("7.5 on average, as given; 90 tokens per rollout, as given")
+        assert numbers(rows["requests"])[0] == 75
+        assert numbers(rows["completion tokens"])[0] == 75 * 90
+
     @pytest.mark.parametrize("teacher", ["openai:gpt-6-luna", "vllm:Qwen/Qwen3-32B", "some/model"])
     def test_prices_of_the_recipe(self, forecast, teacher):
         """Prices of the recipe win over the table, and price a server of one's own."""
@@ -198,11 +223,17 @@ class TestCost:
         printed = capsys.readouterr().out
         assert "Evaluation asks the teacher too" in printed
         assert "chunk_overlap='merge'" in printed
+        given = ["--chunks_per_trajectory", "6", "--rollout_tokens", "120"]
+        assert cli.main(["cost", "--config", recipe(chunk_overlap="merge"), *given]) == 0
+        assert "chunk_overlap='merge'" not in capsys.readouterr().out
 
     def test_reasoning(self, recipe, capsys):
-        """A model that always reasons may write more than the forecast has, which is said."""
-        assert cli.main(["cost", "--config", recipe(teacher_model_name_or_path="gemini:gemini-2.5-pro")]) == 0
+        """A model that always reasons may write more than the forecast has, which is said unless it was measured."""
+        path = recipe(teacher_model_name_or_path="gemini:gemini-2.5-pro")
+        assert cli.main(["cost", "--config", path]) == 0
         assert "cannot be switched off: a sample may take up to 256" in capsys.readouterr().out
+        assert cli.main(["cost", "--config", path, "--rollout_tokens", "150"]) == 0
+        assert "cannot be switched off" not in capsys.readouterr().out
 
 
 class TestErrors:
@@ -220,6 +251,8 @@ class TestErrors:
             ({"dataset_streaming": True, "max_steps": None}, [], 2, "streaming dataset has no length"),
             ({"num_chunk": 3}, [], 2, "Did you mean `num_chunks`?"),
             ({}, ["--num_chunk", "3"], 2, "Did you mean `num_chunks`?"),
+            ({"max_steps": None}, ["--prompt_length", "200"], 2, "Add `--max_steps`"),
+            ({}, ["--chunks_per_trajectory", "12"], 2, "chunks_per_trajectory=12.0 must be between 0 and num_chunks"),
             ({"teacher_cached_price": 1.0}, [], 2, "teacher_cached_price=1.0, without teacher_input_price"),
         ],
     )
@@ -239,6 +272,7 @@ class TestErrors:
             (["cost", "--config", "x", "--trajectory_length", "0"], "must be a number above 0"),
             (["cost", "--config", "x", "--trajectory_length", "nan"], "must be a number above 0"),
             (["cost", "--config", "x", "--max_prompts", "1.5"], "must be a whole number"),
+            (["cost", "--config", "x", "--max_prompts", "1", "--prompt_length", "9"], "not allowed with"),
         ],
     )
     def test_command_line(self, capsys, arguments, message):

@@ -16,11 +16,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.table8 import TABLE_8, main, table
+from omniopd_trl.chunks import select_chunks
 from omniopd_trl.cost import DECODE_TO_PREFILL, forecast
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers.base import Usage
@@ -110,6 +112,61 @@ class TestFormulas:
         mean = forecast(prompt_tokens=6900 / 4, **settings).trajectory
         assert together.chunk_cache.cached_tokens != pytest.approx(mean.chunk_cache.cached_tokens)
 
+    def test_chunks_that_a_run_found(self):
+        """A mean between two whole numbers mixes trajectories with as many chunks as either, caches included."""
+        settings = {**PAPER, "samples_per_request": 1, "price": PRICE, "min_cached_prefix": 2000}
+        few, many = (forecast(**settings, chunks_per_trajectory=number).trajectory for number in (6, 7))
+        mixed = forecast(**settings, chunks_per_trajectory=6.25).trajectory
+        assert mixed.requests == pytest.approx(62.5)
+        assert mixed.prompt_tokens == pytest.approx(62.5 * (200 + 6340 / 2))
+        assert mixed.completion_tokens == pytest.approx(6.25 * 500)
+        for cache in ("no_cache", "chunk_cache", "trajectory_cache"):
+            expected = 0.75 * getattr(few, cache).usd + 0.25 * getattr(many, cache).usd
+            assert getattr(mixed, cache).usd == pytest.approx(expected)
+
+    @pytest.mark.parametrize("cache", ["no_cache", "chunk_cache", "trajectory_cache"])
+    def test_as_many_chunks_as_assumed(self, cache):
+        """To give the number that is assumed changes nothing."""
+        settings = {**PAPER, "samples_per_request": 4, "price": PRICE, "num_chunks": 8}
+        assert getattr(forecast(**settings).run, cache) == getattr(
+            forecast(**settings, chunks_per_trajectory=8.0).run, cache
+        )
+
+    @pytest.mark.parametrize(("written", "kept"), [(90.0, 50), (70, 50), (30.5, 30.5)])
+    def test_tokens_that_a_run_wrote(self, written, kept):
+        """They replace what is asked for, are what is paid, and bound what can be compared."""
+        audit = forecast(**PAPER, rollout_tokens=written, price=PRICE).trajectory
+        assert audit.completion_tokens == pytest.approx(100 * written)
+        assert audit.kept_tokens == pytest.approx(100 * kept)
+        assert audit.no_cache.usd == pytest.approx((33_700 + 100 * written * 5) / 1e6)
+
+    @pytest.mark.parametrize("overlap", ["resample", "merge"])
+    def test_measured_against_real_chunks(self, overlap):
+        """With what the selection really gives, the forecast is the sum over its requests."""
+        length, rollouts = 700, 10
+        rng = np.random.default_rng(0)
+        audits = [
+            select_chunks(rng.random(length), num_chunks=10, chunk_length=50, overlap=overlap) for _ in range(400)
+        ]
+        chunks = [chunk for audit in audits for chunk in audit]
+        asked = sum(len(audit) * math.ceil(1.4 * max(c.end - c.start for c in audit)) for audit in audits)
+        result = forecast(
+            prompt_tokens=100,
+            trajectory_length=length,
+            samples_per_request=1,
+            chunks_per_trajectory=len(chunks) / len(audits),
+            rollout_tokens=asked / len(chunks),
+        ).trajectory
+        assert result.completion_tokens == pytest.approx(rollouts * asked / len(audits))
+        # Chunks start a little earlier than at L / 2 on average, as the last one ends with the trajectory.
+        prompts = sum(rollouts * (100 + chunk.start) for chunk in chunks) / len(audits)
+        assert result.prompt_tokens == pytest.approx(prompts, rel=0.05)
+        if overlap == "merge":
+            # Fewer chunks, and yet more to pay for than the formula says.
+            assert len(chunks) / len(audits) < 6
+            formula = forecast(prompt_tokens=100, trajectory_length=length).trajectory
+            assert result.completion_tokens > 1.1 * formula.completion_tokens
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -119,6 +176,10 @@ class TestFormulas:
             ({"prompt_tokens": [5, -1]}, "prompt_tokens=-1"),
             ({"trajectory_length": math.nan}, "trajectory_length=nan"),
             ({"trajectory_length": math.inf}, "trajectory_length=inf"),
+            ({"chunks_per_trajectory": 10.5}, "chunks_per_trajectory=10.5 must be between 0 and num_chunks=10"),
+            ({"chunks_per_trajectory": -1}, "chunks_per_trajectory=-1 must be between"),
+            ({"chunks_per_trajectory": math.nan}, "chunks_per_trajectory=nan must be between"),
+            ({"rollout_tokens": -1}, "rollout_tokens=-1 must be a number of at least 0"),
             ({"asked_per_token": 0.9}, "asked_per_token=0.9 must be a number of at least 1.0"),
         ],
     )
