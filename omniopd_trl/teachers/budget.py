@@ -254,11 +254,11 @@ class Budget:
             self._queue.popleft()
 
     def _fits(self, new: Reservation, others: "set[Reservation] | tuple[()]") -> bool:
-        tokens = self.tokens_spent + new.tokens + sum(r.tokens for r in others)
-        usd = self.usd_spent + new.usd + sum(r.usd for r in others)
-        return (self._token_limit is None or tokens <= self._token_limit) and (
-            self._usd_limit is None or usd <= self._usd_limit
-        )
+        limit = self._token_limit
+        if limit is not None and self.tokens_spent + new.tokens + sum(r.tokens for r in others) > limit:
+            return False
+        usd_limit = self._usd_limit
+        return usd_limit is None or self.usd_spent + new.usd + sum(r.usd for r in others) <= usd_limit
 
     @property
     def tokens_spent(self) -> int:

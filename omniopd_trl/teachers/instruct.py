@@ -529,9 +529,10 @@ def _restarts(prefix: str, text: str) -> bool:
     past = len(prefix.strip()) >= 60 or bool(re.search(r"[.!?:]\s+\S", prefix[:200]))
     if not past:
         return False
-    beginning, head = _squeeze(prefix[:400]), _squeeze(text[:400])
-    if len(beginning) >= 30 and head[:30] == beginning[:30] and any(c.isalpha() for c in head[:30]):
-        return prefix.count(prefix.lstrip()[:30]) < 2
+    if prefix.lstrip()[:1].lower() == text.lstrip()[:1].lower():  # few pass, and the comparison costs more
+        beginning, head = _squeeze(prefix[:400]), _squeeze(text[:400])
+        if len(beginning) >= 30 and head[:30] == beginning[:30] and any(c.isalpha() for c in head[:30]):
+            return prefix.count(prefix.lstrip()[:30]) < 2
     line = prefix.lstrip().partition("\n")[0].strip()
     first = text.lstrip().partition("\n")[0].strip()
     if line and line == first and sum(c.isalpha() for c in line) >= 8 and not line.startswith("```"):
@@ -753,7 +754,7 @@ def _lacks_space(prefix: str, text: str) -> bool:
         word = _last_word(prefix)
         if len(follows) > 1 and re.search(r"[^\W\d_](?:['’]s|n['’]t)\Z", prefix[-5:]):
             return True
-        if prefix[: len(prefix) - len(word)].endswith(("\\", "_", ".", "/", "-")):
+        if prefix.endswith(("\\", "_", ".", "/", "-"), 0, len(prefix) - len(word)):
             return False  # a command of LaTeX or a part of a name
         common = len(word) > 1 and word.lower() in _COMMON
         if text[0].isdigit():
@@ -827,8 +828,8 @@ def _occurs(prefix: str, word: str) -> bool:
 
 
 def _last_word(text: str) -> str:
-    match = re.search(r"[^\W\d_]+\Z", text[-64:])
-    return match[0] if match else ""
+    match = _FOLLOWS.match(text[:-65:-1])  # backwards, from where it ends
+    return match[0][::-1] if match else ""
 
 
 def _in_fence(prefix: str) -> bool:
@@ -838,7 +839,7 @@ def _in_fence(prefix: str) -> bool:
 
 def _in_code(prefix: str) -> bool:
     """Whether a text stops inside a fenced code block or inside a span of code."""
-    return _in_fence(prefix) or bool(prefix.rpartition("\n")[2].replace("```", "").count("`") % 2)
+    return "`" in prefix and (_in_fence(prefix) or bool(prefix.rpartition("\n")[2].replace("```", "").count("`") % 2))
 
 
 def _opens(prefix: str, text: str) -> bool:

@@ -551,6 +551,9 @@ def _meter(usage: Usage, usd: float | None) -> None:
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Results in order; the first error ends the others, so that nothing more is spent, and is raised as it is."""
+    coroutines = list(coroutines)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
