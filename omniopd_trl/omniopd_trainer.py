@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
@@ -59,6 +60,7 @@ from omniopd_trl.audit import (
     EventLoopThread,
     Trajectory,
 )
+from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.construction import (
     context_length_of,
     fingerprint,
@@ -380,9 +382,11 @@ class OmniOPDTrainer(DistillationTrainer):
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         with self._open_journal():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
     def _open_journal(self) -> Iterator[None]:

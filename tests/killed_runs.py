@@ -33,6 +33,8 @@ from pathlib import Path
 
 from trainer_utils import make_trainer, questions, script
 
+from omniopd_trl.checkpoints import last_checkpoint
+from omniopd_trl.errors import DataError
 from omniopd_trl.journal import Journal, journal_path
 from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import METER
@@ -82,7 +84,12 @@ def train(folder: Path, model: Path) -> None:
         chunk_length=6,
         num_chunks=3,
     )
-    trainer.train(resume_from_checkpoint=any(out.glob("checkpoint-*/trainer_state.json")))
+    try:
+        last_checkpoint(out)
+        resume = True
+    except DataError:  # killed before the first one was written
+        resume = False
+    trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == STEPS
 
 

@@ -36,6 +36,7 @@ LAYERS = {
     "omniopd_trl.teachers": "teachers",
     "omniopd_trl.data": "data",
     "omniopd_trl.evaluation": "data",
+    "omniopd_trl.checkpoints": "data",
     "omniopd_trl.audit": "audit",
     "omniopd_trl.journal": "journal",
     "omniopd_trl.replay": "journal",
@@ -44,6 +45,8 @@ LAYERS = {
     "omniopd_trl.construction": "trainer",
     "omniopd_trl.omniopd_trainer": "trainer",
     "omniopd_trl.cost": "cost",
+    "omniopd_trl.processes": "processes",
+    "omniopd_trl.launch": "command",
     "omniopd_trl.train": "command",
     "omniopd_trl.cli": "command",
     "omniopd_trl.demo": "demo",
@@ -60,9 +63,10 @@ ALLOWED = {
     "journal": {"errors", "math", "teachers", "audit"},
     "head": {"errors", "math"},
     "config": {"errors", "math"},
-    "trainer": {"errors", "math", "teachers", "data", "audit", "journal", "head", "config"},
+    "trainer": {"errors", "math", "teachers", "data", "audit", "journal", "head", "config", "processes"},
     "cost": {"errors", "teachers"},
-    "command": {"errors", "teachers", "data", "audit", "cost", "config", "trainer"},
+    "processes": set(),
+    "command": {"errors", "teachers", "data", "audit", "cost", "config", "trainer", "processes"},
     "demo": {"errors"},
 }
 
@@ -78,6 +82,7 @@ FORBIDDEN = {
     "audit": HEAVY,
     "journal": HEAVY,
     "cost": HEAVY,
+    "processes": {*HEAVY, "torch"},
     "demo": {"trl"},
 }
 

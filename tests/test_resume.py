@@ -25,6 +25,7 @@ from test_overlap import FOUR_MICRO_BATCHES, Here, Remote
 from trainer_utils import make_trainer, questions, trainable
 from transformers.utils import logging
 
+from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.journal import Journal, JournalError, journal_path, spent
 from omniopd_trl.teachers import Teacher, Usage
@@ -77,6 +78,22 @@ def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir):
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert other.teacher_usage.completion_tokens > 0
     assert spent(tmp_path)[0] == paid + other.teacher_usage
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog):
+    """A run that is killed while it saves goes on from the one before, pays nothing again, and saves anew."""
+    logging.enable_propagation()
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS)
+    first.train()
+    for name in ("model.safetensors", "trainer_state.json"):  # as a kill in the middle of saving leaves it
+        (tmp_path / "checkpoint-4" / name).unlink()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **SETTINGS)
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 was not written to its end" in caplog.text
+    weights = trainable(again.model)
+    for name, value in trainable(first.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):

@@ -356,9 +356,23 @@ class TestResolveCheckpoint:
         """`true`, in both spellings, is the last checkpoint by number."""
         for step in (2, 10):
             (tmp_path / f"checkpoint-{step}").mkdir()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         for value in (True, "true", "True"):
             assert resolve_checkpoint(value, str(tmp_path)) == str(tmp_path / "checkpoint-10")
         assert resolve_checkpoint(str(tmp_path / "checkpoint-2"), "elsewhere") == str(tmp_path / "checkpoint-2")
+
+    @pytest.mark.parametrize("state", [None, "", '{"global_step": 4'])
+    def test_cut_off(self, tmp_path, state):
+        """A run that was killed while it saved goes on from the checkpoint before; without one, it says what to do."""
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / "checkpoint-4" / "model.safetensors").touch()
+        if state is not None:
+            (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(state)
+        with pytest.raises(DataError, match=r"no checkpoint in .* was written to its end"):
+            resolve_checkpoint("true", str(tmp_path))
+        (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+        assert resolve_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
     def test_none(self, tmp_path):
         """Nothing and `false` start from the beginning."""
