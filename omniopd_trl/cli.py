@@ -16,6 +16,10 @@
     omniopd cost --config recipes/math_qwen3_4b.yaml --trajectory_length 6340
 
 says what a recipe will ask of its teacher, in tokens and dollars, before anything is asked.
+
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b.yaml
+
+trains, on as many processes as there are GPUs.
 """
 
 import argparse
@@ -48,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # For the list of commands alone: `main` hands the rest of its command line on as it stands.
+    commands.add_parser("train", help="train a student, on one process or several", add_help=False)
     cost = commands.add_parser(
         "cost",
         help="forecast what a recipe asks of its teacher",
@@ -145,11 +151,16 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line; `None` takes that of the process.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses. A command
-        line that cannot be parsed exits with 2 by itself.
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses; that of
+        the training for `omniopd train`. A command line that cannot be parsed exits with 2 by itself.
     """
-    options, rest = make_parser().parse_known_args(args)
+    arguments = list(sys.argv[1:] if args is None else args)
     try:
+        if arguments[:1] == ["train"]:
+            from omniopd_trl.launch import train
+
+            return train(arguments[1:])
+        options, rest = make_parser().parse_known_args(arguments)
         cost(options, rest)
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Train a student from a recipe.
 
+    omniopd train --config recipes/demo.yaml
     accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
     python -m omniopd_trl.train --config recipes/demo.yaml --learning_rate 1e-4 --use_peft
 
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+from omniopd_trl.processes import warn_about_lost_processes
 
 if TYPE_CHECKING:
     from omniopd_trl.omniopd_config import OmniOPDConfig
@@ -110,19 +112,8 @@ def parse_args(
             other.
     """
     parser = make_parser()
-    arguments = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-    hints = option_hints(parser.dataclass_types)  # type: ignore[attr-defined]
-    options = [arg.partition("=")[0] for arg in arguments if arg.startswith("--")]
-    check_names(
-        [option[2:].replace("-", "_") for option in options],
-        [*hints, *(f"no_{name}" for name in hints), "config", "help"],
-        "the command line",
-    )
-    if "--config" in arguments:
-        position = arguments.index("--config") + 1
-        if position == len(arguments):
-            raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
-        check_recipe(arguments[position], hints)
+    arguments = split_config(sys.argv[1:] if args is None else args)
+    check_arguments(arguments, option_hints(parser.dataclass_types))  # type: ignore[attr-defined]
     try:
         return parser.parse_args_and_config(arguments)  # type: ignore[attr-defined]
     except OmniOPDError:
@@ -132,9 +123,42 @@ def parse_args(
         raise ConfigError(str(error)) from error
 
 
-def _split_config(arg: str) -> list[str]:
-    # TRL knows `--config x.yaml` only.
-    return ["--config", arg.removeprefix("--config=")] if arg.startswith("--config=") else [arg]
+def split_config(args: Iterable[str]) -> list[str]:
+    """The command line with `--config=x.yaml` as two words, since TRL knows `--config x.yaml` only."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+
+
+def option_names(hints: Mapping[str, Any]) -> list[str]:
+    """Every name that the command line may hold after `--`."""
+    return [*hints, *(f"no_{name}" for name in hints), "config", "help"]
+
+
+def option_name(argument: str) -> str:
+    """The name in `--name`, `--name=value` or `--na-me`, as Python spells it."""
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def check_arguments(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse options that do not exist, on the command line or in the recipe that it names.
+
+    Args:
+        arguments: the command line, from [`split_config`].
+        hints: the type of each option.
+
+    Returns:
+        The recipe; empty when none is named.
+
+    Raises:
+        ConfigError: names what is wrong, and the next step.
+    """
+    options = [argument for argument in arguments if argument.startswith("--")]
+    check_names(map(option_name, options), option_names(hints), "the command line")
+    if "--config" not in arguments:
+        return {}
+    position = arguments.index("--config") + 1
+    if position == len(arguments):
+        raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
+    return check_recipe(arguments[position], hints)
 
 
 def option_hints(dataclass_types: Iterable[type]) -> dict[str, Any]:
@@ -161,7 +185,7 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
             raise ConfigError(f"There is no option `{name}` (in {where}). {advice}")
 
 
-def check_recipe(path: str, hints: Mapping[str, Any]) -> None:
+def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a recipe with unknown keys, or with values of the wrong type, which the parser takes as they are.
 
     A text is left to the parser, which converts it as it would on the command line (`1e-6` is a text in YAML 1.1).
@@ -169,6 +193,9 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> None:
     Args:
         path: of the YAML file.
         hints: the type of each option.
+
+    Returns:
+        The recipe, as YAML reads it.
 
     Raises:
         ConfigError: names the key, the value, and what it must be.
@@ -194,6 +221,7 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"`{key}` is {value!r} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
             )
+    return recipe
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -255,19 +283,13 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
     Raises:
         DataError: when there is none.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from omniopd_trl.checkpoints import last_checkpoint
 
     text = str(value).lower()
     if value is None or text in ("false", "none", ""):
         return None
     if text == "true":
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
-            raise DataError(
-                f"`resume_from_checkpoint` is true, and there is no checkpoint in {output_dir!r}. Leave it out to "
-                "start from the beginning, or set `output_dir` to that of the run that goes on."
-            )
-        return last
+        return last_checkpoint(output_dir)
     if not os.path.isdir(str(value)):
         raise DataError(
             f"`resume_from_checkpoint` is {value!r}, and there is no such folder. Give the path of a checkpoint-N "
@@ -326,6 +348,7 @@ def main(
     Raises:
         OmniOPDError: when the settings, the data or the teacher cannot be used as given.
     """
+    warn_about_lost_processes(training_args.world_size)
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
     if training_args.teacher_model_name_or_path is None:

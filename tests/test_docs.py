@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
+from omniopd_trl.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.train import (
     OmniOPDScriptArguments,
@@ -31,12 +33,13 @@ from omniopd_trl.train import (
     check_recipe,
     make_parser,
     option_hints,
+    option_names,
     parse_args,
 )
 from scripts import configuration_reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 HINTS = option_hints(make_parser().dataclass_types)
 
@@ -135,6 +138,11 @@ def problems_of(words):
         if module == "omniopd_trl.train":
             options = [word[2:].partition("=")[0] for word in words[words.index(module) :] if word.startswith("--")]
             check_names(options, [*HINTS, *(f"no_{name}" for name in HINTS), "config", "help"], "a page")
+    if words[:2] == ["omniopd", "train"]:
+        options = launch_options(launch_command_parser())
+        config = split_arguments(words[2:], option_names(HINTS), options).accelerate_config
+        if config is not None:
+            resolve_config(config)
     for word in words:
         if re.match(r"(recipes|docs|scripts|benchmarks|tests)/", word) and not (ROOT / word).exists():
             yield f"no file {word}"
@@ -152,6 +160,10 @@ def test_commands_are_looked_at():
     assert list(problems_of(["make", "tset"])) == ["no target tset"]
     assert list(problems_of(["python", "-m", "omniopd_trl.trian"])) == ["no module omniopd_trl.trian"]
     assert list(problems_of(["x", "--config", "recipes/none.yaml"])) == ["no file recipes/none.yaml"]
+    with pytest.raises(ValueError, match="num_proces"):
+        list(problems_of(["omniopd", "train", "--num_proces", "3"]))
+    with pytest.raises(ValueError, match="zero4"):
+        list(problems_of(["omniopd", "train", "--accelerate_config", "zero4"]))
     with pytest.raises(ValueError, match="num_chunk"):
         list(problems_of(["python", "-m", "omniopd_trl.train", "--num_chunk", "3"]))
 
