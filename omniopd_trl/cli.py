@@ -17,7 +17,7 @@
 
 says what a recipe will ask of its teacher, in tokens and dollars, before anything is asked.
 
-    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b.yaml
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
 trains, on as many processes as there are GPUs.
 """

@@ -13,7 +13,7 @@
 # limitations under the License.
 """`omniopd train`: `accelerate launch -m omniopd_trl.train`, with configurations by name.
 
-    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b.yaml
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
 What can be checked without a model is checked here, once, before any process is started.
 """
