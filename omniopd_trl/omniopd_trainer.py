@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -803,7 +803,9 @@ class OmniOPDTrainer(DistillationTrainer):
         def run(model: PreTrainedModel) -> None:
             states = self._hidden_states(model, rows)
             with lm_head_of(model) as ref_head:
-                reference["head"] = ref_head
+                # FSDP2 frees a parameter's memory at the end of the forward, and the anchor needs this one after it.
+                kept = replace(ref_head, weight=ref_head.weight.clone()) if self.is_fsdp_enabled else ref_head
+                reference["head"] = kept
                 reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
                 reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
 
