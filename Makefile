@@ -9,7 +9,7 @@ VENV ?= .venv
 # Absolute: some recipes and tests change the directory.
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-EXTRAS := test,dev,docs
+EXTRAS := test,dev,docs,deepspeed
 TORCH := torch==2.13.0
 
 # vLLM pins other versions than the project's own environment has: an environment of its own.

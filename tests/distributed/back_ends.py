@@ -1,0 +1,141 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How a test starts a script under each back end: one process, DDP, ZeRO-1, 2 and 3, FSDP2, two processes each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BACK_ENDS = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+
+
+def training_arguments(back_end: str) -> dict[str, Any]:
+    """What a configuration needs for a back end, on a machine without a GPU."""
+    if back_end == "fsdp2":
+        config = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+            "reshard_after_forward": True,
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+        # `use_cpu` would make accelerate fall back to DDP; see `fsdp2_on_cpu`.
+        return {"use_cpu": False, "fsdp": True, "fsdp_config": config}
+    return {"use_cpu": True}
+
+
+def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
+    """A DeepSpeed configuration. At stage 3 no parameter is small enough to stay whole: tiny models hide bugs so."""
+    settings: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        settings |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    if offload:
+        settings["offload_optimizer"] = {"device": "cpu"}
+    automatic = (
+        *("gradient_accumulation_steps", "gradient_clipping", "train_batch_size"),
+        "train_micro_batch_size_per_gpu",
+    )
+    return {
+        "zero_optimization": settings,
+        "bf16": {"enabled": "auto"},
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **dict.fromkeys(automatic, "auto"),
+    }
+
+
+def _accelerate_config(back_end: str, folder: Path) -> Path:
+    """The files that `accelerate launch` wants for a stage of ZeRO."""
+    stage = int(back_end[4])
+    deepspeed, path = folder / f"{back_end}.json", folder / f"{back_end}.yaml"
+    deepspeed.write_text(json.dumps(zero(stage, offload=back_end.endswith("offload"))))
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "deepspeed_config_file": str(deepspeed),
+            "deepspeed_multinode_launcher": "standard",
+            "zero3_init_flag": stage == 3,
+        },
+        "machine_rank": 0,
+        "num_machines": 1,
+        "num_processes": 2,
+        "main_training_function": "main",
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": True,
+    }
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def start(
+    back_end: str, script: Path, folder: Path, *arguments: str, num_processes: int = 2, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a script under a back end, in a process group of its own; `folder` is for configurations."""
+    command = [sys.executable]
+    if back_end.startswith("zero"):
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(_accelerate_config(back_end, folder))]
+        command += [f"--num_processes={num_processes}", f"--main_process_port={free_port()}"]
+    elif back_end != "one":
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", "--master_addr=127.0.0.1"]
+        command += [f"--master_port={free_port()}"]
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)]),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        **environment,
+    }
+    return subprocess.Popen(
+        [*command, str(script), back_end, *arguments],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
+    """Wait for a script; its exit code and what it said. After `seconds` its whole group is killed."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"not finished after {seconds:.0f} s:\n{output[-5000:]}") from None
+    return process.returncode, output
+
+
+def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: float = 280.0, **kwargs: Any) -> Any:
+    """Run a script to its end, and read the JSON file that it leaves in `result`."""
+    code, output = finish(start(back_end, script, result.parent, str(result), *arguments, **kwargs), seconds)
+    # A process of DeepSpeed may abort once in a while after everything is done: the result decides.
+    assert result.exists(), f"{back_end} ended with {code} and no result:\n{output[-8000:]}"
+    return json.loads(result.read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
