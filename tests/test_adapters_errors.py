@@ -260,6 +260,27 @@ def test_no_temperature(service):
     assert len(server.requests) == 2
 
 
+def test_a_temperature_out_of_range(service):
+    """It is refused in the service's words, once; to drop it would sample at the service's own, without a word."""
+    name = service.name.partition(":")[0]
+    said = {
+        "vllm": "temperature must be in [0, 2], got 3.0. (parameter=temperature, value=3.0)",
+        "openai": "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3 instead.",
+        "anthropic": "temperature: range: 0..1",
+        "gemini": "temperature must be in the range [0.0, 2.0]",
+    }[name]
+    fault = Fault(400, service.error(400, said))
+    if name in ("vllm", "openai"):
+        fault = Fault(400, wire.openai_error(400, said, "decimal_above_max_value", "temperature"))
+    with failing(service, *[fault] * 9) as server:
+        teacher = teacher_of(service, server)
+        with pytest.raises(TeacherError, match="refuses the request") as caught:
+            ask(teacher, PREFIX, temperature=3.0)
+    assert len(server.requests) == 1
+    assert said in str(caught.value)
+    assert teacher.capabilities.takes_temperature
+
+
 def test_keys_stay_inside(service, lines):
     """Services echo keys, whole and in part; no message, log, traceback or representation holds one."""
     key = KEYS[service.key]

@@ -112,6 +112,27 @@ class TestVLLM:
         assert len({r.body["seed"] for r in sent}) == 2
         assert len(reply.rollouts) == 100
 
+    @pytest.mark.parametrize("continuation", ["raw", "continue_final", "instruct"])
+    def test_greedy_samples_are_one(self, continuation):
+        """vLLM refuses several samples without chance: one is asked for, stands for all, and is counted once."""
+        refusal = {"message": "n must be 1 when using greedy sampling, got 3.", "type": "BadRequestError"}
+        refusal = {"error": {**refusal, "param": None, "code": 400}}
+
+        def as_vllm(_, body):
+            return Fault(400, refusal) if body["temperature"] == 0 and body.get("n", 1) > 1 else None
+
+        with Loopback(wire.openai, as_vllm) as server:
+            teacher = remote_teacher("vllm:teacher", base_url=server.url + "/v1", continuation=continuation)
+            (greedy,) = ask(teacher, Prefix("3 + 4", " ="), num_samples=3, temperature=0.0)
+            (sampled,) = ask(teacher, Prefix("3 + 4", " ="), num_samples=3, temperature=0.1)
+        first, second = server.bodies
+        assert (first["temperature"], first.get("n", 1)) == (0.0, 1)
+        assert (second["temperature"], second["n"]) == (0.1, 3)
+        assert greedy.rollouts == sampled.rollouts[:1] * 3
+        assert len(set(sampled.rollouts)) == 3
+        assert (greedy.usage, sampled.usage) == (Usage(20, 12, 3, 0), Usage(20, 12, 9, 0))
+        assert (greedy.outcomes["requests"], greedy.failure) == (1, None)
+
     def test_no_tokenizer(self, tmp_path):
         """A tokenizer that cannot be loaded names the option that sets it."""
         with pytest.raises(DataError, match="teacher_tokenizer_name_or_path"):
@@ -164,6 +185,13 @@ class TestOpenAI:
         assert "top_p" not in sent.body
         assert sent.body["reasoning_effort"] == "low"
         assert sent.body["max_completion_tokens"] == 70 + 1024
+
+    @pytest.mark.usefixtures("own")
+    def test_greedy_samples_of_the_service_itself(self):
+        """OpenAI takes several samples without chance, and they may differ there: it is asked for all of them."""
+        reply, (sent,) = exchange("openai:gpt-6-luna", num_samples=3, temperature=0.0)
+        assert (sent.body["temperature"], sent.body["n"]) == (0.0, 3)
+        assert len(reply.rollouts) == 3
 
     @pytest.mark.usefixtures("own")
     def test_missing_key(self, monkeypatch):

@@ -30,6 +30,7 @@ from omniopd_trl.teachers.remote import (
     Response,
     Sample,
     failure_of_status,
+    out_of_range,
     retry_after,
     was_sent,
 )
@@ -148,7 +149,7 @@ def _unsupported(detail: str) -> FailureKind | None:
     if "prefill" in text or "must end with a user message" in text:
         return "no_prefill"
     if "temperature" in text or "top_p" in text:
-        return "no_temperature"
+        return None if out_of_range(text) else "no_temperature"
     if "thinking" in text or "effort" in text:
         return "always_reasons"
     return None

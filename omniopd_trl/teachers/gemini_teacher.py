@@ -31,6 +31,7 @@ from omniopd_trl.teachers.remote import (
     Response,
     Sample,
     failure_of_status,
+    out_of_range,
     retry_after,
     was_sent,
 )
@@ -188,7 +189,7 @@ def _unsupported(detail: str) -> FailureKind | None:
     if "thinking" in text:
         return "always_reasons"
     if "temperature" in text or "top_p" in text or "topp" in text:
-        return "no_temperature"
+        return None if out_of_range(text) else "no_temperature"
     if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
         return "no_prefill"
     return None

@@ -32,6 +32,7 @@ from omniopd_trl.teachers.remote import (
     Response,
     Sample,
     failure_of_status,
+    out_of_range,
     retry_after,
     was_sent,
 )
@@ -249,9 +250,6 @@ def _cause(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
-_OUT_OF_RANGE = re.compile(r"must be (in|between|at (least|most))|(above|below) (the )?(maximum|minimum)")
-
-
 def _unsupported(param: str | None, detail: str) -> Any:
     """Which ability a 400 denies, if any. The services say it in `param` or in words."""
     text = detail.lower()
@@ -260,8 +258,7 @@ def _unsupported(param: str | None, detail: str) -> Any:
     if "prefix" in text and "assistant" in text:
         return "no_prefill"
     if param in ("temperature", "top_p"):
-        # A value out of range says that there is a range: without the field the service would sample as it likes.
-        return None if _OUT_OF_RANGE.search(text) else "no_temperature"
+        return None if out_of_range(text) else "no_temperature"
     if param == "n":
         return "one_sample"
     if param in ("reasoning_effort", "reasoning"):

@@ -659,6 +659,20 @@ TOO_LONG = re.compile(
 )
 
 
+_OUT_OF_RANGE = re.compile(
+    r"must be (in|between|at (least|most))|(above|below) (the )?(maximum|minimum)|"
+    r"\brange\b|(less|greater) than or equal"
+)
+
+
+def out_of_range(detail: str) -> bool:
+    """Whether a refusal is about a parameter's value, and so says that there is such a parameter.
+
+    A request without it would be answered, and sampled as the service likes.
+    """
+    return _OUT_OF_RANGE.search(detail.lower()) is not None
+
+
 def failure_of_status(
     status: int, detail: str, *, model: str, key: str, wait: float | None = None, code: str | None = None
 ) -> Failure:
