@@ -77,6 +77,7 @@ from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
+from omniopd_trl.processes import warn_about_lost_processes
 from omniopd_trl.replay import audit_once, with_meter
 from omniopd_trl.similarity import get_similarity
 from omniopd_trl.teachers import METER, OUTCOMES, Prefix, SamplingRequest, Teacher, Usage
@@ -261,6 +262,7 @@ class OmniOPDTrainer(DistillationTrainer):
         if tools:
             raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
 
+        warn_about_lost_processes(args.world_size)
         # Everything that can be wrong is looked at before a model is loaded.
         self._check_data(train_dataset, eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)

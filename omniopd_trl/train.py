@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
-from omniopd_trl.processes import warn_about_lost_processes
 
 if TYPE_CHECKING:
     from omniopd_trl.omniopd_config import OmniOPDConfig
@@ -348,7 +347,6 @@ def main(
     Raises:
         OmniOPDError: when the settings, the data or the teacher cannot be used as given.
     """
-    warn_about_lost_processes(training_args.world_size)
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
     if training_args.teacher_model_name_or_path is None:

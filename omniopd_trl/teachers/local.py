@@ -18,7 +18,8 @@ keys and values serve every chunk and every rollout of that trajectory.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from omniopd_trl.errors import DataError
@@ -42,6 +44,23 @@ logger = logging.get_logger(__name__)
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
 # 128, 64 layers and bfloat16 (a 32B model) a token takes 256 KiB, so this is 4 GiB of cache.
 MAX_BATCH_TOKENS = 16_384
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Load a model whole, also where ZeRO-3 would split it over the processes as it is loaded.
+
+    Each process asks its own teacher, in a thread and at a time of its own: no other one is there to gather with.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    if config is not None:
+        deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 @dataclass
@@ -95,7 +114,8 @@ class LocalTeacher(Teacher):
                 **(model_init_kwargs or {}),
             }
             try:
-                model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+                with _whole():
+                    model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id "

@@ -32,8 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def models(make_tiny_model, tmp_path_factory) -> Path:
-    """The file that names the students: tied and untied heads, full fine-tuning and LoRA."""
+def models(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Path:
+    """The file that names the students: tied and untied heads, full fine-tuning and LoRA; one with a local teacher."""
     students = [
         {"name": f"{head}_{kind}", "path": str(path), "lora": kind == "lora"}
         for head, path in (
@@ -42,6 +42,9 @@ def models(make_tiny_model, tmp_path_factory) -> Path:
         )
         for kind in ("full", "lora")
     ]
+    # The likeliest rollout: what a teacher draws depends on the process that asks it.
+    greedy = {"teacher": str(tiny_teacher_dir), "teacher_temperature": 0.0, "num_rollouts": 1}
+    students.append({**students[0], "name": "local_teacher_full", **greedy})
     path = tmp_path_factory.mktemp("models") / "models.json"
     path.write_text(json.dumps(students))
     return path

@@ -16,8 +16,8 @@
 
     python train_under.py BACK_END RESULT.json MODELS.json
 
-MODELS.json names what to train: a list of `{"name", "path", "lora"}`, each with further settings of the configuration.
-The weights are written beside the result, as `NAME.safetensors`.
+MODELS.json names what to train: a list of `{"name", "path", "lora", "teacher"}`, each with further settings of the
+configuration. The weights are written beside the result, as `NAME.safetensors`.
 """
 
 import json
@@ -62,7 +62,9 @@ class Trainer(OmniOPDTrainer):
         return self._tokenizer.eos_token_id
 
 
-def train(folder: Path, name: str, path: str, lora: bool, **settings: Any) -> dict[str, Any]:
+def train(
+    folder: Path, name: str, path: str, lora: bool, teacher: str | None = None, **settings: Any
+) -> dict[str, Any]:
     num_processes = 1 if BACK_END == "one" else 2
     args = OmniOPDConfig(
         **{
@@ -96,7 +98,7 @@ def train(folder: Path, name: str, path: str, lora: bool, **settings: Any) -> di
     )
     trainer = Trainer(
         model=path,
-        teacher_model=ScriptedTeacher(script),
+        teacher_model=teacher or ScriptedTeacher(script),
         args=args,
         train_dataset=questions(PROMPTS * STEPS),
         peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
