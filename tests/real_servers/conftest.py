@@ -21,8 +21,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from servers import Server
 
+from benchmarks.servers import Server
 from omniopd_trl.demo import asset_path
 from omniopd_trl.teachers import LocalTeacher
 
@@ -62,7 +62,7 @@ def teacher_dir(tmp_path_factory):
 
     Its tokenizer begins every text with a `bos`, which its template writes too, as Llama's does: a server that is not
     told would begin with two. Its folder holds defaults for sampling, which servers apply to whatever a request leaves
-    open.
+    open. Its context is longer than what it was trained on, so that there is room for instructions.
     """
     from tokenizers import processors
     from transformers import AutoTokenizer
@@ -79,6 +79,8 @@ def teacher_dir(tmp_path_factory):
     defaults = path / "generation_config.json"
     hostile = {"do_sample": True, "temperature": 0.2, "top_p": 0.1, "top_k": 1, "repetition_penalty": 1.5}
     defaults.write_text(json.dumps({**json.loads(defaults.read_text()), **hostile}))
+    config = path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 2048}))
     return path
 
 

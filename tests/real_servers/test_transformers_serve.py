@@ -32,9 +32,9 @@ from questions import (
     nucleus,
     problems,
 )
-from servers import Server, command
 from trainer_utils import make_trainer, trainable
 
+from benchmarks.servers import Server, command
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import Prefix

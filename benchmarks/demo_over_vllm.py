@@ -1,0 +1,124 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The demo with its teacher behind a real vLLM server, beside the same runs with the teacher in the process.
+
+    python -m benchmarks.demo_over_vllm [--seeds 0 1 2]
+
+runs `recipes/demo.yaml` for each seed with both teachers, in the environment of `make test-vllm`, and prints pass@1 on
+the test problems before and after. The exit code is 1 when the two differ by more than noise.
+
+**Noise.** A run's pass@1 is a share `p` of 512 problems, one sample each, so its binomial error is at most
+`sqrt(p (1 - p) / 512)`, about 0.019. The spread of the seeds around the mean of their teacher, estimated from the runs
+themselves, holds the evaluation's error and that of the training. `sigma` is the larger of the two: a few seeds may
+lie close together by chance. The difference of two means over n seeds has the error `sigma sqrt(2 / n)`, and three of
+these are the band: noise leaves it once in 370 comparisons.
+"""
+
+import argparse
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.servers import ENVIRONMENT, Server, vllm_serve
+from omniopd_trl.demo import asset_path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEMS = len((asset_path("problems") / "test.jsonl").read_text().splitlines())
+
+
+@dataclass(frozen=True)
+class Run:
+    """pass@1 of the student before and after one run, and how long the command took, in seconds."""
+
+    before: float
+    after: float
+    seconds: float
+
+
+def train(seed: int, folder: Path, url: str | None = None) -> Run:
+    """Run the recipe.
+
+    Args:
+        seed: of the run.
+        folder: where its output goes.
+        url: of a server that knows the demo's teacher as `teacher`; `None` keeps the teacher in the process.
+
+    Raises:
+        RuntimeError: when the command fails; the message holds the end of its output.
+    """
+    options = ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
+    if url is not None:
+        options += ["--teacher_model_name_or_path", "vllm:teacher", "--teacher_base_url", url]
+        options += ["--teacher_tokenizer_name_or_path", str(asset_path("teacher"))]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "omniopd_trl.train", "--config", "recipes/demo.yaml", *options],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    scores = re.findall(r"^student (?:before|after), pass@1 +([\d.]+)", done.stdout, re.M)
+    if done.returncode or len(scores) != 2:
+        raise RuntimeError(f"The run ended with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    return Run(float(scores[0]), float(scores[1]), time.monotonic() - began)
+
+
+def sigma(local: Sequence[float], remote: Sequence[float]) -> float:
+    """The error of one run's pass@1: the binomial one, or the spread of the seeds where that is larger."""
+    rate = statistics.fmean([*local, *remote])
+    binomial = math.sqrt(rate * (1 - rate) / PROBLEMS)
+    if len(local) < 2:
+        return binomial
+    return max(binomial, math.sqrt((statistics.variance(local) + statistics.variance(remote)) / 2))
+
+
+def band(local: Sequence[float], remote: Sequence[float]) -> float:
+    """The difference of the means that noise leaves alone; both have as many seeds."""
+    return 3 * sigma(local, remote) * math.sqrt(2 / len(local))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    after: dict[str, list[float]] = {"local": [], "vllm": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with Server(vllm_serve(asset_path("teacher")), folder / "server.log") as server:
+            print("seed  teacher  before  after  seconds", flush=True)
+            for seed in options.seeds:
+                for teacher, url in (("local", None), ("vllm", server.url)):
+                    run = train(seed, folder / f"{teacher}-{seed}", url)
+                    after[teacher].append(run.after)
+                    print(f"{seed:4}  {teacher:7}  {run.before:.3f}   {run.after:.3f}  {run.seconds:7.0f}", flush=True)
+    local, remote = after["local"], after["vllm"]
+    difference = statistics.fmean(remote) - statistics.fmean(local)
+    print(f"mean after: local {statistics.fmean(local):.3f}, vllm {statistics.fmean(remote):.3f}")
+    print(f"difference {difference:+.3f}, sigma of a run {sigma(local, remote):.3f}, band {band(local, remote):.3f}")
+    if abs(difference) > band(local, remote):
+        sys.exit("The two teachers do not lead to the same pass@1.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How many prompt tokens vLLM's prefix cache serves, of those that nested prefixes allow.
+
+    python -m benchmarks.prefix_cache [--trajectories 16] [--samples 1 10]
+    python -m benchmarks.prefix_cache --url http://127.0.0.1:8000/v1 --model NAME --tokenizer PATH --block-size 16
+
+Trajectories of the demo's students, several solutions long, are audited as in training: ten chunks each, all chunks of
+all trajectories under way at once, as many as the engine lets through. Without `--url` the demo's teacher is served by
+a vLLM of this environment (the one of `make test-vllm`). The exit code is 1 when a ratio is below 0.9.
+
+**The bound.** The prefixes of a trajectory are nested, `p_1` in `p_2` in ... in `p_M`, of `L_1 < ... < L_M` tokens,
+prompt included. When `p_m` arrives, the most that can have been computed before is what it shares with `p_(m-1)`:
+`s_m` tokens, which is `L_(m-1)`, less a token that the cut went through. At least one token of a prompt is computed,
+as it gives the first logits. So a cache may serve, of the `sum L_m` tokens,
+
+    A = sum_(m > 1) min(s_m, L_m - 1)                   token by token
+    A_B = sum_(m > 1) floor(min(s_m, L_m - 1) / B) B    in whole blocks of B tokens, as vLLM keeps them
+
+For equally spaced prefixes after a short prompt, `A / sum L_m` is near `1 - 2 / (M + 1)`: 0.82 for ten of them. Blocks
+cost half of one, `B / 2` tokens, per prefix. `ratio` is what was served over `A_B`; `of_tokens` is the same over `A`.
+
+With n samples in a request the server looks a prompt up once per sample. The others find all that the first one has,
+`floor((L_m - 1) / B) B` each, whatever the nesting; that is subtracted before the ratio is taken.
+
+The ratio may exceed 1 by a few blocks: two problems may begin alike.
+
+**Where the numbers come from.** Hits are those of the server's own counters, `vllm:prefix_cache_hits_total`. With one
+sample the `usage` of the answers says the same. With more it does not: its `cached_tokens` is what the last sample of
+a request found, which holds blocks that the first one had to compute. It is no figure of cost, and is printed only to
+be compared.
+"""
+
+import argparse
+import asyncio
+import itertools
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.servers import BLOCK, Server, metric, vllm_serve
+from omniopd_trl.audit import Auditor, AuditSettings, Trajectory
+from omniopd_trl.demo import asset_path
+from omniopd_trl.demo.world import STUDENT_SLIP, problems, solution
+from omniopd_trl.similarity import get_similarity
+from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
+from omniopd_trl.teachers.remote import EngineSettings
+from omniopd_trl.teachers.services import remote_teacher
+
+NUM_CHUNKS, CHUNK_LENGTH = 10, 20
+# Student tokens of a trajectory. With the prompt they are fewer than the demo's teacher takes.
+LENGTH = 640
+REQUIRED = 0.9
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one round of audits asked for, and what the cache served; numbers of tokens.
+
+    Attributes:
+        samples: per request.
+        requests: that were answered.
+        prompt: of all requests, each counted once.
+        allowed_tokens: `A`.
+        allowed_blocks: `A_B`.
+        repeated: what the second and later samples of a request find by themselves.
+        looked_up: what the server says that it looked up.
+        hits: what the server says that it found.
+        usage: what the answers say that was cached.
+    """
+
+    samples: int
+    requests: int
+    prompt: int
+    allowed_tokens: int
+    allowed_blocks: int
+    repeated: int
+    looked_up: int
+    hits: int
+    usage: int
+
+    @property
+    def served(self) -> int:
+        """Hits of the first samples of each request."""
+        return self.hits - self.repeated
+
+    @property
+    def ratio(self) -> float:
+        """Of what nesting allows in whole blocks."""
+        return self.served / self.allowed_blocks
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Names and values, for people."""
+        yield "samples per request", f"{self.samples}"
+        yield "requests", f"{self.requests}"
+        yield "prompt tokens", f"{self.prompt:,}"
+        yield "allowed, token by token", f"{self.allowed_tokens:,} ({self.allowed_tokens / self.prompt:.3f})"
+        yield "allowed, in whole blocks", f"{self.allowed_blocks:,} ({self.allowed_blocks / self.prompt:.3f})"
+        yield "served", f"{self.served:,} ({self.served / self.prompt:.3f})"
+        yield "ratio, of whole blocks", f"{self.ratio:.3f}"
+        yield "ratio, of tokens", f"{self.served / self.allowed_tokens:.3f}"
+        yield "cached_tokens in the usage", f"{self.usage:,}"
+        yield "counted by the server", f"{self.hits:,} of {self.looked_up:,}"
+
+
+class Recorder(Teacher):
+    """Hands everything to a teacher, and remembers what was asked and answered."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        self.name = teacher.name
+        self.asked: list[tuple[Sequence[Prefix], list[TeacherReply]]] = []
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        replies = await self.teacher.sample(prefixes, request)
+        self.asked.append((prefixes, replies))
+        return replies
+
+
+def trajectories(count: int, name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Trajectory]:
+    """Students' texts of `length` tokens, each after a problem of its own; another name gives others.
+
+    The entropies are random, so that chunks stand anywhere, as they do in training.
+    """
+    rng = random.Random(name)
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    stream = problems(name)
+    found = []
+    for index, problem in enumerate(itertools.islice(stream, count)):
+        text, token_ids = "", []
+        for further in itertools.chain([problem], stream):
+            text += solution(further, "student", STUDENT_SLIP, rng) + "\n"
+            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(token_ids) >= length:
+                break
+        found.append(
+            Trajectory(
+                prompt=[{"role": "user", "content": problem.question}],
+                token_ids=token_ids[:length],
+                entropy=torch.rand(length, generator=generator),
+                prior_logprobs=torch.full((length,), -0.1),
+                seed=index,
+            )
+        )
+    return found
+
+
+def auditor(teacher: Teacher, tokenizer: PreTrainedTokenizerBase, samples: int) -> Auditor:
+    """As the trainer makes it, with ten chunks."""
+    settings = AuditSettings(
+        num_chunks=NUM_CHUNKS,
+        chunk_length=CHUNK_LENGTH,
+        min_chunk_length=CHUNK_LENGTH,
+        num_rollouts=samples,
+        min_rollouts=1,
+        prior_strength=1.0,
+        chunk_overlap="resample",
+        chunk_placement="start",
+        chunk_selection="entropy",
+        teacher_temperature=1.0,
+        teacher_top_p=1.0,
+    )
+    return Auditor(teacher, tokenizer, settings, get_similarity("exact"))
+
+
+def bounds(prompts: list[list[int]], block: int) -> tuple[int, int]:
+    """`A` and `A_B` for the prefixes of one trajectory, in ascending order."""
+    shared = [
+        min(
+            next((n for n, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter)),
+            len(longer) - 1,
+        )
+        for shorter, longer in itertools.pairwise(prompts)
+    ]
+    return sum(shared), sum(length // block * block for length in shared)
+
+
+def measure(
+    url: str, model: str, tokenizer_path: str, samples: int, count: int, block: int, length: int = LENGTH
+) -> Result:
+    """Audit new trajectories, and read the server's counters before and after.
+
+    Args:
+        url: of the server, with its `/v1`. Nobody else may be asking it.
+        model: as the server knows it.
+        tokenizer_path: of the teacher's tokenizer.
+        samples: per request.
+        count: trajectories.
+        block: tokens of a block of the server's cache.
+        length: of a trajectory, in student tokens.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    students = AutoTokenizer.from_pretrained(asset_path("student"))
+    work = trajectories(count, f"prefix cache, {samples} samples", students, length)
+    teacher = remote_teacher(
+        f"vllm:{model}", base_url=url, tokenizer=tokenizer_path, settings=EngineSettings(timeout=300.0)
+    )
+    recorder = Recorder(teacher)
+    audits = auditor(recorder, students, samples)
+
+    async def run() -> None:
+        try:
+            await asyncio.gather(*map(audits.audit, work))
+        finally:
+            await teacher.aclose()
+
+    queries, hits = metric(url, "vllm:prefix_cache_queries_total"), metric(url, "vllm:prefix_cache_hits_total")
+    asyncio.run(run())
+    queries = metric(url, "vllm:prefix_cache_queries_total") - queries
+    hits = metric(url, "vllm:prefix_cache_hits_total") - hits
+
+    prompts_of = [
+        [
+            tokenizer(
+                str(tokenizer.apply_chat_template(p.prompt, add_generation_prompt=True, tokenize=False))
+                + p.completion,
+                add_special_tokens=False,
+            )["input_ids"]
+            for p in prefixes
+        ]
+        for prefixes, _ in recorder.asked
+    ]
+    replies = [reply for _, answers in recorder.asked for reply in answers]
+    lengths = [len(prompt) for prompts in prompts_of for prompt in prompts]
+    assert all(len(prompts) == NUM_CHUNKS for prompts in prompts_of), "a trajectory has room for fewer chunks"
+    assert not any(reply.outcomes.get("failed_requests") for reply in replies), "a request failed"
+    assert [reply.usage.prompt_tokens for reply in replies] == lengths, "the server reads other prompts"
+    tokens, blocks = (sum(numbers) for numbers in zip(*(bounds(p, block) for p in prompts_of), strict=True))
+    return Result(
+        samples=samples,
+        requests=len(replies),
+        prompt=sum(lengths),
+        allowed_tokens=tokens,
+        allowed_blocks=blocks,
+        repeated=(samples - 1) * sum((length - 1) // block * block for length in lengths),
+        looked_up=round(queries),
+        hits=round(hits),
+        usage=sum(reply.usage.cached_tokens for reply in replies),
+    )
+
+
+@contextmanager
+def server(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """Address, model, tokenizer and block size: of the server that is named, or of one that is started."""
+    if options.url is not None:
+        yield options.url, options.model, options.tokenizer or options.model, options.block_size
+        return
+    path = asset_path("teacher")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = vllm_serve(path, max_model_len=1024)
+        with Server(arguments, Path(folder) / "server.log") as started:
+            yield started.url, "teacher", str(path), BLOCK
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--trajectories", type=int, default=16)
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--url", help="of a running server, with its /v1; without it one is started")
+    parser.add_argument("--model", default="teacher", help="as that server knows it")
+    parser.add_argument("--tokenizer", help="path or id of its tokenizer; the model's name by default")
+    parser.add_argument("--block-size", type=int, default=BLOCK, help="of that server")
+    options = parser.parse_args()
+    passed = True
+    with server(options) as (url, model, tokenizer, block):
+        for samples in options.samples:
+            result = measure(url, model, tokenizer, samples, options.trajectories, block)
+            for label, value in result.rows():
+                print(f"{label:28} {value}")
+            print()
+            passed &= result.ratio >= REQUIRED
+    sys.exit(None if passed else f"The cache serves less than {REQUIRED:g} of what nested prefixes allow.")
+
+
+if __name__ == "__main__":
+    main()
