@@ -13,10 +13,12 @@
 # limitations under the License.
 """What was generated, audited and paid for, in one SQLite file per process, so that nothing is paid for twice.
 
-Three kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
+Four kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
 *audit* is written as soon as it is finished. *Usage* is written for each request as soon as it is answered, and the
 ledger is made of nothing else: an audit's own `usage` is for display, so that a request counts once, whether or not
-its audit was ever finished, and a replayed audit counts nothing.
+its audit was ever finished, and a replayed audit counts nothing. What is *under way* is written before it is sent, as
+the most that it can cost: a process that is killed cannot say what it was charged for, so the next one to open the
+file counts that as used.
 
 **Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes every earlier
 attempt at `s` and at later steps, which came from a student that this one is not. What is superseded stays in the file
@@ -47,7 +49,7 @@ from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.teachers.base import Prompt, Usage
 
 APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TOKENS = [field.name for field in fields(Usage)]
 
@@ -61,6 +63,8 @@ _TABLES = {
     "audits": "attempt, idx, session, payload, checksum, PRIMARY KEY (attempt, idx)",
     # All requests of one audit in one session; `idx` is -1 for those of no audit.
     "usage": f"session, step, idx, {', '.join(_TOKENS)}, usd, checksum, PRIMARY KEY (session, step, idx)",
+    # At most one row: of the session that writes, while it has requests under way.
+    "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
 }
 _SCHEMA = {table: f"CREATE TABLE {table} ({columns})" for table, columns in _TABLES.items()}
 
@@ -119,7 +123,8 @@ def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
 def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:
     """Tokens, and dollars where prices were known, that all processes of all runs in a folder have paid so far.
 
-    Files that a run is writing can be read, too.
+    What may have been under way when a run was killed counts with the most that it can have cost. Files that a run is
+    writing can be read, too.
 
     Raises:
         JournalError: when one of the journals is damaged or of another version.
@@ -128,9 +133,12 @@ def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:
     for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
         with _explained(path), closing(_connect(path, "ro")) as db:
             _check_version(db, path)
-            _check_values(db, path, "usage")
+            for table in ("usage", "under_way"):
+                _check_values(db, path, table)
             *tokens, dollars = db.execute(_TOTALS).fetchone()
             usage, usd = usage + Usage(*tokens), usd + dollars
+            for _, _, lost, dollars, _ in db.execute("SELECT * FROM under_way"):
+                usage, usd = usage + Usage(lost), usd + (dollars or 0.0)
     return usage, usd
 
 
@@ -153,6 +161,10 @@ class Journal:
         ProcessCountError: when it was last written by another number of processes.
 
     In each case the file is left as it is.
+
+    Attributes:
+        lost: tokens, and dollars where there was a price, that count as used since requests were under way when the
+            last process that wrote the file was killed. `None` when it was not, or had none.
     """
 
     def __init__(
@@ -189,6 +201,7 @@ class Journal:
             with self._transaction() as db:
                 values = (run, teacher, fingerprint, rank, num_processes, time.time())
                 self._session = _insert_numbered(db, "sessions", *values)
+                self.lost = _count_lost(db)
             self._stack = stack.pop_all()
 
     # ---- Trajectories and audits ----
@@ -272,15 +285,25 @@ class Journal:
         """
         if usd is not None and not math.isfinite(usd):
             raise JournalError(f"A request of step {step} cost usd={usd}, which is no amount. Check the price.")
-        key = (self._session, step, -1 if index is None else index)
         with self._transaction() as db:
-            row = db.execute("SELECT * FROM usage WHERE session = ? AND step = ? AND idx = ?", key).fetchone()
-            if row is not None:
-                *tokens, before, _ = row[3:]
-                usage = Usage(*tokens) + usage
-                if before is not None:
-                    usd = before + (usd or 0.0)
-            _insert(db, "usage", *key, *astuple(usage), None if usd is None else float(usd))
+            _add_usage(db, self._session, step, -1 if index is None else index, usage, usd)
+
+    def record_under_way(self, step: int, tokens: int, usd: float | None = None) -> None:
+        """Keep the most that the requests under way can cost, before they are sent; 0 tokens when there are none.
+
+        Args:
+            step: the step that they are made in.
+            tokens: prompt and completion tokens, of all of them together.
+            usd: what they cost at most; `None` when there is no price.
+
+        Raises:
+            JournalError: when it cannot be written.
+        """
+        with self._transaction() as db:
+            if tokens:
+                _insert(db, "under_way", self._session, step, tokens, usd)
+            else:
+                db.execute("DELETE FROM under_way")
 
     def usage(self) -> Usage:
         """All that was ever used, superseded attempts included."""
@@ -502,6 +525,28 @@ def _check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int)
 def _insert(db: sqlite3.Connection, table: str, *values: Any) -> None:
     marks = ", ".join("?" * (len(values) + 1))
     db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*values, _checksum(values)))
+
+
+def _add_usage(db: sqlite3.Connection, session: int, step: int, index: int, usage: Usage, usd: float | None) -> None:
+    key = (session, step, index)
+    row = db.execute("SELECT * FROM usage WHERE session = ? AND step = ? AND idx = ?", key).fetchone()
+    if row is not None:
+        *tokens, before, _ = row[3:]
+        usage = Usage(*tokens) + usage
+        if before is not None:
+            usd = before + (usd or 0.0)
+    _insert(db, "usage", *key, *astuple(usage), None if usd is None else float(usd))
+
+
+def _count_lost(db: sqlite3.Connection) -> tuple[int, float | None] | None:
+    """What an earlier session had under way when it was killed becomes usage of that session."""
+    row = db.execute("SELECT * FROM under_way").fetchone()
+    if row is None:
+        return None
+    session, step, tokens, usd, _ = row
+    _add_usage(db, session, step, -1, Usage(tokens), usd)
+    db.execute("DELETE FROM under_way")
+    return tokens, usd
 
 
 def _insert_numbered(db: sqlite3.Connection, table: str, *values: Any) -> int:

@@ -413,6 +413,10 @@ class OmniOPDTrainer(DistillationTrainer):
             self._journal = journal
             while self._unrecorded:
                 self._meter(*self._unrecorded.pop())
+            if journal.lost is not None:
+                _warn_about_lost_requests(*journal.lost)
+            if self.teacher.budget is not None:
+                self.teacher.budget.on_under_way = self._meter_under_way
             try:
                 yield
             finally:
@@ -425,6 +429,11 @@ class OmniOPDTrainer(DistillationTrainer):
             self._unrecorded.append((usage, usd))
         else:
             self._journal.record_usage(self.state.global_step, None, usage, usd)
+
+    def _meter_under_way(self, tokens: int, usd: float | None) -> None:
+        """Keep what the requests under way can cost, in case that nobody lives to count them."""
+        if self._journal is not None:
+            self._journal.record_under_way(self.state.global_step, tokens, usd)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._journal is not None and self.model.training:
@@ -1018,6 +1027,14 @@ class OmniOPDTrainer(DistillationTrainer):
             if score == score:  # not NaN
                 scores[name].append(score)
         return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
+    cost = "" if usd is None else f" ({usd:.4f} dollars)"
+    logger.warning(
+        "The last run in this folder was killed while requests were under way. Nobody knows what was charged for "
+        f"them, so the most that it can be counts as spent: {tokens} tokens{cost}."
+    )
 
 
 _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")

@@ -488,6 +488,64 @@ class TestLimits:
         assert "Raise the budget and resume" in message
 
 
+def test_what_is_under_way_is_said_before_it_is_sent():
+    """The most since nothing was under way; then that nothing is. Without a price, no dollars."""
+
+    async def run(price, said):
+        budget = Budget(price=price)
+        requests = []
+        budget.on_under_way = lambda *what: said.append((*what, sum(r.sent for r in requests)))
+        for prompt in (30, 20):
+            requests.append(Request(budget, prompt, 10))
+            await turns()
+        await requests[0].end(Usage(1, 0, 1))  # 30 are left, and 30 more are not the most
+        requests.append(Request(budget, 25, 5))
+        await turns()
+        requests.append(Request(budget, 40))
+        await turns()
+        for request in requests[1:]:
+            await request.end(Usage(1, 0, 1))
+        requests.append(Request(budget, 7))
+        await turns()
+        requests[-1].task.cancel()
+        await turns()
+
+    said = []
+    asyncio.run(run(DOLLAR, said))
+    assert said == [(40, 40.0, 0), (70, 70.0, 1), (100, 100.0, 3), (0, 0.0, 4), (7, 7.0, 4), (0, 0.0, 5)]
+    said = []
+    asyncio.run(run(None, said))
+    assert [usd for _, usd, _ in said] == [None] * 6
+
+
+def test_a_request_that_cannot_be_written_down_is_not_sent():
+    """The error is its own; what is under way goes on, and so does what comes after."""
+
+    async def run():
+        budget = Budget()
+        first = Request(budget, 10)
+        await turns()
+
+        def fail(tokens, usd):
+            raise OSError("no space left")
+
+        budget.on_under_way = fail
+        second = Request(budget, 10)
+        await turns()
+        assert not second.sent
+        with pytest.raises(OSError, match="no space left"):
+            await second.task
+        budget.on_under_way = None
+        third = Request(budget, 10)
+        await turns()
+        assert third.sent
+        for request in (first, third):
+            await request.end(Usage(5, 0, 0))
+        assert budget.tokens_spent == 10
+
+    asyncio.run(run())
+
+
 def test_many_in_little_time():
     """A thousand requests through a narrow budget: each is let through, in order."""
     order = []

@@ -254,6 +254,30 @@ def test_ledger(tmp_path):
             assert spent(tmp_path) == (Usage(3910, 90, 45, 9), 4.125)  # while both are being written
 
 
+def test_what_was_under_way_counts(tmp_path):
+    """A file that was left with requests under way: the most that they can have cost is used, once, and is said."""
+    with journal(tmp_path) as j:
+        assert j.lost is None
+        j.record_usage(3, None, Usage(10, 0, 5, 0), 1.0)
+        j.record_under_way(3, 200, 4.0)
+        j.record_under_way(3, 300, 6.0)
+        assert j.usage() == Usage(10, 0, 5, 0)  # as long as somebody is there to count them
+        assert spent(tmp_path) == (Usage(310, 0, 5, 0), 7.0)
+    with journal(tmp_path, run="second") as j:
+        assert j.lost == (300, 6.0)
+        assert j.ledger() == [LedgerRow("run", 3, "openai:gpt", Usage(310, 0, 5, 0), 7.0, 0)]
+        j.record_under_way(4, 50)  # no price
+        j.record_under_way(4, 0)
+    with journal(tmp_path) as j:
+        assert j.lost is None
+        assert spent(tmp_path) == (Usage(310, 0, 5, 0), 7.0)
+        j.record_under_way(5, 50)
+    assert spent(tmp_path) == (Usage(360, 0, 5, 0), 7.0)
+    with journal(tmp_path) as j:
+        assert j.lost == (50, None)
+        assert j.usage() == Usage(360, 0, 5, 0)
+
+
 def test_cost_must_be_finite(tmp_path):
     """A cost that is no number would make every sum of the ledger none."""
     with journal(tmp_path) as j:
@@ -430,6 +454,15 @@ def write(folder, first):
                 journal.record(step, index, audit(f"{{step}} {{index}}"))
                 say("audit", step, index)
 
+def send(folder, first):
+    with Journal(journal_path(folder, 0), **{SETTINGS!r}) as journal:
+        say("open", os.getpid())
+        for number in itertools.count(first):
+            journal.record_under_way(0, 100, 1.0)
+            say("sent", number)
+            journal.record_usage(0, None, Usage(60, 0, 10, 0), 0.5)
+            journal.record_under_way(0, 0)
+
 def leave_worker(folder, first):
     journal = Journal(journal_path(folder, 0), **{SETTINGS!r})
     say("open", os.getpid())
@@ -442,7 +475,7 @@ for line in sys.stdin:
     what, *arguments = json.loads(line)
     process = os.fork()
     if process == 0:
-        dict(write=write, leave_worker=leave_worker)[what](*arguments)
+        dict(write=write, send=send, leave_worker=leave_worker)[what](*arguments)
     os.waitpid(process, 0)
     say("killed")
 """
@@ -513,6 +546,26 @@ def test_kill(tmp_path, nursery):
     with journal(tmp_path) as j:
         check(j, committed)
     assert len(committed) > 50
+
+
+def test_kill_while_requests_are_under_way(tmp_path, nursery):
+    """Killed at 20 random moments: never is less counted than what was sent can have cost, and little more."""
+    dice = random.Random(0)
+    sent = lost = 0
+    for _ in range(20):
+        child = Child(nursery, "send", tmp_path)
+        time.sleep(dice.uniform(0, 0.02))
+        sent += len(child.kill())
+        usage, usd = spent(tmp_path)
+        with journal(tmp_path) as j:
+            lost += j.lost is not None
+            assert (j.usage(), spent(tmp_path)) == (usage, (usage, usd))
+    # One that was under way when it was killed counts with its worst case, and may have been counted before; one may
+    # have been written down before the child could say so.
+    assert 70 * sent <= usage.prompt_tokens + usage.completion_tokens <= 70 * sent + 100 * lost
+    assert 0.5 * sent <= usd <= 0.5 * sent + lost
+    assert sent > 20
+    assert lost > 0
 
 
 def test_locked(tmp_path, nursery):

@@ -14,9 +14,13 @@
 """Whole runs with a teacher behind a service: real SDKs over loopback, with faults, budgets and keys."""
 
 import logging as std_logging
+import os
 import random
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +204,43 @@ def test_the_budget_holds_over_runs(tmp_path, tiny_model_dir, services):
     assert rich.state.global_step == 4
     total, _ = spent(tmp_path)
     assert total.completion_tokens > again.completion_tokens
+
+
+def test_a_killed_run_counts_what_it_had_under_way(tmp_path, tiny_model_dir, services, caplog):
+    """kill -9 while four requests wait for their answers: the next run in the folder counts the most they can cost."""
+    service = SERVICES[1]
+    here = Path(__file__).parent
+    with Loopback(service.answer, fault=lambda number, body: Fault(how="hang") if number >= 5 else None) as server:
+        url = server.url + service.path
+        process = subprocess.Popen(
+            [sys.executable, str(here / "run_until_killed.py"), str(tmp_path), str(tiny_model_dir), url],
+            env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while len(server.requests) < 9 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+        answered, waiting = server.bodies[:5], server.bodies[5:]
+    assert len(waiting) == 4
+    usage, usd = spent(tmp_path)
+    lost = usage.prompt_tokens + usage.completion_tokens - sum(map(tokens, answered))
+    assert lost >= sum(20 + body["n"] * body["max_tokens"] for body in waiting)
+    assert usd == pytest.approx((usage.prompt_tokens + usage.completion_tokens) / 1e6)
+    prices = {"teacher_input_price": 1.0, "teacher_output_price": 1.0}
+    with Loopback(service.answer) as server:
+        run(tmp_path, tiny_model_dir, service, server, **prices)
+        again = sum(map(tokens, server.bodies))
+    assert f"{lost} tokens ({lost / 1e6:.4f} dollars)" in caplog.text
+    after, _ = spent(tmp_path)
+    assert after.prompt_tokens + after.completion_tokens == sum(map(tokens, answered)) + lost + again
+
+
+def tokens(body):
+    """What the loopback server says that a request used."""
+    return 20 + 3 * body["n"]
 
 
 def test_prices_reach_the_ledger(tmp_path, tiny_model_dir, services):

@@ -17,7 +17,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omniopd_trl.teachers.budget import Budget
 
 # What a reply may count besides its rollouts. A refused, filtered or empty sample is no rollout; a restarted one (an
 # instructed continuation that began the solution anew) is; a failed request was given up after its last attempt.
@@ -132,10 +135,12 @@ class Teacher(ABC):
         name: how logs and the model card call the teacher.
         works_elsewhere: whether its work goes on elsewhere while this process trains, so that audits may overlap with
             training. A model in this process shares its device and its random numbers.
+        budget: what it may still spend, and what it has under way; `None` for a teacher that keeps no such account.
     """
 
     name: str
     works_elsewhere: bool = False
+    budget: "Budget | None" = None
 
     @abstractmethod
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:

@@ -15,7 +15,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -126,6 +126,11 @@ class Budget:
         num_processes: processes that share the limits. Each may spend an equal part of what earlier runs left, and
             the parts never add up to more than it.
 
+    Attributes:
+        on_under_way: told, before a request is let through, the most tokens and dollars (`None` without a price) that
+            were under way at once since nothing was; and 0 tokens as soon as nothing is any more. What a killed
+            process had under way is never more. An error that it raises is the request's.
+
     Raises:
         BudgetError: when a limit in dollars cannot be kept, as the price is not known.
         ConfigError: when a limit is not above 0, or `num_processes` is not.
@@ -169,6 +174,8 @@ class Budget:
         if max_usd is not None and num_processes > 1:
             self._usd_limit = before_usd + max(max_usd - before_usd, 0.0) / num_processes
         self._said_overrun = False
+        self.on_under_way: Callable[[int, float | None], None] | None = None
+        self._most_under_way = (0, 0.0)
         self._open: set[Reservation] = set()
         self._queue: deque[tuple[Reservation, asyncio.Future[None]]] = deque()
 
@@ -221,8 +228,7 @@ class Budget:
             raise
         finally:
             # Without an `await`, so that a second cancellation cannot keep it from happening.
-            self._open.discard(reservation)
-            self._let_in()
+            self._leave(reservation)
 
     async def _enter(self, reservation: Reservation) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -234,10 +240,16 @@ class Budget:
             # Cancelled while waiting, or just after it was let in.
             if future.done() and not future.cancelled():
                 future.exception()  # a refusal that nobody waits for any more is no error in the log
-            self._open.discard(reservation)
             self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
-            self._let_in()
+            self._leave(reservation)
             raise
+
+    def _leave(self, reservation: Reservation) -> None:
+        self._open.discard(reservation)
+        self._let_in()
+        if not self._open and self._most_under_way != (0, 0.0):
+            self._most_under_way = (0, 0.0)
+            self._say_under_way()
 
     def _let_in(self) -> None:
         """Let the first in the queue through while they fit."""
@@ -245,13 +257,34 @@ class Budget:
             reservation, future = self._queue[0]
             if not future.done():
                 if self._fits(reservation, self._open):
-                    self._open.add(reservation)
-                    future.set_result(None)
+                    try:
+                        self._announce(reservation)
+                    except Exception as error:  # whoever sends this request learns of it, not who made room for it
+                        future.set_exception(error)
+                    else:
+                        self._open.add(reservation)
+                        future.set_result(None)
                 elif self._open and self._fits(reservation, ()):
                     return  # what is under way may use less than its worst case
                 else:
                     future.set_exception(BudgetError(self._exhausted(reservation)))
             self._queue.popleft()
+
+    def _announce(self, new: Reservation) -> None:
+        """Say what is about to be under way, where it is more than ever since nothing was."""
+        if self.on_under_way is None:
+            return
+        held = [new, *self._open]
+        before = self._most_under_way
+        tokens, usd = sum(r.tokens for r in held), sum(r.usd for r in held)
+        self._most_under_way = max(tokens, before[0]), max(usd, before[1])
+        if self._most_under_way != before:
+            self._say_under_way()
+
+    def _say_under_way(self) -> None:
+        if self.on_under_way is not None:
+            tokens, usd = self._most_under_way
+            self.on_under_way(tokens, None if self.price is None else usd)
 
     def _fits(self, new: Reservation, others: "set[Reservation] | tuple[()]") -> bool:
         limit = self._token_limit

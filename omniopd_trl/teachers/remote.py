@@ -242,7 +242,7 @@ class RemoteTeacher(Teacher):
         self.name = name
         self.capabilities = capabilities
         self.settings = settings or EngineSettings()
-        self.budget = budget or Budget()
+        self.budget: Budget = budget or Budget()
         self._throttle = Throttle(
             self.settings.max_concurrency, self.settings.requests_per_minute, self.settings.tokens_per_minute
         )

@@ -65,7 +65,8 @@ class Loopback:
 
     Attributes:
         requests: what arrived, in order.
-        most: the most requests that were under way at once.
+        active: requests that are under way.
+        most: the most that were at once.
     """
 
     def __init__(self, answer: Answer, fault: Any = None, delay: float = 0.0):
@@ -74,7 +75,7 @@ class Loopback:
         self.delay = delay
         self.requests: list[Recorded] = []
         self.most = 0
-        self._active = 0
+        self.active = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
         loopback = self
@@ -121,8 +122,8 @@ class Loopback:
         with self._lock:
             number = len(self.requests)
             self.requests.append(Recorded(handler.path, headers, body, time.monotonic()))
-            self._active += 1
-            self.most = max(self.most, self._active)
+            self.active += 1
+            self.most = max(self.most, self.active)
         try:
             if callable(self.fault):
                 fault = self.fault(number, body)
@@ -132,7 +133,7 @@ class Loopback:
             self._reply(handler, body, fault)
         finally:
             with self._lock:
-                self._active -= 1
+                self.active -= 1
 
     def _reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], fault: Fault | None) -> None:
         how = "answer" if fault is None else fault.how
