@@ -113,6 +113,13 @@ class OmniOPDConfig(DistillationConfig):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in addition to
             `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
             the student's path or id instead of copied.
+        ref_model_offload (`bool`, *optional*, defaults to `False`):
+            Keep the reference in the CPU's memory between uses. It then takes memory on the device only while it
+            computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Leave a completion that was cut at `max_completion_length` out of the training: it is neither audited nor
+            anchored, and its tokens do not count in `loss_normalization`. By default it is trained on like any other:
+            the audits judge its chunks, not its end.
 
         > Parameters that control the teacher
 
@@ -278,6 +285,21 @@ class OmniOPDConfig(DistillationConfig):
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in "
             "addition to `model_init_kwargs`. With these, a student that was passed as an instance has its reference "
             "loaded from the student's path or id instead of copied."
+        },
+    )
+    ref_model_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the reference in the CPU's memory between uses. It then takes memory on the device only "
+            "while it computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy."
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave a completion that was cut at `max_completion_length` out of the training: it is neither "
+            "audited nor anchored, and its tokens do not count in `loss_normalization`. By default it is trained on "
+            "like any other: the audits judge its chunks, not its end."
         },
     )
 

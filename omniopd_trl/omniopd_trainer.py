@@ -21,7 +21,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,6 +75,7 @@ from omniopd_trl.evaluation import math_accuracy
 from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
+from omniopd_trl.offload import Offloaded, zero3_on_cpu
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.posterior import centered_posteriors
 from omniopd_trl.processes import warn_about_lost_processes
@@ -320,9 +321,14 @@ class OmniOPDTrainer(DistillationTrainer):
             peft_config=peft_config,
         )
 
-        if args.beta > 0 and not is_peft_model(self.model) and reference is None:
-            reference = self._load_reference(quantization_config)
-        self.ref_model = None if reference is None else self._prepare_reference(reference)
+        offloads_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
+        with zero3_on_cpu(self.accelerator) if offloads_shards else nullcontext():
+            if args.beta > 0 and not is_peft_model(self.model) and reference is None:
+                reference = self._load_reference(quantization_config)
+            self.ref_model = None if reference is None else self._prepare_reference(reference)
+        self._offloaded_ref: Offloaded | None = None
+        if args.ref_model_offload and not offloads_shards and self.ref_model is not None:
+            self._offloaded_ref = Offloaded(self.ref_model, self.accelerator.device)
 
         settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
         self.auditor = Auditor(self.teacher, processing_class, settings, phi)
@@ -462,6 +468,8 @@ class OmniOPDTrainer(DistillationTrainer):
             self._score_samples(inputs, batch)
         if mode == "train" and self._journal is not None and not self._replays:
             self._record_trajectories(inputs, batch)
+        if mode == "train" and self.args.mask_truncated_completions:
+            self._mask_truncated(batch)
         if mode == "train" or self.args.audit_eval:
             batch["audits"] = self._start_audits([example["prompt"] for example in inputs], batch, mode)
             if mode == "eval" or not self._overlaps:
@@ -471,6 +479,15 @@ class OmniOPDTrainer(DistillationTrainer):
             counts = torch.stack([num_audited, batch["completion_mask"].sum() - num_audited])
             batch["num_audited"], batch["num_unaudited"] = self.accelerator.gather(counts[None]).sum(0).unbind()
         return batch
+
+    def _mask_truncated(self, batch: dict[str, Any]) -> None:
+        """Take completions that did not come to their end out of the batch, and out of what it is divided by."""
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=batch["completion_ids"].device)
+        last = batch["completion_mask"].sum(1, keepdim=True) - 1  # no completion is empty
+        has_ended = torch.isin(batch["completion_ids"].gather(1, last), ends)
+        batch["completion_mask"] = batch["completion_mask"] * has_ended
+        counts = torch.stack([batch["completion_mask"].sum(), has_ended.sum()])
+        batch["num_items_in_batch"], batch["num_sequences"] = self.accelerator.gather(counts[None]).sum(0).unbind()
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
@@ -698,7 +715,8 @@ class OmniOPDTrainer(DistillationTrainer):
         """Run `body(reference model)` without gradients. `student` is the unwrapped student, inside its forward."""
         with torch.no_grad():
             if self.ref_model is not None:
-                self._inside_forward(self.ref_model, body)
+                with self._offloaded_ref.on_device() if self._offloaded_ref is not None else nullcontext():
+                    self._inside_forward(self.ref_model, body)
                 return
             with use_adapter(student, None), _evaluation_mode(student):
                 body(student)
@@ -767,13 +785,14 @@ class OmniOPDTrainer(DistillationTrainer):
         num_micro_batches = self.args.gradient_accumulation_steps if is_train else 1
         local = {"num_audited": tokens.audited.sum(), "num_unaudited": (tokens.completion & ~tokens.audited).sum()}
         counts = {key: inputs.get(key, value).to(hidden.device) for key, value in local.items()}
+        num_sequences = tokens.input_ids.size(0) * num_processes * num_micro_batches
         loss = combine(
             chunk_sum,
             kl_sum,
             beta=self.args.beta,
             normalization=self.args.loss_normalization,
             num_tokens=(inputs["num_items_in_batch"] if is_train else tokens.completion.sum()).to(hidden.device),
-            num_sequences=tokens.input_ids.size(0) * num_processes * num_micro_batches,
+            num_sequences=inputs.get("num_sequences", num_sequences),
             **counts,
         )
         # Gradients are averaged over processes, so that each one's share is scaled up by their number.
@@ -814,9 +833,7 @@ class OmniOPDTrainer(DistillationTrainer):
         def run(model: PreTrainedModel) -> None:
             states = self._hidden_states(model, rows)
             with lm_head_of(model) as ref_head:
-                # FSDP2 frees a parameter's memory at the end of the forward, and the anchor needs this one after it.
-                kept = replace(ref_head, weight=ref_head.weight.clone()) if self.is_fsdp_enabled else ref_head
-                reference["head"] = kept
+                reference["head"] = self._kept(ref_head)
                 reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
                 reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
 
@@ -830,6 +847,15 @@ class OmniOPDTrainer(DistillationTrainer):
         if not self.model.training and not self.args.audit_eval:
             sums["entropy"] = _sum_and_count(entropy)
         return kl.sum()
+
+    def _kept(self, head: LMHead) -> LMHead:
+        """The reference's head as the anchor needs it: until the backward, after the reference's own forward."""
+        if self.is_fsdp_enabled:  # which frees the memory of a whole parameter
+            return replace(head, weight=head.weight.clone())
+        if self._offloaded_ref is not None:  # which gives the parameter other memory
+            bias = None if head.bias is None else head.bias.detach()
+            return replace(head, weight=head.weight.detach(), bias=bias)
+        return head  # ZeRO-3 has to find the parameter itself, in order to gather it again
 
     # ---- Metrics ----
 
@@ -893,8 +919,9 @@ class OmniOPDTrainer(DistillationTrainer):
             self._warn_once(
                 "no chunks",
                 f"No chunk of a batch could be audited at step {self.state.global_step}: the completions are shorter "
-                f"than min_chunk_length={self.args.min_chunk_length} tokens, or the teacher answered nothing. Such a "
-                "batch trains on the KL anchor alone.",
+                f"than min_chunk_length={self.args.min_chunk_length} tokens, or all were cut off and "
+                "mask_truncated_completions leaves them out, or the teacher answered nothing. Such a batch trains on "
+                "the KL anchor alone.",
             )
         num_short = sum(audit.num_short for audit in audits)
         if num_short > 0.1 * num_rollouts:

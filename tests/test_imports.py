@@ -41,6 +41,7 @@ LAYERS = {
     "omniopd_trl.journal": "journal",
     "omniopd_trl.replay": "journal",
     "omniopd_trl.lm_head": "head",
+    "omniopd_trl.offload": "head",
     "omniopd_trl.omniopd_config": "config",
     "omniopd_trl.construction": "trainer",
     "omniopd_trl.omniopd_trainer": "trainer",

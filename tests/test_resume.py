@@ -50,16 +50,19 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("teacher", [Here, Remote])
-def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir, teacher):
+@pytest.mark.parametrize(
+    ("teacher", "leaves_out"), [(Here, False), (Remote, False), (Remote, True)], ids=["here", "remote", "truncated"]
+)
+def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir, teacher, leaves_out):
     """From the last checkpoint: same trajectories, same rollouts, same weights, no request; usage counts once."""
-    first = make_trainer(tmp_path, tiny_model_dir, teacher=teacher(), **SETTINGS)
+    settings = {**SETTINGS, "mask_truncated_completions": leaves_out}
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=teacher(), **settings)
     first.train()
     paid = spent(tmp_path)
     assert paid[0] == first.teacher_usage
     assert paid[0].completion_tokens > 0
 
-    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **SETTINGS)
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "ref_model_offload": True})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     weights = trainable(again.model)
     for name, value in trainable(first.model).items():

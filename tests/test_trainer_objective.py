@@ -265,3 +265,38 @@ def test_dropout_is_off_while_sampling_and_scoring(tmp_path, tiny_model_dir, tin
     completions = [trainer._generate_single_turn(prompt_ids, None, {})[0] for _ in range(3)]
     assert completions[0] == completions[1] == completions[2]
     assert trainer.model.training
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (8, 1)])
+@pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
+def test_truncated_completions_can_be_left_out(
+    tmp_path, tiny_model_dir, tiny_tokenizer, batch_size, accumulation, normalization
+):
+    """The step is that of a batch that never held them, in every normalization and however it is split."""
+    trainer = make_trainer(
+        tmp_path,
+        tiny_model_dir,
+        mask_truncated_completions=True,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        loss_normalization=normalization,
+    )
+    perturb(trainer.model)
+    gradient, student = step_and_gradient(trainer)
+    whole = trainer.batches[0]
+    kept = whole["completion_mask"].bool().any(1)
+    # Everything that was generated is in the batch still; only what ended counts.
+    assert kept.tolist() == [tiny_tokenizer.eos_token_id in ids for ids in whole["completion_ids"].tolist()]
+    assert 4 <= kept.sum() < 8
+    batch = {"prompts": [prompt for prompt, k in zip(whole["prompts"], kept, strict=True) if k]}
+    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+        batch[key] = whole[key][kept]
+    loss, metrics = dense_objective(student, load(tiny_model_dir), batch, tiny_tokenizer, trainer.args)
+    loss.backward()
+    for name, parameter in student.named_parameters():
+        difference = (gradient[name].double() - parameter.grad).abs()
+        assert (difference <= 2e-6 + 1e-3 * parameter.grad.abs()).all(), (name, difference.max())
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    for name in ("chunk_loss", "kl/unaudited", "audit/posterior", "audit/audited_fraction"):
+        assert logged[name] == pytest.approx(metrics[name], rel=2e-4), name

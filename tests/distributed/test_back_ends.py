@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def models(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Path:
-    """The file that names the students: tied and untied heads, full fine-tuning and LoRA; one with a local teacher."""
+    """The file that names the students: tied and untied heads, full and LoRA, a local teacher, offloading."""
     students = [
         {"name": f"{head}_{kind}", "path": str(path), "lora": kind == "lora"}
         for head, path in (
@@ -45,6 +45,7 @@ def models(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Path:
     # The likeliest rollout: what a teacher draws depends on the process that asks it.
     greedy = {"teacher": str(tiny_teacher_dir), "teacher_temperature": 0.0, "num_rollouts": 1}
     students.append({**students[0], "name": "local_teacher_full", **greedy})
+    students.append({**students[0], "name": "offloaded_reference_full", "ref_model_offload": True})
     path = tmp_path_factory.mktemp("models") / "models.json"
     path.write_text(json.dumps(students))
     return path
@@ -65,6 +66,8 @@ def test_agrees_with_one_process(back_end, models, one_process, tmp_path):
     expected, folder = one_process
     results = run(back_end, SCRIPT, tmp_path / "result.json", str(models))
     assert results.keys() == expected.keys()
+    # Where the reference rests between uses changes nothing.
+    assert results["offloaded_reference_full"]["steps"] == results["tied_full"]["steps"]
     for name, result in results.items():
         other = expected[name]
         assert result["completions"] == other["completions"], name
@@ -79,3 +82,4 @@ def test_agrees_with_one_process(back_end, models, one_process, tmp_path):
         # It is what it says it is, and LoRA pays for no second copy.
         assert result["sharded"] == (back_end.startswith("zero3") or back_end == "fsdp2")
         assert result["reference_is_a_copy"] == name.endswith("full")
+        assert result["reference_rests_on_cpu"] == name.startswith("offloaded")

@@ -119,6 +119,7 @@ def train(
         "completions": sorted(map(str, gather_object(trainer.completions))),
         "sharded": sharded(trainer),
         "reference_is_a_copy": trainer.ref_model is not None,
+        "reference_rests_on_cpu": rests_on_cpu(trainer),
     }
 
 
@@ -144,6 +145,13 @@ def sharded(trainer: OmniOPDTrainer) -> bool:
     """Whether this process holds less than the whole student between uses."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     return any(hasattr(p, "full_tensor") or (hasattr(p, "ds_id") and p.numel() == 0) for p in model.parameters())
+
+
+def rests_on_cpu(trainer: OmniOPDTrainer) -> bool:
+    """Whether the reference is kept off the device between uses; ZeRO-3 does it by its own means."""
+    if BACK_END.startswith("zero3") and trainer.ref_model is not None:
+        return trainer.ref_model.zero_offload_param() is not None
+    return trainer._offloaded_ref is not None
 
 
 def main() -> None:
