@@ -40,7 +40,9 @@ _IRRELEVANT_TO_AUDITS = (
     *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
     *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
     *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
-    *("vllm_server", "vllm_gpu", "vllm_group", "ref_model_offload"),
+    # What wrote a trajectory does not matter: all of them sample from the same student.
+    *("use_vllm", "vllm_mode", "vllm_model", "vllm_enable", "vllm_server", "vllm_group", "vllm_gpu", "vllm_max"),
+    *("vllm_tensor", "ref_model_offload"),
 )
 
 

@@ -34,6 +34,7 @@ _CHOICES = {
     "chunk_selection": ("entropy", "uniform"),
     "loss_normalization": ("tokens", "sum", "components"),
     "posterior_baseline": ("none", "batch", "trajectory", "moving_average"),
+    "vllm_mode": ("colocate", "server"),
     "teacher_continuation": (None, "raw", "continue_final", "prefill", "prefix_flag", "instruct"),
 }
 
@@ -527,6 +528,11 @@ class OmniOPDConfig(DistillationConfig):
                     "policy than the one whose log-probabilities are trained. Use the field of the configuration "
                     "(`temperature`), or leave it out."
                 )
+        if self.use_vllm and "seed" in (self.generation_kwargs or {}):
+            raise ConfigError(
+                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM applies to every prompt and every "
+                "step anew: samples of the same prompt would be equal. Leave it out; each process has a seed of its own."
+            )
         if self.max_tool_calling_iterations is not None:
             raise ConfigError(
                 f"max_tool_calling_iterations={self.max_tool_calling_iterations} has no meaning: tools are not "
@@ -553,7 +559,9 @@ class OmniOPDConfig(DistillationConfig):
                 "out-of-memory error. Set `per_device_train_batch_size` yourself."
             )
 
-    def _warn_about_policy(self) -> None:
+    @property
+    def sampling_filters(self) -> list[str]:
+        """The settings in use that leave only a part of the student's distribution, as `name=value`."""
         filters = {
             "top_p": self.top_p < 1,
             "top_k": bool(self.top_k),
@@ -561,7 +569,10 @@ class OmniOPDConfig(DistillationConfig):
             "repetition_penalty": self.repetition_penalty != 1,
             "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,
         }
-        used = [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+        return [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+
+    def _warn_about_policy(self) -> None:
+        used = self.sampling_filters
         if used:
             logger.warning(
                 f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "

@@ -72,6 +72,7 @@ from omniopd_trl.construction import (
 from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, TeacherError, import_extra
 from omniopd_trl.evaluation import math_accuracy
+from omniopd_trl.generation import LARGE_DIFFERENCE, SamplingLogprobs, sampling_difference
 from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
@@ -273,6 +274,8 @@ class OmniOPDTrainer(DistillationTrainer):
                 "tokenizer."
             )
         context_length = context_length_of(model, args)
+        if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length is not None:
+            context_length = min(args.vllm_max_model_length, context_length or args.vllm_max_model_length)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_prompt_lengths(
                 dataset,
@@ -290,6 +293,8 @@ class OmniOPDTrainer(DistillationTrainer):
             raise ConfigError(
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
             )
+        if args.use_vllm:
+            import_extra("vllm", "vllm")
         self.teacher = make_teacher(teacher_model, args)
         self._journal: Journal | None = None  # open while training
         # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
@@ -329,6 +334,10 @@ class OmniOPDTrainer(DistillationTrainer):
         self._offloaded_ref: Offloaded | None = None
         if args.ref_model_offload and not offloads_shards and self.ref_model is not None:
             self._offloaded_ref = Offloaded(self.ref_model, self.accelerator.device)
+
+        self._sampling_logprobs: SamplingLogprobs | None = None
+        if self.use_vllm:
+            self._sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
 
         settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
         self.auditor = Auditor(self.teacher, processing_class, settings, phi)
@@ -393,6 +402,7 @@ class OmniOPDTrainer(DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self._last_loaded_step = -1  # see `evaluate`
         with self._open_journal():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -548,6 +558,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if self._overlaps:
                 self._submit(pending, trajectories, mode)
         self._submit(pending, trajectories, mode)
+        self._record_sampling(mode, [pending[b].logprobs for b in range(len(prompts))])
         return [pending[b] for b in range(len(prompts))]
 
     def _record_trajectories(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
@@ -914,6 +925,32 @@ class OmniOPDTrainer(DistillationTrainer):
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
         self._warn_about_audits(audits, num_chunks, num_rollouts)
 
+    def _record_sampling(self, mode: str, logprobs: list[torch.Tensor]) -> None:
+        """How well vLLM's student is the one that is trained; `logprobs` are `(T,)` per completion, in nats."""
+        sampled = self._sampling_logprobs.take() if self._sampling_logprobs is not None else None
+        replays = mode == "train" and self._replays  # then they are those of an evaluation
+        # A filter's probabilities are those of what it leaves: larger, and rightly so.
+        if sampled is None or replays or self.args.sampling_filters:
+            return
+        difference = sampling_difference(sampled, logprobs)
+        total, count = self._sum_over_processes(difference.sum().item(), len(difference))
+        if not count:
+            return
+        largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self.accelerator.device)
+        mean = total / count
+        name = f"{self._eval_name if mode == 'eval' else ''}sampling/sampling_logp_difference"
+        self._metrics[mode][f"{name}/mean"].append(mean)
+        self._metrics[mode][f"{name}/max"].append(self.accelerator.gather(largest).max().item())
+        if not mean <= LARGE_DIFFERENCE:  # NaN too
+            self._warn_once(
+                "sampling",
+                f"The log-probabilities that vLLM sampled with at step {self.state.global_step} differ from the "
+                f"student's by {mean:.3g} nats per token on average, more than {LARGE_DIFFERENCE}: it does "
+                "not run the student that is trained. Its weights were not updated, or its precision, its sampling "
+                "settings (`generation_kwargs`) or, behind a server, `--logprobs-mode processed_logprobs` differ. "
+                "See docs/generation.md.",
+            )
+
     def _warn_about_audits(self, audits: list[Audit], num_chunks: int, num_rollouts: int) -> None:
         if not num_chunks:
             self._warn_once(
@@ -962,6 +999,10 @@ class OmniOPDTrainer(DistillationTrainer):
         # that are recorded on the way would all be called `eval_...`.
         name = metric_key_prefix.removeprefix("eval").removeprefix("_")
         self._eval_name = f"{name}_" if name else ""
+        if not self.is_in_train:
+            # The base class gives vLLM the weights once per step. Outside of training they change without one: a user
+            # loads others, or `load_best_model_at_end` does after the last evaluation.
+            self._last_loaded_step = -1
         if not isinstance(eval_dataset, str):
             eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         try:

@@ -44,6 +44,7 @@ LAYERS = {
     "omniopd_trl.offload": "head",
     "omniopd_trl.omniopd_config": "config",
     "omniopd_trl.construction": "trainer",
+    "omniopd_trl.generation": "trainer",
     "omniopd_trl.omniopd_trainer": "trainer",
     "omniopd_trl.cost": "cost",
     "omniopd_trl.processes": "processes",

@@ -1,0 +1,72 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The student's generation by vLLM: what the trainer wants of TRL's engine besides the tokens."""
+
+import math
+from typing import Any
+
+import torch
+from trl.generation.vllm_generation import VLLMGeneration
+
+# Mean absolute difference in nats from which on a warning is logged. In bf16 the two differ by about a hundredth.
+LARGE_DIFFERENCE = 0.1
+
+
+class SamplingLogprobs:
+    """Keeps the log-probabilities that vLLM sampled with, which the base class neither asks for nor hands on.
+
+    Args:
+        generation: TRL's engine, in either mode. It is told to return them, and to stop where the trainer does: vLLM
+            knows the ends that its own copy of the model names, which a `processing_class` may add to.
+        eos_token_ids: the tokens that end a completion.
+    """
+
+    def __init__(self, generation: VLLMGeneration, eos_token_ids: list[int]):
+        generation.logprobs = 0  # of the sampled token, and of no other
+        generation.generation_kwargs = {"stop_token_ids": eos_token_ids, **generation.generation_kwargs}
+        self._generate = generation.generate
+        generation.generate = self._generate_and_keep
+        self._kept: list[list[float]] | None = None
+
+    def _generate_and_keep(self, *args: Any, **kwargs: Any) -> tuple:
+        output = self._generate(*args, **kwargs)
+        _, completion_ids, logprobs, token_ids = output
+        self._kept = None
+        if logprobs is not None:
+            # With `generation_kwargs={"logprobs": N}` there are more of them, by rank. One that is no number is None.
+            tables = [[dict(zip(*pair, strict=True)) for pair in zip(*row, strict=True)] for row in zip(token_ids, logprobs, strict=True)]
+            self._kept = [
+                [math.nan if table[token] is None else table[token] for token, table in zip(ids, row, strict=True)]
+                for ids, row in zip(completion_ids, tables, strict=True)
+            ]
+        return output
+
+    def take(self) -> list[list[float]] | None:
+        """Those of the last generation, per sequence and token, in nats; `None` when there was none since."""
+        kept, self._kept = self._kept, None
+        return kept
+
+
+def sampling_difference(sampled: list[list[float]], logprobs: list[torch.Tensor]) -> torch.Tensor:
+    """How far the log-probabilities that an engine sampled with are from the student's own.
+
+    Args:
+        sampled: per sequence, of its tokens, in nats.
+        logprobs: per sequence `(T,)`, in nats. An empty completion has got an end since, which nobody sampled.
+
+    Returns:
+        `(N,)`, float64, absolute differences of all tokens in nats.
+    """
+    pairs = zip(sampled, logprobs, strict=True)
+    return torch.cat([(row[: len(ids)].double().cpu() - torch.tensor(ids).double()).abs() for ids, row in pairs])

@@ -1,0 +1,216 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The demo's student, whose embeddings are tied, writes its trajectories with a real vLLM.
+
+Colocate mode is TRL's as it is. In server mode the server is real and was started by TRL's command, and only the transfer
+of the weights is replaced (`folder_sync.py`): TRL's goes through NCCL, needs a GPU, and is not tested here.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folder_sync import FolderSync
+from generations import SETTINGS, Generation, make
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.utils import logging
+
+from benchmarks.servers import BLOCK, ENVIRONMENT, Server, command
+from omniopd_trl.demo import asset_path
+from omniopd_trl.generation import LARGE_DIFFERENCE
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
+# LoRA starts where the base model is, and moves by less.
+RATES = {"full": SETTINGS["learning_rate"], "lora": 0.015}
+
+# Nats, of any token. In float32 on both sides it is some 1e-4 at most.
+CLOSE = 0.01
+
+
+def assert_in_sync(generations: list[Generation], steps: list[tuple[str, int]]) -> None:
+    """Each generation was one of the student as it was then, although an update had changed it by far more."""
+    assert [(g.mode, g.step) for g in generations] == steps
+    assert all(g.tokens > 100 for g in generations)
+    assert max(g.largest for g in generations) < CLOSE
+    assert min(g.stale for g in generations[1:]) > 10 * CLOSE
+
+
+# Evaluation after every second of four steps. It comes before the next step's generation, which needs no second update.
+STEPS = [("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3), ("eval", 4)]
+
+
+@pytest.fixture(scope="module")
+def student_dir(tmp_path_factory):
+    """The demo's student, with defaults for sampling in its folder: servers apply them to what a request leaves open."""
+    path = tmp_path_factory.mktemp("student") / "model"
+    shutil.copytree(asset_path("student"), path)
+    defaults = path / "generation_config.json"
+    hostile = {"do_sample": True, "temperature": 0.2, "top_p": 0.1, "top_k": 1, "repetition_penalty": 1.5}
+    defaults.write_text(json.dumps({**json.loads(defaults.read_text()), **hostile}))
+    return path
+
+
+def colocated_run(model, folder, kind, dtype):
+    """What `colocated_run.py` saw, in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
+        "VLLM_USE_AOT_COMPILE": "0",
+    }
+    arguments = [str(HERE / "colocated_run.py"), str(model), str(folder), kind, str(RATES[kind]), dtype]
+    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+    seen = json.loads((folder / "seen.json").read_text())
+    return [Generation(**generation) for generation in seen.pop("generations")], seen
+
+
+def logged(log, name):
+    """The values of a metric, in order."""
+    return [entry[name] for entry in log if name in entry]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_colocated_student_is_the_one_that_is_trained(tmp_path, student_dir, kind):
+    """At every step, at evaluation, and after the weights changed outside of training; the metric says the same."""
+    generations, seen = colocated_run(student_dir, tmp_path, kind, "float32")
+    assert_in_sync(generations, [*STEPS, ("eval", 4)])
+    # The last evaluation comes after a change that no step made. The one before it ran with the weights until then.
+    assert seen["change"] > 10 * CLOSE
+    in_training = [g for g in generations if g.mode == "train"]
+    for name, expected in (("mean", [g.mean for g in in_training]), ("max", [g.largest for g in in_training])):
+        values = logged(seen["log"], f"sampling/sampling_logp_difference/{name}")
+        assert values == pytest.approx(expected, abs=1e-5)
+    # Adapters are merged for the transfer and taken out again: the reference is the base model.
+    assert seen["drift"] < 1e-6
+    assert seen["teacher_tokens"] > 0
+
+
+def test_colocated_engine_in_its_own_precision(tmp_path, student_dir):
+    """As TRL starts it, in the bfloat16 of the model's folder, while the trainer computes in float32."""
+    generations, _ = colocated_run(student_dir, tmp_path, "full", "auto")
+    assert max(g.mean for g in generations) < LARGE_DIFFERENCE / 2
+    assert min(g.stale for g in generations[1:]) > 2 * LARGE_DIFFERENCE
+
+
+@pytest.fixture(scope="module")
+def server(student_dir, tmp_path_factory):
+    """By TRL's command, with what the CPU needs besides."""
+    arguments = [
+        *(command("trl"), "vllm-serve", "--model", str(student_dir), "--dtype", "float32", "--max_model_len", "512"),
+        *("--enforce_eager", "true", "--block-size", str(BLOCK)),
+    ]
+    with Server(arguments, tmp_path_factory.mktemp("vllm") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def sync(monkeypatch, tmp_path_factory):
+    """See [`FolderSync`]."""
+    return FolderSync(monkeypatch, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def trainer_of(server, sync, student_dir, tmp_path):
+    """A function that makes a trainer whose student writes on the server."""
+
+    def make_trainer(**settings):
+        place = {"vllm_mode": "server", "vllm_server_base_url": server.address, "vllm_server_timeout": 10.0}
+        return make(student_dir, tmp_path, **place, **settings)
+
+    return make_trainer
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_served_student_is_the_one_that_is_trained(trainer_of, sync, kind):
+    """Likewise, with one update of the weights per step."""
+    trainer = trainer_of(learning_rate=RATES[kind], peft_config=LORA if kind == "lora" else None)
+    trainer.train()
+    assert_in_sync(trainer.generations, STEPS)
+    assert sync.count == 5  # for steps 0 to 4
+    assert len(logged(trainer.state.log_history, "sampling/sampling_logp_difference/mean")) == 4
+
+
+def test_missing_updates_are_noticed(trainer_of, sync, caplog):
+    """With a server that keeps its first weights the comparison fails, and the trainer warns once."""
+    logging.enable_propagation()
+    trainer = trainer_of(eval_strategy="no")
+    sync.enabled = False
+    trainer.train()
+    assert min(g.mean for g in trainer.generations[1:]) > LARGE_DIFFERENCE
+    means = logged(trainer.state.log_history, "sampling/sampling_logp_difference/mean")
+    assert means == pytest.approx([g.mean for g in trainer.generations], abs=1e-4)
+    assert caplog.text.count("it does not run the student that is trained") == 1
+
+
+def test_replayed_steps_generate_nothing_and_the_next_one_is_in_sync(trainer_of, sync, tmp_path):
+    """After a crash two steps come from the journal, without the engine; it is brought up to date for the third."""
+
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+    first = trainer_of(callbacks=[Crash()], **settings)
+    first.train()
+    assert sync.count == 3
+
+    # The engine's own settings may change: what is in the journal stays as good as it was.
+    again = trainer_of(vllm_max_model_length=512, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 4
+    assert [(g.mode, g.step) for g in again.generations] == [("train", 3)]
+    assert again.generations[0].largest < CLOSE
+    assert sync.count == 4
+    served_until_then = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float32)
+    assert again.difference_to(served_until_then).mean() > 10 * CLOSE
+    assert len(logged(again.state.log_history[1:], "sampling/sampling_logp_difference/mean")) == 2
+
+
+GREEDY = {"top_k": {"top_k": 1}, "top_p": {"top_p": 1e-6}, "min_p": {"min_p": 1.0}}
+
+
+@pytest.mark.parametrize("name", [*GREEDY, "repetition_penalty", "end"])
+def test_settings_of_the_sampling_reach_the_engine(trainer_of, student_dir, name):
+    """Each leaves one choice: token for token what transformers writes without any. So does another end of a turn."""
+    tokenizer = AutoTokenizer.from_pretrained(student_dir, padding_side="left")
+    penalty = 1.3 if name == "repetition_penalty" else 1.0
+    if name == "end":  # a text of the student's, so that the engine's own tokenizer would go on
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode(".")[-1])
+    trainer = trainer_of(
+        temperature=3.0, processing_class=tokenizer, repetition_penalty=penalty, **GREEDY.get(name, {"top_k": 1})
+    )
+    prompt_ids, *_ = trainer._tokenize_prompts([example["prompt"] for example in trainer.train_dataset])
+    written = trainer._generate_single_turn(prompt_ids, None, {})
+    greedy = {"do_sample": False, "max_new_tokens": SETTINGS["max_completion_length"], "repetition_penalty": penalty}
+    for prompt, ids in zip(prompt_ids, written, strict=True):
+        prompt = torch.tensor([prompt])
+        expected = trainer.model.generate(prompt, **greedy, eos_token_id=trainer.eos_token_ids, top_k=None, top_p=None)
+        assert ids == expected[0, prompt.shape[1] :].tolist()
+    ends = {ids[-1] for ids in written}
+    assert (tokenizer.eos_token_id in ends) == (name != "repetition_penalty" or bool(ends & {2}))
