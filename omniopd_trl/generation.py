@@ -44,18 +44,20 @@ class SamplingLogprobs:
         _, completion_ids, logprobs, token_ids = output
         self._kept = None
         if logprobs is not None:
-            # With `generation_kwargs={"logprobs": N}` there are more of them, by rank. One that is no number is None.
-            tables = [[dict(zip(*pair, strict=True)) for pair in zip(*row, strict=True)] for row in zip(token_ids, logprobs, strict=True)]
-            self._kept = [
-                [math.nan if table[token] is None else table[token] for token, table in zip(ids, row, strict=True)]
-                for ids, row in zip(completion_ids, tables, strict=True)
-            ]
+            rows = zip(completion_ids, token_ids, logprobs, strict=True)
+            self._kept = [[_of(*position) for position in zip(*row, strict=True)] for row in rows]
         return output
 
     def take(self) -> list[list[float]] | None:
         """Those of the last generation, per sequence and token, in nats; `None` when there was none since."""
         kept, self._kept = self._kept, None
         return kept
+
+
+def _of(token: int, candidates: list[int], logprobs: list[float | None]) -> float:
+    """The sampled token's: `generation_kwargs={"logprobs": N}` asks for more. One that is no number comes as None."""
+    value = logprobs[candidates.index(token)]
+    return math.nan if value is None else value
 
 
 def sampling_difference(sampled: list[list[float]], logprobs: list[torch.Tensor]) -> torch.Tensor:

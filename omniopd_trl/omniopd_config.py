@@ -530,8 +530,8 @@ class OmniOPDConfig(DistillationConfig):
                 )
         if self.use_vllm and "seed" in (self.generation_kwargs or {}):
             raise ConfigError(
-                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM applies to every prompt and every "
-                "step anew: samples of the same prompt would be equal. Leave it out; each process has a seed of its own."
+                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM starts from for every prompt "
+                "and every step anew: samples of the same prompt would be equal. Leave it out."
             )
         if self.max_tool_calling_iterations is not None:
             raise ConfigError(

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Weights go to a vLLM server through a folder, since TRL's way, NCCL, needs a GPU.
 
-Only the transfer is another one. Which weights are sent, under which names and when, is TRL's; the server is told to read
-them by a call of its own.
+Only the transfer is another one. Which weights are sent, under which names and when, is TRL's; the server is told to
+read them by a call of its own.
 """
 
 from collections.abc import Iterator

@@ -126,7 +126,7 @@ class ComparingTrainer(OmniOPDTrainer):
         )
 
     def difference_to(self, model: torch.nn.Module) -> torch.Tensor:
-        """Of the latest generation, `(N,)` in nats: between what vLLM sampled with and what a model gives its tokens."""
+        """From what vLLM sampled the latest generation with to what a model gives its tokens, `(N,)` in nats."""
         own = [dense_logprobs(model, prompt, ids, self.temperature) for prompt, ids, *_ in self._latest]
         sampled = [value for _, _, values, _ in self._latest for (value,) in values]
         return (torch.cat(own) - torch.tensor(sampled, dtype=torch.float64)).abs()

@@ -13,8 +13,8 @@
 # limitations under the License.
 """The demo's student, whose embeddings are tied, writes its trajectories with a real vLLM.
 
-Colocate mode is TRL's as it is. In server mode the server is real and was started by TRL's command, and only the transfer
-of the weights is replaced (`folder_sync.py`): TRL's goes through NCCL, needs a GPU, and is not tested here.
+Colocate mode is TRL's as it is. In server mode the server is real and was started by TRL's command, and only the
+transfer of the weights is replaced (`folder_sync.py`): TRL's goes through NCCL, needs a GPU, and is not tested here.
 """
 
 import json
@@ -55,13 +55,13 @@ def assert_in_sync(generations: list[Generation], steps: list[tuple[str, int]]) 
     assert min(g.stale for g in generations[1:]) > 10 * CLOSE
 
 
-# Evaluation after every second of four steps. It comes before the next step's generation, which needs no second update.
+# Evaluation after every second of four steps. It comes before the next step's generation, which needs no update then.
 STEPS = [("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3), ("eval", 4)]
 
 
 @pytest.fixture(scope="module")
 def student_dir(tmp_path_factory):
-    """The demo's student, with defaults for sampling in its folder: servers apply them to what a request leaves open."""
+    """The demo's student, with defaults for sampling beside it: servers apply them to what a request leaves open."""
     path = tmp_path_factory.mktemp("student") / "model"
     shutil.copytree(asset_path("student"), path)
     defaults = path / "generation_config.json"
@@ -189,7 +189,8 @@ def test_replayed_steps_generate_nothing_and_the_next_one_is_in_sync(trainer_of,
     assert sync.count == 4
     served_until_then = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float32)
     assert again.difference_to(served_until_then).mean() > 10 * CLOSE
-    assert len(logged(again.state.log_history[1:], "sampling/sampling_logp_difference/mean")) == 2
+    # That of the first step is the checkpoint's.
+    assert len(logged(again.state.log_history, "sampling/sampling_logp_difference/mean")) == 2
 
 
 GREEDY = {"top_k": {"top_k": 1}, "top_p": {"top_p": 1e-6}, "min_p": {"min_p": 1.0}}
@@ -203,14 +204,14 @@ def test_settings_of_the_sampling_reach_the_engine(trainer_of, student_dir, name
     if name == "end":  # a text of the student's, so that the engine's own tokenizer would go on
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode(".")[-1])
     trainer = trainer_of(
-        temperature=3.0, processing_class=tokenizer, repetition_penalty=penalty, **GREEDY.get(name, {"top_k": 1})
+        temperature=2.0, processing_class=tokenizer, repetition_penalty=penalty, **GREEDY.get(name, {"top_k": 1})
     )
-    prompt_ids, *_ = trainer._tokenize_prompts([example["prompt"] for example in trainer.train_dataset])
+    prompt_ids, *_ = trainer._tokenize_prompts([example["prompt"] for example in trainer.eval_dataset])
     written = trainer._generate_single_turn(prompt_ids, None, {})
     greedy = {"do_sample": False, "max_new_tokens": SETTINGS["max_completion_length"], "repetition_penalty": penalty}
     for prompt, ids in zip(prompt_ids, written, strict=True):
         prompt = torch.tensor([prompt])
         expected = trainer.model.generate(prompt, **greedy, eos_token_id=trainer.eos_token_ids, top_k=None, top_p=None)
         assert ids == expected[0, prompt.shape[1] :].tolist()
-    ends = {ids[-1] for ids in written}
-    assert (tokenizer.eos_token_id in ends) == (name != "repetition_penalty" or bool(ends & {2}))
+    if name == "end":
+        assert {ids[-1] for ids in written} == {tokenizer.eos_token_id}
