@@ -71,6 +71,7 @@ def test_defaults_are_the_papers():
         ("chunk_selection", "random"),
         ("loss_normalization", "mean"),
         ("posterior_baseline", "mean"),
+        ("vllm_mode", "colocated"),
         ("max_tool_calling_iterations", 3),
         ("label_smoothing_factor", 0.1),
         ("neftune_noise_alpha", 5.0),
@@ -89,6 +90,13 @@ def test_a_bad_value_is_refused_by_name(field, value):
     shown = "num_beams" if value == '{"num_beams": 4}' else "levenshtein" if value == "levenshtein" else repr(value)
     assert shown in str(caught.value) or str(value) in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_a_seed_for_vllm_is_refused():
+    """It would make samples of the same prompt equal; other keys are let through."""
+    with pytest.raises(ConfigError, match=r"generation_kwargs=\{'seed': 3\} sets 'seed'"):
+        config(use_vllm=True, generation_kwargs={"seed": 3})
+    assert config(use_vllm=True, generation_kwargs={"frequency_penalty": 0.1}).sampling_filters == []
 
 
 def test_beta_above_one_and_zero_are_legal():

@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 from trl import DistillationConfig, DistillationTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
@@ -77,6 +78,19 @@ def test_we_override_few_hooks():
     own = {name for name in vars(OmniOPDTrainer) if name in inherited and not name.startswith("__")}
     overridden = own - {"_tag_names", "_name", "_paper"}
     assert overridden == set(HOOKS) - {"_get_last_hidden_state"} | {"train"}, overridden
+
+
+def test_the_engine_has_what_we_change_and_read():
+    """vLLM's log-probabilities are switched on and kept, and updates forced, through these names."""
+    parameters = list(inspect.signature(VLLMGeneration.__init__).parameters)
+    assert {"logprobs", "generation_kwargs"} <= set(parameters), HINT
+    source = inspect.getsource(VLLMGeneration.generate)
+    assert '"logprobs": self.logprobs' in source, HINT
+    assert "generation_kwargs.update(self.generation_kwargs)" in source, HINT
+    assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in source, HINT
+    single_turn = inspect.getsource(DistillationTrainer._generate_single_turn)
+    assert "self.vllm_generation.generate(" in single_turn, HINT
+    assert "self.state.global_step != self._last_loaded_step" in single_turn, HINT
 
 
 def test_constructor_takes_what_trl_takes():
