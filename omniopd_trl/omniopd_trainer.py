@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
@@ -338,6 +339,10 @@ class OmniOPDTrainer(DistillationTrainer):
         self._sampling_logprobs: SamplingLogprobs | None = None
         if self.use_vllm:
             self._sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            # The engine draws from this process's generators, and has seeded them with its own number alone: all runs
+            # would draw alike, whatever their `seed`. The processes that share an engine have to draw alike.
+            set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
 
         settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
         self.auditor = Auditor(self.teacher, processing_class, settings, phi)

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Train the demo's student with vLLM in the same process, and write down what was seen.
 
-    python colocated_run.py MODEL FOLDER full|lora RATE DTYPE
+    python colocated_run.py MODEL FOLDER DTYPE full|lora '{"seed": 0}'
 
 A process of its own, since vLLM sets up the process that it runs in for good.
 """
@@ -31,13 +31,13 @@ from peft import LoraConfig
 from trl.generation import vllm_generation
 
 
-def main(model: str, folder: str, kind: str, rate: str, dtype: str) -> None:
+def main(model: str, folder: str, dtype: str, kind: str, settings: str) -> None:
     # TRL leaves these to vLLM. Here the engine is to differ from the trainer by its weights only.
     vllm_generation.LLM = functools.partial(
         vllm_generation.LLM, dtype=dtype, enforce_eager=True, block_size=32, disable_log_stats=True
     )
     lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if kind == "lora" else None
-    trainer = make(model, folder, vllm_mode="colocate", learning_rate=float(rate), peft_config=lora)
+    trainer = make(model, folder, vllm_mode="colocate", peft_config=lora, **json.loads(settings))
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
 
@@ -55,6 +55,7 @@ def main(model: str, folder: str, kind: str, rate: str, dtype: str) -> None:
         "log": trainer.state.log_history,
         "drift": max([(parameters[name] - value).abs().max().item() for name, value in frozen.items()], default=0.0),
         "change": change,
+        "first": trainer.first,
         "teacher_tokens": trainer.teacher_usage.completion_tokens,
     }
     (Path(folder) / "seen.json").write_text(json.dumps(seen))

@@ -93,6 +93,7 @@ class ComparingTrainer(OmniOPDTrainer):
         self._before: torch.nn.Module | None = None
         self._mode = ""
         self._latest: list[tuple[Any, ...]] = []
+        self.first: list[tuple[list[int], list[int]]] = []
         generate = self.vllm_generation.generate
 
         def compare(prompts, *args, **kwargs):
@@ -112,6 +113,7 @@ class ComparingTrainer(OmniOPDTrainer):
             self._before = None if self._at is None else self._at[1]
             self._at = (step, copy.deepcopy(self.model))
         self._latest = list(zip(prompts, completion_ids, logprobs, token_ids, strict=True))
+        self.first = self.first or [(prompt, list(ids)) for prompt, ids, *_ in self._latest]
         assert all(ids == [sampled for (sampled,) in tables] for _, ids, _, tables in self._latest)
         now = self.difference_to(self.model)
         self.generations.append(

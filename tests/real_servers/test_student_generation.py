@@ -40,8 +40,8 @@ from omniopd_trl.generation import LARGE_DIFFERENCE
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
-# LoRA starts where the base model is, and moves by less.
-RATES = {"full": SETTINGS["learning_rate"], "lora": 0.015}
+# LoRA moves by less at the same rate.
+KINDS = {"full": {}, "lora": {"learning_rate": 0.02}}
 
 # Nats, of any token. In float32 on both sides it is some 1e-4 at most.
 CLOSE = 0.01
@@ -53,6 +53,16 @@ def assert_in_sync(generations: list[Generation], steps: list[tuple[str, int]]) 
     assert all(g.tokens > 100 for g in generations)
     assert max(g.largest for g in generations) < CLOSE
     assert min(g.stale for g in generations[1:]) > 10 * CLOSE
+
+
+def report(capsys, what: str, generations: list[Generation]) -> None:
+    """The numbers of docs/generation.md."""
+    means, stale = [g.mean for g in generations], [g.stale for g in generations[1:]]
+    with capsys.disabled():
+        print(  # noqa: T201, a result
+            f"\n{what}: from vLLM to the student {min(means):.1g} to {max(means):.1g} nats per token, at most "
+            f"{max(g.largest for g in generations):.1g}; to the student before {min(stale):.2f} to {max(stale):.2f}"
+        )
 
 
 # Evaluation after every second of four steps. It comes before the next step's generation, which needs no update then.
@@ -70,7 +80,7 @@ def student_dir(tmp_path_factory):
     return path
 
 
-def colocated_run(model, folder, kind, dtype):
+def colocated_run(model, folder, dtype, kind, **settings):
     """What `colocated_run.py` saw, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,7 +93,14 @@ def colocated_run(model, folder, kind, dtype):
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    arguments = [str(HERE / "colocated_run.py"), str(model), str(folder), kind, str(RATES[kind]), dtype]
+    arguments = [
+        str(HERE / "colocated_run.py"),
+        str(model),
+        str(folder),
+        dtype,
+        kind,
+        json.dumps({**KINDS[kind], **settings}),
+    ]
     run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
     seen = json.loads((folder / "seen.json").read_text())
@@ -95,10 +112,21 @@ def logged(log, name):
     return [entry[name] for entry in log if name in entry]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_colocated_student_is_the_one_that_is_trained(tmp_path, student_dir, kind):
+@pytest.fixture(scope="module")
+def colocated(tmp_path_factory, student_dir):
+    """A run of each kind, on the same prompts in the same order, with a seed of its own."""
+    settings = {"shuffle_dataset": False}
+    return {
+        kind: colocated_run(student_dir, tmp_path_factory.mktemp(kind), "float32", kind, seed=seed, **settings)
+        for seed, kind in enumerate(KINDS)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_colocated_student_is_the_one_that_is_trained(colocated, capsys, kind):
     """At every step, at evaluation, and after the weights changed outside of training; the metric says the same."""
-    generations, seen = colocated_run(student_dir, tmp_path, kind, "float32")
+    generations, seen = colocated[kind]
+    report(capsys, f"colocated, {kind}, float32", generations)
     assert_in_sync(generations, [*STEPS, ("eval", 4)])
     # The last evaluation comes after a change that no step made. The one before it ran with the weights until then.
     assert seen["change"] > 10 * CLOSE
@@ -111,9 +139,17 @@ def test_colocated_student_is_the_one_that_is_trained(tmp_path, student_dir, kin
     assert seen["teacher_tokens"] > 0
 
 
-def test_colocated_engine_in_its_own_precision(tmp_path, student_dir):
+def test_seeds_differ(colocated):
+    """LoRA begins with the student as it is: to the same prompts the same student writes something else."""
+    full, lora = (seen["first"] for _, seen in colocated.values())
+    assert [prompt for prompt, _ in full] == [prompt for prompt, _ in lora]
+    assert [ids for _, ids in full] != [ids for _, ids in lora]
+
+
+def test_colocated_engine_in_its_own_precision(tmp_path, student_dir, capsys):
     """As TRL starts it, in the bfloat16 of the model's folder, while the trainer computes in float32."""
-    generations, _ = colocated_run(student_dir, tmp_path, "full", "auto")
+    generations, _ = colocated_run(student_dir, tmp_path, "auto", "full")
+    report(capsys, "colocated, full, bfloat16", generations)
     assert max(g.mean for g in generations) < LARGE_DIFFERENCE / 2
     assert min(g.stale for g in generations[1:]) > 2 * LARGE_DIFFERENCE
 
@@ -146,11 +182,12 @@ def trainer_of(server, sync, student_dir, tmp_path):
     return make_trainer
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_served_student_is_the_one_that_is_trained(trainer_of, sync, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_served_student_is_the_one_that_is_trained(trainer_of, sync, capsys, kind):
     """Likewise, with one update of the weights per step."""
-    trainer = trainer_of(learning_rate=RATES[kind], peft_config=LORA if kind == "lora" else None)
+    trainer = trainer_of(peft_config=LORA if kind == "lora" else None, **KINDS[kind])
     trainer.train()
+    report(capsys, f"served, {kind}, float32", trainer.generations)
     assert_in_sync(trainer.generations, STEPS)
     assert sync.count == 5  # for steps 0 to 4
     assert len(logged(trainer.state.log_history, "sampling/sampling_logp_difference/mean")) == 4
