@@ -65,10 +65,11 @@ def sampling_difference(sampled: list[list[float]], logprobs: list[torch.Tensor]
 
     Args:
         sampled: per sequence, of its tokens, in nats.
-        logprobs: per sequence `(T,)`, in nats. An empty completion has got an end since, which nobody sampled.
+        logprobs: per sequence `(T,)`, in nats. An empty completion has got an end since, which nobody sampled; one
+            that is left out of the training may be shorter than what was sampled.
 
     Returns:
-        `(N,)`, float64, absolute differences of all tokens in nats.
+        `(N,)`, float64, absolute differences of all tokens that both have, in nats.
     """
-    pairs = zip(sampled, logprobs, strict=True)
-    return torch.cat([(row[: len(ids)].double().cpu() - torch.tensor(ids).double()).abs() for ids, row in pairs])
+    pairs = zip(map(torch.tensor, sampled), logprobs, strict=True)
+    return torch.cat([(row[: len(ids)].double().cpu() - ids[: len(row)].double()).abs() for ids, row in pairs])

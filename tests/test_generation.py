@@ -76,9 +76,9 @@ def test_the_engine_is_told_what_to_return_and_where_to_stop():
 
 
 def test_differences_are_absolute_and_of_every_sampled_token():
-    """By hand; the end that an empty completion was given was not sampled."""
-    logprobs = [torch.tensor([-1.0, -2.5]), torch.tensor([-9.0])]
-    assert sampling_difference([[-1.25, -2.0], []], logprobs).tolist() == [0.25, 0.5]
+    """By hand; the end that an empty completion was given was not sampled, and what is left out is not scored."""
+    logprobs = [torch.tensor([-1.0, -2.5]), torch.tensor([-9.0]), torch.tensor([])]
+    assert sampling_difference([[-1.25, -2.0], [], [-3.0]], logprobs).tolist() == [0.25, 0.5]
 
 
 @pytest.mark.parametrize(("settings", "is_logged"), [({}, True), ({"top_p": 0.9}, False)])
