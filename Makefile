@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The tests' models are tiny: threads that wait for each other cost more than they compute, most of all on a machine
 # that has other work.
-test test-slow test-vllm: export OMP_NUM_THREADS := 1
+test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -69,6 +69,15 @@ def report(capsys, what: str, generations: list[Generation]) -> None:
 STEPS = [("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("train", 3), ("eval", 4)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For so small a model, threads that wait for each other, and for the server, cost more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def student_dir(tmp_path_factory):
     """The demo's student, with defaults for sampling beside it: servers apply them to what a request leaves open."""
