@@ -21,7 +21,13 @@ from types import ModuleType
 
 
 class OmniOPDError(Exception):
-    """Root of every error that this package raises on purpose."""
+    """Root of every error that this package raises on purpose.
+
+    Attributes:
+        on_every_process: whether all processes of the run raise it together, so that one may speak for all.
+    """
+
+    on_every_process = False
 
 
 class ConfigError(OmniOPDError, ValueError):

@@ -53,6 +53,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from omniopd_trl.agreement import Failure, first_failure, raise_together, stop
 from omniopd_trl.audit import (
     TEACHER_TOKENS_PER_STUDENT_TOKEN,
     Audit,
@@ -79,11 +80,12 @@ from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
 from omniopd_trl.offload import Offloaded, zero3_on_cpu
 from omniopd_trl.omniopd_config import OmniOPDConfig
+from omniopd_trl.order import EpochOrder
 from omniopd_trl.posterior import centered_posteriors
 from omniopd_trl.processes import warn_about_lost_processes
 from omniopd_trl.replay import audit_once, with_meter
 from omniopd_trl.similarity import get_similarity
-from omniopd_trl.teachers import METER, OUTCOMES, Prefix, SamplingRequest, Teacher, Usage
+from omniopd_trl.teachers import METER, OUTCOMES, Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 
 logger = logging.get_logger(__name__)
 
@@ -296,17 +298,15 @@ class OmniOPDTrainer(DistillationTrainer):
             )
         if args.use_vllm:
             import_extra("vllm", "vllm")
-        self.teacher = make_teacher(teacher_model, args)
         self._journal: Journal | None = None  # open while training
         # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
         self._unrecorded: list[tuple[Usage, float | None]] = []
-        for _, dataset in named_datasets(train_dataset, eval_dataset):
-            token = METER.set(self._meter)
-            try:
-                self.teacher.probe(next(iter(dataset))["prompt"])
-            finally:
-                METER.reset(token)
-            break
+        error: Exception | None = None
+        try:
+            self.teacher = self._make_teacher(teacher_model, args, train_dataset, eval_dataset)
+        except Exception as caught:  # a key may be missing on one machine only: the others must not wait for it
+            error = caught
+        raise_together(error, args.process_index)
 
         # The reference is the student before anything happens to it, so an instance is copied here.
         reference = None
@@ -382,6 +382,18 @@ class OmniOPDTrainer(DistillationTrainer):
                 return [math_accuracy]
         return []
 
+    def _make_teacher(self, teacher: Any, args: OmniOPDConfig, train_dataset: Any, eval_dataset: Any) -> Teacher:
+        """The teacher, after it has answered one question."""
+        made = make_teacher(teacher, args)
+        for _, dataset in named_datasets(train_dataset, eval_dataset):
+            token = METER.set(self._meter)
+            try:
+                made.probe(next(iter(dataset))["prompt"])
+            finally:
+                METER.reset(token)
+            break
+        return made
+
     def _load_reference(self, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
         kwargs = {**(self.args.model_init_kwargs or {}), **(self.args.ref_model_init_kwargs or {})}
         if quantization_config is not None:
@@ -410,6 +422,12 @@ class OmniOPDTrainer(DistillationTrainer):
         self._last_loaded_step = -1  # see `evaluate`
         with self._open_journal():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if not self.shuffle_dataset:
+            return sampler
+        return EpochOrder(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     @contextmanager
     def _open_journal(self) -> Iterator[None]:
@@ -465,7 +483,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if self._replays:
                 return [t.completion_ids for t in stored or ()]
         try:
-            with _evaluation_mode(self.model):
+            with self._seeded_generation(), _evaluation_mode(self.model):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
@@ -473,6 +491,21 @@ class OmniOPDTrainer(DistillationTrainer):
             raise
         # An engine may return no token at all, while the base class looks at each completion's last one.
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    @contextmanager
+    def _seeded_generation(self) -> Iterator[None]:
+        """Sample completions of training from a seed of this step and process, and leave the generator as it was.
+
+        A step is then the same whether the steps before it were generated or replayed, so that a resumed run goes on
+        like one that was never interrupted. vLLM has generators of its own, which processes of one engine share.
+        """
+        if self.use_vllm or not self.model.training:
+            yield
+            return
+        device = self.accelerator.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(self._trajectory_seed("generation", 0))
+            yield
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
@@ -621,16 +654,16 @@ class OmniOPDTrainer(DistillationTrainer):
         self._record_audits(mode, audits, pending, waited)
 
     @staticmethod
-    def _wait_for(pending: list[_PendingAudit]) -> tuple[list[Audit], TeacherError | None]:
+    def _wait_for(pending: list[_PendingAudit]) -> tuple[list[Audit], Exception | None]:
         audits: list[Audit] = []
         for audit in pending:
             try:
                 audits.append(audit.future.result())
-            except TeacherError as error:  # the others are learnt of first: no process may wait for this one
+            except Exception as error:  # the others learn of it first, whatever it is: none may wait for this one
                 return audits, error
         return audits, None
 
-    def _stop_together(self, audits: list[Audit], error: TeacherError | None, is_last: bool) -> None:
+    def _stop_together(self, audits: list[Audit], error: Exception | None, is_last: bool) -> None:
         """Stop every process when one cannot go on: all come here, so that none waits for a dead one."""
         self._chunks_dropped += sum(audit.num_dropped for audit in audits)
         self._chunks_asked += sum(audit.num_dropped + len(audit.chunks) for audit in audits)
@@ -638,9 +671,9 @@ class OmniOPDTrainer(DistillationTrainer):
         failed, dropped, asked = (
             self.accelerator.gather(torch.tensor([state], device=self.accelerator.device)).sum(0).tolist()
         )
-        reason: str | None = None
+        failure: Failure | None = None
         if failed:
-            reason = next(text for text in gather_object([None if error is None else str(error)]) if text)
+            failure = first_failure(error, self.accelerator.process_index)
         elif is_last:
             self._chunks_dropped = self._chunks_asked = 0
             if dropped > self.args.max_failed_chunks * asked:
@@ -651,14 +684,17 @@ class OmniOPDTrainer(DistillationTrainer):
                     f"rollouts, more than max_failed_chunks={self.args.max_failed_chunks:g} of the batch. "
                     f"One of the causes: {why}"
                 )
-        if reason is None:
+                failure = Failure(TeacherError, reason, is_ours=True)
+        if failure is None:
             return
         self._loop.cancel()  # nothing more is spent
         where = ""
         if self.is_in_train:
             self._save_checkpoint(self.model, trial=None)
+            # As soon as one process has ended, a launcher ends the others: one of them may still be writing.
+            self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; mend the cause and resume from it."
-        raise TeacherError(f"Stopped at step {self.state.global_step}: {reason}{where}") from error
+        raise stop(failure, error, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
 
     def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, is_last: bool) -> torch.Tensor:
         """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks at hand."""
@@ -1082,12 +1118,19 @@ class OmniOPDTrainer(DistillationTrainer):
         )
         samples: list[tuple[str, float]] = []
         usage = Usage()
+        replies: list[TeacherReply] = []
+        error: Exception | None = None
         mine = range(self.accelerator.process_index, len(dataset) // repeats, self.accelerator.num_processes)
         if mine:
             examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
-            with self._open_journal():
-                replies = self._loop.run(with_meter(self._meter, self.teacher.sample(prefixes, request)))
+            try:
+                with self._open_journal():
+                    replies = self._loop.run(with_meter(self._meter, self.teacher.sample(prefixes, request)))
+            except Exception as caught:
+                error = caught
+        raise_together(error, self.accelerator.process_index)
+        if replies:
             usage = sum((reply.usage for reply in replies), usage)
             pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
             if pairs:

@@ -440,6 +440,15 @@ def main(
     trainer.end()
 
 
+def wait_for_all() -> None:
+    """Wait until every process is here: a launcher ends the others, in mid-sentence, as soon as one has ended."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def run(args: Sequence[str] | None = None) -> int:
     """The command: parse, train, and turn this package's errors into one line.
 
@@ -452,9 +461,13 @@ def run(args: Sequence[str] | None = None) -> int:
     try:
         main(*parse_args(args))
     except OmniOPDError as error:
-        # One line, as these messages say what to do. Every process says it, since it may have happened in one only.
+        # One line, as these messages say what to do. Where not all processes stop for it, whichever does says so.
         rank = int(os.environ.get("RANK", "0"))
-        sys.stderr.write(f"{'' if rank == 0 else f'[rank {rank}] '}{type(error).__name__}: {error}\n")
+        if rank == 0 or not error.on_every_process:
+            sys.stderr.write(f"{'' if rank == 0 else f'[rank {rank}] '}{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        if error.on_every_process:
+            wait_for_all()
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
