@@ -445,6 +445,9 @@ class OmniOPDConfig(DistillationConfig):
         self._check_choices()
         self._check_inherited()
         self._warn_about_policy()
+        if self.ddp_find_unused_parameters is None and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Reentrant checkpointing fails with the search, which transformers has on for LoRA. Nothing is unused.
+            self.ddp_find_unused_parameters = False
 
     def _check_numbers(self) -> None:
         # YAML values arrive as they are written: a quoted number is a string, and YAML 1.1 reads 1e-6 as one.

@@ -807,7 +807,16 @@ class OmniOPDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         sums: dict[str, torch.Tensor] = {}
         tokens = self._tokens(inputs)
-        loss = self._inside_forward(model, lambda student: self._objective(student, tokens, inputs, mode, sums))
+        kept: list[torch.Tensor] = []
+
+        def body(student: PreTrainedModel) -> torch.Tensor:
+            loss = self._objective(student, tokens, inputs, mode, sums)
+            kept.append(loss.detach())
+            return loss
+
+        loss = self._inside_forward(model, body)
+        # FSDP2 has rounded the result to bf16. The gradient is that of the result, and the value the one before.
+        loss = loss + (kept[0] - loss.detach())
         self._record_losses(mode, loss, sums)
         return (loss, None) if return_outputs else loss
 

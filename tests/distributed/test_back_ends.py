@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def models(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Path:
     """The file that names the students: tied and untied heads, full and LoRA, a local teacher, offloading."""
     students = [
-        {"name": f"{head}_{kind}", "path": str(path), "lora": kind == "lora"}
+        {"name": f"{head}_{kind}", "path": str(path), "lora": {"init_lora_weights": False} if kind == "lora" else None}
         for head, path in (
             ("tied", make_tiny_model(seed=0)),
             ("untied", make_tiny_model(seed=0, tie_word_embeddings=False)),

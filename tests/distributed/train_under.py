@@ -12,18 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
-"""Trains the same three steps under one back end, for each kind of student, and writes down what came out.
+"""Trains the same steps under one back end, for each kind of student, and writes down what came out.
 
     python train_under.py BACK_END RESULT.json MODELS.json
 
-MODELS.json names what to train: a list of `{"name", "path", "lora", "teacher"}`, each with further settings of the
-configuration. The weights are written beside the result, as `NAME.safetensors`.
+MODELS.json names what to train: a list of `{"name", "path"}`, each with other arguments of `train` and further
+settings of the configuration. The weights are written beside the result, as `NAME.safetensors`.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from back_ends import training_arguments
 
@@ -36,7 +37,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import nn
 from trainer_utils import questions, script
+from transformers import BitsAndBytesConfig
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
@@ -47,8 +50,12 @@ STEPS, PROMPTS = 3, 8
 class Trainer(OmniOPDTrainer):
     """Cuts completions to lengths that depend on their prompts: the same for every back end."""
 
+    writes = True
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if not self.writes:
+            completions = [[crc32(bytes([i, len(ids)])) % 290 + 3 for i in range(40)] for ids in prompt_ids]
         if self.model.training:
             self.completions += completions
         lengths = (40, 31, 5, 17, 9, 36, 24, 1)
@@ -62,8 +69,66 @@ class Trainer(OmniOPDTrainer):
         return self._tokenizer.eos_token_id
 
 
+class Observed(Trainer):
+    """Notes in which dtype each part of the computation is done, on completions that are given."""
+
+    writes = False
+    phase = "generation"
+
+    def observe(self) -> None:
+        self.seen: set[tuple[str, str, str]] = set()
+        self.weights_kept: list[bool] = []
+        self.losses_in_float32: list[bool] = []
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        for model in models:
+            for name, module in self.accelerator.unwrap_model(model).named_modules():
+                if isinstance(module, nn.Linear) and "lm_head" not in name:
+                    module.register_forward_hook(self.note)
+
+    def note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.seen.add((self.phase, str(inputs[0].dtype), str(output.dtype)))
+
+    def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.phase = "scores"
+        scores = super()._score_rows(part)
+        self.phase = "generation"
+        return scores
+
+    def _run_reference(self, student: Any, body: Any) -> None:
+        before, self.phase = self.phase, "reference"
+        super()._run_reference(student, body)
+        self.phase = before
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.phase = "loss"
+        self.asked = inputs["weights"].unique()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.phase = "generation"
+        self.losses_in_float32.append(loss.dtype == torch.float32 and (exact(loss.detach()) or not loss))
+        return loss
+
+    def _objective(self, student: Any, tokens: Any, *args: Any) -> torch.Tensor:
+        arrived = tokens.weights.unique()
+        self.weights_kept.append(torch.equal(arrived, self.asked) and (len(arrived) == 1 or exact(arrived)))
+        return super()._objective(student, tokens, *args)
+
+
+def exact(values: torch.Tensor) -> bool:
+    """Whether they are float32 and have not been rounded to bfloat16 on the way."""
+    return values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
 def train(
-    folder: Path, name: str, path: str, lora: bool, teacher: str | None = None, **settings: Any
+    folder: Path,
+    name: str,
+    path: str,
+    lora: dict[str, Any] | None = None,
+    teacher: str | None = None,
+    quantization: dict[str, Any] | None = None,
+    observed: bool = False,
+    num_prompts: int = PROMPTS * STEPS,
+    resume: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     num_processes = 1 if BACK_END == "one" else 2
     args = OmniOPDConfig(
@@ -96,30 +161,35 @@ def train(
             **settings,
         }
     )
-    trainer = Trainer(
+    trainer = (Observed if observed else Trainer)(
         model=path,
         teacher_model=teacher or ScriptedTeacher(script),
         args=args,
-        train_dataset=questions(PROMPTS * STEPS),
-        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-        if lora
-        else None,
+        train_dataset=questions(num_prompts),
+        quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **lora) if lora is not None else None,
     )
     trainer.completions = []
+    if observed:
+        trainer.observe()
     before = weights(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     after = weights(trainer)
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     keys = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
     return {
-        "steps": [{key: float(entry[key]) for key in keys} for entry in logs],
+        "steps": [{key: float(entry[key]) for key in keys if key in entry} for entry in logs],
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,
         "completions": sorted(map(str, gather_object(trainer.completions))),
         "sharded": sharded(trainer),
         "reference_is_a_copy": trainer.ref_model is not None,
         "reference_rests_on_cpu": rests_on_cpu(trainer),
+        "asked": trainer.teacher_usage.completion_tokens,
+        "dtypes": sorted(gather_object(list(trainer.seen))) if observed else None,
+        "weights_kept": gather_object(trainer.weights_kept) if observed else None,
+        "losses_in_float32": gather_object(trainer.losses_in_float32) if observed else None,
     }
 
 

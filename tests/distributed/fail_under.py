@@ -1,0 +1,73 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+# ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
+"""Runs the training command under one back end, with a teacher that fails on the second process.
+
+    python fail_under.py BACK_END RECIPE FOLDER KIND
+
+KIND says what fails: `final`, an error of the teacher in the middle of a step; `unexpected`, a mistake in its code;
+`probe`, its first question; `nothing`. Each process writes the command's exit code to `FOLDER/KIND-RANK`.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+BACK_END, RECIPE, FOLDER, KIND = sys.argv[1:]
+if BACK_END == "fsdp2":
+    import fsdp2_on_cpu  # noqa: F401
+
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.teachers import ScriptedTeacher
+from omniopd_trl.train import run
+
+# Four of each step: this is the third step's last.
+FAILS_AT = 12
+RANK = int(os.environ["RANK"])
+
+
+class Failing(ScriptedTeacher):
+    """Answers the last of its requests late: the other micro-batch of the step is trained before."""
+
+    calls = 0
+
+    async def sample(self, *args: Any) -> Any:
+        Failing.calls += 1
+        if RANK == 1 and Failing.calls == FAILS_AT:
+            await asyncio.sleep(2)
+            if KIND == "final":
+                raise TeacherError("The key was refused. Set a valid one.")
+            if KIND == "unexpected":
+                raise RuntimeError("a mistake in the teacher")
+        return await super().sample(*args)
+
+    def probe(self, prompt: Any) -> None:
+        if RANK == 1 and KIND == "probe":
+            raise TeacherError("There is no key on this machine. Export one.")
+
+
+def main() -> None:
+    import omniopd_trl.construction
+
+    Failing.works_elsewhere = True
+    omniopd_trl.construction.load_teacher = lambda *args, **kwargs: Failing()
+    code = run(["--config", RECIPE])
+    Path(FOLDER, f"{KIND}-{RANK}").write_text(str(code))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from back_ends import HERE, finish, start, training_arguments
+from trainer_utils import questions
+
+from omniopd_trl.train import run
+
+SCRIPT = HERE / "fail_under.py"
+# From the launch to the end of both processes, imports included; a process that waits for a dead one waits for half an
+# hour.
+SECONDS = 120
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def write_recipe(tiny_model_dir, tmp_path_factory):
+    """A function that writes the recipe of a back end and returns its path."""
+    data = tmp_path_factory.mktemp("data") / "train.jsonl"
+    questions(32).to_json(data)
+
+    def write(back_end: str, output_dir: Path, **settings) -> Path:
+        recipe = {
+            "model_name_or_path": str(tiny_model_dir),
+            "teacher_model_name_or_path": "scripted",
+            "dataset_name": str(data),
+            "dataset_train_split": "train",
+            "output_dir": str(output_dir),
+            "report_to": "none",
+            "bf16": False,
+            "max_steps": 4,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4 if back_end == "one" else 2,
+            "max_completion_length": 24,
+            "num_chunks": 1,
+            "chunk_length": 8,
+            "min_chunk_length": 1,
+            "num_rollouts": 2,
+            "top_k": 1,
+            "learning_rate": 0.01,
+            "adam_epsilon": 0.01,
+            **training_arguments(back_end),
+            **({"fsdp": "full_shard"} if back_end == "fsdp2" else {}),  # a recipe's is a string
+            **settings,
+        }
+        path = output_dir.with_suffix(".json")
+        path.write_text(json.dumps(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(write_recipe, tmp_path_factory) -> list[dict]:
+    """The steps that one process takes without a failure."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert run(["--config", str(write_recipe("one", folder, save_strategy="steps", save_steps=4))]) == 0
+    return steps(folder / "checkpoint-4")
+
+
+def steps(checkpoint: Path) -> list[dict]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{key: entry[key] for key in ("loss", "grad_norm")} for entry in history if "grad_norm" in entry]
+
+
+def launch(back_end: str, recipe: Path, kind: str) -> tuple[int, str, list[str]]:
+    """Exit code and output of the launcher, and what the command returned on each process."""
+    folder = recipe.parent
+    code, output = finish(start(back_end, SCRIPT, folder, str(recipe), str(folder), kind), SECONDS)
+    return code, output, [path.read_text() for path in sorted(folder.glob(f"{kind}-?"))]
+
+
+@pytest.mark.parametrize("back_end", ["ddp", "zero3", "fsdp2"])
+def test_a_final_error_on_one_rank(back_end, write_recipe, uninterrupted, tmp_path):
+    """In the middle of a step: one message, both processes end by themselves, and the run goes on from there."""
+    if back_end.startswith("zero") and not DEEPSPEED:
+        pytest.skip("needs DeepSpeed and a C++ compiler")
+    recipe = write_recipe(back_end, tmp_path / "out")
+    code, output, codes = launch(back_end, recipe, "final")
+    assert code != 0
+    assert codes == ["1", "1"], output[-5000:]
+    lines = [line for line in output.splitlines() if "key was refused" in line]
+    assert len(lines) == 1, lines
+    message = "TeacherError: Stopped at step 2: The key was refused. Set a valid one. A checkpoint is in "
+    assert lines[0].startswith(message), lines
+    assert "omniopd_trainer.py" not in output, "a traceback where one line says all"
+
+    recipe = write_recipe(back_end, tmp_path / "out", resume_from_checkpoint=True, save_strategy="steps", save_steps=4)
+    code, output, _ = launch(back_end, recipe, "nothing")
+    assert (tmp_path / "out" / "checkpoint-4").is_dir(), output[-5000:]
+    # The steps before the failure are those of the first run, which the checkpoint has kept.
+    for here, there in zip(steps(tmp_path / "out" / "checkpoint-4"), uninterrupted, strict=True):
+        assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+
+
+def test_a_mistake_in_the_teacher_on_one_rank(write_recipe, tmp_path):
+    """An error of another kind: its traceback, once, and no process waits for the one that met it."""
+    code, output, codes = launch("ddp", write_recipe("ddp", tmp_path / "out"), "unexpected")
+    assert code != 0
+    assert codes == ["1"], "the first process returns, the second raises"
+    assert "TeacherError: Stopped at step 2: process 1 met an unexpected RuntimeError (a mistake in the" in output
+    assert output.count("RuntimeError: a mistake in the teacher") == 1
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_a_failing_probe_on_one_rank(write_recipe, tmp_path):
+    """Before anything is trained: the other process does not go on to load and to wait."""
+    code, output, codes = launch("ddp", write_recipe("ddp", tmp_path / "out"), "probe")
+    assert code != 0
+    assert codes == ["1", "1"], output[-5000:]
+    assert [line for line in output.splitlines() if "no key" in line] == [
+        "TeacherError: There is no key on this machine. Export one."
+    ]
