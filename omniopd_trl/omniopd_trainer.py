@@ -327,6 +327,12 @@ class OmniOPDTrainer(DistillationTrainer):
             peft_config=peft_config,
         )
 
+        for module in self.model.modules():
+            # On some CPUs, bitsandbytes repacks the weights of a layer that is evaluated into a form without a
+            # gradient, for good: everything below it would never be trained again.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
         offloads_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
         with zero3_on_cpu(self.accelerator) if offloads_shards else nullcontext():
             if args.beta > 0 and not is_peft_model(self.model) and reference is None:
@@ -1183,11 +1189,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off: the policy that samples, the one that is scored and the reference have none."""
     was_training = model.training
     model.eval()
-    for module in model.modules():
-        # On a CPU, bitsandbytes repacks the weights of a layer that is evaluated into a form without a gradient, for
-        # good: everything below it would never be trained again.
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.train(was_training)
     try:
         yield
     finally:

@@ -254,6 +254,31 @@ def test_quantized_student(tmp_path, make_tiny_model, tiny_tokenizer):
     assert ours.norm().item() == pytest.approx(dense.norm().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("prior", ["policy", "reference"])
+def test_evaluation_leaves_a_quantized_student_trainable(tmp_path, make_tiny_model, prior):
+    """An evaluation, or a pass of the reference, changes no gradient: bitsandbytes would repack the weights in it."""
+    pytest.importorskip("bitsandbytes")
+    path = make_tiny_model(seed=7, hidden_size=64, intermediate_size=128, head_dim=16, num_key_value_heads=4)
+    norms = []
+    for evaluates in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(evaluates),
+            path,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+            peft_config=LoraConfig(**{**LORA, "init_lora_weights": False}),
+            prior=prior,
+            eval_on_start=evaluates,
+            eval_dataset=questions(),
+        )
+        layer = next(m for m in trainer.model.modules() if hasattr(m, "quant_state"))
+        assert hasattr(layer, "support_avx512bf16_for_cpu"), "bitsandbytes has renamed what keeps it from repacking"
+        before = layer.weight.data.clone()
+        trainer.train()
+        assert torch.equal(layer.weight.data, before)
+        norms.append(next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 def test_dropout_is_off_while_sampling_and_scoring(tmp_path, tiny_model_dir, tiny_tokenizer):
     """The policy that is scored is the one that sampled: with dropout, no two greedy completions would be equal."""
     peft_config = LoraConfig(**LORA, lora_dropout=0.5)
