@@ -176,6 +176,24 @@ def test_chunks_below_min_rollouts_are_dropped(tmp_path, tiny_model_dir):
     assert few.state.log_history[0]["audit/dropped_chunks"] == 1
 
 
+def test_a_mistake_in_a_teacher_saves_and_shows_its_traceback(tmp_path, tiny_model_dir):
+    """An error that is no TeacherError is raised as it is, with a note that says where to go on from."""
+
+    class Mistaken(Remote):
+        async def sample(self, prefixes, request):
+            if self.calls == 9:
+                raise KeyError("choices")
+            return await super().sample(prefixes, request)
+
+    trainer = make_trainer(
+        tmp_path, tiny_model_dir, teacher=Mistaken(), max_steps=3, dataset=questions(24), **FOUR_MICRO_BATCHES
+    )
+    with pytest.raises(KeyError, match="choices") as caught:
+        trainer.train()
+    assert "Stopped at step 1: process 0 met an unexpected KeyError ('choices')" in caught.value.__notes__[0]
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+
+
 RANKS = """
 import sys
 from pathlib import Path

@@ -23,6 +23,7 @@ import pytest
 import torch
 from test_overlap import FOUR_MICRO_BATCHES, Here, Remote
 from trainer_utils import make_trainer, questions, trainable
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from omniopd_trl.checkpoints import last_checkpoint
@@ -71,6 +72,37 @@ def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir
     assert again.state.log_history[3]["teacher/completion_tokens"] == 0
     assert again.teacher_usage == Usage()
     assert spent(tmp_path) == paid
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tiny_model_dir):
+    """Steps that are generated after replayed ones, in a later epoch: the same prompts, completions and weights."""
+    settings = {**SETTINGS, "max_steps": 5, "save_steps": 1, "dataset": questions(16)}
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Here(), **settings)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=Here(), callbacks=[StopAt(3)], **settings)
+    cut.train()
+    again = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=Here(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))  # an epoch has two steps
+    for there, here in zip(whole.batches[2:], again.batches, strict=True):
+        assert here["prompts"] == there["prompts"]
+        assert torch.equal(here["completion_ids"], there["completion_ids"])
+    weights = trainable(again.model)
+    for name, value in trainable(whole.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    # Epochs are shuffled, each in another way.
+    epochs = [[str(p) for batch in whole.batches[i : i + 2] for p in batch["prompts"]] for i in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
 
 
 def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir):

@@ -56,13 +56,14 @@ class Trainer(OmniOPDTrainer):
         completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.writes:
             completions = [[crc32(bytes([i, len(ids)])) % 290 + 3 for i in range(40)] for ids in prompt_ids]
-        if self.model.training:
-            self.completions += completions
         lengths = (40, 31, 5, 17, 9, 36, 24, 1)
-        return [
+        completions = [
             ids if len(ids) <= lengths[sum(prompt) % 8] else [*ids[: lengths[sum(prompt) % 8] - 1], self.eos]
             for prompt, ids in zip(prompt_ids, completions, strict=True)
         ]
+        if self.model.training:
+            self.completions += completions
+        return completions
 
     @property
     def eos(self) -> int:
@@ -111,6 +112,16 @@ class Observed(Trainer):
         arrived = tokens.weights.unique()
         self.weights_kept.append(torch.equal(arrived, self.asked) and (len(arrived) == 1 or exact(arrived)))
         return super()._objective(student, tokens, *args)
+
+    def observations(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        return {
+            "dtypes": sorted(set(gather_object(list(self.seen)))),
+            "weights_kept": all(gather_object(self.weights_kept)),
+            "losses_kept": all(gather_object(self.losses_in_float32)),
+            "master_weights": str(master_weights(model).dtype),
+            "quantized": any(getattr(module, "quant_state", None) is not None for module in model.modules()),
+        }
 
 
 def exact(values: torch.Tensor) -> bool:
@@ -187,9 +198,7 @@ def train(
         "reference_is_a_copy": trainer.ref_model is not None,
         "reference_rests_on_cpu": rests_on_cpu(trainer),
         "asked": trainer.teacher_usage.completion_tokens,
-        "dtypes": sorted(gather_object(list(trainer.seen))) if observed else None,
-        "weights_kept": gather_object(trainer.weights_kept) if observed else None,
-        "losses_in_float32": gather_object(trainer.losses_in_float32) if observed else None,
+        "observed": trainer.observations() if observed else None,
     }
 
 
@@ -209,6 +218,16 @@ def weights(trainer: OmniOPDTrainer) -> dict[str, torch.Tensor]:
             value = value.full_tensor()
         whole[name] = value.clone().float()
     return whole
+
+
+def master_weights(model: nn.Module) -> torch.Tensor:
+    """What the optimizer updates, of one trainable parameter: a copy of DeepSpeed's own, if there is one."""
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    if not BACK_END.startswith("zero"):
+        return parameter.detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
 
 
 def sharded(trainer: OmniOPDTrainer) -> bool:
