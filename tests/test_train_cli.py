@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.train import main, parse_args, resolve_checkpoint, run, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +223,20 @@ class TestMistakes:
         monkeypatch.setenv("RANK", "1")
         assert run(["--config", recipe(chunk_length=64)]) == 2
         assert capsys.readouterr().err.startswith("[rank 1] ConfigError: chunk_length=64")
+
+    @pytest.mark.parametrize(("rank", "said"), [("0", "TeacherError: no credit\n"), ("1", "")])
+    def test_one_process_speaks_for_all(self, recipe, capsys, monkeypatch, rank, said):
+        """What every process stops for is said once, and each returns the same exit code."""
+
+        def stopped(*args):
+            error = TeacherError("no credit")
+            error.on_every_process = True
+            raise error
+
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr("omniopd_trl.train.main", stopped)
+        assert run(["--config", recipe()]) == 1
+        assert capsys.readouterr().err == said
 
     def test_argparse(self, recipe, capsys):
         """A value that cannot be converted: argparse's own exit, with a usage line that fits on the screen."""

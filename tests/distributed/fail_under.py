@@ -17,7 +17,7 @@
     python fail_under.py BACK_END RECIPE FOLDER KIND
 
 KIND says what fails: `final`, an error of the teacher in the middle of a step; `unexpected`, a mistake in its code;
-`probe`, its first question; `nothing`. Each process writes the command's exit code to `FOLDER/KIND-RANK`.
+`probe`, its first question; `evaluation`, its own one after the training; `nothing`. Each process writes the command's exit code to `FOLDER/KIND-RANK`.
 """
 
 import asyncio
@@ -44,15 +44,18 @@ class Failing(ScriptedTeacher):
 
     calls = 0
 
-    async def sample(self, *args: Any) -> Any:
+    async def sample(self, prefixes: Any, request: Any) -> Any:
         Failing.calls += 1
+        # Training asks for two samples, an evaluation of the teacher for one.
+        if RANK == 1 and KIND == "evaluation" and request.num_samples == 1:
+            raise TeacherError("The account is empty. Top it up.")
         if RANK == 1 and Failing.calls == FAILS_AT:
             await asyncio.sleep(2)
             if KIND == "final":
                 raise TeacherError("The key was refused. Set a valid one.")
             if KIND == "unexpected":
                 raise RuntimeError("a mistake in the teacher")
-        return await super().sample(*args)
+        return await super().sample(prefixes, request)
 
     def probe(self, prompt: Any) -> None:
         if RANK == 1 and KIND == "probe":

@@ -126,11 +126,17 @@ def test_a_mistake_in_the_teacher_on_one_rank(write_recipe, tmp_path):
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
-def test_a_failing_probe_on_one_rank(write_recipe, tmp_path):
-    """Before anything is trained: the other process does not go on to load and to wait."""
-    code, output, codes = launch("ddp", write_recipe("ddp", tmp_path / "out"), "probe")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("probe", "TeacherError: There is no key on this machine. Export one."),
+        ("evaluation", "TeacherError: The account is empty. Top it up."),
+    ],
+)
+def test_a_failure_on_one_rank_before_and_after_the_training(kind, message, write_recipe, tmp_path):
+    """At the first question, and in the teacher's own evaluation: the other process does not go on and wait."""
+    settings = {"max_steps": 1, "evaluate_teacher": True, "dataset_test_split": "train", "eval_strategy": "no"}
+    code, output, codes = launch("ddp", write_recipe("ddp", tmp_path / "out", **settings), kind)
     assert code != 0
     assert codes == ["1", "1"], output[-5000:]
-    assert [line for line in output.splitlines() if "no key" in line] == [
-        "TeacherError: There is no key on this machine. Export one."
-    ]
+    assert [line for line in output.splitlines() if message[-12:] in line] == [message]
