@@ -17,7 +17,8 @@
     python fail_under.py BACK_END RECIPE FOLDER KIND
 
 KIND says what fails: `final`, an error of the teacher in the middle of a step; `unexpected`, a mistake in its code;
-`probe`, its first question; `evaluation`, its own one after the training; `nothing`. Each process writes the command's exit code to `FOLDER/KIND-RANK`.
+`probe`, its first question; `evaluation`, its own one after the training; `nothing`. Each process writes the command's
+exit code to `FOLDER/KIND-RANK`.
 """
 
 import asyncio
