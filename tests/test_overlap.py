@@ -151,7 +151,7 @@ def _busy(trainer) -> bool:
 def test_too_many_dropped_chunks_stop_the_run(tmp_path, tiny_model_dir, teacher):
     """Above `max_failed_chunks`, with the ratio and a cause in the message; at 1.0 the run goes on."""
     trainer = make_trainer(tmp_path / "a", tiny_model_dir, teacher=teacher(refuse=True), **FOUR_MICRO_BATCHES)
-    with pytest.raises(TeacherError, match=r"10 of 10 chunks .*max_failed_chunks=0.2.*refused"):
+    with pytest.raises(TeacherError, match=r"(\d+) of \1 chunks .*max_failed_chunks=0.2.*refused"):
         trainer.train()
     lenient = make_trainer(
         tmp_path / "b", tiny_model_dir, teacher=teacher(refuse=True), max_failed_chunks=1.0, **FOUR_MICRO_BATCHES
