@@ -503,7 +503,8 @@ class OmniOPDTrainer(DistillationTrainer):
         """Sample completions of training from a seed of this step and process, and leave the generator as it was.
 
         A step is then the same whether the steps before it were generated or replayed, so that a resumed run goes on
-        like one that was never interrupted. Processes that share an engine of vLLM have to draw alike: it is left alone.
+        like one that was never interrupted. Processes that share an engine of vLLM have to draw alike: it is left
+        alone.
         """
         if self.use_vllm or not self.model.training:
             yield
