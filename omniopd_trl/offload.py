@@ -13,64 +13,100 @@
 # limitations under the License.
 """A frozen model that stays on the CPU between uses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 
 class Offloaded:
-    """Keeps the parameters of a frozen module in the CPU's memory, and lends them to a device.
+    """Keeps the parameters of a frozen model in the CPU's memory, and lends them to a device.
 
-    Nothing is copied back: they never change. Buffers stay where they are, since they are small.
+    The layers get theirs one at a time, each while it computes, so that the model is never there as a whole; what lies
+    outside of them (embeddings, the LM head) is lent for the whole of a use. Nothing is copied back: parameters never
+    change. Buffers stay where they are, since they are small.
 
     Args:
-        module: a plain module, one that DeepSpeed wraps without sharding it, or one that FSDP2 shards. Its parameters
-            move to the CPU's memory, pinned where there is an accelerator.
+        model: a plain model, one that DeepSpeed wraps without sharding it, or one that FSDP2 shards. Its parameters
+            move to the CPU's memory, pinned where there is an accelerator. The shards of FSDP2 are lent together,
+            since it gathers layer by layer itself.
         device: where it computes.
+        layers: the modules that are lent to one at a time, as `layers_of` finds them.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device):
-        self.module = module
+    def __init__(self, model: nn.Module, device: torch.device, layers: Sequence[nn.Module] = ()):
+        self.model = model
         self.device = device
-        self._host: list[torch.Tensor] = []
-        if isinstance(module, FSDPModule):
-            module.to("cpu")
+        self._outside: _Loan | None = None
+        if isinstance(model, FSDPModule):
+            model.to("cpu")
             return
-        for parameter in module.parameters():
-            host = parameter.data.to("cpu")
-            # Copies from pinned memory are fast, and do not wait for each other.
-            parameter.data = host.pin_memory() if torch.accelerator.is_available() else host
-            self._host.append(parameter.data)
+        inside: set[nn.Parameter] = set()
+        for layer in layers:
+            loan = _Loan([p for p in layer.parameters() if p not in inside], device)
+            inside.update(loan.parameters)
+            layer.register_forward_pre_hook(loan.lend)
+            layer.register_forward_hook(loan.take_back, always_call=True)
+        self._outside = _Loan([p for p in model.parameters() if p not in inside], device)
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The module with its parameters on the device, until the block is left.
+        """The model as it computes on the device, until the block is left.
 
         A tensor that shares a parameter's memory there, `parameter.detach()`, stays valid after it.
         """
-        if isinstance(self.module, FSDPModule):
+        if self._outside is None:
             # FSDP2 moves its shards by itself, and knows where they are only if it does.
-            self.module.to(self.device)
+            self.model.to(self.device)
             try:
-                yield self.module
+                yield self.model
             finally:
-                self.module.to("cpu")
+                self.model.to("cpu")
             return
-        for parameter, host in zip(self.module.parameters(), self._host, strict=True):
-            parameter.data = _lend(host, self.device)
+        self._outside.lend()
         try:
-            yield self.module
+            yield self.model
         finally:
-            for parameter, host in zip(self.module.parameters(), self._host, strict=True):
-                parameter.data = host
+            self._outside.take_back()
 
 
-def _lend(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+class _Loan:
+    """Parameters that go to the device and come back together."""
+
+    def __init__(self, parameters: list[nn.Parameter], device: torch.device):
+        self.parameters = parameters
+        self.device = device
+        self.host = []
+        for parameter in parameters:
+            host = parameter.data.to("cpu")
+            # Copies from pinned memory are fast, and do not wait for each other.
+            parameter.data = host.pin_memory() if torch.accelerator.is_available() else host
+            self.host.append(parameter.data)
+
+    def lend(self, *_: object) -> None:
+        for parameter, host in zip(self.parameters, self.host, strict=True):
+            parameter.data = _copy(host, self.device)
+
+    def take_back(self, *_: object) -> None:
+        for parameter, host in zip(self.parameters, self.host, strict=True):
+            parameter.data = host
+
+
+def _copy(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model of transformers: what it names as never to be split over devices."""
+    names = set(model._no_split_modules or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    # A layer inside of a layer goes with it.
+    within = {inner for module in found for inner in module.modules() if inner is not module}
+    return [module for module in found if module not in within]
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class OmniOPDConfig(DistillationConfig):
             `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
             the student's path or id instead of copied.
         ref_model_offload (`bool`, *optional*, defaults to `False`):
-            Keep the reference in the CPU's memory between uses. It then takes memory on the device only while it
+            Keep the reference in the CPU's memory between uses. Each of its layers is then on the device only while it
             computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Leave a completion that was cut at `max_completion_length` out of the training: it is neither audited nor
@@ -291,8 +291,9 @@ class OmniOPDConfig(DistillationConfig):
     ref_model_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep the reference in the CPU's memory between uses. It then takes memory on the device only "
-            "while it computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy."
+            "help": "Keep the reference in the CPU's memory between uses. Each of its layers is then on the device "
+            "only while it computes, and is copied there once per micro-batch. Without effect with LoRA, which has no "
+            "copy."
         },
     )
     mask_truncated_completions: bool = field(

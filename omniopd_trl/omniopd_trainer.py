@@ -78,7 +78,7 @@ from omniopd_trl.generation import LARGE_DIFFERENCE, SamplingLogprobs, sampling_
 from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
-from omniopd_trl.offload import Offloaded, zero3_on_cpu
+from omniopd_trl.offload import Offloaded, layers_of, zero3_on_cpu
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.order import EpochOrder
 from omniopd_trl.posterior import centered_posteriors
@@ -340,7 +340,8 @@ class OmniOPDTrainer(DistillationTrainer):
             self.ref_model = None if reference is None else self._prepare_reference(reference)
         self._offloaded_ref: Offloaded | None = None
         if args.ref_model_offload and not offloads_shards and self.ref_model is not None:
-            self._offloaded_ref = Offloaded(self.ref_model, self.accelerator.device)
+            layers = layers_of(self.accelerator.unwrap_model(self.ref_model))
+            self._offloaded_ref = Offloaded(self.ref_model, self.accelerator.device, layers)
 
         self._sampling_logprobs: SamplingLogprobs | None = None
         if self.use_vllm:
@@ -503,15 +504,17 @@ class OmniOPDTrainer(DistillationTrainer):
         """Sample completions of training from a seed of this step and process, and leave the generator as it was.
 
         A step is then the same whether the steps before it were generated or replayed, so that a resumed run goes on
-        like one that was never interrupted. Processes that share an engine of vLLM have to draw alike: it is left
-        alone.
+        like one that was never interrupted. A colocated vLLM draws from the generators of its process, and processes
+        that share an engine have to draw alike; a server has generators of its own.
         """
-        if self.use_vllm or not self.model.training:
+        if not self.model.training or (self.use_vllm and self.vllm_mode == "server"):
             yield
             return
+        engine = self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
+        seed = random.Random(repr((self.args.seed, "generation", self.state.global_step, engine))).getrandbits(31)
         device = self.accelerator.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(self._trajectory_seed("generation", 0))
+            torch.manual_seed(seed)
             yield
 
     def _generate_and_score_completions(self, inputs):

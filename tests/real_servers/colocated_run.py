@@ -39,7 +39,7 @@ def main(model: str, folder: str, dtype: str, kind: str, settings: str) -> None:
     lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if kind == "lora" else None
     trainer = make(model, folder, vllm_mode="colocate", peft_config=lora, **json.loads(settings))
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    trainer.train()
+    trainer.train(trainer.args.resume_from_checkpoint)
 
     # Outside of training, weights change without a step.
     trained = copy.deepcopy(trainer.model)

@@ -14,6 +14,7 @@
 """A trainer that compares, at each generation, the student that vLLM runs with the student that is trained."""
 
 import copy
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class Generation:
         mode: `"train"` or `"eval"`.
         step: `global_step`.
         tokens: how many were sampled.
+        text: stands for what was sampled, token by token.
         largest: largest absolute difference to the student as it is, in nats.
         mean: mean absolute difference to the student as it is, in nats.
         stale: mean absolute difference to the student of the last generation at another step; what `mean` would be,
@@ -68,6 +70,7 @@ class Generation:
     mode: str
     step: int
     tokens: int
+    text: int
     largest: float
     mean: float
     stale: float | None
@@ -121,6 +124,7 @@ class ComparingTrainer(OmniOPDTrainer):
                 mode=self._mode,
                 step=step,
                 tokens=len(now),
+                text=zlib.crc32(repr([(prompt, list(ids)) for prompt, ids, *_ in self._latest]).encode()),
                 largest=now.max().item(),
                 mean=now.mean().item(),
                 stale=None if self._before is None else self.difference_to(self._before).mean().item(),

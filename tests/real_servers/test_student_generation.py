@@ -112,7 +112,7 @@ def colocated_run(model, folder, dtype, kind, **settings):
     ]
     run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
-    seen = json.loads((folder / "seen.json").read_text())
+    seen = {**json.loads((folder / "seen.json").read_text()), "folder": folder}
     return [Generation(**generation) for generation in seen.pop("generations")], seen
 
 
@@ -124,7 +124,7 @@ def logged(log, name):
 @pytest.fixture(scope="module")
 def colocated(tmp_path_factory, student_dir):
     """A run of each kind, on the same prompts in the same order, with a seed of its own."""
-    settings = {"shuffle_dataset": False}
+    settings = {"shuffle_dataset": False, "save_strategy": "steps", "save_steps": 2}
     return {
         kind: colocated_run(student_dir, tmp_path_factory.mktemp(kind), "float32", kind, seed=seed, **settings)
         for seed, kind in enumerate(KINDS)
@@ -153,6 +153,17 @@ def test_seeds_differ(colocated):
     full, lora = (seen["first"] for _, seen in colocated.values())
     assert [prompt for prompt, _ in full] == [prompt for prompt, _ in lora]
     assert [ids for _, ids in full] != [ids for _, ids in lora]
+
+
+def test_a_resumed_colocated_run_draws_what_an_uninterrupted_one_would(colocated, tmp_path, student_dir):
+    """Without a journal: the engine's samples depend on the seed and the step, and not on what was drawn before."""
+    whole, seen = colocated["full"]
+    checkpoint = str(seen["folder"] / "checkpoint-2")
+    settings = {"shuffle_dataset": False, "seed": 0, "eval_strategy": "no", "resume_from_checkpoint": checkpoint}
+    resumed, _ = colocated_run(student_dir, tmp_path, "float32", "full", **settings)
+    texts = {g.step: g.text for g in whole if g.mode == "train"}
+    assert {g.step: g.text for g in resumed if g.mode == "train"} == {2: texts[2], 3: texts[3]}
+    assert len(set(texts.values())) == 4
 
 
 def test_colocated_engine_in_its_own_precision(tmp_path, student_dir, capsys):

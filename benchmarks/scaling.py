@@ -1,0 +1,391 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a job needs beyond the machines at hand: memory per GPU, time per step, and what its teacher must deliver.
+
+    python -m benchmarks.scaling            # the tables of docs/scaling.md
+    python -m benchmarks.scaling --check    # the formulas against the real models' code
+
+The formulas are those of docs/scaling.md. The check runs the code of the real models, at their real sizes and 20,000
+tokens, on tensors that have a shape and no memory (PyTorch's `FakeTensorMode`): it counts every storage that is alive
+and every multiplication, and needs neither a GPU nor the memory of one.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
+SEQUENCES = 16  # trajectories of one optimizer step, or one per GPU where there are more GPUs
+GPUS = (1, 8, 64)
+
+# What is assumed of a GPU: an H100 with 80 GB, in bf16. Nothing here was measured on one.
+GPU_MEMORY = 80e9  # bytes
+GPU_FLOPS = 989e12  # per second, dense
+GPU_BANDWIDTH = 3.35e12  # bytes per second
+UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
+DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
+LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, which is less than NVLink
+
+# A teacher of one's own: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
+# that serves four of five prompt tokens.
+TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 64, 0.8
+
+# The method's defaults.
+NUM_CHUNKS, CHUNK_LENGTH, NUM_ROLLOUTS, ROLLOUT_TOKENS = 10, 50, 10, 70
+
+
+@dataclass(frozen=True)
+class Student:
+    """The sizes of a Qwen3 model."""
+
+    name: str
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    tied: bool
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151_936
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer: attention, its two norms per head, the MLP, and two norms."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the LM head, which a tied model shares with its embeddings."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def largest(self) -> int:
+        """Of the largest layer: what is gathered at a time."""
+        return max(self.layer_parameters, self.head_parameters)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        embeddings = self.head_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+    def config(self) -> Any:
+        """The same for transformers."""
+        from transformers import Qwen3Config
+
+        return Qwen3Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=40_960,
+        )
+
+
+STUDENTS = (
+    Student("Qwen3-1.7B", 2048, 28, 6144, 16, tied=True),
+    Student("Qwen3-4B", 2560, 36, 9728, 32, tied=True),
+    Student("Qwen3-8B", 4096, 36, 12_288, 32, tied=False),
+    Student("Qwen3-32B", 5120, 64, 25_600, 64, tied=False),
+)
+
+
+# ---- Memory ----
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """Bytes per parameter on one of N GPUs: `whole + split / N`, for the student and for the reference.
+
+    Attributes:
+        whole: what every GPU holds of each weight: the weight, its gradient, optimizer states.
+        split: what the GPUs share.
+        whole_reference: the same for the frozen reference.
+        split_reference: the same.
+        gathers: bytes per parameter of the largest layer, which is whole for the moment it is used.
+        lends: bytes per parameter of the reference's embeddings, head and one layer, where it rests on the CPU.
+    """
+
+    name: str
+    whole: float
+    split: float
+    whole_reference: float
+    split_reference: float
+    gathers: float = 0.0
+    lends: float = 0.0
+    min_gpus: int = 1
+
+
+# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32. DDP has a copy of the weights in bf16 during
+# a forward and backward (autocast's). DeepSpeed has bf16 weights and gradients, and float32 gradients, weights and
+# moments of the part that a GPU updates; its own estimates are the same. What is gathered is bf16, with its gradient.
+BACK_ENDS = (
+    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8 + 2, 0, 4, 0),
+    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8 + 2, 0, 0, 0, lends=4),
+    BackEnd("the same, LoRA", 4 + 2, 0, 0, 0),
+    BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8),
+    BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0),
+    BackEnd("`zero3`", 0, 2 + 4 + 4 + 8, 0, 2, gathers=4, min_gpus=8),
+    BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, gathers=4, min_gpus=8),
+    BackEnd("`fsdp2`", 0, 4 + 4 + 8, 0, 4, gathers=4, min_gpus=8),
+)
+
+
+def state_bytes(student: Student, back_end: BackEnd, gpus: int) -> float:
+    """Weights, gradients, optimizer states and the reference on one GPU, with the largest layer that is gathered."""
+    per_parameter = back_end.whole + back_end.whole_reference
+    per_parameter += (back_end.split + back_end.split_reference) / gpus
+    lent = student.parameters - (student.layers - 1) * student.layer_parameters
+    return per_parameter * student.parameters + back_end.gathers * student.largest + back_end.lends * lent
+
+
+def layer_bytes(student: Student, tokens: int) -> float:
+    """What one layer keeps while it is computed again and differentiated, in bf16.
+
+    The coefficients are read off the code of Qwen3 in transformers, by the check below: how many results of each width
+    a layer holds at its worst moment, its float32 norms counted as two.
+    """
+    queries, keys = student.heads * student.head_dim, student.kv_heads * student.head_dim
+    return 2 * tokens * (10 * student.hidden + 7 * queries + 6 * student.intermediate + 33 * keys)
+
+
+def loss_bytes(student: Student, tokens: int) -> float:
+    """Of chunk loss and anchor: the states of student and reference, of audited and other tokens, and their gradients;
+    the head's gradient in float32; the two tiles of logits in float32, 4,096 tokens by 32,768 of the vocabulary."""
+    return 6 * 2 * tokens * student.hidden + 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
+
+
+def work_bytes(student: Student, tokens: int) -> float:
+    """Of a forward and backward with gradient checkpointing: the layers' inputs, and either a layer or the loss."""
+    inputs = 2 * tokens * student.layers * student.hidden
+    return inputs + max(layer_bytes(student, tokens), loss_bytes(student, tokens))
+
+
+def gpu_bytes(student: Student, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
+    """The most that one GPU holds while it trains on one trajectory at a time."""
+    return state_bytes(student, back_end, gpus) + work_bytes(student, tokens)
+
+
+# ---- Work ----
+
+
+def forward_flops(student: Student, tokens: int) -> float:
+    """Multiplications and additions of one forward through the layers, for one trajectory of `tokens` tokens.
+
+    Two per weight and token; attention compares each token with those before it, half of all pairs.
+    """
+    weights = student.layer_parameters - 2 * student.hidden - 2 * student.head_dim
+    attention = 4 * student.heads * student.head_dim * tokens / 2
+    return tokens * student.layers * (2 * weights + attention)
+
+
+def projection_flops(student: Student, tokens: int) -> float:
+    """One projection of `tokens` states to the vocabulary."""
+    return 2 * tokens * student.head_parameters
+
+
+def step_flops(student: Student, tokens: int = TOKENS) -> float:
+    """All but generation, for one trajectory: scoring, the student's forward and backward, the reference.
+
+    A backward is two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in all. Projections:
+    once for the scores. For the loss, student and reference in the forward, both once more in the backward, which
+    computes its tiles again, and two for the gradients.
+    """
+    return 6 * forward_flops(student, tokens) + (1 + 2 + 2 + 2) * projection_flops(student, tokens)
+
+
+def training_seconds(student: Student, gpus: int) -> float:
+    """Of one optimizer step without generation."""
+    return per_gpu(gpus) * step_flops(student) / (UTILIZATION * GPU_FLOPS)
+
+
+def per_gpu(gpus: int) -> float:
+    """Trajectories that one GPU generates and trains on in a step."""
+    return max(SEQUENCES, gpus) / gpus
+
+
+def generation_seconds(student: Student, gpus: int) -> float:
+    """Of one optimizer step: every GPU decodes its trajectories together, token by token.
+
+    A token reads all weights once, and each trajectory's own keys and values so far.
+    """
+    weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
+    cache = per_gpu(gpus) * student.layers * 2 * student.kv_heads * student.head_dim * 2 * TOKENS / 2
+    return TOKENS * (weights + cache) / (DECODE_EFFICIENCY * GPU_BANDWIDTH)
+
+
+def zero3_seconds(student: Student, gpus: int) -> float:
+    """What ZeRO-3 and FSDP2 send per optimizer step and GPU, as if nothing of it hid behind arithmetic.
+
+    Each forward and backward gathers all weights in bf16: scoring, the student three times with checkpointing, and the
+    reference; gradients are reduced once per micro-batch of one trajectory.
+    """
+    return per_gpu(gpus) * (5 + 1) * 2 * student.parameters * (gpus - 1) / gpus / LINK
+
+
+def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
+    """Prompt and completion tokens per second that keep a job busy whose steps take so long."""
+    chunks = max(SEQUENCES, gpus) * NUM_CHUNKS
+    return chunks * TOKENS / 2 / seconds, chunks * NUM_ROLLOUTS * ROLLOUT_TOKENS / seconds
+
+
+def teacher_servers(reads: float, writes: float) -> float:
+    """How many teachers of one's own deliver so many prompt and completion tokens per second."""
+    decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * GPU_BANDWIDTH * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
+    prefill = UTILIZATION * GPU_FLOPS * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
+    return reads / prefill + writes / decode
+
+
+# ---- Tables ----
+
+
+def memory_table() -> list[str]:
+    """GiB per GPU. Bold where it does not fit."""
+    rows = [
+        f"| student | launch | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in GPUS)} |",
+        "|---|---|" + "---|" * len(GPUS),
+    ]
+    for student in STUDENTS:
+        for back_end in BACK_ENDS:
+            cells = []
+            for gpus in GPUS:
+                if gpus < back_end.min_gpus:
+                    cells.append("")
+                    continue
+                size = gpu_bytes(student, back_end, gpus)
+                cells.append(f"{size / GIB:.0f}" if size < 0.95 * GPU_MEMORY else f"**{size / GIB:.0f}**")
+            rows.append(f"| {student.name} | {back_end.name} | {' | '.join(cells)} |")
+    return rows
+
+
+def time_table() -> list[str]:
+    """Seconds per step, and the tokens per second that the teacher has to deliver."""
+    rows = [
+        "| student | GPUs | generation | training | sent by `zero3` | step | teacher reads | writes | servers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for student in STUDENTS:
+        for gpus in GPUS:
+            parts = generation_seconds(student, gpus), training_seconds(student, gpus), zero3_seconds(student, gpus)
+            step = sum(parts)
+            reads, writes = teacher_tokens(gpus, step)
+            cells = [student.name, str(gpus), *(f"{p:.0f}" for p in parts), f"{step:.0f}"]
+            cells += [f"{reads:,.0f}", f"{writes:,.0f}", f"{teacher_servers(reads, writes):.1f}"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+# ---- The check ----
+
+
+def traced(student: Student, tokens: int = TOKENS) -> dict[str, float]:
+    """Bytes and FLOPs of the student's own code: a forward and backward with checkpointing that adds to gradients.
+
+    Returns:
+        `parameters`; `layers`, the most bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    aten = torch.ops.aten
+
+    def causal(query: Any, key: Any, *rest: Any, **kwargs: Any) -> int:
+        batch, heads, length, width = query
+        return 4 * batch * heads * length * length * width // 2
+
+    def causal_backward(grad: Any, query: Any, *rest: Any, **kwargs: Any) -> int:
+        return causal(query, query) * 5 // 2  # it computes the scores again
+
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: causal,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: causal_backward,
+    }
+
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(
+            student.config(), dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        gradient = torch.zeros(1, tokens, student.hidden, dtype=torch.bfloat16)
+
+        def states() -> torch.Tensor:
+            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+        # One after the other: counting keeps tensors alive.
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            result = states()
+            forward = counter.get_total_flops()
+            result.backward(gradient)
+            backward = counter.get_total_flops() - forward
+        del result
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            states().backward(gradient)
+    most = {str(kind).rsplit(".", 1)[-1]: size for kind, size in tracker.get_tracker_snapshot("peak")[cpu].items()}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": most["Total"] - most["PARAM"] - most["GRAD"],
+        "forward": forward,
+        "backward": backward,
+    }
+
+
+def check(students: tuple[Student, ...], tokens: int) -> list[tuple[str, str, float, float]]:
+    """Student, quantity, by the formula, by the code."""
+    rows = []
+    for student in students:
+        code = traced(student, tokens)
+        formulas = {
+            "parameters": float(student.parameters),
+            "layers": 2 * tokens * student.layers * student.hidden + layer_bytes(student, tokens),
+            "forward": forward_flops(student, tokens),
+            "backward": 3 * forward_flops(student, tokens),
+        }
+        rows += [(student.name, name, value, code[name]) for name, value in formulas.items()]
+    return rows
+
+
+def main() -> int:
+    """Print the tables, or compare the formulas with the code; 1 when one is off by more than a twentieth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="trace the real models' code (minutes)")
+    if not parser.parse_args().check:
+        print("\n".join([*memory_table(), "", *time_table()]))
+        return 0
+    rows = check(STUDENTS, TOKENS)
+    print("| student | | formula | code | formula / code |\n|---|---|---|---|---|")
+    units = {"parameters": (1e9, "billion"), "layers": (GIB, "GiB"), "forward": (1e12, "TFLOP")}
+    for name, what, formula, code in rows:
+        unit, text = units.get(what, units["forward"])
+        print(f"| {name} | {what}, {text} | {formula / unit:.2f} | {code / unit:.2f} | {formula / code:.3f} |")
+    return int(any(abs(formula / code - 1) > 0.05 for *_, formula, code in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
