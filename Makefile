@@ -46,9 +46,10 @@ test test-slow: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The slow runs train: their time limit is their own.
+# The slow runs train: their time limit is their own. Each file or class goes to one of two processes as a whole, since its
+# tests share what was trained; one thread each.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout 2400 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow --timeout 2400 -n 2 --dist loadscope $(PYTEST_ARGS)
 
 # What is uninstalled comes with vLLM, is built for another torch, and would fail as soon as anything looks for it.
 # The folder hides itself from git and from the linter.
