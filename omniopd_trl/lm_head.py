@@ -23,12 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 # Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 128 MiB in float32.
 VOCAB_TILE = 8192
+
+# Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some ten
+# temporaries of the tile's size, and the tile's width is fixed: 64 MiB each in float32, where 4,096 tokens make 512.
+TORCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -115,17 +120,27 @@ def kl_to_reference(
         KL and the student's entropy in nats, both `(N,)` and float32.
     """
     forward_kl = 0.0  # the kernel's interpolation at which its divergence is KL(second || first)
-    return ChunkedDivergenceFunction.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        ref_hidden,
-        ref_head.weight,
-        ref_head.bias,
-        forward_kl,
-        temperature,
-        head.logit_scale,
-        head.softcap,
-        ref_head.logit_scale,
-        ref_head.softcap,
-    )
+
+    def divergence(student: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ChunkedDivergenceFunction.apply(
+            student,
+            head.weight,
+            head.bias,
+            reference,
+            ref_head.weight,
+            ref_head.bias,
+            forward_kl,
+            temperature,
+            head.logit_scale,
+            head.softcap,
+            ref_head.logit_scale,
+            ref_head.softcap,
+        )
+
+    # Under ZeRO-3 each call gathers the head once more in its backward, and processes that make a different number of
+    # calls would wait for each other for ever.
+    if hidden.device.type in ("cuda", "xpu") or is_deepspeed_zero3_enabled():
+        return divergence(hidden, ref_hidden)
+    parts = [divergence(*part) for part in zip(hidden.split(TORCH_TOKENS), ref_hidden.split(TORCH_TOKENS), strict=True)]
+    kl, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return kl, entropy
