@@ -363,6 +363,7 @@ class OmniOPDTrainer(DistillationTrainer):
         }
         # Chunks of the current generation batch, of this process.
         self._chunks_asked = self._chunks_dropped = 0
+        self._failures: list[str] = []
         # Apple's GPUs have no float64.
         self._metric_dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         self._replays = False  # whether the current generation batch comes from it
@@ -548,7 +549,11 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["num_items_in_batch"], batch["num_sequences"] = self.accelerator.gather(counts[None]).sum(0).unbind()
 
     def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:  # there is a new generation batch
+            self._buffered_inputs = _like_with_like(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         if "audits" in inputs:
             position = self._step % self.args.gradient_accumulation_steps
             start = time.perf_counter()
@@ -677,6 +682,7 @@ class OmniOPDTrainer(DistillationTrainer):
         """Stop every process when one cannot go on: all come here, so that none waits for a dead one."""
         self._chunks_dropped += sum(audit.num_dropped for audit in audits)
         self._chunks_asked += sum(audit.num_dropped + len(audit.chunks) for audit in audits)
+        self._failures += [failure for audit in audits for failure in audit.failures]
         state = [float(error is not None), float(self._chunks_dropped), float(self._chunks_asked)]
         failed, dropped, asked = (
             self.accelerator.gather(torch.tensor([state], device=self.accelerator.device)).sum(0).tolist()
@@ -686,8 +692,8 @@ class OmniOPDTrainer(DistillationTrainer):
             failure = first_failure(error, self.accelerator.process_index)
         elif is_last:
             self._chunks_dropped = self._chunks_asked = 0
+            failures, self._failures = self._failures, []
             if dropped > self.args.max_failed_chunks * asked:
-                failures = [failure for audit in audits for failure in audit.failures]
                 why = next(iter(gather_object(failures)), "no reason given")
                 reason = (
                     f"{dropped:.0f} of {asked:.0f} chunks got fewer than min_rollouts={self.args.min_rollouts} "
@@ -1173,6 +1179,29 @@ def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
 
 
 _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
+
+
+def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same micro-batches with rows of like lengths together, the longest first, so that none pays for much padding.
+
+    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the audits
+    which a micro-batch waits for are also those that were sent together.
+    """
+    lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
+    order = lengths.argsort(descending=True)
+    size = len(batches[0]["prompt_mask"])
+    grouped: list[dict[str, Any]] = [{} for _ in batches]
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            parts: Any = torch.cat([batch[key] for batch in batches])[order].split(size)
+        elif isinstance(value, list):
+            rows = [row for batch in batches for row in batch[key]]
+            parts = [[rows[i] for i in part] for part in order.split(size)]
+        else:  # of the whole generation batch
+            parts = [value] * len(batches)
+        for batch, part in zip(grouped, parts, strict=True):
+            batch[key] = part
+    return grouped
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:

@@ -206,7 +206,7 @@ def test_moving_average_is_kept_in_checkpoints(tmp_path, tiny_model_dir):
 
 
 def test_weights_follow_their_rows_through_shuffle_and_split(tmp_path, tiny_model_dir):
-    """TRL shuffles the generation batch: each micro-batch must hold its own rows' weights."""
+    """TRL shuffles the generation batch and we group it: each micro-batch must hold its own rows' weights."""
     trainer = make_trainer(tmp_path, tiny_model_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     trainer.train()
     batch = trainer.batches[0]
@@ -217,7 +217,7 @@ def test_weights_follow_their_rows_through_shuffle_and_split(tmp_path, tiny_mode
             torch.testing.assert_close(weights, expected[tuple(ids.tolist())], rtol=0, atol=0)
             order.append(tuple(ids.tolist()))
     assert sorted(order) == sorted(expected)
-    assert order != list(expected), "TRL no longer shuffles: this test shows nothing"
+    assert order != list(expected), "no row has moved: this test shows nothing"
 
 
 def test_quantized_student(tmp_path, make_tiny_model, tiny_tokenizer):

@@ -1,0 +1,190 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
+
+    python -m benchmarks.memory [--hidden 64]
+
+Each case is a process of its own: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
+with 500 audited tokens (10 chunks of 50) and the anchor on the others, forward and backward, from hidden states and
+LM heads. What is measured is the peak above what is there before: the hidden states and the heads of student and
+reference. On the CPU it is the peak of the process's resident memory, on a GPU what PyTorch has allocated at most.
+
+Dense: five float32 tensors of T x V. Logits of the student and of the reference, log-probabilities of both, and the
+gradient of the student's logits: the least that a loss on whole logits holds. For one small case that it is measured,
+too, the dense computation holds more.
+
+Head: the gradient of the student's head, float32 as the kernels add it up, twice: the chunk loss and the anchor each
+have one until they are added.
+
+The exit code is 1 when a bound is missed: at T = 4,096 and V = 151,936 a quarter of dense; the same within 5% of it
+for every vocabulary once the head is taken off; from T = 2,048 to 20,000 at most four times the hidden states for each
+further token, and the same for every vocabulary.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.shapes import QWEN_VOCABULARY, synchronize
+from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
+from omniopd_trl.loss import anchor_kl, chunk_loss
+
+AUDITED = 500
+MIB = 2**20
+DENSE_COPIES = 5
+RATIO_BOUND, FLAT_BOUND, SLOPE_BOUND = 0.25, 0.05, 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process: how many tokens, vocabulary, width, and whether logits are dense."""
+
+    tokens: int
+    vocabulary: int
+    hidden: int
+    dense: bool = False
+
+    @property
+    def head_bytes(self) -> int:
+        return 2 * 4 * self.vocabulary * self.hidden
+
+    @property
+    def dense_bytes(self) -> int:
+        return DENSE_COPIES * 4 * self.tokens * self.vocabulary
+
+
+class Peak:
+    """Bytes above those of the beginning. Linux counts `ru_maxrss` in KiB."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            self._before = psutil.Process().memory_info().rss
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._before
+
+
+def tiled(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, targets: torch.Tensor):
+    """As the trainer does it."""
+    with torch.no_grad():
+        logprobs_of(hidden, head, targets, 1.0)
+    logprobs, _ = logprobs_of(hidden[:AUDITED], head, targets[:AUDITED], 1.0)
+    with torch.no_grad():
+        logprobs_of(ref_hidden[:AUDITED], ref_head, targets[:AUDITED], 1.0)
+    kl, _ = kl_to_reference(hidden[AUDITED:], head, ref_hidden[AUDITED:], ref_head, 1.0)
+    return chunk_loss(logprobs, torch.full_like(logprobs, 0.5)) + 0.1 * kl.sum()
+
+
+def dense(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, targets: torch.Tensor):
+    """The same from whole logits, with the package's own dense reference."""
+    logits, ref_logits = hidden @ head.weight.T, (ref_hidden @ ref_head.weight.T).detach()
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    audited = torch.arange(len(targets), device=targets.device) < AUDITED
+    return chunk_loss(logprobs, 0.5 * audited) + 0.1 * anchor_kl(ref_logits, logits, ~audited)
+
+
+def measure(case: Case, pipe: Any) -> None:
+    """Runs in a process of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=device, dtype=dtype)
+
+    hidden, ref_hidden = normal(case.tokens, case.hidden).requires_grad_(), normal(case.tokens, case.hidden)
+    # Of this size logits have the spread of a trained model's.
+    weight = (normal(case.vocabulary, case.hidden) / case.hidden**0.5).requires_grad_()
+    ref_weight = normal(case.vocabulary, case.hidden) / case.hidden**0.5
+    heads = LMHead(weight, None, 1.0, None), LMHead(ref_weight, None, 1.0, None)
+    targets = torch.randint(case.vocabulary, (case.tokens,), device=device)
+    (normal(8, 8) @ normal(8, 8)).sum()  # libraries that are loaded at the first product
+    peak, start = Peak(device), time.perf_counter()
+    (dense if case.dense else tiled)(hidden, heads[0], ref_hidden, heads[1], targets).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+    pipe.send((peak.bytes(), time.perf_counter() - start))
+
+
+def run(case: Case) -> int:
+    """Peak bytes of a case; prints its row."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(case, theirs))
+    process.start()
+    theirs.close()
+    peak, seconds = ours.recv()
+    process.join()
+    print(
+        f"{'dense' if case.dense else 'tiled':8}{case.tokens:8,}{case.vocabulary:10,}{peak / MIB:10.0f}"
+        f"{case.head_bytes / MIB:10.0f}{(peak - case.head_bytes) / MIB:12.0f}{case.dense_bytes / MIB:12.0f}"
+        f"{peak / case.dense_bytes:8.3f}{seconds:8.1f}",
+        flush=True,
+    )
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--hidden", type=int, default=64, help="width; small, so that it takes minutes on a CPU")
+    hidden = parser.parse_args().hidden
+    print(f"hidden size {hidden}; MiB\n")
+    print(f"{'':8}{'T':>8}{'V':>10}{'peak':>10}{'head':>10}{'beyond it':>12}{'dense':>12}{'ratio':>8}{'seconds':>8}")
+    run(Case(1024, 32_768, hidden, dense=True))
+    beyond: dict[tuple[int, int], int] = {}
+    large = Case(4096, QWEN_VOCABULARY, hidden)
+    ratio = 0.0
+    for tokens, vocabulary in [
+        *((4096, v) for v in (32_768, 65_536, QWEN_VOCABULARY)),
+        *((t, v) for t in (2048, 20_000) for v in (32_768, QWEN_VOCABULARY)),
+    ]:
+        case = Case(tokens, vocabulary, hidden)
+        peak = run(case)
+        beyond[tokens, vocabulary] = peak - case.head_bytes
+        if case == large:
+            ratio = peak / case.dense_bytes
+    flat = max(beyond[4096, v] for v in (32_768, 65_536, QWEN_VOCABULARY)) - beyond[4096, 32_768]
+    itemsize = 2 if torch.cuda.is_available() else 4
+    # Student's and reference's hidden states, at each token.
+    states = 2 * hidden * itemsize
+    slopes = [(beyond[20_000, v] - beyond[2048, v]) / (20_000 - 2048) / states for v in (32_768, QWEN_VOCABULARY)]
+    print()
+    results = {
+        f"peak over dense, T = 4,096, V = {QWEN_VOCABULARY:,}": (ratio, RATIO_BOUND),
+        "growth from V = 32,768, of the peak beyond the head": (flat / beyond[4096, 32_768], FLAT_BOUND),
+        "growth with T, in hidden states, V = 32,768": (slopes[0], SLOPE_BOUND),
+        f"growth with T, in hidden states, V = {QWEN_VOCABULARY:,}": (slopes[1], SLOPE_BOUND),
+    }
+    for name, (value, bound) in results.items():
+        print(f"{name:56}{value:8.3f}   bound {bound}")
+    sys.exit(0 if all(value <= bound for value, bound in results.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""An optimizer step of OmniOPDTrainer beside one of TRL's DistillationTrainer, part by part.
+
+    python -m benchmarks.step_time [--shape small] [--tokens 512] [--steps 3] [--generation real|replayed]
+
+Both trainers hold the same student, the same optimizer and, as reference here and as teacher there, the same frozen
+model of the student's size. Both write completions of the same forced length and take steps in turn, one of each, in
+one process; medians are over the steps after the first. Both run their default settings but for what is listed below.
+
+The teacher of OmniOPD answers at once with texts of a chunk's length, so that no time passes in waiting for it.
+TRL's teacher is a forward pass inside the step, of the same size as our reference's. The parts:
+
+- generation: `_generate_single_turn`.
+- scoring forward: the student without gradients, log-probabilities and entropies of all completion tokens.
+- selection and scoring: all that the method does besides running models: choosing chunks, decoding their texts, the
+  teacher's call (an instant one), cutting and encoding rollouts, similarities, posteriors, weights, the journal.
+- reference or teacher forward: with the log-probabilities of audited tokens, in ours.
+- student forward and backward: with the projections of both models for the loss, and their recomputation.
+- optimizer: the update of the weights.
+- other: padding, shuffling, metrics, logging, clipping.
+
+`--generation replayed` takes random tokens instead of generating, for lengths at which generating with transformers
+takes longer than everything else; the bound, which is for a whole step, is then not checked.
+
+On a GPU the same command measures bfloat16 and prints peak memory besides. The exit code is 1 when a bound is missed.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl import DistillationConfig, DistillationTrainer
+
+from benchmarks.shapes import SHAPES, Limits, Shape, limits_of, synchronize, tokenizer
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.teachers import ScriptedTeacher
+
+STEP_BOUND, METHOD_BOUND = 1.15, 0.01
+PROMPT_TOKENS = 64
+PARTS = {
+    "generation": "generation",
+    "scoring": "scoring forward",
+    "method": "selection and scoring",
+    "reference": "reference or teacher forward",
+    "student": "student forward and backward",
+    "optimizer": "optimizer",
+    "other": "other",
+}
+
+
+class Clock:
+    """Seconds by part; a part inside another one is not counted in the outer one."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def enter(self, part: str) -> None:
+        self._turn_over()
+        self._open.append(part)
+
+    def leave(self) -> None:
+        self._turn_over()
+        self._open.pop()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def _turn_over(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+class Turns(TrainerCallback):
+    """Lets two trainers, each in a thread of its own, take steps in turn, and keeps what each step took."""
+
+    def __init__(self, own: threading.Semaphore, other: threading.Semaphore, clock: Clock):
+        self.own, self.other, self.clock = own, other, clock
+        self.steps: list[dict[str, float]] = []
+        self.peaks: list[int] = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.own.acquire()
+        gc.collect()  # of the other's step
+        if self.clock.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.clock.device)
+        self.clock.seconds.clear()
+        self.clock.enter("other")
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.clock.enter("optimizer")
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.clock.leave()
+
+    def on_step_end(self, *args, **kwargs):
+        self.clock.leave()
+        self.steps.append(dict(self.clock.seconds))
+        if self.clock.device.type == "cuda":
+            self.peaks.append(torch.cuda.max_memory_allocated(self.clock.device))
+        self.other.release()
+
+
+class Timed:
+    """What is timed in both trainers."""
+
+    clock: Clock
+    replayed: torch.Tensor | None = None  # (rows, tokens)
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        with self.clock.part("generation"):
+            if self.replayed is not None:
+                return self.replayed[: len(prompt_ids)].tolist()
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(self, *args, **kwargs):
+        with self.clock.part("student"):
+            return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+
+
+class Ours(Timed, OmniOPDTrainer):
+    def _score_rows(self, part):
+        with self.clock.part("scoring"):
+            return super()._score_rows(part)
+
+    def _start_audits(self, *args, **kwargs):
+        with self.clock.part("method"):
+            return super()._start_audits(*args, **kwargs)
+
+    def _finish_audits(self, *args, **kwargs):
+        with self.clock.part("method"):
+            super()._finish_audits(*args, **kwargs)
+
+    def _record_trajectories(self, *args, **kwargs):
+        with self.clock.part("method"):
+            super()._record_trajectories(*args, **kwargs)
+
+    def _run_reference(self, *args, **kwargs):
+        with self.clock.part("reference"):
+            super()._run_reference(*args, **kwargs)
+
+
+class Theirs(Timed, DistillationTrainer):
+    def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
+        part = "student" if unwrapped_model is self.accelerator.unwrap_model(self.model) else "reference"
+        with self.clock.part(part):
+            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+
+
+def time_backward(trainer: Any) -> None:
+    """The backward pass belongs to the student's part: inside a step it has no method of the trainer's own."""
+    backward = trainer.accelerator.backward
+
+    def timed(*args, **kwargs):
+        with trainer.clock.part("student"):
+            backward(*args, **kwargs)
+
+    trainer.accelerator.backward = timed
+
+
+def settings(shape: Shape, tokens: int, steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """What both trainers are given; everything else is their default, which is the same."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": device.type == "cpu",
+        # The weights themselves are in the data type that is measured.
+        "bf16": False,
+        "max_completion_length": tokens,
+        # Random weights seldom end a text; this makes sure that they never do.
+        "generation_kwargs": {"min_new_tokens": tokens},
+        "per_device_train_batch_size": shape.micro_batch,
+        "gradient_accumulation_steps": shape.micro_batches,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1000,
+    }
+
+
+def prompts(words: PreTrainedTokenizerFast, count: int) -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(300, len(words), (count, 2 * PROMPT_TOKENS), generator=generator)
+    # Decoded text is not encoded into the same tokens: cut to one length of prompt after encoding.
+    texts = [words.decode(words(words.decode(row))["input_ids"][:PROMPT_TOKENS]) for row in ids]
+    return Dataset.from_list([{"prompt": text} for text in texts])
+
+
+def make_trainers(
+    shape: Shape, tokens: int, steps: int, device: torch.device, dtype: torch.dtype, replay: bool, folder: Path
+) -> tuple[Ours, Theirs]:
+    """Both trainers around one student, one frozen model and one optimizer."""
+    words = tokenizer(shape.vocabulary)
+    rows = shape.micro_batch * shape.micro_batches
+    data = prompts(words, rows * steps)
+    student = shape.model(device, dtype)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type == "cuda")
+    generator = torch.Generator().manual_seed(2)
+    replayed = torch.randint(300, shape.vocabulary, (rows, tokens), generator=generator) if replay else None
+    texts = [words.decode(torch.randint(300, shape.vocabulary, (50,), generator=generator)) for _ in range(10)]
+    ours = Ours(
+        student,
+        ScriptedTeacher(texts),
+        OmniOPDConfig(**settings(shape, tokens, steps, device, folder / "ours")),
+        data,
+        processing_class=words,
+        optimizers=(optimizer, None),
+    )
+    theirs = Theirs(
+        student,
+        ours.ref_model,
+        DistillationConfig(**settings(shape, tokens, steps, device, folder / "theirs")),
+        data,
+        processing_class=words,
+        optimizers=(optimizer, None),
+    )
+    for trainer in (ours, theirs):
+        trainer.remove_callback(PrinterCallback)  # only the table is printed
+        trainer.replayed = replayed
+        trainer.clock = Clock(device)
+        time_backward(trainer)
+    return ours, theirs
+
+
+def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
+    first, second = threading.Semaphore(1), threading.Semaphore(0)
+    turns = Turns(first, second, ours.clock), Turns(second, first, theirs.clock)
+
+    def train(trainer: Any, callback: Turns) -> None:
+        trainer.add_callback(callback)
+        try:
+            trainer.train()
+        finally:
+            for _ in range(1000):  # whatever happened here, the other must not wait for it
+                callback.other.release()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(train, *pair) for pair in zip((ours, theirs), turns, strict=True)]:
+            future.result()
+    return turns
+
+
+def seconds_at_the_limit(shape: Shape, tokens: int, itemsize: int, limits: Limits) -> dict[str, float]:
+    """The least that each part of our step can take on this device, whichever of its limits comes first."""
+    rows, length = shape.micro_batch * shape.micro_batches, PROMPT_TOKENS + tokens
+    forward = rows * shape.forward_flops(length)
+    projection = 2.0 * rows * tokens * shape.head_weights  # of each completion token, once
+    weights = shape.layer_weights + shape.head_weights
+    cache = rows * shape.cache_bytes(PROMPT_TOKENS + tokens / 2, itemsize)
+    return {
+        # Each new token of the batch reads all weights and the keys and values of what is before it.
+        "generation": tokens * (weights * itemsize + cache) / limits.bandwidth,
+        "scoring": (forward + projection) / limits.flops,
+        "reference": forward / limits.flops,
+        # Projections of the loss: two in the forward, the same two again in the backward, and two products of gradients.
+        "student": (3 * forward + 6 * projection) / limits.flops,
+        # Weights, gradients and two moments are read; weights and moments are written.
+        "optimizer": 7 * weights * itemsize / limits.bandwidth,
+    }
+
+
+def report(name: str, shape: Shape, tokens: int, options: argparse.Namespace) -> bool:
+    """Measure one length, print its table, and say whether the bounds hold."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    replay = options.generation == "replayed"
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = make_trainers(shape, tokens, options.steps + 1, device, dtype, replay, Path(folder))
+        turns = take_steps_in_turn(*trainers)
+    # The first step warms caches and allocates the optimizer's state.
+    ours, theirs = (
+        {part: statistics.median(step.get(part, 0.0) for step in turn.steps[1:]) for part in PARTS} for turn in turns
+    )
+    totals = [[sum(step.values()) for step in turn.steps[1:]] for turn in turns]
+    whole = [statistics.median(total) for total in totals]
+    ratio = statistics.median(a / b for a, b in zip(*totals, strict=True))
+    rest = [
+        [t - s.get("generation", 0.0) for t, s in zip(total, turn.steps[1:], strict=True)]
+        for total, turn in zip(totals, turns, strict=True)
+    ]
+    rest_ratio = statistics.median(a / b for a, b in zip(*rest, strict=True))
+    method = statistics.median(
+        step["method"] / total for step, total in zip(turns[0].steps[1:], totals[0], strict=True)
+    )
+    limits = limits_of(device, dtype)
+    least = seconds_at_the_limit(shape, tokens, dtype.itemsize, limits)
+
+    rows = shape.micro_batch * shape.micro_batches
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread"
+    print(f"{name}: {shape.layers} layers of {shape.hidden}, vocabulary {shape.vocabulary:,}; {machine}, {dtype}")
+    print(f"{shape.micro_batches} micro-batches of {shape.micro_batch}, {tokens} tokens each; {options.steps} steps")
+    print(f"limits: {limits.flops / 1e12:.3g} TFLOP/s, {limits.bandwidth / 1e9:.4g} GB/s ({limits.source})\n")
+    print(f"{'seconds':32}{'OmniOPD':>10}{'TRL':>10}{'of step':>10}{'limit':>10}{'of limit':>10}")
+    for part, title in PARTS.items():
+        row = f"{title:32}{ours[part]:10.3f}{theirs[part]:10.3f}{ours[part] / whole[0]:10.2%}"
+        if part in least and not (part == "generation" and replay):
+            row += f"{least[part]:10.3f}{least[part] / ours[part]:10.1%}"
+        print(row)
+    print(f"{'step':32}{whole[0]:10.3f}{whole[1]:10.3f}")
+    print(f"{'tokens per second':32}{rows * tokens / whole[0]:10.1f}{rows * tokens / whole[1]:10.1f}")
+    if device.type == "cuda":
+        peaks = [max(turn.peaks[1:]) / 2**30 for turn in turns]
+        print(f"{'peak memory, GiB':32}{peaks[0]:10.2f}{peaks[1]:10.2f}")
+    print()
+    print(f"{'step over TRL, without generation':50}{rest_ratio:8.3f}")
+    if replay:
+        print("generation was replayed: the bounds are for a whole step\n")
+        return True
+    print(f"{'step over TRL':50}{ratio:8.3f}   bound {STEP_BOUND}")
+    print(f"{'selection and scoring, of a step':50}{method:8.3%}   bound {METHOD_BOUND:.0%}\n")
+    return ratio <= STEP_BOUND and method < METHOD_BOUND
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--tokens", help="lengths of completions, separated by commas")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each trainer, after one that is not")
+    parser.add_argument("--generation", choices=("real", "replayed"), default="real")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
+    shape = SHAPES[options.shape]
+    lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else shape.tokens
+    hold = [report(options.shape, shape, tokens, options) for tokens in lengths]
+    sys.exit(0 if all(hold) else 1)
+
+
+if __name__ == "__main__":
+    main()
