@@ -291,7 +291,7 @@ def seconds_at_the_limit(shape: Shape, tokens: int, itemsize: int, limits: Limit
         "generation": tokens * (weights * itemsize + cache) / limits.bandwidth,
         "scoring": (forward + projection) / limits.flops,
         "reference": forward / limits.flops,
-        # Projections of the loss: two in the forward, the same two again in the backward, and two products of gradients.
+        # Projections of the loss: two in the forward, the same again in the backward, and two products of gradients.
         "student": (3 * forward + 6 * projection) / limits.flops,
         # Weights, gradients and two moments are read; weights and moments are written.
         "optimizer": 7 * weights * itemsize / limits.bandwidth,

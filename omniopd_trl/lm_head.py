@@ -31,8 +31,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 # Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 128 MiB in float32.
 VOCAB_TILE = 8192
 
-# Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some ten
-# temporaries of the tile's size, and the tile's width is fixed: 64 MiB each in float32, where 4,096 tokens make 512.
+# Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some
+# ten temporaries of the tile's size, and the tile's width is fixed: 64 MiB each, where 4,096 tokens make 512.
 TORCH_TOKENS = 512
 
 
@@ -141,6 +141,7 @@ def kl_to_reference(
     # calls would wait for each other for ever.
     if hidden.device.type in ("cuda", "xpu") or is_deepspeed_zero3_enabled():
         return divergence(hidden, ref_hidden)
-    parts = [divergence(*part) for part in zip(hidden.split(TORCH_TOKENS), ref_hidden.split(TORCH_TOKENS), strict=True)]
+    pairs = zip(hidden.split(TORCH_TOKENS), ref_hidden.split(TORCH_TOKENS), strict=True)
+    parts = [divergence(*pair) for pair in pairs]
     kl, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return kl, entropy

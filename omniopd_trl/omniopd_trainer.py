@@ -1182,10 +1182,10 @@ _TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask",
 
 
 def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same micro-batches with rows of like lengths together, the longest first, so that none pays for much padding.
+    """The rows of all micro-batches with like lengths together, the longest first, so that none pays for much padding.
 
-    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the audits
-    which a micro-batch waits for are also those that were sent together.
+    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the
+    audits which a micro-batch waits for are also those that were sent together.
     """
     lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
     order = lengths.argsort(descending=True)

@@ -56,14 +56,19 @@ def small_tiles(monkeypatch):
 def largest_of_a_step(tmp_path, make_tiny_model) -> LargestTensor:
     """One step of the trainer: generation, scoring, audits, reference, loss, backward, optimizer."""
     model = make_tiny_model(
-        seed=4, vocab_size=VOCABULARY, hidden_size=8, intermediate_size=16, num_attention_heads=1, num_key_value_heads=1
+        seed=4,
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=16,
+        num_attention_heads=1,
+        num_key_value_heads=1,
     )
     trainer = make_trainer(tmp_path, model, dataset=questions(1), per_device_train_batch_size=1, prior="reference")
     perturb(trainer.model)
     with LargestTensor() as largest:
         trainer.train()
-    completion = trainer.batches[0]["completion_mask"]
-    assert completion.sum() == TOKENS and trainer.batches[0]["audited_mask"].sum() == 20
+    assert trainer.batches[0]["completion_mask"].sum() == TOKENS
+    assert trainer.batches[0]["audited_mask"].sum() == 20
     assert largest.backward_ops, "the backward pass was not looked at"
     return largest
 
@@ -72,8 +77,8 @@ def largest_of_a_step(tmp_path, make_tiny_model) -> LargestTensor:
 def test_nothing_of_tokens_times_vocabulary(tmp_path, make_tiny_model):
     """Scoring, loss and backward of one trajectory hold nothing near a tensor of shape (T, V), not even a part of it.
 
-    20 of the 40 tokens are audited and 20 are not, so that logits of either part alone would be half of it. The largest
-    things are the head and its gradient.
+    20 of the 40 tokens are audited and 20 are not, so that logits of either part alone would be half of it. The
+    largest things are the head and its gradient.
     """
     largest = largest_of_a_step(tmp_path, make_tiny_model)
     assert largest.numel < TOKENS * VOCABULARY / 4, largest.source
@@ -100,7 +105,7 @@ def test_dense_logits_would_be_noticed(tmp_path, make_tiny_model, monkeypatch, w
 
 @pytest.mark.usefixtures("small_tiles")
 def test_tiles_change_nothing():
-    """Log-probabilities, entropies, KL and gradients in many tiles, uneven ones among them, are those of dense logits."""
+    """Log-probabilities, entropies, KL and gradients in many tiles, uneven ones too, are those of dense logits."""
     torch.manual_seed(0)
     hidden, ref_hidden = torch.randn(27, 16, requires_grad=True), torch.randn(27, 16)
     weight, ref_weight = torch.randn(150, 16, requires_grad=True), torch.randn(150, 16)

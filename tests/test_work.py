@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Work per step: how often models run and heads project, as docs/benchmarks.md counts it, and how little is padding."""
+"""Work per step: how often models run and heads project, as docs/benchmarks.md counts it, and how much is padding."""
 
 import re
 from collections import Counter
@@ -35,7 +35,7 @@ GENERATION, SCORING, FORWARD, BACKWARD = "generation", "scoring", "loss, forward
 
 
 class HeadProducts(TorchDispatchMode):
-    """Counts rows of matrix products in which the vocabulary is a dimension, and tokens that decoders see, by phase."""
+    """Counts rows of matrix products in which the vocabulary is a dimension, and tokens of decoders, by phase."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,8 @@ class HeadProducts(TorchDispatchMode):
                 self.decoder_tokens[self.phase, name] += kwargs["input_ids"].numel()
 
             model.model.register_forward_pre_hook(count, with_kwargs=True)
-        for method, phase in (("_generate_single_turn", GENERATION), ("_score_rows", SCORING), ("compute_loss", FORWARD)):
+        phases = {"_generate_single_turn": GENERATION, "_score_rows": SCORING, "compute_loss": FORWARD}
+        for method, phase in phases.items():
             if hasattr(trainer, method):
                 self.wrap(trainer, method, phase)
         self.wrap(trainer.accelerator, "backward", BACKWARD)

@@ -1,0 +1,142 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the local teacher's cache saves: prompt tokens that its forward passes compute, and the time of audits.
+
+    python -m benchmarks.local_prefill [--tokens 500] [--prompt 100] [--rounds 3]
+
+A teacher of random weights continues one trajectory before each of M chunks, N = 10 rollouts of 50 tokens each. Once
+as the local teacher does it: the longest prefix is computed once, and its keys and values serve all chunks and
+rollouts. Once with one generation per prefix, as a teacher does that knows nothing of nested prefixes: each prefix for
+itself, and for each of its rollouts, since `generate` repeats the prompt for each sample. A third count is in between:
+each prefix computed for itself, but only once for all of its rollouts.
+
+Tokens are counted in the forward passes: every token that a pass gets before the first new token of its generation.
+Chunks are spread evenly over the trajectory. The two ways take turns, and the time is the median ratio.
+The exit code is 1 when at M = 10 the cache computes more than a third of the tokens of even the third count.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from benchmarks.shapes import Shape, synchronize, tokenizer
+from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
+
+CHUNK, ROLLOUTS, BOUND = 50, 10, 3.0
+TEACHER = Shape(8192, 384, 1024, 6, 6, 2, 64, tokens=(500,), micro_batch=1, micro_batches=1)
+CARD_TEACHER = Shape(151_936, 2048, 6144, 28, 16, 8, 128, tokens=(500,), micro_batch=1, micro_batches=1)
+
+
+class Prefilled:
+    """Counts the tokens that a model's forward passes get before the first new token of a generation."""
+
+    def __init__(self, model: Any):
+        self.tokens = 0
+        self._begins = False
+        self._generate = model.generate
+        model.generate = self._generating
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _generating(self, *args, **kwargs):
+        self._begins = True
+        return self._generate(*args, **kwargs)
+
+    def _count(self, module, args, kwargs):
+        input_ids = kwargs["input_ids"]
+        # After the first pass of a generation each row gets its new token, one column. The first pass has one column
+        # as well where the cache holds all of a prefix but its last token.
+        if self._begins or input_ids.size(1) > 1:
+            mask = kwargs.get("attention_mask")
+            padding = 0 if mask is None else int((mask[:, -input_ids.size(1) :] == 0).sum())
+            self.tokens += input_ids.numel() - padding
+        self._begins = False
+
+    def take(self) -> int:
+        tokens, self.tokens = self.tokens, 0
+        return tokens
+
+
+def one_generation_per_prefix(teacher: LocalTeacher, prefixes: list[Prefix], request: SamplingRequest) -> None:
+    """Each prefix for itself, with `generate` and its `num_return_sequences`."""
+    config = GenerationConfig(
+        max_new_tokens=request.max_tokens,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=request.num_samples,
+        eos_token_id=None,
+        pad_token_id=teacher.tokenizer.pad_token_id,
+        disable_compile=True,
+    )
+    for prefix in prefixes:
+        ids = torch.tensor([teacher.encode(prefix)], device=teacher.model.device)
+        with torch.no_grad():
+            teacher.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
+
+def from_one_cache(teacher: LocalTeacher, prefixes: list[Prefix], request: SamplingRequest) -> None:
+    """All prefixes together, as the trainer asks for them."""
+    teacher.sample_trajectories([prefixes], request)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, default=500, help="of the trajectory")
+    parser.add_argument("--prompt", type=int, default=100, help="tokens of the problem")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, dtype = (CARD_TEACHER, torch.bfloat16) if device.type == "cuda" else (TEACHER, torch.float32)
+    words = tokenizer(shape.vocabulary)
+    teacher = LocalTeacher(shape.model(device, dtype), words)
+    teacher.eos_token_ids = []  # so that both ways write as much
+    counter = Prefilled(teacher.model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, shape.vocabulary, (options.prompt + options.tokens,), generator=generator)
+    prompt, solution = words.decode(ids[: options.prompt]), ids[options.prompt :]
+    request = SamplingRequest(num_samples=ROLLOUTS, max_tokens=CHUNK, temperature=1.0, top_p=1.0, seed=0)
+    print(f"{'':4}{'one per':>12}{'the same,':>12}{'local':>12}{'fewer':>10}{'fewer':>10}{'time over':>12}")
+    print(f"{'M':4}{'prefix':>12}{'once for N':>12}{'teacher':>12}{'':>10}{'once for N':>10}{'one each':>12}")
+    least = 0.0
+    for chunks in (1, 2, 3, 5, 10):
+        starts = [(options.tokens - CHUNK) * (m + 1) // chunks for m in range(chunks)]
+        prefixes = [Prefix(prompt, words.decode(solution[:start])) for start in starts]
+        once = sum(len(teacher.encode(prefix)) for prefix in prefixes)
+        ratios = []
+        for _ in range(options.rounds):
+            seconds = []
+            for way in (one_generation_per_prefix, from_one_cache):
+                synchronize(device)
+                start = time.perf_counter()
+                way(teacher, prefixes, request)
+                synchronize(device)
+                seconds.append((time.perf_counter() - start, counter.take()))
+            (plain_seconds, plain), (local_seconds, local) = seconds
+            ratios.append(local_seconds / plain_seconds)
+        least = once / local
+        print(
+            f"{chunks:<4}{plain:12,}{once:12,}{local:12,}{plain / local:10.2f}{least:10.2f}"
+            f"{statistics.median(ratios):12.3f}",
+            flush=True,
+        )
+    print(f"\n{'fewer tokens at M = 10, over a prefix computed once for its rollouts':72}{least:8.2f}   bound {BOUND}")
+    sys.exit(0 if least >= BOUND else 1)
+
+
+if __name__ == "__main__":
+    main()
