@@ -39,7 +39,7 @@ from benchmarks.shapes import Shape, synchronize, tokenizer
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS, BOUND = 50, 10, 3.0
-TEACHER = Shape(8192, 384, 1024, 6, 6, 2, 64, tokens=(500,), micro_batch=1, micro_batches=1)
+TEACHER = Shape(4096, 256, 768, 4, 4, 2, 64, tokens=(500,), micro_batch=1, micro_batches=1)
 CARD_TEACHER = Shape(151_936, 2048, 6144, 28, 16, 8, 128, tokens=(500,), micro_batch=1, micro_batches=1)
 
 

@@ -1188,7 +1188,7 @@ def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     audits which a micro-batch waits for are also those that were sent together.
     """
     lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
-    order = lengths.argsort(descending=True)
+    order: list[int] = lengths.argsort(descending=True).tolist()
     size = len(batches[0]["prompt_mask"])
     grouped: list[dict[str, Any]] = [{} for _ in batches]
     for key, value in batches[0].items():
@@ -1196,7 +1196,7 @@ def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
             parts: Any = torch.cat([batch[key] for batch in batches])[order].split(size)
         elif isinstance(value, list):
             rows = [row for batch in batches for row in batch[key]]
-            parts = [[rows[i] for i in part] for part in order.split(size)]
+            parts = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
         else:  # of the whole generation batch
             parts = [value] * len(batches)
         for batch, part in zip(grouped, parts, strict=True):
