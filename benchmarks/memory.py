@@ -13,7 +13,7 @@
 # limitations under the License.
 """Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
 
-    python -m benchmarks.memory [--hidden 64]
+    python -m benchmarks.memory [--hidden 64] [--case 20000 151936]
 
 Each case is a process of its own: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
 with 500 audited tokens (10 chunks of 50) and the anchor on the others, forward and backward, from hidden states and
@@ -153,9 +153,14 @@ def run(case: Case) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--hidden", type=int, default=64, help="width; small, so that it takes minutes on a CPU")
-    hidden = parser.parse_args().hidden
+    parser.add_argument("--case", nargs=2, type=int, metavar=("T", "V"), help="one case alone, without bounds")
+    options = parser.parse_args()
+    hidden = options.hidden
     print(f"hidden size {hidden}; MiB\n")
     print(f"{'':8}{'T':>8}{'V':>10}{'peak':>10}{'head':>10}{'beyond it':>12}{'dense':>12}{'ratio':>8}{'seconds':>8}")
+    if options.case:
+        run(Case(*options.case, hidden))
+        return
     run(Case(1024, 32_768, hidden, dense=True))
     beyond: dict[tuple[int, int], int] = {}
     large = Case(4096, QWEN_VOCABULARY, hidden)
