@@ -22,20 +22,20 @@ itself, and for each of its rollouts, since `generate` repeats the prompt for ea
 each prefix computed for itself, but only once for all of its rollouts.
 
 Tokens are counted in the forward passes: every token that a pass gets before the first new token of its generation.
-Chunks are spread evenly over the trajectory. The two ways take turns, and the time is the median ratio.
+Chunks are spread evenly over the trajectory. The two ways take turns, and the time, the processor's on a CPU, is the
+median ratio.
 The exit code is 1 when at M = 10 the cache computes more than a third of the tokens of even the third count.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.shapes import Shape, synchronize, tokenizer
+from benchmarks.shapes import Shape, now, tokenizer
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS, BOUND = 50, 10, 3.0
@@ -121,11 +121,9 @@ def main() -> None:
         for _ in range(options.rounds):
             seconds = []
             for way in (one_generation_per_prefix, from_one_cache):
-                synchronize(device)
-                start = time.perf_counter()
+                start = now(device)
                 way(teacher, prefixes, request)
-                synchronize(device)
-                seconds.append((time.perf_counter() - start, counter.take()))
+                seconds.append((now(device) - start, counter.take()))
             (plain_seconds, plain), (local_seconds, local) = seconds
             ratios.append(local_seconds / plain_seconds)
         least = once / local

@@ -44,7 +44,6 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -59,7 +58,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
-from benchmarks.shapes import SHAPES, Limits, Shape, limits_of, synchronize, tokenizer
+from benchmarks.shapes import SHAPES, Limits, Shape, limits_of, now, tokenizer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 
@@ -102,12 +101,10 @@ class Clock:
             self.leave()
 
     def _turn_over(self) -> None:
-        synchronize(self.device)
-        # On a CPU, where other jobs may run at the same time, seconds of the processor: theirs do not count.
-        now = time.perf_counter() if self.device.type == "cuda" else time.process_time()
+        time = now(self.device)
         if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
+            self.seconds[self._open[-1]] += time - self._since
+        self._since = time
 
 
 class Turns(TrainerCallback):
