@@ -14,6 +14,7 @@
 """An optimizer step of OmniOPDTrainer beside one of TRL's DistillationTrainer, part by part.
 
     python -m benchmarks.step_time [--shape small] [--tokens 512] [--steps 4] [--generation real|replayed]
+        [--kernel-tokens 512]
 
 Both trainers hold the same student, the same optimizer and, as reference here and as teacher there, the same frozen
 model of the student's size. Both write completions of the same forced length and take steps in turn, one of each, in
@@ -59,7 +60,7 @@ from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks.shapes import SHAPES, Limits, Shape, limits_of, now, tokenizer
-from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, lm_head
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
@@ -356,7 +357,14 @@ def main() -> None:
     parser.add_argument("--tokens", help="lengths of completions, separated by commas")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each trainer, after one that is not")
     parser.add_argument("--generation", choices=("real", "replayed"), default="real")
+    parser.add_argument(
+        "--kernel-tokens",
+        type=int,
+        default=lm_head.TORCH_TOKENS,
+        help="tokens that our anchor gives to TRL's divergence kernel at a time, without Triton; TRL's own are 4096",
+    )
     options = parser.parse_args()
+    lm_head.TORCH_TOKENS = options.kernel_tokens
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
     shape = SHAPES[options.shape]
