@@ -90,7 +90,7 @@ class Peak:
 
 
 def tiled(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, targets: torch.Tensor):
-    """As the trainer does it, less its copies of the states of audited and of other tokens: these stand together here."""
+    """As the trainer does it, less its copies of the states of audited and of other tokens: slices serve here."""
     with torch.no_grad():
         logprobs_of(hidden, head, targets, 1.0)
     logprobs, _ = logprobs_of(hidden[:AUDITED], head, targets[:AUDITED], 1.0)
