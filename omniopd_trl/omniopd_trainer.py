@@ -1188,7 +1188,7 @@ def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     audits which a micro-batch waits for are also those that were sent together.
     """
     lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
-    order: list[int] = lengths.argsort(descending=True).tolist()
+    order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
     size = len(batches[0]["prompt_mask"])
     grouped: list[dict[str, Any]] = [{} for _ in batches]
     for key, value in batches[0].items():
