@@ -62,7 +62,7 @@ class SamplingRequest:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens that a request used, as the teacher counts them.
 
@@ -95,7 +95,7 @@ class Usage:
 METER: ContextVar[Callable[[Usage, float | None], None]] = ContextVar("meter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One continuation.
 
@@ -108,7 +108,7 @@ class Rollout:
     finish_reason: str = "stop"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TeacherReply:
     """The continuations of one prefix.
 

@@ -23,8 +23,8 @@ is not clear, the output stays as it is.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from omniopd_trl.errors import DataError
 from omniopd_trl.teachers.base import Prompt
@@ -155,8 +155,7 @@ def _free_tag(name: str, texts: Iterable[str]) -> str:
 # ---- The repair ----
 
 
-@dataclass(frozen=True)
-class Repaired:
+class Repaired(NamedTuple):
     """A model's answer as a continuation.
 
     Attributes:
@@ -302,6 +301,8 @@ def _unfence(prefix: str, text: str) -> str:
 
 def _untag(prefix: str, text: str) -> str:
     """Drop tags of the request, or of an answer, at both ends; text whose prefix holds the same tag keeps it."""
+    if "<" not in text:
+        return text
     for pattern in (_OPEN_TAG, _CLOSE_TAG):
         found = pattern.match(text) if pattern is _OPEN_TAG else pattern.search(text, max(0, len(text) - 64))
         if found and f"<{found[1]}" not in prefix and f"</{found[1]}" not in prefix:
@@ -337,6 +338,7 @@ def _unquote(prefix: str, text: str) -> str:
 _WINDOW = 8192
 _SEED = 2
 _MAX_CANDIDATES = 16
+_ELLIPSIS = re.compile(r"\s*(?:\.\.\.|…)\s*")
 _EQUALS = re.compile(r"(?<![=!<>+*/-])=(?!=)")
 _RELATION = re.compile(r"(?:(?<!=)=(?!=)|≈|≤|≥|<|>|→|⇒|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f\u0e00-\u0e7f]")
@@ -356,7 +358,7 @@ def _overlap(prefix: str, text: str) -> int:
     After "x = 4", the text "4 + 2" stays as it is, and of "= 4 + 2" only " + 2" is left. Example: the overlap of "so
     the sum" and "the sum is" is "the sum".
     """
-    lead = re.match(r"\s*(?:\.\.\.|…)\s*", text)  # "... the sum is" echoes with an ellipsis before it
+    lead = _ELLIPSIS.match(text)  # "... the sum is" echoes with an ellipsis before it
     if lead and not prefix.rstrip().endswith(("...", "…")):
         inner = _overlap(prefix, text[lead.end() :])
         if inner:
@@ -526,24 +528,31 @@ def _restarts(prefix: str, text: str) -> bool:
     """
     if _TALK.match(text):
         return True
-    past = len(prefix.strip()) >= 60 or bool(re.search(r"[.!?:]\s+\S", prefix[:200]))
+    past, line = _beginning(prefix)
     if not past:
         return False
-    if prefix.lstrip()[:1].lower() == text.lstrip()[:1].lower():  # few pass, and the comparison costs more
+    first = text.lstrip().partition("\n")[0].strip()
+    if line[:1].lower() == first[:1].lower():  # few pass, and the comparison costs more
         beginning, head = _squeeze(prefix[:400]), _squeeze(text[:400])
         if len(beginning) >= 30 and head[:30] == beginning[:30] and any(c.isalpha() for c in head[:30]):
             return prefix.count(prefix.lstrip()[:30]) < 2
-    line = prefix.lstrip().partition("\n")[0].strip()
-    first = text.lstrip().partition("\n")[0].strip()
     if line and line == first and sum(c.isalpha() for c in line) >= 8 and not line.startswith("```"):
         return prefix.count(line) < 2
     if _ANEW.match(text):
         return True
     if _STEP_ONE.match(text) and re.search(r"^[\s*#]*step 1\b", prefix, re.IGNORECASE | re.MULTILINE):
         return True
-    space = prefix[len(prefix.rstrip()) :]
-    inside = "\n" not in space and prefix.rstrip()[-1] not in '.!?:;。！？：*`)]}$>|#"”'
-    return inside and not text.startswith("\n") and bool(_ANEW_INSIDE.match(text))
+    if text.startswith("\n") or not _ANEW_INSIDE.match(text):
+        return False
+    stripped = prefix.rstrip()
+    return "\n" not in prefix[len(stripped) :] and stripped[-1] not in '.!?:;。！？：*`)]}$>|#"”'
+
+
+@lru_cache(maxsize=8)  # all samples of a request have one prefix
+def _beginning(prefix: str) -> tuple[bool, str]:
+    """Whether the prefix is past its opening, and its first line."""
+    past = len(prefix.strip()) >= 60 or bool(re.search(r"[.!?:]\s+\S", prefix[:200]))
+    return past, prefix.lstrip().partition("\n")[0].strip()
 
 
 # -- The joint --
@@ -673,6 +682,8 @@ _COMPOUNDS = frozenset(
     """.split()
 )
 _FOLLOWS = re.compile(r"[^\W\d_]+")
+_NAME_GOES_ON = frozenset("(_[=0123456789")
+_APOSTROPHE = re.compile(r"[^\W\d_](?:['’]s|n['’]t)\Z")
 _OPERATOR = re.compile(r"\s(?:=|\+|≈|≤|≥|→|⇒|×|·|÷)\Z")
 _SPACED = re.compile(r"(?:[=+*≈≤≥→⇒×·÷-]|\\(?:times|cdot|approx|leq?|geq?|div|pm)) \S")
 
@@ -738,7 +749,9 @@ def _lacks_space(prefix: str, text: str) -> bool:
     An operator with a space after it gets one before it, if the prefix writes its operators so.
     """
     last = prefix[-1]
-    if _CJK.match(last) or _CJK.match(text[0]) or _in_code(prefix):
+    if not (last + text[0]).isascii() and (_CJK.match(last) or _CJK.match(text[0])):
+        return False
+    if _in_code(prefix):
         return False
     if _OPERATOR.search(prefix[-2:]):
         return text[0].isalnum() or text[0] in "\\$("
@@ -748,11 +761,11 @@ def _lacks_space(prefix: str, text: str) -> bool:
         return bool(re.search(r"\S [=+*/<>×·-] \S", tail)) and not re.search(rf"\S{re.escape(operator)} \S", tail)
     match = _FOLLOWS.match(text)
     # A name that goes on ("sin(x)", "a_1") is no word.
-    follows = match[0] if match and text[match.end() : match.end() + 1] not in tuple("(_[=0123456789") else ""
+    follows = match[0] if match and text[match.end() : match.end() + 1] not in _NAME_GOES_ON else ""
     lower = follows.lower()
     if last.isalpha():
         word = _last_word(prefix)
-        if len(follows) > 1 and re.search(r"[^\W\d_](?:['’]s|n['’]t)\Z", prefix[-5:]):
+        if len(follows) > 1 and _APOSTROPHE.search(prefix[-5:]):
             return True
         if prefix.endswith(("\\", "_", ".", "/", "-"), 0, len(prefix) - len(word)):
             return False  # a command of LaTeX or a part of a name
@@ -814,7 +827,7 @@ def _two_words(prefix: str, word: str, follows: str) -> bool:
 
 def _occurs(prefix: str, word: str) -> bool:
     """Whether the last pages of the prefix use a word by itself, elsewhere than at their end."""
-    tail, word = prefix[-4000:].lower(), word.lower()
+    tail, word = _last_pages(prefix), word.lower()
     start = tail.find(word)
     while start >= 0:
         end = start + len(word)
@@ -827,6 +840,12 @@ def _occurs(prefix: str, word: str) -> bool:
     return False
 
 
+@lru_cache(maxsize=8)
+def _last_pages(prefix: str) -> str:
+    return prefix[-4000:].lower()
+
+
+@lru_cache(maxsize=8)
 def _last_word(text: str) -> str:
     match = _FOLLOWS.match(text[:-65:-1])  # backwards, from where it ends
     return match[0][::-1] if match else ""

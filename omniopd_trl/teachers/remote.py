@@ -32,7 +32,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.stop import stop_base
@@ -106,8 +106,7 @@ class EngineSettings:
 SampleOutcome = Literal["ok", "refused", "filtered", "empty", "restarted"]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample of one request, as the adapter reads it from the response.
 
     Attributes:
@@ -121,8 +120,7 @@ class Sample:
     outcome: SampleOutcome = "ok"
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """What one request returned: samples in the service's order, and its usage over all of them."""
 
     samples: tuple[Sample, ...]
@@ -378,7 +376,7 @@ class RemoteTeacher(Teacher):
             if returned == 0:
                 tally.problems.append("a response without samples")
             if not 0 < returned < num_samples:
-                return [replace(response, samples=response.samples[:num_samples])]
+                return [response._replace(samples=response.samples[:num_samples])]
             # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
             self._returns_fewer(num_samples, returned)
             sizes = self._split(start + returned, num_samples - returned)
@@ -446,7 +444,8 @@ class RemoteTeacher(Teacher):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
                     # Anew each time: an answer to somebody else may have changed what is sent.
-                    part = replace(request, max_tokens=request.max_tokens + self.capabilities.reasoning_headroom)
+                    headroom = self.capabilities.reasoning_headroom
+                    part = replace(request, max_tokens=request.max_tokens + headroom) if headroom else request
                     prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
                     async with (
                         self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,
