@@ -14,6 +14,7 @@
 """Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
 
     python -m benchmarks.memory [--hidden 64] [--case 20000 151936]
+    python -m benchmarks.memory --traced --hidden 2048
 
 Each case is a process of its own: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
 with 500 audited tokens (10 chunks of 50) and the anchor on the others, forward and backward, from hidden states and
@@ -25,6 +26,10 @@ gradient of the student's logits: the least that a loss on whole logits holds. T
 
 Head: the gradient of the student's head, float32 as the kernels add it up, twice: the chunk loss and the anchor each
 have one until they are added.
+
+Traced: the same code on tensors without memory (`FakeTensorMode`), where every storage that is alive is counted, in
+seconds at any width. Two gradients of the head are added there in a third, since tensors of that kind are not added in
+place; growth with T is exact.
 
 The exit code is 1 when a bound is missed: at T = 4,096 and V = 151,936 a quarter of dense; the same within 5% of it
 for every vocabulary once the head is taken off; from T = 2,048 to 20,000 at most four times the hidden states for each
@@ -150,12 +155,49 @@ def run(case: Case) -> int:
     return peak
 
 
+def traced(case: Case) -> float:
+    """Peak bytes of a case that was not computed, heads included."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with FakeTensorMode():
+        hidden, ref_hidden = (
+            torch.empty(case.tokens, case.hidden).requires_grad_(),
+            torch.empty(case.tokens, case.hidden),
+        )
+        weight = torch.empty(case.vocabulary, case.hidden).requires_grad_()
+        heads = LMHead(weight, None, 1.0, None), LMHead(torch.empty_like(weight), None, 1.0, None)
+        targets = torch.zeros(case.tokens, dtype=torch.long)
+        tracker = MemTracker()
+        with tracker:
+            tiled(hidden, heads[0], ref_hidden, heads[1], targets).backward()
+    return float(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+
+
+def trace(hidden: int) -> int:
+    """Growth with T at two vocabularies, exactly; 1 when it is more than four states a token or depends on V."""
+    state = 4 * hidden
+    print(f"hidden size {hidden}; MiB above T = 2,048, and in states of {state:,} bytes per further token\n")
+    print(f"{'V':>10}{'T':>10}{'MiB':>10}{'states':>10}")
+    slopes = []
+    for vocabulary in (32_768, QWEN_VOCABULARY):
+        least = traced(Case(2048, vocabulary, hidden))
+        for tokens in (8192, 20_000):
+            growth = traced(Case(tokens, vocabulary, hidden)) - least
+            slopes.append(growth / (tokens - 2048) / state)
+            print(f"{vocabulary:10,}{tokens:10,}{growth / MIB:10.1f}{slopes[-1]:10.3f}", flush=True)
+    return int(max(slopes) > SLOPE_BOUND or max(slopes) - min(slopes) > 0.05)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--hidden", type=int, default=64, help="width; small, so that it takes minutes on a CPU")
     parser.add_argument("--case", nargs=2, type=int, metavar=("T", "V"), help="one case alone, without bounds")
+    parser.add_argument("--traced", action="store_true", help="count storages instead of computing")
     options = parser.parse_args()
     hidden = options.hidden
+    if options.traced:
+        sys.exit(trace(hidden))
     print(f"hidden size {hidden}; MiB\n")
     print(f"{'':8}{'T':>8}{'V':>10}{'peak':>10}{'head':>10}{'beyond it':>12}{'dense':>12}{'ratio':>8}{'seconds':>8}")
     if options.case:
