@@ -289,7 +289,7 @@ class EventLoopThread:
 
         def start() -> None:
             for coroutine, future in zip(coroutines, futures, strict=True):
-                task = self._loop.create_task(coroutine)
+                task = self._loop.create_task(_contained(coroutine))
                 task.add_done_callback(partial(_copy_result, future))
 
         self._loop.call_soon_threadsafe(start)
@@ -316,6 +316,19 @@ class EventLoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Turn what is meant to end a process into an error that the trainer can tell the other processes of.
+
+    `SystemExit` would end the loop instead, and everything that is under way would be waited for without end.
+    """
+    try:
+        return await coroutine
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"a teacher raised {type(error).__name__}({error}), which ends a process") from error
 
 
 def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:

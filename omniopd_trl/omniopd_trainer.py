@@ -18,16 +18,16 @@ import random
 import textwrap
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
@@ -37,23 +37,12 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
-from trl.data_utils import is_conversational
-from trl.models import prepare_deepspeed
-from trl.models.utils import prepare_fsdp
-from trl.trainer.utils import (
-    create_model_from_path,
-    flush_left,
-    get_callable_name,
-    get_config_model_id,
-    use_adapter,
-)
+from trl.trainer.utils import get_config_model_id, use_adapter
 
-from omniopd_trl.agreement import Failure, first_failure, raise_together, stop
+from omniopd_trl.agreement import Failure, raise_together, stop
 from omniopd_trl.audit import (
     TEACHER_TOKENS_PER_STUDENT_TOKEN,
     Audit,
@@ -71,104 +60,28 @@ from omniopd_trl.construction import (
     named_datasets,
     repeated,
 )
-from omniopd_trl.data import check_dataset, check_prompt_lengths, column_names
-from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, TeacherError, import_extra
-from omniopd_trl.evaluation import math_accuracy
+from omniopd_trl.data import check_dataset, check_prompt_lengths
+from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
 from omniopd_trl.generation import LARGE_DIFFERENCE, SamplingLogprobs, sampling_difference
-from omniopd_trl.journal import Journal, ProcessCountError, StoredTrajectory, journal_path
+from omniopd_trl.journal import StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.loss import chunk_loss, combine
-from omniopd_trl.offload import Offloaded, layers_of, zero3_on_cpu
+from omniopd_trl.metrics import Ratios, Scored, audit_ratios, audit_warnings, metric_dtype, sum_over_processes
+from omniopd_trl.micro_batches import TOKEN_KEYS, Tokens, has_ended, like_with_like
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.order import EpochOrder
+from omniopd_trl.pending import DroppedChunks, PendingAudit, first_finished, wait_for
 from omniopd_trl.posterior import centered_posteriors
+from omniopd_trl.posterior_average import PosteriorAverage
 from omniopd_trl.processes import warn_about_lost_processes
+from omniopd_trl.recorder import Recorder
+from omniopd_trl.reference import Reference, needs_copy
 from omniopd_trl.replay import audit_once, with_meter
+from omniopd_trl.rewards import RewardFunc, reward_funcs_of, score
 from omniopd_trl.similarity import get_similarity
-from omniopd_trl.teachers import METER, OUTCOMES, Prefix, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers import METER, Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 
 logger = logging.get_logger(__name__)
-
-RewardFunc = Callable[..., list[float | None]]
-
-
-@dataclass
-class _PendingAudit:
-    """A trajectory whose audit is under way, with what its metrics need: two `(T,)` tensors in nats."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    future: "Future[Audit]" = field(default_factory=Future)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A batch with its padding moved to the right and cut, as the models see it.
-
-    Prompts are padded on the left and completions on the right; joined, a row would start anywhere and hold padding
-    twice. Here every row starts at position 0, which is also where models with absolute positions expect it.
-
-    Attributes:
-        input_ids: `(B, L)`.
-        attention_mask: `(B, L)`.
-        targets: `(B, L - 1)`, the token that each position predicts.
-        completion: `(B, L - 1)`, true where the target is a completion token.
-        audited: `(B, L - 1)`, true where the target lies in an audited chunk.
-        weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    targets: torch.Tensor
-    completion: torch.Tensor
-    audited: torch.Tensor
-    weights: torch.Tensor
-
-    def select(self, rows: torch.Tensor) -> "_Tokens":
-        """Some of the rows."""
-        return _Tokens(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-
-class PosteriorAverage(TrainerCallback, ExportableState):
-    """Mean posterior of earlier batches, for `posterior_baseline="moving_average"`. Checkpoints keep it.
-
-    An exponential average over generation batches in which the last ten count most.
-    """
-
-    DECAY = 0.9
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.weight = 0.0
-        self._batch = (0.0, 0.0)
-
-    @property
-    def value(self) -> float | None:
-        """The average, or `None` before the first batch."""
-        return self.total / self.weight if self.weight else None
-
-    def add(self, posterior_sum: float, num_chunks: int) -> None:
-        """Collect a part of the current batch."""
-        self._batch = (self._batch[0] + posterior_sum, self._batch[1] + num_chunks)
-
-    def take(self) -> tuple[float, float]:
-        """Sum and count of what was collected, which starts anew."""
-        batch, self._batch = self._batch, (0.0, 0.0)
-        return batch
-
-    def update(self, posterior_sum: float, num_chunks: float) -> None:
-        """Count one more batch, unless nothing was audited in it."""
-        if num_chunks:
-            self.total = self.DECAY * self.total + (1 - self.DECAY) * posterior_sum / num_chunks
-            self.weight = self.DECAY * self.weight + (1 - self.DECAY)
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # `Trainer` saves the state of callbacks but, by default, restores none.
-        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
-            setattr(self, name, value)
 
 
 class OmniOPDTrainer(DistillationTrainer):
@@ -289,7 +202,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 max_completion_length=args.max_completion_length,
             )
         phi = get_similarity(similarity if similarity is not None else args.similarity)
-        self._eval_reward_funcs = self._reward_funcs(eval_reward_funcs, eval_dataset)
+        self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
@@ -298,9 +211,7 @@ class OmniOPDTrainer(DistillationTrainer):
             )
         if args.use_vllm:
             import_extra("vllm", "vllm")
-        self._journal: Journal | None = None  # open while training
-        # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
-        self._unrecorded: list[tuple[Usage, float | None]] = []
+        self._recorder = Recorder(lambda: self.state.global_step)
         error: Exception | None = None
         try:
             self.teacher = self._make_teacher(teacher_model, args, train_dataset, eval_dataset)
@@ -309,10 +220,7 @@ class OmniOPDTrainer(DistillationTrainer):
         raise_together(error, args.process_index)
 
         # The reference is the student before anything happens to it, so an instance is copied here.
-        reference = None
-        needs_copy = args.beta > 0 and peft_config is None and not isinstance(model, str) and not is_peft_model(model)
-        if needs_copy and args.ref_model_init_kwargs is None and not is_deepspeed_zero3_enabled():
-            reference = copy.deepcopy(model)
+        reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
         super().__init__(
             model=model,
@@ -333,15 +241,8 @@ class OmniOPDTrainer(DistillationTrainer):
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
 
-        offloads_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
-        with zero3_on_cpu(self.accelerator) if offloads_shards else nullcontext():
-            if args.beta > 0 and not is_peft_model(self.model) and reference is None:
-                reference = self._load_reference(quantization_config)
-            self.ref_model = None if reference is None else self._prepare_reference(reference)
-        self._offloaded_ref: Offloaded | None = None
-        if args.ref_model_offload and not offloads_shards and self.ref_model is not None:
-            layers = layers_of(self.accelerator.unwrap_model(self.ref_model))
-            self._offloaded_ref = Offloaded(self.ref_model, self.accelerator.device, layers)
+        self._reference = Reference(self.model, reference, self.accelerator, args, quantization_config)
+        self.ref_model = self._reference.model
 
         self._sampling_logprobs: SamplingLogprobs | None = None
         if self.use_vllm:
@@ -356,16 +257,8 @@ class OmniOPDTrainer(DistillationTrainer):
         self.teacher_usage = Usage()
         self._loop = EventLoopThread()
         weakref.finalize(self, self._loop.close)
-        # Metrics that are ratios of sums over ranks and micro-batches: [numerator, denominator].
-        self._ratios: dict[str, defaultdict[str, list[float]]] = {
-            "train": defaultdict(lambda: [0.0, 0.0]),
-            "eval": defaultdict(lambda: [0.0, 0.0]),
-        }
-        # Chunks of the current generation batch, of this process.
-        self._chunks_asked = self._chunks_dropped = 0
-        self._failures: list[str] = []
-        # Apple's GPUs have no float64.
-        self._metric_dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        self._ratios = Ratios(self.accelerator)
+        self._dropped_chunks = DroppedChunks(self.accelerator, args)
         self._replays = False  # whether the current generation batch comes from it
         self._eval_name = ""
         self._warned: set[str] = set()
@@ -379,22 +272,11 @@ class OmniOPDTrainer(DistillationTrainer):
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(dataset, name)
 
-    @staticmethod
-    def _reward_funcs(funcs: RewardFunc | list[RewardFunc] | None, eval_dataset: Any) -> list[RewardFunc]:
-        """The functions that score evaluation samples; empty when there is nothing to score against."""
-        if funcs is not None:
-            return list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-        for _, dataset in named_datasets(None, eval_dataset):
-            if {"solution", "answer"} & set(column_names(dataset)):
-                import_extra("math_verify", "eval")
-                return [math_accuracy]
-        return []
-
     def _make_teacher(self, teacher: Any, args: OmniOPDConfig, train_dataset: Any, eval_dataset: Any) -> Teacher:
         """The teacher, after it has answered one question."""
         made = make_teacher(teacher, args)
         for _, dataset in named_datasets(train_dataset, eval_dataset):
-            token = METER.set(self._meter)
+            token = METER.set(self._recorder.meter)
             try:
                 made.probe(next(iter(dataset))["prompt"])
             finally:
@@ -402,33 +284,13 @@ class OmniOPDTrainer(DistillationTrainer):
             break
         return made
 
-    def _load_reference(self, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
-        kwargs = {**(self.args.model_init_kwargs or {}), **(self.args.ref_model_init_kwargs or {})}
-        if quantization_config is not None:
-            kwargs.setdefault("quantization_config", quantization_config)
-        # Distributed training requires device_map=None ("auto" fails)
-        if self.args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            kwargs["device_map"] = None
-        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
-        kwargs.setdefault("dtype", self.model.dtype)
-        kwargs.setdefault("attn_implementation", self.model.config._attn_implementation)
-        return create_model_from_path(get_config_model_id(self.model.config), **kwargs)
-
-    def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
-        reference = reference.eval().requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
-
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self._last_loaded_step = -1  # see `evaluate`
-        with self._open_journal():
+        with self._recording():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, dataset=None):
@@ -438,56 +300,30 @@ class OmniOPDTrainer(DistillationTrainer):
         return EpochOrder(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     @contextmanager
-    def _open_journal(self) -> Iterator[None]:
-        """Keep trajectories and audits while training, and no longer: other trainers may use the folder then."""
-        if not self.args.save_audits or self._journal is not None:
+    def _recording(self) -> Iterator[None]:
+        """Keep trajectories and audits in this block, where the configuration says so."""
+        if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
+        rank = self.accelerator.process_index
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),
             "teacher": self.teacher.name,
             "fingerprint": fingerprint(self.args, self.train_dataset, self.model, self.teacher),
-            "rank": self.accelerator.process_index,
+            "rank": rank,
             "num_processes": self.accelerator.num_processes,
         }
-        path = journal_path(self.args.output_dir, self.accelerator.process_index)
-        try:
-            journal = Journal(path, **settings)
-        except ProcessCountError as error:
-            logger.warning(f"{error} What it holds is not replayed: the teacher is asked again.")
-            journal = Journal(path, **settings, replay=False)
-        with journal:
-            self._journal = journal
-            while self._unrecorded:
-                self._meter(*self._unrecorded.pop())
-            if journal.lost is not None:
-                _warn_about_lost_requests(*journal.lost)
-            if self.teacher.budget is not None:
-                self.teacher.budget.on_under_way = self._meter_under_way
+        with self._recorder.open(journal_path(self.args.output_dir, rank), self.teacher.budget, **settings):
             try:
                 yield
             finally:
                 self._loop.cancel()  # before the journal that they write to is closed
-                self._journal = None
-
-    def _meter(self, usage: Usage, usd: float | None) -> None:
-        """Count a request that belongs to no audit of a training step."""
-        if self._journal is None:
-            self._unrecorded.append((usage, usd))
-        else:
-            self._journal.record_usage(self.state.global_step, None, usage, usd)
-
-    def _meter_under_way(self, tokens: int, usd: float | None) -> None:
-        """Keep what the requests under way can cost, in case that nobody lives to count them."""
-        if self._journal is not None:
-            self._journal.record_under_way(self.state.global_step, tokens, usd)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if self._journal is not None and self.model.training:
-            stored = self._journal.trajectories(self.state.global_step)
-            holds = stored is not None and [t.prompt_ids for t in stored] == [list(ids) for ids in prompt_ids]
+        if self._recorder.journal is not None and self.model.training:
+            stored = self._recorder.stored(prompt_ids)
             # Generation is collective: either every process replays its part of the step, or none does.
-            self._replays = self._sum_over_processes(holds)[0] == self.accelerator.num_processes
+            self._replays = self._sum_over_processes(stored is not None)[0] == self.accelerator.num_processes
             if self._replays:
                 return [t.completion_ids for t in stored or ()]
         try:
@@ -525,7 +361,7 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         if mode == "eval":
             self._score_samples(inputs, batch)
-        if mode == "train" and self._journal is not None and not self._replays:
+        if mode == "train" and self._recorder.journal is not None and not self._replays:
             self._record_trajectories(inputs, batch)
         if mode == "train" and self.args.mask_truncated_completions:
             self._mask_truncated(batch)
@@ -541,23 +377,21 @@ class OmniOPDTrainer(DistillationTrainer):
 
     def _mask_truncated(self, batch: dict[str, Any]) -> None:
         """Take completions that did not come to their end out of the batch, and out of what it is divided by."""
-        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=batch["completion_ids"].device)
-        last = batch["completion_mask"].sum(1, keepdim=True) - 1  # no completion is empty
-        has_ended = torch.isin(batch["completion_ids"].gather(1, last), ends)
-        batch["completion_mask"] = batch["completion_mask"] * has_ended
-        counts = torch.stack([batch["completion_mask"].sum(), has_ended.sum()])
+        ended = has_ended(batch, [*self.eos_token_ids, self._tokenizer.pad_token_id])
+        batch["completion_mask"] = batch["completion_mask"] * ended
+        counts = torch.stack([batch["completion_mask"].sum(), ended.sum()])
         batch["num_items_in_batch"], batch["num_sequences"] = self.accelerator.gather(counts[None]).sum(0).unbind()
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:  # there is a new generation batch
-            self._buffered_inputs = _like_with_like(self._buffered_inputs)
+            self._buffered_inputs = like_with_like(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         if "audits" in inputs:
             position = self._step % self.args.gradient_accumulation_steps
             start = time.perf_counter()
-            ready = self._wait_for_micro_batch(self._buffered_inputs[position:])
+            ready = first_finished([batch["audits"] for batch in self._buffered_inputs[position:]])
             waited = time.perf_counter() - start
             # They all add to one optimizer step, in any order.
             batches = self._buffered_inputs
@@ -567,35 +401,26 @@ class OmniOPDTrainer(DistillationTrainer):
             self._finish_audits(inputs, "train", is_last, waited)
         return inputs
 
-    @staticmethod
-    def _wait_for_micro_batch(batches: list[dict[str, Any]]) -> int:
-        """Index of the first micro-batch whose audits have all come back; waits until there is one."""
-        futures = [[audit.future for audit in batch["audits"]] for batch in batches]
-        while True:
-            for index, own in enumerate(futures):
-                if all(future.done() for future in own):
-                    return index
-            wait([f for own in futures for f in own if not f.done()], return_when=FIRST_COMPLETED)
-
     @property
     def _overlaps(self) -> bool:
         """Whether a micro-batch waits for its own audits only, while later ones are still under way."""
         needs_whole_batch = self.args.posterior_baseline == "batch" or self.args.loss_normalization == "components"
         return self.teacher.works_elsewhere and not needs_whole_batch
 
-    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[_PendingAudit]:
+    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
         """Score the completions, and send each trajectory to the teacher as soon as its chunks are known.
 
         Raises:
             NonFiniteError: when a log-probability or an entropy is not a finite number.
         """
-        pending: dict[int, _PendingAudit] = {}
         lengths = batch["completion_mask"].sum(1)
+        scored: dict[int, Scored] = {}
+        futures: dict[int, Future[Audit]] = {}
         trajectories: dict[int, Trajectory] = {}
         # Like with like, so that a micro-batch pays for little padding.
         order = (batch["prompt_mask"].sum(1) + lengths).argsort(descending=True)
         for rows in order.split(self.args.per_device_train_batch_size):
-            scores = self._score_rows({key: batch[key][rows] for key in _TOKEN_KEYS})
+            scores = self._score_rows({key: batch[key][rows] for key in TOKEN_KEYS})
             if not self.accelerator.gather(scores.isfinite().all()[None]).all():
                 raise self._non_finite("the student's log-probabilities")
             for b, (logprobs, entropy, prior_logprobs) in zip(rows.tolist(), scores.cpu().unbind(1), strict=True):
@@ -607,16 +432,25 @@ class OmniOPDTrainer(DistillationTrainer):
                     prior_logprobs=prior_logprobs[:length],
                     seed=self._trajectory_seed(mode, b),
                 )
-                pending[b] = _PendingAudit(logprobs[:length], entropy[:length])
+                scored[b] = Scored(logprobs[:length], entropy[:length])
             if self._overlaps:
-                self._submit(pending, trajectories, mode)
-        self._submit(pending, trajectories, mode)
-        self._record_sampling(mode, [pending[b].logprobs for b in range(len(prompts))])
-        return [pending[b] for b in range(len(prompts))]
+                futures |= self._submit(trajectories, mode)
+                trajectories = {}
+        futures |= self._submit(trajectories, mode)
+        self._record_sampling(mode, [scored[b].logprobs for b in range(len(prompts))])
+        return [PendingAudit(scored[b], futures[b]) for b in range(len(prompts))]
+
+    def _submit(self, trajectories: dict[int, Trajectory], mode: str) -> "dict[int, Future[Audit]]":
+        """Start the audits of trajectories, which are named by their place in the batch, in one turn of the loop."""
+        if mode == "train":
+            step, journal = self.state.global_step, self._recorder.journal
+            audits = [audit_once(self.auditor, t, journal, step, b) for b, t in trajectories.items()]
+        else:
+            audits = [with_meter(self._recorder.meter, self.auditor.audit(t)) for t in trajectories.values()]
+        return dict(zip(trajectories, self._loop.submit(*audits), strict=True))
 
     def _record_trajectories(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Before any of them is audited: what is paid for is paid for these."""
-        assert self._journal is not None
         masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
         stored = [
             StoredTrajectory(
@@ -627,19 +461,8 @@ class OmniOPDTrainer(DistillationTrainer):
             )
             for b, example in enumerate(inputs)
         ]
-        self._journal.record_trajectories(self.state.global_step, stored)
-
-    def _submit(self, pending: dict[int, _PendingAudit], trajectories: dict[int, Trajectory], mode: str) -> None:
-        """Start the audits of `trajectories` in one turn of the event loop, and forget the latter."""
-        if mode == "train":
-            step = self.state.global_step
-            audits = [audit_once(self.auditor, t, self._journal, step, b) for b, t in trajectories.items()]
-        else:
-            audits = [with_meter(self._meter, self.auditor.audit(t)) for t in trajectories.values()]
-        futures = self._loop.submit(*audits)
-        for b, future in zip(trajectories, futures, strict=True):
-            pending[b].future = future
-        trajectories.clear()
+        assert self._recorder.journal is not None
+        self._recorder.journal.record_trajectories(self.state.global_step, stored)
 
     def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool, waited: float = 0.0) -> None:
         """Wait for the audits of a batch or micro-batch, and fill in `weights` and `audited_mask`, both `(B, T)`.
@@ -653,11 +476,13 @@ class OmniOPDTrainer(DistillationTrainer):
         Raises:
             TeacherError: on every process, when one of them got a final error, or when too many chunks were dropped.
         """
-        pending: list[_PendingAudit] = batch.pop("audits")
+        pending: list[PendingAudit] = batch.pop("audits")
         start = time.perf_counter()
-        audits, error = self._wait_for(pending)
+        audits, error = wait_for(pending)
         waited += time.perf_counter() - start
-        self._stop_together(audits, error, is_last)
+        failure = self._dropped_chunks.count(audits, error, is_last)
+        if failure is not None:
+            raise self._stop(failure, error)
 
         posteriors = torch.tensor([chunk.posterior for audit in audits for chunk in audit.chunks])
         rows = torch.tensor([b for b, audit in enumerate(audits) for _ in audit.chunks], dtype=torch.long)
@@ -666,43 +491,10 @@ class OmniOPDTrainer(DistillationTrainer):
         for (b, chunk), weight in zip(spans, weights.tolist(), strict=True):
             batch["weights"][b, chunk.start : chunk.end] = weight
             batch["audited_mask"][b, chunk.start : chunk.end] = True
-        self._record_audits(mode, audits, pending, waited)
+        self._record_audits(mode, audits, [audit.scored for audit in pending], waited)
 
-    @staticmethod
-    def _wait_for(pending: list[_PendingAudit]) -> tuple[list[Audit], Exception | None]:
-        audits: list[Audit] = []
-        for audit in pending:
-            try:
-                audits.append(audit.future.result())
-            except Exception as error:  # the others learn of it first, whatever it is: none may wait for this one
-                return audits, error
-        return audits, None
-
-    def _stop_together(self, audits: list[Audit], error: Exception | None, is_last: bool) -> None:
-        """Stop every process when one cannot go on: all come here, so that none waits for a dead one."""
-        self._chunks_dropped += sum(audit.num_dropped for audit in audits)
-        self._chunks_asked += sum(audit.num_dropped + len(audit.chunks) for audit in audits)
-        self._failures += [failure for audit in audits for failure in audit.failures]
-        state = [float(error is not None), float(self._chunks_dropped), float(self._chunks_asked)]
-        failed, dropped, asked = (
-            self.accelerator.gather(torch.tensor([state], device=self.accelerator.device)).sum(0).tolist()
-        )
-        failure: Failure | None = None
-        if failed:
-            failure = first_failure(error, self.accelerator.process_index)
-        elif is_last:
-            self._chunks_dropped = self._chunks_asked = 0
-            failures, self._failures = self._failures, []
-            if dropped > self.args.max_failed_chunks * asked:
-                why = next(iter(gather_object(failures)), "no reason given")
-                reason = (
-                    f"{dropped:.0f} of {asked:.0f} chunks got fewer than min_rollouts={self.args.min_rollouts} "
-                    f"rollouts, more than max_failed_chunks={self.args.max_failed_chunks:g} of the batch. "
-                    f"One of the causes: {why}"
-                )
-                failure = Failure(TeacherError, reason, is_ours=True)
-        if failure is None:
-            return
+    def _stop(self, failure: Failure, error: Exception | None) -> Exception:
+        """What to raise when a process cannot go on: all come here, so that none waits for a dead one."""
         self._loop.cancel()  # nothing more is spent
         where = ""
         if self.is_in_train:
@@ -710,7 +502,7 @@ class OmniOPDTrainer(DistillationTrainer):
             # As soon as one process has ended, a launcher ends the others: one of them may still be writing.
             self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; mend the cause and resume from it."
-        raise stop(failure, error, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
+        return stop(failure, error, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
 
     def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, is_last: bool) -> torch.Tensor:
         """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks at hand."""
@@ -731,8 +523,7 @@ class OmniOPDTrainer(DistillationTrainer):
         return weights
 
     def _sum_over_processes(self, *values: float) -> list[float]:
-        local = torch.tensor([values], dtype=self._metric_dtype, device=self.accelerator.device)
-        return self.accelerator.gather(local).sum(0).tolist()
+        return sum_over_processes(self.accelerator, *values)
 
     def _trajectory_seed(self, mode: str, index: int) -> int:
         key = (self.args.seed, mode, self.state.global_step, self.accelerator.process_index, index)
@@ -754,26 +545,10 @@ class OmniOPDTrainer(DistillationTrainer):
 
         return self._forward_redirection(model, unwrapped, run)
 
-    def _tokens(self, batch: dict[str, Any]) -> _Tokens:
-        prompt_padding = torch.zeros_like(batch["prompt_mask"])
-        mask, input_ids, completion, audited, weights = flush_left(
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
-            torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
-            torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
-        )
-        if self.pad_to_multiple_of is not None:
-            padding = -mask.size(1) % self.pad_to_multiple_of
-            mask, completion, audited, weights = (
-                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights)
-            )
-            input_ids = nn.functional.pad(input_ids, (0, padding), value=self._tokenizer.pad_token_id)
-        return _Tokens(
-            input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:]
-        )
+    def _tokens(self, batch: dict[str, Any]) -> Tokens:
+        return Tokens.of(batch, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
 
-    def _hidden_states(self, model: PreTrainedModel, tokens: _Tokens) -> torch.Tensor:
+    def _hidden_states(self, model: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
         """States that predict `tokens.targets`, `(B, L - 1, H)`."""
         return self._get_last_hidden_state(
             model, tokens.input_ids, tokens.attention_mask, tokens.input_ids.size(1) - 1
@@ -783,7 +558,8 @@ class OmniOPDTrainer(DistillationTrainer):
         """Run `body(reference model)` without gradients. `student` is the unwrapped student, inside its forward."""
         with torch.no_grad():
             if self.ref_model is not None:
-                with self._offloaded_ref.on_device() if self._offloaded_ref is not None else nullcontext():
+                offloaded = self._reference.offloaded
+                with offloaded.on_device() if offloaded is not None else nullcontext():
                     self._inside_forward(self.ref_model, body)
                 return
             with use_adapter(student, None), _evaluation_mode(student):
@@ -839,7 +615,7 @@ class OmniOPDTrainer(DistillationTrainer):
     def _objective(
         self,
         student: PreTrainedModel,
-        tokens: _Tokens,
+        tokens: Tokens,
         inputs: dict[str, Any],
         mode: str,
         sums: dict[str, torch.Tensor],
@@ -860,7 +636,7 @@ class OmniOPDTrainer(DistillationTrainer):
         is_train = mode == "train"
         num_processes = self.accelerator.num_processes if is_train else 1
         num_micro_batches = self.args.gradient_accumulation_steps if is_train else 1
-        local = {"num_audited": tokens.audited.sum(), "num_unaudited": (tokens.completion & ~tokens.audited).sum()}
+        local = {"num_audited": tokens.audited.sum(), "num_unaudited": tokens.unaudited.sum()}
         counts = {key: inputs.get(key, value).to(hidden.device) for key, value in local.items()}
         num_sequences = tokens.input_ids.size(0) * num_processes * num_micro_batches
         loss = combine(
@@ -876,7 +652,7 @@ class OmniOPDTrainer(DistillationTrainer):
         return loss * num_processes
 
     def _project(
-        self, hidden: torch.Tensor, head: LMHead, tokens: _Tokens, where: torch.Tensor
+        self, hidden: torch.Tensor, head: LMHead, tokens: Tokens, where: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies, `(N,)`, of the N targets at `where`; `hidden` holds the same rows."""
         return logprobs_of(
@@ -889,14 +665,14 @@ class OmniOPDTrainer(DistillationTrainer):
     def _anchor(
         self,
         student: PreTrainedModel,
-        tokens: _Tokens,
+        tokens: Tokens,
         hidden: torch.Tensor,
         head: LMHead,
         logprobs: torch.Tensor,
         sums: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Sum of the exact `KL(ref || theta)` on un-audited tokens; `logprobs` are the student's on audited ones."""
-        unaudited = tokens.completion & ~tokens.audited
+        unaudited = tokens.unaudited
         # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same, since every
         # process has to take part.
         has_unaudited = unaudited.any(1)
@@ -910,7 +686,7 @@ class OmniOPDTrainer(DistillationTrainer):
         def run(model: PreTrainedModel) -> None:
             states = self._hidden_states(model, rows)
             with lm_head_of(model) as ref_head:
-                reference["head"] = self._kept(ref_head)
+                reference["head"] = self._reference.kept(ref_head)
                 reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
                 reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
 
@@ -925,71 +701,31 @@ class OmniOPDTrainer(DistillationTrainer):
             sums["entropy"] = _sum_and_count(entropy)
         return kl.sum()
 
-    def _kept(self, head: LMHead) -> LMHead:
-        """The reference's head as the anchor needs it: until the backward, after the reference's own forward."""
-        if self.is_fsdp_enabled:  # which frees the memory of a whole parameter
-            return replace(head, weight=head.weight.clone())
-        if self._offloaded_ref is not None:  # which gives the parameter other memory
-            bias = None if head.bias is None else head.bias.detach()
-            return replace(head, weight=head.weight.detach(), bias=bias)
-        return head  # ZeRO-3 has to find the parameter itself, in order to gather it again
-
     # ---- Metrics ----
 
     def _add_ratios(self, mode: str, ratios: dict[str, tuple[float, float]]) -> None:
-        """Add numerators and denominators, summed over processes. Every process names the same metrics."""
-        totals = self._sum_over_processes(*(number for ratio in ratios.values() for number in ratio))
-        for name, numerator, denominator in zip(ratios, totals[::2], totals[1::2], strict=True):
-            entry = self._ratios[mode][self._eval_name + name if mode == "eval" else name]
-            entry[0] += numerator
-            entry[1] += denominator
+        self._ratios.add(mode, ratios, self._eval_name if mode == "eval" else "")
 
     def _record_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
         names = ("kl/unaudited", "kl/audited", "entropy")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
-        ratios["finite"] = (float(loss.isfinite()), 1.0)
         self._add_ratios(mode, ratios)
-        finite, count = self._ratios[mode].pop(self._eval_name + "finite" if mode == "eval" else "finite")
-        if finite < count:
+        if self._sum_over_processes(not loss.isfinite())[0]:
             raise self._non_finite("the loss")
 
-    def _record_audits(self, mode: str, audits: list[Audit], pending: list[_PendingAudit], waited: float) -> None:
-        chunks = [(p, chunk) for p, audit in zip(pending, audits, strict=True) for chunk in audit.chunks]
-        num_audited = sum(c.chunk.end - c.chunk.start for _, c in chunks)
-        # The paper's form, whatever the baseline. The policy has not moved since, so it is that of the update.
-        loss = -sum(c.posterior * p.logprobs[c.chunk.start : c.chunk.end].sum().item() for p, c in chunks)
-        usage = sum((audit.usage for audit in audits), Usage())
-        num_rollouts = sum(audit.num_rollouts for audit in audits)
-        num_dropped = sum(audit.num_dropped for audit in audits)
-        num_chunks, num_tokens = len(chunks), sum(len(p.entropy) for p in pending)
-        outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
-        # Steps, or evaluation batches, that this is a part of; sums of it over processes count each one once.
+    def _record_audits(self, mode: str, audits: list[Audit], scored: list[Scored], waited: float) -> None:
+        num_processes = self.accelerator.num_processes
         per_step = len(audits)
         if mode == "train":
             per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        steps = len(audits) / per_step / self.accelerator.num_processes
+        steps = len(audits) / per_step / num_processes
         self._add_ratios(
-            mode,
-            {
-                "chunk_loss": (loss, num_audited),
-                "entropy": (sum(p.entropy.double().sum().item() for p in pending), num_tokens),
-                "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
-                "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
-                "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
-                "audit/anchor_entropy": (sum(p.entropy[c.chunk.anchor].item() for p, c in chunks), num_chunks),
-                "audit/num_chunks": (num_chunks, len(audits)),
-                "audit/audited_fraction": (num_audited, num_tokens),
-                "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
-                "audit/short_rollouts": (sum(audit.num_short for audit in audits), num_rollouts),
-                "teacher/wait_seconds": (waited, steps * self.accelerator.num_processes),
-                "teacher/prompt_tokens": (usage.prompt_tokens, steps),
-                "teacher/cached_tokens": (usage.cached_tokens, steps),
-                "teacher/completion_tokens": (usage.completion_tokens, steps),
-                **{f"teacher/{name}": (outcomes[name], steps) for name in OUTCOMES if self.teacher.works_elsewhere},
-            },
+            mode, audit_ratios(audits, scored, waited, steps, num_processes, self.teacher.works_elsewhere)
         )
+        usage = sum((audit.usage for audit in audits), Usage())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
-        self._warn_about_audits(audits, num_chunks, num_rollouts)
+        for kind, message in audit_warnings(audits, self.state.global_step, self.args):
+            self._warn_once(kind, message)
 
     def _record_sampling(self, mode: str, logprobs: list[torch.Tensor]) -> None:
         """How well vLLM's student is the one that is trained; `logprobs` are `(T,)` per completion, in nats."""
@@ -1017,27 +753,6 @@ class OmniOPDTrainer(DistillationTrainer):
                 "See docs/generation.md.",
             )
 
-    def _warn_about_audits(self, audits: list[Audit], num_chunks: int, num_rollouts: int) -> None:
-        if not num_chunks:
-            self._warn_once(
-                "no chunks",
-                f"No chunk of a batch could be audited at step {self.state.global_step}: the completions are shorter "
-                f"than min_chunk_length={self.args.min_chunk_length} tokens, or all were cut off and "
-                "mask_truncated_completions leaves them out, or the teacher answered nothing. Such a batch trains on "
-                "the KL anchor alone.",
-            )
-        num_short = sum(audit.num_short for audit in audits)
-        if num_short > 0.1 * num_rollouts:
-            self._warn_once(
-                "short",
-                f"{num_short} of {num_rollouts} rollouts were cut off before they filled their chunk: the teacher's "
-                f"tokens are shorter than {1 / TEACHER_TOKENS_PER_STUDENT_TOKEN:.2f} of a student token. Similarities "
-                "are lower than they should be.",
-            )
-        failures = [failure for audit in audits for failure in audit.failures]
-        if failures:
-            self._warn_once("failures", f"Some rollouts are missing, for example: {failures[0]}.")
-
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
@@ -1052,10 +767,8 @@ class OmniOPDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        for name, (numerator, denominator) in self._ratios[mode].items():
-            if denominator:
-                self._metrics[mode][name] = [numerator / denominator]
-        self._ratios[mode].clear()
+        for name, value in self._ratios.take(mode).items():
+            self._metrics[mode][name] = [value]
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -1085,38 +798,12 @@ class OmniOPDTrainer(DistillationTrainer):
             for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
         ]
         texts = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        for name, rewards in self._rewards(inputs, texts, completion_ids):
+        dtype = metric_dtype(self.accelerator.device)
+        for name, rewards in score(self._eval_reward_funcs, inputs, texts, completion_ids, trainer_state=self.state):
             # Per sample, so that the samples that pad the last batch of several processes are not counted.
-            gathered = self.accelerator.gather_for_metrics(rewards)
+            gathered = self.accelerator.gather_for_metrics(rewards.to(self.accelerator.device, dtype))
             scored = gathered[~gathered.isnan()]
-            entry = self._ratios["eval"][self._eval_name + name]
-            entry[0] += scored.sum().item()
-            entry[1] += scored.numel()
-
-    def _rewards(
-        self, inputs: list[dict[str, Any]], texts: list[str], completion_ids: list[list[int]] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and score of each sample, for each reward function; NaN where a function declines to score."""
-        completions: list[Any] = texts
-        if is_conversational(inputs[0]):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {key: [example[key] for example in inputs] for key in inputs[0] if key != "prompt"}
-        for func in self._eval_reward_funcs:
-            rewards = func(
-                prompts=[example["prompt"] for example in inputs],
-                completions=completions,
-                completion_ids=completion_ids,
-                trainer_state=self.state,
-                **columns,
-            )
-            if len(rewards) != len(inputs):
-                raise ConfigError(
-                    f"The reward function {get_callable_name(func)} returned {len(rewards)} scores for {len(inputs)} "
-                    "samples. It must return one per sample, or None where it declines to score."
-                )
-            name = "pass@1" if len(self._eval_reward_funcs) == 1 else f"pass@1/{get_callable_name(func)}"
-            scores = [float("nan") if reward is None else float(reward) for reward in rewards]
-            yield name, torch.tensor(scores, dtype=torch.float64, device=self.accelerator.device)
+            self._ratios.add_global("eval", self._eval_name + name, scored.sum().item(), scored.numel())
 
     def evaluate_teacher(self) -> dict[str, float]:
         """pass@1 of the teacher on the trainer's evaluation set, from `num_eval_generations` samples per problem.
@@ -1150,8 +837,8 @@ class OmniOPDTrainer(DistillationTrainer):
             examples = [dataset[problem * repeats] for problem in mine]
             prefixes = [Prefix(example["prompt"]) for example in examples]
             try:
-                with self._open_journal():
-                    replies = self._loop.run(with_meter(self._meter, self.teacher.sample(prefixes, request)))
+                with self._recording():
+                    replies = self._loop.run(with_meter(self._recorder.meter, self.teacher.sample(prefixes, request)))
             except Exception as caught:
                 error = caught
         raise_together(error, self.accelerator.process_index)
@@ -1160,48 +847,14 @@ class OmniOPDTrainer(DistillationTrainer):
             pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
             if pairs:
                 inputs, texts = (list(column) for column in zip(*pairs, strict=True))
-                for name, rewards in self._rewards(inputs, texts):
-                    samples.extend((name, score) for score in rewards.tolist())
+                for name, rewards in score(self._eval_reward_funcs, inputs, texts, trainer_state=self.state):
+                    samples.extend((name, reward) for reward in rewards.tolist())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
         scores: dict[str, list[float]] = defaultdict(list)
-        for name, score in gather_object(samples):
-            if score == score:  # not NaN
-                scores[name].append(score)
+        for name, reward in gather_object(samples):
+            if reward == reward:  # not NaN
+                scores[name].append(reward)
         return {name: sum(values) / len(values) for name, values in scores.items()}
-
-
-def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
-    cost = "" if usd is None else f" ({usd:.4f} dollars)"
-    logger.warning(
-        "The last run in this folder was killed while requests were under way. Nobody knows what was charged for "
-        f"them, so the most that it can be counts as spent: {tokens} tokens{cost}."
-    )
-
-
-_TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
-
-
-def _like_with_like(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all micro-batches with like lengths together, the longest first, so that none pays for much padding.
-
-    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the
-    audits which a micro-batch waits for are also those that were sent together.
-    """
-    lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
-    order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
-    size = len(batches[0]["prompt_mask"])
-    grouped: list[dict[str, Any]] = [{} for _ in batches]
-    for key, value in batches[0].items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            parts: Any = torch.cat([batch[key] for batch in batches])[order].split(size)
-        elif isinstance(value, list):
-            rows = [row for batch in batches for row in batch[key]]
-            parts = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        else:  # of the whole generation batch
-            parts = [value] * len(batches)
-        for batch, part in zip(grouped, parts, strict=True):
-            batch[key] = part
-    return grouped
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:

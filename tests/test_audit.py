@@ -207,5 +207,27 @@ def test_event_loop_thread_works_inside_a_running_loop():
     assert not loop._thread.is_alive()
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_ends_a_process_does_not_end_the_loop(kind):
+    """A teacher that calls `sys.exit` is an error like others: what else is under way comes back, and so does it."""
+
+    async def leave() -> None:
+        raise kind("bad key")
+
+    async def answer() -> int:
+        await asyncio.sleep(0.01)
+        return 3
+
+    loop = EventLoopThread()
+    try:
+        left, answered = loop.submit(leave(), answer())
+        with pytest.raises(RuntimeError, match=rf"a teacher raised {kind.__name__}\(bad key\)"):
+            left.result(timeout=10)
+        assert answered.result(timeout=10) == 3
+        assert loop.run(answer()) == 3
+    finally:
+        loop.close()
+
+
 async def _fail() -> None:
     raise ZeroDivisionError

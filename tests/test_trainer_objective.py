@@ -123,12 +123,12 @@ def test_adapter_with_its_own_head_keeps_the_original_as_reference(tmp_path, mak
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_without_beta_no_reference_is_loaded(tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch, lora):
     """`beta=0`: no second model, and the gradient is that of the chunk loss alone."""
-    from omniopd_trl import omniopd_trainer
+    from omniopd_trl import omniopd_trainer, reference
 
     def fail(*args, **kwargs):
         raise AssertionError("a reference was loaded")
 
-    monkeypatch.setattr(omniopd_trainer, "create_model_from_path", fail)
+    monkeypatch.setattr(reference, "create_model_from_path", fail)
     monkeypatch.setattr(omniopd_trainer, "copy", SimpleNamespace(deepcopy=fail))
     peft_config = LoraConfig(**LORA) if lora else None
     model = load(tiny_model_dir)

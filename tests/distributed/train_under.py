@@ -240,7 +240,7 @@ def rests_on_cpu(trainer: OmniOPDTrainer) -> bool:
     """Whether the reference is kept off the device between uses; ZeRO-3 does it by its own means."""
     if BACK_END.startswith("zero3") and trainer.ref_model is not None:
         return trainer.ref_model.zero_offload_param() is not None
-    return trainer._offloaded_ref is not None
+    return trainer._reference.offloaded is not None
 
 
 def main() -> None:

@@ -1,0 +1,115 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The reference of the KL anchor: the student as it was before the training, frozen."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed
+from trl.models.utils import prepare_fsdp
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from omniopd_trl.lm_head import LMHead
+from omniopd_trl.offload import Offloaded, layers_of, zero3_on_cpu
+from omniopd_trl.omniopd_config import OmniOPDConfig
+
+
+class Reference:
+    """A frozen model of its own, or none: under PEFT it is the student with its adapters off.
+
+    Args:
+        student: the model that is trained, as it was loaded.
+        model: a copy that was made before; loaded anew when `None`.
+        accelerator: prepares the model for the back end.
+        args: where it comes from, and whether it stays on the CPU between uses.
+        quantization_config: of the student.
+
+    Attributes:
+        model: as the back end wants it; `None` without an anchor and under PEFT.
+        offloaded: lends the model to the device; `None` where nothing is to be lent, and under ZeRO-3, which moves
+            its shards itself.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        model: PreTrainedModel | None,
+        accelerator: Accelerator,
+        args: OmniOPDConfig,
+        quantization_config: BitsAndBytesConfig | None,
+    ):
+        self.model: nn.Module | None = None
+        self.offloaded: Offloaded | None = None
+        self._fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        if args.beta == 0 or is_peft_model(student):
+            return
+        moves_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
+        with zero3_on_cpu(accelerator) if moves_shards else nullcontext():
+            if model is None:
+                model = _load(student, args, quantization_config)
+            self.model = _prepare(model.eval().requires_grad_(False), accelerator)
+        if args.ref_model_offload and not moves_shards:
+            layers = layers_of(accelerator.unwrap_model(self.model))
+            self.offloaded = Offloaded(self.model, accelerator.device, layers)
+
+    def kept(self, head: LMHead) -> LMHead:
+        """The reference's head as the anchor needs it: until the backward, after the reference's own forward."""
+        if self._fsdp:  # which frees the memory of a whole parameter
+            return replace(head, weight=head.weight.clone())
+        if self.offloaded is not None:  # which gives the parameter other memory
+            bias = None if head.bias is None else head.bias.detach()
+            return replace(head, weight=head.weight.detach(), bias=bias)
+        return head  # ZeRO-3 has to find the parameter itself, in order to gather it again
+
+
+def needs_copy(student: str | PreTrainedModel, args: OmniOPDConfig, peft_config: object) -> bool:
+    """Whether the reference has to be copied from the student before anything happens to it.
+
+    An instance may hold other weights than its name stands for. ZeRO-3 shards it as soon as it can; the copy would
+    be of empty parameters.
+    """
+    if args.beta == 0 or peft_config is not None or isinstance(student, str) or is_peft_model(student):
+        return False
+    return args.ref_model_init_kwargs is None and not is_deepspeed_zero3_enabled()
+
+
+def _load(
+    student: PreTrainedModel, args: OmniOPDConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {}
+    for settings in (args.model_init_kwargs, args.ref_model_init_kwargs):
+        kwargs |= cast("dict[str, Any] | None", settings) or {}
+    if quantization_config is not None:
+        kwargs.setdefault("quantization_config", quantization_config)
+    # Distributed training requires device_map=None ("auto" fails)
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs.setdefault("dtype", student.dtype)
+    kwargs.setdefault("attn_implementation", student.config._attn_implementation)
+    return create_model_from_path(get_config_model_id(student.config), **kwargs)
+
+
+def _prepare(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        return prepare_deepspeed(model, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
