@@ -276,6 +276,7 @@ class EventLoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._cancelled = threading.Event()  # of what has been submitted so far
         self._thread = threading.Thread(target=self._loop.run_forever, name="omniopd-teacher", daemon=True)
         self._thread.start()
 
@@ -286,10 +287,18 @@ class EventLoopThread:
             A future for each; its `result()` waits for the coroutine and raises what it raised.
         """
         futures: list[Future[T]] = [Future() for _ in coroutines]
+        cancelled = self._cancelled
+
+        async def begin(coroutine: Coroutine[Any, Any, T]) -> T:
+            # A teacher that computes here blocks the loop: what waits behind it must not begin after all.
+            if cancelled.is_set():
+                coroutine.close()
+                raise asyncio.CancelledError
+            return await _contained(coroutine)
 
         def start() -> None:
             for coroutine, future in zip(coroutines, futures, strict=True):
-                task = self._loop.create_task(_contained(coroutine))
+                task = self._loop.create_task(begin(coroutine))
                 task.add_done_callback(partial(_copy_result, future))
 
         self._loop.call_soon_threadsafe(start)
@@ -308,6 +317,8 @@ class EventLoopThread:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
+        self._cancelled.set()
+        self._cancelled = threading.Event()
         self.run(cancel_others())
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import DistillationConfig
 
@@ -24,8 +25,21 @@ from omniopd_trl.errors import ConfigError
 
 logger = logging.get_logger(__name__)
 
-# Keys of `generation_kwargs` that would make the student sample from another policy than the one that is trained.
-_OTHER_POLICY_KEYS = ("temperature", "do_sample", "num_beams", "num_return_sequences", "n")
+# Keys of `generation_kwargs` that are refused, with the field of the configuration to use: None where it has that very
+# name, "" where there is none. Other ends than the trainer's would leave padding in what is trained; other searches
+# write what the student never would.
+_REFUSED_GENERATION_KWARGS = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), None),
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens", "max_time"), "max_completion_length"),
+    **dict.fromkeys(("do_sample", "num_beams", "num_return_sequences", "n", "best_of"), ""),
+    **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "ignore_eos"), ""),
+}
+# What it may hold without changing the distribution that is sampled from.
+_HARMLESS_GENERATION_KWARGS = {
+    *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile", "compile_config"),
+    *("logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stop"),
+    *("include_stop_str_in_output", "output_kind", "skip_reading_prefix_cache"),
+}
 
 _CHOICES = {
     "prior": ("policy", "reference"),
@@ -525,13 +539,7 @@ class OmniOPDConfig(DistillationConfig):
 
     def _check_inherited(self) -> None:
         """An inherited option that has no meaning here is refused rather than ignored."""
-        for key in _OTHER_POLICY_KEYS:
-            if key in (self.generation_kwargs or {}):
-                raise ConfigError(
-                    f"generation_kwargs={self.generation_kwargs!r} sets {key!r}, which would sample from another "
-                    "policy than the one whose log-probabilities are trained. Use the field of the configuration "
-                    "(`temperature`), or leave it out."
-                )
+        self._check_generation_kwargs()
         if self.use_vllm and "seed" in (self.generation_kwargs or {}):
             raise ConfigError(
                 f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM starts from for every prompt "
@@ -563,9 +571,36 @@ class OmniOPDConfig(DistillationConfig):
                 "out-of-memory error. Set `per_device_train_batch_size` yourself."
             )
 
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
+            if not self.audit_eval:
+                raise ConfigError(
+                    f"load_best_model_at_end=True with metric_for_best_model={self.metric_for_best_model!r}: without "
+                    "audit_eval the evaluation loss is the distance from the initial student, and the best model "
+                    "would be the one that has learnt least. Set metric_for_best_model='eval_pass@1' with "
+                    "greater_is_better=True, or another metric."
+                )
+
+    def _check_generation_kwargs(self) -> None:
+        kwargs: dict[str, Any] = self.generation_kwargs or {}
+        for key in kwargs.keys() & _REFUSED_GENERATION_KWARGS.keys():
+            field_name = _REFUSED_GENERATION_KWARGS[key]
+            use = f"Use the field `{field_name or key}` of the configuration" if field_name != "" else "Leave it out"
+            raise ConfigError(
+                f"generation_kwargs={kwargs!r} sets {key!r}, which would sample other text than the one whose "
+                f"log-probabilities are trained, or mistake where it ends. {use}."
+            )
+        if self.use_vllm:  # which knows its own
+            return
+        unknown = kwargs.keys() - vars(GenerationConfig()).keys()
+        if unknown:
+            raise ConfigError(
+                f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is no field of transformers' "
+                "GenerationConfig and would be ignored. Correct its name, or leave it out."
+            )
+
     @property
     def sampling_filters(self) -> list[str]:
-        """The settings in use that leave only a part of the student's distribution, as `name=value`."""
+        """The settings in use that change the student's distribution beyond its temperature, as `name=value`."""
         filters = {
             "top_p": self.top_p < 1,
             "top_k": bool(self.top_k),
@@ -573,7 +608,10 @@ class OmniOPDConfig(DistillationConfig):
             "repetition_penalty": self.repetition_penalty != 1,
             "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,
         }
-        return [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+        used = [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+        kwargs: dict[str, Any] = self.generation_kwargs or {}
+        others = {k: v for k, v in kwargs.items() if k not in _HARMLESS_GENERATION_KWARGS and v is not None}
+        return used + ([f"generation_kwargs={others!r}"] if others else [])
 
     def _warn_about_policy(self) -> None:
         used = self.sampling_filters

@@ -14,6 +14,7 @@
 """The trainer: TRL's on-policy loop around the functions of this package."""
 
 import copy
+import math
 import random
 import textwrap
 import time
@@ -53,6 +54,7 @@ from omniopd_trl.audit import (
 )
 from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.construction import (
+    check_batch_is_filled,
     context_length_of,
     fingerprint,
     load_tokenizer,
@@ -80,8 +82,12 @@ from omniopd_trl.replay import audit_once, with_meter
 from omniopd_trl.rewards import RewardFunc, reward_funcs_of, score
 from omniopd_trl.similarity import get_similarity
 from omniopd_trl.teachers import METER, Prefix, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.local import without_generation_defaults
 
 logger = logging.get_logger(__name__)
+
+# In nats per token, of a student from itself: rounding in bfloat16 makes some 1e-4.
+LARGE_FIRST_KL = 0.05
 
 
 class OmniOPDTrainer(DistillationTrainer):
@@ -201,6 +207,10 @@ class OmniOPDTrainer(DistillationTrainer):
                 context_length=context_length,
                 max_completion_length=args.max_completion_length,
             )
+        check_batch_is_filled(train_dataset, args)
+        if isinstance(train_dataset, IterableDataset):
+            # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
+            train_dataset = train_dataset.repeat(None)
         phi = get_similarity(similarity if similarity is not None else args.similarity)
         self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
 
@@ -327,7 +337,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if self._replays:
                 return [t.completion_ids for t in stored or ()]
         try:
-            with self._seeded_generation(), _evaluation_mode(self.model):
+            with self._seeded_generation(), _evaluation_mode(self.model), without_generation_defaults(self.model):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
@@ -562,7 +572,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 with offloaded.on_device() if offloaded is not None else nullcontext():
                     self._inside_forward(self.ref_model, body)
                 return
-            with use_adapter(student, None), _evaluation_mode(student):
+            with use_adapter(student, self._reference.adapter), _evaluation_mode(student):
                 body(student)
 
     @torch.no_grad()
@@ -712,6 +722,24 @@ class OmniOPDTrainer(DistillationTrainer):
         self._add_ratios(mode, ratios)
         if self._sum_over_processes(not loss.isfinite())[0]:
             raise self._non_finite("the loss")
+        kl, count = ratios["kl/unaudited"]
+        if mode == "train" and self.state.global_step == 0 and count and kl / count > LARGE_FIRST_KL:
+            self._warn_once(
+                "first kl",
+                f"Before the first update the student is {kl / count:.3g} nats per token away from its reference, "
+                "which should be itself. Dropout does that (set disable_dropout=True; attention dropout is set in the "
+                "model's configuration: model_init_kwargs={'attention_dropout': 0.0}), and so does a reference that "
+                "`ref_model_init_kwargs` makes another model. The anchor then pulls towards what the student never "
+                "was.",
+            )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # A finite loss may have a gradient that is not: it is seen before it is applied, or, where DeepSpeed has
+        # applied it, before a checkpoint of the result takes the place of a good one.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:  # whose scaler skips such a step
+            raise self._non_finite("the gradients")
+        return norm
 
     def _record_audits(self, mode: str, audits: list[Audit], scored: list[Scored], waited: float) -> None:
         num_processes = self.accelerator.num_processes
@@ -782,7 +810,8 @@ class OmniOPDTrainer(DistillationTrainer):
             # The base class gives vLLM the weights once per step. Outside of training they change without one: a user
             # loads others, or `load_best_model_at_end` does after the last evaluation.
             self._last_loaded_step = -1
-        if not isinstance(eval_dataset, str):
+        # A name stands for a set that is repeated already, and a dictionary comes back here one set at a time.
+        if not isinstance(eval_dataset, (str, dict)):
             eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

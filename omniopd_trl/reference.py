@@ -13,9 +13,10 @@
 # limitations under the License.
 """The reference of the KL anchor: the student as it was before the training, frozen."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
@@ -30,9 +31,14 @@ from omniopd_trl.lm_head import LMHead
 from omniopd_trl.offload import Offloaded, layers_of, zero3_on_cpu
 from omniopd_trl.omniopd_config import OmniOPDConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+REFERENCE_ADAPTER = "ref"
+
 
 class Reference:
-    """A frozen model of its own, or none: under PEFT it is the student with its adapters off.
+    """A frozen model of its own, or none: under PEFT it is the student with another adapter, or without one.
 
     Args:
         student: the model that is trained, as it was loaded.
@@ -43,6 +49,8 @@ class Reference:
 
     Attributes:
         model: as the back end wants it; `None` without an anchor and under PEFT.
+        adapter: under PEFT, the frozen copy of the initial adapter; `None` where the initial student is the base
+            model, as with a new LoRA adapter, which adds nothing at first.
         offloaded: lends the model to the device; `None` where nothing is to be lent, and under ZeRO-3, which moves
             its shards itself.
     """
@@ -57,8 +65,13 @@ class Reference:
     ):
         self.model: nn.Module | None = None
         self.offloaded: Offloaded | None = None
+        self.adapter: str | None = None
         self._fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
-        if args.beta == 0 or is_peft_model(student):
+        if args.beta == 0:
+            return
+        if is_peft_model(student):
+            if not _adds_nothing(student):
+                self.adapter = _copied_adapter(student)
             return
         moves_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
         with zero3_on_cpu(accelerator) if moves_shards else nullcontext():
@@ -88,6 +101,31 @@ def needs_copy(student: str | PreTrainedModel, args: OmniOPDConfig, peft_config:
     if args.beta == 0 or peft_config is not None or isinstance(student, str) or is_peft_model(student):
         return False
     return args.ref_model_init_kwargs is None and not is_deepspeed_zero3_enabled()
+
+
+def _adds_nothing(student: "PeftModel") -> bool:
+    """Whether the student is the base model still: LoRA, with its second factors at zero, as it begins by default."""
+    if student.peft_config[student.active_adapter].peft_type != "LORA":
+        return False
+    seconds = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    # An adapter that was trained before, or one that begins elsewhere (`init_lora_weights="pissa"`, "olora", False).
+    return not any(p.any() for p in seconds)
+
+
+def _copied_adapter(student: "PeftModel") -> str:
+    """Add a frozen copy of the student's adapter, which is small, under a name of its own."""
+    active = student.active_adapter
+    config = copy.copy(student.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # others than plain numbers would change the base model once more
+    student.add_adapter(REFERENCE_ADAPTER, config)
+    parameters = dict(student.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{active}" in name:
+            twin = parameters[name.replace(f".{active}", f".{REFERENCE_ADAPTER}")]
+            twin.data.copy_(parameter.data)
+            twin.requires_grad_(False)
+    return REFERENCE_ADAPTER
 
 
 def _load(

@@ -16,6 +16,7 @@
 import asyncio
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -225,6 +226,29 @@ def test_what_ends_a_process_does_not_end_the_loop(kind):
             left.result(timeout=10)
         assert answered.result(timeout=10) == 3
         assert loop.run(answer()) == 3
+    finally:
+        loop.close()
+
+
+def test_what_has_not_begun_when_all_is_cancelled_never_begins():
+    """A teacher that computes in the loop blocks it: a user who stops the run waits for one call, not for all."""
+    begun = []
+    started = threading.Event()
+
+    async def compute(n: int) -> None:
+        begun.append(n)
+        started.set()
+        time.sleep(0.3)
+
+    loop = EventLoopThread()
+    try:
+        futures = loop.submit(*map(compute, range(20)))
+        started.wait(timeout=10)
+        loop.cancel()
+        assert len(begun) <= 2
+        assert all(future.done() for future in futures)
+        loop.run(compute(99))
+        assert begun[-1] == 99
     finally:
         loop.close()
 

@@ -80,6 +80,11 @@ def test_defaults_are_the_papers():
         ("generation_kwargs", {"temperature": 0.5}),
         ("generation_kwargs", {"do_sample": False}),
         ("generation_kwargs", '{"num_beams": 4}'),
+        ("generation_kwargs", {"top_k": 1}),
+        ("generation_kwargs", {"max_new_tokens": 5}),
+        ("generation_kwargs", {"eos_token_id": 5}),
+        ("generation_kwargs", {"stop_strings": ["x"]}),
+        ("generation_kwargs", {"top_kk": 1}),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value):
@@ -93,10 +98,29 @@ def test_a_bad_value_is_refused_by_name(field, value):
 
 
 def test_a_seed_for_vllm_is_refused():
-    """It would make samples of the same prompt equal; other keys are let through."""
+    """It would make samples of the same prompt equal."""
     with pytest.raises(ConfigError, match=r"generation_kwargs=\{'seed': 3\} sets 'seed'"):
         config(use_vllm=True, generation_kwargs={"seed": 3})
-    assert config(use_vllm=True, generation_kwargs={"frequency_penalty": 0.1}).sampling_filters == []
+
+
+def test_generation_kwargs_that_change_the_policy_are_said(caplog):
+    """Whoever samples: they count as filters. Those that change nothing do not."""
+    logging.enable_propagation()
+    changed = config(use_vllm=True, generation_kwargs={"frequency_penalty": 0.1, "logprobs": 0})
+    assert changed.sampling_filters == ["generation_kwargs={'frequency_penalty': 0.1}"]
+    assert "frequency_penalty" in caplog.text
+    assert config(generation_kwargs={"typical_p": 0.5}).sampling_filters == ["generation_kwargs={'typical_p': 0.5}"]
+    assert config(generation_kwargs={"use_cache": True}).sampling_filters == []
+
+
+def test_the_best_model_is_not_the_one_that_moved_least():
+    """The default metric is the evaluation loss, which is the anchor alone unless the teacher is asked."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
+    best |= {"save_steps": 5}
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='loss'.*eval_pass@1"):
+        config(**best)
+    assert config(**best, metric_for_best_model="eval_pass@1").greater_is_better
+    assert config(**best, audit_eval=True).metric_for_best_model == "loss"
 
 
 def test_beta_above_one_and_zero_are_legal():

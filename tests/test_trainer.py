@@ -207,6 +207,70 @@ def test_nan_stops_and_names_the_step(tmp_path, tiny_model_dir, where):
         trainer.train()
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, tiny_model_dir, max_grad_norm):
+    """The loss is finite, the gradient is not: the weights stay, and so does the last good checkpoint."""
+    trainer = make_trainer(
+        tmp_path,
+        tiny_model_dir,
+        max_steps=3,
+        dataset=questions(24),
+        max_grad_norm=max_grad_norm,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    weight = dict(trainer.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    weight.register_hook(lambda grad: grad * float("nan") if trainer.state.global_step == 1 else grad)
+    with pytest.raises(NonFiniteError, match="gradients at step 1 hold NaN"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_stream_is_resumed_in_a_later_pass(tmp_path, tiny_model_dir):
+    """Twelve rows, eight a step: the run goes through them more than twice, and goes on where it was."""
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01, "save_audits": False}
+
+    def trainer(path):
+        stream = IterableDataset.from_generator(lambda: iter(questions(12).to_list()))
+        return make_trainer(path, tiny_model_dir, dataset=stream, **settings)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    again = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for there, here in zip(whole.batches[3:], again.batches, strict=True):
+        assert here["prompts"] == there["prompts"]
+        assert torch.equal(here["completion_ids"], there["completion_ids"])
+    assert whole.batches[0]["prompts"] != whole.batches[3]["prompts"]
+
+
+FILTERS = {
+    "min_p": {"min_p": 0.9},
+    "typical_p": {"typical_p": 0.05},
+    "suppress_tokens": {"suppress_tokens": list(range(3, 290))},
+    "min_new_tokens": {"min_new_tokens": 30},
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_sampling_takes_nothing_from_the_models_folder(tmp_path, tiny_model_dir, name):
+    """What a folder's `generation_config.json` adds is no part of the policy, and is kept for those who use it."""
+    plain = make_trainer(tmp_path, tiny_model_dir)
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    trainer.model.generation_config.update(**FILTERS[name])
+    ids = plain._tokenizer("Tom has")["input_ids"]
+
+    def samples(trainer):
+        trainer.model.train()
+        # Not the recording trainer's, which cuts completions.
+        return OmniOPDTrainer._generate_single_turn(trainer, [ids] * 16, None, {})
+
+    assert samples(trainer) == samples(plain)
+    assert getattr(trainer.model.generation_config, name) == FILTERS[name][name]
+
+
 def test_streaming_dataset(tmp_path, tiny_model_dir):
     """Iterable datasets train, and evaluate on repeated samples."""
     stream = IterableDataset.from_generator(lambda: iter(questions(16).to_list()))
@@ -326,6 +390,20 @@ def test_several_evaluation_sets_and_functions(tmp_path, tiny_model_dir):
         assert f"eval_{name}_entropy" in metrics
 
 
+def test_sets_that_are_handed_over_are_sampled_as_often_as_others(tmp_path, tiny_model_dir):
+    """`evaluate(dict)` comes back once for each set: samples are counted once, not squared."""
+    seen = []
+
+    def reward(prompts, answer, **kwargs):
+        seen.extend(answer)
+        return [1.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, tiny_model_dir, num_eval_generations=3, eval_reward_funcs=reward)
+    metrics = trainer.evaluate({"a": questions(2), "b": questions(3)})
+    assert len(seen) == 3 * 5
+    assert metrics["eval_a_pass@1"] == metrics["eval_b_pass@1"] == 1.0
+
+
 def test_teacher_is_evaluated_like_the_student(tmp_path, tiny_model_dir):
     """pass@1 of a teacher that is right on its first sample of two."""
     answers = {row["prompt"][-1]["content"]: row["answer"] for row in questions()}
@@ -365,6 +443,19 @@ def test_no_prompt_column(tmp_path, tiny_model_dir):
 
 def test_empty_dataset(tmp_path, tiny_model_dir):
     refuse(tmp_path, tiny_model_dir, "empty", dataset=Dataset.from_dict({"prompt": []}))
+
+
+def test_fewer_rows_than_one_step_takes(tmp_path, tiny_model_dir):
+    """They would be left out, and the run would end well without a step."""
+    refuse(
+        tmp_path,
+        tiny_model_dir,
+        r"7 rows, but .*=4 x .*=2 x 1 processes = 8",
+        dataset=questions(7),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    make_trainer(tmp_path, tiny_model_dir, dataset=questions(8)).train()
 
 
 def test_prompt_longer_than_the_context(tmp_path, tiny_model_dir):

@@ -45,6 +45,7 @@ HINT = f"TRL {trl.__version__} changed something that OmniOPDTrainer relies on"
 HOOKS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_train_sampler": ["self", "dataset"],
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],
     "_prepare_inputs": ["self", "generation_batch"],

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +45,25 @@ logger = logging.get_logger(__name__)
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
 # 128, 64 layers and bfloat16 (a 32B model) a token takes 256 KiB, so this is 4 GiB of cache.
 MAX_BATCH_TOKENS = 16_384
+
+
+@contextmanager
+def without_generation_defaults(model: nn.Module) -> Iterator[None]:
+    """Let `generate` of a model take nothing from the `generation_config.json` of its folder but the special tokens.
+
+    Transformers fills every field that a caller leaves at None from there: a folder that holds `min_p`, `typical_p` or
+    `suppress_tokens` would sample from another distribution than the one that was asked for, without a word.
+    """
+    owned = [(module, vars(module).get("generation_config")) for module in model.modules()]
+    defaults = [(module, own) for module, own in owned if isinstance(own, GenerationConfig)]
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for module, own in defaults:
+        vars(module)["generation_config"] = GenerationConfig(**{name: getattr(own, name) for name in special})
+    try:
+        yield
+    finally:
+        for module, own in defaults:
+            vars(module)["generation_config"] = own
 
 
 @contextmanager
@@ -356,7 +376,6 @@ class LocalTeacher(Teacher):
         rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m in todo]
         input_ids, attention_mask, cache = self.rows_from_trunks(rows, trunks)
         greedy = request.temperature == 0
-        # Every field that the checkpoint's own generation defaults would fill is given.
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
             do_sample=not greedy,
@@ -370,9 +389,10 @@ class LocalTeacher(Teacher):
             else self.eos_token_ids[0],
             disable_compile=True,
         )
-        output = self.model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
-        )
+        with without_generation_defaults(self.model):
+            output = self.model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
+            )
         return output[:, input_ids.shape[1] :].tolist()
 
     def _rollout(self, new_ids: list[int]) -> tuple[Rollout, int]:

@@ -1,0 +1,100 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The anchor's reference is the initial student, whatever the student begins as."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trainer_utils import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from omniopd_trl.reference import REFERENCE_ADAPTER
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def trained_adapter(path) -> torch.nn.Module:
+    """A student that comes with an adapter which was trained before."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.0))
+    perturb(model, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", False, "trained", "gaussian", True])
+def test_an_adapter_that_begins_elsewhere(tmp_path, tiny_model_dir, tiny_tokenizer, kind):
+    """Loss, KL and gradient are those to the student as it was, which the base model alone is not."""
+    if kind == "trained":
+        trainer = make_trainer(tmp_path, trained_adapter(tiny_model_dir), processing_class=tiny_tokenizer)
+    else:
+        trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=LoraConfig(**LORA, init_lora_weights=kind))
+    has_copy = kind not in ("gaussian", True)
+    assert (trainer._reference.adapter == REFERENCE_ADAPTER) is has_copy
+    initial = copy.deepcopy(trainer.model)
+    perturb(trainer.model)
+    gradient, student = step_and_gradient(trainer)
+    loss, metrics = dense_objective(student, initial, trainer.batches[0], tiny_tokenizer, trainer.args)
+    loss.backward()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged["kl/unaudited"] == pytest.approx(metrics["kl/unaudited"], rel=2e-4)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradient[name].double(), parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+    # The copy is never trained, and the adapter is still the one that is.
+    names = set(trainable(trainer.model))
+    assert names == set(gradient)
+    assert not any(f".{REFERENCE_ADAPTER}." in name for name in names)
+    before = dict(initial.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in name:
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_resumed_run_keeps_the_first_reference(tmp_path, tiny_model_dir):
+    """The checkpoint holds it: a new process would take the student as it is now."""
+    settings = {
+        "peft_config": LoraConfig(**LORA, init_lora_weights="olora"),
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 0.1,
+        "dataset": questions(24),
+    }
+    whole = make_trainer(tmp_path, tiny_model_dir, **settings)
+    whole.train()
+    again = make_trainer(tmp_path, tiny_model_dir, **settings)
+    perturb(again.model)  # as if the new process had begun elsewhere
+    for name, parameter in again.model.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in name:
+            parameter.data.add_(0.1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for there, here in zip(whole.state.log_history[1:3], again.state.log_history[1:3], strict=True):
+        assert here["kl/unaudited"] == pytest.approx(there["kl/unaudited"], rel=1e-5)
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_first_step_away_from_the_reference_is_said(tmp_path, tiny_model_dir, tiny_tokenizer, dropout, caplog):
+    """Dropout trains another policy than the one that sampled, and than the reference."""
+    logging.enable_propagation()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    trainer = make_trainer(tmp_path, model, processing_class=tiny_tokenizer)
+    trainer.train()
+    assert ("Before the first update the student is" in caplog.text) is (dropout > 0)
