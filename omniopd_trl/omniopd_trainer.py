@@ -267,6 +267,9 @@ class OmniOPDTrainer(DistillationTrainer):
         self.teacher_usage = Usage()
         self._loop = EventLoopThread()
         weakref.finalize(self, self._loop.close)
+        if self.accelerator.device.index is not None:
+            # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
+            self._loop.run(_compute_on(self.accelerator.device))
         self._ratios = Ratios(self.accelerator)
         self._dropped_chunks = DroppedChunks(self.accelerator, args)
         self._replays = False  # whether the current generation batch comes from it
@@ -884,6 +887,10 @@ class OmniOPDTrainer(DistillationTrainer):
             if reward == reward:  # not NaN
                 scores[name].append(reward)
         return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+async def _compute_on(device: torch.device) -> None:
+    torch.accelerator.set_device_index(device)
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
