@@ -267,7 +267,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self.teacher_usage = Usage()
         self._loop = EventLoopThread()
         weakref.finalize(self, self._loop.close)
-        if self.accelerator.device.index is not None:
+        if self.accelerator.device.type in ("cuda", "xpu"):
             # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
             self._loop.run(_compute_on(self.accelerator.device))
         self._ratios = Ratios(self.accelerator)
