@@ -123,7 +123,7 @@ def _copied_adapter(student: "PeftModel") -> str:
     for name, parameter in parameters.items():
         if f".{active}" in name:
             twin = parameters[name.replace(f".{active}", f".{REFERENCE_ADAPTER}")]
-            twin.data.copy_(parameter.data)
+            twin.data = parameter.data.clone()  # in the precision of the one that is trained
             twin.requires_grad_(False)
     return REFERENCE_ADAPTER
 
