@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -42,6 +42,9 @@ TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
 
 class Tokenizer(Protocol):
     """What is needed of the student's tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
@@ -96,7 +99,7 @@ class ChunkAudit:
         chunk: where it stands.
         prefix: the student's text before the chunk.
         text: the student's text in the chunk.
-        rollouts: the teacher's texts, cut to the chunk's length in student tokens.
+        rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Auditor.length_of`).
         similarities: `phi(text, rollout)` for each rollout, in [0, 1].
         prior: geometric mean probability of the chunk's tokens (Eq. 4).
         posterior: posterior mean (Eq. 5).
@@ -205,7 +208,10 @@ class Auditor:
         replies: list[TeacherReply],
     ) -> Audit:
         """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
-        cut = [self.cut(reply.rollouts, chunk.end - chunk.start) for reply, chunk in zip(replies, chunks, strict=True)]
+        cut = [
+            self.cut(reply.rollouts, self.length_of(trajectory.token_ids, chunk, text))
+            for reply, chunk, (_, text) in zip(replies, chunks, texts, strict=True)
+        ]
         rollouts = [texts_of_chunk for texts_of_chunk, _ in cut]
         matrix = similarity_matrix([text for _, text in texts], rollouts, self.similarity)
         audits = []
@@ -240,8 +246,35 @@ class Auditor:
             prefix = _common_prefix(prefix, whole)
         return prefix, whole[len(prefix) :]
 
+    def length_of(self, token_ids: list[int], chunk: Chunk, text: str) -> int:
+        """How many student tokens a rollout may have, to be as long as the chunk.
+
+        That is the chunk's own number, unless the tokenizer begins every text with a space that nobody wrote, as
+        those of Llama 2 and Mistral do. Then a rollout, which is encoded by itself, has other tokens than the same
+        text has within a trajectory, most often one more, and a teacher that repeats the student word for word would
+        lose its last token. So the chunk's text is encoded by itself, too. Its tokens without a text, such as the end
+        of the sequence, count as before.
+
+        Args:
+            token_ids: the completion.
+            chunk: where the chunk stands in it.
+            text: its text, from [`split_text`].
+        """
+        if not self._prepends_space:
+            return chunk.end - chunk.start
+        special = set(self.tokenizer.all_special_ids)
+        without_text = sum(token_id in special for token_id in token_ids[chunk.start : chunk.end])
+        return len(self.tokenizer([text], add_special_tokens=False)["input_ids"][0]) + without_text
+
+    @cached_property
+    def _prepends_space(self) -> bool:
+        """Whether a text by itself is encoded as if a space stood before it: then "a a" is twice the same."""
+        (token_ids,) = self.tokenizer(["a a"], add_special_tokens=False)["input_ids"]
+        half = len(token_ids) // 2
+        return bool(token_ids[:half] == token_ids[half:])
+
     def cut(self, rollouts: Sequence[Rollout], num_tokens: int) -> tuple[list[str], int]:
-        """Cut rollouts to `num_tokens` student tokens: a teacher token is not a student token.
+        """Cut rollouts to `num_tokens` student tokens ([`length_of`]): a teacher token is not a student token.
 
         Returns:
             The texts, and how many of them the teacher was cut off in before they had that many tokens.

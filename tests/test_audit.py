@@ -20,11 +20,15 @@ import time
 
 import pytest
 import torch
+from conftest import STUDENT_LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from omniopd_trl.audit import Audit, Auditor, AuditSettings, EventLoopThread, Trajectory
 from omniopd_trl.chunks import Chunk
+from omniopd_trl.demo import asset_path
 from omniopd_trl.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 
@@ -105,6 +109,76 @@ def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
     ids = tiny_tokenizer(words, add_special_tokens=False)["input_ids"]
     assert len(ids) < len(words), "no token is longer than a character: the test shows nothing"
     assert judge.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
+
+
+LINES = " ".join(STUDENT_LINES)
+
+
+def llama_style_tokenizer(normalizer):
+    """BPE over "▁", where a space is prepended to every text by the normalizer, as in Llama 2, or by the splitting."""
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, metaspace
+    special = ["<unk>", "</s>"]
+    trained.train_from_iterator(
+        STUDENT_LINES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    if normalizer is not None:
+        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    # As these tokenizers decode: the first space is taken away, whether somebody wrote it or not.
+    trained.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda: llama_style_tokenizer(
+                normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            ),
+            id="normalizer",
+        ),
+        pytest.param(lambda: llama_style_tokenizer(None), id="metaspace"),
+        pytest.param(None, id="byte-level"),
+        pytest.param(lambda: AutoTokenizer.from_pretrained(asset_path("student")), id="demo"),
+    ],
+)
+def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokenizer):
+    """At every position: whatever a tokenizer puts before a text by itself, the same words are the same chunk."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    judge, exact = auditor(tokenizer, ScriptedTeacher(["x"])), get_similarity("exact")
+    wrong = []
+    for start in range(1, len(ids) - 16):
+        chunk = Chunk(start, start + 8, start)
+        prefix, text = judge.split_text(ids, chunk)
+        goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
+        length = judge.length_of(ids, chunk, text)
+        (rollout,), short = judge.cut([Rollout(goes_on, "length")], length)
+        if exact(text, rollout) != 1.0 or short:
+            wrong.append((text, rollout))
+        # One that was cut off within the chunk is short, and one that was cut off at its end is not.
+        assert judge.cut([Rollout(text, "length")], length)[1] == 0
+        assert judge.cut([Rollout(judge.split_text(ids, Chunk(start, start + 6, start))[1], "length")], length)[1] == 1
+    assert wrong == []
+    assert len(ids) > 48, "too few positions"
+
+
+def test_the_length_of_a_chunk(tiny_tokenizer):
+    """Its own number of tokens, the end of the sequence included; its text's alone where a space is prepended."""
+    prepends = llama_style_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+    for tokenizer, more in ((tiny_tokenizer, 0), (prepends, 1)):
+        ids = [*tokenizer(LINES, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        judge = auditor(tokenizer, ScriptedTeacher(["x"]))
+        chunk = Chunk(len(ids) - 6, len(ids), len(ids) - 6)
+        text = judge.split_text(ids, chunk)[1]
+        assert text.startswith(" ")
+        assert judge.length_of(ids, chunk, text) == 6 + more
+        # Tokens that nobody's tokenizer would make of the text stay what they are without the space.
+        if not more:
+            letters = [i for letter in "Tom has" for i in tokenizer(letter)["input_ids"]]
+            assert judge.length_of(letters, Chunk(0, 7, 0), "Tom has") == 7
 
 
 def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_came(tiny_tokenizer):
