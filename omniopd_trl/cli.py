@@ -366,7 +366,17 @@ def _instruction_length(tokenizer: Any) -> int:
 
 
 def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
-    """Optimizer steps of the run, as the host's trainer counts them."""
+    """Optimizer steps of the run, as the trainer takes them.
+
+    The rows of a step are drawn together, and those that do not fill one at the end of an epoch are left out.
+    """
+    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    if total is not None and total < prompts:
+        raise DataError(
+            f"Nothing would be trained: the training set has {total:,} rows, and a step takes {prompts:,} "
+            f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} x {num_processes} processes). Lower one of them, or add rows."
+        )
     if args.max_steps > 0:
         return args.max_steps
     if total is None:
@@ -374,8 +384,7 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
             f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
             "Set `max_steps`."
         )
-    batches = math.ceil(total / (args.per_device_train_batch_size * num_processes))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * (total // prompts))
 
 
 def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trainer_utils import make_trainer, questions
 
 from omniopd_trl import cli
 
@@ -31,9 +32,9 @@ QUESTIONS = ["What is 3 + 4?", "What is five and six?", "Tom has 3 apples and bu
 
 @pytest.fixture
 def recipe(tmp_path, tiny_model_dir):
-    """A function that writes a recipe for three questions and a teacher behind a service, and returns its path."""
+    """A function that writes a recipe for nine questions and a teacher behind a service, and returns its path."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"question": text, "answer": "7"}) + "\n" for text in QUESTIONS))
+    data.write_text("".join(json.dumps({"question": text, "answer": "7"}) + "\n" for text in 3 * QUESTIONS))
 
     def write(**settings):
         path = tmp_path / "recipe.yaml"
@@ -92,17 +93,17 @@ class TestCost:
         prompt = 100 * (mean + 1000)
         assert rows["samples per request"] == "1 of N = 10"
         assert rows["price"].startswith("1 in, 5 out, 0.1 read from the cache, 1.25 written to it")
-        assert rows["prompts"].startswith(f"3 of 3 measured: {mean:.1f} tokens on average")
+        assert rows["prompts"].startswith(f"9 of 9 measured: {mean:.1f} tokens on average")
         assert rows["trajectory length"] == "2,000 tokens, as given"
         assert rows["run"] == "5 steps of 8 prompts"
-        assert numbers(rows["requests"]) == [100, 800, 4000, 3]
+        assert numbers(rows["requests"]) == [100, 800, 4000, 9]
         assert numbers(rows["prompt tokens"])[:3] == pytest.approx([prompt, 8 * prompt, 40 * prompt], abs=1)
-        assert numbers(rows["prompt tokens"])[3] == pytest.approx(3 * mean, abs=1)
-        assert numbers(rows["completion tokens"]) == [7000, 56_000, 280_000, 6000]
-        assert numbers(rows["of them compared"]) == [5000, 40_000, 200_000, 6000]
+        assert numbers(rows["prompt tokens"])[3] == pytest.approx(9 * mean, abs=1)
+        assert numbers(rows["completion tokens"]) == [7000, 56_000, 280_000, 18_000]
+        assert numbers(rows["of them compared"]) == [5000, 40_000, 200_000, 18_000]
         usd = (prompt + 7000 * 5) / 1e6
         assert numbers(rows["dollars, no prompt cache"])[:3] == pytest.approx([usd, 8 * usd, 40 * usd], abs=0.005)
-        assert numbers(rows["dollars, no prompt cache"])[3] == pytest.approx((3 * mean + 6000 * 5) / 1e6, abs=1e-4)
+        assert numbers(rows["dollars, no prompt cache"])[3] == pytest.approx((9 * mean + 18_000 * 5) / 1e6, abs=1e-4)
         # Prompts of about a thousand tokens are too short for this model's cache.
         assert numbers(rows["a cache per chunk serves"])[0] == 0
 
@@ -118,18 +119,44 @@ class TestCost:
 
     def test_options_win_over_the_recipe(self, forecast):
         """Any option of the training command may follow."""
-        rows = forecast("--num_chunks", 5, "--max_steps=2", "--num_processes", 3, "--samples_per_request", 4)
+        rows = forecast(
+            "--num_chunks",
+            5,
+            "--max_steps=2",
+            "--num_processes",
+            3,
+            "--samples_per_request",
+            4,
+            gradient_accumulation_steps=1,
+        )
         assert rows["chunks"] == "at most M = 5 of C = 50 tokens"
-        assert rows["run"] == "2 steps of 24 prompts"
+        assert rows["run"] == "2 steps of 6 prompts"
         assert numbers(rows["requests"])[0] == 15
 
-    @pytest.mark.parametrize(("epochs", "steps"), [(1, 2), (3, 6), (0.5, 1)])
-    def test_steps_from_epochs(self, forecast, epochs, steps):
-        """Without `max_steps`, the epochs and the dataset say how many there are, as in the host's trainer."""
-        rows = forecast(
-            max_steps=None, num_train_epochs=epochs, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    @pytest.mark.parametrize(
+        ("epochs", "batch", "accumulation", "steps"),
+        # Of nine rows, those that do not fill a step are left out of each epoch.
+        [(1, 1, 2, 4), (3, 1, 2, 12), (0.5, 1, 2, 2), (2, 2, 2, 4), (1.5, 1, 1, 14), (2, 9, 1, 2), (2, 5, 1, 2)],
+    )
+    def test_steps_from_epochs(self, forecast, tmp_path, tiny_model_dir, epochs, batch, accumulation, steps):
+        """Without `max_steps`, there are as many as a run of the same settings really takes."""
+        settings = {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        rows = forecast(max_steps=None, **settings)
+        assert rows["run"] == f"{steps} steps of {batch * accumulation} prompts"
+        trainer = make_trainer(
+            tmp_path / "run", tiny_model_dir, dataset=questions(9), max_steps=-1, max_completion_length=10, **settings
         )
-        assert rows["run"] == f"{steps} steps of 2 prompts"
+        trainer.train()
+        assert trainer.state.global_step == steps
+
+    def test_steps_of_several_processes(self, forecast):
+        """Each process has its part of a step: of nine rows, two steps of four."""
+        rows = forecast("--num_processes", 2, max_steps=None, gradient_accumulation_steps=1)
+        assert rows["run"] == "6 steps of 4 prompts"
 
     def test_length_of_trajectories(self, forecast, tmp_path):
         """Assumed from the recipe; measured where a checkpoint says; given where it is."""
@@ -154,8 +181,8 @@ class TestCost:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
         )
-        assert rows["prompts"].startswith("2 of 3 measured")
-        assert rows["run"] == "12 steps of 1 prompts"
+        assert rows["prompts"].startswith("2 of 9 measured")
+        assert rows["run"] == "36 steps of 1 prompts"
 
     def test_stream(self, forecast):
         """Of a stream the first prompts are measured."""
@@ -248,6 +275,13 @@ class TestErrors:
             ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
             ({"dataset_name": None}, [], 2, "No dataset is named"),
             ({"dataset_train_split": "none"}, [], 1, "no split 'none'"),
+            (
+                {"per_device_train_batch_size": 3},
+                [],
+                1,
+                "Nothing would be trained: the training set has 9 rows, and a",
+            ),
+            ({"max_steps": None}, ["--num_processes", "2"], 1, "step takes 16 (per_device_train_batch_size=2 x"),
             ({"dataset_streaming": True, "max_steps": None}, [], 2, "streaming dataset has no length"),
             ({"num_chunk": 3}, [], 2, "Did you mean `num_chunks`?"),
             ({}, ["--num_chunk", "3"], 2, "Did you mean `num_chunks`?"),
