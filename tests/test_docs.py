@@ -27,6 +27,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from omniopd_trl.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.omniopd_config import OmniOPDConfig
+from omniopd_trl.omniopd_trainer import OmniOPDTrainer
 from omniopd_trl.train import (
     OmniOPDScriptArguments,
     check_names,
@@ -76,13 +77,31 @@ def any_machine(monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """Of each run, in order: the steps that it took, and the tokens that its teacher wrote for it."""
+    runs = []
+    train = OmniOPDTrainer.train
+
+    def noted(trainer, *args, **kwargs):
+        result = train(trainer, *args, **kwargs)
+        runs.append((trainer.state.global_step, trainer.teacher_usage.completion_tokens))
+        return result
+
+    monkeypatch.setattr(OmniOPDTrainer, "train", noted)
+    return runs
+
+
 @pytest.mark.parametrize("page", pages_with("python"), ids=page_id)
 @pytest.mark.usefixtures("any_machine")
-def test_python_runs(page, tmp_path, monkeypatch, tiny_model_dir, tiny_teacher_dir):
-    """The blocks of a page run, one after the other, as a reader would paste them."""
+def test_python_runs(page, tmp_path, monkeypatch, make_tiny_model, tiny_teacher_tokenizer, trained):
+    """The blocks of a page run, one after the other, as a reader would paste them; what trains takes a step."""
     monkeypatch.chdir(tmp_path)
     # Models that only a network has are stood in for by small ones; everything else runs as it is written.
-    stand_ins = {"Qwen/Qwen3-4B": str(tiny_model_dir), "Qwen/Qwen3-32B": str(tiny_teacher_dir)}
+    stand_ins = {
+        "Qwen/Qwen3-4B": str(make_tiny_model(max_position_embeddings=4096)),
+        "Qwen/Qwen3-32B": str(make_tiny_model(1, tiny_teacher_tokenizer, max_position_embeddings=4096)),
+    }
     namespace = {"__name__": "__main__"}
     for block in blocks_of(page, "python"):
         text = block.text
@@ -91,6 +110,15 @@ def test_python_runs(page, tmp_path, monkeypatch, tiny_model_dir, tiny_teacher_d
         # Errors show the page and the line in it.
         tree = ast.increment_lineno(ast.parse(text), block.line - 1)
         exec(compile(tree, str(page), "exec"), namespace)
+    # A run without a step ends without an error, too, and shows a reader nothing.
+    assert len(trained) == sum(block.text.count(".train()") for block in blocks_of(page, "python"))
+    assert all(steps >= 1 and tokens > 0 for steps, tokens in trained), trained
+
+
+def test_pages_train():
+    """The pages that a reader meets first hold an example that trains."""
+    for name in ("README.md", "docs/quickstart.md"):
+        assert any(".train()" in block.text for block in blocks_of(ROOT / name, "python")), name
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=page_id)
