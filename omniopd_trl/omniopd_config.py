@@ -55,16 +55,19 @@ _CHOICES = {
 _COUNTS = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
     *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
+
+_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval")
 
 # Numbers and the least that each may be; those of `_POSITIVE` must be above 0.
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
-    *("teacher_input_price", "teacher_output_price", "teacher_cached_price"),
+    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p"),
 )
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
-    *("teacher_requests_per_minute", "teacher_tokens_per_minute"),
+    *("teacher_requests_per_minute", "teacher_tokens_per_minute", "repetition_penalty"),
 )
 
 
@@ -485,9 +488,17 @@ class OmniOPDConfig(DistillationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
-        for name in ("teacher_top_p", "top_p", "max_failed_chunks"):
-            if getattr(self, name) > 1:
+        for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
+            if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
+        # For no limit, vLLM takes -1 as well.
+        least = -1 if self.use_vllm else 0
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < least:
+            raise ConfigError(f"top_k={self.top_k!r} must be a whole number of at least 1, or 0 for no limit.")
+        for name in _SWITCHES:
+            # A text such as "no" would count as true.
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.min_rollouts > self.num_rollouts:
             raise ConfigError(
                 f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so that every chunk "
@@ -603,7 +614,7 @@ class OmniOPDConfig(DistillationConfig):
         """The settings in use that change the student's distribution beyond its temperature, as `name=value`."""
         filters = {
             "top_p": self.top_p < 1,
-            "top_k": bool(self.top_k),
+            "top_k": self.top_k > 0,  # vLLM's -1 is no limit, too
             "min_p": bool(self.min_p),
             "repetition_penalty": self.repetition_penalty != 1,
             "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,

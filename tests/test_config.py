@@ -61,6 +61,22 @@ def test_defaults_are_the_papers():
         ("teacher_top_p", 0.0),
         ("teacher_top_p", 1.1),
         ("learning_rate", "fast"),
+        ("min_p", 3.0),
+        ("min_p", -0.1),
+        ("top_p", 1.5),
+        ("top_k", -5),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_k", None),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 0),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("audit_eval", "no"),
+        ("save_audits", "false"),
+        ("ref_model_offload", None),
+        ("mask_truncated_completions", 1),
         ("max_completion_length", None),
         ("max_completion_length", "512"),
         ("similarity", "levenshtein"),
@@ -121,6 +137,15 @@ def test_the_best_model_is_not_the_one_that_moved_least():
         config(**best)
     assert config(**best, metric_for_best_model="eval_pass@1").greater_is_better
     assert config(**best, audit_eval=True).metric_for_best_model == "loss"
+
+
+def test_no_limit_is_no_filter():
+    """The values that switch a filter off are accepted and not reported; with vLLM `top_k=-1` is one of them."""
+    assert config(top_k=0, min_p=0, top_p=1, repetition_penalty=1).sampling_filters == []
+    assert config(use_vllm=True, top_k=-1, min_p=None).sampling_filters == []
+    assert config(use_vllm=True, top_k=20, min_p="0.1").sampling_filters == ["top_k=20", "min_p=0.1"]
+    with pytest.raises(ConfigError, match=r"top_k=-2 must be a whole number of at least 1, or 0 for no limit"):
+        config(use_vllm=True, top_k=-2)
 
 
 def test_beta_above_one_and_zero_are_legal():
