@@ -72,5 +72,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         raise MissingExtraError(
             f"`{module}` is needed here and could not be imported ({error}). "
-            f"Install it with: pip install 'omniopd_trl[{extra}]'"
+            f"Install it, in the clone of this package, with: pip install -e '.[{extra}]'"
         ) from error

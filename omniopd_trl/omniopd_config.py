@@ -177,7 +177,9 @@ class OmniOPDConfig(DistillationConfig):
         teacher_max_retry_after (`float`, *optional*, defaults to `120.0`):
             The longest wait in seconds that the service may ask for; a longer one stops the run.
         teacher_budget_usd (`float`, *optional*):
-            US dollars that the job may spend, earlier runs of the same `output_dir` included. It is never exceeded.
+            US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is sent
+            whose worst case does not fit; docs/money.md says what that does not cover, such as a service that uses
+            more than it was asked for, or a change of prices.
         teacher_budget_tokens (`int`, *optional*):
             Prompt and completion tokens that the job may use, likewise.
         teacher_input_price (`float`, *optional*):
@@ -408,15 +410,16 @@ class OmniOPDConfig(DistillationConfig):
     teacher_budget_usd: float | None = field(
         default=None,
         metadata={
-            "help": "US dollars that the job may spend, earlier runs of the same `output_dir` included. It is never "
-            "exceeded."
+            "help": "US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is "
+            "sent whose worst case does not fit; docs/money.md says what that does not cover, such as a service that "
+            "uses more than it was asked for, or a change of prices."
         },
     )
     teacher_budget_tokens: int | None = field(
         default=None,
         metadata={
             "help": "Prompt and completion tokens that the job may use, earlier runs of the same `output_dir` "
-            "included. It is never exceeded."
+            "included. No request is sent whose worst case does not fit (docs/money.md)."
         },
     )
     teacher_input_price: float | None = field(

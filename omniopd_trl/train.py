@@ -303,6 +303,7 @@ def summarize(
     seconds: float,
     usage: Any = None,
     teacher: Mapping[str, float] | None = None,
+    evaluates: bool = True,
     saved_to: str,
 ) -> str:
     """What a run gained and cost, as a short table.
@@ -312,6 +313,7 @@ def summarize(
         seconds: wall time of training.
         usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
         teacher: metrics of the teacher, with `pass@1`, where it was evaluated.
+        evaluates: whether the run has an evaluation set.
         saved_to: where the model is.
     """
     scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
@@ -321,9 +323,16 @@ def summarize(
         rows.append(("student before, pass@1", f"{scores[0][1]:.3f}"))
     if scores and scores[-1][0] > 0:
         rows.append(("student after, pass@1", f"{scores[-1][1]:.3f} (step {scores[-1][0]})"))
-    if not scores:
+    if not scores and evaluates:
         rows.append(
             ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
+        )
+    if not scores and not evaluates:
+        rows.append(
+            (
+                "student, pass@1",
+                "not measured: the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch",
+            )
         )
     if teacher is not None:
         rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
@@ -434,7 +443,15 @@ def main(
         saved_to += f", pushed to {trainer.hub_model_id}"
 
     trainer.accelerator.print(
-        "\n" + summarize(trainer.state.log_history, seconds=seconds, usage=usage, teacher=teacher, saved_to=saved_to)
+        "\n"
+        + summarize(
+            trainer.state.log_history,
+            seconds=seconds,
+            usage=usage,
+            teacher=teacher,
+            evaluates=evaluates,
+            saved_to=saved_to,
+        )
     )
     # Finishes the trackers and destroys the process group.
     trainer.end()

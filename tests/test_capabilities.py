@@ -178,7 +178,7 @@ class TestNames:
         """Without the SDK the message holds the pip command."""
         monkeypatch.setitem(sys.modules, "anthropic", None)
         monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
-        with pytest.raises(MissingExtraError, match=r"pip install 'omniopd_trl\[anthropic\]'"):
+        with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[anthropic\]'"):
             remote_teacher("anthropic:claude-haiku-4-5").probe("3 + 4")
 
 

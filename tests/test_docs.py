@@ -183,6 +183,17 @@ def test_commands_exist(page):
         assert not list(problems_of(words)), words
 
 
+def test_short_runs_log():
+    """A command that runs a recipe for a few steps, to read what they log, logs a line."""
+    found = 0
+    for words in (words for page in PAGES for words in commands_of(page) if {"--max_steps", "--config"} <= set(words)):
+        settings = yaml.safe_load((ROOT / words[words.index("--config") + 1]).read_text())
+        settings.update(zip((word.removeprefix("--") for word in words), words[1:], strict=False))
+        assert int(settings["logging_steps"]) <= int(settings["max_steps"]), words
+        found += 1
+    assert found >= 2
+
+
 def test_commands_are_looked_at():
     """The check itself sees what it is there to see."""
     assert list(problems_of(["make", "tset"])) == ["no target tset"]

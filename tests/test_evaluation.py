@@ -231,5 +231,5 @@ class TestTime:
 def test_missing_package(monkeypatch):
     """Without math-verify the message holds the pip command."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'omniopd_trl\[eval\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[eval\]'"):
         math_accuracy(["Answer: 7"], answer=["7"])

@@ -147,5 +147,5 @@ def test_a_missing_vllm_is_noticed_before_anything_starts(tmp_path, tiny_model_d
         def probe(self, prompt):
             raise AssertionError("the teacher was asked")
 
-    with pytest.raises(MissingExtraError, match=r"pip install 'omniopd_trl\[vllm\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[vllm\]'"):
         make_trainer(tmp_path, tiny_model_dir, teacher=Refusing(), use_vllm=True)

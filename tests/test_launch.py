@@ -240,7 +240,7 @@ class TestConfigs:
     def test_missing_deepspeed(self, recipe, launched, monkeypatch):
         """Without DeepSpeed the message holds the pip command."""
         monkeypatch.setitem(sys.modules, "deepspeed", None)
-        with pytest.raises(MissingExtraError, match=r"pip install 'omniopd_trl\[deepspeed\]'"):
+        with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[deepspeed\]'"):
             launch.train(["--accelerate_config", "zero3", "--num_processes", "2", "--config", recipe()])
         assert not launched
 

@@ -385,7 +385,7 @@ def test_embedding_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pip command is printed when the function is asked for, not at the first batch."""
     similarity_module._embedding.cache_clear()
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # type: ignore[arg-type]
-    with pytest.raises(MissingExtraError, match=r"pip install 'omniopd_trl\[embedding\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[embedding\]'"):
         get_similarity("embedding")
 
 

@@ -129,7 +129,8 @@ class TestRun:
         """What the command line says wins over the recipe, and the rest of the recipe stays."""
         process = succeeded(train("--config", recipe(), "--max_steps", "1", "--output_dir", "other", cwd=tmp_path))
         assert "model saved to         other" in process.stdout
-        assert "student, pass@1        not measured" in process.stdout
+        # The dataset has answers: what is missing is the evaluation.
+        assert "student, pass@1        not measured: the run evaluates nothing. Set `do_eval: true`" in process.stdout
         assert not (tmp_path / "out").exists()
         assert "'epoch'" in process.stdout
 
@@ -210,7 +211,7 @@ class TestMistakes:
         process = run_process(sys.executable, "-c", code, "--config", recipe(do_eval=True), cwd=tmp_path)
         assert process.returncode == 1
         assert "Traceback" not in process.stderr
-        assert re.search(r"^MissingExtraError: .*pip install 'omniopd_trl\[eval\]'", process.stderr, re.MULTILINE)
+        assert re.search(r"^MissingExtraError: .*pip install -e '\.\[eval\]'", process.stderr, re.MULTILINE)
         assert not (tmp_path / "out").exists()
 
     def test_setting(self, recipe, capsys):
@@ -429,4 +430,6 @@ class TestSummarize:
     def test_nothing_measured(self):
         """Without a score it says why there is none."""
         text = summarize([{"step": 1, "eval_loss": 1.0, "eval_pass@1": None}], seconds=1, saved_to="out")
-        assert "not measured" in text
+        assert "not measured: it needs an evaluation set with a `solution` or `answer` column" in text
+        text = summarize([{"step": 1, "loss": 1.0}], seconds=1, evaluates=False, saved_to="out")
+        assert "not measured: the run evaluates nothing. Set `do_eval: true`" in text

@@ -498,7 +498,7 @@ def test_unscorable_evaluation_is_refused_before_training(tmp_path, tiny_model_d
     import sys
 
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ImportError, match=r"pip install 'omniopd_trl\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[eval\]'"):
         make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions())
 
 
