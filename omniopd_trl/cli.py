@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -162,6 +163,9 @@ def main(args: Sequence[str] | None = None) -> int:
             return train(arguments[1:])
         options, rest = make_parser().parse_known_args(arguments)
         cost(options, rest)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 128 + signal.SIGINT
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1

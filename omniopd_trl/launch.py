@@ -215,6 +215,7 @@ def train(arguments: Sequence[str]) -> int:
         _complete(args, config, str(value))
     if args.use_deepspeed or (config is not None and config.distributed_type == "DEEPSPEED" and not args.cpu):
         import_extra("deepspeed", "deepspeed")
+    _spell_out(args, config)
     return _launch(args)
 
 
@@ -267,6 +268,32 @@ def _complete(args: argparse.Namespace, config: Any, value: str) -> None:
         args.gpu_ids = ",".join(devices[int(i)] for i in chosen.split(",") if int(i) < len(devices))
 
 
+def _spell_out(args: argparse.Namespace, config: Any) -> None:
+    """Give accelerate the values that it would take itself: it would list them, ahead of what the training says."""
+    import psutil
+    import torch
+    from accelerate.commands import launch as accelerate_launch
+
+    if config is None:
+        if os.path.isfile(accelerate_launch.default_config_file) and not args.cpu:
+            return  # whoever wrote it has answered these questions
+        count = torch.accelerator.device_count()
+        if args.num_processes is None:
+            args.num_processes = count
+        others = (args.multi_gpu, args.cpu, args.tpu, args.use_deepspeed, args.use_fsdp)
+        if args.num_processes > 1 and count > 1 and not any(others):
+            args.multi_gpu = True
+        for name, value in (("num_machines", 1), ("mixed_precision", "no"), ("dynamo_backend", "no")):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    on_cpu = args.cpu if config is None else config.use_cpu
+    if on_cpu and args.num_cpu_threads_per_process is None and not os.environ.get("OMP_NUM_THREADS"):
+        processes = args.num_processes or getattr(config, "num_processes", None) or 1
+        machines = args.num_machines or getattr(config, "num_machines", None) or 1
+        cores = psutil.cpu_count(logical=False) or 1
+        args.num_cpu_threads_per_process = max(cores // max(processes // machines, 1), 1)
+
+
 def _launch(args: argparse.Namespace) -> int:
     """Start the processes, wait for them, and return the exit code."""
     from accelerate.commands.launch import launch_command
@@ -274,10 +301,11 @@ def _launch(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Whoever ends the command means the training. accelerate would leave its one process behind, which would train on,
-    # and ask a teacher that is paid for. Its launcher of several processes ends them itself.
-    previous = None
+    # and ask a teacher that is paid for. Its launcher of several processes ends them itself. On Control-C, too, the
+    # training has the last word, and this process waits for it.
+    previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, _hand_on)
+        previous = {number: signal.signal(number, _hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         launch_command(args)
     except subprocess.CalledProcessError as error:
@@ -293,8 +321,8 @@ def _launch(args: argparse.Namespace) -> int:
         # Nothing but the launcher runs in this process.
         raise ConfigError(f"accelerate cannot launch this: {error}") from error
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -24,7 +24,9 @@ A recipe is a YAML file of options; the command line overrides it. Options are t
 import argparse
 import difflib
 import os
+import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -421,7 +423,10 @@ def main(
     )
 
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as error:
+        raise Interrupted(trainer.state.global_step) from error
     seconds = time.perf_counter() - start
     # The teacher's tokens that training cost, before the teacher's own evaluation adds to them.
     usage = trainer.teacher_usage
@@ -457,6 +462,63 @@ def main(
     trainer.end()
 
 
+class Interrupted(KeyboardInterrupt):
+    """Control-C within the training.
+
+    Attributes:
+        step: optimizer steps that were finished.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"at step {step}")
+        self.step = step
+
+
+class ControlC:
+    """A handler of SIGINT that takes one Control-C for one, however often it is delivered.
+
+    The terminal sends it to every process, and a launcher hands it on to those that it has started. The second of the
+    two must not interrupt what the first one has begun to tidy up.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        now, last = time.monotonic(), self.last
+        self.last = now
+        if last is None or now - last > 1:
+            raise KeyboardInterrupt
+
+    def install(self) -> None:
+        """Handle SIGINT from now on, unless it is ignored, as in a job of the background."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self)
+
+
+def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str:
+    """What is left of a run that was interrupted, and how to go on, in one line.
+
+    Args:
+        args: of the run; `None` when they were not read yet.
+        step: optimizer steps that were finished; `None` outside of the training.
+    """
+    from omniopd_trl.checkpoints import last_checkpoint
+
+    if args is None or step is None:
+        return "Interrupted outside of the training's steps."
+    try:
+        kept = f"The last checkpoint is {last_checkpoint(str(args.output_dir))}."
+        advice = "Resume with --resume_from_checkpoint true"
+    except DataError:
+        kept = "There is no checkpoint."
+        advice = "The same command begins again"
+    if args.save_audits:
+        advice += "; what the journal holds is replayed, and not paid for again"
+    return f"Interrupted at step {step}. {kept} {advice}."
+
+
 def wait_for_all() -> None:
     """Wait until every process is here: a launcher ends the others, in mid-sentence, as soon as one has ended."""
     from torch import distributed
@@ -473,10 +535,19 @@ def run(args: Sequence[str] | None = None) -> int:
         args: the command line; `None` takes that of the process.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses.
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses, 130 after
+        Control-C.
     """
+    parsed = None
     try:
-        main(*parse_args(args))
+        parsed = parse_args(args)
+        main(*parsed)
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            step = error.step if isinstance(error, Interrupted) else None
+            sys.stderr.write(f"\n{describe_interruption(parsed and parsed[1], step)}\n")
+            sys.stderr.flush()
+        return 128 + signal.SIGINT
     except OmniOPDError as error:
         # One line, as these messages say what to do. Where not all processes stop for it, whichever does says so.
         rank = int(os.environ.get("RANK", "0"))
@@ -490,4 +561,5 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    ControlC().install()
     sys.exit(run())

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,46 @@ class TestProcesses:
         assert re.search(r"^DataError: There is no dataset file 'none.jsonl'", process.stderr, re.MULTILINE)
         assert "Traceback" not in process.stderr
         assert "ChildFailedError" not in process.stderr
+
+    def test_one_line(self, recipe, tmp_path):
+        """An error is one line, the last one, and no notice of accelerate's stands before it."""
+        process = omniopd("train", "--config", recipe(dataset_name="none.jsonl"), cwd=tmp_path)
+        assert process.returncode == 1
+        assert process.stderr.splitlines()[-1].startswith("DataError: There is no dataset file 'none.jsonl'")
+        assert "accelerate" not in process.stderr
+        assert "Traceback" not in process.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "to_all"),
+        [([], True), ([], False), (["--accelerate_config", "cpu_2"], True)],
+        ids=["terminal", "kill", "cpu_2"],
+    )
+    def test_control_c(self, recipe, tmp_path, options, to_all):
+        """From the terminal, which signals all processes, or to the command alone: one line says how to go on."""
+        path = recipe(max_steps=100_000, num_train_epochs=1, save_strategy="steps", save_steps=1, save_total_limit=2)
+        command = [sys.executable, "-m", "omniopd_trl.cli", "train", "--config", path, *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=test_train_cli.ENVIRONMENT, start_new_session=True, **pipes
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("out/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 128 + signal.SIGINT, errors
+        (line,) = re.findall(r"^Interrupted .*$", errors, re.MULTILINE)
+        assert re.fullmatch(
+            r"Interrupted at step \d+. The last checkpoint is out/checkpoint-\d+. Resume with "
+            r"--resume_from_checkpoint true; what the journal holds is replayed, and not paid for again.",
+            line,
+        )
+        assert "Traceback" not in errors
+        assert (tmp_path / re.search(r"out/checkpoint-\d+", line)[0] / "trainer_state.json").exists()
 
     def test_lost_process(self, recipe, tmp_path):
         """`accelerate launch --cpu --num_processes 2` starts one process, and the run says so and goes on."""
@@ -263,6 +304,28 @@ class TestConfigs:
         assert [call.training_script_args for call in launched] == [
             ["--config", path, "--use_cpu", "true"],
             ["--config", path, "--use-cpu", "false"],
+        ]
+
+    @pytest.mark.parametrize(("cores", "threads"), [(8, 4), (2, 1)])
+    @pytest.mark.parametrize("options", [[], ["--accelerate_config", "cpu_2"]], ids=str)
+    def test_nothing_is_left_to_accelerate(self, recipe, launched, monkeypatch, caplog, cores, threads, options):
+        """What it would choose, and list on the terminal, is given to it: the same values, without the list."""
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("psutil.cpu_count", lambda logical=True: cores)
+        monkeypatch.setattr("accelerate.commands.launch.logger.propagate", True, raising=False)
+        assert launch.train(["--config", recipe(), *options]) == 0
+        assert "were not passed to `accelerate launch`" not in caplog.text
+        (call,) = launched
+        assert (call.num_machines, call.mixed_precision, call.dynamo_backend) == (1, "no", "no")
+        assert call.num_cpu_threads_per_process == (threads if options else 1)
+
+    def test_several_gpus(self, recipe, launched, four_gpus, caplog):
+        """Without a configuration there is one process per GPU, as with accelerate's own defaults."""
+        assert launch.train(["--config", recipe()]) == 0
+        assert launch.train(["--config", recipe(), "--num_processes", "1"]) == 0
+        assert [(call.by, call.num_processes) for call in launched] == [
+            ("multi_gpu_launcher", 4),
+            ("simple_launcher", 1),
         ]
 
     def test_path(self, recipe, launched, tmp_path):
