@@ -21,8 +21,9 @@ import pytest
 from loopback import Fault, Loopback, wire
 from loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 
-from omniopd_trl.errors import TeacherError
-from omniopd_trl.teachers.base import Prefix
+from omniopd_trl.errors import BudgetError, TeacherError
+from omniopd_trl.teachers.base import METER, Prefix
+from omniopd_trl.teachers.budget import Budget, Price
 from omniopd_trl.teachers.remote import EngineSettings
 
 pytestmark = [pytest.mark.usefixtures("services"), pytest.mark.parametrize("service", SERVICES, ids=lambda s: s.name)]
@@ -303,3 +304,40 @@ def test_keys_stay_inside(service, lines):
         assert key not in text
         assert key[-4:] not in text
         assert key[:8] not in text
+
+
+def without_usage(service, how):
+    """A service's answers, with what they used left out, or with zeros in its place."""
+
+    def answer(path, body):
+        whole = service.answer(path, body)
+        key = "usageMetadata" if "usageMetadata" in whole else "usage"
+        usage = whole.pop(key)
+        if how == "zeros":
+            whole[key] = {name: 0 for name, value in usage.items() if isinstance(value, int)}
+        return whole
+
+    return answer
+
+
+@pytest.mark.parametrize("how", ["nothing", "zeros"])
+def test_answers_without_usage(service, how, caplog):
+    """What nobody counted is counted as the worst case, in the budget and by the meter: a budget always ends."""
+    metered = []
+    price = Price(input=100.0, output=100.0)
+    budget = Budget(max_usd=1.0, max_tokens=10_000, price=price)
+    with Loopback(without_usage(service, how)) as server:
+        teacher = teacher_of(service, server, budget=budget, continuation="instruct")
+        token = METER.set(lambda usage, usd: metered.append((usage, usd)))
+        try:
+            with pytest.raises(BudgetError):
+                ask(teacher, *[Prefix("What is 3 + 4?", " 7" * n) for n in range(50)])
+        finally:
+            METER.reset(token)
+    assert 0 < len(server.requests) < 20
+    assert 5_000 < budget.tokens_spent <= 10_000
+    assert 0.5 < budget.usd_spent <= 1.0
+    assert sum(usage.prompt_tokens + usage.completion_tokens for usage, _ in metered) == budget.tokens_spent
+    assert sum(usd for _, usd in metered) == pytest.approx(budget.usd_spent)
+    (message,) = [message for message in caplog.messages if "worst case" in message]
+    assert message.startswith(f"{service.name}: the service does not say what an answer used")

@@ -84,7 +84,7 @@ class AnthropicTeacher(RemoteTeacher):
         )
         if not isinstance(getattr(answer, "content", None), list):
             raise MalformedResponseError("no list of content blocks in it")
-        return Response((_sample(answer, prefix, instructed),), _usage(answer.usage))
+        return Response((_sample(answer, prefix, instructed),), _usage(getattr(answer, "usage", None)))
 
     # ---- What is sent ----
 
@@ -189,8 +189,11 @@ def without_common_space(prefix: str, text: str) -> str:
     return text[same:]
 
 
-def _usage(usage: Any) -> Usage:
+def _usage(usage: Any) -> Usage | None:
     """The service's `input_tokens` are those that no cache had a part in."""
+    # A proxy that speaks the service's language may leave any of them out.
+    if getattr(usage, "input_tokens", None) is None or getattr(usage, "output_tokens", None) is None:
+        return None
     read = usage.cache_read_input_tokens or 0
     written = usage.cache_creation_input_tokens or 0
     details = usage.output_tokens_details

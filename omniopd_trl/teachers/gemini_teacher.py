@@ -226,10 +226,11 @@ def _sample(candidate: Any, prefix: Prefix, instructed: bool) -> Sample:
     return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
 
 
-def _usage(usage: Any) -> Usage:
+def _usage(usage: Any) -> Usage | None:
     if usage is None:
-        return Usage()
+        return None
     thoughts = usage.thoughts_token_count or 0
+    # A blocked prompt, and an answer that is all thought, come without a count of the candidates.
     return Usage(
         prompt_tokens=usage.prompt_token_count or 0,
         cached_tokens=usage.cached_content_token_count or 0,

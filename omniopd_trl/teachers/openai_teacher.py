@@ -285,16 +285,16 @@ def _sample(choice: Any, prefix: Prefix, instructed: bool) -> Sample:
     return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
 
 
-def _usage(answer: Any) -> Usage:
+def _usage(answer: Any) -> Usage | None:
     usage = getattr(answer, "usage", None)
     if usage is None:
-        return Usage()
+        return None
     prompt_details = getattr(usage, "prompt_tokens_details", None)
     completion_details = getattr(usage, "completion_tokens_details", None)
     return Usage(
-        prompt_tokens=usage.prompt_tokens or 0,
+        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
         cached_tokens=getattr(prompt_details, "cached_tokens", None) or 0,
-        completion_tokens=usage.completion_tokens or 0,
+        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
         reasoning_tokens=getattr(completion_details, "reasoning_tokens", None) or 0,
         cache_write_tokens=getattr(prompt_details, "cache_write_tokens", None) or 0,
     )

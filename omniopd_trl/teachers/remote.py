@@ -121,10 +121,13 @@ class Sample(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What one request returned: samples in the service's order, and its usage over all of them."""
+    """What one request returned: samples in the service's order, and its usage over all of them.
+
+    The usage is `None` where the service said none.
+    """
 
     samples: tuple[Sample, ...]
-    usage: Usage
+    usage: Usage | None
 
 
 FailureKind = Literal[
@@ -398,7 +401,7 @@ class RemoteTeacher(Teacher):
                 if sample.outcome != "restarted":
                     tally.problems.append(f"a sample was {sample.outcome}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
-        usage = sum((response.usage for response in responses), Usage())
+        usage = sum((response.usage for response in responses if response.usage is not None), Usage())
         failure = None
         if len(rollouts) < request.num_samples:
             reason = tally.problems[0] if tally.problems else "no reason"
@@ -481,14 +484,28 @@ class RemoteTeacher(Teacher):
             if failure is None:
                 raise
             if failure.may_be_billed:
-                _meter(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
-                reservation.forfeit()
+                self._forfeit(reservation)
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
-        _meter(response.usage, None if self.budget.price is None else self.budget.price.cost(response.usage))
-        reservation.settle(response.usage)
+        if not _is_counted(response):
+            # An answer that counts as free would make every budget endless.
+            self.warn_once(
+                "the service does not say what an answer used, so the worst case of each request counts against the "
+                "budget, and the log's tokens leave such answers out. Let the server report `usage`, or expect the "
+                "budget to end early."
+            )
+            self._forfeit(reservation)
+            response = response._replace(usage=None)
+        elif response.usage is not None:
+            _meter(response.usage, None if self.budget.price is None else self.budget.price.cost(response.usage))
+            reservation.settle(response.usage)
         self._throttle.succeeded()
         return response
+
+    def _forfeit(self, reservation: Reservation) -> None:
+        """Count the worst case of a request as spent, where nobody knows what the service charges for it."""
+        _meter(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
+        reservation.forfeit()
 
     def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
         """What to raise for a failure, after what it means for the requests to come."""
@@ -539,6 +556,14 @@ class RemoteTeacher(Teacher):
             "always_reasons": "its reasoning cannot be switched off, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
+
+
+def _is_counted(response: Response) -> bool:
+    """Whether the service said what the answer used. Some that count nothing fill the numbers with zeros."""
+    usage = response.usage
+    if usage is None or usage.prompt_tokens <= 0 or usage.completion_tokens < 0:
+        return False
+    return usage.completion_tokens > 0 or not any(sample.text for sample in response.samples)
 
 
 def _meter(usage: Usage, usd: float | None) -> None:
