@@ -22,9 +22,9 @@ import pytest
 from loopback import Fault, Loopback, wire
 from loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 
-from omniopd_trl.errors import BudgetError, TeacherError
+from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.teachers import remote
-from omniopd_trl.teachers.base import Prefix, SamplingRequest, Usage
+from omniopd_trl.teachers.base import METER, Prefix, SamplingRequest, Usage
 from omniopd_trl.teachers.budget import Budget, Price
 from omniopd_trl.teachers.instruct import render_messages
 from omniopd_trl.teachers.remote import (
@@ -179,6 +179,27 @@ class TestRetries:
         """A bug is not a failure of the service."""
         with pytest.raises(ZeroDivisionError):
             ask(Scripted(fault=lambda *_: ZeroDivisionError()), Prefix("question"))
+
+    def test_mistakes_of_ours_are_paid_for(self):
+        """A mistake over an answer, which the service charges for, is no reason to count the answer as free."""
+        metered = []
+        teacher = Scripted(fault=lambda *_: ZeroDivisionError(), price=Price(input=1.0, output=1.0))
+        token = METER.set(lambda usage, usd: metered.append((usage.prompt_tokens, usd)))
+        try:
+            with pytest.raises(ZeroDivisionError):
+                ask(teacher, Prefix("question"), max_tokens=50)
+        finally:
+            METER.reset(token)
+        worst = teacher.max_prompt_tokens(Prefix("question")) + 50
+        assert teacher.budget.tokens_spent == worst
+        assert metered == [(worst, pytest.approx(worst / 1e6))]
+
+    def test_requests_that_never_went_out_are_free(self):
+        """A prompt that cannot be rendered has cost nothing."""
+        teacher = Scripted(fault=lambda *_: DataError("no chat template"))
+        with pytest.raises(DataError):
+            ask(teacher, Prefix("question"))
+        assert teacher.budget.tokens_spent == 0
 
     def test_rejected(self):
         """A request that concerns itself alone is neither repeated nor the end."""

@@ -482,6 +482,9 @@ class RemoteTeacher(Teacher):
         except Exception as error:
             failure = self._failure(error)
             if failure is None:
+                # Nobody knows whether it happened before the request went out, or over an answer that is charged for.
+                if not isinstance(error, OmniOPDError) and was_sent(error):
+                    self._forfeit(reservation)
                 raise
             if failure.may_be_billed:
                 self._forfeit(reservation)
