@@ -27,6 +27,8 @@ from omniopd_trl.journal import spent
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.teachers import Teacher, load_teacher
 from omniopd_trl.teachers.budget import Budget
+from omniopd_trl.teachers.capabilities import MODELS
+from omniopd_trl.teachers.options import check_options
 from omniopd_trl.teachers.pricing import price_of
 from omniopd_trl.teachers.remote import Continuation, EngineSettings
 from omniopd_trl.teachers.services import PREFIXES, remote_teacher
@@ -119,9 +121,21 @@ def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
 
 
 def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:
+    """The teacher that the configuration asks for.
+
+    Args:
+        teacher: a name, a model or a teacher.
+        args: the configuration; which of its options a teacher reads stands in `omniopd_trl/teachers/options.py`.
+
+    Raises:
+        ConfigError: when an option cannot be kept by this teacher.
+        DataError: when a model cannot be loaded.
+    """
+    kind, name = _kind_of(teacher)
+    check_options(kind, name, args)
     # `__post_init__` has parsed what the command line gives as JSON.
     template = cast("dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs)
-    if not isinstance(teacher, str) or not teacher.startswith(PREFIXES):
+    if not isinstance(teacher, str) or kind not in MODELS:
         return load_teacher(
             teacher,
             model_init_kwargs=args.teacher_model_init_kwargs,
@@ -166,6 +180,17 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
             num_processes=args.world_size,
         ),
     )
+
+
+def _kind_of(teacher: str | PreTrainedModel | Teacher) -> tuple[str, str]:
+    """The kind of a teacher, as `check_options` knows it, and its name."""
+    if isinstance(teacher, Teacher):
+        return "own", getattr(teacher, "name", type(teacher).__name__)
+    if not isinstance(teacher, str):
+        return "local", get_config_model_id(teacher.config)
+    if teacher.startswith(PREFIXES):
+        return teacher.partition(":")[0], teacher
+    return ("scripted" if teacher == "scripted" else "local"), teacher
 
 
 def fingerprint(args: OmniOPDConfig, train_dataset: Any, model: PreTrainedModel, teacher: Teacher) -> str:

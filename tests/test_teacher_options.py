@@ -1,0 +1,105 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a configuration says about the teacher reaches it, is refused, or is named: nothing is ignored in silence."""
+
+from dataclasses import fields
+
+import pytest
+from transformers.utils import logging
+
+from omniopd_trl import OmniOPDConfig
+from omniopd_trl.construction import make_teacher
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers import Rollout, Teacher, TeacherReply
+from omniopd_trl.teachers.options import LIMITS, READ_BY
+from omniopd_trl.teachers.services import remote_teacher
+
+
+class Own(Teacher):
+    """A teacher of one's own."""
+
+    name = "my-paid-api"
+
+    async def sample(self, prefixes, request):
+        return [TeacherReply((Rollout("x"),) * request.num_samples) for _ in prefixes]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration with other settings than the defaults."""
+
+    def make(**overrides):
+        return OmniOPDConfig(str(tmp_path), **{"use_cpu": True, "bf16": False, "report_to": "none", **overrides})
+
+    return make
+
+
+class TestUnreadOptions:
+    """Options that a kind of teacher has no use for."""
+
+    def test_every_option_is_in_the_table(self):
+        """An option that is added without a reader fails here."""
+        assert set(READ_BY) == {f.name for f in fields(OmniOPDConfig) if f.name.startswith("teacher_")}
+
+    @pytest.mark.parametrize("limit", LIMITS)
+    @pytest.mark.parametrize("teacher", [Own(), remote_teacher("vllm:model")], ids=["own", "remote"])
+    def test_limits_on_an_instance_are_refused(self, config, teacher, limit):
+        """A limit that an instance would not keep stops the run at once, and says where it belongs."""
+        with pytest.raises(ConfigError, match=f"{limit}=7 cannot be kept: .*{teacher.name}.*Budget.*by a text"):
+            make_teacher(teacher, config(**{limit: 7}))
+
+    def test_other_options_of_an_instance_are_named(self, config, caplog):
+        """They change nothing, and go on."""
+        logging.enable_propagation()
+        own = Own()
+        assert make_teacher(own, config(teacher_max_concurrency=2, teacher_base_url="http://x/v1")) is own
+        (message,) = caplog.messages
+        assert message.startswith("teacher_base_url, teacher_max_concurrency: without effect")
+        assert "my-paid-api" in message
+
+    def test_a_recipe_for_a_service_can_be_tried_with_the_scripted_teacher(self, config, caplog):
+        """Limits included: what costs nothing keeps them all."""
+        logging.enable_propagation()
+        args = config(
+            teacher_budget_usd=20, teacher_requests_per_minute=1, teacher_max_concurrency=32, teacher_temperature=0.7
+        )
+        assert make_teacher("scripted", args).name == "scripted"
+        (message,) = caplog.messages
+        assert message.startswith("teacher_max_concurrency, teacher_requests_per_minute, teacher_budget_usd: without")
+
+    def test_local(self, config, caplog, tiny_model_dir):
+        """A model in this process reads how to load it, and no limit."""
+        logging.enable_propagation()
+        args = config(teacher_budget_tokens=10, teacher_model_init_kwargs={"dtype": "float32"})
+        make_teacher(str(tiny_model_dir), args)
+        (message,) = [message for message in caplog.messages if "without effect" in message]
+        assert message.startswith("teacher_budget_tokens: without effect")
+
+    def test_a_service_reads_its_own(self, config, caplog):
+        """What only another service, or a local model, has a use for is named."""
+        logging.enable_propagation()
+        args = config(
+            teacher_max_concurrency=2, teacher_tokenizer_name_or_path="x", teacher_model_init_kwargs={"dtype": "auto"}
+        )
+        make_teacher("anthropic:claude-haiku-4-5", args)
+        (message,) = caplog.messages
+        assert message.startswith("teacher_model_init_kwargs, teacher_tokenizer_name_or_path: without effect")
+
+    def test_defaults_are_silent(self, config, caplog):
+        """Nobody is told about what nobody has set."""
+        logging.enable_propagation()
+        make_teacher("scripted", config())
+        make_teacher(Own(), config())
+        make_teacher("gemini:gemini-3.5-flash-lite", config(teacher_budget_tokens=10))
+        assert caplog.messages == []
