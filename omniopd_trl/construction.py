@@ -28,6 +28,7 @@ from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.teachers import Teacher, load_teacher
 from omniopd_trl.teachers.budget import Budget
 from omniopd_trl.teachers.capabilities import MODELS
+from omniopd_trl.teachers.openai_teacher import is_ones_own
 from omniopd_trl.teachers.options import check_options
 from omniopd_trl.teachers.pricing import price_of
 from omniopd_trl.teachers.remote import Continuation, EngineSettings
@@ -133,8 +134,13 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
     """
     kind, name = _kind_of(teacher)
     check_options(kind, name, args)
+    template = args.teacher_chat_template_kwargs
+    # The student's are for a template. A closed service has none that takes them: it may refuse the whole request.
+    ours = kind == "local" or (kind in ("vllm", "openai") and is_ones_own(kind, args.teacher_base_url))
+    if template is None and ours:
+        template = args.chat_template_kwargs
     # `__post_init__` has parsed what the command line gives as JSON.
-    template = cast("dict[str, Any] | None", args.teacher_chat_template_kwargs or args.chat_template_kwargs)
+    template = cast("dict[str, Any] | None", template)
     if not isinstance(teacher, str) or kind not in MODELS:
         return load_teacher(
             teacher,

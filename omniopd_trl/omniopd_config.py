@@ -146,7 +146,8 @@ class OmniOPDConfig(DistillationConfig):
         teacher_top_p (`float`, *optional*, defaults to `1.0`):
             Nucleus sampling mass of the teacher.
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's.
+            Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, for a local
+            model and a server of one's own; closed services get none. `{}` passes none.
         min_rollouts (`int`, *optional*, defaults to `1`):
             A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited.
         max_failed_chunks (`float`, *optional*, defaults to `0.2`):
@@ -338,7 +339,8 @@ class OmniOPDConfig(DistillationConfig):
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's."
+            "help": "Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, "
+            "for a local model and a server of one's own; closed services get none. `{}` passes none."
         },
     )
 

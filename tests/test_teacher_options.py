@@ -16,14 +16,18 @@
 from dataclasses import fields
 
 import pytest
+from loopback import Loopback, wire
+from loopback.teachers import ask, services  # noqa: F401 (a fixture)
 from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.construction import make_teacher
 from omniopd_trl.errors import ConfigError
-from omniopd_trl.teachers import Rollout, Teacher, TeacherReply
+from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherReply
 from omniopd_trl.teachers.options import LIMITS, READ_BY
 from omniopd_trl.teachers.services import remote_teacher
+
+STUDENTS = {"enable_thinking": False}
 
 
 class Own(Teacher):
@@ -103,3 +107,45 @@ class TestUnreadOptions:
         make_teacher(Own(), config())
         make_teacher("gemini:gemini-3.5-flash-lite", config(teacher_budget_tokens=10))
         assert caplog.messages == []
+
+
+class TestTemplateArguments:
+    """Arguments for the teacher's chat template."""
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "inherited"),
+        [
+            ("vllm:model", {}, True),
+            ("openai:model", {"teacher_base_url": "http://127.0.0.1:8000/v1"}, True),
+            ("openai:gpt-6-luna", {}, False),
+            ("openai:gpt-6-luna", {"teacher_base_url": "https://api.openai.com/v1"}, False),
+            ("openai:mistral-large", {"teacher_base_url": "https://api.mistral.ai/v1"}, False),
+        ],
+    )
+    def test_the_students(self, config, monkeypatch, name, settings, inherited):
+        """They are for servers of one's own: OpenAI and its like would be sent a field that they do not know."""
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+        teacher = make_teacher(name, config(chat_template_kwargs=STUDENTS, **settings))
+        assert teacher.chat_template_kwargs == (STUDENTS if inherited else {})
+
+    def test_openai_over_the_wire(self, config, services):  # noqa: F811
+        """What a paid service gets holds nothing of the student's template."""
+        with Loopback(wire.openai) as server:
+            args = config(chat_template_kwargs=STUDENTS)
+            teacher = make_teacher("openai:gpt-6-luna", args)
+            teacher.base_url = server.url + "/v1"
+            ask(teacher, Prefix("3 + 4"))
+        assert "chat_template_kwargs" not in server.bodies[0]
+
+    @pytest.mark.parametrize("own", [{}, {"enable_thinking": True}])
+    def test_ones_own_win(self, config, own):
+        """No arguments at all is a choice as well."""
+        args = config(chat_template_kwargs=STUDENTS, teacher_chat_template_kwargs=own)
+        assert make_teacher("vllm:model", args).chat_template_kwargs == own
+
+    def test_local(self, config, tiny_model_dir):
+        """A local model has the student's, unless it has none of its own."""
+        local = make_teacher(str(tiny_model_dir), config(chat_template_kwargs=STUDENTS))
+        assert local.chat_template_kwargs == STUDENTS
+        none = config(chat_template_kwargs=STUDENTS, teacher_chat_template_kwargs={})
+        assert make_teacher(str(tiny_model_dir), none).chat_template_kwargs == {}

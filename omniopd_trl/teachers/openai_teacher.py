@@ -73,10 +73,9 @@ class OpenAITeacher(RemoteTeacher):
         self.model = model
         if provider == "vllm":
             self.key_variables = ("VLLM_API_KEY",)
-            self.base_url = base_url or VLLM_URL
         else:
             self.key_variables = ("OPENAI_API_KEY",)
-            self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        self.base_url = _address(provider, base_url)
         self.dialect = _dialect(provider, self.base_url)
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._tokenizer = tokenizer if tokenizer is not None else model
@@ -229,6 +228,22 @@ class OpenAITeacher(RemoteTeacher):
             wait=retry_after(error.response.headers),
             code=error.code or body.get("type"),
         )
+
+
+def is_ones_own(provider: str, base_url: str | None) -> bool:
+    """Whether a `vllm:` or `openai:` name means a server of one's own, and not a service with fields of its own.
+
+    Args:
+        provider: `"vllm"` or `"openai"`.
+        base_url: as `OpenAITeacher` takes it.
+    """
+    return _dialect(provider, _address(provider, base_url)) == "vllm"
+
+
+def _address(provider: str, base_url: str | None) -> str:
+    if provider == "vllm":
+        return base_url or VLLM_URL
+    return base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
 
 
 def _dialect(provider: str, base_url: str) -> str:
