@@ -14,13 +14,14 @@
 """Configuration of the [`OmniOPDTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import DistillationConfig
 
+from omniopd_trl.credentials import check_credentials
 from omniopd_trl.errors import ConfigError
 
 logger = logging.get_logger(__name__)
@@ -465,6 +466,8 @@ class OmniOPDConfig(DistillationConfig):
         beta, self.beta = self.beta, 0.0
         super().__post_init__()
         self.beta = beta
+        # The Trainer's own option for a token keeps the Trainer's meaning; the command refuses it.
+        check_credentials({f.name: getattr(self, f.name) for f in fields(self) if f.name != "hub_token"})
         self._check_choices()
         self._check_inherited()
         self._warn_about_policy()

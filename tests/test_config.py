@@ -14,6 +14,7 @@
 """The configuration: the paper's defaults, what is refused, and what is said."""
 
 import math
+import traceback
 
 import pytest
 from transformers.utils import logging
@@ -205,3 +206,50 @@ def test_every_field_is_documented_twice():
         assert f"        {name} (`" in OmniOPDConfig.__doc__, name
         if not isinstance(field.default, str) and field.default is not None:
             assert f"defaults to `{field.default}`" in OmniOPDConfig.__doc__.split(f"        {name} (`")[1][:80], name
+
+
+SECRET = "s3cr3t-4Fz8QmTnW2bLxVYc"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model_init_kwargs", {"token": SECRET}, "model_init_kwargs['token']"),
+        ("model_init_kwargs", f'{{"token": "{SECRET}"}}', "model_init_kwargs['token']"),
+        ("ref_model_init_kwargs", {"use_auth_token": SECRET}, "ref_model_init_kwargs['use_auth_token']"),
+        ("teacher_model_init_kwargs", {"hf": {"API-Key": SECRET}}, "teacher_model_init_kwargs['hf']['API-Key']"),
+        ("teacher_chat_template_kwargs", {"tools": [{"password": SECRET}]}, "teacher_chat_template_kwargs['tools']"),
+        ("chat_template_kwargs", {"headers": {"Authorization": f"Bearer {SECRET}"}}, "['Authorization']"),
+        ("generation_kwargs", {"proxy": f"http://user:{SECRET}@proxy:8080"}, "generation_kwargs['proxy']"),
+        ("teacher_base_url", f"http://user:{SECRET}@127.0.0.1:8000/v1", "teacher_base_url"),
+        ("teacher_base_url", f"https://{SECRET}@host/v1", "teacher_base_url"),
+        ("vllm_server_base_url", f"http://:{SECRET}@host", "vllm_server_base_url"),
+    ],
+)
+def test_secrets_are_refused(name, value, words):
+    """They would stand in every checkpoint. The message names the place and the way out, and shows no secret."""
+    with pytest.raises(ConfigError) as caught:
+        config(**{name: value})
+    message = str(caught.value)
+    assert words in message
+    assert "Leave" in message
+    assert ("environment variable" in message) == (name != "vllm_server_base_url" and "proxy" not in words)
+    assert SECRET not in message
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_init_kwargs", {"token": True, "use_auth_token": None, "revision": "main"}),
+        ("model_init_kwargs", {"pad_token": "<pad>", "eos_token_id": 2, "dtype": "float32"}),
+        ("chat_template_kwargs", {"bos_token": "<s>", "token_type": "x", "secret_santa": "y", "key": "C major"}),
+        ("generation_kwargs", {"max_tokens": 7, "stop": ["a@b"]}),
+        ("teacher_base_url", "http://127.0.0.1:8000/v1"),
+        ("teacher_base_url", "http://host/v1?mail=a@b"),
+        ("run_name", "me@home"),
+    ],
+)
+def test_what_looks_like_a_secret_and_is_none(name, value):
+    """Names of special tokens, counts of tokens, and addresses without a password stay."""
+    assert getattr(config(**{name: value}), name) == value

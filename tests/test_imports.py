@@ -43,6 +43,7 @@ LAYERS = {
     "omniopd_trl.recorder": "journal",
     "omniopd_trl.lm_head": "head",
     "omniopd_trl.offload": "head",
+    "omniopd_trl.credentials": "config",
     "omniopd_trl.omniopd_config": "config",
     "omniopd_trl.agreement": "trainer",
     "omniopd_trl.construction": "trainer",

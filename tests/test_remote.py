@@ -517,6 +517,8 @@ class TestWords:
             ("012***xyz was refused", "0123456789xyz", "[key] was refused"),
             ("Bearer abc.def is invalid", "", "Bearer [key] is invalid"),
             ("AIzaSyB8vN3kQ2rTxWm", "", "[key]"),
+            ("no connection to http://user:pw@host:1/v1", "", "no connection to http://[key]@host:1/v1"),
+            ("http://host/v1 refused a@b.example", "", "http://host/v1 refused a@b.example"),
             ("prompt is too long: 210 tokens", "sk-ant-api03-xyz", "prompt is too long: 210 tokens"),
             ("skeleton keys and risk-takers", "token-abc", "skeleton keys and risk-takers"),
         ],

@@ -630,6 +630,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     secrets = list(secrets)
     for secret in secrets:
         text = text.replace(secret, "[key]")
+    text = re.sub(r"(?<=://)[^\s/@]+@", "[key]@", text)  # user and password in an address
     text = re.sub(r"(?i)\bbearer\s+\S+", "Bearer [key]", text)
     text = re.sub(r"\b(?:(?:sk|gsk|pk|rk)[-_]|AIza|AQ\.|ya29\.)[\w\-.*•…]{6,}", "[key]", text)
 

@@ -1,0 +1,83 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Keys, tokens and passwords have no place in the settings, which are pickled into every checkpoint."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from omniopd_trl.errors import ConfigError
+
+# Keys of dictionaries that hold a secret, in lower case and with underscores. Whole names: `pad_token` is none.
+_SECRET_KEYS = {
+    *("token", "hf_token", "hub_token", "auth_token", "access_token", "api_token", "bearer_token", "use_auth_token"),
+    *("api_key", "apikey", "x_api_key", "access_key", "secret_key", "private_key", "openai_api_key", "hf_api_key"),
+    *("anthropic_api_key", "google_api_key", "gemini_api_key", "vllm_api_key", "aws_secret_access_key"),
+    *("password", "passwd", "secret", "client_secret", "authorization", "credentials"),
+}
+
+_VARIABLES = {
+    "teacher_base_url": "VLLM_API_KEY or OPENAI_API_KEY",
+    "teacher_chat_template_kwargs": "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY",
+}
+
+
+def check_credentials(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that hold a secret. No message shows one.
+
+    Args:
+        settings: names and values; dictionaries and lists are looked through.
+
+    Raises:
+        ConfigError: for an address with a user or a password in it, and for a text under a key such as `token`.
+    """
+    for name, value in settings.items():
+        for path, key, text in _texts(name, value):
+            if _has_user(text):
+                problem = f"`{path}` is an address with a user name or a password in it"
+                advice = "Leave out what stands before the @"
+                if name == "teacher_base_url":
+                    advice += f", and set a key in the environment variable {_VARIABLES[name]}"
+            elif path != name and re.sub(r"\W", "_", key).lower() in _SECRET_KEYS and text:
+                problem = f"`{path}` looks like a secret"
+                advice = f"Leave it out, and set the environment variable {_VARIABLES.get(name, 'HF_TOKEN')} instead"
+            else:
+                continue
+            raise ConfigError(
+                f"{problem}, and settings are written in clear into every checkpoint (training_args.bin), which may "
+                f"be pushed. {advice}."
+            )
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str, str]]:
+    """Every text in a setting: where it stands, under which key, and itself."""
+    pending = [(name, name, value)]
+    while pending:
+        path, key, item = pending.pop()
+        if isinstance(item, str):
+            yield path, key, item
+        elif isinstance(item, Mapping):
+            pending += [(f"{path}[{inner!r}]", str(inner), part) for inner, part in item.items()]
+        elif isinstance(item, list | tuple):
+            pending += [(path, key, part) for part in item]
+
+
+def _has_user(text: str) -> bool:
+    if "://" not in text or "@" not in text or re.search(r"\s", text):
+        return False
+    try:
+        return "@" in urlsplit(text).netloc
+    except ValueError:  # no address, and its reader says so
+        return False
