@@ -172,10 +172,12 @@ class OmniOPDConfig(DistillationConfig):
             Prompt and completion tokens per minute. No limit by default.
         teacher_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that one attempt of a request may take.
-        teacher_max_attempts (`int`, *optional*, defaults to `6`):
-            Attempts per request, the first one included.
+        teacher_max_attempts (`int`, *optional*):
+            Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has room for, of
+            which six may be ones that the service may charge for: no answer, or one that cannot be read.
         teacher_max_seconds (`float`, *optional*, defaults to `600.0`):
-            Seconds that all attempts of a request may take together.
+            Seconds that all attempts of a request, and the waits between them, may take together: how long a failing
+            service is waited for.
         teacher_max_retry_after (`float`, *optional*, defaults to `120.0`):
             The longest wait in seconds that the service may ask for; a longer one stops the run.
         teacher_budget_usd (`float`, *optional*):
@@ -398,13 +400,20 @@ class OmniOPDConfig(DistillationConfig):
         default=120.0,
         metadata={"help": "Seconds that one attempt of a request may take."},
     )
-    teacher_max_attempts: int = field(
-        default=6,
-        metadata={"help": "Attempts per request, the first one included."},
+    teacher_max_attempts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has "
+            "room for, of which six may be ones that the service may charge for: no answer, or one that cannot be "
+            "read."
+        },
     )
     teacher_max_seconds: float = field(
         default=600.0,
-        metadata={"help": "Seconds that all attempts of a request may take together."},
+        metadata={
+            "help": "Seconds that all attempts of a request, and the waits between them, may take together: how long "
+            "a failing service is waited for."
+        },
     )
     teacher_max_retry_after: float = field(
         default=120.0,

@@ -46,6 +46,9 @@ TRANSIENT = Failure("transient", "a moment")
 FINAL = Failure("final", "the key was refused")
 
 
+REAL_SLEEP = asyncio.sleep
+
+
 class FailedError(Exception):
     """What the SDK of the scripted service raises."""
 
@@ -88,6 +91,19 @@ class Scripted(RemoteTeacher):
 
     def classify(self, error):
         return error.failure if isinstance(error, FailedError) else None
+
+
+class Clock:
+    """Sleeping is counted and takes no time: an outage lasts minutes."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+
+        async def sleep(seconds, yield_to_others=REAL_SLEEP):
+            self.now += seconds
+            await yield_to_others(0)
+
+        monkeypatch.setattr(asyncio, "sleep", sleep)
 
 
 def prefixes(count):
@@ -145,6 +161,52 @@ class TestRetries:
         replies = ask(teacher, *prefixes(3))
         assert time.monotonic() - start < 3
         assert all("no answer within" in reply.failure for reply in replies)
+
+    @pytest.mark.parametrize("outage", [100.0, 500.0])
+    def test_time_is_the_limit(self, outage, monkeypatch, caplog):
+        """By default an outage of minutes is sat out, whatever the number of attempts; time is the loop's own here."""
+        monkeypatch.setattr(remote, "BACKOFF", 0.5)
+        for seed in range(20):
+            random.seed(seed)
+            clock = Clock(monkeypatch)
+            teacher = Scripted(fault=lambda *_, c=clock: TRANSIENT if c.now < outage else None)
+            (reply,) = ask(teacher, Prefix("question"))
+            assert len(reply.rollouts) == 1
+            assert outage <= clock.now <= 600
+            assert len(teacher.seen) < 60
+        assert "requests fail and are repeated, each for up to teacher_max_seconds=600" in caplog.text
+
+    def test_time_is_used_up_before_giving_up(self, monkeypatch):
+        """A service that never comes back is waited for as long as the option says, neither shorter nor longer."""
+        monkeypatch.setattr(remote, "BACKOFF", 0.5)
+        for seed in range(20):
+            random.seed(seed)
+            clock = Clock(monkeypatch)
+            teacher = Scripted(fault=lambda *_: TRANSIENT, max_seconds=300)
+            (reply,) = ask(teacher, Prefix("question"))
+            assert reply.outcomes["failed_requests"] == 1
+            assert 290 <= clock.now <= 300
+            assert len(teacher.seen) < 50
+
+    def test_unreadable_answers(self, monkeypatch):
+        """What may be charged for is not repeated for ten minutes; a limit of one's own wins."""
+        broken = Failure("transient", "unreadable", may_be_billed=True)
+        Clock(monkeypatch)
+        teacher = Scripted(fault=lambda number, _: broken if number % 2 else TRANSIENT)
+        ask(teacher, Prefix("question"))
+        assert len(teacher.seen) == 2 * remote.MAX_PAID_ATTEMPTS
+        teacher = Scripted(fault=lambda *_: broken, max_attempts=9)
+        ask(teacher, Prefix("question"))
+        assert len(teacher.seen) == 9
+
+    def test_the_probe_is_less_patient(self, monkeypatch):
+        """A wrong address is named before anybody waits for ten minutes; training keeps its patience."""
+        Clock(monkeypatch)
+        teacher = Scripted(fault=lambda *_: TRANSIENT)
+        with pytest.raises(TeacherError, match="returned nothing"):
+            teacher.probe("question")
+        assert len(teacher.seen) == remote.PROBE_ATTEMPTS
+        assert teacher.settings == EngineSettings(max_concurrency=8)
 
     def test_waiting_for_its_turn_is_no_failure(self):
         """A request that fails once late in a long queue is still tried again."""

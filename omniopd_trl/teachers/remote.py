@@ -50,7 +50,18 @@ T = TypeVar("T")
 
 # The wait before attempt k + 1 is drawn from [0, min(MAX_BACKOFF, BACKOFF * 2^k)], in seconds.
 BACKOFF = 0.5
-MAX_BACKOFF = 30.0
+MAX_BACKOFF = 60.0
+
+# Where time alone bounds the attempts: those that the service may charge for. A server that always answers with
+# something unreadable would otherwise be paid for it for ten minutes.
+MAX_PAID_ATTEMPTS = 6
+
+# Nothing has begun yet, and somebody may be waiting for the first line: a wrong address is named soon.
+PROBE_ATTEMPTS = 6
+
+# From this attempt on, the log says that requests are repeated; at most once in so many seconds.
+SAID_FROM_ATTEMPT = 5
+SAID_EVERY = 60.0
 
 Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
 
@@ -88,7 +99,8 @@ class EngineSettings:
         requests_per_minute: `None` for no limit.
         tokens_per_minute: `None` for no limit.
         timeout: seconds that one attempt may take.
-        max_attempts: attempts per request, the first one included.
+        max_attempts: attempts per request, the first one included. `None` for as many as `max_seconds` has room for,
+            of which `MAX_PAID_ATTEMPTS` may be ones that the service may charge for.
         max_seconds: seconds that all attempts of a request, and the waits between them, may take together. Waiting for
             its turn does not count: a long queue is no fault.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
@@ -98,7 +110,7 @@ class EngineSettings:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     timeout: float = 120.0
-    max_attempts: int = 6
+    max_attempts: int | None = None
     max_seconds: float = 600.0
     max_retry_after: float = 120.0
 
@@ -191,6 +203,18 @@ class _Tally:
     problems: list[str] = field(default_factory=list)
 
 
+class _Paid(stop_base):
+    """Stops a request after so many failed attempts that the service may charge for."""
+
+    def __init__(self, attempts: int):
+        self.left = attempts
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        self.left -= isinstance(error, _RequestFailed) and error.failure.may_be_billed
+        return self.left <= 0
+
+
 class _Clock(stop_base):
     """Stops a request when its attempts and the waits between them have taken `seconds`; `with` times an attempt."""
 
@@ -250,6 +274,7 @@ class RemoteTeacher(Teacher):
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warned: set[str] = set()
+        self._said_repeated_at = float("-inf")
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
@@ -357,10 +382,12 @@ class RemoteTeacher(Teacher):
 
     async def _probe(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
         throttle, self._throttle = self._throttle, Throttle(1)
+        settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
+        self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
         try:
             return await self._continue(prefix, request)
         finally:
-            self._throttle = throttle
+            self._throttle, self.settings = throttle, settings
             await self.aclose()
 
     # ---- One prefix ----
@@ -437,11 +464,13 @@ class RemoteTeacher(Teacher):
             _RequestFailed: when the service turned out to give one sample per request.
         """
         clock = _Clock(self.settings.max_seconds)
+        most = self.settings.max_attempts
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(_may_be_repeated),
-                stop=stop_after_attempt(self.settings.max_attempts) | clock,
-                wait=_wait,
+                stop=(_Paid(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most)) | clock,
+                wait=lambda state: _wait(state, clock.left(state)),
+                before_sleep=self._say_repeated,
                 reraise=True,
             ):
                 with attempt:
@@ -465,6 +494,18 @@ class RemoteTeacher(Teacher):
             tally.counts["failed_requests"] += 1
             tally.problems.append(f"a request was given up ({error})")
         return None
+
+    def _say_repeated(self, state: RetryCallState) -> None:
+        """A run that stands still for minutes says why."""
+        now = time.monotonic()
+        error = state.outcome.exception() if state.outcome is not None else None
+        if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
+            return
+        self._said_repeated_at = now
+        logger.warning(
+            f"{self.name}: requests fail and are repeated, each for up to teacher_max_seconds="
+            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {error}"
+        )
 
     async def _attempt(
         self,
@@ -601,13 +642,18 @@ def _may_be_repeated(error: BaseException) -> bool:
     return isinstance(error, _RequestFailed) and error.failure.kind not in ("rejected", "one_sample")
 
 
-def _wait(state: RetryCallState) -> float:
-    """Exponential backoff with full jitter, in seconds; what the service asked for is the least."""
+def _wait(state: RetryCallState, left: float) -> float:
+    """Exponential backoff with full jitter, in seconds; what the service asked for is the least.
+
+    A wait that would use up the time that is left becomes half of it, so that the time is used before giving up.
+    """
     error = state.outcome.exception() if state.outcome is not None else None
     if not isinstance(error, _RequestFailed) or error.failure.kind in LEARNED:
         return 0.0
-    longest = min(MAX_BACKOFF, BACKOFF * 2**state.attempt_number)
-    return (error.failure.retry_after or 0.0) + random.uniform(0, longest)
+    longest = min(MAX_BACKOFF, BACKOFF * 2 ** min(state.attempt_number, 30))  # no float holds 2^1024
+    least = error.failure.retry_after or 0.0
+    wait = least + random.uniform(0, longest)
+    return wait if wait < left or left < BACKOFF else max(least, left / 2)
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
