@@ -22,7 +22,7 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from omniopd_trl.errors import DataError
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal import spent
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.teachers import Teacher, load_teacher
@@ -160,7 +160,15 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
         base_url=args.teacher_base_url,
     )
     used, usd = spent(args.output_dir)
-    # Limits are for the whole job, and every process keeps its share of them.
+    # Limits are for the whole job, and every process keeps its share of them. No share lets a part of a request
+    # through: each process would send one, and all of them together more than the limit.
+    for option in ("teacher_max_concurrency", "teacher_requests_per_minute", "teacher_tokens_per_minute"):
+        limit = getattr(args, option)
+        if limit is not None and limit < args.world_size > 1:
+            raise ConfigError(
+                f"{option}={limit:g} cannot be kept: it is divided over the {args.world_size} processes of the job, "
+                f"and each needs at least 1. Raise it to {args.world_size} or more, or train with fewer processes."
+            )
     share = 1 / args.world_size
     return remote_teacher(
         teacher,
@@ -169,7 +177,7 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
         continuation=cast("Continuation | None", args.teacher_continuation),
         chat_template_kwargs=template,
         settings=EngineSettings(
-            max_concurrency=max(1, int(args.teacher_max_concurrency * share)),
+            max_concurrency=args.teacher_max_concurrency // args.world_size,
             requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
             tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
             timeout=args.teacher_timeout,

@@ -359,12 +359,21 @@ class TestRates:
         assert time.monotonic() - start >= 0.25
 
     def test_tokens_per_minute(self, monkeypatch):
-        """A request larger than a minute's worth is sent all the same."""
-        monkeypatch.setattr("omniopd_trl.teachers.throttle.MINUTE", 0.3)
-        teacher = Scripted(tokens_per_minute=10)
+        """A request larger than a minute's worth is sent all the same, after as many minutes as it has tokens for."""
+        monkeypatch.setattr("omniopd_trl.teachers.throttle.MINUTE", 0.1)
+        teacher = Scripted(tokens_per_minute=100)
         start = time.monotonic()
-        ask(teacher, *prefixes(3), max_tokens=100)
-        assert 0.5 <= time.monotonic() - start < 3
+        ask(teacher, *prefixes(3), max_tokens=300)
+        expected = sum(teacher.max_prompt_tokens(prefix) // 4 + 300 for prefix in prefixes(3)) / 100 * 0.1
+        assert expected - 0.15 <= time.monotonic() - start < 3
+
+    def test_less_than_one_per_minute(self, monkeypatch):
+        """One request in several minutes is no more than that."""
+        monkeypatch.setattr("omniopd_trl.teachers.throttle.MINUTE", 0.1)
+        teacher = Scripted(requests_per_minute=0.25)
+        start = time.monotonic()
+        ask(teacher, *prefixes(3))
+        assert 0.75 <= time.monotonic() - start < 3
 
     def test_probe_leaves_nothing_behind(self, recwarn):
         """The probe has a loop of its own, and limiters that belong to it are not used in another."""

@@ -149,3 +149,27 @@ class TestTemplateArguments:
         assert local.chat_template_kwargs == STUDENTS
         none = config(chat_template_kwargs=STUDENTS, teacher_chat_template_kwargs={})
         assert make_teacher(str(tiny_model_dir), none).chat_template_kwargs == {}
+
+
+class TestSharedLimits:
+    """Limits are the job's, and its processes share them."""
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("teacher_max_concurrency", 3), ("teacher_requests_per_minute", 3.5), ("teacher_tokens_per_minute", 1)],
+    )
+    def test_too_few_for_the_processes(self, config, monkeypatch, option, value):
+        """Rounded up to one for each process they would be exceeded."""
+        args = config(**{option: value})
+        monkeypatch.setattr(OmniOPDConfig, "world_size", 4)
+        with pytest.raises(ConfigError, match=rf"{option}={value} cannot be kept: .* the 4 processes .*Raise it to 4"):
+            make_teacher("vllm:model", args)
+
+    def test_shares(self, config, monkeypatch):
+        """Together no more than the job may have."""
+        args = config(teacher_max_concurrency=11, teacher_requests_per_minute=5, teacher_tokens_per_minute=1000)
+        monkeypatch.setattr(OmniOPDConfig, "world_size", 4)
+        settings = make_teacher("vllm:model", args).settings
+        assert settings.max_concurrency == 2
+        assert (settings.requests_per_minute, settings.tokens_per_minute) == (1.25, 250)
+        assert make_teacher("scripted", args).name == "scripted"

@@ -23,6 +23,13 @@ from aiolimiter import AsyncLimiter
 MINUTE = 60.0  # seconds
 
 
+def _limiter(per_minute: float | None) -> AsyncLimiter | None:
+    """So many per minute; one in several minutes where it is less than one, as nobody can send a part of a request."""
+    if per_minute is None:
+        return None
+    return AsyncLimiter(max(per_minute, 1.0), MINUTE / min(per_minute, 1.0))
+
+
 class Throttle:
     """Lets requests through, first come, first served.
 
@@ -50,8 +57,9 @@ class Throttle:
         self._successes = 0
         self._slowed_at = float("-inf")
         self._paused_until = float("-inf")
-        self._requests = None if requests_per_minute is None else AsyncLimiter(max(requests_per_minute, 1.0), MINUTE)
-        self._tokens = None if tokens_per_minute is None else AsyncLimiter(max(tokens_per_minute, 1.0), MINUTE)
+        self._requests = _limiter(requests_per_minute)
+        self._tokens = _limiter(tokens_per_minute)
+        self._tokens_turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     @asynccontextmanager
     async def slot(self, tokens: int, again: bool = False) -> AsyncIterator[float]:
@@ -70,14 +78,25 @@ class Throttle:
             if self._requests is not None:
                 await self._requests.acquire()
             if self._tokens is not None:
-                # A request larger than a minute's worth would wait forever; it takes all of it.
-                await self._tokens.acquire(min(tokens, self._tokens.max_rate))
+                async with self._turn():  # or the parts of all that wait would take turns, and all be late
+                    rest = float(tokens)
+                    while rest > 0:  # a request larger than a minute's worth takes several minutes
+                        part = min(rest, self._tokens.max_rate)
+                        await self._tokens.acquire(part)
+                        rest -= part
             loop = asyncio.get_running_loop()
             while (pause := self._paused_until - loop.time()) > 0:
                 await asyncio.sleep(pause)
             yield loop.time()
         finally:
             self._leave()
+
+    def _turn(self) -> asyncio.Lock:
+        """A lock belongs to one loop, and a teacher may be asked in one after the other."""
+        loop = asyncio.get_running_loop()
+        if self._tokens_turn is None or self._tokens_turn[0] is not loop:
+            self._tokens_turn = loop, asyncio.Lock()
+        return self._tokens_turn[1]
 
     def slow_down(self, retry_after: float, began: float) -> None:
         """A service said that it is asked too much.
