@@ -17,6 +17,7 @@ Text and numbers only: nothing here knows of the trainer, and a teacher is anyth
 """
 
 import asyncio
+import inspect
 import math
 import threading
 from collections import Counter
@@ -29,6 +30,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from omniopd_trl.chunks import Chunk, select_chunks
+from omniopd_trl.errors import TeacherError
 from omniopd_trl.posterior import chunk_prior, posterior_mean
 from omniopd_trl.similarity import similarity_matrix
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
@@ -197,7 +199,7 @@ class Auditor:
             top_p=self.settings.teacher_top_p,
             seed=trajectory.seed,
         )
-        replies = await self.teacher.sample([Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
+        replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
         return self.score(trajectory, chunks, texts, replies)
 
     def score(
@@ -291,6 +293,55 @@ class Auditor:
     def _decode(self, token_ids: list[int]) -> str:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip("\ufffd")  # the beginning of a character that goes on in the next token
+
+
+async def replies_of(teacher: Teacher, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+    """Ask a teacher, and see that what it returns is what a teacher has to return.
+
+    A mistake in a teacher of one's own would otherwise show far from where it was made, or as other numbers.
+
+    Raises:
+        TeacherError: when it is not.
+    """
+    answer: Any = teacher.sample(prefixes, request)  # whoever writes a teacher need not check its types
+    replies: Any = None
+    if not inspect.isawaitable(answer):
+        problem = f"its `sample` is no coroutine (it returned {_shown(answer)}). Write it as `async def sample`"
+    else:
+        replies = await answer
+        problem = _problem_of(replies, len(prefixes), request.num_samples)
+    if problem:
+        raise TeacherError(
+            f"The teacher {getattr(teacher, 'name', type(teacher).__name__)!r} ({type(teacher).__name__}) does not "
+            f"keep to `Teacher.sample`: {problem}. See `A teacher of one's own` in docs/teachers.md."
+        )
+    return list(replies)
+
+
+def _problem_of(replies: Any, num_prefixes: int, num_samples: int) -> str:
+    if not isinstance(replies, list | tuple) or len(replies) != num_prefixes:
+        return f"it must return a list of {num_prefixes} replies, one per prefix, and returned {_shown(replies)}"
+    for index, reply in enumerate(replies):
+        where = f"reply {index} of {num_prefixes}"
+        if not isinstance(reply, TeacherReply):
+            return f"{where} must be a `TeacherReply`, and is {_shown(reply)}"
+        if not isinstance(reply.rollouts, list | tuple):
+            return f"{where} must hold a tuple of rollouts, and holds {_shown(reply.rollouts)}"
+        if len(reply.rollouts) > num_samples:
+            return f"{where} holds {len(reply.rollouts)} rollouts, and at most num_samples={num_samples} are allowed"
+        for rollout in reply.rollouts:
+            if not isinstance(rollout, Rollout) or not isinstance(rollout.text, str):
+                return f"{where} must hold `Rollout(text)` with a text that is a `str`, and holds {_shown(rollout)}"
+        if not isinstance(reply.usage, Usage):
+            return f"the usage of {where} must be a `Usage`, and is {_shown(reply.usage)}"
+        if not isinstance(reply.outcomes, Mapping):
+            return f"the outcomes of {where} must be a dictionary of counts, and are {_shown(reply.outcomes)}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    length = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+    return f"{value!r:.80} ({type(value).__name__}{length})"
 
 
 def _common_prefix(first: str, second: str) -> str:

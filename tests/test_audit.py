@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from omniopd_trl.audit import Audit, Auditor, AuditSettings, EventLoopThread, Trajectory
 from omniopd_trl.chunks import Chunk
 from omniopd_trl.demo import asset_path
+from omniopd_trl.errors import TeacherError
 from omniopd_trl.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 
@@ -329,3 +330,47 @@ def test_what_has_not_begun_when_all_is_cancelled_never_begins():
 
 async def _fail() -> None:
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        (lambda n: [TeacherReply((Rollout("a"),))], "must return a list of 2 replies, one per prefix, and returned"),
+        (lambda n: None, "must return a list of 2 replies, one per prefix, and returned None (NoneType)"),
+        (lambda n: ["a", "b"], "reply 0 of 2 must be a `TeacherReply`, and is 'a' (str)"),
+        (lambda n: [TeacherReply(), TeacherReply(("a",))], "reply 1 of 2 must hold `Rollout(text)`"),
+        (lambda n: [TeacherReply(), TeacherReply("abc")], "must hold a tuple of rollouts, and holds 'abc' (str)"),
+        (lambda n: [TeacherReply((Rollout(None),))] * 2, "with a text that is a `str`, and holds Rollout(text=None"),
+        (lambda n: [TeacherReply((Rollout(b"a"),))] * 2, "with a text that is a `str`, and holds Rollout(text=b'a'"),
+        (lambda n: [TeacherReply((Rollout("a"),) * (n + 1))] * 2, "holds 4 rollouts, and at most num_samples=3"),
+        (lambda n: [TeacherReply(usage=12)] * 2, "the usage of reply 0 of 2 must be a `Usage`, and is 12 (int)"),
+        (lambda n: [TeacherReply(outcomes=["x"])] * 2, "the outcomes of reply 0 of 2 must be a dictionary"),
+    ],
+)
+def test_replies_that_are_none(tiny_tokenizer, replies, words):
+    """A mistake in a teacher of one's own is named with the teacher, the reply and the rule."""
+
+    class Own(Teacher):
+        name = "my-api"
+
+        async def sample(self, prefixes, request):
+            return replies(request.num_samples)
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    with pytest.raises(TeacherError) as caught:
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))
+    assert str(caught.value).startswith("The teacher 'my-api' (Own) does not keep to `Teacher.sample`: ")
+    assert words in str(caught.value)
+    assert "docs/teachers.md" in str(caught.value)
+
+
+def test_a_teacher_that_is_not_async(tiny_tokenizer):
+    """A plain function is the likeliest mistake of all."""
+
+    class Own(Teacher):
+        def sample(self, prefixes, request):
+            return [TeacherReply() for _ in prefixes]
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    with pytest.raises(TeacherError, match=r"'Own' \(Own\).*Write it as `async def sample`"):
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))

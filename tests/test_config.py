@@ -244,7 +244,7 @@ def test_secrets_are_refused(name, value, words):
         ("model_init_kwargs", {"token": True, "use_auth_token": None, "revision": "main"}),
         ("model_init_kwargs", {"pad_token": "<pad>", "eos_token_id": 2, "dtype": "float32"}),
         ("chat_template_kwargs", {"bos_token": "<s>", "token_type": "x", "secret_santa": "y", "key": "C major"}),
-        ("generation_kwargs", {"max_tokens": 7, "stop": ["a@b"]}),
+        ("chat_template_kwargs", {"max_tokens": "7", "stop": ["a@b"]}),
         ("teacher_base_url", "http://127.0.0.1:8000/v1"),
         ("teacher_base_url", "http://host/v1?mail=a@b"),
         ("run_name", "me@home"),
