@@ -365,6 +365,8 @@ def _prompt_problem(prompt: Any) -> str | None:
             kinds = sorted({str(part.get("type")) if isinstance(part, dict) else repr(part) for part in content})
             if kinds != ["text"]:
                 return f"a message holds parts of type {', '.join(kinds)}: only text is supported yet. Remove the row."
+            if not all(isinstance(part.get("text"), str) for part in content):
+                return f"a part of a message has no text, got {content!r:.200}. Mend or remove the row."
         elif not isinstance(content, str):
             return f"the content of a message must be text, got {content!r}."
     if prompt[-1]["role"] == "assistant":

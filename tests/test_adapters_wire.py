@@ -42,6 +42,34 @@ def exchange(name, prefix=PREFIX, answer=None, path="/v1", **kwargs):
     return reply, server.requests
 
 
+PARTS = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "3 + 4?"}]},
+]
+JOINED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is\n3 + 4?"}]
+
+
+@pytest.mark.parametrize("continuation", [None, "instruct"])
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_content_parts(service, continuation, tiny_teacher_tokenizer):
+    """Text in parts is sent as the same text in one piece would be, to every service in every form."""
+    sent = []
+    for messages in (PARTS, JOINED):
+        with Loopback(service.answer) as server:
+            options = {"tokenizer": tiny_teacher_tokenizer, "continuation": continuation}
+            ask(teacher_of(service, server, **options), Prefix(messages, "It is"))
+        sent.append(server.bodies)
+    assert sent[0] == sent[1]
+    assert "'type': 'text'" not in str(sent[0]) or service.name.startswith("anthropic")
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "image": "x.png"}, {"type": "text", "text": None}, "text", {}])
+def test_parts_that_are_no_text(part):
+    """Nothing is turned into the words of a Python object in silence."""
+    with pytest.raises(DataError, match="teachers read text only"):
+        Prefix([{"role": "user", "content": [part]}])
+
+
 class TestVLLM:
     """`vllm:`, raw and through the chat."""
 

@@ -273,6 +273,7 @@ class TestCheckDataset:
             ([{"content": "x"}], "needs `role` and `content`"),
             ([{"role": "user", "content": None}], "content of a message must be text"),
             ([{"role": "user", "content": [{"type": "image"}]}], "parts of type image"),
+            ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a part of a message has no text"),
             ([{"role": "tool", "content": "x"}], "tools are not supported yet"),
             ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "tools are not supported yet"),
             ([*CHAT, {"role": "assistant", "content": "2"}], "nothing is left to answer"),

@@ -274,7 +274,7 @@ def test_conversations_are_rendered_turn_by_turn() -> None:
 
 def test_other_content_than_text_is_refused() -> None:
     """A picture cannot be rendered, and the message says what to do."""
-    with pytest.raises(DataError, match="reads text only"):
+    with pytest.raises(DataError, match="read text only"):
         render_messages([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "")
 
 

@@ -19,6 +19,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from omniopd_trl.errors import DataError
+
 if TYPE_CHECKING:
     from omniopd_trl.teachers.budget import Budget
 
@@ -35,12 +37,45 @@ class Prefix:
     """What the teacher continues: the problem and the beginning of an answer to it.
 
     Attributes:
-        prompt: plain text, or a list of chat messages. The teacher renders it with its own template.
+        prompt: plain text, or a list of chat messages. The teacher renders it with its own template. A message whose
+            content is a list of text parts has their text instead: no service's adapter has to know the list.
         completion: the student's text so far. It stands at the beginning of the assistant's turn, byte for byte.
+
+    Raises:
+        DataError: when a message holds a part that is not text.
     """
 
     prompt: Prompt
     completion: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) and any(isinstance(m.get("content"), list | tuple) for m in self.prompt):
+            messages = [{**m, "content": text_of_content(m.get("content"))} for m in self.prompt]
+            object.__setattr__(self, "prompt", messages)
+
+
+def text_of_content(content: Any) -> Any:
+    """The text of a message's content. Parts are joined by line breaks; what is no list stays as it is.
+
+    Args:
+        content: a text, or a list of parts `{"type": "text", "text": ...}`.
+
+    Raises:
+        DataError: when a part is not text.
+
+    Example:
+        >>> text_of_content([{"type": "text", "text": "What is"}, {"type": "text", "text": "3 + 4?"}])
+        'What is\\n3 + 4?'
+    """
+    if not isinstance(content, list | tuple):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"A message of the prompt holds {part!r:.200}, and teachers read text only: a part must be "
+                '{"type": "text", "text": "..."}. Remove the other parts from the dataset.'
+            )
+    return "\n".join(part["text"] for part in content)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from omniopd_trl.errors import DataError
-from omniopd_trl.teachers.base import Prompt
+from omniopd_trl.teachers.base import Prompt, text_of_content
 
 # ---- The request ----
 
@@ -128,18 +127,8 @@ def describe_end(completion: str, tag: str = _PARTIAL) -> str:
 
 
 def _turn(message: dict[str, Any]) -> tuple[str, str]:
-    content = message.get("content")
-    if content is None:
-        content = ""
-    if not isinstance(content, str):
-        parts = list(content)
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
-            raise DataError(
-                f"A message of the prompt holds {content!r:.200}; a teacher that is instructed to continue reads text "
-                "only. Remove the other parts from the dataset, or use a teacher that continues a given beginning."
-            )
-        content = "\n".join(str(part.get("text", "")) for part in parts)
-    return str(message.get("role", "user")), content
+    content = text_of_content(message.get("content"))
+    return str(message.get("role", "user")), "" if content is None else str(content)
 
 
 def _free_tag(name: str, texts: Iterable[str]) -> str:
