@@ -196,6 +196,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from omniopd_trl.cost import forecast
     from omniopd_trl.teachers.pricing import price_of
+    from omniopd_trl.teachers.services import split_name
     from omniopd_trl.train import load_splits, parse_args
 
     logging.set_verbosity_error()
@@ -207,11 +208,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
         raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
 
-    provider, _, model = teacher.partition(":")
+    provider, model = split_name(teacher) or ("", teacher)
     capabilities = _capabilities(provider, model)
     price = price_of(
-        provider if capabilities is not None else "",
-        model if capabilities is not None else teacher,
+        provider,
+        model,
         input_price=args.teacher_input_price,
         output_price=args.teacher_output_price,
         cached_price=args.teacher_cached_price,
@@ -293,7 +294,7 @@ def _capabilities(provider: str, model: str) -> Any:
     """What a model behind a service can do; `None` for a model of this machine."""
     from omniopd_trl.teachers.capabilities import MODELS, capabilities_of
 
-    return capabilities_of(provider, model) if provider in MODELS and model else None
+    return capabilities_of(provider, model) if provider in MODELS else None
 
 
 def _asked_per_token() -> float:

@@ -32,7 +32,7 @@ from omniopd_trl.teachers.openai_teacher import is_ones_own
 from omniopd_trl.teachers.options import check_options
 from omniopd_trl.teachers.pricing import price_of
 from omniopd_trl.teachers.remote import Continuation, EngineSettings
-from omniopd_trl.teachers.services import PREFIXES, remote_teacher
+from omniopd_trl.teachers.services import meant_name, remote_teacher, split_name
 
 # Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
 # resumed with others and still replays what was paid for.
@@ -142,15 +142,22 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
     # `__post_init__` has parsed what the command line gives as JSON.
     template = cast("dict[str, Any] | None", template)
     if not isinstance(teacher, str) or kind not in MODELS:
-        return load_teacher(
-            teacher,
-            model_init_kwargs=args.teacher_model_init_kwargs,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=template,
-            device=args.device,
-        )
-    provider, _, model = teacher.partition(":")
+        try:
+            return load_teacher(
+                teacher,
+                model_init_kwargs=args.teacher_model_init_kwargs,
+                revision=args.teacher_model_revision,
+                trust_remote_code=args.trust_remote_code,
+                chat_template_kwargs=template,
+                device=args.device,
+            )
+        except DataError as error:
+            meant = meant_name(teacher) if isinstance(teacher, str) else None
+            if meant is None:
+                raise
+            hint = f"A model behind a service has its provider first: did you mean {meant!r}?"
+            raise DataError(f"{error} {hint}") from error
+    provider, _, model = name.partition(":")
     price = price_of(
         provider,
         model,
@@ -171,7 +178,7 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
             )
     share = 1 / args.world_size
     return remote_teacher(
-        teacher,
+        name,
         base_url=args.teacher_base_url,
         tokenizer=args.teacher_tokenizer_name_or_path,
         continuation=cast("Continuation | None", args.teacher_continuation),
@@ -202,8 +209,9 @@ def _kind_of(teacher: str | PreTrainedModel | Teacher) -> tuple[str, str]:
         return "own", getattr(teacher, "name", type(teacher).__name__)
     if not isinstance(teacher, str):
         return "local", get_config_model_id(teacher.config)
-    if teacher.startswith(PREFIXES):
-        return teacher.partition(":")[0], teacher
+    parts = split_name(teacher)
+    if parts is not None:
+        return parts[0], ":".join(parts)
     return ("scripted" if teacher == "scripted" else "local"), teacher
 
 

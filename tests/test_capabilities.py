@@ -153,7 +153,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["bedrock:claude", "Qwen/Qwen3-32B", "openai:", ""])
     def test_unknown(self, name):
         """A name of no provider is an error that lists them."""
-        with pytest.raises(ConfigError, match="vllm:MODEL, openai:MODEL, anthropic:MODEL, gemini:MODEL"):
+        with pytest.raises(ConfigError, match="vllm:MODEL, openai:MODEL, anthropic:MODEL or gemini:MODEL"):
             remote_teacher(name)
 
     def test_continuation(self):

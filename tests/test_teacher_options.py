@@ -13,6 +13,7 @@
 # limitations under the License.
 """What a configuration says about the teacher reaches it, is refused, or is named: nothing is ignored in silence."""
 
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.construction import make_teacher
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherReply
 from omniopd_trl.teachers.options import LIMITS, READ_BY
 from omniopd_trl.teachers.services import remote_teacher
@@ -173,3 +174,54 @@ class TestSharedLimits:
         assert settings.max_concurrency == 2
         assert (settings.requests_per_minute, settings.tokens_per_minute) == (1.25, 250)
         assert make_teacher("scripted", args).name == "scripted"
+
+
+class TestNames:
+    """What a recipe may call a teacher, and what it is told when it calls it otherwise."""
+
+    @pytest.mark.parametrize("name", ["Anthropic:claude-haiku-4-5", "ANTHROPIC: claude-haiku-4-5"])
+    def test_capitals(self, config, name):
+        """A provider is found however it is written, and has one name in everything that is kept."""
+        assert make_teacher(name, config()).name == "anthropic:claude-haiku-4-5"
+        assert remote_teacher(name).name == "anthropic:claude-haiku-4-5"
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("antropic:claude-haiku-4-5", "Did you mean 'anthropic:claude-haiku-4-5'?"),
+            ("claude:claude-haiku-4-5", "no provider 'claude'"),
+            ("http://127.0.0.1:8000/v1", "no provider 'http'"),
+            ("openai:", "no model"),
+        ],
+    )
+    def test_unknown_providers(self, config, name, words):
+        """They are no ids on the Hub, where nobody should look for them."""
+        with pytest.raises(ConfigError) as caught:
+            make_teacher(name, config())
+        assert words in str(caught.value)
+        assert "vllm:MODEL, openai:MODEL, anthropic:MODEL or gemini:MODEL" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("claude-haiku-4-5", "anthropic:claude-haiku-4-5"),
+            ("anthropic/claude-haiku-4-5", "anthropic:claude-haiku-4-5"),
+            ("openai/gpt-6-luna", "openai:gpt-6-luna"),
+            ("gpt-6-luna", "openai:gpt-6-luna"),
+            ("google/gemini-3.5-flash-lite", "gemini:gemini-3.5-flash-lite"),
+            ("vllm/Qwen/Qwen3-32B", "vllm:Qwen/Qwen3-32B"),
+        ],
+    )
+    def test_without_a_colon(self, config, name, meant):
+        """What cannot be loaded, and looks like a service's model, has the right name in the message."""
+        with pytest.raises(DataError, match=f"did you mean '{meant}'"):
+            make_teacher(name, config())
+
+    def test_open_models_are_no_service(self, config, tmp_path, tiny_model_dir):
+        """Nor is a folder with a colon in its name."""
+        with pytest.raises(DataError) as caught:
+            make_teacher("openai/gpt-oss-20b", config())
+        assert "did you mean" not in str(caught.value)
+        folder = tmp_path / "run:3"
+        shutil.copytree(tiny_model_dir, folder)
+        assert make_teacher(str(folder), config()).name == str(folder)

@@ -13,6 +13,9 @@
 # limitations under the License.
 """From the name of a teacher behind a service to the teacher."""
 
+import difflib
+import os
+import re
 from dataclasses import replace
 from datetime import date
 from typing import Any, get_args
@@ -27,6 +30,16 @@ from omniopd_trl.teachers.remote import Continuation, EngineSettings, RemoteTeac
 
 PREFIXES = tuple(f"{provider}:" for provider in MODELS)
 
+_NAMES = f"{', '.join(f'{prefix}MODEL' for prefix in PREFIXES[:-1])} or {PREFIXES[-1]}MODEL"
+
+# Other spellings of a model behind a service. OpenAI's open models (gpt-oss) are on the Hub under the name as it is.
+_MEANT = (
+    (r"(?:anthropic/)?(claude.+)", "anthropic"),
+    (r"(?:google/|gemini/)?(gemini-.+)", "gemini"),
+    (r"(?:openai/)?((?!gpt-oss)(?:gpt-\d|chatgpt-|o\d).*)", "openai"),
+    (r"vllm/(.+)", "vllm"),
+)
+
 # What each provider's adapter can send; what a model behind it does with it is another question.
 CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
     "vllm": ("raw", "continue_final", "instruct"),
@@ -34,6 +47,50 @@ CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
     "anthropic": ("prefill", "instruct"),
     "gemini": ("prefill", "instruct"),
 }
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Provider and model of a teacher behind a service; `None` for a path, an id on the Hub, or `"scripted"`.
+
+    Args:
+        name: as it stands in a recipe. The provider may be written in capitals.
+
+    Raises:
+        ConfigError: when what stands before the colon is no provider, or nothing stands behind it.
+
+    Example:
+        >>> split_name("Anthropic:claude-haiku-4-5")
+        ('anthropic', 'claude-haiku-4-5')
+    """
+    provider, colon, model = (part.strip() for part in name.partition(":"))
+    if not colon:
+        return None
+    if provider.lower() in MODELS:
+        if not model:
+            raise ConfigError(f"teacher={name!r} names a provider and no model. Write it as {_NAMES}.")
+        return provider.lower(), model
+    # No id on the Hub has a colon. A path may have one, and a drive's letter is no provider.
+    if "/" in provider or "\\" in provider or len(provider) < 2 or os.path.exists(name):
+        return None
+    similar = difflib.get_close_matches(provider.lower(), MODELS, n=1)
+    hint = f" Did you mean '{similar[0]}:{model}'?" if similar else ""
+    raise ConfigError(
+        f"teacher={name!r}: there is no provider {provider!r}, and no folder of that name. A teacher behind a service "
+        f"is named {_NAMES}.{hint}"
+    )
+
+
+def meant_name(name: str) -> str | None:
+    """The name of a service's model that somebody may have meant, who wrote what is none; `None` when nothing is near.
+
+    Example:
+        >>> meant_name("claude-haiku-4-5"), meant_name("openai/gpt-6-luna")
+        ('anthropic:claude-haiku-4-5', 'openai:gpt-6-luna')
+    """
+    for pattern, provider in _MEANT:
+        if found := re.fullmatch(pattern, name, re.IGNORECASE):
+            return f"{provider}:{found[1]}"
+    return None
 
 
 def remote_teacher(
@@ -50,7 +107,8 @@ def remote_teacher(
     """The teacher that a name such as `anthropic:claude-haiku-4-5` stands for. Nothing is sent yet.
 
     Args:
-        name: provider and model, with a colon between them: `vllm:`, `openai:`, `anthropic:` or `gemini:`.
+        name: provider and model, with a colon between them: `vllm:`, `openai:`, `anthropic:` or `gemini:`, in capitals
+            or not.
         base_url: where the service is, when not where its SDK expects it.
         tokenizer: of a `vllm:` or `openai:` teacher, or its path or id; renders the prompts of a `raw` continuation.
             Defaults to the model's name.
@@ -63,9 +121,11 @@ def remote_teacher(
     Raises:
         ConfigError: when the name or the continuation is none that exists.
     """
-    provider, _, model = name.partition(":")
-    if provider not in MODELS or not model:
-        raise ConfigError(f"teacher={name!r}: a teacher behind a service is named {'MODEL, '.join(PREFIXES)}MODEL.")
+    parts = split_name(name)
+    if parts is None:
+        raise ConfigError(f"teacher={name!r}: a teacher behind a service is named {_NAMES}.")
+    provider, model = parts
+    name = f"{provider}:{model}"
     capabilities = capabilities_of(provider, model)
     if continuation is not None:
         if continuation not in CONTINUATIONS[provider]:
