@@ -20,8 +20,10 @@ from typing import Any, cast
 
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
+from omniopd_trl.audit import EventLoopThread
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal import spent
 from omniopd_trl.omniopd_config import OmniOPDConfig
@@ -33,6 +35,8 @@ from omniopd_trl.teachers.options import check_options
 from omniopd_trl.teachers.pricing import price_of
 from omniopd_trl.teachers.remote import Continuation, EngineSettings
 from omniopd_trl.teachers.services import meant_name, remote_teacher, split_name
+
+logger = logging.get_logger(__name__)
 
 # Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
 # resumed with others and still replays what was paid for.
@@ -201,6 +205,18 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
             num_processes=args.world_size,
         ),
     )
+
+
+def release(teacher: Teacher, loop: EventLoopThread) -> None:
+    """Close a teacher's connections in the loop that they belong to. It can be asked again afterwards.
+
+    What is under way there is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
+    """
+    loop.cancel()
+    try:
+        loop.run(teacher.aclose())
+    except Exception as error:
+        logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")
 
 
 def _kind_of(teacher: str | PreTrainedModel | Teacher) -> tuple[str, str]:

@@ -20,7 +20,10 @@ import pytest
 from loopback import Fault, Loopback, wire
 from loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 
+from omniopd_trl.audit import EventLoopThread
+from omniopd_trl.construction import release
 from omniopd_trl.errors import DataError, TeacherError
+from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.teachers.anthropic_teacher import without_common_space
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, Usage
 from omniopd_trl.teachers.remote import EngineSettings
@@ -529,3 +532,67 @@ class TestEverywhere:
             asyncio.run(run())
         assert teacher._client is None
         assert not [w for w in recwarn if issubclass(w.category, ResourceWarning)]
+
+
+class TestClosing:
+    """A teacher is closed after training, and may be asked again."""
+
+    @pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+    def test_close_and_ask_again(self, service):
+        """In the same loop: the old client is closed, and a new one answers."""
+        loop, request = EventLoopThread(), SamplingRequest(1, 70)
+        try:
+            with Loopback(service.answer) as server:
+                teacher = teacher_of(service, server, continuation="instruct")
+                clients = []
+                for _ in range(2):
+                    (reply,) = loop.run(teacher.sample([PREFIX], request))
+                    assert len(reply.rollouts) == 1
+                    clients.append(teacher._client[1] if service is GEMINI else teacher._client)
+                    assert not is_closed(clients[-1])
+                    release(teacher, loop)
+                    assert is_closed(clients[-1])
+                release(teacher, loop)  # nothing is open
+            assert clients[0] is not clients[1]
+        finally:
+            loop.close()
+
+    def test_another_loop(self):
+        """Closing in one loop leaves the client of another one alone."""
+        loop = EventLoopThread()
+        try:
+            with Loopback(wire.openai) as server:
+                teacher = teacher_of(OPENAI, server)
+                loop.run(teacher.sample([PREFIX], SamplingRequest(1, 70)))
+                client = teacher._client
+                asyncio.run(teacher.aclose())
+                assert not is_closed(client)
+                assert teacher._client is client
+                release(teacher, loop)
+                assert is_closed(client)
+        finally:
+            loop.close()
+
+    def test_failing(self, caplog):
+        """A teacher that cannot be closed is named, and nothing else happens; what is under way is cancelled."""
+
+        class Stuck(ScriptedTeacher):
+            async def sample(self, prefixes, request):
+                await asyncio.sleep(60)
+
+            async def aclose(self):
+                raise OSError("no")
+
+        loop = EventLoopThread()
+        try:
+            (under_way,) = loop.submit(Stuck().sample([], SamplingRequest(1, 1)))
+            release(Stuck(), loop)
+            assert under_way.cancelled()
+        finally:
+            loop.close()
+        assert "The teacher scripted could not be closed (OSError: no)" in caplog.text
+
+
+def is_closed(client):
+    """Of httpx and of the SDKs: a property or a method."""
+    return client.is_closed() if callable(client.is_closed) else client.is_closed

@@ -202,4 +202,4 @@ class Teacher(ABC):
         """
 
     async def aclose(self) -> None:
-        """Release connections. A closed teacher is not used again."""
+        """Release connections. The trainer may ask again later, for an evaluation or more training."""

@@ -322,9 +322,10 @@ class RemoteTeacher(Teacher):
 
     async def aclose(self) -> None:
         """Release connections. The next request makes new ones."""
+        if self._client is None or self._loop is not asyncio.get_running_loop():
+            return  # a client of another loop is closed there, if at all: somebody may be using it
         client, self._client = self._client, None
-        if client is not None and self._loop is asyncio.get_running_loop():
-            await self.disconnect(client)
+        await self.disconnect(client)
 
     def key(self, placeholder: str | None = None) -> str:
         """The key, from the environment. It is handed to the SDK and kept nowhere else.
