@@ -174,8 +174,8 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
     # Limits are for the whole job, and every process keeps its share of them. No share lets a part of a request
     # through: each process would send one, and all of them together more than the limit.
     for option in ("teacher_max_concurrency", "teacher_requests_per_minute", "teacher_tokens_per_minute"):
-        limit = getattr(args, option)
-        if limit is not None and limit < args.world_size > 1:
+        limit, default = getattr(args, option), type(args).__dataclass_fields__[option].default
+        if limit != default and limit < args.world_size > 1:
             raise ConfigError(
                 f"{option}={limit:g} cannot be kept: it is divided over the {args.world_size} processes of the job, "
                 f"and each needs at least 1. Raise it to {args.world_size} or more, or train with fewer processes."
@@ -188,7 +188,7 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) 
         continuation=cast("Continuation | None", args.teacher_continuation),
         chat_template_kwargs=template,
         settings=EngineSettings(
-            max_concurrency=args.teacher_max_concurrency // args.world_size,
+            max_concurrency=max(1, args.teacher_max_concurrency // args.world_size),
             requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
             tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
             timeout=args.teacher_timeout,

@@ -51,6 +51,7 @@ from omniopd_trl.audit import (
     AuditSettings,
     EventLoopThread,
     Trajectory,
+    replies_of,
 )
 from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.construction import (
@@ -60,6 +61,7 @@ from omniopd_trl.construction import (
     load_tokenizer,
     make_teacher,
     named_datasets,
+    release,
     repeated,
 )
 from omniopd_trl.data import check_dataset, check_prompt_lengths
@@ -303,8 +305,11 @@ class OmniOPDTrainer(DistillationTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self._last_loaded_step = -1  # see `evaluate`
-        with self._recording():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with self._recording():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            release(self.teacher, self._loop)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -870,9 +875,12 @@ class OmniOPDTrainer(DistillationTrainer):
             prefixes = [Prefix(example["prompt"]) for example in examples]
             try:
                 with self._recording():
-                    replies = self._loop.run(with_meter(self._recorder.meter, self.teacher.sample(prefixes, request)))
+                    asked = replies_of(self.teacher, prefixes, request)
+                    replies = self._loop.run(with_meter(self._recorder.meter, asked))
             except Exception as caught:
                 error = caught
+            finally:
+                release(self.teacher, self._loop)
         raise_together(error, self.accelerator.process_index)
         if replies:
             usage = sum((reply.usage for reply in replies), usage)
