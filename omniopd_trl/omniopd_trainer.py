@@ -879,7 +879,7 @@ class OmniOPDTrainer(DistillationTrainer):
                     replies = self._loop.run(with_meter(self._recorder.meter, asked))
             except Exception as caught:
                 error = caught
-            finally:
+            if not self.is_in_train:
                 release(self.teacher, self._loop)
         raise_together(error, self.accelerator.process_index)
         if replies:

@@ -99,6 +99,7 @@ def test_faults_change_nothing(tmp_path, tiny_model_dir, services, monkeypatch, 
     script(monkeypatch)
     with Loopback(service.answer) as server:
         clean = run(tmp_path / "clean", tiny_model_dir, service, server)
+        assert clean.teacher._client is None, "connections are left open"
         num_clean, bodies = len(server.requests), server.bodies
     with Loopback(service.answer, fault=faults(1, service.error)) as server:
         faulty = run(tmp_path / "faulty", tiny_model_dir, service, server)
