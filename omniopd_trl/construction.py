@@ -13,8 +13,6 @@
 # limitations under the License.
 """What a trainer is made of, and what is looked at before anything expensive starts."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -37,20 +35,6 @@ from omniopd_trl.teachers.remote import Continuation, EngineSettings
 from omniopd_trl.teachers.services import meant_name, remote_teacher, split_name
 
 logger = logging.get_logger(__name__)
-
-# Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
-# resumed with others and still replays what was paid for.
-_IRRELEVANT_TO_AUDITS = (
-    *("output_dir", "run_name", "project", "log", "report", "save", "push", "hub", "trackio", "eval", "do_"),
-    *("load_best", "metric_for", "greater_is", "num_eval", "audit_eval", "per_device_eval", "batch_eval", "include_"),
-    *("disable_tqdm", "num_completions", "dataloader", "ddp_", "resume_from", "restore_callback", "use_cpu"),
-    *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
-    *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
-    *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
-    # What wrote a trajectory does not matter: all of them sample from the same student.
-    *("use_vllm", "vllm_mode", "vllm_model", "vllm_enable", "vllm_server", "vllm_group", "vllm_gpu", "vllm_max"),
-    *("vllm_tensor", "ref_model_offload"),
-)
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
@@ -229,12 +213,3 @@ def _kind_of(teacher: str | PreTrainedModel | Teacher) -> tuple[str, str]:
     if parts is not None:
         return parts[0], ":".join(parts)
     return ("scripted" if teacher == "scripted" else "local"), teacher
-
-
-def fingerprint(args: OmniOPDConfig, train_dataset: Any, model: PreTrainedModel, teacher: Teacher) -> str:
-    """Of everything that decides which trajectories and rollouts a step has, besides the checkpoint."""
-    settings = {k: v for k, v in args.to_dict().items() if not k.startswith(_IRRELEVANT_TO_AUDITS)}
-    data = getattr(train_dataset, "_fingerprint", None)  # of `datasets`; a stream has none
-    student = [get_config_model_id(model.config), model.num_parameters()]
-    text = json.dumps([settings, data, student, teacher.name], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -57,7 +57,6 @@ from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.construction import (
     check_batch_is_filled,
     context_length_of,
-    fingerprint,
     load_tokenizer,
     make_teacher,
     named_datasets,
@@ -66,6 +65,7 @@ from omniopd_trl.construction import (
 )
 from omniopd_trl.data import check_dataset, check_prompt_lengths
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
+from omniopd_trl.fingerprint import decisive_settings, fingerprint
 from omniopd_trl.generation import LARGE_DIFFERENCE, SamplingLogprobs, sampling_difference
 from omniopd_trl.journal import StoredTrajectory, journal_path
 from omniopd_trl.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
@@ -327,7 +327,9 @@ class OmniOPDTrainer(DistillationTrainer):
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),
             "teacher": self.teacher.name,
-            "fingerprint": fingerprint(self.args, self.train_dataset, self.model, self.teacher),
+            "fingerprint": fingerprint(
+                decisive_settings(self.args, self.train_dataset, self.model, self.teacher, self.auditor.similarity)
+            ),
             "rank": rank,
             "num_processes": self.accelerator.num_processes,
         }

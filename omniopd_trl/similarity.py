@@ -91,6 +91,17 @@ def get_similarity(
     return _Own(name_or_callable)
 
 
+def name_or_function(similarity: Similarity) -> str | Similarity:
+    """The name of a similarity of this module, or the caller's own function.
+
+    Args:
+        similarity: what `get_similarity` returns.
+    """
+    if isinstance(similarity, _Named):
+        return next((name for name, named in _NAMED.items() if named is similarity), "embedding")
+    return similarity.function if isinstance(similarity, _Own) else similarity
+
+
 def similarity_matrix(
     chunks: Sequence[str], rollouts: Sequence[Sequence[str]], similarity: str | Similarity
 ) -> list[list[float]]:

@@ -23,8 +23,8 @@ from trainer_utils import make_trainer
 from transformers.utils import logging
 from trl.generation.vllm_generation import VLLMGeneration
 
-from omniopd_trl.construction import fingerprint
 from omniopd_trl.errors import DataError, MissingExtraError
+from omniopd_trl.fingerprint import decisive_settings
 from omniopd_trl.generation import SamplingLogprobs, sampling_difference
 from omniopd_trl.teachers import ScriptedTeacher
 
@@ -117,7 +117,8 @@ def test_what_was_paid_for_stays_valid_with_another_engine(tmp_path, tiny_model_
         args = copy.copy(trainer.args)
         for name, value in changes.items():
             setattr(args, name, value)
-        return fingerprint(args, trainer.train_dataset, trainer.model, trainer.teacher)
+        similarity = trainer.auditor.similarity
+        return decisive_settings(args, trainer.train_dataset, trainer.model, trainer.teacher, similarity)
 
     changes = {
         "use_vllm": True,

@@ -47,6 +47,7 @@ LAYERS = {
     "omniopd_trl.omniopd_config": "config",
     "omniopd_trl.agreement": "trainer",
     "omniopd_trl.construction": "trainer",
+    "omniopd_trl.fingerprint": "trainer",
     "omniopd_trl.generation": "trainer",
     "omniopd_trl.metrics": "trainer",
     "omniopd_trl.micro_batches": "trainer",

@@ -167,7 +167,9 @@ class Teacher(ABC):
     A teacher of one's own subclasses this and writes `sample`; the trainer takes an instance as `teacher_model`.
 
     Attributes:
-        name: how logs and the model card call the teacher.
+        name: how logs and the model card call the teacher, and what its recorded answers are known by: a run that is
+            started again in the same folder replays those of a teacher of the same name without asking. A teacher
+            whose answers change (another model, prompt or script) must change its name.
         works_elsewhere: whether its work goes on elsewhere while this process trains, so that audits may overlap with
             training. A model in this process shares its device and its random numbers.
         budget: what it may still spend, and what it has under way; `None` for a teacher that keeps no such account.
