@@ -23,6 +23,9 @@ file counts that as used.
 **Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes every earlier
 attempt at `s` and at later steps, which came from a student that this one is not. What is superseded stays in the file
 and in the ledger and is not replayed. Neither is what was written under another fingerprint or number of processes.
+The settings behind a fingerprint are kept, so that it can be said what differs. An attempt of another fingerprint
+supersedes once all its audits are there: before that, no student has learned from it. And it supersedes nothing for a
+run that begins at step 0, with the student that its fingerprint stands for: who puts settings back gets records back.
 
 **Durability.** A method that has returned has committed: the record survives `kill -9`. Against a power failure the
 file is synchronized once per generation batch; what was written since then may be lost, and the file stays intact.
@@ -37,7 +40,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -49,7 +52,7 @@ from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.teachers.base import Prompt, Usage
 
 APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _TOKENS = [field.name for field in fields(Usage)]
 
@@ -66,7 +69,15 @@ _TABLES = {
     # At most one row: of the session that writes, while it has requests under way.
     "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
 }
-_SCHEMA = {table: f"CREATE TABLE {table} ({columns})" for table, columns in _TABLES.items()}
+# Tables of one version more than the last that had none of them. A file of that version gets them when it is opened.
+_ADDED = {
+    # What the fingerprint of a session is made of.
+    "settings": "session INTEGER PRIMARY KEY, payload, checksum",
+}
+_SCHEMAS = {
+    version: {table: f"CREATE TABLE {table} ({columns})" for table, columns in tables.items()}
+    for version, tables in ((SCHEMA_VERSION - 1, _TABLES), (SCHEMA_VERSION, {**_TABLES, **_ADDED}))
+}
 
 
 class JournalError(OmniOPDError, RuntimeError):
@@ -115,6 +126,22 @@ class LedgerRow:
     num_audits: int
 
 
+@dataclass(frozen=True)
+class NotReplayed:
+    """Recorded steps that a run asks for again.
+
+    Attributes:
+        other_settings: how many were recorded under another fingerprint.
+        differences: what the newest of them was recorded with and what this run has, by name, as JSON; `None` stands
+            for a setting that was not there. Empty when an earlier version of the package did not keep them.
+        superseded: how many were recorded under this run's fingerprint, and then by a run with another one.
+    """
+
+    other_settings: int
+    differences: dict[str, tuple[str | None, str | None]]
+    superseded: int
+
+
 def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
     """The journal of a process. A push to the Hub leaves out what begins with an underscore."""
     return Path(output_dir) / "_audits" / f"rank-{rank}.sqlite"
@@ -151,6 +178,8 @@ class Journal:
         teacher: name of the teacher, for the ledger.
         fingerprint: stands for everything that a replayed record depends on besides the checkpoint: models, data,
             seed, sampling, chunks, similarity, prior. Records of another fingerprint are counted but not replayed.
+        settings: what the fingerprint is made of, by name, for whoever wonders why nothing is replayed. It is written
+            down as it is, so that it must hold no secret.
         rank: which process this is, of
         num_processes: so many. The records of another number belong to other prompts.
         replay: false opens a journal of any number of processes, for the ledger and for new records; earlier ones are
@@ -176,6 +205,7 @@ class Journal:
         fingerprint: str,
         rank: int,
         num_processes: int,
+        settings: Mapping[str, Any] | None = None,
         replay: bool = True,
     ):
         self.path = path
@@ -200,11 +230,59 @@ class Journal:
                 self._db.execute("PRAGMA cache_spill = OFF")
             with self._transaction() as db:
                 values = (run, teacher, fingerprint, rank, num_processes, time.time())
+                _upgrade(db)
                 self._session = _insert_numbered(db, "sessions", *values)
+                if settings is not None:
+                    _insert(db, "settings", self._session, _encode(settings))
                 self.lost = _count_lost(db)
+            self._attempts = _current(self._valid(self._db))
             self._stack = stack.pop_all()
 
     # ---- Trajectories and audits ----
+
+    def begin(self, step: int) -> NotReplayed | None:
+        """Say at which step the run begins, before anything is replayed.
+
+        Args:
+            step: 0 for a student as the fingerprint knows it; the step of the checkpoint that it was loaded from.
+
+        Returns:
+            What was recorded from there on, in part at least, and is asked for again; `None` when that is nothing.
+        """
+        with self._reading() as db:
+            everything = list(self._all(db))
+            ours = [attempt for attempt in everything if attempt.ours]
+            self._attempts = _current(ours if step == 0 else self._valid(db))
+            if not self._replay:
+                return None  # another number of processes, of which nothing is comparable
+            lost = [
+                attempt
+                for attempt in {*_current(everything).values(), *_current(ours).values()}
+                if attempt.step >= step and attempt.num_audits and self._attempt(attempt.step) is None
+            ]
+            others = [attempt for attempt in lost if not attempt.ours]
+            superseded = [attempt for attempt in lost if attempt.ours]
+            if not others and not superseded:
+                return None
+            differences = self._differences(db, max(a.session for a in others)) if others else {}
+        return NotReplayed(len(others), differences, len(superseded))
+
+    def _differences(self, db: sqlite3.Connection, session: int) -> dict[str, tuple[str | None, str | None]]:
+        rows = [
+            db.execute("SELECT * FROM settings WHERE session = ?", (s,)).fetchone() for s in (session, self._session)
+        ]
+        if None in rows:
+            return {}
+        was, now = (
+            {
+                name: json.dumps(value, ensure_ascii=False, sort_keys=True)
+                for name, value in _decode(self.path, row).items()
+            }
+            for row in rows
+        )
+        return {
+            name: (was.get(name), now.get(name)) for name in sorted({*was, *now}) if was.get(name) != now.get(name)
+        }
 
     def record_trajectories(self, step: int, trajectories: list[StoredTrajectory]) -> None:
         """Begin a new attempt at a step: all its trajectories, or none of them.
@@ -215,9 +293,11 @@ class Journal:
         payloads = [_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed]) for t in trajectories]
         # One commit per generation batch waits for the disk, and takes everything before it along.
         with self._transaction(synchronous="FULL") as db:
-            attempt = _insert_numbered(db, "attempts", self._session, step)
+            number = _insert_numbered(db, "attempts", self._session, step)
             for index, payload in enumerate(payloads):
-                _insert(db, "trajectories", attempt, index, payload)
+                _insert(db, "trajectories", number, index, payload)
+        attempt = _Attempt(number, step, self._session, True, len(payloads), 0)
+        self._attempts = _current([*self._attempts.values(), attempt])
 
     def trajectories(self, step: int) -> list[StoredTrajectory] | None:
         """The trajectories of the current attempt at a step; `None` when there is none to be replayed.
@@ -225,7 +305,7 @@ class Journal:
         Processes have to agree before any of them replays: one may have been killed just before it wrote.
         """
         with self._reading() as db:
-            attempt = self._attempt(db, step)
+            attempt = self._attempt(step)
             if attempt is None:
                 return None
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
@@ -239,7 +319,7 @@ class Journal:
         """
         payload = _encode(_audit_to_json(audit))
         with self._transaction() as db:
-            attempt = self._attempt(db, step)
+            attempt = self._attempt(step)
             if attempt is None:
                 raise JournalError(
                     f"An audit of step {step} was to be kept in {self.path}, which holds no trajectories for it. "
@@ -251,23 +331,23 @@ class Journal:
         """The audit of a trajectory of the current attempt; `None` when it was not finished."""
         with self._reading() as db:
             row = db.execute(
-                "SELECT * FROM audits WHERE attempt = ? AND idx = ?", (self._attempt(db, step), index)
+                "SELECT * FROM audits WHERE attempt = ? AND idx = ?", (self._attempt(step), index)
             ).fetchone()
         return None if row is None else _audit_from_json(_decode(self.path, row))
 
-    def _attempt(self, db: sqlite3.Connection, step: int) -> int | None:
-        """The attempt that counts for a step. The newest up to a step decides, so that one at an earlier step hides
-        those that followed on what it superseded."""
-        row = db.execute(
-            "SELECT attempts.id, session, fingerprint, num_processes, step FROM attempts "
-            "JOIN sessions ON sessions.id = session WHERE step <= ? ORDER BY attempts.id DESC LIMIT 1",
-            (step,),
-        ).fetchone()
-        if row is None:
-            return None
-        attempt, session, *key, newest = row
-        ours = session == self._session or (self._replay and tuple(key) == self._key)
-        return attempt if ours and newest == step else None
+    def _attempt(self, step: int) -> int | None:
+        """The attempt that counts for a step, if it may be replayed."""
+        attempt = self._attempts.get(step)
+        return attempt.id if attempt is not None and attempt.ours else None
+
+    def _valid(self, db: sqlite3.Connection) -> Iterator["_Attempt"]:
+        """Attempts of this fingerprint, and those of others that a student has learned from."""
+        return (a for a in self._all(db) if a.ours or a.num_audits >= a.num_trajectories)
+
+    def _all(self, db: sqlite3.Connection) -> Iterator["_Attempt"]:
+        for attempt, step, session, fingerprint, processes, *counts in db.execute(_ATTEMPTS):
+            ours = session == self._session or (self._replay and (fingerprint, processes) == self._key)
+            yield _Attempt(attempt, step, session, ours, *counts)
 
     # ---- The ledger ----
 
@@ -363,6 +443,34 @@ _LEDGER = f"""
     ) JOIN sessions ON sessions.id = session
     GROUP BY run, step, teacher ORDER BY min(session), step
 """
+_ATTEMPTS = """
+    SELECT attempts.id, step, session, fingerprint, num_processes,
+        (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = attempts.id)
+    FROM attempts JOIN sessions ON sessions.id = session ORDER BY attempts.id
+"""
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One set of trajectories, as it was when the file was opened."""
+
+    id: int
+    step: int
+    session: int
+    ours: bool  # of this fingerprint and number of processes
+    num_trajectories: int
+    num_audits: int
+
+
+def _current(attempts: Iterable[_Attempt]) -> dict[int, _Attempt]:
+    """The attempt that counts for each step. Each one supersedes those before it at its step and at later ones."""
+    current: dict[int, _Attempt] = {}
+    for attempt in attempts:
+        while current and next(reversed(current)) >= attempt.step:  # steps are in order
+            current.popitem()
+        current[attempt.step] = attempt
+    return current
 
 
 # ---- Opening ----
@@ -408,7 +516,7 @@ def _create(path: Path) -> None:
         leftover.unlink()
     with closing(_connect(new, "rwc")) as db:
         db.execute("PRAGMA page_size = 16384")  # a record is several kilobytes
-        for statement in _SCHEMA.values():
+        for statement in _SCHEMAS[SCHEMA_VERSION].values():
             db.execute(statement)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -437,27 +545,37 @@ def _damaged(path: Path, what: object) -> JournalError:
     )
 
 
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Give a journal of the version before this one what it lacks."""
+    there = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table, statement in _SCHEMAS[SCHEMA_VERSION].items():
+        if table not in there:
+            db.execute(statement)
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
 def _check(db: sqlite3.Connection, path: Path) -> None:
-    _check_version(db, path)
+    schema = _SCHEMAS[_check_version(db, path)]
     (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if result != "ok":
         raise _damaged(path, " ".join(result.split()))
-    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != _SCHEMA:
+    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != schema:
         raise _damaged(path, "its tables are not those of a journal")
-    for table in _TABLES:
+    for table in schema:
         _check_values(db, path, table)
 
 
-def _check_version(db: sqlite3.Connection, path: Path) -> None:
+def _check_version(db: sqlite3.Connection, path: Path) -> int:
     (application,) = db.execute("PRAGMA application_id").fetchone()
     if application != APPLICATION_ID:
         raise _damaged(path, "it does not begin like a journal")
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
+    if version not in _SCHEMAS:
         raise JournalError(
             f"The journal {path} has schema version {version}, and this version of omniopd_trl reads "
-            f"{SCHEMA_VERSION}. Use the version that wrote it, or choose another output folder."
+            f"{' and '.join(map(str, _SCHEMAS))}. Use the version that wrote it, or choose another output folder."
         )
+    return int(version)
 
 
 def _check_log(path: Path) -> None:

@@ -324,12 +324,12 @@ class OmniOPDTrainer(DistillationTrainer):
             yield
             return
         rank = self.accelerator.process_index
+        decisive = decisive_settings(self.args, self.train_dataset, self.model, self.teacher, self.auditor.similarity)
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),
             "teacher": self.teacher.name,
-            "fingerprint": fingerprint(
-                decisive_settings(self.args, self.train_dataset, self.model, self.teacher, self.auditor.similarity)
-            ),
+            "fingerprint": fingerprint(decisive),
+            "settings": decisive,
             "rank": rank,
             "num_processes": self.accelerator.num_processes,
         }

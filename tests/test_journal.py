@@ -33,9 +33,12 @@ from omniopd_trl.audit import Audit, ChunkAudit
 from omniopd_trl.chunks import Chunk
 from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.journal import (
+    _ADDED,
+    SCHEMA_VERSION,
     Journal,
     JournalError,
     LedgerRow,
+    NotReplayed,
     ProcessCountError,
     StoredTrajectory,
     journal_path,
@@ -205,7 +208,63 @@ def test_other_fingerprint(tmp_path):
         j.record_trajectories(1, [trajectory(1)])
     with journal(tmp_path) as j:
         assert len(j.trajectories(0)) == 2
+        assert len(j.trajectories(1)) == 2  # no student has learned from the other attempt
+    with journal(tmp_path, fingerprint="M=5") as j:
+        j.record(1, 0, audit())
+    with journal(tmp_path) as j:
+        assert len(j.trajectories(0)) == 2
         assert j.trajectories(1) is None  # the newest attempt decides, whoever made it
+
+
+def test_what_is_not_replayed(tmp_path):
+    """How many steps, from where the run begins, and which settings differ from those of the newest of them."""
+    with journal(tmp_path, settings={"M": 10, "N": 3, "gone": None}) as j:
+        assert j.begin(0) is None
+        for step in range(4):
+            j.record_trajectories(step, [trajectory()])
+            if step < 3:  # of the last one, nothing was paid for
+                j.record(step, 0, audit())
+    with journal(tmp_path) as j:
+        assert j.begin(0) is None
+    other = {"fingerprint": "M=5", "settings": {"M": 5, "N": 3, "new": "x"}}
+    differences = {"M": ("10", "5"), "gone": ("null", None), "new": (None, '"x"')}
+    for step in (0, 2):
+        with journal(tmp_path, **other) as j:
+            assert j.begin(step) == NotReplayed(3 - step, differences, 0)
+    with journal(tmp_path, **other) as j:
+        assert j.begin(3) is None
+        assert j.begin(1).other_settings == 2
+        j.record_trajectories(1, [trajectory()])
+    with journal(tmp_path, fingerprint="M=7") as j:  # it does not say which settings it has
+        assert j.begin(0) == NotReplayed(1, {}, 0)
+    with journal(tmp_path, num_processes=3, replay=False) as j:  # which was said before
+        assert j.begin(0) is None
+
+
+def test_settings_that_are_put_back(tmp_path):
+    """Another run in between supersedes what a run from the start recorded only where the student may be another."""
+    with journal(tmp_path) as j:
+        for step in range(4):
+            j.record_trajectories(step, [trajectory(step)])
+            j.record(step, 0, audit())
+    with journal(tmp_path, fingerprint="M=5") as j:
+        j.record_trajectories(1, [trajectory()])
+    for step in (0, 2):  # it was stopped at once
+        with journal(tmp_path) as j:
+            assert j.begin(step) is None
+            assert j.trajectories(3) == [trajectory(3)]
+            assert j.audit(3, 0) == audit()
+    with journal(tmp_path, fingerprint="M=5") as j:
+        j.record(1, 0, audit())
+    with journal(tmp_path) as j:  # the checkpoint may be that of the other run
+        assert j.begin(2) == NotReplayed(0, {}, 2)
+        assert j.trajectories(2) is None
+    with journal(tmp_path) as j:
+        assert j.begin(0) is None
+        assert j.trajectories(0) == [trajectory(0)]
+        assert j.audit(3, 0) == audit()
+        j.record_trajectories(2, [trajectory(9)])
+        assert j.trajectories(3) is None
 
 
 def test_other_number_of_processes(tmp_path):
@@ -393,6 +452,26 @@ def test_other_version(tmp_path):
     for use in (journal, spent):
         with pytest.raises(JournalError, match="schema version 99"):
             use(tmp_path)
+
+
+def test_the_version_before(tmp_path):
+    """What was spent is read, what was recorded is replayed, and the file becomes one of this version."""
+    fill(tmp_path, steps=1)
+    path = journal_path(tmp_path, 0)
+    with closing(sqlite3.connect(path)) as db:
+        for table in _ADDED:
+            db.execute(f"DROP TABLE {table}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+    before = main_files(tmp_path)
+    assert spent(tmp_path) == (Usage(20, 2, 4, 0), 1.0)
+    assert main_files(tmp_path) == before
+    with journal(tmp_path, settings={"M": 10}) as j:
+        assert j.trajectories(0) == [trajectory(0), trajectory(1)]
+        assert j.usage() == Usage(20, 2, 4, 0)
+    with journal(tmp_path, fingerprint="M=5", settings={"M": 5}) as j:
+        assert j.begin(0) == NotReplayed(1, {}, 0)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
 
 def test_lost_file(tmp_path):

@@ -105,14 +105,43 @@ def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tin
     assert epochs[0] != epochs[1]
 
 
-def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir):
-    """A step of another learning rate is another step: its records are counted, not replayed."""
+def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir, caplog):
+    """A step of another learning rate is another step: its records are counted, not replayed, and that is said."""
+    logging.enable_propagation()
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS).train()
     paid, _ = spent(tmp_path)
-    other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **{**SETTINGS, "learning_rate": 0.06})
+    assert "paid again" not in caplog.text
+    changes = {"learning_rate": 0.06, "min_rollouts": 2, "logging_steps": 2}
+    other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **{**SETTINGS, **changes})
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert other.teacher_usage.completion_tokens > 0
     assert spent(tmp_path)[0] == paid + other.teacher_usage
+    said = [record.getMessage() for record in caplog.records if "paid again" in record.getMessage()]
+    assert said == [
+        "2 recorded steps are not replayed, since learning_rate was 0.05 and is 0.06, min_rollouts was 1 and is 2: "
+        "the teacher is asked again and paid again. Put the settings back, or go on."
+    ]
+
+
+def test_settings_that_are_put_back_replay(tmp_path, tiny_model_dir, caplog):
+    """The warning's advice works, also for who read it after the run had begun; with other prompts, that is said."""
+    logging.enable_propagation()
+    settings = {**SETTINGS, "max_steps": 2, "save_strategy": "no"}
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings).train()
+
+    with pytest.raises(TeacherError, match="asked again"):
+        make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "max_steps": 3}).train()
+    assert "2 recorded steps are not replayed, since max_steps was 2 and is 3:" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **settings).train()
+    assert "not replayed" not in caplog.text
+
+    shuffled = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings)
+    rows = shuffled.train_dataset._fingerprint
+    shuffled.train_dataset = shuffled.train_dataset.select(range(31, -1, -1))
+    shuffled.train_dataset._fingerprint = rows  # as a stream, which has none
+    shuffled.train()
+    assert caplog.text.count("was recorded with other prompts") == 1
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog):
