@@ -13,8 +13,9 @@
 # limitations under the License.
 """What was generated, audited and paid for, in one SQLite file per process, so that nothing is paid for twice.
 
-Four kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
-*audit* is written as soon as it is finished. *Usage* is written for each request as soon as it is answered, and the
+Five kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
+*audit* is written as soon as it is finished, and until then each *answer* that it needs, as it arrives. *Usage* is
+written for each request as soon as it is answered, in one transaction with the answer where that is kept, and the
 ledger is made of nothing else: an audit's own `usage` is for display, so that a request counts once, whether or not
 its audit was ever finished, and a replayed audit counts nothing. What is *under way* is written before it is sent, as
 the most that it can cost: a process that is killed cannot say what it was charged for, so the next one to open the
@@ -73,6 +74,8 @@ _TABLES = {
 _ADDED = {
     # What the fingerprint of a session is made of.
     "settings": "session INTEGER PRIMARY KEY, payload, checksum",
+    # Answers for audits that are not finished.
+    "answers": "attempt, idx, request, start, payload, checksum, PRIMARY KEY (attempt, idx, request, start)",
 }
 _SCHEMAS = {
     version: {table: f"CREATE TABLE {table} ({columns})" for table, columns in tables.items()}
@@ -258,7 +261,9 @@ class Journal:
             lost = [
                 attempt
                 for attempt in {*_current(everything).values(), *_current(ours).values()}
-                if attempt.step >= step and attempt.num_audits and self._attempt(attempt.step) is None
+                if attempt.step >= step
+                and (attempt.num_audits or attempt.has_answers)
+                and self._attempt(attempt.step) is None
             ]
             others = [attempt for attempt in lost if not attempt.ours]
             superseded = [attempt for attempt in lost if attempt.ours]
@@ -296,7 +301,7 @@ class Journal:
             number = _insert_numbered(db, "attempts", self._session, step)
             for index, payload in enumerate(payloads):
                 _insert(db, "trajectories", number, index, payload)
-        attempt = _Attempt(number, step, self._session, True, len(payloads), 0)
+        attempt = _Attempt(number, step, self._session, True, len(payloads), 0, False)
         self._attempts = _current([*self._attempts.values(), attempt])
 
     def trajectories(self, step: int) -> list[StoredTrajectory] | None:
@@ -319,13 +324,9 @@ class Journal:
         """
         payload = _encode(_audit_to_json(audit))
         with self._transaction() as db:
-            attempt = self._attempt(step)
-            if attempt is None:
-                raise JournalError(
-                    f"An audit of step {step} was to be kept in {self.path}, which holds no trajectories for it. "
-                    "Record the trajectories of a step before its audits."
-                )
+            attempt = self._attempt_to_add_to(step)
             _insert(db, "audits", attempt, index, self._session, payload)
+            db.execute("DELETE FROM answers WHERE attempt = ? AND idx = ?", (attempt, index))
 
     def audit(self, step: int, index: int) -> Audit | None:
         """The audit of a trajectory of the current attempt; `None` when it was not finished."""
@@ -334,6 +335,49 @@ class Journal:
                 "SELECT * FROM audits WHERE attempt = ? AND idx = ?", (self._attempt(step), index)
             ).fetchone()
         return None if row is None else _audit_from_json(_decode(self.path, row))
+
+    def record_answer(
+        self, step: int, index: int, request: str, start: int, answer: Any, usage: Usage, usd: float | None = None
+    ) -> None:
+        """Keep an answer for an audit that is not finished, and count its request: both or neither.
+
+        Args:
+            step: the step that it was asked in.
+            index: the trajectory that it was asked for.
+            request: a name for what was asked.
+            start: the first sample that the answer holds.
+            answer: what JSON can hold.
+            usage: as in `record_usage`.
+            usd: as in `record_usage`.
+
+        Raises:
+            JournalError: as `record` and `record_usage`.
+        """
+        payload = _encode(answer)
+        _check_amount(step, usd)
+        with self._transaction() as db:
+            _insert(db, "answers", self._attempt_to_add_to(step), index, request, start, payload)
+            _add_usage(db, self._session, step, index, usage, usd)
+
+    def answers(self, step: int, index: int) -> dict[str, dict[int, Any]]:
+        """The answers for the unfinished audit of a trajectory of the current attempt, by request and first sample."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT * FROM answers WHERE attempt = ? AND idx = ?", (self._attempt(step), index)
+            ).fetchall()
+        answers: dict[str, dict[int, Any]] = {}
+        for row in rows:
+            answers.setdefault(row[2], {})[row[3]] = _decode(self.path, row)
+        return answers
+
+    def _attempt_to_add_to(self, step: int) -> int:
+        attempt = self._attempt(step)
+        if attempt is None:
+            raise JournalError(
+                f"An audit of step {step} was to be kept in {self.path}, which holds no trajectories for it. "
+                "Record the trajectories of a step before its audits."
+            )
+        return attempt
 
     def _attempt(self, step: int) -> int | None:
         """The attempt that counts for a step, if it may be replayed."""
@@ -363,8 +407,7 @@ class Journal:
         Raises:
             JournalError: when it cannot be written, or the cost is no number.
         """
-        if usd is not None and not math.isfinite(usd):
-            raise JournalError(f"A request of step {step} cost usd={usd}, which is no amount. Check the price.")
+        _check_amount(step, usd)
         with self._transaction() as db:
             _add_usage(db, self._session, step, -1 if index is None else index, usage, usd)
 
@@ -446,7 +489,8 @@ _LEDGER = f"""
 _ATTEMPTS = """
     SELECT attempts.id, step, session, fingerprint, num_processes,
         (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
-        (SELECT count(*) FROM audits WHERE attempt = attempts.id)
+        (SELECT count(*) FROM audits WHERE attempt = attempts.id),
+        EXISTS (SELECT * FROM answers WHERE attempt = attempts.id)
     FROM attempts JOIN sessions ON sessions.id = session ORDER BY attempts.id
 """
 
@@ -461,6 +505,7 @@ class _Attempt:
     ours: bool  # of this fingerprint and number of processes
     num_trajectories: int
     num_audits: int
+    has_answers: bool  # for audits that are not finished
 
 
 def _current(attempts: Iterable[_Attempt]) -> dict[int, _Attempt]:
@@ -556,7 +601,8 @@ def _upgrade(db: sqlite3.Connection) -> None:
 
 def _check(db: sqlite3.Connection, path: Path) -> None:
     schema = _SCHEMAS[_check_version(db, path)]
-    (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    # Not `quick_check`, which does not look whether an index leads to every row.
+    (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if result != "ok":
         raise _damaged(path, " ".join(result.split()))
     if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != schema:
@@ -643,6 +689,11 @@ def _check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int)
 def _insert(db: sqlite3.Connection, table: str, *values: Any) -> None:
     marks = ", ".join("?" * (len(values) + 1))
     db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*values, _checksum(values)))
+
+
+def _check_amount(step: int, usd: float | None) -> None:
+    if usd is not None and not math.isfinite(usd):
+        raise JournalError(f"A request of step {step} cost usd={usd}, which is no amount. Check the price.")
 
 
 def _add_usage(db: sqlite3.Connection, session: int, step: int, index: int, usage: Usage, usd: float | None) -> None:

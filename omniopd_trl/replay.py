@@ -13,13 +13,15 @@
 # limitations under the License.
 """An audit that is paid for once: from the journal where it is there, from the teacher where it is not."""
 
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from omniopd_trl.audit import Audit, Auditor, Trajectory
 from omniopd_trl.journal import Journal
-from omniopd_trl.teachers.base import METER, Usage
+from omniopd_trl.teachers.base import ANSWERS, METER, KeptAnswers, Usage
 
 T = TypeVar("T")
 
@@ -38,8 +40,9 @@ async def audit_once(
 ) -> Audit:
     """Audit a trajectory, unless the journal holds its audit.
 
-    Requests are counted as soon as they are answered, and the audit is kept before it is returned: whatever is killed
-    after that, nothing is lost and nothing is paid for twice.
+    Requests are counted as soon as they are answered, and their answers are kept with that, where the teacher asks for
+    it (those behind a service do). The audit is kept before it is returned, in place of its answers. Whatever is
+    killed, nothing that was answered is lost, and nothing is paid for twice.
 
     Args:
         auditor: asks the teacher.
@@ -49,7 +52,8 @@ async def audit_once(
         index: its place in the generation batch of this process.
 
     Returns:
-        The audit. One from the journal has no usage and no outcomes, since it costs nothing now.
+        The audit. One from the journal has no usage and no outcomes, since it costs nothing now; nor have answers from
+        the journal a usage.
 
     Raises:
         TeacherError: as `Auditor.audit`.
@@ -60,14 +64,30 @@ async def audit_once(
     stored = journal.audit(step, index)
     if stored is not None:
         return replace(stored, usage=Usage(), outcomes={})
-    metered = Usage()
+    kept, times, metered = journal.answers(step, index), Counter[str](), Usage()
 
     def meter(usage: Usage, usd: float | None) -> None:
         nonlocal metered
         metered = metered + usage
         journal.record_usage(step, index, usage, usd)
 
-    audit = await with_meter(meter, auditor.audit(trajectory))
+    def keep(request: str, start: int, size: int, samples: Any, usage: Usage, usd: float | None) -> None:
+        nonlocal metered
+        metered = metered + usage
+        journal.record_answer(step, index, request, start, [size, samples], usage, usd)
+
+    def answers(request: str) -> KeptAnswers:
+        # Who asks for the same twice wants two answers: two chunks may have one prefix.
+        times[request] += 1
+        request = f"{request} {times[request]}"
+        found = [(start, size, samples) for start, (size, samples) in kept.get(request, {}).items()]
+        return KeptAnswers(found, partial(keep, request))
+
+    token = ANSWERS.set(answers)
+    try:
+        audit = await with_meter(meter, auditor.audit(trajectory))
+    finally:
+        ANSWERS.reset(token)
     if metered == Usage():  # a teacher that does not meter its requests
         journal.record_usage(step, index, audit.usage)
     journal.record(step, index, audit)

@@ -13,24 +13,29 @@
 # limitations under the License.
 """A run that asks a service, for a test to kill.
 
-python tests/run_until_killed.py FOLDER MODEL URL
+python tests/run_until_killed.py FOLDER MODEL URL [SETTINGS]
+
+SETTINGS is JSON, and wins over what stands here.
 """
 
+import json
 import sys
 from pathlib import Path
 
 from trainer_utils import make_trainer, questions
 
+SETTINGS = {
+    "teacher": "openai:gpt-6-luna",
+    "teacher_input_price": 1.0,
+    "teacher_output_price": 1.0,
+    "teacher_max_concurrency": 4,
+}
+
+
+def main(folder, model, url, overrides="{}"):
+    settings = {**SETTINGS, "teacher_base_url": url, "dataset": questions(16), **json.loads(overrides)}
+    make_trainer(Path(folder), Path(model), **settings).train()
+
+
 if __name__ == "__main__":
-    folder, model, url = sys.argv[1:]
-    trainer = make_trainer(
-        Path(folder),
-        Path(model),
-        teacher="openai:gpt-6-luna",
-        teacher_base_url=url,
-        teacher_input_price=1.0,
-        teacher_output_price=1.0,
-        teacher_max_concurrency=4,
-        dataset=questions(16),
-    )
-    trainer.train()
+    main(*sys.argv[1:])

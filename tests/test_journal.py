@@ -337,6 +337,36 @@ def test_what_was_under_way_counts(tmp_path):
         assert j.usage() == Usage(360, 0, 5, 0)
 
 
+def test_answers(tmp_path):
+    """Until the audit is finished, they are there with what they cost, by trajectory and request."""
+    with journal(tmp_path) as j:
+        with pytest.raises(JournalError, match="no trajectories"):
+            j.record_answer(0, 0, "a", 0, ["x"], Usage(1, 0, 1))
+        assert j.usage() == Usage()  # both or neither
+        j.record_trajectories(0, [trajectory(), trajectory()])
+        with pytest.raises(JournalError, match="usd=nan"):
+            j.record_answer(0, 0, "a", 0, ["x"], Usage(1, 0, 1), float("nan"))
+        assert (j.answers(0, 0), j.usage()) == ({}, Usage())
+        j.record_answer(0, 0, "a", 0, ["x\ud800", 1], Usage(1, 0, 1), 0.5)
+        j.record_answer(0, 0, "a", 2, ["y"], Usage(1, 0, 1), 0.5)
+        j.record_answer(0, 0, "b", 0, ["z"], Usage(1, 0, 1))
+        j.record_answer(0, 1, "a", 0, ["other"], Usage(1, 0, 1))
+    expected = {"a": {0: ["x\ud800", 1], 2: ["y"]}, "b": {0: ["z"]}}
+    with journal(tmp_path, fingerprint="M=5", settings={}) as j:
+        assert j.begin(0) == NotReplayed(1, {}, 0)  # there is no audit, but there is something that was paid for
+        assert j.answers(0, 0) == {}
+    with journal(tmp_path) as j:
+        assert j.begin(0) is None
+        assert j.answers(0, 0) == expected
+        assert spent(tmp_path) == (Usage(4, 0, 4), 1.0)
+        j.record(0, 0, audit())
+        assert j.answers(0, 0) == {}
+        assert j.answers(0, 1) == {"a": {0: ["other"]}}
+        j.record_trajectories(0, [trajectory()])
+        assert j.answers(0, 1) == {}
+    assert spent(tmp_path) == (Usage(4, 0, 4), 1.0)
+
+
 def test_cost_must_be_finite(tmp_path):
     """A cost that is no number would make every sum of the ledger none."""
     with journal(tmp_path) as j:
@@ -542,6 +572,15 @@ def send(folder, first):
             journal.record_usage(0, None, Usage(60, 0, 10, 0), 0.5)
             journal.record_under_way(0, 0)
 
+def answer(folder, first):
+    with Journal(journal_path(folder, 0), **{SETTINGS!r}) as journal:
+        if journal.trajectories(0) is None:
+            journal.record_trajectories(0, [trajectory()])
+        say("open", os.getpid())
+        for number in itertools.count(first):
+            journal.record_answer(0, 0, f"{{number % 7}}", number, [1, "x" * 300], Usage(3, 0, 4), 0.5)
+            say("answered", number)
+
 def leave_worker(folder, first):
     journal = Journal(journal_path(folder, 0), **{SETTINGS!r})
     say("open", os.getpid())
@@ -554,7 +593,7 @@ for line in sys.stdin:
     what, *arguments = json.loads(line)
     process = os.fork()
     if process == 0:
-        dict(write=write, send=send, leave_worker=leave_worker)[what](*arguments)
+        dict(write=write, send=send, answer=answer, leave_worker=leave_worker)[what](*arguments)
     os.waitpid(process, 0)
     say("killed")
 """
@@ -645,6 +684,23 @@ def test_kill_while_requests_are_under_way(tmp_path, nursery):
     assert 0.5 * sent <= usd <= 0.5 * sent + lost
     assert sent > 20
     assert lost > 0
+
+
+def test_kill_between_answers(tmp_path, nursery):
+    """Killed at 10 random moments: an answer is kept if and only if it is counted, and none that was kept is lost."""
+    dice = random.Random(0)
+    first = 0
+    for _ in range(10):
+        child = Child(nursery, "answer", tmp_path, first)
+        time.sleep(dice.uniform(0, 0.05))
+        said = [number for _, number in child.kill()]
+        with journal(tmp_path) as j:
+            kept = {start for answers in j.answers(0, 0).values() for start in answers}
+            assert kept >= set(said)
+            assert kept == set(range(len(kept)))
+            assert j.usage() == Usage(3 * len(kept), 0, 4 * len(kept))
+            first = len(kept)
+    assert first > 20
 
 
 def test_locked(tmp_path, nursery):

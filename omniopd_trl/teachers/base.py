@@ -130,6 +130,26 @@ class Usage:
 METER: ContextVar[Callable[[Usage, float | None], None]] = ContextVar("meter")
 
 
+@dataclass(frozen=True)
+class KeptAnswers:
+    """What was answered so far of all samples of one prefix, and where more is kept.
+
+    Attributes:
+        found: of each answer of an earlier run, the first sample that it was asked for, how many samples it settles,
+            and those that it has, as JSON gives back what was kept. They are paid for and counted.
+        keep: takes the same of a new answer, as something that JSON can hold, with what its request used and cost in
+            US dollars (`None` without a price). It keeps the answer and tells the meter, both or neither.
+    """
+
+    found: Sequence[tuple[int, int, Any]]
+    keep: Callable[[int, int, Any, Usage, float | None], None]
+
+
+# Called with a name for all that decides the samples of a prefix. Set where answers are kept one by one until their
+# audit is finished; who does not ask it is metered as above, and loses the answers of an audit that is cut off.
+ANSWERS: ContextVar[Callable[[str], KeptAnswers]] = ContextVar("answers")
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One continuation.

@@ -18,6 +18,7 @@ concurrency, rate limits, retries, time limits, the budget and the counts are he
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -26,12 +27,14 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
@@ -39,7 +42,18 @@ from tenacity.stop import stop_base
 from transformers.utils import logging
 
 from omniopd_trl.errors import OmniOPDError, TeacherError
-from omniopd_trl.teachers.base import METER, Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.base import (
+    ANSWERS,
+    METER,
+    KeptAnswers,
+    Prefix,
+    Prompt,
+    Rollout,
+    SamplingRequest,
+    Teacher,
+    TeacherReply,
+    Usage,
+)
 from omniopd_trl.teachers.budget import Budget, Reservation
 from omniopd_trl.teachers.instruct import INSTRUCTION
 from omniopd_trl.teachers.throttle import Throttle
@@ -141,6 +155,9 @@ class Response(NamedTuple):
     samples: tuple[Sample, ...]
     usage: Usage | None
 
+
+# Keeps and meters an answer that used so much and cost so many US dollars; see `KeptAnswers`.
+_Keep = Callable[[Response, Usage, float | None], None]
 
 FailureKind = Literal[
     "final",
@@ -363,7 +380,8 @@ class RemoteTeacher(Teacher):
             )
         # Tasks start in order, and places are given in order: a prefix goes out before the longer one that begins with
         # it, so that a prompt cache can serve the latter.
-        return await _all(self._continue(prefix, request) for prefix in prefixes)
+        kept = [self._kept(prefix, request) for prefix in prefixes]
+        return await _all(self._continue(*asked, request) for asked in zip(prefixes, kept, strict=True))
 
     def probe(self, prompt: Prompt) -> None:
         """One tiny request: key, model, continuation and samples per request are looked at before any generation."""
@@ -386,26 +404,30 @@ class RemoteTeacher(Teacher):
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
         self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
         try:
-            return await self._continue(prefix, request)
+            return await self._continue(prefix, None, request)
         finally:
             self._throttle, self.settings = throttle, settings
             await self.aclose()
 
     # ---- One prefix ----
 
-    async def _continue(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+    async def _continue(self, prefix: Prefix, kept: KeptAnswers | None, request: SamplingRequest) -> TeacherReply:
         tally = _Tally()
+        # By their first sample. What was answered in an earlier run costs nothing and is not counted again.
+        answers = {
+            start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
+            for start, size, samples in (kept.found if kept is not None else ())
+        }
 
         async def ask(start: int, num_samples: int) -> list[Response]:
             try:
-                response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally)
+                keep = None if kept is None else partial(_keep, kept, start, num_samples)
+                response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally, keep)
             except _RequestFailed:  # several samples are refused, and from now on each request asks for one
                 return await ask_all(self._split(start, num_samples))
             if response is None:
                 return []
             returned = len(response.samples)
-            if returned == 0:
-                tally.problems.append("a response without samples")
             if not 0 < returned < num_samples:
                 return [response._replace(samples=response.samples[:num_samples])]
             # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
@@ -417,11 +439,18 @@ class RemoteTeacher(Teacher):
             answers = await _all(ask(start, size) for start, size in sizes)
             return [response for answer in answers for response in answer]
 
-        sizes = self._split(0, request.num_samples)
-        first: list[Response] = []
+        sizes, end = [], 0
+        for start, size in [*sorted((start, size) for start, (size, _) in answers.items()), (request.num_samples, 0)]:
+            sizes += self._split(end, start - end)
+            end = start + size
         if len(sizes) > 1 and self._fills_cache(prefix):
-            first = await ask(*sizes.pop(0))  # the cache can be read once the first answer has begun
-        responses = [*first, *await ask_all(sizes)]
+            start, size = sizes.pop(0)  # the cache can be read once the first answer has begun
+            answers[start] = size, await ask(start, size)
+        asked = await _all(ask(start, size) for start, size in sizes)
+        answers |= {start: (size, parts) for (start, size), parts in zip(sizes, asked, strict=True)}
+        responses = [response for _, (_, parts) in sorted(answers.items(), key=itemgetter(0)) for response in parts]
+        if not all(response.samples for response in responses):
+            tally.problems.append("a response without samples")
         samples = [sample for response in responses for sample in response.samples]
         for sample in samples:
             if sample.outcome != "ok":
@@ -435,6 +464,14 @@ class RemoteTeacher(Teacher):
             reason = tally.problems[0] if tally.problems else "no reason"
             failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
         return TeacherReply(rollouts, usage, failure, dict(tally.counts))
+
+    def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers | None:
+        """Answers of earlier runs, by everything that decides what is asked. How it is asked may have been learned."""
+        answers = ANSWERS.get(None)
+        if answers is None:
+            return None
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *astuple(request)], default=str)
+        return answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
         """Samples `start` to `start + num_samples` over requests: where each one starts, and how many it asks for."""
@@ -456,7 +493,9 @@ class RemoteTeacher(Teacher):
 
     # ---- One request ----
 
-    async def _ask(self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally) -> Response | None:
+    async def _ask(
+        self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally, keep: _Keep | None
+    ) -> Response | None:
         """One request with its retries; `None` when it was given up.
 
         Raises:
@@ -488,7 +527,7 @@ class RemoteTeacher(Teacher):
                         tally.counts["retries"] += again
                         with clock:
                             left = clock.left(attempt.retry_state)
-                            return await self._attempt(prefix, num_samples, part, reservation, began, left)
+                            return await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
         except _RequestFailed as error:
             if error.failure.kind == "one_sample":
                 raise
@@ -516,6 +555,7 @@ class RemoteTeacher(Teacher):
         reservation: Reservation,
         began: float,
         seconds: float,
+        keep: _Keep | None,
     ) -> Response:
         capabilities = self.capabilities
         try:
@@ -532,24 +572,28 @@ class RemoteTeacher(Teacher):
                 self._forfeit(reservation)
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
-        if not _is_counted(response):
+        if response.usage is None or not _is_counted(response):
             # An answer that counts as free would make every budget endless.
             self.warn_once(
                 "the service does not say what an answer used, so the worst case of each request counts against the "
                 "budget, and the log's tokens leave such answers out. Let the server report `usage`, or expect the "
                 "budget to end early."
             )
-            self._forfeit(reservation)
+            self._forfeit(reservation, keep and partial(keep, response))
             response = response._replace(usage=None)
-        elif response.usage is not None:
-            _meter(response.usage, None if self.budget.price is None else self.budget.price.cost(response.usage))
+        else:
+            usd = None if self.budget.price is None else self.budget.price.cost(response.usage)
+            if keep is None:
+                _meter(response.usage, usd)
+            else:
+                keep(response, response.usage, usd)
             reservation.settle(response.usage)
         self._throttle.succeeded()
         return response
 
-    def _forfeit(self, reservation: Reservation) -> None:
+    def _forfeit(self, reservation: Reservation, meter: Callable[[Usage, float | None], None] | None = None) -> None:
         """Count the worst case of a request as spent, where nobody knows what the service charges for it."""
-        _meter(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
+        (meter or _meter)(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
     def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
@@ -616,6 +660,14 @@ def _meter(usage: Usage, usd: float | None) -> None:
     meter = METER.get(None)
     if meter is not None:
         meter(usage, usd)
+
+
+def _keep(
+    kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
+) -> None:
+    """Keep an answer to a request for `num_samples` from `start` on; one without any sample settles all of them."""
+    samples = response.samples[:num_samples]
+    kept.keep(start, len(samples) or num_samples, samples, usage, usd)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
