@@ -43,7 +43,11 @@ def training_arguments(back_end: str) -> dict[str, Any]:
 
 
 def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
-    """A DeepSpeed configuration. At stage 3 no parameter is small enough to stay whole: tiny models hide bugs so."""
+    """A DeepSpeed configuration. At stage 3 no parameter is small enough to stay whole: tiny models hide bugs so.
+
+    With `offload` the optimizer stays PyTorch's: DeepSpeed's own for the CPU would have to be built first, and does
+    not go on exactly after a resumption.
+    """
     settings: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
         settings |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}

@@ -35,9 +35,6 @@ SCRIPT = HERE / "train_under.py"
 TOLERANCE = 1e-4
 # DeepSpeed builds an operator for communication on a CPU the first time.
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
-
-# Those that split differently, or keep other kinds of checkpoint. The others are variants of them.
-MAIN = ("one", "ddp", "zero2", "zero3", "fsdp2")
 QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 
 TRAINED = (
@@ -107,8 +104,7 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     def launch(back_end: str) -> tuple[dict[str, Any], Path]:
         needs(back_end)
         folder = tmp_path_factory.mktemp(back_end)
-        variants = ("bf16", "quantized")  # of the back ends that are variants themselves
-        chosen = students + [s for s in more if back_end in MAIN or s["name"].startswith(variants)]
+        chosen = students + more
         if back_end == "one":  # what the others' bf16 has to be near to
             chosen += [
                 {**student, "name": student["name"].replace("bf16", "float32"), "bf16": False}
@@ -145,6 +141,7 @@ def test_agrees_with_one_process(back_end, trained):
         assert any(step["grad_norm"] > 0.5 for step in other["steps"]) == name.endswith("lora")
         # It is what it says it is, and LoRA pays for no second copy.
         assert result["sharded"] == (back_end.startswith("zero3") or back_end == "fsdp2")
+        assert result["optimizer"] == (back_end if back_end.startswith("zero") else None)
         assert result["reference_is_a_copy"] == name.endswith("full")
         assert result["reference_rests_on_cpu"] == name.startswith("offloaded")
 
@@ -172,13 +169,17 @@ def test_bf16_computes_in_bf16(back_end, kind, trained):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["checkpointing", "checkpointing_reentrant"])
-@pytest.mark.parametrize("back_end", MAIN)
+@pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_gradient_checkpointing_changes_nothing(back_end, checkpointing, kind, trained):
     """Losses and gradient norms are those without it, to 1e-4."""
     results = trained(back_end)[0]
-    steps = results[f"{checkpointing}_{kind}"]["steps"]
-    assert len(steps) == 2
-    for here, there in zip(steps, results[f"tied_{kind}"]["steps"][:2], strict=True):
+    result, plain = results[f"{checkpointing}_{kind}"], results[f"tied_{kind}"]
+    # With adapters under ZeRO-3, TRL knows one way only.
+    only_reentrant = back_end.startswith("zero3") and kind == "lora"
+    assert result["reentrant"] == (only_reentrant or checkpointing.endswith("reentrant"))
+    assert plain["reentrant"] is None
+    assert len(result["steps"]) == 2
+    for here, there in zip(result["steps"], plain["steps"][:2], strict=True):
         assert here == pytest.approx(there, rel=TOLERANCE, abs=TOLERANCE)
 
 
@@ -194,7 +195,7 @@ def test_qlora(back_end, trained):
             assert here[key] == pytest.approx(there[key], rel=2e-2), key
 
 
-@pytest.mark.parametrize("back_end", MAIN)
+@pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(back_end, trained, tmp_path):
     """From within an epoch and from its end, with the journal and without: the same completions, steps and weights."""
     results, folder = trained(back_end)

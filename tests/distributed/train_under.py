@@ -195,6 +195,8 @@ def train(
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,
         "completions": sorted(map(str, gather_object(trainer.completions))),
         "sharded": sharded(trainer),
+        "optimizer": optimizer(trainer),
+        "reentrant": reentrant(trainer),
         "reference_is_a_copy": trainer.ref_model is not None,
         "reference_rests_on_cpu": rests_on_cpu(trainer),
         "asked": trainer.teacher_usage.completion_tokens,
@@ -234,6 +236,26 @@ def sharded(trainer: OmniOPDTrainer) -> bool:
     """Whether this process holds less than the whole student between uses."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     return any(hasattr(p, "full_tensor") or (hasattr(p, "ds_id") and p.numel() == 0) for p in model.parameters())
+
+
+def optimizer(trainer: OmniOPDTrainer) -> str | None:
+    """Which of DeepSpeed's optimizers steps, by what it does: it passes over a setting that it does not know."""
+    if not BACK_END.startswith("zero"):
+        return None
+    optimizer = trainer.model_wrapped.optimizer
+    if BACK_END.startswith("zero3"):
+        stage, offloaded = 3, optimizer.offload_optimizer
+    else:
+        stage, offloaded = 2 if optimizer.partition_gradients else 1, optimizer.cpu_offload
+    return f"zero{stage}_offload" if offloaded else f"zero{stage}"
+
+
+def reentrant(trainer: OmniOPDTrainer) -> bool | None:
+    """How gradients are checkpointed; `None` when they are not."""
+    for module in trainer.accelerator.unwrap_model(trainer.model_wrapped).modules():
+        if getattr(module, "gradient_checkpointing", False):
+            return module._gradient_checkpointing_func.keywords["use_reentrant"]
+    return None
 
 
 def rests_on_cpu(trainer: OmniOPDTrainer) -> bool:
