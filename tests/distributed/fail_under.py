@@ -18,12 +18,14 @@
 
 KIND says what fails: `final`, an error of the teacher in the middle of a step; `unexpected`, a mistake in its code;
 `probe`, its first question; `evaluation`, its own one after the training; `nothing`. Each process writes the command's
-exit code to `FOLDER/KIND-RANK`.
+exit code to `FOLDER/KIND-RANK`. The process whose number is in `SLOW`, a variable of the environment, is late to save
+the end of its part of a checkpoint.
 """
 
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,24 @@ class Failing(ScriptedTeacher):
             raise TeacherError("There is no key on this machine. Export one.")
 
 
+def save_slowly() -> None:
+    """Give the other process the time to end, and the launcher the time to end this one for it."""
+    from transformers import Trainer
+
+    save = Trainer._save_rng_state
+
+    def late(self: Trainer, output_dir: str) -> None:
+        time.sleep(5)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = late
+
+
 def main() -> None:
     import omniopd_trl.construction
 
+    if os.environ.get("SLOW") == str(RANK):
+        save_slowly()
     Failing.works_elsewhere = True
     omniopd_trl.construction.load_teacher = lambda *args, **kwargs: Failing()
     code = run(["--config", RECIPE])
