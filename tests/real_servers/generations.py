@@ -90,6 +90,8 @@ class ComparingTrainer(OmniOPDTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Nothing is split over processes yet.
+        self._blank = copy.deepcopy(self.model)
         # TRL asks for no log-probabilities: that they are there is the trainer's doing.
         self.generations: list[Generation] = []
         self._at: tuple[int, torch.nn.Module] | None = None
@@ -110,15 +112,22 @@ class ComparingTrainer(OmniOPDTrainer):
         self._mode = "train" if self.model.training else "eval"
         return super()._generate_single_turn(*args, **kwargs)
 
+    def copy(self) -> torch.nn.Module:
+        """The student as it is, whole, on this process alone; all processes have to ask for it together."""
+        copied = copy.deepcopy(self._blank)
+        weights = self.model.state_dict()
+        copied.load_state_dict({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()})
+        return copied
+
     def _compare(self, prompts, completion_ids, logprobs, token_ids) -> None:
         step = self.state.global_step
         if self._at is None or self._at[0] != step:
             self._before = None if self._at is None else self._at[1]
-            self._at = (step, copy.deepcopy(self.model))
+            self._at = (step, self.copy())
         self._latest = list(zip(prompts, completion_ids, logprobs, token_ids, strict=True))
         self.first = self.first or [(prompt, list(ids)) for prompt, ids, *_ in self._latest]
         assert all(ids == [sampled for (sampled,) in tables] for _, ids, _, tables in self._latest)
-        now = self.difference_to(self.model)
+        now = self.difference_to(self.copy())
         self.generations.append(
             Generation(
                 mode=self._mode,

@@ -18,15 +18,12 @@ transfer of the weights is replaced (`folder_sync.py`): TRL's goes through NCCL,
 """
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from back_ends import finish, free_port, start
 from folder_sync import FolderSync
 from generations import SETTINGS, Generation, make
 from peft import LoraConfig
@@ -38,7 +35,6 @@ from omniopd_trl.demo import asset_path
 from omniopd_trl.generation import LARGE_DIFFERENCE
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
 # LoRA moves by less at the same rate.
 KINDS = {"full": {}, "lora": {"learning_rate": 0.02}}
@@ -89,36 +85,43 @@ def student_dir(tmp_path_factory):
     return path
 
 
-def colocated_run(model, folder, dtype, kind, **settings):
-    """What `colocated_run.py` saw, in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def student_run(back_end, model, folder, dtype, kind, **settings):
+    """What `student_run.py` saw: on each process, the generations and the rest."""
     environment = {
-        **os.environ,
         **ENVIRONMENT,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
+        "MASTER_PORT": str(free_port()),
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    arguments = [
-        str(HERE / "colocated_run.py"),
-        str(model),
-        str(folder),
-        dtype,
-        kind,
-        json.dumps({**KINDS[kind], **settings}),
-    ]
-    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
-    seen = {**json.loads((folder / "seen.json").read_text()), "folder": folder}
-    return [Generation(**generation) for generation in seen.pop("generations")], seen
+    settings = {"vllm_mode": "colocate", **KINDS[kind], **settings}
+    arguments = (str(model), str(folder), dtype, kind, json.dumps(settings))
+    process = start(back_end, HERE / "student_run.py", folder, *arguments, **environment)
+    code, output = finish(process, 240)
+    assert code == 0, output[-5000:]
+    seen = [json.loads((folder / f"seen-{i}.json").read_text()) for i in range(1 if back_end == "one" else 2)]
+    return [([Generation(**generation) for generation in own.pop("generations")], own) for own in seen]
+
+
+def colocated_run(model, folder, dtype, kind, **settings):
+    """What one process saw, and where its checkpoints are."""
+    ((generations, seen),) = student_run("one", model, folder, dtype, kind, **settings)
+    return generations, {**seen, "folder": folder}
 
 
 def logged(log, name):
     """The values of a metric, in order."""
     return [entry[name] for entry in log if name in entry]
+
+
+def assert_logged(runs):
+    """The metric is that of the tokens of all processes, and each has it."""
+    # Per step, what each process generated.
+    steps = list(zip(*([g for g in generations if g.mode == "train"] for generations, _ in runs), strict=True))
+    means = [sum(g.mean * g.tokens for g in step) / sum(g.tokens for g in step) for step in steps]
+    for name, expected in (("mean", means), ("max", [max(g.largest for g in step) for step in steps])):
+        for _, seen in runs:
+            values = logged(seen["log"], f"sampling/sampling_logp_difference/{name}")
+            assert values == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +142,7 @@ def test_colocated_student_is_the_one_that_is_trained(colocated, capsys, kind):
     assert_in_sync(generations, [*STEPS, ("eval", 4)])
     # The last evaluation comes after a change that no step made. The one before it ran with the weights until then.
     assert seen["change"] > 10 * CLOSE
-    in_training = [g for g in generations if g.mode == "train"]
-    for name, expected in (("mean", [g.mean for g in in_training]), ("max", [g.largest for g in in_training])):
-        values = logged(seen["log"], f"sampling/sampling_logp_difference/{name}")
-        assert values == pytest.approx(expected, abs=1e-5)
+    assert_logged([(generations, seen)])
     # Adapters are merged for the transfer and taken out again: the reference is the base model.
     assert seen["drift"] < 1e-6
     assert seen["teacher_tokens"] > 0
@@ -168,10 +168,36 @@ def test_a_resumed_colocated_run_draws_what_an_uninterrupted_one_would(colocated
 
 def test_colocated_engine_in_its_own_precision(tmp_path, student_dir, capsys):
     """As TRL starts it, in the bfloat16 of the model's folder, while the trainer computes in float32."""
-    generations, _ = colocated_run(student_dir, tmp_path, "auto", "full")
+    generations, seen = colocated_run(student_dir, tmp_path, "auto", "full")
     report(capsys, "colocated, full, bfloat16", generations)
+    assert_logged([(generations, seen)])
     assert max(g.mean for g in generations) < LARGE_DIFFERENCE / 2
     assert min(g.stale for g in generations[1:]) > 2 * LARGE_DIFFERENCE
+
+
+SEVERAL = [
+    pytest.param("ddp", "full", {"same_prompts": True}, id="ddp"),
+    pytest.param("ddp", "full", {"vllm_tensor_parallel_size": 2}, id="tensor-parallel"),
+    pytest.param("fsdp2", "lora", {"same_prompts": True}, id="fsdp2"),
+]
+
+
+@pytest.mark.parametrize(("back_end", "kind", "settings"), SEVERAL)
+def test_colocated_students_of_two_processes(student_dir, tmp_path, capsys, back_end, kind, settings):
+    """Each has an engine, or both share one: what it gets are completions of its own prompts, by the student."""
+    runs = student_run(back_end, student_dir, tmp_path, "float32", kind, **settings)
+    for generations, seen in runs:
+        report(capsys, f"colocated on two processes, {back_end}, {kind}, {settings}", generations)
+        assert_in_sync(generations, [*STEPS, ("eval", 4)])
+        assert seen["change"] > 10 * CLOSE
+        assert seen["drift"] < 1e-6
+    assert_logged(runs)
+    first, second = (seen["first"] for _, seen in runs)
+    if "same_prompts" in settings:  # an engine of its own draws by itself
+        assert [prompt for prompt, _ in first] == [prompt for prompt, _ in second]
+        assert [ids for _, ids in first] != [ids for _, ids in second]
+    else:
+        assert not {str(prompt) for prompt, _ in first} & {str(prompt) for prompt, _ in second}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +237,29 @@ def test_served_student_is_the_one_that_is_trained(trainer_of, sync, capsys, kin
     assert_in_sync(trainer.generations, STEPS)
     assert sync.count == 5  # for steps 0 to 4
     assert len(logged(trainer.state.log_history, "sampling/sampling_logp_difference/mean")) == 4
+
+
+@pytest.mark.parametrize(("back_end", "kind"), [("ddp", "full"), ("fsdp2", "lora")])
+def test_served_students_of_two_processes(server, student_dir, tmp_path, capsys, back_end, kind):
+    """One process speaks to the server for both; each gets the completions of its own prompts.
+
+    An update that is missed shows on both, and the metric is the mean over their tokens.
+    """
+    place = {"vllm_mode": "server", "vllm_server_base_url": server.address, "vllm_server_timeout": 10.0}
+    runs = student_run(back_end, student_dir, tmp_path, "", kind, **place)
+    for generations, seen in runs:
+        report(capsys, f"served to two processes, {back_end}, {kind}", [g for g in generations if g.step != 3])
+        # Another process's completions would be far from what the student makes of these prompts.
+        (missed,) = (g for g in generations if g.step == 3)
+        assert missed.mean > LARGE_DIFFERENCE
+        in_sync = [("train", 0), ("train", 1), ("eval", 2), ("train", 2), ("eval", 4), ("eval", 4)]
+        assert_in_sync([g for g in generations if g is not missed], in_sync)
+        assert seen["drift"] < 1e-6
+    assert_logged(runs)
+    assert [seen["sent"] for _, seen in runs] == [5, 0]  # for steps 0, 1, 2, 4, and after the change
+    first, second = ({str(prompt) for prompt, _ in seen["first"]} for _, seen in runs)
+    assert len(first) == len(second) == 8
+    assert not first & second
 
 
 def test_missing_updates_are_noticed(trainer_of, sync, caplog):

@@ -1,0 +1,99 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+# ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
+"""Train the demo's student with vLLM, on one process or several; each writes down what it saw.
+
+    python student_run.py BACK_END MODEL FOLDER DTYPE full|lora '{"vllm_mode": "colocate", "seed": 0}'
+
+Processes of their own, since vLLM sets up the one that it runs in for good. What process 1 saw is
+`FOLDER/seen-1.json`. With `vllm_mode: server`, the server never gets the weights of step 3.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+from back_ends import training_arguments
+
+BACK_END, MODEL, FOLDER, DTYPE, KIND, SETTINGS = sys.argv[1:]
+if BACK_END == "fsdp2":
+    import fsdp2_on_cpu  # noqa: F401
+
+import pytest
+import torch
+from datasets import concatenate_datasets
+from folder_sync import FolderSync
+from generations import make
+from peft import LoraConfig
+from questions import dataset
+from transformers import TrainerCallback
+from trl.generation import vllm_generation
+
+MISSED = 3
+
+
+class MissedUpdate(TrainerCallback):
+    """Weights are not sent at one step, so that there is a difference to measure."""
+
+    def __init__(self, sync: FolderSync):
+        self.sync = sync
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.sync.enabled = state.global_step != MISSED
+
+
+def main() -> None:
+    # TRL leaves these to vLLM. Here the engine is to differ from the trainer by its weights only.
+    vllm_generation.LLM = functools.partial(
+        vllm_generation.LLM, dtype=DTYPE, enforce_eager=True, block_size=32, disable_log_stats=True
+    )
+    settings = {**training_arguments(BACK_END), **json.loads(SETTINGS)}
+    sync = None
+    if settings["vllm_mode"] == "server":
+        sync = FolderSync(pytest.MonkeyPatch(), Path(FOLDER))
+        settings["callbacks"] = [MissedUpdate(sync)]
+    if settings.pop("same_prompts", False):  # for two processes
+        settings["train_dataset"] = concatenate_datasets([dataset(8)] * 2)
+        settings["shuffle_dataset"] = False
+    lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if KIND == "lora" else None
+    trainer = make(MODEL, FOLDER, peft_config=lora, **settings)
+    frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train(trainer.args.resume_from_checkpoint)
+
+    # Outside of training, weights change without a step.
+    trained = trainer.copy()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.25)
+    trainer.evaluate()
+    change = trainer.difference_to(trained).mean().item()
+    parameters = dict(trainer.copy().named_parameters())
+    seen = {
+        "generations": [dataclasses.asdict(generation) for generation in trainer.generations],
+        "log": trainer.state.log_history,
+        "drift": max([(parameters[name] - value).abs().max().item() for name, value in frozen.items()], default=0.0),
+        "change": change,
+        "first": trainer.first,
+        "sent": sync.count if sync is not None else None,
+        "teacher_tokens": trainer.teacher_usage.completion_tokens,
+    }
+    (Path(FOLDER) / f"seen-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
