@@ -13,18 +13,38 @@
 # limitations under the License.
 """How a test starts a script under each back end: one process, DDP, ZeRO-1, 2 and 3, FSDP2, two processes each."""
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BACK_ENDS = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+
+
+def needs(back_end: str) -> None:
+    """Skip the test where the back end cannot run."""
+    if back_end.startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+            pytest.skip("needs DeepSpeed and a C++ compiler")
+        _build_deepspeed()
+
+
+@cache
+def _build_deepspeed() -> None:
+    """DeepSpeed builds an operator for communication on a CPU the first time: not on the time that a run has."""
+    code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def training_arguments(back_end: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ most of the time goes into imports.
 
 import importlib.util
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -28,13 +27,11 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import BACK_ENDS, HERE, run
+from back_ends import BACK_ENDS, HERE, needs, run
 from safetensors.torch import load_file
 
 SCRIPT = HERE / "train_under.py"
 TOLERANCE = 1e-4
-# DeepSpeed builds an operator for communication on a CPU the first time.
-DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
 QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 
 TRAINED = (
@@ -57,11 +54,6 @@ DRAWN = {
 RESUMED = {"full": [(1, True), (2, False)], "lora": [(2, True), (3, False)]}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def needs(back_end: str) -> None:
-    if back_end.startswith("zero") and not DEEPSPEED:
-        pytest.skip("needs DeepSpeed and a C++ compiler")
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,11 @@
 # limitations under the License.
 """A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
 
-import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from back_ends import HERE, finish, start, training_arguments
+from back_ends import HERE, finish, needs, start, training_arguments
 from trainer_utils import questions
 
 from omniopd_trl.train import run
@@ -28,7 +26,6 @@ SCRIPT = HERE / "fail_under.py"
 # From the launch to the end of both processes, imports included; a process that waits for a dead one waits for half an
 # hour.
 SECONDS = 120
-DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -88,8 +85,7 @@ def steps(checkpoint: Path) -> list[dict]:
 
 def launch(back_end: str, recipe: Path, kind: str, **environment: str) -> tuple[int, str, list[str]]:
     """Exit code and output of the launcher, and what the command returned on each process."""
-    if back_end.startswith("zero") and not DEEPSPEED:
-        pytest.skip("needs DeepSpeed and a C++ compiler")
+    needs(back_end)
     folder = recipe.parent
     process = start(back_end, SCRIPT, folder, str(recipe), str(folder), kind, **environment)
     code, output = finish(process, SECONDS)
