@@ -35,12 +35,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.shapes import Shape, now, tokenizer
+from benchmarks.shapes import QWEN3, Shape, now, tokenizer
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS, BOUND = 50, 10, 3.0
-TEACHER = Shape(4096, 256, 768, 4, 4, 2, 64, tokens=(500,), micro_batch=1, micro_batches=1)
-CARD_TEACHER = Shape(151_936, 2048, 6144, 28, 16, 8, 128, tokens=(500,), micro_batch=1, micro_batches=1)
+TEACHER = Shape("small", 256, 4, 768, 4, kv_heads=2, head_dim=64, vocabulary=4096)
 
 
 class Prefilled:
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, dtype = (CARD_TEACHER, torch.bfloat16) if device.type == "cuda" else (TEACHER, torch.float32)
+    shape, dtype = (QWEN3[0], torch.bfloat16) if device.type == "cuda" else (TEACHER, torch.float32)
     words = tokenizer(shape.vocabulary)
     teacher = LocalTeacher(shape.model(device, dtype), words)
     teacher.eos_token_ids = []  # so that both ways write as much

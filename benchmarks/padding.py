@@ -39,7 +39,7 @@ from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 
 LONGEST, BOUND = 512, 1.1
-TINY = Shape(4096, 32, 64, 1, 2, 1, 16, tokens=(LONGEST,), micro_batch=2, micro_batches=16)
+TINY = Shape("tiny", 32, 1, 64, 2, kv_heads=1, head_dim=16, vocabulary=4096)
 
 
 class Replayed:

@@ -26,6 +26,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.shapes import QWEN3, Shape
+
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
 SEQUENCES = 16  # trajectories of one optimizer step, or one per GPU where there are more GPUs
@@ -45,67 +52,6 @@ TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 6
 
 # The method's defaults.
 NUM_CHUNKS, CHUNK_LENGTH, NUM_ROLLOUTS, ROLLOUT_TOKENS = 10, 50, 10, 70
-
-
-@dataclass(frozen=True)
-class Student:
-    """The sizes of a Qwen3 model."""
-
-    name: str
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    tied: bool
-    kv_heads: int = 8
-    head_dim: int = 128
-    vocabulary: int = 151_936
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer: attention, its two norms per head, the MLP, and two norms."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-
-    @property
-    def head_parameters(self) -> int:
-        """Of the LM head, which a tied model shares with its embeddings."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def largest(self) -> int:
-        """Of the largest layer: what is gathered at a time."""
-        return max(self.layer_parameters, self.head_parameters)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        embeddings = self.head_parameters * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + embeddings + self.hidden
-
-    def config(self) -> Any:
-        """The same for transformers."""
-        from transformers import Qwen3Config
-
-        return Qwen3Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            tie_word_embeddings=self.tied,
-            max_position_embeddings=40_960,
-        )
-
-
-STUDENTS = (
-    Student("Qwen3-1.7B", 2048, 28, 6144, 16, tied=True),
-    Student("Qwen3-4B", 2560, 36, 9728, 32, tied=True),
-    Student("Qwen3-8B", 4096, 36, 12_288, 32, tied=False),
-    Student("Qwen3-32B", 5120, 64, 25_600, 64, tied=False),
-)
 
 
 # ---- Memory ----
@@ -149,15 +95,20 @@ BACK_ENDS = (
 )
 
 
-def state_bytes(student: Student, back_end: BackEnd, gpus: int) -> float:
+def largest(student: Shape) -> int:
+    """Parameters of the largest layer: what is gathered at a time."""
+    return max(student.layer_parameters, student.head_parameters)
+
+
+def state_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
     """Weights, gradients, optimizer states and the reference on one GPU, with the largest layer that is gathered."""
     per_parameter = back_end.whole + back_end.whole_reference
     per_parameter += (back_end.split + back_end.split_reference) / gpus
     lent = student.parameters - (student.layers - 1) * student.layer_parameters
-    return per_parameter * student.parameters + back_end.gathers * student.largest + back_end.lends * lent
+    return per_parameter * student.parameters + back_end.gathers * largest(student) + back_end.lends * lent
 
 
-def layer_bytes(student: Student, tokens: int) -> float:
+def layer_bytes(student: Shape, tokens: int) -> float:
     """What one layer keeps while it is computed again and differentiated, in bf16.
 
     The coefficients are read off the code of Qwen3 in transformers, by the check below: how many results of each width
@@ -167,19 +118,19 @@ def layer_bytes(student: Student, tokens: int) -> float:
     return 2 * tokens * (10 * student.hidden + 7 * queries + 6 * student.intermediate + 33 * keys)
 
 
-def loss_bytes(student: Student, tokens: int) -> float:
+def loss_bytes(student: Shape, tokens: int) -> float:
     """Of chunk loss and anchor: the states of student and reference, of audited and other tokens, and their gradients;
     the head's gradient in float32; the two tiles of logits in float32, 4,096 tokens by 32,768 of the vocabulary."""
     return 6 * 2 * tokens * student.hidden + 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
 
 
-def work_bytes(student: Student, tokens: int) -> float:
+def work_bytes(student: Shape, tokens: int) -> float:
     """Of a forward and backward with gradient checkpointing: the layers' inputs, and either a layer or the loss."""
     inputs = 2 * tokens * student.layers * student.hidden
     return inputs + max(layer_bytes(student, tokens), loss_bytes(student, tokens))
 
 
-def gpu_bytes(student: Student, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
+def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
     """The most that one GPU holds while it trains on one trajectory at a time."""
     return state_bytes(student, back_end, gpus) + work_bytes(student, tokens)
 
@@ -187,32 +138,17 @@ def gpu_bytes(student: Student, back_end: BackEnd, gpus: int, tokens: int = TOKE
 # ---- Work ----
 
 
-def forward_flops(student: Student, tokens: int) -> float:
-    """Multiplications and additions of one forward through the layers, for one trajectory of `tokens` tokens.
-
-    Two per weight and token; attention compares each token with those before it, half of all pairs.
-    """
-    weights = student.layer_parameters - 2 * student.hidden - 2 * student.head_dim
-    attention = 4 * student.heads * student.head_dim * tokens / 2
-    return tokens * student.layers * (2 * weights + attention)
-
-
-def projection_flops(student: Student, tokens: int) -> float:
-    """One projection of `tokens` states to the vocabulary."""
-    return 2 * tokens * student.head_parameters
-
-
-def step_flops(student: Student, tokens: int = TOKENS) -> float:
+def step_flops(student: Shape, tokens: int = TOKENS) -> float:
     """All but generation, for one trajectory: scoring, the student's forward and backward, the reference.
 
     A backward is two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in all. Projections:
     once for the scores. For the loss, student and reference in the forward, both once more in the backward, which
     computes its tiles again, and two for the gradients.
     """
-    return 6 * forward_flops(student, tokens) + (1 + 2 + 2 + 2) * projection_flops(student, tokens)
+    return 6 * student.forward_flops(tokens) + (1 + 2 + 2 + 2) * student.projection_flops(tokens)
 
 
-def training_seconds(student: Student, gpus: int) -> float:
+def training_seconds(student: Shape, gpus: int) -> float:
     """Of one optimizer step without generation."""
     return per_gpu(gpus) * step_flops(student) / (UTILIZATION * GPU_FLOPS)
 
@@ -222,17 +158,17 @@ def per_gpu(gpus: int) -> float:
     return max(SEQUENCES, gpus) / gpus
 
 
-def generation_seconds(student: Student, gpus: int) -> float:
+def generation_seconds(student: Shape, gpus: int) -> float:
     """Of one optimizer step: every GPU decodes its trajectories together, token by token.
 
     A token reads all weights once, and each trajectory's own keys and values so far.
     """
     weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
-    cache = per_gpu(gpus) * student.layers * 2 * student.kv_heads * student.head_dim * 2 * TOKENS / 2
+    cache = per_gpu(gpus) * student.cache_bytes(TOKENS / 2, 2)
     return TOKENS * (weights + cache) / (DECODE_EFFICIENCY * GPU_BANDWIDTH)
 
 
-def zero3_seconds(student: Student, gpus: int) -> float:
+def zero3_seconds(student: Shape, gpus: int) -> float:
     """What ZeRO-3 and FSDP2 send per optimizer step and GPU, as if nothing of it hid behind arithmetic.
 
     Each forward and backward gathers all weights in bf16: scoring, the student three times with checkpointing, and the
@@ -263,7 +199,7 @@ def memory_table() -> list[str]:
         f"| student | launch | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in GPUS)} |",
         "|---|---|" + "---|" * len(GPUS),
     ]
-    for student in STUDENTS:
+    for student in QWEN3:
         for back_end in BACK_ENDS:
             cells = []
             for gpus in GPUS:
@@ -282,7 +218,7 @@ def time_table() -> list[str]:
         "| student | GPUs | generation | training | sent by `zero3` | step | teacher reads | writes | servers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for student in STUDENTS:
+    for student in QWEN3:
         for gpus in GPUS:
             parts = generation_seconds(student, gpus), training_seconds(student, gpus), zero3_seconds(student, gpus)
             step = sum(parts)
@@ -296,18 +232,12 @@ def time_table() -> list[str]:
 # ---- The check ----
 
 
-def traced(student: Student, tokens: int = TOKENS) -> dict[str, float]:
+def traced(student: Shape, tokens: int = TOKENS) -> dict[str, float]:
     """Bytes and FLOPs of the student's own code: a forward and backward with checkpointing that adds to gradients.
 
     Returns:
         `parameters`; `layers`, the most bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
     """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
-
     aten = torch.ops.aten
 
     def causal(query: Any, key: Any, *rest: Any, **kwargs: Any) -> int:
@@ -324,9 +254,7 @@ def traced(student: Student, tokens: int = TOKENS) -> dict[str, float]:
 
     cpu = torch.device("cpu")
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(
-            student.config(), dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).train()
+        model = student.model(cpu, torch.bfloat16).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -356,7 +284,7 @@ def traced(student: Student, tokens: int = TOKENS) -> dict[str, float]:
     }
 
 
-def check(students: tuple[Student, ...], tokens: int) -> list[tuple[str, str, float, float]]:
+def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, float, float]]:
     """Student, quantity, by the formula, by the code."""
     rows = []
     for student in students:
@@ -364,8 +292,8 @@ def check(students: tuple[Student, ...], tokens: int) -> list[tuple[str, str, fl
         formulas = {
             "parameters": float(student.parameters),
             "layers": 2 * tokens * student.layers * student.hidden + layer_bytes(student, tokens),
-            "forward": forward_flops(student, tokens),
-            "backward": 3 * forward_flops(student, tokens),
+            "forward": student.forward_flops(tokens),
+            "backward": 3 * student.forward_flops(tokens),
         }
         rows += [(student.name, name, value, code[name]) for name, value in formulas.items()]
     return rows
@@ -378,7 +306,7 @@ def main() -> int:
     if not parser.parse_args().check:
         print("\n".join([*memory_table(), "", *time_table()]))
         return 0
-    rows = check(STUDENTS, TOKENS)
+    rows = check(QWEN3, TOKENS)
     print("| student | | formula | code | formula / code |\n|---|---|---|---|---|")
     units = {"parameters": (1e9, "billion"), "layers": (GIB, "GiB"), "forward": (1e12, "TFLOP")}
     for name, what, formula, code in rows:

@@ -20,29 +20,26 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-QWEN_VOCABULARY = 151_936
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Qwen3 model, and of the batch that it is measured with."""
+    """The sizes of a Qwen3 model, and what follows from them."""
 
-    vocabulary: int
+    name: str
     hidden: int
-    intermediate: int
     layers: int
+    intermediate: int
     heads: int
-    kv_heads: int
-    head_dim: int
-    tokens: tuple[int, ...]  # of a completion, one run each
-    micro_batch: int
-    micro_batches: int
+    tied: bool = True
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151_936
 
-    def model(self, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
-        """A model of random weights, made on the device."""
-        config = Qwen3Config(
+    def config(self) -> Qwen3Config:
+        """The same for transformers."""
+        return Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -51,43 +48,62 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             max_position_embeddings=40_960,
-            tie_word_embeddings=True,
+            tie_word_embeddings=self.tied,
             eos_token_id=None,
-            dtype=dtype,
         )
+
+    def model(self, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
+        """A model of random weights, made on the device."""
         torch.manual_seed(0)
         with torch.device(device):
-            return Qwen3ForCausalLM(config).to(dtype)
+            return AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
 
     @property
     def layer_weights(self) -> int:
-        """Weights of matrices in all layers; each token meets each of them once in a forward."""
+        """Weights of the matrices in one layer; each token meets each of them once in a forward."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return attention + 3 * self.hidden * self.intermediate
 
     @property
-    def head_weights(self) -> int:
+    def layer_parameters(self) -> int:
+        """Of one layer: its matrices, two norms, and those of queries and keys."""
+        return self.layer_weights + 2 * self.hidden + 2 * self.head_dim
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the LM head, which a tied model shares with its embeddings."""
         return self.vocabulary * self.hidden
 
-    def forward_flops(self, length: int) -> float:
-        """Of the layers on one sequence, causal attention included, without the head."""
-        attention = 4 * self.layers * self.heads * self.head_dim * length * length / 2
-        return 2.0 * self.layer_weights * length + attention
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        embeddings = self.head_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
 
-    def cache_bytes(self, length: float, itemsize: int) -> float:
+    def forward_flops(self, tokens: int) -> float:
+        """Multiplications and additions of the layers on one sequence.
+
+        Two per weight and token; attention compares each token with those before it, half of all pairs.
+        """
+        attention = 4 * self.heads * self.head_dim * tokens / 2
+        return tokens * self.layers * (2 * self.layer_weights + attention)
+
+    def projection_flops(self, tokens: int) -> float:
+        """One projection of `tokens` states to the vocabulary."""
+        return 2 * tokens * self.head_parameters
+
+    def cache_bytes(self, tokens: float, itemsize: int) -> float:
         """Keys and values of one sequence."""
-        return 2.0 * self.layers * self.kv_heads * self.head_dim * length * itemsize
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
 
-SHAPES = {
-    "small": Shape(32_768, 256, 768, 4, 4, 2, 64, tokens=(512,), micro_batch=2, micro_batches=2),
-    "qwen3-1.7b": Shape(
-        QWEN_VOCABULARY, 2048, 6144, 28, 16, 8, 128, tokens=(2048, 8192, 20_000), micro_batch=1, micro_batches=2
-    ),
-    "qwen3-4b": Shape(
-        QWEN_VOCABULARY, 2560, 9728, 36, 32, 8, 128, tokens=(2048, 8192, 20_000), micro_batch=1, micro_batches=2
-    ),
-}
+QWEN3 = (
+    Shape("Qwen3-1.7B", 2048, 28, 6144, 16),
+    Shape("Qwen3-4B", 2560, 36, 9728, 32),
+    Shape("Qwen3-8B", 4096, 36, 12_288, 32, tied=False),
+    Shape("Qwen3-32B", 5120, 64, 25_600, 64, tied=False),
+)
+QWEN_VOCABULARY = QWEN3[0].vocabulary
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

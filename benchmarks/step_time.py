@@ -50,6 +50,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
-from benchmarks.shapes import SHAPES, Limits, Shape, limits_of, now, tokenizer
+from benchmarks.shapes import QWEN3, Limits, Shape, limits_of, now, tokenizer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, lm_head
 from omniopd_trl.teachers import ScriptedTeacher
 
@@ -74,6 +75,26 @@ PARTS = {
     "optimizer": "optimizer",
     "other": "other",
 }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A model, and what it is measured with."""
+
+    shape: Shape
+    lengths: tuple[int, ...]  # of completions, one run each
+    micro_batch: int
+    micro_batches: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Trajectories of a step."""
+        return self.micro_batch * self.micro_batches
+
+
+SMALL = Shape("small", 256, 4, 768, 4, kv_heads=2, head_dim=64, vocabulary=32_768)
+BATCHES = {"small": Batch(SMALL, (512,), micro_batch=2)}
+BATCHES |= {shape.name.lower(): Batch(shape, (2048, 8192, 20_000), micro_batch=1) for shape in QWEN3[:2]}
 
 
 class Clock:
@@ -195,7 +216,7 @@ def time_backward(trainer: Any) -> None:
     trainer.accelerator.backward = timed
 
 
-def settings(shape: Shape, tokens: int, steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
+def settings(batch: Batch, tokens: int, steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
     """What both trainers are given; everything else is their default, which is the same."""
     return {
         "output_dir": str(folder),
@@ -205,8 +226,8 @@ def settings(shape: Shape, tokens: int, steps: int, device: torch.device, folder
         "max_completion_length": tokens,
         # Random weights seldom end a text; this makes sure that they never do.
         "generation_kwargs": {"min_new_tokens": tokens},
-        "per_device_train_batch_size": shape.micro_batch,
-        "gradient_accumulation_steps": shape.micro_batches,
+        "per_device_train_batch_size": batch.micro_batch,
+        "gradient_accumulation_steps": batch.micro_batches,
         "max_steps": steps,
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
@@ -226,21 +247,21 @@ def prompts(words: PreTrainedTokenizerFast, count: int) -> Dataset:
 
 
 def make_trainers(
-    shape: Shape, tokens: int, steps: int, device: torch.device, dtype: torch.dtype, replay: bool, folder: Path
+    batch: Batch, tokens: int, steps: int, device: torch.device, dtype: torch.dtype, replay: bool, folder: Path
 ) -> tuple[Ours, Theirs]:
     """Both trainers around one student, one frozen model and one optimizer."""
+    shape = batch.shape
     words = tokenizer(shape.vocabulary)
-    rows = shape.micro_batch * shape.micro_batches
-    data = prompts(words, rows * steps)
+    data = prompts(words, batch.rows * steps)
     student = shape.model(device, dtype)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type == "cuda")
     generator = torch.Generator().manual_seed(2)
-    replayed = torch.randint(300, shape.vocabulary, (rows, tokens), generator=generator) if replay else None
+    replayed = torch.randint(300, shape.vocabulary, (batch.rows, tokens), generator=generator) if replay else None
     texts = [words.decode(torch.randint(300, shape.vocabulary, (50,), generator=generator)) for _ in range(10)]
     ours = Ours(
         student,
         ScriptedTeacher(texts),
-        OmniOPDConfig(**settings(shape, tokens, steps, device, folder / "ours")),
+        OmniOPDConfig(**settings(batch, tokens, steps, device, folder / "ours")),
         data,
         processing_class=words,
         optimizers=(optimizer, None),
@@ -248,7 +269,7 @@ def make_trainers(
     theirs = Theirs(
         student,
         ours.ref_model,
-        DistillationConfig(**settings(shape, tokens, steps, device, folder / "theirs")),
+        DistillationConfig(**settings(batch, tokens, steps, device, folder / "theirs")),
         data,
         processing_class=words,
         optimizers=(optimizer, None),
@@ -279,32 +300,31 @@ def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
     return turns
 
 
-def seconds_at_the_limit(shape: Shape, tokens: int, itemsize: int, limits: Limits) -> dict[str, float]:
+def seconds_at_the_limit(batch: Batch, tokens: int, itemsize: int, limits: Limits) -> dict[str, float]:
     """The least that each part of our step can take on this device, whichever of its limits comes first."""
-    rows, length = shape.micro_batch * shape.micro_batches, PROMPT_TOKENS + tokens
-    forward = rows * shape.forward_flops(length)
-    projection = 2.0 * rows * tokens * shape.head_weights  # of each completion token, once
-    weights = shape.layer_weights + shape.head_weights
-    cache = rows * shape.cache_bytes(PROMPT_TOKENS + tokens / 2, itemsize)
+    shape = batch.shape
+    forward = batch.rows * shape.forward_flops(PROMPT_TOKENS + tokens)
+    projection = batch.rows * shape.projection_flops(tokens)  # of each completion token, once
+    cache = batch.rows * shape.cache_bytes(PROMPT_TOKENS + tokens / 2, itemsize)
     return {
         # Each new token of the batch reads all weights and the keys and values of what is before it.
-        "generation": tokens * (weights * itemsize + cache) / limits.bandwidth,
+        "generation": tokens * (shape.parameters * itemsize + cache) / limits.bandwidth,
         "scoring": (forward + projection) / limits.flops,
         "reference": forward / limits.flops,
         # Projections of the loss: two in the forward, the same again in the backward, and two products of gradients.
         "student": (3 * forward + 6 * projection) / limits.flops,
         # Weights, gradients and two moments are read; weights and moments are written.
-        "optimizer": 7 * weights * itemsize / limits.bandwidth,
+        "optimizer": 7 * shape.parameters * itemsize / limits.bandwidth,
     }
 
 
-def report(name: str, shape: Shape, tokens: int, options: argparse.Namespace) -> bool:
+def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     """Measure one length, print its table, and say whether the bounds hold."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     replay = options.generation == "replayed"
     with tempfile.TemporaryDirectory() as folder:
-        trainers = make_trainers(shape, tokens, options.steps + 1, device, dtype, replay, Path(folder))
+        trainers = make_trainers(batch, tokens, options.steps + 1, device, dtype, replay, Path(folder))
         turns = take_steps_in_turn(*trainers)
     # The first step warms caches and allocates the optimizer's state.
     ours, theirs = (
@@ -322,12 +342,12 @@ def report(name: str, shape: Shape, tokens: int, options: argparse.Namespace) ->
         step["method"] / total for step, total in zip(turns[0].steps[1:], totals[0], strict=True)
     )
     limits = limits_of(device, dtype)
-    least = seconds_at_the_limit(shape, tokens, dtype.itemsize, limits)
+    least = seconds_at_the_limit(batch, tokens, dtype.itemsize, limits)
 
-    rows = shape.micro_batch * shape.micro_batches
+    shape = batch.shape
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread"
-    print(f"{name}: {shape.layers} layers of {shape.hidden}, vocabulary {shape.vocabulary:,}; {machine}, {dtype}")
-    print(f"{shape.micro_batches} micro-batches of {shape.micro_batch}, {tokens} tokens each; {options.steps} steps")
+    print(f"{shape.name}: {shape.layers} layers of {shape.hidden}, {shape.vocabulary:,} tokens; {machine}, {dtype}")
+    print(f"{batch.micro_batches} micro-batches of {batch.micro_batch}, {tokens} tokens each; {options.steps} steps")
     print(f"limits: {limits.flops / 1e12:.3g} TFLOP/s, {limits.bandwidth / 1e9:.4g} GB/s ({limits.source})\n")
     unit = "seconds" if device.type == "cuda" else "CPU seconds"
     print(f"{unit:32}{'OmniOPD':>10}{'TRL':>10}{'of step':>10}{'limit':>10}{'of limit':>10}")
@@ -337,7 +357,7 @@ def report(name: str, shape: Shape, tokens: int, options: argparse.Namespace) ->
             row += f"{least[part]:10.3f}{least[part] / ours[part]:10.1%}"
         print(row)
     print(f"{'step':32}{whole[0]:10.3f}{whole[1]:10.3f}")
-    print(f"{'tokens per second':32}{rows * tokens / whole[0]:10.1f}{rows * tokens / whole[1]:10.1f}")
+    print(f"{'tokens per second':32}{batch.rows * tokens / whole[0]:10.1f}{batch.rows * tokens / whole[1]:10.1f}")
     if device.type == "cuda":
         peaks = [max(turn.peaks[1:]) / 2**30 for turn in turns]
         print(f"{'peak memory, GiB':32}{peaks[0]:10.2f}{peaks[1]:10.2f}")
@@ -353,7 +373,7 @@ def report(name: str, shape: Shape, tokens: int, options: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=BATCHES, default="small")
     parser.add_argument("--tokens", help="lengths of completions, separated by commas")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each trainer, after one that is not")
     parser.add_argument("--generation", choices=("real", "replayed"), default="real")
@@ -367,9 +387,9 @@ def main() -> None:
     lm_head.TORCH_TOKENS = options.kernel_tokens
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
-    shape = SHAPES[options.shape]
-    lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else shape.tokens
-    hold = [report(options.shape, shape, tokens, options) for tokens in lengths]
+    batch = BATCHES[options.shape]
+    lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else batch.lengths
+    hold = [report(batch, tokens, options) for tokens in lengths]
     sys.exit(0 if all(hold) else 1)
 
 

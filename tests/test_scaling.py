@@ -18,19 +18,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import BACK_ENDS, STUDENTS, TOKENS, check, memory_table, state_bytes, time_table
+from benchmarks.scaling import BACK_ENDS, TOKENS, check, largest, memory_table, state_bytes, time_table
+from benchmarks.shapes import QWEN3
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
-@pytest.mark.parametrize("student", STUDENTS, ids=lambda student: student.name)
+@pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)
 def test_formulas_are_those_of_the_code(student):
     """At the real widths, two layers deep: parameters and a forward exactly, a backward and the memory to 1 in 20."""
     for _, name, formula, code in check((replace(student, layers=2),), TOKENS):
         assert formula == pytest.approx(code, rel=0 if name in ("parameters", "forward") else 0.05), name
 
 
-@pytest.mark.parametrize("student", STUDENTS, ids=lambda student: student.name)
+@pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_states_are_those_that_deepspeed_estimates(student, gpus):
     """Without the reference, which DeepSpeed knows nothing of."""
@@ -43,7 +44,7 @@ def test_states_are_those_that_deepspeed_estimates(student, gpus):
         assert ours[name] == pytest.approx(theirs, rel=1e-6)
     for name, offloads in (("`zero3`", False), ("`zero3`, optimizer on the CPU", True)):
         nodes = {"num_gpus_per_node": 8, "num_nodes": gpus // 8}
-        _, theirs, _ = stage3(n, student.largest, cpu_offload=offloads, cpu_offload_params=False, **nodes)
+        _, theirs, _ = stage3(n, largest(student), cpu_offload=offloads, cpu_offload_params=False, **nodes)
         assert ours[name] == pytest.approx(theirs, rel=1e-6)
 
 
