@@ -15,15 +15,21 @@
 
     python -m benchmarks.scaling            # the tables of docs/scaling.md
     python -m benchmarks.scaling --check    # the formulas against the real models' code
+    python -m benchmarks.scaling --states   # the formulas against what processes hold under DDP, ZeRO and FSDP2
 
 The formulas are those of docs/scaling.md. The check runs the code of the real models, at their real sizes and 20,000
 tokens, on tensors that have a shape and no memory (PyTorch's `FakeTensorMode`): it counts every storage that is alive
 and every multiplication, and needs neither a GPU nor the memory of one.
+
+The states are those of a tiny student that processes train on the CPU (tests/distributed/states_under.py). Three of
+them: of two, each holds as many bytes of a whole gradient in bf16 as of its half in float32.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import QWEN3, Shape
+from benchmarks.shapes import QWEN3, Shape, tokenizer
 
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
@@ -66,8 +72,13 @@ class BackEnd:
         split: what the GPUs share.
         whole_reference: the same for the frozen reference.
         split_reference: the same.
-        gathers: bytes per parameter of the largest layer, which is whole for the moment it is used.
-        lends: bytes per parameter of the reference's embeddings, head and one layer, where it rests on the CPU.
+        buckets: what several GPUs send of gradients, beside the gradients.
+        waits: a whole gradient, from one micro-batch of a step to the next. As the last one's backward sends it layer
+            by layer, 4 bytes of `split` take its place.
+        gathers: of the head and one layer, which are whole for the moment they are used.
+        copies: of the layers' weights, from their use to the end of a forward.
+        gathers_reference: of the whole reference, in its forward.
+        lends: of the reference's embeddings, head and one layer, where it rests on the CPU.
     """
 
     name: str
@@ -75,37 +86,56 @@ class BackEnd:
     split: float
     whole_reference: float
     split_reference: float
+    buckets: float = 0.0
+    waits: float = 0.0
     gathers: float = 0.0
+    copies: float = 0.0
+    gathers_reference: float = 0.0
     lends: float = 0.0
     min_gpus: int = 1
 
 
-# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32. DDP has a copy of the weights in bf16 during
-# a forward and backward (autocast's). DeepSpeed has bf16 weights and gradients, and float32 gradients, weights and
-# moments of the part that a GPU updates; its own estimates are the same. What is gathered is bf16, with its gradient.
+# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: on copies that autocast
+# makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
+# gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient. TRL has
+# FSDP2 shard the reference in one piece, which is gathered as one.
 BACK_ENDS = (
-    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8 + 2, 0, 4, 0),
-    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8 + 2, 0, 0, 0, lends=4),
-    BackEnd("the same, LoRA", 4 + 2, 0, 0, 0),
+    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, buckets=4, copies=2),
+    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, buckets=4, copies=2, lends=4),
+    BackEnd("the same, LoRA", 4, 0, 0, 0),
     BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8),
     BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0),
-    BackEnd("`zero3`", 0, 2 + 4 + 4 + 8, 0, 2, gathers=4, min_gpus=8),
+    BackEnd("`zero3`", 0, 2 + 2 + 4 + 4 + 8, 0, 2, gathers=4, min_gpus=8),
     BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, gathers=4, min_gpus=8),
-    BackEnd("`fsdp2`", 0, 4 + 4 + 8, 0, 4, gathers=4, min_gpus=8),
+    BackEnd("`fsdp2`", 0, 4 + 4 + 8, 0, 4, waits=2, gathers=4, gathers_reference=2, min_gpus=8),
 )
 
 
-def largest(student: Shape) -> int:
-    """Parameters of the largest layer: what is gathered at a time."""
-    return max(student.layer_parameters, student.head_parameters)
+def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
+    """Weights, gradients and optimizer states on one GPU. `accumulates`: a step has several micro-batches."""
+    per_parameter = back_end.whole + back_end.split / gpus
+    if gpus > 1:
+        per_parameter += back_end.buckets
+    if accumulates:
+        per_parameter += max(0.0, back_end.waits - 4 / gpus)
+    return per_parameter * student.parameters
 
 
-def state_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """Weights, gradients, optimizer states and the reference on one GPU, with the largest layer that is gathered."""
-    per_parameter = back_end.whole + back_end.whole_reference
-    per_parameter += (back_end.split + back_end.split_reference) / gpus
+def reference_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
+    """Of the reference's weights on one GPU."""
+    return (back_end.whole_reference + back_end.split_reference / gpus) * student.parameters
+
+
+def gathered(student: Shape) -> int:
+    """Parameters of the head and one layer."""
+    return student.head_parameters + student.layer_parameters
+
+
+def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
+    """Weights, gradients, optimizer states and the reference on one GPU, with what is gathered of them."""
     lent = student.parameters - (student.layers - 1) * student.layer_parameters
-    return per_parameter * student.parameters + back_end.gathers * largest(student) + back_end.lends * lent
+    states = student_bytes(student, back_end, gpus, accumulates) + reference_bytes(student, back_end, gpus)
+    return states + back_end.gathers * gathered(student) + back_end.lends * lent
 
 
 def layer_bytes(student: Shape, tokens: int) -> float:
@@ -124,15 +154,24 @@ def loss_bytes(student: Shape, tokens: int) -> float:
     return 6 * 2 * tokens * student.hidden + 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
 
 
-def work_bytes(student: Shape, tokens: int) -> float:
-    """Of a forward and backward with gradient checkpointing: the layers' inputs, and either a layer or the loss."""
+def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """At the end of a forward: copies of weights, the whole reference, the states of both models, and two tiles."""
+    weights = back_end.copies * student.layers * student.layer_weights
+    weights += back_end.gathers_reference * student.parameters
+    return weights + 2 * 2 * tokens * student.hidden + 2 * 4 * 4096 * 32_768
+
+
+def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """Of a forward and backward with gradient checkpointing: the layers' inputs, and the most that joins them."""
     inputs = 2 * tokens * student.layers * student.hidden
-    return inputs + max(layer_bytes(student, tokens), loss_bytes(student, tokens))
+    layer, loss = layer_bytes(student, tokens), loss_bytes(student, tokens)
+    return inputs + max(layer, loss, forward_bytes(student, back_end, tokens))
 
 
 def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
     """The most that one GPU holds while it trains on one trajectory at a time."""
-    return state_bytes(student, back_end, gpus) + work_bytes(student, tokens)
+    states = state_bytes(student, back_end, gpus, accumulates=per_gpu(gpus) > 1)
+    return states + work_bytes(student, back_end, tokens)
 
 
 # ---- Work ----
@@ -229,7 +268,7 @@ def time_table() -> list[str]:
     return rows
 
 
-# ---- The check ----
+# ---- The checks ----
 
 
 def traced(student: Shape, tokens: int = TOKENS) -> dict[str, float]:
@@ -299,11 +338,63 @@ def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, floa
     return rows
 
 
+# Many small layers: ZeRO-2 keeps a gradient whole that two processes share, which has to weigh little here.
+TINY = Shape("tiny", 96, 16, 192, 6, kv_heads=3, head_dim=16, vocabulary=384)
+PROCESSES = 3
+
+_BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
+# How the tests launch it, what differs, and the row above.
+LAUNCHES = {
+    "`multi_gpu`": ("ddp", "", _BY_NAME["`single_gpu`, `multi_gpu`"]),
+    "`multi_gpu`, LoRA": ("ddp", "lora", _BY_NAME["the same, LoRA"]),
+    "`zero2`": ("zero2", "", _BY_NAME["`zero2`"]),
+    "`zero3`": ("zero3", "", _BY_NAME["`zero3`"]),
+    "`fsdp2`": ("fsdp2", "", _BY_NAME["`fsdp2`"]),
+    "`fsdp2`, `sync_each_batch`": ("fsdp2", "sync_each_batch", replace(_BY_NAME["`fsdp2`"], waits=0)),
+}
+OFF_BY = 0.05  # bytes per parameter: norms and batches that do not count, adapters, padding of shards
+
+
+def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
+    """Of one launch: quantity, by the formula, as counted in the first process; bytes per parameter of the student."""
+    from tests.distributed.back_ends import HERE, run
+
+    launch, kind, back_end = LAUNCHES[name]
+    TINY.model(torch.device("cpu"), torch.float32).save_pretrained(folder / "model")
+    tokenizer(TINY.vocabulary).save_pretrained(folder / "model")
+    script, result = HERE / "states_under.py", folder / "result.json"
+    counted = run(launch, script, result, str(folder / "model"), kind, num_processes=PROCESSES)
+    formulas = {
+        "student": student_bytes(TINY, back_end, PROCESSES, accumulates=True),
+        "reference": reference_bytes(TINY, back_end, PROCESSES),
+        "copies": back_end.copies * TINY.layers * TINY.layer_weights,
+        "gathered": back_end.gathers / 2 * gathered(TINY),  # the other half are their gradients
+        "gathered_reference": back_end.gathers_reference * TINY.parameters,
+    }
+    return [(what, formulas[what] / TINY.parameters, counted[what] / TINY.parameters) for what in counted]
+
+
+def check_states() -> int:
+    """Print what each launch holds; 1 when a formula is off."""
+    print("| launch | | formula | counted |\n|---|---|---|---|")
+    holds = True
+    for name in LAUNCHES:
+        with tempfile.TemporaryDirectory() as folder:
+            for what, formula, counted in states(name, Path(folder)):
+                print(f"| {name} | {what.replace('_', ' ')} | {formula:.2f} | {counted:.2f} |", flush=True)
+                holds &= abs(formula - counted) <= OFF_BY
+    return int(not holds)
+
+
 def main() -> int:
-    """Print the tables, or compare the formulas with the code; 1 when one is off by more than a twentieth."""
+    """Print the tables, or compare the formulas; 1 when one is off: by a twentieth of the code's, or by `OFF_BY`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="trace the real models' code (minutes)")
-    if not parser.parse_args().check:
+    parser.add_argument("--states", action="store_true", help="count what processes hold (minutes, needs DeepSpeed)")
+    options = parser.parse_args()
+    if options.states:
+        return check_states()
+    if not options.check:
         print("\n".join([*memory_table(), "", *time_table()]))
         return 0
     rows = check(QWEN3, TOKENS)

@@ -1,0 +1,194 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+# ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
+"""Trains two steps of two micro-batches under one back end and counts the bytes that a process holds.
+
+    python states_under.py BACK_END RESULT.json MODEL KIND
+
+KIND: empty, `lora`, or `sync_each_batch`, which sends gradients after each micro-batch. The result holds, in bytes of
+the first process:
+
+- `student`: its weights, gradients and optimizer states, the most between two micro-batches and before the update.
+  Everything that is alive then is counted, and what is no part of the student taken off: a list of what DeepSpeed
+  keeps could forget something.
+- `reference`: its weights.
+- `copies`: copies of the student's weights in bf16 that are alive at the end of a forward.
+- `gathered`, `gathered_reference`: weights that are whole while a layer computes (FSDP2).
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from back_ends import training_arguments
+
+BACK_END, RESULT, MODEL, KIND = sys.argv[1:]
+if BACK_END == "fsdp2":
+    import fsdp2_on_cpu  # noqa: F401
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.teachers import ScriptedTeacher
+
+# In bytes: what is smaller is a counter or a mask, and no weight.
+SMALL = 256
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Bytes of each storage of this process, by its address."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+
+
+def everything() -> dict[int, int]:
+    """Of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and type(x).__name__ != "FakeTensor"]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return storages(tensor for tensor in tensors if tensor.device.type == "cpu")
+
+
+def weights_of(model: nn.Module) -> dict[int, int]:
+    """ZeRO-3 keeps a process's part beside a parameter that is empty."""
+    return storages(getattr(parameter, "ds_tensor", parameter.data) for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> int:
+    """Weights that are whole: FSDP2 puts plain tensors into the place of its own."""
+    return sum(storages(p for p in model.parameters() if not isinstance(p, DTensor)).values())
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies of parameters in another data type, which only autocast's cache may keep alive."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.parameters = set(storages(model.parameters()))
+        self.made: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.parameters:
+            storage = result.untyped_storage()
+            self.made.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def alive(self) -> int:
+        return sum(size for storage, size in self.made if not storage.expired())
+
+
+class Trainer(OmniOPDTrainer):
+    """Keeps the most that was counted of each kind."""
+
+    most: dict[str, int]
+    parameters: int
+
+    def note(self, **sizes: int) -> None:
+        for name, size in sizes.items():
+            self.most[name] = max(self.most.get(name, 0), size)
+
+    def _objective(self, student: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with Copies(student) as copies:
+            loss = super()._objective(student, *args, **kwargs)
+        self.note(copies=copies.alive())
+        return loss
+
+    def count(self) -> None:
+        """Between forward and backward passes, when no activation is alive."""
+        reference = {} if self.ref_model is None else weights_of(self.accelerator.unwrap_model(self.ref_model))
+        whole = 4 * self.parameters
+        # DeepSpeed's buffers have a size of their own, far beyond that of a tiny model.
+        sizes = [size for key, size in everything().items() if key not in reference and SMALL <= size <= whole]
+        buckets = 0
+        if BACK_END == "ddp":  # which no Python object holds
+            logged = self.model_wrapped._get_ddp_logging_data()
+            buckets = sum(map(int, str(logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]).split(", ")))
+        self.note(student=sum(sizes) + buckets, reference=sum(reference.values()))
+
+
+class Watch(TrainerCallback):
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.count()
+
+
+def main() -> None:
+    settings: dict[str, Any] = {}
+    if KIND == "sync_each_batch":
+        settings["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    trainer = Trainer(
+        model=MODEL,
+        teacher_model=ScriptedTeacher(["some words"]),
+        args=OmniOPDConfig(
+            output_dir=str(Path(RESULT).parent / "out"),
+            bf16=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            max_completion_length=16,
+            num_chunks=1,
+            chunk_length=8,
+            num_rollouts=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            **settings,
+            **training_arguments(BACK_END),
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "some words"}] * 16),
+        peft_config=LoraConfig(r=1, target_modules=["q_proj"]) if KIND == "lora" else None,
+    )
+    trainer.most = {}
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
+    trainer.add_callback(Watch(trainer))
+
+    def look(*_: Any) -> None:
+        trainer.note(gathered=gathered(trainer.accelerator.unwrap_model(trainer.model_wrapped)))
+        if trainer.ref_model is not None:
+            trainer.note(gathered_reference=gathered(trainer.ref_model))
+
+    if BACK_END == "fsdp2":
+        for model in (student, trainer.ref_model):
+            for module in model.modules():
+                if type(module).__name__ == "Qwen3MLP":
+                    module.register_forward_hook(look)
+
+    update = torch.optim.AdamW.step
+
+    def count_and_update(*args: Any, **kwargs: Any) -> Any:
+        trainer.count()
+        return update(*args, **kwargs)
+
+    torch.optim.AdamW.step = count_and_update  # DeepSpeed calls it in the middle of its own
+    trainer.train()
+    if os.environ["RANK"] == "0":
+        Path(RESULT).write_text(json.dumps(trainer.most))
+
+
+if __name__ == "__main__":
+    main()
