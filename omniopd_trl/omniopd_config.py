@@ -568,6 +568,11 @@ class OmniOPDConfig(DistillationConfig):
     def _check_inherited(self) -> None:
         """An inherited option that has no meaning here is refused rather than ignored."""
         self._check_generation_kwargs()
+        if self.use_vllm and self.temperature > 2:
+            raise ConfigError(
+                f"temperature={self.temperature} is more than 2, the highest at which vLLM (since 0.24) generates. "
+                "Lower it, or set use_vllm=False."
+            )
         if self.use_vllm and "seed" in (self.generation_kwargs or {}):
             raise ConfigError(
                 f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM starts from for every prompt "

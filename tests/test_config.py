@@ -114,6 +114,14 @@ def test_a_bad_value_is_refused_by_name(field, value):
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_temperature_that_vllm_refuses_is_refused_before():
+    """It would say so in the middle of the first step. transformers has no highest one."""
+    with pytest.raises(ConfigError, match=r"temperature=2\.1 is more than 2"):
+        config(use_vllm=True, temperature=2.1)
+    assert config(use_vllm=True, temperature=2).temperature == 2.0
+    assert config(temperature=2.1).temperature == 2.1
+
+
 def test_a_seed_for_vllm_is_refused():
     """It would make samples of the same prompt equal."""
     with pytest.raises(ConfigError, match=r"generation_kwargs=\{'seed': 3\} sets 'seed'"):
