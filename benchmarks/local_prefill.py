@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.shapes import QWEN3, Shape, now, tokenizer
+from benchmarks.shapes import QWEN3, Shape, best_device, now, tokenizer
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS, BOUND = 50, 10, 3.0
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=100, help="tokens of the problem")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, dtype = (QWEN3[0], torch.bfloat16) if device.type == "cuda" else (TEACHER, torch.float32)
+    device, dtype = best_device()
+    shape = QWEN3[0] if device.type == "cuda" else TEACHER
     words = tokenizer(shape.vocabulary)
     teacher = LocalTeacher(shape.model(device, dtype), words)
     teacher.eos_token_ids = []  # so that both ways write as much

@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import QWEN3, Shape, tokenizer
+from benchmarks.shapes import CARDS, QWEN3, Shape, tokenizer
 
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
@@ -46,8 +46,7 @@ GPUS = (1, 8, 64)
 
 # What is assumed of a GPU: an H100 with 80 GB, in bf16. Nothing here was measured on one.
 GPU_MEMORY = 80e9  # bytes
-GPU_FLOPS = 989e12  # per second, dense
-GPU_BANDWIDTH = 3.35e12  # bytes per second
+GPU_FLOPS, GPU_BANDWIDTH = CARDS["NVIDIA H100 80GB HBM3"]  # dense, and bytes; per second
 UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
 DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
 LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, which is less than NVLink

@@ -133,25 +133,31 @@ class Limits:
     source: str
 
 
-# Dense bf16 arithmetic and memory bandwidth from the makers' data sheets, by what the device calls itself. The first
-# that fits counts.
+# Dense bf16 arithmetic and memory bandwidth from the makers' data sheets, by what the device calls itself, in full:
+# other cards, and parts of a card, have names that begin alike.
 CARDS = {
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
-    "A100 80GB PCIe": (312e12, 1.94e12),
-    "A100": (312e12, 1.56e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H100 NVL": (835e12, 3.9e12),
+    "NVIDIA H100 PCIe": (756e12, 2.0e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+    "NVIDIA A100 80GB PCIe": (312e12, 1.94e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1.56e12),
+    "NVIDIA A100-PCIE-40GB": (312e12, 1.56e12),
 }
+
+
+def best_device() -> tuple[torch.device, torch.dtype]:
+    """Where to measure, and in which data type: a GPU in bf16 where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
 
 
 def limits_of(device: torch.device, dtype: torch.dtype) -> Limits:
     """From the data sheet of a known card, or else measured: a large matrix product, and a large copy."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for card, (flops, bandwidth) in CARDS.items():
-            if card in name:
-                return Limits(flops, bandwidth, f"data sheet of the {card}")
+    if device.type == "cuda" and (name := torch.cuda.get_device_name(device)) in CARDS:
+        return Limits(*CARDS[name], f"data sheet of the {name}")
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     seconds = min(_seconds(lambda: a @ b, device) for _ in range(8))

@@ -36,11 +36,15 @@ TRL's teacher is a forward pass inside the step, of the same size as our referen
 `--generation replayed` takes random tokens instead of generating, for lengths at which generating with transformers
 takes longer than everything else; the bound, which is for a whole step, is then not checked.
 
-On a GPU the same command measures bfloat16 and prints peak memory besides. The exit code is 1 when a bound is missed.
+On a GPU the same command measures bfloat16 and prints peak memory besides. Each length is a process of its own, whose
+memory ends with it: one that does not fit is said to have failed, and the others are measured. What each step took is
+printed when it ends. The exit code is 1 when a bound is missed or a length failed.
 """
 
 import argparse
 import gc
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -60,11 +64,12 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
-from benchmarks.shapes import QWEN3, Limits, Shape, limits_of, now, tokenizer
+from benchmarks.shapes import QWEN3, Limits, Shape, best_device, limits_of, now, tokenizer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, lm_head
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
+MISSED = 3  # exit code of a process whose bound is missed; one that fails ends with others
 PROMPT_TOKENS = 64
 PARTS = {
     "generation": "generation",
@@ -130,15 +135,30 @@ class Clock:
 
 
 class Turns(TrainerCallback):
-    """Lets two trainers, each in a thread of its own, take steps in turn, and keeps what each step took."""
+    """Lets two trainers, each in a thread of its own, take steps in turn, and keeps what each step took.
 
-    def __init__(self, own: threading.Semaphore, other: threading.Semaphore, clock: Clock):
-        self.own, self.other, self.clock = own, other, clock
+    Args:
+        name: of this trainer, as it is printed.
+        own: released when it is this trainer's turn.
+        other: the same of the other one.
+        both: passed when both have been prepared, which moves the state of the optimizer that they share; broken when
+            one of them fails.
+    """
+
+    def __init__(
+        self, name: str, own: threading.Semaphore, other: threading.Semaphore, both: threading.Barrier, clock: Clock
+    ):
+        self.name, self.own, self.other, self.both, self.clock = name, own, other, both, clock
         self.steps: list[dict[str, float]] = []
         self.peaks: list[int] = []
 
+    def on_train_begin(self, *args, **kwargs):
+        self.both.wait()
+
     def on_step_begin(self, *args, **kwargs):
         self.own.acquire()
+        if self.both.broken:
+            raise threading.BrokenBarrierError
         gc.collect()  # of the other's step
         if self.clock.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.clock.device)
@@ -156,6 +176,7 @@ class Turns(TrainerCallback):
         self.steps.append(dict(self.clock.seconds))
         if self.clock.device.type == "cuda":
             self.peaks.append(torch.cuda.max_memory_allocated(self.clock.device))
+        print(f"{self.name}, step {len(self.steps)}: {sum(self.steps[-1].values()):.1f} s", flush=True)
         self.other.release()
 
 
@@ -283,16 +304,23 @@ def make_trainers(
 
 
 def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
-    first, second = threading.Semaphore(1), threading.Semaphore(0)
-    turns = Turns(first, second, ours.clock), Turns(second, first, theirs.clock)
+    first, second, both = threading.Semaphore(1), threading.Semaphore(0), threading.Barrier(2)
+    turns = (
+        Turns("OmniOPD", first, second, both, ours.clock),
+        Turns("TRL", second, first, both, theirs.clock),
+    )
 
     def train(trainer: Any, callback: Turns) -> None:
         trainer.add_callback(callback)
         try:
             trainer.train()
+        except threading.BrokenBarrierError:
+            pass  # the other one failed, and raises why
+        except BaseException:
+            both.abort()
+            raise
         finally:
-            for _ in range(1000):  # whatever happened here, the other must not wait for it
-                callback.other.release()
+            callback.other.release()  # whatever happened here, the other must not wait for it
 
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(train, *pair) for pair in zip((ours, theirs), turns, strict=True)]:
@@ -320,8 +348,7 @@ def seconds_at_the_limit(batch: Batch, tokens: int, itemsize: int, limits: Limit
 
 def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     """Measure one length, print its table, and say whether the bounds hold."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = best_device()
     replay = options.generation == "replayed"
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(batch, tokens, options.steps + 1, device, dtype, replay, Path(folder))
@@ -371,6 +398,14 @@ def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     return ratio <= STEP_BOUND and method < METHOD_BOUND
 
 
+def measure(batch: Batch, tokens: int, options: argparse.Namespace) -> None:
+    """Runs in a process of its own."""
+    lm_head.TORCH_TOKENS = options.kernel_tokens
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
+    sys.exit(0 if report(batch, tokens, options) else MISSED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=BATCHES, default="small")
@@ -384,13 +419,19 @@ def main() -> None:
         help="tokens that our anchor gives to TRL's divergence kernel at a time, without Triton; TRL's own are 4096",
     )
     options = parser.parse_args()
-    lm_head.TORCH_TOKENS = options.kernel_tokens
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
+    # Trainers would spread each batch over all the cards that they see.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     batch = BATCHES[options.shape]
     lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else batch.lengths
-    hold = [report(batch, tokens, options) for tokens in lengths]
-    sys.exit(0 if all(hold) else 1)
+    codes = []
+    for tokens in lengths:
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(batch, tokens, options))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        if process.exitcode not in (0, MISSED):
+            print(f"{batch.shape.name}, {tokens} tokens: failed with exit code {process.exitcode}\n", flush=True)
+    sys.exit(int(any(codes)))
 
 
 if __name__ == "__main__":
