@@ -20,7 +20,7 @@ import time
 
 import pytest
 import torch
-from conftest import STUDENT_LINES
+from corpus import STUDENT_LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
