@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
@@ -96,17 +96,35 @@ def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def _config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
+    if not isinstance(model, str):
+        return model.config
+    return AutoConfig.from_pretrained(
+        model,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
     """Positions that the student was made for; `None` when its configuration does not say."""
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(
-            model,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
+    return getattr(_config_of(model, args).get_text_config(), "max_position_embeddings", None)
+
+
+def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: Any) -> None:
+    """Whether vLLM can be given the weights of the student after each step.
+
+    Raises:
+        ConfigError: when the student is quantized. Merged into 4 bits, most of what a step changes is rounded away,
+            and the base model, which is the reference, moves with each transfer.
+    """
+    held = getattr(_config_of(model, args), "quantization_config", None)
+    if args.use_vllm and (quantization_config is not None or held is not None):
+        raise ConfigError(
+            "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
+            "transfer, which loses what was learnt and moves the reference. Set use_vllm=False, or train LoRA on a "
+            "student that is not quantized."
         )
-    else:
-        config = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:

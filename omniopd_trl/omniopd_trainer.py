@@ -56,6 +56,7 @@ from omniopd_trl.audit import (
 from omniopd_trl.checkpoints import last_checkpoint
 from omniopd_trl.construction import (
     check_batch_is_filled,
+    check_vllm_can_follow,
     context_length_of,
     load_tokenizer,
     make_teacher,
@@ -210,6 +211,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 max_completion_length=args.max_completion_length,
             )
         check_batch_is_filled(train_dataset, args)
+        check_vllm_can_follow(model, args, quantization_config)
         if isinstance(train_dataset, IterableDataset):
             # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
             train_dataset = train_dataset.repeat(None)

@@ -15,15 +15,18 @@
 
 import copy
 import importlib.util
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from trainer_utils import make_trainer
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 from trl.generation.vllm_generation import VLLMGeneration
 
-from omniopd_trl.errors import DataError, MissingExtraError
+from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 from omniopd_trl.fingerprint import decisive_settings
 from omniopd_trl.generation import SamplingLogprobs, sampling_difference
 from omniopd_trl.teachers import ScriptedTeacher
@@ -107,6 +110,22 @@ def test_replayed_steps_are_compared_with_nothing(tmp_path, tiny_model_dir):
     trainer._record_sampling("train", [torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])])
     assert not [name for name in trainer._metrics["train"] if "sampling" in name]
     assert trainer._sampling_logprobs.take() is None
+
+
+@pytest.mark.parametrize("given", ["with the trainer", "with the model"])
+def test_a_quantized_student_is_refused(tmp_path, tiny_model_dir, given):
+    """Merged into four bits, what it learns would be lost on the way to vLLM, and its reference would move."""
+    model, settings = tiny_model_dir, {}
+    if given == "with the trainer":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    else:
+        model = tmp_path / "quantized"
+        shutil.copytree(tiny_model_dir, model)
+        config = json.loads((model / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="use_vllm=True with a quantized student"):
+        make_trainer(tmp_path / "run", model, use_vllm=True, **settings)
 
 
 def test_what_was_paid_for_stays_valid_with_another_engine(tmp_path, tiny_model_dir):
