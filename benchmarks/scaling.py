@@ -76,7 +76,7 @@ class BackEnd:
             by layer, 4 bytes of `split` take its place.
         gathers: of the head and one layer, which are whole for the moment they are used.
         copies: of the layers' weights, from their use to the end of a forward.
-        gathers_reference: of the whole reference, in its forward.
+        gathers_reference: of the reference's embeddings, head and one layer, in its forward.
         lends: of the reference's embeddings, head and one layer, where it rests on the CPU.
     """
 
@@ -96,8 +96,7 @@ class BackEnd:
 
 # DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: on copies that autocast
 # makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
-# gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient. TRL has
-# FSDP2 shard the reference in one piece, which is gathered as one.
+# gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient.
 BACK_ENDS = (
     BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, buckets=4, copies=2),
     BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, buckets=4, copies=2, lends=4),
@@ -130,11 +129,15 @@ def gathered(student: Shape) -> int:
     return student.head_parameters + student.layer_parameters
 
 
+def lent(student: Shape) -> int:
+    """Parameters of the embeddings, the head and one layer."""
+    return student.parameters - (student.layers - 1) * student.layer_parameters
+
+
 def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
     """Weights, gradients, optimizer states and the reference on one GPU, with what is gathered of them."""
-    lent = student.parameters - (student.layers - 1) * student.layer_parameters
     states = student_bytes(student, back_end, gpus, accumulates) + reference_bytes(student, back_end, gpus)
-    return states + back_end.gathers * gathered(student) + back_end.lends * lent
+    return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
 
 
 def layer_bytes(student: Shape, tokens: int) -> float:
@@ -154,9 +157,9 @@ def loss_bytes(student: Shape, tokens: int) -> float:
 
 
 def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """At the end of a forward: copies of weights, the whole reference, the states of both models, and two tiles."""
+    """At the end of a forward: copies of weights, what is gathered of the reference, the states of both, two tiles."""
     weights = back_end.copies * student.layers * student.layer_weights
-    weights += back_end.gathers_reference * student.parameters
+    weights += back_end.gathers_reference * lent(student)
     return weights + 2 * 2 * tokens * student.hidden + 2 * 4 * 4096 * 32_768
 
 
@@ -368,7 +371,7 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
         "reference": reference_bytes(TINY, back_end, PROCESSES),
         "copies": back_end.copies * TINY.layers * TINY.layer_weights,
         "gathered": back_end.gathers / 2 * gathered(TINY),  # the other half are their gradients
-        "gathered_reference": back_end.gathers_reference * TINY.parameters,
+        "gathered_reference": back_end.gathers_reference * lent(TINY),
     }
     return [(what, formulas[what] / TINY.parameters, counted[what] / TINY.parameters) for what in counted]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
@@ -148,6 +149,18 @@ def _load(
 def _prepare(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         return prepare_deepspeed(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None:
+        if fsdp.fsdp_version == 2:
+            # TRL shards a frozen model in one piece, and all of it would be gathered for its forward.
+            mesh = getattr(accelerator, "torch_device_mesh", None)
+            for layer in layers_of(model):
+                fully_shard(
+                    layer,
+                    reshard_after_forward=fsdp.reshard_after_forward,
+                    offload_policy=fsdp.cpu_offload,
+                    mp_policy=fsdp.mixed_precision_policy or MixedPrecisionPolicy(),
+                    mesh=mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+                )
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
