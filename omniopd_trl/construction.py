@@ -118,8 +118,10 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
         ConfigError: when the student is quantized. Merged into 4 bits, most of what a step changes is rounded away,
             and the base model, which is the reference, moves with each transfer.
     """
+    if not args.use_vllm:
+        return
     held = getattr(_config_of(model, args), "quantization_config", None)
-    if args.use_vllm and (quantization_config is not None or held is not None):
+    if quantization_config is not None or held is not None:
         raise ConfigError(
             "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
             "transfer, which loses what was learnt and moves the reference. Set use_vllm=False, or train LoRA on a "

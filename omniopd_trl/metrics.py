@@ -46,12 +46,20 @@ class Ratios:
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
 
-    def add(self, mode: str, ratios: dict[str, tuple[float, float]], prefix: str = "") -> None:
-        """Add numerators and denominators, summed over processes. Every process names the same metrics."""
+    def add(
+        self, mode: str, ratios: dict[str, tuple[float, float]], prefix: str = "", others: tuple[float, ...] = ()
+    ) -> list[float]:
+        """Add numerators and denominators, summed over processes. Every process names the same metrics.
+
+        Returns:
+            `others`, summed over processes in the same exchange.
+        """
         numbers = (number for ratio in ratios.values() for number in ratio)
-        totals = sum_over_processes(self._accelerator, *numbers)
-        for name, numerator, denominator in zip(ratios, totals[::2], totals[1::2], strict=True):
+        totals = sum_over_processes(self._accelerator, *others, *numbers)
+        first = len(others)
+        for name, numerator, denominator in zip(ratios, totals[first::2], totals[first + 1 :: 2], strict=True):
             self.add_global(mode, prefix + name, numerator, denominator)
+        return totals[:first]
 
     def add_global(self, mode: str, name: str, numerator: float, denominator: float) -> None:
         """Add what is a sum over processes already."""

@@ -198,6 +198,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
                 "tokenizer."
             )
+        check_vllm_can_follow(model, args, quantization_config)
         context_length = context_length_of(model, args)
         if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length is not None:
             context_length = min(args.vllm_max_model_length, context_length or args.vllm_max_model_length)
@@ -211,7 +212,6 @@ class OmniOPDTrainer(DistillationTrainer):
                 max_completion_length=args.max_completion_length,
             )
         check_batch_is_filled(train_dataset, args)
-        check_vllm_can_follow(model, args, quantization_config)
         if isinstance(train_dataset, IterableDataset):
             # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
             train_dataset = train_dataset.repeat(None)
@@ -725,14 +725,14 @@ class OmniOPDTrainer(DistillationTrainer):
 
     # ---- Metrics ----
 
-    def _add_ratios(self, mode: str, ratios: dict[str, tuple[float, float]]) -> None:
-        self._ratios.add(mode, ratios, self._eval_name if mode == "eval" else "")
+    def _add_ratios(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
+        return self._ratios.add(mode, ratios, self._eval_name if mode == "eval" else "", others)
 
     def _record_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
         names = ("kl/unaudited", "kl/audited", "entropy")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
-        self._add_ratios(mode, ratios)
-        if self._sum_over_processes(not loss.isfinite())[0]:
+        (failed,) = self._add_ratios(mode, ratios, float(not loss.isfinite()))
+        if failed:
             raise self._non_finite("the loss")
         kl, count = ratios["kl/unaudited"]
         if mode == "train" and self.state.global_step == 0 and count and kl / count > LARGE_FIRST_KL:

@@ -122,8 +122,9 @@ def _copied_adapter(student: "PeftModel") -> str:
     student.add_adapter(REFERENCE_ADAPTER, config)
     parameters = dict(student.named_parameters())
     for name, parameter in parameters.items():
-        if f".{active}" in name:
-            twin = parameters[name.replace(f".{active}", f".{REFERENCE_ADAPTER}")]
+        path = name.split(".")
+        if active in path:  # as a whole: an adapter's name may be the beginning of a module's
+            twin = parameters[".".join(REFERENCE_ADAPTER if part == active else part for part in path)]
             twin.data = parameter.data.clone()  # in the precision of the one that is trained
             twin.requires_grad_(False)
     return REFERENCE_ADAPTER

@@ -27,19 +27,20 @@ from omniopd_trl.reference import REFERENCE_ADAPTER
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
-def trained_adapter(path) -> torch.nn.Module:
+def trained_adapter(path, name="default") -> torch.nn.Module:
     """A student that comes with an adapter which was trained before."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.0))
+    model = get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.0), adapter_name=name)
     perturb(model, 0.1)
     return model
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora", False, "trained", "gaussian", True])
+@pytest.mark.parametrize("kind", ["pissa", "olora", False, "trained", "q", "gaussian", True])
 def test_an_adapter_that_begins_elsewhere(tmp_path, tiny_model_dir, tiny_tokenizer, kind):
     """Loss, KL and gradient are those to the student as it was, which the base model alone is not."""
-    if kind == "trained":
-        trainer = make_trainer(tmp_path, trained_adapter(tiny_model_dir), processing_class=tiny_tokenizer)
+    if kind in ("trained", "q"):  # by a name that modules begin with
+        student = trained_adapter(tiny_model_dir, "default" if kind == "trained" else kind)
+        trainer = make_trainer(tmp_path, student, processing_class=tiny_tokenizer)
     else:
         trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=LoraConfig(**LORA, init_lora_weights=kind))
     has_copy = kind not in ("gaussian", True)
