@@ -13,8 +13,7 @@
 # limitations under the License.
 """An optimizer step of OmniOPDTrainer beside one of TRL's DistillationTrainer, part by part.
 
-    python -m benchmarks.step_time [--shape small] [--tokens 512] [--steps 4] [--generation real|replayed]
-        [--kernel-tokens 512]
+    python -m benchmarks.step_time [--shape small] [--tokens 512,2048] [--steps 3] [--generation real|replayed]
 
 Both trainers hold the same student, the same optimizer and, as reference here and as teacher there, the same frozen
 model of the student's size. Both write completions of the same forced length and take steps in turn, one of each, in
@@ -65,7 +64,7 @@ from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks.shapes import QWEN3, Limits, Shape, best_device, limits_of, now, tokenizer
-from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, lm_head
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
@@ -98,7 +97,7 @@ class Batch:
 
 
 SMALL = Shape("small", 256, 4, 768, 4, kv_heads=2, head_dim=64, vocabulary=32_768)
-BATCHES = {"small": Batch(SMALL, (512,), micro_batch=2)}
+BATCHES = {"small": Batch(SMALL, (512, 2048), micro_batch=2)}
 BATCHES |= {shape.name.lower(): Batch(shape, (2048, 8192, 20_000), micro_batch=1) for shape in QWEN3[:2]}
 
 
@@ -371,10 +370,12 @@ def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     limits = limits_of(device, dtype)
     least = seconds_at_the_limit(batch, tokens, dtype.itemsize, limits)
 
+    audited = trainers[0].state.log_history[-1]["audit/audited_fraction"]
     shape = batch.shape
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread"
     print(f"{shape.name}: {shape.layers} layers of {shape.hidden}, {shape.vocabulary:,} tokens; {machine}, {dtype}")
-    print(f"{batch.micro_batches} micro-batches of {batch.micro_batch}, {tokens} tokens each; {options.steps} steps")
+    size = f"{batch.micro_batches} micro-batches of {batch.micro_batch}, {tokens} tokens each, {audited:.0%} audited"
+    print(f"{size}; {options.steps} steps")
     print(f"limits: {limits.flops / 1e12:.3g} TFLOP/s, {limits.bandwidth / 1e9:.4g} GB/s ({limits.source})\n")
     unit = "seconds" if device.type == "cuda" else "CPU seconds"
     print(f"{unit:32}{'OmniOPD':>10}{'TRL':>10}{'of step':>10}{'limit':>10}{'of limit':>10}")
@@ -400,7 +401,6 @@ def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
 
 def measure(batch: Batch, tokens: int, options: argparse.Namespace) -> None:
     """Runs in a process of its own."""
-    lm_head.TORCH_TOKENS = options.kernel_tokens
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
     sys.exit(0 if report(batch, tokens, options) else MISSED)
@@ -410,14 +410,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=BATCHES, default="small")
     parser.add_argument("--tokens", help="lengths of completions, separated by commas")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each trainer, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each trainer, after one that is not")
     parser.add_argument("--generation", choices=("real", "replayed"), default="real")
-    parser.add_argument(
-        "--kernel-tokens",
-        type=int,
-        default=lm_head.TORCH_TOKENS,
-        help="tokens that our anchor gives to TRL's divergence kernel at a time, without Triton; TRL's own are 4096",
-    )
     options = parser.parse_args()
     # Trainers would spread each batch over all the cards that they see.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")

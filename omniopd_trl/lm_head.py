@@ -28,12 +28,13 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-# Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 128 MiB in float32.
-VOCAB_TILE = 8192
+# Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 64 MiB in float32.
+VOCAB_TILE = 4096
 
 # Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some
-# ten temporaries of the tile's size, and the tile's width is fixed: 64 MiB each, where 4,096 tokens make 512.
-TORCH_TOKENS = 512
+# ten temporaries of the tile's size, and the tile's width is fixed: 32 MiB each, where 4,096 tokens make 512. With
+# fewer tokens the head's gradient, which every call adds anew, would begin to cost time.
+TORCH_TOKENS = 256
 
 
 @dataclass(frozen=True)

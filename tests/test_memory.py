@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from trainer_utils import make_trainer, perturb, questions
 from trl.kernels import chunked_divergence, chunked_logprob
 
+from benchmarks.memory import RATIO_BOUND, Case, trace, traced
 from omniopd_trl import lm_head, omniopd_trainer
 from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
 from omniopd_trl.loss import anchor_kl
@@ -128,3 +129,26 @@ def test_tiles_change_nothing():
     pairs = [(logprobs, expected), (kl, expected_kl), (entropy, expected_entropy), (kl_entropy, expected_entropy)]
     for value, dense in [*pairs, *zip(gradient, expected_gradient, strict=True)]:
         torch.testing.assert_close(value.double(), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_peak_at_a_real_width():
+    """At T = 4,096, V = 151,936 and a width of 2,048, a quarter of dense; the two gradients of the head are most of it.
+
+    Storages are counted at a width of 64, where the peak is that of a student with memory: tiles and two gradients.
+    (When tensors have no memory there is a third gradient for a moment, which hides the tiles at greater widths.)
+    """
+    tiles = []
+    for vocabulary in (32_768, 151_936):
+        case = Case(4096, vocabulary, 64)
+        inputs = 4 * 2 * 64 * (4096 + vocabulary)  # hidden states and heads, of student and reference
+        tiles.append(traced(case) - inputs - case.head_bytes)
+    assert tiles[1] == pytest.approx(tiles[0], rel=0.01)
+    wide = Case(4096, 151_936, 2048)
+    assert tiles[1] + wide.head_bytes <= RATIO_BOUND * wide.dense_bytes
+
+
+@pytest.mark.slow
+def test_memory_grows_with_hidden_states():
+    """From 2,048 to 20,000 tokens, at two vocabularies."""
+    assert trace(2048) == 0
