@@ -40,14 +40,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The tests' models are tiny: threads that wait for each other cost more than they compute, most of all on a machine
-# that has other work.
+# that has other work. Each file or class goes to one of two processes as a whole, since its tests share what was trained.
 test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope $(PYTEST_ARGS)
 
-# The slow runs train: their time limit is their own. Each file or class goes to one of two processes as a whole, since its
-# tests share what was trained; one thread each.
+# The slow runs train: their time limit is their own.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 2400 -n 2 --dist loadscope $(PYTEST_ARGS)
 

@@ -133,7 +133,7 @@ def test_tiles_change_nothing():
 
 @pytest.mark.slow
 def test_peak_at_a_real_width():
-    """At T = 4,096, V = 151,936 and a width of 2,048, a quarter of dense; the two gradients of the head are most of it.
+    """At T = 4,096, V = 151,936 and a width of 2,048, a quarter of dense, most of it the two gradients of the head.
 
     Storages are counted at a width of 64, where the peak is that of a student with memory: tiles and two gradients.
     (When tensors have no memory there is a third gradient for a moment, which hides the tiles at greater widths.)
