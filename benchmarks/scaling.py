@@ -152,8 +152,9 @@ def layer_bytes(student: Shape, tokens: int) -> float:
 
 def loss_bytes(student: Shape, tokens: int) -> float:
     """Of chunk loss and anchor: the states of student and reference, of audited and other tokens, and their gradients;
-    the head's gradient in float32; the two tiles of logits in float32, 4,096 tokens by 32,768 of the vocabulary."""
-    return 6 * 2 * tokens * student.hidden + 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
+    the head's gradient in float32, of either term until they are added; the two tiles of logits in float32, 4,096
+    tokens by 32,768 of the vocabulary."""
+    return 6 * 2 * tokens * student.hidden + 2 * 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
 
 
 def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
