@@ -429,6 +429,7 @@ async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
 def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:
     if task.cancelled():
         future.cancel()
+        future.set_running_or_notify_cancel()  # who waits for it is not woken by the former alone
     elif (error := task.exception()) is not None:
         future.set_exception(error)
     else:

@@ -63,6 +63,11 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     )
 
 
+def unmark(checkpoint: Path) -> None:
+    """Take away what says that a checkpoint is whole, before another is written over it."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
 def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

@@ -38,10 +38,10 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.agreement import Failure, raise_together, stop
 from omniopd_trl.audit import (
@@ -53,7 +53,7 @@ from omniopd_trl.audit import (
     Trajectory,
     replies_of,
 )
-from omniopd_trl.checkpoints import last_checkpoint
+from omniopd_trl.checkpoints import last_checkpoint, unmark
 from omniopd_trl.construction import (
     check_batch_is_filled,
     check_vllm_can_follow,
@@ -306,12 +306,32 @@ class OmniOPDTrainer(DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self._last_loaded_step = -1  # see `evaluate`
+        self._begin_anew(resume_from_checkpoint or None)
         try:
             with self._recording():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             release(self.teacher, self._loop)
+
+    def _begin_anew(self, checkpoint: str | None) -> None:
+        """Forget what a run that was interrupted in this process left in the middle of a step."""
+        self._step = 0
+        self._buffered_inputs: Any = None
+        self._dropped_chunks.start()
+        self._last_loaded_step = -1  # see `evaluate`
+        self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
+
+    def _save_checkpoint(self, model, trial):
+        """The trainer's state is written last, and says that a checkpoint is whole: one of an earlier run must not."""
+        folder = self._checkpoint_folder()
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self._whole_checkpoint = folder.resolve()
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -508,7 +528,7 @@ class OmniOPDTrainer(DistillationTrainer):
 
         posteriors = torch.tensor([chunk.posterior for audit in audits for chunk in audit.chunks])
         rows = torch.tensor([b for b, audit in enumerate(audits) for _ in audit.chunks], dtype=torch.long)
-        weights = self._chunk_weights(posteriors, rows, is_last and mode == "train")
+        weights = self._chunk_weights(posteriors, rows, mode, is_last)
         spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
         for (b, chunk), weight in zip(spans, weights.tolist(), strict=True):
             batch["weights"][b, chunk.start : chunk.end] = weight
@@ -520,13 +540,15 @@ class OmniOPDTrainer(DistillationTrainer):
         self._loop.cancel()  # nothing more is spent
         where = ""
         if self.is_in_train:
-            self._save_checkpoint(self.model, trial=None)
+            # One that is there already is not put at risk.
+            if self._whole_checkpoint != self._checkpoint_folder().resolve():
+                self._save_checkpoint(self.model, trial=None)
             # As soon as one process has ended, a launcher ends the others: one of them may still be writing.
             self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; mend the cause and resume from it."
         return stop(failure, error, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
 
-    def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, is_last: bool) -> torch.Tensor:
+    def _chunk_weights(self, posteriors: torch.Tensor, rows: torch.Tensor, mode: str, is_last: bool) -> torch.Tensor:
         """Posterior means, centred as `posterior_baseline` says; `(K,)` for the K chunks at hand."""
         baseline = self.args.posterior_baseline
         if baseline == "batch":
@@ -538,10 +560,11 @@ class OmniOPDTrainer(DistillationTrainer):
         average = next(c for c in self.callback_handler.callbacks if isinstance(c, PosteriorAverage))
         weights = centered_posteriors(posteriors, rows, baseline, moving_average=average.value)
         # Counted after use, and for the whole generation batch at once: what a batch is measured against must not
-        # depend on it.
-        average.add(posteriors.sum().item(), len(posteriors))
-        if is_last:
-            average.update(*self._sum_over_processes(*average.take()))
+        # depend on it. An evaluation changes nothing.
+        if mode == "train":
+            average.add(posteriors.sum().item(), len(posteriors))
+            if is_last:
+                average.update(*self._sum_over_processes(*average.take()))
         return weights
 
     def _sum_over_processes(self, *values: float) -> list[float]:
@@ -584,7 +607,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 with offloaded.on_device() if offloaded is not None else nullcontext():
                     self._inside_forward(self.ref_model, body)
                 return
-            with use_adapter(student, self._reference.adapter), _evaluation_mode(student):
+            with self._reference.lent_by(student), _evaluation_mode(student):
                 body(student)
 
     @torch.no_grad()

@@ -69,9 +69,10 @@ class DroppedChunks:
     def __init__(self, accelerator: Accelerator, args: OmniOPDConfig):
         self._accelerator = accelerator
         self._args = args
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin a generation batch."""
         self._asked = self._dropped = 0
         self._failures: list[str] = []
 
@@ -97,7 +98,7 @@ class DroppedChunks:
         if not is_last:
             return None
         failures = self._failures
-        self._start()
+        self.start()
         if dropped <= args.max_failed_chunks * asked:
             return None
         why = next(iter(gather_object(failures)), "no reason given")

@@ -56,6 +56,9 @@ class PosteriorAverage(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # `Trainer` saves the state of callbacks but, by default, restores none.
-        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+        self.take()  # of a run that was interrupted in this process
+        # `Trainer` saves the state of callbacks but, by default, restores none. A checkpoint of another baseline has
+        # none of this one, and `Trainer` looks for it when it saves.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        for name, value in saved["attributes"].items():
             setattr(self, name, value)

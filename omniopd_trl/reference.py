@@ -14,7 +14,8 @@
 """The reference of the KL anchor: the student as it was before the training, frozen."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +27,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
+from omniopd_trl.errors import ConfigError
 from omniopd_trl.lm_head import LMHead
 from omniopd_trl.offload import Offloaded, layers_of, zero3_on_cpu
 from omniopd_trl.omniopd_config import OmniOPDConfig
@@ -71,6 +73,7 @@ class Reference:
         if args.beta == 0:
             return
         if is_peft_model(student):
+            _check_bias(student)
             if not _adds_nothing(student):
                 self.adapter = _copied_adapter(student)
             return
@@ -85,12 +88,25 @@ class Reference:
 
     def kept(self, head: LMHead) -> LMHead:
         """The reference's head as the anchor needs it: until the backward, after the reference's own forward."""
+        bias = head.bias
         if self._fsdp:  # which frees the memory of a whole parameter
-            return replace(head, weight=head.weight.clone())
+            return replace(head, weight=head.weight.clone(), bias=None if bias is None else bias.clone())
         if self.offloaded is not None:  # which gives the parameter other memory
-            bias = None if head.bias is None else head.bias.detach()
-            return replace(head, weight=head.weight.detach(), bias=bias)
+            return replace(head, weight=head.weight.detach(), bias=None if bias is None else bias.detach())
         return head  # ZeRO-3 has to find the parameter itself, in order to gather it again
+
+    @contextmanager
+    def lent_by(self, student: PreTrainedModel) -> Iterator[None]:
+        """Under PEFT: the student computes as the reference in this block."""
+        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        try:
+            with use_adapter(student, self.adapter):
+                yield
+        finally:
+            # PEFT makes the whole adapter that it goes back to trainable.
+            for parameter in frozen:
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
 
 
 def needs_copy(student: str | PreTrainedModel, args: OmniOPDConfig, peft_config: object) -> bool:
@@ -102,6 +118,15 @@ def needs_copy(student: str | PreTrainedModel, args: OmniOPDConfig, peft_config:
     if args.beta == 0 or peft_config is not None or isinstance(student, str) or is_peft_model(student):
         return False
     return args.ref_model_init_kwargs is None and not is_deepspeed_zero3_enabled()
+
+
+def _check_bias(student: "PeftModel") -> None:
+    bias = getattr(student.peft_config[student.active_adapter], "bias", "none")
+    if bias != "none":
+        raise ConfigError(
+            f"The adapter has bias={bias!r}, which trains biases of the base model in place: the reference, which is "
+            'the student without its adapter, would move with them. Set `bias="none"`, or `beta=0`.'
+        )
 
 
 def _adds_nothing(student: "PeftModel") -> bool:

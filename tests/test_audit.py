@@ -17,6 +17,7 @@ import asyncio
 import math
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, wait
 
 import pytest
 import torch
@@ -301,6 +302,23 @@ def test_what_ends_a_process_does_not_end_the_loop(kind):
             left.result(timeout=10)
         assert answered.result(timeout=10) == 3
         assert loop.run(answer()) == 3
+    finally:
+        loop.close()
+
+
+def test_a_teacher_that_cancels_itself_is_not_waited_for_without_end():
+    """As one does that waits for a task which was cancelled."""
+
+    async def cancelled() -> Audit:
+        await asyncio.sleep(0.2)  # until it is waited for
+        raise asyncio.CancelledError
+
+    loop = EventLoopThread()
+    waiting = threading.Thread(target=lambda: wait(loop.submit(cancelled()), return_when=FIRST_COMPLETED), daemon=True)
+    try:
+        waiting.start()
+        waiting.join(timeout=10)
+        assert not waiting.is_alive()
     finally:
         loop.close()
 

@@ -22,7 +22,9 @@ from trainer_utils import dense_objective, make_trainer, perturb, questions, ste
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from omniopd_trl.reference import REFERENCE_ADAPTER
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.lm_head import LMHead
+from omniopd_trl.reference import REFERENCE_ADAPTER, Reference
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -64,6 +66,41 @@ def test_an_adapter_that_begins_elsewhere(tmp_path, tiny_model_dir, tiny_tokeniz
     for name, parameter in trainer.model.named_parameters():
         if f".{REFERENCE_ADAPTER}." in name:
             assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_biases_of_the_base_model_is_refused(tmp_path, tiny_model_dir, bias):
+    config = LoraConfig(**LORA, bias=bias)
+    with pytest.raises(ConfigError, match=f"bias='{bias}'.*would move.*beta=0"):
+        make_trainer(tmp_path, tiny_model_dir, peft_config=config)
+    make_trainer(tmp_path, tiny_model_dir, peft_config=config, beta=0.0)  # no anchor, no reference
+
+
+def test_what_is_frozen_in_an_adapter_stays_frozen(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """PEFT turns gradients on for all of an adapter that it goes back to from the reference."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**LORA))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    trainer = make_trainer(tmp_path, model, processing_class=tiny_tokenizer, max_steps=2, dataset=questions(16))
+    trainer.train()
+    factors = {name: p for name, p in trainer.model.named_parameters() if "lora_" in name}
+    assert {("lora_B" in name) == p.requires_grad for name, p in factors.items()} == {True}
+    assert all(p.grad is None for name, p in factors.items() if "lora_A" in name)
+
+
+def test_a_kept_head_outlives_the_memory_of_the_shards():
+    """FSDP2 gives up the memory that it gathered, after the reference's forward: of weight and bias."""
+    reference = object.__new__(Reference)
+    reference._fsdp, reference.offloaded = True, None
+    weight, bias = torch.randn(5, 3), torch.randn(5)
+    expected = weight.clone(), bias.clone()
+    kept = reference.kept(LMHead(weight, bias, 1.0, None))
+    for tensor in (weight, bias):
+        tensor.zero_()
+    assert torch.equal(kept.weight, expected[0])
+    assert torch.equal(kept.bias, expected[1])
 
 
 def test_a_resumed_run_keeps_the_first_reference(tmp_path, tiny_model_dir):

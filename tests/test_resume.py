@@ -160,6 +160,89 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, t
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
+class StopInTheMiddle(TrainerCallback):
+    """Control-C in the second micro-batch of the second step, once."""
+
+    def __init__(self):
+        self.micro_batches = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.micro_batches += 1
+        if self.micro_batches == 3 + 2:  # the last one of a step is no substep
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("teacher", [Here, Remote])
+def test_an_interrupted_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir, teacher):
+    """As in a notebook: the micro-batches that were left are not trained on, and each step generates its own."""
+    settings = {**SETTINGS, "save_steps": 1}
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=teacher(), **settings)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=teacher(), callbacks=[StopInTheMiddle()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    del cut.batches[1:]
+    cut.train(resume_from_checkpoint=True)
+    for there, here in zip(whole.batches, cut.batches, strict=True):
+        assert torch.equal(here["completion_ids"], there["completion_ids"])
+    weights = trainable(cut.model)
+    for name, value in trainable(whole.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_failed_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir):
+    """Mended and resumed, as the message says: all of the step's trajectories are audited."""
+    teacher = Remote(fail_at=10)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **SETTINGS)
+    with pytest.raises(TeacherError, match="Stopped at step 1"):
+        trainer.train()
+    teacher.fail_at = None
+    trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Remote(), **SETTINGS)
+    whole.train()
+    weights = trainable(trainer.model)
+    for name, value in trainable(whole.model).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_kill_while_a_checkpoint_is_written_over(tmp_path, tiny_model_dir, monkeypatch):
+    """What an earlier run left there does not make the new one look whole."""
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS)
+    first.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS)
+
+    def killed(output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            raise KeyboardInterrupt  # the model is written, the optimizer is not
+
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_whole_checkpoint_is_not_put_at_risk(tmp_path, tiny_model_dir, monkeypatch, resumed):
+    """A teacher that fails right after a checkpoint was saved, or loaded, leaves it as it is."""
+    teacher = Here()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **{**SETTINGS, "max_steps": 2})
+    trainer.train()
+    if resumed:
+        calls = 0
+        path = str(tmp_path / "checkpoint-2")
+    else:
+        (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"")  # of another run, in the same folder
+        calls, path = teacher.calls, None
+    settings = {**SETTINGS, "save_audits": False}
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(fail_at=calls), **settings)
+    with pytest.raises(TeacherError, match="Stopped at step 2"):
+        saves, save = [], again._save_optimizer_and_scheduler
+        monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda path: (saves.append(path), save(path)))
+        again.train(resume_from_checkpoint=path)
+    assert len(saves) == (0 if resumed else 1)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size > 0
+
+
 def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
     """Other timeouts or another log interval do not invalidate what was paid for."""
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **SETTINGS).train()

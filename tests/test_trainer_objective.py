@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from trainer_utils import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -203,6 +203,34 @@ def test_moving_average_is_kept_in_checkpoints(tmp_path, tiny_model_dir):
     after = trainable(resumed.model)
     for name, value in trainable(whole.model).items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+
+
+def test_an_evaluation_does_not_count_in_the_moving_average(tmp_path, tiny_model_dir):
+    settings = {
+        "posterior_baseline": "moving_average",
+        "learning_rate": 0.05,
+        "max_steps": 3,
+        "dataset": questions(24),
+    }
+    plain = make_trainer(tmp_path / "plain", tiny_model_dir, **settings)
+    plain.train()
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "audit_eval": True, "eval_dataset": questions(5)}
+    evaluated = make_trainer(tmp_path / "evaluated", tiny_model_dir, **settings, **evaluation)
+    evaluated.train()
+    assert any(log.get("eval_audit/posterior", 0) > 0 for log in evaluated.state.log_history), "nothing was audited"
+    after = trainable(evaluated.model)
+    for name, value in trainable(plain.model).items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_baseline_that_the_checkpoint_does_not_know(tmp_path, tiny_model_dir):
+    """It begins with the resumed run, and is in the checkpoints that this saves."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.05, "dataset": questions(24)}
+    make_trainer(tmp_path, tiny_model_dir, max_steps=1, **settings).train()
+    trainer = make_trainer(tmp_path, tiny_model_dir, max_steps=3, posterior_baseline="moving_average", **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-3" / "trainer_state.json"))
+    assert state.stateful_callbacks["PosteriorAverage"]["attributes"]["weight"] > 0
 
 
 def test_weights_follow_their_rows_through_shuffle_and_split(tmp_path, tiny_model_dir):
