@@ -1,0 +1,135 @@
+# Copyright 2026 The omniopd_trl Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training of a recipe, as `omniopd train` launches it, once for each kind of student, with notes about it.
+
+    FACTS=FOLDER python -m train_from_file --config RECIPE.yaml --output_dir OUT
+
+stands where `python -m omniopd_trl.train` would. Students are saved in `OUT/full` and `OUT/lora`, notes in
+`FOLDER/RANK.json`. Settings come from the recipe, and from what accelerate's launcher put into the environment.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# What the launcher sets for a file with `distributed_type: FSDP`.
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    import fsdp2_on_cpu  # noqa: F401
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import fsdp_utils
+from torch import nn
+
+from omniopd_trl import omniopd_trainer, train
+
+# Both in one launch: most of the time goes into imports.
+RUNS = {
+    "full": [],
+    "lora": [
+        *("--use_peft", "--lora_r", "4", "--lora_alpha", "16", "--lora_dropout", "0"),
+        *("--lora_target_modules", "all-linear"),
+    ],
+}
+KEYS = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
+facts: dict[str, Any] = {}
+
+
+class Trainer(omniopd_trainer.OmniOPDTrainer):
+    """Notes what the launcher's settings made of the student."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        facts["sharded_while_loaded"] = any(p.numel() == 0 for p in self.model.parameters())
+        facts["filled_from"] = None
+        before = whole(self)
+        result = super().train(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        student = model.get_base_model() if hasattr(model, "get_base_model") else model
+        after = whole(self)
+        facts.update(
+            steps=[{key: entry[key] for key in KEYS} for entry in self.state.log_history if "grad_norm" in entry],
+            moved=max((after[name] - before[name]).abs().max().item() for name in after),
+            held=share(model),
+            tied=student.get_input_embeddings().weight is student.get_output_embeddings().weight,
+            reference_held=None if self.ref_model is None else share(self.ref_model),
+            zero_stage=self.model_wrapped.zero_optimization_stage() if self.is_deepspeed_enabled else None,
+            distributed_type=str(self.accelerator.distributed_type.value),
+            processes=self.accelerator.num_processes,
+        )
+        return result
+
+    def end(self) -> None:
+        """Leaves the processes together: another student follows."""
+
+
+def share(model: nn.Module) -> float:
+    """How much of a model this process keeps between uses, frozen weights included."""
+    held = total = 0
+    for parameter in model.parameters():
+        total += getattr(parameter, "ds_numel", parameter.numel())
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
+            local = parameter.ds_tensor
+        held += local.numel()
+    return held / total
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trainable weights, by name."""
+    weights = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = parameter.detach()
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                value = parameter.detach().clone()
+        elif hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        weights[name] = value.clone()
+    return weights
+
+
+def filled(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands before the function that hands out the first process's weights: are the others' really empty by then?"""
+    facts["filled_from"] = sorted({p.device.type for p in model.parameters()})
+    return fill(accelerator, model, *args, **kwargs)
+
+
+def main() -> None:
+    results = {}
+    for name, options in RUNS.items():
+        output_dir = str(Path(sys.argv[sys.argv.index("--output_dir") + 1]) / name)
+        code = train.run([*sys.argv[1:], "--output_dir", output_dir, *options])
+        if code:
+            sys.exit(code)
+        results[name] = dict(facts)
+        facts.clear()
+        # The next one is a run of its own.
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+    path = Path(os.environ["FACTS"]) / f"{os.environ.get('RANK', '0')}.json"
+    path.with_suffix(".partial").write_text(json.dumps(results))
+    path.with_suffix(".partial").rename(path)
+    train.wait_for_all()
+
+
+if __name__ == "__main__":
+    omniopd_trainer.OmniOPDTrainer = Trainer
+    fill, fsdp_utils.fsdp2_load_full_state_dict = fsdp_utils.fsdp2_load_full_state_dict, filled
+    main()
