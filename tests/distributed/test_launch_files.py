@@ -166,7 +166,7 @@ def test_is_what_the_file_says(name, kind, trained):
         shares = [note["held"]] + ([note["reference_held"]] if kind == "full" else [])
         for share in shares:
             assert share == (1 if name == "zero2" else pytest.approx(0.5, abs=0.05))
-        # `zero3_init_flag`: no process ever holds all of it.
+        # Under ZeRO-3 no process ever holds all of it; the others split what was loaded whole, or nothing.
         assert note["sharded_while_loaded"] == (name == "zero3")
         # `fsdp_cpu_ram_efficient_loading`: the student is sharded while it is empty, and filled by the first process.
         assert note["filled_from"] == (["meta"] if name == "fsdp2" else None)
