@@ -28,9 +28,11 @@ them: of two, each holds as many bytes of a whole gradient in bf16 as of its hal
 import argparse
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +40,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import CARDS, QWEN3, Shape, tokenizer
+from omniopd_trl import lm_head
+from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
 
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
@@ -50,6 +54,8 @@ GPU_FLOPS, GPU_BANDWIDTH = CARDS["NVIDIA H100 80GB HBM3"]  # dense, and bytes; p
 UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
 DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
 LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, which is less than NVLink
+PCIE = 25e9  # bytes per second between a GPU and the CPU's memory: half of what PCIe 5.0 promises
+CPU_BANDWIDTH = 40e9  # bytes per second and GPU of the CPU's memory: an eighth of half of two sockets' 614 GB/s
 
 # A teacher of one's own: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
 # that serves four of five prompt tokens.
@@ -78,6 +84,14 @@ class BackEnd:
         copies: of the layers' weights, from their use to the end of a forward.
         gathers_reference: of the reference's embeddings, head and one layer, in its forward.
         lends: of the reference's embeddings, head and one layer, where it rests on the CPU.
+        autocasts: the weights are in float32, and what goes from layer to layer is, too.
+        adapters: only a LoRA adapter is trained; of all other weights there are no gradients.
+        clones: of the reference's head, from its forward to the backward.
+        sends: what a GPU sends of each weight or gradient per micro-batch, and in a step beside that. An all-reduce
+            counts twice: it is a reduce-scatter and an all-gather.
+        hides: whether sending goes on beside arithmetic.
+        copies_over: between GPU and CPU, of what a GPU updates: for each micro-batch after the first, and per step.
+        updates_on_cpu: what the CPU's Adam reads and writes.
     """
 
     name: str
@@ -91,22 +105,53 @@ class BackEnd:
     copies: float = 0.0
     gathers_reference: float = 0.0
     lends: float = 0.0
+    autocasts: bool = False
+    adapters: bool = False
+    clones: float = 0.0
+    sends: tuple[float, float] = (0.0, 0.0)
+    hides: bool = False
+    copies_over: tuple[float, float] = (0.0, 0.0)
+    updates_on_cpu: float = 0.0
     min_gpus: int = 1
 
 
 # DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: on copies that autocast
 # makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
 # gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient.
+#
+# What is sent, and how often, was counted (see docs/scaling.md). DDP reduces float32 gradients once per step. ZeRO-2
+# reduces them in bf16 with every micro-batch, as an all-reduce, and gathers the new weights at the end. ZeRO-3 gathers
+# all weights five times per micro-batch: to score, in the student's forward, twice in its backward, where the layers
+# run again (checkpointing), and for the reference. FSDP2 gathers once in the backward, and reduces once per step.
+_DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
+_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off there by default
+_ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}
+# bf16 gradients go to the CPU, and back to be added to. For the update they go in float32, and weights come in bf16.
+# Adam reads gradients, weights and two moments in float32, and writes all but the first.
+_CPU: dict[str, Any] = {"copies_over": (2 + 2, 4 + 2), "updates_on_cpu": 4 * (4 + 3)}
+
 BACK_ENDS = (
-    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, buckets=4, copies=2),
-    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, buckets=4, copies=2, lends=4),
-    BackEnd("the same, LoRA", 4, 0, 0, 0),
-    BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8),
-    BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0),
-    BackEnd("`zero3`", 0, 2 + 2 + 4 + 4 + 8, 0, 2, gathers=4, min_gpus=8),
-    BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, gathers=4, min_gpus=8),
-    BackEnd("`fsdp2`", 0, 4 + 4 + 8, 0, 4, waits=2, gathers=4, gathers_reference=2, min_gpus=8),
+    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, **_DDP),
+    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, lends=4, **_DDP),
+    BackEnd("the same, LoRA", 4, 0, 0, 0, autocasts=True, adapters=True),
+    BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8, **_ZERO2),
+    BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0, **_ZERO2, **_CPU),
+    BackEnd("`zero3`", 0, 2 + 2 + 4 + 4 + 8, 0, 2, **_ZERO3),
+    BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, **_ZERO3, **_CPU),
+    BackEnd(
+        "`fsdp2`",
+        *(0, 4 + 4 + 8, 0, 4),
+        waits=2,
+        gathers=4,
+        gathers_reference=2,
+        clones=2,
+        sends=(4 * 2, 2),
+        hides=True,
+        min_gpus=8,
+    ),
 )
+_BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
+TILE = 4096 * 32_768  # logits: tokens by vocabulary entries
 
 
 def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
@@ -140,34 +185,54 @@ def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool)
     return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
 
 
-def layer_bytes(student: Shape, tokens: int) -> float:
+def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
     """What one layer keeps while it is computed again and differentiated, in bf16.
 
     The coefficients are read off the code of Qwen3 in transformers, by the check below: how many results of each width
-    a layer holds at its worst moment, its float32 norms counted as two.
+    a layer holds at its worst moment, those in float32 counted as two. Autocast makes norms, residuals and their
+    gradients float32, and keeps copies of weights.
     """
     queries, keys = student.heads * student.head_dim, student.kv_heads * student.head_dim
-    return 2 * tokens * (10 * student.hidden + 7 * queries + 6 * student.intermediate + 33 * keys)
+    hidden, weights = (15 * student.hidden, 1.5 * student.layer_weights) if autocasts else (10 * student.hidden, 0.0)
+    return 2 * tokens * (hidden + 5 * queries + 6 * student.intermediate + 5.5 * keys) + weights
 
 
-def loss_bytes(student: Shape, tokens: int) -> float:
-    """Of chunk loss and anchor: the states of student and reference, of audited and other tokens, and their gradients;
-    the head's gradient in float32, of either term until they are added; the two tiles of logits in float32, 4,096
-    tokens by 32,768 of the vocabulary."""
-    return 6 * 2 * tokens * student.hidden + 2 * 4 * student.head_parameters + 2 * 4 * 4096 * 32_768
+def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """The most of three moments in the backward of chunk loss and anchor, each with the states that are there.
+
+    The anchor goes first. It goes through tiles: two of logits in float32, with casts of one and of the next. Its
+    gradient of the head is added up in float32. Where the head is in bf16 it is then cast, while the tiles are there.
+    The chunk loss has such a gradient of its own, until the two are added: 4 and 4 bytes, or 2 with 4 and 2.
+    """
+    head, states = student.head_parameters, tokens * student.hidden
+    # Of the student, of un-audited tokens, and the reference's; their gradient in float32, which bf16 has cast.
+    anchor = 3 * state_size(back_end) + (4 if back_end.autocasts else 4 + 2)
+    tiles = (2 * 4 + 2 * 2) * TILE
+    if back_end.adapters:
+        return anchor * states + tiles
+    moments = [anchor * states + tiles + (4 + back_end.clones) * head, 4 * state_size(back_end) * states + 8 * head]
+    if not back_end.autocasts:  # the cast of the last tile, which is narrower, counts half
+        moments.append(anchor * states + (2 * 4 + 1) * TILE + (4 + 2 + back_end.clones) * head)
+    return max(moments)
 
 
 def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """At the end of a forward: copies of weights, what is gathered of the reference, the states of both, two tiles."""
+    """At the end of a forward: copies of weights, what is gathered and cloned of the reference, states, two tiles."""
     weights = back_end.copies * student.layers * student.layer_weights
-    weights += back_end.gathers_reference * lent(student)
-    return weights + 2 * 2 * tokens * student.hidden + 2 * 4 * 4096 * 32_768
+    weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
+    return weights + 3 * state_size(back_end) * tokens * student.hidden + 2 * 4 * TILE
+
+
+def state_size(back_end: BackEnd) -> int:
+    """Bytes of a number that goes from layer to layer."""
+    return 4 if back_end.autocasts else 2
 
 
 def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
     """Of a forward and backward with gradient checkpointing: the layers' inputs, and the most that joins them."""
-    inputs = 2 * tokens * student.layers * student.hidden
-    layer, loss = layer_bytes(student, tokens), loss_bytes(student, tokens)
+    inputs = state_size(back_end) * tokens * student.layers * student.hidden
+    layer = layer_bytes(student, tokens, back_end.autocasts)
+    loss = loss_bytes(student, back_end, tokens)
     return inputs + max(layer, loss, forward_bytes(student, back_end, tokens))
 
 
@@ -177,22 +242,31 @@ def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS
     return states + work_bytes(student, back_end, tokens)
 
 
+def runs(student: Shape, back_end: BackEnd, gpus: int) -> bool:
+    """Whether there are enough GPUs, of enough memory: 5% are left to the allocator."""
+    return gpus >= back_end.min_gpus and gpu_bytes(student, back_end, gpus) < 0.95 * GPU_MEMORY
+
+
 # ---- Work ----
 
 
-def step_flops(student: Shape, tokens: int = TOKENS) -> float:
+def step_flops(student: Shape, tokens: int = TOKENS, adapters: bool = False) -> float:
     """All but generation, for one trajectory: scoring, the student's forward and backward, the reference.
 
     A backward is two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in all. Projections:
     once for the scores. For the loss, student and reference in the forward, both once more in the backward, which
-    computes its tiles again, and two for the gradients.
+    computes its tiles again, and two for the gradients. Frozen matrices have no gradients: with adapters alone, one
+    product less for each.
     """
-    return 6 * student.forward_flops(tokens) + (1 + 2 + 2 + 2) * student.projection_flops(tokens)
+    flops = 6 * student.forward_flops(tokens) + (1 + 2 + 2 + 2) * student.projection_flops(tokens)
+    if adapters:
+        flops -= tokens * student.layers * 2 * student.layer_weights + student.projection_flops(tokens)
+    return flops
 
 
-def training_seconds(student: Shape, gpus: int) -> float:
+def training_seconds(student: Shape, gpus: int, adapters: bool = False) -> float:
     """Of one optimizer step without generation."""
-    return per_gpu(gpus) * step_flops(student) / (UTILIZATION * GPU_FLOPS)
+    return per_gpu(gpus) * step_flops(student, adapters=adapters) / (UTILIZATION * GPU_FLOPS)
 
 
 def per_gpu(gpus: int) -> float:
@@ -210,13 +284,33 @@ def generation_seconds(student: Shape, gpus: int) -> float:
     return TOKENS * (weights + cache) / (DECODE_EFFICIENCY * GPU_BANDWIDTH)
 
 
-def zero3_seconds(student: Shape, gpus: int) -> float:
-    """What ZeRO-3 and FSDP2 send per optimizer step and GPU, as if nothing of it hid behind arithmetic.
+def moved_seconds(student: Shape, back_end: BackEnd, gpus: int) -> tuple[float, float]:
+    """Of one optimizer step: what a GPU sends to others, and what passes between it, the CPU and the CPU's memory."""
+    n, micro_batches = student.parameters, per_gpu(gpus)
+    per_micro_batch, per_step = back_end.sends
+    sent = (micro_batches * per_micro_batch + per_step) * n * (gpus - 1) / gpus / LINK
+    further, once = back_end.copies_over
+    over = ((micro_batches - 1) * further + once) * n / gpus / PCIE
+    over += back_end.updates_on_cpu * n / gpus / CPU_BANDWIDTH
+    return sent, over + micro_batches * back_end.lends * n / PCIE  # the offloaded reference comes every time
 
-    Each forward and backward gathers all weights in bf16: scoring, the student three times with checkpointing, and the
-    reference; gradients are reduced once per micro-batch of one trajectory.
+
+def waiting_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
+    """The part of them that arithmetic cannot hide.
+
+    What is sent with every micro-batch has all of its arithmetic to hide behind, and what is sent once has a backward.
     """
-    return per_gpu(gpus) * (5 + 1) * 2 * student.parameters * (gpus - 1) / gpus / LINK
+    sent, over = moved_seconds(student, back_end, gpus)
+    if back_end.hides:
+        training = training_seconds(student, gpus, back_end.adapters)
+        sent = max(0.0, sent - (training if back_end.sends[0] else training / per_gpu(gpus) / 2))
+    return sent + over
+
+
+def step_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
+    """Of one optimizer step: generation, training, and what it waits for."""
+    training = training_seconds(student, gpus, back_end.adapters)
+    return generation_seconds(student, gpus) + training + waiting_seconds(student, back_end, gpus)
 
 
 def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
@@ -248,22 +342,27 @@ def memory_table() -> list[str]:
                 if gpus < back_end.min_gpus:
                     cells.append("")
                     continue
-                size = gpu_bytes(student, back_end, gpus)
-                cells.append(f"{size / GIB:.0f}" if size < 0.95 * GPU_MEMORY else f"**{size / GIB:.0f}**")
+                size = f"{gpu_bytes(student, back_end, gpus) / GIB:.0f}"
+                cells.append(size if runs(student, back_end, gpus) else f"**{size}**")
             rows.append(f"| {student.name} | {back_end.name} | {' | '.join(cells)} |")
     return rows
 
 
 def time_table() -> list[str]:
-    """Seconds per step, and the tokens per second that the teacher has to deliver."""
+    """Seconds per step, and the tokens per second that the teacher has to deliver to the fastest launch that fits."""
     rows = [
-        "| student | GPUs | generation | training | sent by `zero3` | step | teacher reads | writes | servers |",
+        "| student | GPUs | generation | training | training, LoRA | fastest | teacher reads | writes | servers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for student in QWEN3:
         for gpus in GPUS:
-            parts = generation_seconds(student, gpus), training_seconds(student, gpus), zero3_seconds(student, gpus)
-            step = sum(parts)
+            fitting = [back_end for back_end in BACK_ENDS if runs(student, back_end, gpus)]
+            if not fitting:
+                rows.append(f"| {student.name} | {gpus} | no launch fits | | | | | | |")
+                continue
+            step = min(step_seconds(student, back_end, gpus) for back_end in fitting)
+            parts = [generation_seconds(student, gpus)]
+            parts += [training_seconds(student, gpus, adapters) for adapters in (False, True)]
             reads, writes = teacher_tokens(gpus, step)
             cells = [student.name, str(gpus), *(f"{p:.0f}" for p in parts), f"{step:.0f}"]
             cells += [f"{reads:,.0f}", f"{writes:,.0f}", f"{teacher_servers(reads, writes):.1f}"]
@@ -271,11 +370,31 @@ def time_table() -> list[str]:
     return rows
 
 
+def step_table() -> list[str]:
+    """Seconds per step of each launch: what moves, what of it is waited for, and the step. Blank: it does not run."""
+    columns = [f"{n} GPU{'s' * (n > 1)}: moves | waits | step" for n in GPUS]
+    rows = [f"| student | launch | {' | '.join(columns)} |", "|---|---|" + "---|" * 3 * len(GPUS)]
+    for student in QWEN3:
+        for back_end in BACK_ENDS:
+            cells = []
+            for gpus in GPUS:
+                if not runs(student, back_end, gpus):
+                    cells += [""] * 3
+                    continue
+                moves, waits = sum(moved_seconds(student, back_end, gpus)), waiting_seconds(student, back_end, gpus)
+                cells += [f"{moves:.1f}", f"{waits:.1f}", f"{step_seconds(student, back_end, gpus):.0f}"]
+            if any(cells):
+                rows.append(f"| {student.name} | {back_end.name} | {' | '.join(cells)} |")
+    return rows
+
+
 # ---- The checks ----
 
 
-def traced(student: Shape, tokens: int = TOKENS) -> dict[str, float]:
+def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dict[str, float]:
     """Bytes and FLOPs of the student's own code: a forward and backward with checkpointing that adds to gradients.
+
+    Weights are in bf16, or in float32 under autocast.
 
     Returns:
         `parameters`; `layers`, the most bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
@@ -295,16 +414,20 @@ def traced(student: Shape, tokens: int = TOKENS) -> dict[str, float]:
     }
 
     cpu = torch.device("cpu")
+    dtype = torch.float32 if autocasts else torch.bfloat16
     with FakeTensorMode():
-        model = student.model(cpu, torch.bfloat16).train()
+        model = student.model(cpu, dtype).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        gradient = torch.zeros(1, tokens, student.hidden, dtype=torch.bfloat16)
+        gradient = torch.zeros(1, tokens, student.hidden, dtype=dtype)
+        # Of tensors without memory transformers cannot see that nothing is padding: it would build a mask of `T * T`.
+        no_mask = {"full_attention": None}
 
         def states() -> torch.Tensor:
-            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+                return model.base_model(input_ids=ids, attention_mask=no_mask, use_cache=False).last_hidden_state
 
         # One after the other: counting keeps tensors alive.
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
@@ -326,26 +449,76 @@ def traced(student: Shape, tokens: int = TOKENS) -> dict[str, float]:
     }
 
 
+def traced_loss(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """Most bytes of chunk loss and anchor besides the heads, through the trainer's kernels, as a GPU runs them.
+
+    Triton folds a tile of logits in place, and multiplies into it. On tensors without memory nothing has to be
+    computed, so that these steps do nothing here; the PyTorch code that stands for them on a CPU makes temporaries.
+    """
+    cpu = torch.device("cpu")
+    dtype = torch.float32 if back_end.autocasts else torch.bfloat16
+    size = student.vocabulary, student.hidden
+    in_place = {
+        "logprob": ("_forward_tile", "_backward_tile", "_addmm_fp32"),
+        "divergence": ("_stats_tile", "_backward_tile", "_addmm_fp32", "_project"),
+    }
+    with ExitStack() as stack:
+        for module, names in in_place.items():
+            for name in names:
+                stack.enter_context(patch(f"trl.kernels.chunked_{module}.{name}", lambda *args, **kwargs: None))
+        stack.enter_context(patch.object(lm_head, "TORCH_TOKENS", tokens))
+        stack.enter_context(FakeTensorMode())
+        targets, first = torch.zeros(tokens, dtype=torch.long), torch.arange(NUM_CHUNKS * CHUNK_LENGTH)
+        rest = torch.arange(len(first), tokens)
+        tracker = MemTracker()
+        with tracker:
+            weight, reference = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+            # A head for each term: gradients of this kind are not added in place, as those of a GPU are.
+            trains = not back_end.adapters
+            heads = [LMHead(weight.detach().requires_grad_(trains), None, 1.0, None) for _ in range(2)]
+            hidden = torch.empty(tokens, student.hidden, dtype=dtype).requires_grad_()
+
+            def loss() -> torch.Tensor:
+                logprobs, _ = logprobs_of(hidden[first], heads[0], targets[first], 1.0)
+                kept = LMHead(reference.clone() if back_end.clones else reference, None, 1.0, None)
+                unaudited = torch.empty_like(hidden)[rest]  # the reference's states
+                kl, _ = kl_to_reference(hidden[rest], heads[1], unaudited, kept, 1.0)
+                return logprobs.sum() + kl.sum()
+
+            with torch.autocast("cpu", torch.bfloat16):
+                result = loss()
+            result.backward()
+    most = tracker.get_tracker_snapshot("peak")[cpu]["Total"]
+    return float(most - 2 * student.head_parameters * dtype.itemsize)
+
+
 def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, float, float]]:
     """Student, quantity, by the formula, by the code."""
     rows = []
     for student in students:
-        code = traced(student, tokens)
+        inputs = 2 * tokens * student.layers * student.hidden
+        code = traced(student, tokens) | {AUTOCAST: traced(student, tokens, autocasts=True)["layers"]}
         formulas = {
             "parameters": float(student.parameters),
-            "layers": 2 * tokens * student.layers * student.hidden + layer_bytes(student, tokens),
+            "layers": inputs + layer_bytes(student, tokens, autocasts=False),
+            AUTOCAST: 2 * inputs + layer_bytes(student, tokens, autocasts=True),
             "forward": student.forward_flops(tokens),
             "backward": 3 * student.forward_flops(tokens),
         }
+        for name in LOSSES:
+            formulas[f"loss, {name}"] = loss_bytes(student, _BY_NAME[name], tokens)
+            code[f"loss, {name}"] = traced_loss(student, _BY_NAME[name], tokens)
         rows += [(student.name, name, value, code[name]) for name, value in formulas.items()]
     return rows
 
+
+AUTOCAST = "layers, autocast"
+LOSSES = ("`single_gpu`, `multi_gpu`", "the same, LoRA", "`zero2`", "`fsdp2`")  # others are as one of them
 
 # Many small layers: ZeRO-2 keeps a gradient whole that two processes share, which has to weigh little here.
 TINY = Shape("tiny", 96, 16, 192, 6, kv_heads=3, head_dim=16, vocabulary=384)
 PROCESSES = 3
 
-_BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
 # How the tests launch it, what differs, and the row above.
 LAUNCHES = {
     "`multi_gpu`": ("ddp", "", _BY_NAME["`single_gpu`, `multi_gpu`"]),
@@ -398,13 +571,13 @@ def main() -> int:
     if options.states:
         return check_states()
     if not options.check:
-        print("\n".join([*memory_table(), "", *time_table()]))
+        print("\n".join([*memory_table(), "", *time_table(), "", *step_table()]))
         return 0
     rows = check(QWEN3, TOKENS)
     print("| student | | formula | code | formula / code |\n|---|---|---|---|---|")
-    units = {"parameters": (1e9, "billion"), "layers": (GIB, "GiB"), "forward": (1e12, "TFLOP")}
+    units = {"parameters": (1e9, "billion"), "forward": (1e12, "TFLOP"), "backward": (1e12, "TFLOP")}
     for name, what, formula, code in rows:
-        unit, text = units.get(what, units["forward"])
+        unit, text = units.get(what, (GIB, "GiB"))
         print(f"| {name} | {what}, {text} | {formula / unit:.2f} | {code / unit:.2f} | {formula / code:.3f} |")
     return int(any(abs(formula / code - 1) > 0.05 for *_, formula, code in rows))
 

@@ -18,9 +18,26 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import BACK_ENDS, TOKENS, check, gathered, memory_table, state_bytes, time_table
-from benchmarks.shapes import QWEN3
+from benchmarks.scaling import (
+    BACK_ENDS,
+    GPUS,
+    TOKENS,
+    check,
+    gathered,
+    memory_table,
+    moved_seconds,
+    runs,
+    state_bytes,
+    step_flops,
+    step_seconds,
+    step_table,
+    time_table,
+    waiting_seconds,
+)
+from benchmarks.shapes import QWEN3, Limits
+from benchmarks.step_time import PROMPT_TOKENS, Batch, seconds_at_the_limit
 
+LORA = next(back_end for back_end in BACK_ENDS if back_end.adapters)
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
@@ -53,7 +70,34 @@ def test_states_are_those_that_deepspeed_estimates(student, gpus):
         assert ours[name] == pytest.approx(theirs + weights, rel=1e-6)
 
 
-@pytest.mark.parametrize("table", [memory_table, time_table])
+@pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)
+def test_training_is_the_work_that_benchmarks_hold_against_the_clock(student):
+    """`benchmarks.step_time` counts no second pass of the layers as work, which checkpointing adds here."""
+    batch = Batch(student, (TOKENS,), micro_batch=1, micro_batches=1)
+    limit = seconds_at_the_limit(batch, TOKENS - PROMPT_TOKENS, 2, Limits(1.0, 1.0, ""))
+    work = limit["scoring"] + limit["reference"] + limit["student"] + student.forward_flops(TOKENS)
+    assert step_flops(student) == pytest.approx(work, rel=0.005)  # prompts are not projected
+
+
+@pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)
+def test_a_step_takes_at_least_what_it_waits_for(student):
+    """Nothing is sent by one GPU; what waits is part of what moves; LoRA is the fastest."""
+    for gpus in GPUS:
+        for back_end in BACK_ENDS:
+            sent, over = moved_seconds(student, back_end, gpus)
+            assert (sent == 0) == (gpus == 1 or back_end.adapters)
+            assert over <= waiting_seconds(student, back_end, gpus) <= sent + over
+            assert back_end.adapters or step_seconds(student, back_end, gpus) > step_seconds(student, LORA, gpus)
+
+
+def test_what_does_not_fit_has_no_time():
+    """32 billion parameters on one GPU, in whatever way."""
+    assert not any(runs(QWEN3[-1], back_end, 1) for back_end in BACK_ENDS)
+    assert [row for row in time_table() if "Qwen3-32B | 1 | no launch fits" in row]
+    assert not [row for row in step_table() if "Qwen3-32B | `zero2` |" in row]
+
+
+@pytest.mark.parametrize("table", [memory_table, time_table, step_table])
 def test_the_page_has_the_tables_that_are_printed(table):
     """Line by line."""
     assert "\n".join(table()) in PAGE.read_text()
