@@ -22,6 +22,7 @@ settings of the configuration. The weights are written beside the result, as `NA
 
 import json
 import sys
+from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -38,10 +39,11 @@ from accelerate.utils import gather_object
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from trainer_utils import questions, script
 from transformers import BitsAndBytesConfig
 
-from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, offload
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEPS, PROMPTS = 3, 8
@@ -181,6 +183,8 @@ def train(
         peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **lora) if lora is not None else None,
     )
     trainer.completions = []
+    if args.ref_model_offload:
+        be_away_between_uses(trainer)
     if observed:
         trainer.observe()
     before = weights(trainer)
@@ -258,11 +262,61 @@ def reentrant(trainer: OmniOPDTrainer) -> bool | None:
     return None
 
 
+def be_away_between_uses(trainer: OmniOPDTrainer) -> None:
+    """Make the reference NaN wherever it rests, so that it can only be read where it was lent to.
+
+    The device of these runs is the CPU, and a move to where a tensor is already is none. ZeRO-3 moves what it gathers
+    itself, within one call: see `rests_on_cpu`.
+    """
+    if trainer._reference.offloaded is None:
+        return
+    model = trainer.ref_model
+    at_rest = here(model)
+    true = {tensor.data_ptr(): tensor.clone() for tensor in at_rest}
+    for tensor in at_rest:
+        tensor.fill_(float("nan"))
+    if BACK_END != "fsdp2":
+        offload._copy = lambda host, device: true[host.data_ptr()].clone()
+        return
+    move = model.to
+
+    def move_and_fill(where: Any) -> nn.Module:
+        move(where)
+        for tensor in at_rest:
+            # The device is an object; the place to rest is called "cpu", and can be told from it by nothing else here.
+            tensor.copy_(true[tensor.data_ptr()]) if isinstance(where, torch.device) else tensor.fill_(float("nan"))
+        return model
+
+    model.to = move_and_fill
+
+
+def here(model: nn.Module) -> list[torch.Tensor]:
+    """What this process holds of a model's parameters."""
+    values = [parameter.detach() for parameter in model.parameters()]
+    return [value.to_local() if isinstance(value, DTensor) else value for value in values]
+
+
 def rests_on_cpu(trainer: OmniOPDTrainer) -> bool:
-    """Whether the reference is kept off the device between uses; ZeRO-3 does it by its own means."""
-    if BACK_END.startswith("zero3") and trainer.ref_model is not None:
-        return trainer.ref_model.zero_offload_param() is not None
-    return trainer._reference.offloaded is not None
+    """Whether the reference is kept off the device between uses.
+
+    Under ZeRO-3 what counts is where DeepSpeed was told to keep its part of each parameter: on a machine with one
+    memory nothing else shows it.
+    """
+    if trainer.ref_model is None:
+        return False
+    if BACK_END.startswith("zero3"):
+        # It keeps the device for a parameter of which it was told nothing. The student's may not be moved.
+        assert all(isinstance(place, torch.device) for place in places(trainer.model_wrapped))
+        return all(isinstance(place, str) and place == "cpu" for place in places(trainer.ref_model))
+    if trainer._reference.offloaded is None:
+        return False
+    return all(tensor.isnan().all().item() for tensor in here(trainer.ref_model))
+
+
+def places(model: nn.Module) -> list[Any]:
+    """Where ZeRO-3 keeps its part of each parameter: its methods know what it was made with."""
+    makers = (getclosurevars(parameter.partition).nonlocals["self"] for parameter in model.parameters())
+    return [maker.remote_device for maker in makers]
 
 
 def main() -> None:
