@@ -39,6 +39,8 @@ TRAINED = (
     *("local_teacher_full", "offloaded_reference_full"),
 )
 LORA = {"init_lora_weights": False}
+# What a run has that sets neither. Comparisons to 1e-4 have to do without the first.
+DEFAULT = {"bf16": True, "gradient_checkpointing": True}
 # Completions that are given, and chunks that no rounding moves to another place: one for each long completion.
 GIVEN = {"observed": True, "chunk_length": 40, "num_chunks": 1, "min_chunk_length": 20, "prior": "reference"}
 # Everything that a checkpoint has to bring back: completions and dropout that are drawn, a learning rate that falls, a
@@ -74,14 +76,14 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     more: list[dict[str, Any]] = []
     for kind, lora in kinds.items():
         common = {"path": tied, "lora": lora, "max_steps": 2}
-        more.append({**common, "name": f"bf16_{kind}", "bf16": True, **GIVEN})
+        more.append({**common, "name": f"bf16_{kind}", **DEFAULT, **GIVEN})
         for reentrant in (True, False):
             name = f"checkpointing_{'reentrant_' if reentrant else ''}{kind}"
             settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
             more.append({**common, "name": name, "gradient_checkpointing": True, **settings})
         dropout = {**LORA, "lora_dropout": 0.1} if lora else None
         saving = {"save_strategy": "steps", "save_steps": 1}
-        more.append({**common, "name": f"drawn_{kind}", **DRAWN, **saving, "lora": dropout})
+        more.append({**common, "name": f"drawn_{kind}", **DEFAULT, **DRAWN, **saving, "lora": dropout})
     if QUANTIZES:
         quantization = {
             "load_in_4bit": True,
@@ -97,9 +99,9 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
         needs(back_end)
         folder = tmp_path_factory.mktemp(back_end)
         chosen = students + more
-        if back_end == "one":  # what the others' bf16 has to be near to
+        if back_end == "one":  # what the others' bf16, with checkpointing, has to be near to
             chosen += [
-                {**student, "name": student["name"].replace("bf16", "float32"), "bf16": False}
+                {**student, "name": student["name"].replace("bf16", "float32"), **dict.fromkeys(DEFAULT, False)}
                 for student in more
                 if student["name"].startswith("bf16")
             ]
@@ -145,7 +147,7 @@ def test_bf16_computes_in_bf16(back_end, kind, trained):
     result = trained(back_end)[0][f"bf16_{kind}"]
     seen = result["observed"]
     outputs = {(phase, output) for phase, _, output in seen["dtypes"] if phase != "generation"}
-    assert outputs == {(phase, "torch.bfloat16") for phase in ("scores", "loss", "reference")}
+    assert outputs == {(phase, "torch.bfloat16") for phase in ("scores", "loss", "reference", "backward")}
     assert seen["weights_kept"]
     assert seen["losses_kept"]
     assert seen["master_weights"] == "torch.float32"

@@ -76,7 +76,7 @@ class Observed(Trainer):
     """Notes in which dtype each part of the computation is done, on completions that are given."""
 
     writes = False
-    phase = "generation"
+    phase = "generation"  # or "scores", "reference", "loss", and "backward", when layers are computed again
 
     def observe(self) -> None:
         self.seen: set[tuple[str, str, str]] = set()
@@ -90,6 +90,10 @@ class Observed(Trainer):
 
     def note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.seen.add((self.phase, str(inputs[0].dtype), str(output.dtype)))
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        self.phase = "generation"
+        return super()._generate_single_turn(*args, **kwargs)
 
     def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
         self.phase = "scores"
@@ -106,7 +110,7 @@ class Observed(Trainer):
         self.phase = "loss"
         self.asked = inputs["weights"].unique()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.phase = "generation"
+        self.phase = "backward"  # until something else begins
         self.losses_in_float32.append(loss.dtype == torch.float32 and (exact(loss.detach()) or not loss))
         return loss
 
@@ -215,7 +219,9 @@ def weights(trainer: OmniOPDTrainer) -> dict[str, torch.Tensor]:
         if not parameter.requires_grad:
             continue
         value = parameter.detach()
-        if hasattr(parameter, "ds_id"):
+        if BACK_END.startswith("zero") and hasattr(trainer.model_wrapped, "optimizer"):
+            value = updated(parameter)
+        elif hasattr(parameter, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -227,10 +233,13 @@ def weights(trainer: OmniOPDTrainer) -> dict[str, torch.Tensor]:
 
 
 def master_weights(model: nn.Module) -> torch.Tensor:
-    """What the optimizer updates, of one trainable parameter: a copy of DeepSpeed's own, if there is one."""
+    """What the optimizer updates, of one trainable parameter."""
     parameter = next(p for p in model.parameters() if p.requires_grad)
-    if not BACK_END.startswith("zero"):
-        return parameter.detach()
+    return updated(parameter) if BACK_END.startswith("zero") else parameter.detach()
+
+
+def updated(parameter: nn.Parameter) -> torch.Tensor:
+    """DeepSpeed's own copy of a parameter, whole: what the layers compute with may be rounded to bf16."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
