@@ -174,6 +174,22 @@ def test_bf16_computes_in_bf16(back_end, kind, trained):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("back_end", ["zero3", "fsdp2"])
+def test_a_head_is_gathered_no_more_than_it_has_to_be(back_end, kind, trained):
+    """Of one micro-batch. A forward gathers it, tied to the embeddings, and `lm_head_of` does not once more.
+
+    FSDP2 keeps what its root module gathered until the backward is over. ZeRO-3 frees the student's for the backward,
+    and the reference's at the end of its own forward, too: the KL's kernel gathers that, and in its backward both.
+    LoRA's reference is the student, whose head is still there.
+    """
+    reference = {"reference": 1} if kind == "full" else {}
+    expected = {"loss": 1, **reference}
+    if back_end == "zero3":
+        expected = {"loss": 1 + (kind == "full"), **reference, "backward": 1 + (kind == "full")}
+    assert trained(back_end)[0][f"bf16_{kind}"]["observed"]["heads_gathered"] == expected
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["checkpointing", "checkpointing_reentrant"])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_gradient_checkpointing_changes_nothing(back_end, checkpointing, kind, trained):

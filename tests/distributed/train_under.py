@@ -40,6 +40,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_utils import questions, script
 from transformers import BitsAndBytesConfig
 
@@ -119,6 +120,12 @@ class Observed(Trainer):
         self.weights_kept.append(torch.equal(arrived, self.asked) and (len(arrived) == 1 or exact(arrived)))
         return super()._objective(student, tokens, *args)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with Gathers(self) as gathers:
+            loss = super().training_step(*args, **kwargs)
+        self.heads_gathered = gathers.heads  # of the last micro-batch: DeepSpeed has learnt by then what comes when
+        return loss
+
     def observations(self) -> dict[str, Any]:
         model = self.accelerator.unwrap_model(self.model_wrapped)
         return {
@@ -126,8 +133,32 @@ class Observed(Trainer):
             "weights_kept": all(gather_object(self.weights_kept)),
             "losses_kept": all(gather_object(self.losses_in_float32)),
             "master_weights": str(master_weights(model).dtype),
+            "heads_gathered": self.heads_gathered,
             "quantized": any(getattr(module, "quant_state", None) is not None for module in model.modules()),
         }
+
+
+class Gathers(TorchDispatchMode):
+    """Counts how often an LM head is gathered, in each phase: the student's or the reference's, of the same size."""
+
+    def __init__(self, trainer: Observed):
+        super().__init__()
+        self.trainer = trainer
+        head = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight
+        vocabulary, hidden = getattr(head, "ds_shape", head.shape)
+        self.sizes = {vocabulary * hidden, (vocabulary + 1) * hidden}  # FSDP2 may gather the last norm with it
+        self.heads: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        whole = None
+        if func is torch.ops.c10d._allgather_base_.default:
+            whole = args[0]
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:  # of a `DTensor`
+            whole = result
+        if whole is not None and whole.numel() in self.sizes:
+            self.heads[self.trainer.phase] = self.heads.get(self.trainer.phase, 0) + 1
+        return result
 
 
 def exact(values: torch.Tensor) -> bool:
