@@ -43,8 +43,14 @@ def needs(back_end: str) -> None:
 @cache
 def _build_deepspeed() -> None:
     """DeepSpeed builds an operator for communication on a CPU the first time: not on the time that a run has."""
+    # Of this environment alone: what is built for another PyTorch is built anew, and a build that was killed leaves a
+    # lock, which the next one would wait for without end.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=400)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"DeepSpeed's operator was not built in time: remove {os.environ['TORCH_EXTENSIONS_DIR']}")
 
 
 def training_arguments(back_end: str) -> dict[str, Any]:
