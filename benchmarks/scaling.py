@@ -220,7 +220,13 @@ def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
     """At the end of a forward: copies of weights, what is gathered and cloned of the reference, states, two tiles."""
     weights = back_end.copies * student.layers * student.layer_weights
     weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
-    return weights + 3 * state_size(back_end) * tokens * student.hidden + 2 * 4 * TILE
+    states = 3 * state_size(back_end) * tokens * student.hidden
+    return weights + max(states + 2 * 4 * TILE, last_layer_bytes(student, tokens))
+
+
+def last_layer_bytes(student: Shape, tokens: int) -> float:
+    """Of the last layer, in a forward: three results of its MLP in bf16, and two float32 states."""
+    return tokens * (2 * 3 * student.intermediate + 4 * 2 * student.hidden)
 
 
 def state_size(back_end: BackEnd) -> int:
@@ -497,11 +503,13 @@ def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, floa
     rows = []
     for student in students:
         inputs = 2 * tokens * student.layers * student.hidden
+        copies = 2 * student.layers * student.layer_weights + last_layer_bytes(student, tokens)
         code = traced(student, tokens) | {AUTOCAST: traced(student, tokens, autocasts=True)["layers"]}
         formulas = {
             "parameters": float(student.parameters),
             "layers": inputs + layer_bytes(student, tokens, autocasts=False),
-            AUTOCAST: 2 * inputs + layer_bytes(student, tokens, autocasts=True),
+            # Small weights: a layer's backward. Large ones: the end of the forward, with all copies of them.
+            AUTOCAST: 2 * inputs + max(layer_bytes(student, tokens, autocasts=True), copies),
             "forward": student.forward_flops(tokens),
             "backward": 3 * student.forward_flops(tokens),
         }
