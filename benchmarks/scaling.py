@@ -119,7 +119,7 @@ class BackEnd:
 # makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
 # gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient.
 #
-# What is sent, and how often, was counted (see docs/scaling.md). DDP reduces float32 gradients once per step. ZeRO-2
+# What is sent, and how often, is read off the launches. DDP reduces float32 gradients once per step. ZeRO-2
 # reduces them in bf16 with every micro-batch, as an all-reduce, and gathers the new weights at the end. ZeRO-3 gathers
 # all weights five times per micro-batch: to score, in the student's forward, twice in its backward, where the layers
 # run again (checkpointing), and for the reference. FSDP2 gathers once in the backward, and reduces once per step.

@@ -235,9 +235,9 @@ def test_a_whole_checkpoint_is_not_put_at_risk(tmp_path, tiny_model_dir, monkeyp
         calls, path = teacher.calls, None
     settings = {**SETTINGS, "save_audits": False}
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(fail_at=calls), **settings)
+    saves, save = [], again._save_optimizer_and_scheduler
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda path: (saves.append(path), save(path)))
     with pytest.raises(TeacherError, match="Stopped at step 2"):
-        saves, save = [], again._save_optimizer_and_scheduler
-        monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda path: (saves.append(path), save(path)))
         again.train(resume_from_checkpoint=path)
     assert len(saves) == (0 if resumed else 1)
     assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size > 0
