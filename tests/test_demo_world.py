@@ -324,10 +324,10 @@ class TestTheDemoTeaches:
         class Shuffled(Watched):
             """Every chunk gets the posterior of another one: the same numbers, without what they say."""
 
-            def _chunk_weights(self, posteriors, rows, is_last):
+            def _chunk_weights(self, posteriors, *batch):
                 generator = torch.Generator().manual_seed(self.state.global_step)
                 order = torch.randperm(len(posteriors), generator=generator)
-                return super()._chunk_weights(posteriors[order], rows, is_last)
+                return super()._chunk_weights(posteriors[order], *batch)
 
         options = ["--seed", str(seed), "--output_dir", str(folder), "--evaluate_teacher", "false"]
         # Undone after each run: the classes of the next run derive from the real trainer, not from these.
