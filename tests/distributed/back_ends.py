@@ -23,13 +23,41 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:  # the processes under a back end import these only when their device is chosen
+    import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BACK_ENDS = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+# The steps that are compared, as settings of `OmniOPDConfig`.
+STEPS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "num_chunks": 2,
+    "chunk_length": 10,
+    "min_chunk_length": 6,
+    "num_rollouts": 3,
+    "beta": 0.5,
+    # The likeliest token each time: what is sampled must not depend on the number of processes.
+    "top_k": 1,
+    # Adam divides by the root of the second moment: without this, rounding noise in gradients near zero would become
+    # whole steps.
+    "adam_epsilon": 1e-2,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.5,
+    # In bf16 rounding would hide a mistake.
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+# What is compared of each step, by the names of the log.
+LOGGED = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
 
 
 def needs(back_end: str) -> None:
@@ -163,6 +191,17 @@ def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: flo
     # A process of DeepSpeed may abort once in a while after everything is done: the result decides.
     assert result.exists(), f"{back_end} ended with {code} and no result:\n{output[-8000:]}"
     return json.loads(result.read_text())
+
+
+def whole(parameter: "torch.nn.Parameter") -> "torch.Tensor":
+    """A copy of all of a parameter, whichever back end sharded it: all processes have to ask for it."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
 
 
 def free_port() -> int:

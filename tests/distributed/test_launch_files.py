@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from back_ends import HERE, ROOT, finish, free_port, needs
+from back_ends import HERE, ROOT, STEPS, finish, free_port, needs
 from safetensors.torch import load_file
 from trainer_utils import questions
 from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 TOLERANCE = 1e-4
 FILES = ("zero2", "zero3", "fsdp2")
 # The student is its own reference in the first step: the second one has a divergence, too.
-STEPS, PROMPTS = 2, 8
+NUM_STEPS, PROMPTS = 2, 8
 # The command, with a training that takes notes in the place of `omniopd_trl.train`.
 COMMAND = """
 import sys
@@ -64,34 +64,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def trained(make_tiny_model, tmp_path_factory) -> Callable[[str | None], Trained]:
     """A function from the name of a file, or none, to the notes of each process, and the folder with the students."""
     shared = tmp_path_factory.mktemp("launch_files")
-    rows = [json.dumps(row) for row in questions(PROMPTS * STEPS)]
+    rows = [json.dumps(row) for row in questions(PROMPTS * NUM_STEPS)]
     (shared / "sums.jsonl").write_text("\n".join(rows))
     recipe = {
         "model_name_or_path": str(make_tiny_model(seed=0, **WIDE)),
         "teacher_model_name_or_path": "scripted",
         "dataset_name": str(shared / "sums.jsonl"),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
+        "max_steps": NUM_STEPS,
         "max_completion_length": 30,
-        "num_chunks": 2,
-        "chunk_length": 10,
-        "min_chunk_length": 6,
-        "num_rollouts": 3,
-        "beta": 0.5,
-        # The likeliest token each time: what is sampled must not depend on the number of processes.
-        "top_k": 1,
         "learning_rate": 5e-2,
-        # As in `train_under`: rounding noise in gradients near zero must not become whole steps.
-        "adam_epsilon": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        # In bf16, which the files leave to the recipe, rounding would hide a mistake; `test_back_ends` looks at bf16.
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
+        **STEPS,
     }
     (shared / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
@@ -144,7 +126,7 @@ def test_trains_what_one_process_trains(name, kind, trained):
     for note in notes:
         for step, (here, there) in enumerate(zip(note[kind]["steps"], expected[kind]["steps"], strict=True)):
             assert here == pytest.approx(there, rel=TOLERANCE, abs=TOLERANCE), step
-    assert len(expected[kind]["steps"]) == STEPS
+    assert len(expected[kind]["steps"]) == NUM_STEPS
     assert expected[kind]["moved"] > 100 * TOLERANCE
     weights, wanted = saved_weights(folder / kind), saved_weights(one / kind)
     assert weights.keys() == wanted.keys()

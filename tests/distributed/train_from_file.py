@@ -32,6 +32,7 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import fsdp_utils
+from back_ends import LOGGED, whole
 from torch import nn
 
 from omniopd_trl import omniopd_trainer, train
@@ -44,7 +45,6 @@ RUNS = {
         *("--lora_target_modules", "all-linear"),
     ],
 }
-KEYS = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
 facts: dict[str, Any] = {}
 
 
@@ -54,13 +54,13 @@ class Trainer(omniopd_trainer.OmniOPDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         facts["sharded_while_loaded"] = any(p.numel() == 0 for p in self.model.parameters())
         facts["filled_from"] = None
-        before = whole(self)
+        before = weights(self)
         result = super().train(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         student = model.get_base_model() if hasattr(model, "get_base_model") else model
-        after = whole(self)
+        after = weights(self)
         facts.update(
-            steps=[{key: entry[key] for key in KEYS} for entry in self.state.log_history if "grad_norm" in entry],
+            steps=[{key: entry[key] for key in LOGGED} for entry in self.state.log_history if "grad_norm" in entry],
             moved=max((after[name] - before[name]).abs().max().item() for name in after),
             held=share(model),
             tied=student.get_input_embeddings().weight is student.get_output_embeddings().weight,
@@ -87,22 +87,10 @@ def share(model: nn.Module) -> float:
     return held / total
 
 
-def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The trainable weights, by name."""
-    weights = {}
-    for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value = parameter.detach()
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                value = parameter.detach().clone()
-        elif hasattr(value, "full_tensor"):
-            value = value.full_tensor()
-        weights[name] = value.clone()
-    return weights
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trainable weights, whole, by name."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def filled(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from back_ends import training_arguments
+from back_ends import LOGGED, STEPS, training_arguments, whole
 
 BACK_END = sys.argv[1]
 if BACK_END == "fsdp2":
@@ -47,7 +47,7 @@ from transformers import BitsAndBytesConfig
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, offload
 from omniopd_trl.teachers import ScriptedTeacher
 
-STEPS, PROMPTS = 3, 8
+NUM_STEPS, PROMPTS = 3, 8
 
 
 class Trainer(OmniOPDTrainer):
@@ -174,7 +174,7 @@ def train(
     teacher: str | None = None,
     quantization: dict[str, Any] | None = None,
     observed: bool = False,
-    num_prompts: int = PROMPTS * STEPS,
+    num_prompts: int = PROMPTS * NUM_STEPS,
     resume: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -182,29 +182,11 @@ def train(
     args = OmniOPDConfig(
         **{
             "output_dir": str(folder / name),
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             "max_completion_length": 40,
-            "num_chunks": 2,
-            "chunk_length": 10,
-            "min_chunk_length": 6,
-            "num_rollouts": 3,
-            "beta": 0.5,
-            # The likeliest token each time: what is sampled must not depend on the number of processes.
-            "top_k": 1,
-            "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": PROMPTS // 2 // num_processes,
-            "max_steps": STEPS,
-            "logging_steps": 1,
+            "max_steps": NUM_STEPS,
             "learning_rate": 1e-2,
-            # Adam divides by the root of the second moment: without this, rounding noise in gradients near zero would
-            # become whole steps.
-            "adam_epsilon": 1e-2,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.5,
+            **STEPS,
             **training_arguments(BACK_END),
             **settings,
         }
@@ -228,9 +210,8 @@ def train(
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    keys = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
     return {
-        "steps": [{key: float(entry[key]) for key in keys if key in entry} for entry in logs],
+        "steps": [{key: float(entry[key]) for key in LOGGED if key in entry} for entry in logs],
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,
         "completions": sorted(map(str, gather_object(trainer.completions))),
         "sharded": sharded(trainer),
@@ -245,22 +226,11 @@ def train(
 
 def weights(trainer: OmniOPDTrainer) -> dict[str, torch.Tensor]:
     """The trainable weights, whole, by the names that they have in one process."""
-    whole = {}
-    for name, parameter in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value = parameter.detach()
-        if BACK_END.startswith("zero") and hasattr(trainer.model_wrapped, "optimizer"):
-            value = updated(parameter)
-        elif hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                value = parameter.detach().clone()
-        elif hasattr(value, "full_tensor"):
-            value = value.full_tensor()
-        whole[name] = value.clone().float()
-    return whole
+    wrapped = trainer.model_wrapped
+    # DeepSpeed's own copy, once there is one: what the layers compute with may be rounded to bf16.
+    value = updated if BACK_END.startswith("zero") and hasattr(wrapped, "optimizer") else whole
+    named = trainer.accelerator.unwrap_model(wrapped).named_parameters()
+    return {name: value(parameter).clone().float() for name, parameter in named if parameter.requires_grad}
 
 
 def master_weights(model: nn.Module) -> torch.Tensor:
@@ -270,7 +240,7 @@ def master_weights(model: nn.Module) -> torch.Tensor:
 
 
 def updated(parameter: nn.Parameter) -> torch.Tensor:
-    """DeepSpeed's own copy of a parameter, whole: what the layers compute with may be rounded to bf16."""
+    """DeepSpeed's own copy of a parameter, whole."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
