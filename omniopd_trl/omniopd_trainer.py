@@ -330,6 +330,11 @@ class OmniOPDTrainer(DistillationTrainer):
         super()._save_checkpoint(model, trial)
         self._whole_checkpoint = folder.resolve()
 
+    def _save_rng_state(self, output_dir):
+        """Of what each process writes this is the last; the state follows, and older checkpoints are deleted."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 

@@ -50,6 +50,7 @@ HOOKS = {
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["self", "logs", "start_time"],

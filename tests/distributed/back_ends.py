@@ -17,14 +17,15 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:  # the processes under a back end import these only when their device is chosen
@@ -78,7 +79,8 @@ def _build_deepspeed() -> None:
     try:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=400)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"DeepSpeed's operator was not built in time: remove {os.environ['TORCH_EXTENSIONS_DIR']}")
+        folder = os.environ["TORCH_EXTENSIONS_DIR"]
+        raise AssertionError(f"DeepSpeed's operator was not built in time: remove {folder}") from None
 
 
 def training_arguments(back_end: str) -> dict[str, Any]:
@@ -152,6 +154,7 @@ def start(
     """Start a script under a back end, in a process group of its own; `folder` is for configurations."""
     command = [sys.executable]
     if back_end.startswith("zero"):
+        _build_deepspeed()
         command += ["-m", "accelerate.commands.launch", "--config_file", str(_accelerate_config(back_end, folder))]
         command += [f"--num_processes={num_processes}", f"--main_process_port={free_port()}"]
     elif back_end != "one":
@@ -175,11 +178,15 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
-    """Wait for a script; its exit code and what it said. After `seconds` its whole group is killed."""
+    """Wait for a script; its exit code and what it said. After `seconds` it and all that it started are killed."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # A launcher's processes have groups of their own. One that is left would also keep what it says open.
+        launcher = psutil.Process(process.pid)
+        for each in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         output, _ = process.communicate()
         raise AssertionError(f"not finished after {seconds:.0f} s:\n{output[-5000:]}") from None
     return process.returncode, output

@@ -14,8 +14,12 @@
 """A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from back_ends import HERE, finish, needs, start, training_arguments
 from trainer_utils import questions
@@ -28,6 +32,15 @@ SCRIPT = HERE / "fail_under.py"
 SECONDS = 120
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+# As torchrun does: what it starts has a session of its own, and keeps the pipe of what it says open.
+LAUNCHER = """
+import subprocess
+started = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(started.pid, flush=True)
+started.wait()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +123,17 @@ def assert_goes_on(back_end: str, write_recipe, output_dir: Path, uninterrupted:
         assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
 
 
+def test_processes_of_a_launcher_that_hangs_are_ended():
+    """These tests' own limit of time: nobody else would end a process that waits for a dead one."""
+    command = [sys.executable, "-c", LAUNCHER]
+    launcher = subprocess.Popen(command, text=True, start_new_session=True, stdout=subprocess.PIPE)
+    started = psutil.Process(int(launcher.stdout.readline()))
+    with pytest.raises(AssertionError, match="not finished after 1 s"):
+        finish(launcher, 1)
+    assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+    assert launcher.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("back_end", ["ddp", "zero3", "fsdp2"])
 def test_a_final_error_on_one_rank(back_end, write_recipe, uninterrupted, tmp_path):
     """In the middle of a step: one message, both processes end by themselves, and the run goes on from there."""
@@ -140,6 +164,9 @@ def test_a_mistake_in_the_teacher_on_one_rank(back_end, slow, write_recipe, unin
     assert codes == ["1"], "the first process returns, the second raises"
     assert "TeacherError: Stopped at step 2: process 1 met an unexpected RuntimeError (a mistake in the" in output
     assert output.count("RuntimeError: a mistake in the teacher") == 1
+    # Written last, by the first process: a checkpoint with it is whole.
+    written = {path.name: path.stat().st_mtime for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
+    assert written["trainer_state.json"] >= written[f"rng_state_{slow}.pth"]
     assert_goes_on(back_end, write_recipe, tmp_path / "out", uninterrupted)
 
 
