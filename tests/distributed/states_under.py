@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
-"""Trains two steps of two micro-batches under one back end and counts the bytes that a process holds.
+"""Trains three steps of two micro-batches under one back end and counts the bytes that a process holds and sends.
 
     python states_under.py BACK_END RESULT.json MODEL KIND
 
@@ -25,12 +25,15 @@ the first process:
 - `reference`: its weights.
 - `copies`: copies of the student's weights in bf16 that are alive at the end of a forward.
 - `gathered`, `gathered_reference`: weights that are whole while a layer computes (FSDP2).
+- `sent`: what it sends to the others in the last step, other than to generate. Of DeepSpeed: it learns in the first
+  what comes when. Nothing else is counted in this step, since a tensor that is watched can be reached, too.
 """
 
 import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
@@ -54,6 +58,14 @@ from omniopd_trl.teachers import ScriptedTeacher
 
 # In bytes: what is smaller is a counter or a mask, and no weight.
 SMALL = 256
+NUM_STEPS = 3
+# How often a ring sends what each operation is about.
+SHARES = {
+    **dict.fromkeys(("allreduce_", "all_reduce"), 2),
+    **dict.fromkeys(("_allgather_base_", "allgather_", "all_gather_into_tensor"), 1),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor", "broadcast_"), 1),
+    **dict.fromkeys(("wait_tensor", "barrier"), 0),
+}
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -99,11 +111,45 @@ class Copies(TorchDispatchMode):
         return sum(size for storage, size in self.made if not storage.expired())
 
 
+class Sent(TorchDispatchMode):
+    """Adds up what a process sends: of S bytes `S (N - 1) / N`, and twice that where all get the sum of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0.0
+        self.counts = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.counts and func.namespace in ("c10d", "_c10d_functional"):
+            # One of the two sides holds all: the input of a reduce-scatter, the output of a gather.
+            sides = [[t for t in tree_leaves(side) if isinstance(t, torch.Tensor)] for side in (result, *args[:2])]
+            most = max(sum(tensor.nbytes for tensor in side) for side in sides)
+            processes = torch.distributed.get_world_size()
+            self.bytes += SHARES[func._opname] * most * (processes - 1) / processes
+        return result
+
+
 class Trainer(OmniOPDTrainer):
     """Keeps the most that was counted of each kind."""
 
     most: dict[str, int]
     parameters: int
+    sent: Sent
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.state.global_step == NUM_STEPS - 1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.sent if self.is_last_step else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        self.sent.counts = False
+        completions = super()._generate_single_turn(*args, **kwargs)
+        self.sent.counts = True
+        return completions
 
     def note(self, **sizes: int) -> None:
         for name, size in sizes.items():
@@ -117,6 +163,8 @@ class Trainer(OmniOPDTrainer):
 
     def count(self) -> None:
         """Between forward and backward passes, when no activation is alive."""
+        if self.is_last_step:
+            return
         reference = {} if self.ref_model is None else weights_of(self.accelerator.unwrap_model(self.ref_model))
         whole = 4 * self.parameters
         # DeepSpeed's buffers have a size of their own, far beyond that of a tiny model.
@@ -155,14 +203,14 @@ def main() -> None:
             num_rollouts=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
-            max_steps=2,
+            max_steps=NUM_STEPS,
             **settings,
             **training_arguments(BACK_END),
         ),
         train_dataset=Dataset.from_list([{"prompt": "some words"}] * 16),
         peft_config=LoraConfig(r=1, target_modules=["q_proj"]) if KIND == "lora" else None,
     )
-    trainer.most = {}
+    trainer.most, trainer.sent = {}, Sent()
     student = trainer.accelerator.unwrap_model(trainer.model)
     trainer.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
     trainer.add_callback(Watch(trainer))
@@ -187,7 +235,7 @@ def main() -> None:
     torch.optim.AdamW.step = count_and_update  # DeepSpeed calls it in the middle of its own
     trainer.train()
     if os.environ["RANK"] == "0":
-        Path(RESULT).write_text(json.dumps(trainer.most))
+        Path(RESULT).write_text(json.dumps({**trainer.most, "sent": round(trainer.sent.bytes)}))
 
 
 if __name__ == "__main__":
