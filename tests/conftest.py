@@ -33,6 +33,12 @@ from corpus import STUDENT_LINES, TEACHER_LINES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, by the limits of time that they have: with `-n 2` others then run beside them."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+
+
 # ChatML, as in Qwen: the end of a turn is the end of a sequence.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
