@@ -22,6 +22,7 @@ A recipe is a YAML file of options; the command line overrides it. Options are t
 """
 
 import argparse
+import atexit
 import difflib
 import os
 import signal
@@ -560,6 +561,25 @@ def run(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(code: int) -> typing.NoReturn:
+    """End this process like `sys.exit(code)`, but for the interpreter's teardown where there are several processes.
+
+    PyTorch's threads for communication outlive the process group there, and abort a process once in a while after
+    everything is done: its launcher would report that a run failed which did not.
+
+    Args:
+        code: the exit code.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    # What the interpreter does before its teardown: other threads come to their end, then what libraries registered.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     ControlC().install()
-    sys.exit(run())
+    leave(run())

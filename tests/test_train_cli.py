@@ -16,6 +16,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,43 @@ class TestRun:
         process = succeeded(run_process(*command, cwd=tmp_path))
         assert process.stdout.count("model saved to") == 1
         assert "student after, pass@1" in process.stdout
+
+
+# What `sys` holds outlives all but the interpreter's teardown.
+ABORTS = """
+import atexit, os, sys, threading, time
+from omniopd_trl.train import leave
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def late():
+    time.sleep(0.5)
+    print("a thread")
+
+sys.aborts = Aborts()
+atexit.register(print, "registered")
+threading.Thread(target=late).start()
+leave(int(sys.argv[1]))
+"""
+
+
+class TestLeave:
+    """The end of the command."""
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_no_abort_at_the_end_of_one_of_several_processes(self, code, tmp_path):
+        """What a launcher sees is the command's own exit code, after threads and exit functions."""
+        process = run_process(sys.executable, "-c", ABORTS, code, cwd=tmp_path, env={"WORLD_SIZE": "2"})
+        assert process.returncode == code, process.stderr
+        assert process.stdout.split("\n") == ["a thread", "registered", ""]
+
+    def test_one_process_ends_as_ever(self, tmp_path):
+        """So that the test above can fail."""
+        process = run_process(sys.executable, "-c", ABORTS, 0, cwd=tmp_path, env={"WORLD_SIZE": "1"})
+        assert process.returncode == -signal.SIGABRT
+        assert process.stdout.split("\n") == ["a thread", "registered", ""]
 
 
 class TestMistakes:
