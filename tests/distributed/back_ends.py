@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the processes under a back end import these only when their
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BACK_ENDS = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+BACK_ENDS = ("one", "ddp", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 # The steps that are compared, as settings of `OmniOPDConfig`.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2,

@@ -95,7 +95,7 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "bfloat16",
         }
-        settings = {"lora": LORA, "quantization": quantization, "bf16": True, "max_steps": 2, **GIVEN}
+        settings = {"lora": LORA, "quantization": quantization, "max_steps": 2, **DEFAULT, **GIVEN}
         more.append({"name": "quantized_lora", "path": wide, **settings})
 
     @cache
