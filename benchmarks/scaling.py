@@ -119,10 +119,10 @@ class BackEnd:
 # makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
 # gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient.
 #
-# What is sent, and how often: DDP reduces float32 gradients once per step. ZeRO-2
-# reduces them in bf16 with every micro-batch, as an all-reduce, and gathers the new weights at the end. ZeRO-3 gathers
-# all weights five times per micro-batch: to score, in the student's forward, twice in its backward, where the layers
-# run again (checkpointing), and for the reference. FSDP2 gathers once in the backward, and reduces once per step.
+# What is sent, and how often: DDP reduces float32 gradients once per step. ZeRO-2 reduces them in bf16 with every
+# micro-batch, as an all-reduce, and gathers the new weights at the end. ZeRO-3 gathers all weights five times per
+# micro-batch: to score, in the student's forward, twice in its backward, where the layers run again (checkpointing),
+# and for the reference. FSDP2 gathers once in the backward, and reduces once per step.
 _DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
 _ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off there by default
 _ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}

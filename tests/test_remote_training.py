@@ -107,9 +107,7 @@ def test_faults_change_nothing(tmp_path, tiny_model_dir, services, monkeypatch, 
     with Loopback(service.answer, fault=faults(1, service.error)) as server:
         faulty = run(tmp_path / "faulty", tiny_model_dir, service, server)
         num_faulty = len(server.requests)
-    weights = trainable(faulty.model)
-    for name, value in trainable(clean.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainable(faulty.model), trainable(clean.model), rtol=0, atol=1e-6)
     logs = clean.state.log_history[0], faulty.state.log_history[0]
     assert logs[0]["audit/posterior"] == pytest.approx(logs[1]["audit/posterior"], rel=1e-5)
     assert logs[1]["audit/dropped_chunks"] == 0
@@ -281,8 +279,7 @@ def test_credit_that_ends_in_the_middle_of_a_step(tmp_path, tiny_model_dir, serv
     assert counted([*answered, *asked]) == counted([probe, *expected])
     logs = clean.state.log_history[0], again.state.log_history[0]
     assert logs[0]["audit/posterior"] == pytest.approx(logs[1]["audit/posterior"], rel=1e-6)
-    for name, value in trainable(clean.model).items():
-        torch.testing.assert_close(trainable(again.model)[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainable(again.model), trainable(clean.model), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])

@@ -65,9 +65,7 @@ def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir
 
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "ref_model_offload": True})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    weights = trainable(again.model)
-    for name, value in trainable(first.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
     assert again.state.log_history[3]["loss"] == pytest.approx(first.state.log_history[3]["loss"], abs=1e-5)
     assert again.state.log_history[3]["teacher/completion_tokens"] == 0
     assert again.teacher_usage == Usage()
@@ -96,9 +94,7 @@ def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tin
     for there, here in zip(whole.batches[2:], again.batches, strict=True):
         assert here["prompts"] == there["prompts"]
         assert torch.equal(here["completion_ids"], there["completion_ids"])
-    weights = trainable(again.model)
-    for name, value in trainable(whole.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainable(again.model), trainable(whole.model), rtol=0, atol=1e-6)
     # Epochs are shuffled, each in another way.
     epochs = [[str(p) for batch in whole.batches[i : i + 2] for p in batch["prompts"]] for i in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -154,9 +150,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, t
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **SETTINGS)
     again.train(resume_from_checkpoint=True)
     assert "checkpoint-4 was not written to its end" in caplog.text
-    weights = trainable(again.model)
-    for name, value in trainable(first.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
@@ -185,9 +179,7 @@ def test_an_interrupted_step_is_begun_anew_in_the_same_process(tmp_path, tiny_mo
     cut.train(resume_from_checkpoint=True)
     for there, here in zip(whole.batches, cut.batches, strict=True):
         assert torch.equal(here["completion_ids"], there["completion_ids"])
-    weights = trainable(cut.model)
-    for name, value in trainable(whole.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainable(cut.model), trainable(whole.model), rtol=0, atol=1e-5)
 
 
 def test_a_failed_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir):
@@ -200,9 +192,7 @@ def test_a_failed_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_di
     trainer.train(resume_from_checkpoint=True)
     whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Remote(), **SETTINGS)
     whole.train()
-    weights = trainable(trainer.model)
-    for name, value in trainable(whole.model).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainable(trainer.model), trainable(whole.model), rtol=0, atol=1e-5)
 
 
 def test_a_kill_while_a_checkpoint_is_written_over(tmp_path, tiny_model_dir, monkeypatch):

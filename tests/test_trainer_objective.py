@@ -200,9 +200,7 @@ def test_moving_average_is_kept_in_checkpoints(tmp_path, tiny_model_dir):
     for first, second in zip(whole.batches[2:], resumed.batches, strict=True):
         torch.testing.assert_close(first["completion_ids"], second["completion_ids"], rtol=0, atol=0)
         torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=1e-6)
-    after = trainable(resumed.model)
-    for name, value in trainable(whole.model).items():
-        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainable(resumed.model), trainable(whole.model), rtol=0, atol=1e-6)
 
 
 def test_an_evaluation_does_not_count_in_the_moving_average(tmp_path, tiny_model_dir):
@@ -218,9 +216,7 @@ def test_an_evaluation_does_not_count_in_the_moving_average(tmp_path, tiny_model
     evaluated = make_trainer(tmp_path / "evaluated", tiny_model_dir, **settings, **evaluation)
     evaluated.train()
     assert any(log.get("eval_audit/posterior", 0) > 0 for log in evaluated.state.log_history), "nothing was audited"
-    after = trainable(evaluated.model)
-    for name, value in trainable(plain.model).items():
-        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainable(evaluated.model), trainable(plain.model), rtol=0, atol=1e-6)
 
 
 def test_a_baseline_that_the_checkpoint_does_not_know(tmp_path, tiny_model_dir):
