@@ -306,10 +306,10 @@ def test_20_000_positions_take_less_than_10_ms(name: str, num_chunks: int, overl
     entropy, mask = adversarial()[name]
     seconds = []
     for _ in range(7):
-        begin = time.perf_counter()
+        begin = time.process_time()
         select_chunks(entropy, mask, num_chunks=num_chunks, chunk_length=50, overlap=overlap)
-        seconds.append(time.perf_counter() - begin)
-    # The best of several: the others measure what else the machine was doing.
+        seconds.append(time.process_time() - begin)
+    # Its own work, not what else the machine was doing: that is in no process time, and least in the best of several.
     assert min(seconds) < 0.010
 
 

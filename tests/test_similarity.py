@@ -327,9 +327,9 @@ def test_a_batch_is_fast() -> None:
     chunks = text[:80]
     rollouts = [text[80 + 10 * i : 90 + 10 * i] for i in range(80)]
     for name in NAMES:
-        begin = time.perf_counter()
+        begin = time.process_time()
         similarity_matrix(chunks, rollouts, name)
-        assert time.perf_counter() - begin < 0.5, name
+        assert time.process_time() - begin < 0.5, name
 
 
 # ---- embeddings -----------------------------------------------------------------------------------------------------

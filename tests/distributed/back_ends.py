@@ -184,10 +184,13 @@ def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         # A launcher's processes have groups of their own. One that is left would also keep what it says open.
         launcher = psutil.Process(process.pid)
-        for each in [launcher, *launcher.children(recursive=True)]:
+        started = launcher.children(recursive=True)
+        for each in [launcher, *started]:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         output, _ = process.communicate()
+        # A killed process closes its files, which ends the wait above, a moment before it is gone itself.
+        psutil.wait_procs(started, timeout=10)
         raise AssertionError(f"not finished after {seconds:.0f} s:\n{output[-5000:]}") from None
     return process.returncode, output
 
