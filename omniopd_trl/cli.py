@@ -375,13 +375,11 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
 
     The rows of a step are drawn together, and those that do not fill one at the end of an epoch are left out.
     """
-    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
-    if total is not None and total < prompts:
-        raise DataError(
-            f"Nothing would be trained: the training set has {total:,} rows, and a step takes {prompts:,} "
-            f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps} x {num_processes} processes). Lower one of them, or add rows."
-        )
+    from omniopd_trl.data import check_step_is_filled
+
+    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if total is not None:
+        check_step_is_filled(total, batch_size, accumulation_steps, num_processes)
     if args.max_steps > 0:
         return args.max_steps
     if total is None:
@@ -389,7 +387,7 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
             f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
             "Set `max_steps`."
         )
-    return math.ceil(args.num_train_epochs * (total // prompts))
+    return math.ceil(args.num_train_epochs * (total // (batch_size * accumulation_steps * num_processes)))
 
 
 def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:

@@ -62,23 +62,6 @@ def repeated(dataset: Any, num_samples: int) -> Any:
     return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
 
 
-def check_batch_is_filled(train_dataset: Any, args: OmniOPDConfig) -> None:
-    """Whether there is one optimizer step in the data: incomplete ones are left out.
-
-    Raises:
-        DataError: when there is none. A stream's length is not known.
-    """
-    if train_dataset is None or isinstance(train_dataset, IterableDataset):
-        return
-    size, steps, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    if len(train_dataset) < size * steps * processes:
-        raise DataError(
-            f"train_dataset has {len(train_dataset)} rows, but one optimizer step takes per_device_train_batch_size="
-            f"{size} x gradient_accumulation_steps={steps} x {processes} processes = {size * steps * processes}, and "
-            "incomplete steps are left out: nothing would be trained. Lower the batch, or add rows."
-        )
-
-
 def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     try:

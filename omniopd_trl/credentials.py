@@ -20,18 +20,21 @@ from urllib.parse import urlsplit
 
 from omniopd_trl.errors import ConfigError
 
-# Keys of dictionaries that hold a secret, in lower case and with underscores. Whole names: `pad_token` is none.
-_SECRET_KEYS = {
-    *("token", "hf_token", "hub_token", "auth_token", "access_token", "api_token", "bearer_token", "use_auth_token"),
-    *("api_key", "apikey", "x_api_key", "access_key", "secret_key", "private_key", "openai_api_key", "hf_api_key"),
-    *("anthropic_api_key", "google_api_key", "gemini_api_key", "vllm_api_key", "aws_secret_access_key"),
-    *("password", "passwd", "secret", "client_secret", "authorization", "credentials"),
-}
+# In lower case and with underscores. The end of a name decides, but for tokens: `pad_token` is no secret.
+_SECRET_NAME = re.compile(
+    r"(.*_)?(api_?key|access_key|secret_key|private_key|password|passwd|secret|authorization|credentials"
+    r"|(hf|hub|auth|access|api|bearer)_token)|token"
+)
 
 _VARIABLES = {
     "teacher_base_url": "VLLM_API_KEY or OPENAI_API_KEY",
     "teacher_chat_template_kwargs": "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY",
 }
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value of this name lets somebody in: `token`, `HF_TOKEN`, `x-api-key`, `client_secret`."""
+    return _SECRET_NAME.fullmatch(re.sub(r"\W", "_", name).lower()) is not None
 
 
 def check_credentials(settings: Mapping[str, Any]) -> None:
@@ -50,7 +53,7 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
                 advice = "Leave out what stands before the @"
                 if name == "teacher_base_url":
                     advice += f", and set a key in the environment variable {_VARIABLES[name]}"
-            elif path != name and re.sub(r"\W", "_", key).lower() in _SECRET_KEYS and text:
+            elif path != name and is_secret_name(key) and text:
                 problem = f"`{path}` looks like a secret"
                 advice = f"Leave it out, and set the environment variable {_VARIABLES.get(name, 'HF_TOKEN')} instead"
             else:

@@ -257,6 +257,27 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
             raise DataError(f"Row {index} of `{name}`: {problem}")
 
 
+def check_step_is_filled(rows: int, batch_size: int, accumulation_steps: int, num_processes: int) -> None:
+    """Refuse a training set that is too small for one optimizer step: steps that are not filled are left out.
+
+    Args:
+        rows: rows of the training set.
+        batch_size: `per_device_train_batch_size`.
+        accumulation_steps: `gradient_accumulation_steps`.
+        num_processes: processes of the run.
+
+    Raises:
+        DataError: when nothing would be trained.
+    """
+    prompts = batch_size * accumulation_steps * num_processes
+    if rows < prompts:
+        raise DataError(
+            f"Nothing would be trained: the training set has {rows:,} rows, and a step takes {prompts:,} "
+            f"(per_device_train_batch_size={batch_size} x gradient_accumulation_steps={accumulation_steps} x "
+            f"{num_processes} processes). Lower one of them, or add rows."
+        )
+
+
 def check_prompt_lengths(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,

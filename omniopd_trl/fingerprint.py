@@ -20,7 +20,6 @@ is in it and decides nothing makes a run that is resumed with another value pay 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from omniopd_trl.credentials import is_secret_name
 from omniopd_trl.omniopd_config import OmniOPDConfig
 from omniopd_trl.similarity import Similarity, name_or_function
 from omniopd_trl.teachers import Teacher
@@ -53,10 +53,6 @@ _IRRELEVANT_TO_AUDITS = (
 )
 # One step has their product of trajectories, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-# Keyword arguments, of a model's loader for instance, that let somebody in and change no answer. They would be kept in
-# the journal otherwise.
-_SECRET = re.compile(r"(.*_)?(auth_token|access_token|hf_token|api_key|secret|password)|token", re.IGNORECASE)
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 # What a checkpoint holds besides its weights, under the same endings. A copy of the model alone is the same student.
@@ -121,9 +117,13 @@ def _hash(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """The same on every run: sets in order, everything that JSON has no form for as text, and no secrets."""
+    """The same on every run: sets in order, everything that JSON has no form for as text.
+
+    Secrets are left out, those among a model loader's keyword arguments for instance: they let somebody in and change
+    no answer, and the journal keeps what is in here.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _as_json(v) for k, v in value.items() if not _SECRET.fullmatch(str(k))}
+        return {str(k): _as_json(v) for k, v in value.items() if not is_secret_name(str(k))}
     if isinstance(value, set | frozenset):
         return sorted((_as_json(v) for v in value), key=json.dumps)
     if isinstance(value, list | tuple):

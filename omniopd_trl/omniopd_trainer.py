@@ -55,7 +55,6 @@ from omniopd_trl.audit import (
 )
 from omniopd_trl.checkpoints import last_checkpoint, unmark
 from omniopd_trl.construction import (
-    check_batch_is_filled,
     check_vllm_can_follow,
     context_length_of,
     load_tokenizer,
@@ -64,7 +63,7 @@ from omniopd_trl.construction import (
     release,
     repeated,
 )
-from omniopd_trl.data import check_dataset, check_prompt_lengths
+from omniopd_trl.data import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
 from omniopd_trl.fingerprint import decisive_settings, fingerprint
 from omniopd_trl.generation import LARGE_DIFFERENCE, SamplingLogprobs, sampling_difference
@@ -211,7 +210,13 @@ class OmniOPDTrainer(DistillationTrainer):
                 context_length=context_length,
                 max_completion_length=args.max_completion_length,
             )
-        check_batch_is_filled(train_dataset, args)
+        if isinstance(train_dataset, Dataset):
+            check_step_is_filled(
+                len(train_dataset),
+                args.per_device_train_batch_size,
+                args.gradient_accumulation_steps,
+                args.world_size,
+            )
         if isinstance(train_dataset, IterableDataset):
             # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
             train_dataset = train_dataset.repeat(None)

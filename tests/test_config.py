@@ -228,6 +228,7 @@ SECRET = "s3cr3t-4Fz8QmTnW2bLxVYc"
         ("teacher_model_init_kwargs", {"hf": {"API-Key": SECRET}}, "teacher_model_init_kwargs['hf']['API-Key']"),
         ("teacher_chat_template_kwargs", {"tools": [{"password": SECRET}]}, "teacher_chat_template_kwargs['tools']"),
         ("chat_template_kwargs", {"headers": {"Authorization": f"Bearer {SECRET}"}}, "['Authorization']"),
+        ("model_init_kwargs", {"env": {"MY_OPENAI_API_KEY": SECRET}}, "model_init_kwargs['env']['MY_OPENAI_API_KEY']"),
         ("generation_kwargs", {"proxy": f"http://user:{SECRET}@proxy:8080"}, "generation_kwargs['proxy']"),
         ("teacher_base_url", f"http://user:{SECRET}@127.0.0.1:8000/v1", "teacher_base_url"),
         ("teacher_base_url", f"https://{SECRET}@host/v1", "teacher_base_url"),

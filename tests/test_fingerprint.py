@@ -242,11 +242,14 @@ def test_no_secrets(tmp_path, tiny_model_dir):
     """A token lets somebody in; another one gets the same answers, and none is written down."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
     with_token = settings_of(
-        trainer, teacher_model_init_kwargs={"dtype": torch.float32, "token": "hf_abc"}, hub_token="hf_abc"
+        trainer,
+        teacher_model_init_kwargs={"dtype": torch.float32, "token": "hf_abc", "headers": {"Authorization": "hf_abc"}},
+        hub_token="hf_abc",
     )
     assert "hf_abc" not in str(with_token)
-    assert with_token == settings_of(trainer, teacher_model_init_kwargs={"dtype": torch.float32, "token": "hf_new"})
-    assert with_token["teacher_model_init_kwargs"] == {"dtype": "float32"}
+    another = {"dtype": torch.float32, "token": "hf_new", "headers": {"Authorization": "hf_new"}}
+    assert with_token == settings_of(trainer, teacher_model_init_kwargs=another)
+    assert with_token["teacher_model_init_kwargs"] == {"dtype": "float32", "headers": {}}
 
 
 def test_a_teacher_is_known_by_its_name(tmp_path, tiny_model_dir):

@@ -450,7 +450,7 @@ def test_fewer_rows_than_one_step_takes(tmp_path, tiny_model_dir):
     refuse(
         tmp_path,
         tiny_model_dir,
-        r"7 rows, but .*=4 x .*=2 x 1 processes = 8",
+        r"7 rows, and a step takes 8 .*=4 x .*=2 x 1 processes",
         dataset=questions(7),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
