@@ -217,7 +217,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 args.gradient_accumulation_steps,
                 args.world_size,
             )
-        if isinstance(train_dataset, IterableDataset):
+        elif isinstance(train_dataset, IterableDataset):
             # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
             train_dataset = train_dataset.repeat(None)
         phi = get_similarity(similarity if similarity is not None else args.similarity)

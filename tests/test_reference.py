@@ -136,3 +136,21 @@ def test_a_first_step_away_from_the_reference_is_said(tmp_path, tiny_model_dir, 
     trainer = make_trainer(tmp_path, model, processing_class=tiny_tokenizer)
     trainer.train()
     assert ("Before the first update the student is" in caplog.text) is (dropout > 0)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_the_reference_has_no_dropout(tmp_path, tiny_model_dir, tiny_tokenizer, peft_config):
+    """Also where the student has, and comes in training mode: the reference is what the student is without it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    input_ids = torch.arange(5, 35)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+        expected = model.eval()(input_ids).logits
+    trainer = make_trainer(tmp_path, model.train(), processing_class=tiny_tokenizer, peft_config=peft_config)
+    trainer.model.train()
+    logits: list[torch.Tensor] = []
+    trainer._run_reference(trainer.model, lambda reference: logits.append(reference(input_ids).logits))
+    torch.testing.assert_close(logits, [expected], rtol=0, atol=1e-6)
+    assert trainer.model.training
