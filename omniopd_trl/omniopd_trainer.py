@@ -278,7 +278,9 @@ class OmniOPDTrainer(DistillationTrainer):
         weakref.finalize(self, self._loop.close)
         if self.accelerator.device.type in ("cuda", "xpu"):
             # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
-            self._loop.run(_compute_on(self.accelerator.device))
+            # Without a launcher the accelerator's device has no index: it is the current one of this thread.
+            index = self.accelerator.device.index
+            self._loop.run(_compute_on(torch.accelerator.current_device_index() if index is None else index))
         self._ratios = Ratios(self.accelerator)
         self._dropped_chunks = DroppedChunks(self.accelerator, args)
         self._replays = False  # whether the current generation batch comes from it
@@ -934,8 +936,8 @@ class OmniOPDTrainer(DistillationTrainer):
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-async def _compute_on(device: torch.device) -> None:
-    torch.accelerator.set_device_index(device)
+async def _compute_on(device_index: int) -> None:
+    torch.accelerator.set_device_index(device_index)
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
