@@ -46,15 +46,8 @@ PACKAGES = (
 # The demo's pass@1 on a CPU over three seeds (docs/demo.md), and what a run may differ by: two standard deviations of
 # seeds (0.04) and of 512 problems (0.02) together.
 DEMO_CPU, DEMO_NOISE = 0.795, 0.09
-# Student, tokens, seconds. The lengths of the paper's trainings come first.
-STEPS = (
-    ("qwen3-4b", 8192, 80),
-    ("qwen3-1.7b", 8192, 60),
-    ("qwen3-4b", 20_000, 110),
-    ("qwen3-1.7b", 20_000, 80),
-    ("qwen3-4b", 2048, 60),
-    ("qwen3-1.7b", 2048, 50),
-)
+# Student, lengths of completions, seconds.
+STEPS = (("qwen3-4b", "8192,20000,2048", 120), ("qwen3-1.7b", "8192,20000,2048", 90))
 
 
 class Kit:
@@ -181,6 +174,7 @@ def pytest_of(*arguments: str) -> list[str]:
         "no:cacheprovider",
         f"--junitxml={{folder}}/{RESULTS}",
         "-q",
+        *("-o", "junit_family=xunit1"),  # the one that takes properties
         *arguments,
     ]
 
@@ -220,19 +214,18 @@ def gain_of(output: str) -> list[dict[str, Any]]:
 
 
 def fast(kit: Kit) -> None:
+    results = ["--results", f"{{folder}}/{RESULTS}"]
     if kit.dry_run:
-        step = ["-m", "benchmarks.step_time", "--shape", "tiny", "--steps", "1", "--generation", "replayed"]
-        kit.run("fast", "tiny, 64 tokens", [*step, "--results", f"{{folder}}/{RESULTS}"], 60)
+        students: tuple[tuple[str, str, float], ...] = (("tiny", "64", 60),)
         memory, prefill = ["--hidden", "16", "--case", "64", "512"], ["--chunks", "1", "--tokens", "60"]
     else:
-        for shape, tokens, seconds in STEPS:
-            command = ["-m", "benchmarks.step_time", "--shape", shape, "--tokens", str(tokens), "--steps", "2"]
-            command += ["--generation", "replayed", "--results", f"{{folder}}/{RESULTS}"]
-            kit.run("fast", f"{shape}, {tokens} tokens", command, seconds)
+        students = STEPS
         memory, prefill = ["--hidden", "2048", "--case", "4096", "151936"], ["--chunks", "10"]
-    kit.run("fast", "memory", ["-m", "benchmarks.memory", *memory, "--results", f"{{folder}}/{RESULTS}"], 60)
-    command = ["-m", "benchmarks.local_prefill", "--rounds", "1", *prefill, "--results", f"{{folder}}/{RESULTS}"]
-    kit.run("fast", "local_prefill", command, 60)
+    kit.run("fast", "memory", ["-m", "benchmarks.memory", *memory, *results], 60)
+    for shape, tokens, seconds in students:
+        command = ["-m", "benchmarks.step_time", "--shape", shape, "--tokens", tokens, "--steps", "2"]
+        kit.run("fast", shape, [*command, "--generation", "replayed", *results], seconds)
+    kit.run("fast", "local_prefill", ["-m", "benchmarks.local_prefill", "--rounds", "1", *prefill, *results], 60)
 
 
 def profile(kit: Kit) -> None:
@@ -241,7 +234,7 @@ def profile(kit: Kit) -> None:
 
 
 def scales(kit: Kit) -> None:
-    kit.run("scales", "ZeRO-3 and FSDP2", pytest_of("tests/gpu/test_one_process.py"), 150, **_dry(kit))
+    kit.run("scales", "ZeRO-3 and FSDP2", pytest_of("tests/gpu/test_one_process.py", "-n", "2"), 150, **_dry(kit))
 
 
 def _dry(kit: Kit) -> dict[str, str]:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from benchmarks.results import add_result
 from benchmarks.shapes import best_device
-from benchmarks.step_time import BATCHES, make_trainers
+from benchmarks.step_time import BATCHES, Models, make_trainers
 
 WARM_UP = 2
 ROWS = 10
@@ -74,7 +74,8 @@ def main() -> None:
     device, dtype = best_device()
     batch = BATCHES[options.shape]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = make_trainers(batch, options.tokens, WARM_UP + 1, device, dtype, True, Path(folder))
+        models = Models(batch.shape, device, dtype)
+        trainer, _ = make_trainers(models, batch, options.tokens, WARM_UP + 1, True, Path(folder))
         callback = ProfileLastStep(device)
         trainer.add_callback(callback)
         trainer.train()

@@ -37,15 +37,13 @@ TRL's teacher is a forward pass inside the step, of the same size as our referen
 takes longer than everything else; the bound, which is for a whole step, is then not checked, but the one for a step
 without generation on a GPU is.
 
-On a GPU the same command measures bfloat16 and prints peak memory besides. Each length is a process of its own, whose
-memory ends with it: one that does not fit is said to have failed, and the others are measured. What each step took is
-printed when it ends. `--results` adds what was measured to a JSON file. The exit code is 1 when a bound is missed or a
-length failed.
+On a GPU the same command measures bfloat16 and prints peak memory besides. A length that does not fit is named, and
+the others are measured. What each step took is printed when it ends. `--results` adds what was measured to a JSON
+file. The exit code is 1 when a bound is missed or a length does not fit.
 """
 
 import argparse
 import gc
-import multiprocessing
 import os
 import statistics
 import sys
@@ -73,7 +71,6 @@ from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
 REST_BOUND = 1.2  # without generation, on a GPU: one forward more than TRL's five or so
-MISSED = 3  # exit code of a process whose bound is missed; one that fails ends with others
 PROMPT_TOKENS = 64
 PARTS = {
     "generation": "generation",
@@ -272,38 +269,45 @@ def prompts(words: PreTrainedTokenizerFast, count: int) -> Dataset:
     return Dataset.from_list([{"prompt": text} for text in texts])
 
 
+class Models:
+    """A student of random weights, its optimizer and its tokenizer: for all lengths that are measured."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.words = tokenizer(shape.vocabulary)
+        self.student = shape.model(device, dtype)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6, fused=device.type == "cuda")
+
+
 def make_trainers(
-    batch: Batch, tokens: int, steps: int, device: torch.device, dtype: torch.dtype, replay: bool, folder: Path
+    models: Models, batch: Batch, tokens: int, steps: int, replay: bool, folder: Path
 ) -> tuple[Ours, Theirs]:
     """Both trainers around one student, one frozen model and one optimizer."""
-    shape = batch.shape
-    words = tokenizer(shape.vocabulary)
+    words, vocabulary = models.words, models.shape.vocabulary
     data = prompts(words, batch.rows * steps)
-    student = shape.model(device, dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type == "cuda")
     generator = torch.Generator().manual_seed(2)
-    replayed = torch.randint(300, shape.vocabulary, (batch.rows, tokens), generator=generator) if replay else None
-    texts = [words.decode(torch.randint(300, shape.vocabulary, (50,), generator=generator)) for _ in range(10)]
+    replayed = torch.randint(300, vocabulary, (batch.rows, tokens), generator=generator) if replay else None
+    texts = [words.decode(torch.randint(300, vocabulary, (50,), generator=generator)) for _ in range(10)]
     ours = Ours(
-        student,
+        models.student,
         ScriptedTeacher(texts),
-        OmniOPDConfig(**settings(batch, tokens, steps, device, folder / "ours")),
+        OmniOPDConfig(**settings(batch, tokens, steps, models.device, folder / "ours")),
         data,
         processing_class=words,
-        optimizers=(optimizer, None),
+        optimizers=(models.optimizer, None),
     )
     theirs = Theirs(
-        student,
+        models.student,
         ours.ref_model,
-        DistillationConfig(**settings(batch, tokens, steps, device, folder / "theirs")),
+        DistillationConfig(**settings(batch, tokens, steps, models.device, folder / "theirs")),
         data,
         processing_class=words,
-        optimizers=(optimizer, None),
+        optimizers=(models.optimizer, None),
     )
     for trainer in (ours, theirs):
         trainer.remove_callback(PrinterCallback)  # only the table is printed
         trainer.replayed = replayed
-        trainer.clock = Clock(device)
+        trainer.clock = Clock(models.device)
         time_backward(trainer)
     return ours, theirs
 
@@ -351,12 +355,12 @@ def seconds_at_the_limit(batch: Batch, tokens: int, itemsize: int, limits: Limit
     }
 
 
-def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
+def report(models: Models, limits: Limits, batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     """Measure one length, print its table, and say whether the bounds hold."""
-    device, dtype = best_device()
+    device, dtype = models.device, models.dtype
     replay = options.generation == "replayed"
     with tempfile.TemporaryDirectory() as folder:
-        trainers = make_trainers(batch, tokens, options.steps + 1, device, dtype, replay, Path(folder))
+        trainers = make_trainers(models, batch, tokens, options.steps + 1, replay, Path(folder))
         turns = take_steps_in_turn(*trainers)
     # The first step warms caches and allocates the optimizer's state.
     ours, theirs = (
@@ -373,7 +377,6 @@ def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     method = statistics.median(
         step["method"] / total for step, total in zip(turns[0].steps[1:], totals[0], strict=True)
     )
-    limits = limits_of(device, dtype)
     least = seconds_at_the_limit(batch, tokens, dtype.itemsize, limits)
 
     audited = trainers[0].state.log_history[-1]["audit/audited_fraction"]
@@ -428,13 +431,6 @@ def report(batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
     return holds
 
 
-def measure(batch: Batch, tokens: int, options: argparse.Namespace) -> None:
-    """Runs in a process of its own."""
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
-    sys.exit(0 if report(batch, tokens, options) else MISSED)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=BATCHES, default="small")
@@ -445,17 +441,24 @@ def main() -> None:
     options = parser.parse_args()
     # Trainers would spread each batch over all the cards that they see.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
     batch = BATCHES[options.shape]
     lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else batch.lengths
-    codes = []
+    device, dtype = best_device()
+    limits = limits_of(device, dtype)
+    models = Models(batch.shape, device, dtype)
+    holds = True
     for tokens in lengths:
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(batch, tokens, options))
-        process.start()
-        process.join()
-        codes.append(process.exitcode)
-        if process.exitcode not in (0, MISSED):
-            print(f"{batch.shape.name}, {tokens} tokens: failed with exit code {process.exitcode}\n", flush=True)
-    sys.exit(int(any(codes)))
+        try:
+            holds = report(models, limits, batch, tokens, options) and holds
+        except torch.OutOfMemoryError as error:
+            print(f"{batch.shape.name}, {tokens} tokens: does not fit. {error}\n", flush=True)
+            holds = False
+        gc.collect()  # of this length's trainers: they hold a reference model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":

@@ -596,11 +596,12 @@ class OmniOPDTrainer(DistillationTrainer):
         """
         unwrapped = self.accelerator.unwrap_model(model)
 
-        def run() -> Any:
+        def run(_: None) -> Any:
             with self.accelerator.autocast():
                 return body(unwrapped)
 
-        return self._forward_redirection(model, unwrapped, run)
+        # On a GPU, FSDP2 of torch before 2.13 fails when it is called without any argument.
+        return self._forward_redirection(model, unwrapped, run, None)
 
     def _tokens(self, batch: dict[str, Any]) -> Tokens:
         return Tokens.of(batch, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
