@@ -225,7 +225,7 @@ def fast(kit: Kit) -> None:
     for shape, tokens, seconds in students:
         command = ["-m", "benchmarks.step_time", "--shape", shape, "--tokens", tokens, "--steps", "2"]
         kit.run("fast", shape, [*command, "--generation", "replayed", *results], seconds)
-    kit.run("fast", "local_prefill", ["-m", "benchmarks.local_prefill", "--rounds", "1", *prefill, *results], 60)
+    kit.run("fast", "local_prefill", ["-m", "benchmarks.local_prefill", "--rounds", "1", *prefill, *results], 100)
 
 
 def profile(kit: Kit) -> None:

@@ -37,12 +37,18 @@ def measured(results: dict[str, Any], part: str) -> list[tuple[str, dict[str, An
 
 def markdown(results: dict[str, Any]) -> str:
     """What one run of `benchmarks.gpu` found, part by part; parts that did not run are left out."""
-    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v is not None)
     dry = "Dry run on tiny shapes. " if results["dry_run"] else ""
+    return f"{dry}{_software(results)}\n\n**Commands**\n\n{_commands(results)}\n\n{_findings(results)}"
+
+
+def _software(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v is not None)
     where = f"{results['card']}, {results['date']}, commit {results['commit'][:10]}"
-    head = f"{dry}{where}, Python {results['python']}; {versions}."
+    return f"{where}, Python {results['python']}; {versions}."
+
+
+def _findings(results: dict[str, Any]) -> str:
     parts = {
-        "Commands": _commands(results),
         "Correctness": _tests(results, "right"),
         "The demo": _demo(results),
         "A step beside TRL's": _steps(results),
@@ -51,7 +57,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Operators of one step": _profile(results),
         "Back ends, one process": _tests(results, "scales"),
     }
-    return "\n\n".join([head, *(f"**{title}**\n\n{text}" for title, text in parts.items() if text)])
+    return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts.items() if text)
 
 
 def _commands(results: dict[str, Any]) -> str:
@@ -169,11 +175,22 @@ def _profile(results: dict[str, Any]) -> str:
 
 
 def page_part() -> str:
-    """All committed results, the newest first."""
-    paths = sorted(RESULTS.glob("*/results.json"), reverse=True)
-    if not paths:
-        return NOTHING
-    return "\n\n".join(f"### {path.parent.name}\n\n{markdown(json.loads(path.read_text()))}" for path in paths)
+    """All committed results: of each part of each card the newest that measured something, and every run's outcome."""
+    runs = [(path.parent.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/results.json"))]
+    texts = []
+    for card in sorted({results["card"] for _, results in runs}):
+        of_card = [(name, results) for name, results in runs if results["card"] == card]
+        newest: dict[str, Any] = {"parts": {}}
+        rows = []
+        for name, results in of_card:
+            for part, commands in results["parts"].items():
+                if any(entry.get("measured") for entry in commands.values()):
+                    newest["parts"][part] = commands
+                outcome = "; ".join(f"{command}: {entry['status']}" for command, entry in commands.items())
+                rows.append([name, results["commit"][:7], part, outcome])
+        runs_table = table(["run", "commit", "part", "result"], rows)
+        texts.append(f"### {card}\n\n{_software(of_card[-1][1])}\n\n{_findings(newest)}\n\n**Runs**\n\n{runs_table}")
+    return "\n\n".join(texts) or NOTHING
 
 
 def main(argv: list[str] | None = None) -> int:

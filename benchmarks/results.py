@@ -46,7 +46,7 @@ def _test(case: ElementTree.Element) -> dict[str, Any]:
     outcome, message = "passed", ""
     for kind, name in (("skipped", "skipped"), ("failure", "failed"), ("error", "failed")):
         if (found := case.find(kind)) is not None:
-            outcome, message = name, found.attrib.get("message", "")[:500]
+            outcome, message = name, _message(found)
     module = case.attrib["classname"].rpartition(".")[2]
     return {
         "test": f"{module}::{case.attrib['name']}",
@@ -55,3 +55,11 @@ def _test(case: ElementTree.Element) -> dict[str, Any]:
         "message": message,
         "errors": errors,
     }
+
+
+def _message(found: ElementTree.Element) -> str:
+    """The first line of a message and the last line of its error, without what is between: output of a process."""
+    first = found.attrib.get("message", "").split("\n", 1)[0]
+    errors = [line[1:].strip() for line in (found.text or "").splitlines() if line.startswith("E ")]
+    last = errors[-1] if errors else ""
+    return (first if last in first else f"{first} {last}")[:500]

@@ -230,7 +230,7 @@ def weights(trainer: OmniOPDTrainer) -> dict[str, torch.Tensor]:
     # DeepSpeed's own copy, once there is one: what the layers compute with may be rounded to bf16.
     value = updated if BACK_END.startswith("zero") and hasattr(wrapped, "optimizer") else whole
     named = trainer.accelerator.unwrap_model(wrapped).named_parameters()
-    return {name: value(parameter).clone().float() for name, parameter in named if parameter.requires_grad}
+    return {name: value(parameter).clone().float().cpu() for name, parameter in named if parameter.requires_grad}
 
 
 def master_weights(model: nn.Module) -> torch.Tensor:
