@@ -43,8 +43,8 @@ import psutil
 import torch
 
 from benchmarks.shapes import QWEN_VOCABULARY, best_device, synchronize
-from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
-from omniopd_trl.loss import anchor_kl, chunk_loss
+from omniopd_trl.method.loss import anchor_kl, chunk_loss
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 AUDITED = 500
 MIB = 2**20

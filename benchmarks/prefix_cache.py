@@ -46,13 +46,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.servers import BLOCK, Server, metric, vllm_serve
-from omniopd_trl.audit import Auditor, AuditSettings, Trajectory
+from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.audits.types import AuditSettings, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.demo.world import STUDENT_SLIP, problems, solution
-from omniopd_trl.similarity import get_similarity
+from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
 
 NUM_CHUNKS, CHUNK_LENGTH = 10, 20
 # Student tokens of a trajectory. With the prompt they are fewer than the demo's teacher takes.

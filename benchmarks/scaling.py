@@ -29,8 +29,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import CARDS, QWEN3, Shape, tokenizer
-from omniopd_trl import lm_head
-from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
+from omniopd_trl.models import lm_head
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
@@ -545,12 +545,12 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
 
     Quantities are those of `states_under`.
     """
-    from tests.distributed.back_ends import HERE, run
+    from tests.support.back_ends import SCRIPTS, run
 
     launch, kind, back_end = LAUNCHES[name]
     TINY.model(torch.device("cpu"), torch.float32).save_pretrained(folder / "model")
     tokenizer(TINY.vocabulary).save_pretrained(folder / "model")
-    script, result = HERE / "states_under.py", folder / "result.json"
+    script, result = SCRIPTS / "states_under.py", folder / "result.json"
     counted = run(launch, script, result, str(folder / "model"), kind, num_processes=PROCESSES)
     formulas = {
         "student": student_bytes(TINY, back_end, PROCESSES, accumulates=True),

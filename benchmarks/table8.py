@@ -10,7 +10,7 @@ prints the tables of docs/money.md.
 import sys
 from typing import NamedTuple
 
-from omniopd_trl.cost import Forecast, forecast
+from omniopd_trl.accounting.forecast import Forecast, forecast
 
 # The prompt, the trajectory and the teacher's own solution, in tokens (section 9).
 PROMPT, TRAJECTORY, SOLUTION = 200, 6340, 8000

@@ -23,9 +23,9 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
-from omniopd_trl.teachers.instruct import render_messages
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from omniopd_trl.teachers.instruct.repair import render_messages
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
 
 CHUNKS, ROLLOUTS, CONCURRENCY = 10, 10, 64
 

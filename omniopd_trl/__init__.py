@@ -11,16 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omniopd_trl.omniopd_config import OmniOPDConfig
-    from omniopd_trl.omniopd_trainer import OmniOPDTrainer
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+    from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = ["OmniOPDConfig", "OmniOPDTrainer", "__version__"]
 
 _LAZY = {
-    "OmniOPDConfig": "omniopd_trl.omniopd_config",
-    "OmniOPDTrainer": "omniopd_trl.omniopd_trainer",
+    "OmniOPDConfig": "omniopd_trl.trainer.omniopd_config",
+    "OmniOPDTrainer": "omniopd_trl.trainer.omniopd_trainer",
 }
 
 

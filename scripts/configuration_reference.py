@@ -17,8 +17,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.omniopd_config import OmniOPDConfig
-from omniopd_trl.train import OmniOPDScriptArguments
+from omniopd_trl.cli.recipe import OmniOPDScriptArguments
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN = "<!-- Written by `make docs`; do not edit below this line. -->"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from corpus import STUDENT_LINES, TEACHER_LINES
+
+from tests.support.corpus import STUDENT_LINES, TEACHER_LINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

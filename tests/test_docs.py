@@ -7,17 +7,14 @@ import dataclasses
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from omniopd_trl.launch import launch_options, resolve_config, split_arguments
-from omniopd_trl.omniopd_config import OmniOPDConfig
-from omniopd_trl.omniopd_trainer import OmniOPDTrainer
-from omniopd_trl.train import (
+from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
+from omniopd_trl.cli.recipe import (
     OmniOPDScriptArguments,
     check_names,
     check_recipe,
@@ -26,9 +23,11 @@ from omniopd_trl.train import (
     option_names,
     parse_args,
 )
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 HINTS = option_hints(make_parser().dataclass_types)

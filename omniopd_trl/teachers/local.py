@@ -26,8 +26,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
+from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import DataError
-from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 
 logger = logging.get_logger(__name__)
 

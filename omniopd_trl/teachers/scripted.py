@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 
 Script = Callable[[Prefix, int], str | None]
 

@@ -20,11 +20,11 @@ from typing import Any
 
 BACK_END, RECIPE, FOLDER, KIND = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
+from omniopd_trl.cli.train import run
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import ScriptedTeacher
-from omniopd_trl.train import run
 
 # Four of each step: this is the third step's last.
 FAILS_AT = 12
@@ -72,8 +72,8 @@ def main() -> None:
 
     if os.environ.get("SLOW") == str(RANK):
         save_slowly()
-    Failing.works_elsewhere = True
-    omniopd_trl.construction.load_teacher = lambda *args, **kwargs: Failing()
+    Failing.is_remote = True
+    omniopd_trl.trainer.validation.load_teacher = lambda *args, **kwargs: Failing()
     code = run(["--config", RECIPE])
     Path(FOLDER, f"{KIND}-{RANK}").write_text(str(code))
     sys.exit(code)

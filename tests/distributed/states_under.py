@@ -26,11 +26,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from back_ends import training_arguments
+from tests.support.back_ends import training_arguments
 
 BACK_END, RESULT, MODEL, KIND = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
 from datasets import Dataset

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import BACK_ENDS, HERE, needs, run
 from safetensors.torch import load_file
 
-SCRIPT = HERE / "train_under.py"
+from tests.support.back_ends import BACK_ENDS, SCRIPTS, needs, run
+
+SCRIPT = SCRIPTS / "train_under.py"
 TOLERANCE = 1e-4
 QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 

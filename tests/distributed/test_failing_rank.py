@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from back_ends import HERE, finish, needs, start, training_arguments
-from trainer_utils import questions
 
-from omniopd_trl.train import run
+from omniopd_trl.cli.train import run
+from tests.support.back_ends import SCRIPTS, finish, needs, start, training_arguments
+from tests.support.training import questions
 
-SCRIPT = HERE / "fail_under.py"
+SCRIPT = SCRIPTS / "fail_under.py"
 # From the launch to the end of both processes, imports included; a process that waits for a dead one waits for half an
 # hour.
 SECONDS = 120

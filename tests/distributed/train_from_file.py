@@ -16,15 +16,16 @@ from typing import Any
 
 # What the launcher sets for a file with `distributed_type: FSDP`.
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import fsdp_utils
-from back_ends import LOGGED, whole
 from torch import nn
 
-from omniopd_trl import omniopd_trainer, train
+from omniopd_trl.cli import train
+from omniopd_trl.trainer import omniopd_trainer
+from tests.support.back_ends import LOGGED, whole
 
 # Both in one launch: most of the time goes into imports.
 RUNS = {

@@ -7,7 +7,6 @@ The folder is not called `vllm`: `tests` is on the path of every test, and TRL w
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from omniopd_trl.demo import asset_path
 from omniopd_trl.teachers import LocalTeacher
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "distributed"))  # how processes are started
 
 
 def pytest_ignore_collect(collection_path, config):

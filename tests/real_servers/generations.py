@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from questions import dataset
-from trainer_utils import script
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
+from tests.real_servers.questions import dataset
+from tests.support.training import script
 
 # Two micro-batches per step, evaluation after every second one. AdamW at this rate moves the demo's student by tenths
 # of a nat per token in a step.

@@ -15,21 +15,22 @@ import json
 import sys
 from pathlib import Path
 
-from back_ends import training_arguments
+from tests.support.back_ends import training_arguments
 
 BACK_END, MODEL, FOLDER, DTYPE, KIND, SETTINGS = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import pytest
 import torch
 from datasets import concatenate_datasets
-from folder_sync import FolderSync
-from generations import make
 from peft import LoraConfig
-from questions import dataset
 from transformers import TrainerCallback
 from trl.generation import vllm_generation
+
+from tests.real_servers.folder_sync import FolderSync
+from tests.real_servers.generations import make
+from tests.real_servers.questions import dataset
 
 MISSED = 3
 

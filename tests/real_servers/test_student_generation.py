@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from back_ends import finish, free_port, start
-from folder_sync import FolderSync
-from generations import SETTINGS, Generation, make
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
 from benchmarks.servers import BLOCK, ENVIRONMENT, Server, command
 from omniopd_trl.demo import asset_path
-from omniopd_trl.generation import LARGE_DIFFERENCE
+from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE
+from tests.real_servers.folder_sync import FolderSync
+from tests.real_servers.generations import SETTINGS, Generation, make
+from tests.support.back_ends import finish, free_port, start
 
 HERE = Path(__file__).resolve().parent
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")

@@ -5,7 +5,14 @@
 import math
 
 import pytest
-from questions import (
+
+from benchmarks.servers import Server, command
+from omniopd_trl.demo import asset_path
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.teachers import Prefix
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
+from tests.real_servers.questions import (
     GREEDY,
     TRAINING,
     ask,
@@ -21,14 +28,7 @@ from questions import (
     nucleus,
     problems,
 )
-from trainer_utils import make_trainer, trainable
-
-from benchmarks.servers import Server, command
-from omniopd_trl.demo import asset_path
-from omniopd_trl.errors import TeacherError
-from omniopd_trl.teachers import Prefix
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from tests.support.training import make_trainer, trainable
 
 
 @pytest.fixture(scope="module")
