@@ -96,12 +96,12 @@ def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
     """A rollout that goes on is cut, one that ended by itself stays, one that was cut off too soon is counted."""
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
     rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
-    assert judge.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)
-    assert judge.cut([], 4) == ([], 0)
+    assert judge.alignment.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)
+    assert judge.alignment.cut([], 4) == ([], 0)
     words = " First we add 3 and 4. So Tom has 7 apples."
     ids = tiny_tokenizer(words, add_special_tokens=False)["input_ids"]
     assert len(ids) < len(words), "no token is longer than a character: the test shows nothing"
-    assert judge.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
+    assert judge.alignment.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
 
 
 LINES = " ".join(STUDENT_LINES)
@@ -145,15 +145,20 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
     wrong = []
     for start in range(1, len(ids) - 16):
         chunk = Chunk(start, start + 8, start)
-        prefix, text = judge.split_text(ids, chunk)
+        prefix, text = judge.alignment.split_text(ids, chunk)
         goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
-        length = judge.length_of(ids, chunk, text)
-        (rollout,), short = judge.cut([Rollout(goes_on, "length")], length)
+        length = judge.alignment.length_of(ids, chunk, text)
+        (rollout,), short = judge.alignment.cut([Rollout(goes_on, "length")], length)
         if exact(text, rollout) != 1.0 or short:
             wrong.append((text, rollout))
         # One that was cut off within the chunk is short, and one that was cut off at its end is not.
-        assert judge.cut([Rollout(text, "length")], length)[1] == 0
-        assert judge.cut([Rollout(judge.split_text(ids, Chunk(start, start + 6, start))[1], "length")], length)[1] == 1
+        assert judge.alignment.cut([Rollout(text, "length")], length)[1] == 0
+        assert (
+            judge.alignment.cut(
+                [Rollout(judge.alignment.split_text(ids, Chunk(start, start + 6, start))[1], "length")], length
+            )[1]
+            == 1
+        )
     assert wrong == []
     assert len(ids) > 48, "too few positions"
 
@@ -165,13 +170,13 @@ def test_the_length_of_a_chunk(tiny_tokenizer):
         ids = [*tokenizer(LINES, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         judge = auditor(tokenizer, ScriptedTeacher(["x"]))
         chunk = Chunk(len(ids) - 6, len(ids), len(ids) - 6)
-        text = judge.split_text(ids, chunk)[1]
+        text = judge.alignment.split_text(ids, chunk)[1]
         assert text.startswith(" ")
-        assert judge.length_of(ids, chunk, text) == 6 + more
+        assert judge.alignment.length_of(ids, chunk, text) == 6 + more
         # Tokens that nobody's tokenizer would make of the text stay what they are without the space.
         if not more:
             letters = [i for letter in "Tom has" for i in tokenizer(letter)["input_ids"]]
-            assert judge.length_of(letters, Chunk(0, 7, 0), "Tom has") == 7
+            assert judge.alignment.length_of(letters, Chunk(0, 7, 0), "Tom has") == 7
 
 
 def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_came(tiny_tokenizer):
@@ -206,10 +211,10 @@ def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
     assert len(ids) > len(text), "no character is split over tokens: the test shows nothing"
     for start in range(len(ids)):
         for end in range(start + 1, len(ids) + 1):
-            prefix, chunk = judge.split_text(ids, Chunk(start, end, start))
+            prefix, chunk = judge.alignment.split_text(ids, Chunk(start, end, start))
             assert "\ufffd" not in prefix + chunk
             assert text.startswith(prefix + chunk)
-    assert judge.split_text(ids, Chunk(0, len(ids), 0)) == ("", text)
+    assert judge.alignment.split_text(ids, Chunk(0, len(ids), 0)) == ("", text)
 
 
 @settings(max_examples=100, deadline=None)
@@ -219,7 +224,7 @@ def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
     start = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(start + 1, len(ids)))
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
-    prefix, chunk = judge.split_text(ids, Chunk(start, end, start))
+    prefix, chunk = judge.alignment.split_text(ids, Chunk(start, end, start))
     whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert prefix + chunk == whole.rstrip("\ufffd")
 

@@ -68,7 +68,7 @@ def save_slowly() -> None:
 
 
 def main() -> None:
-    import omniopd_trl.construction
+    import omniopd_trl.trainer.validation
 
     if os.environ.get("SLOW") == str(RANK):
         save_slowly()

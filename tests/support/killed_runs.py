@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed: a driver that starts a training run, kills it at a random moment, and resumes it, many times.
 
-    python tests/killed_runs.py FOLDER MODEL KILLS
+    python tests/support/killed_runs.py FOLDER MODEL KILLS
 
 Children are forked from a parent that has imported everything once, so that a run starts in a second. The parent
 itself never trains and starts no thread. It prints what happened as JSON.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that asks a service, for a test to kill.
 
-python tests/run_until_killed.py FOLDER MODEL URL [SETTINGS]
+python tests/support/run_until_killed.py FOLDER MODEL URL [SETTINGS]
 
 SETTINGS is JSON, and wins over what stands here.
 """

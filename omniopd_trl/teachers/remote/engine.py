@@ -55,7 +55,7 @@ Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instr
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model behind a service can do. Data, by model name; see `capabilities.py`.
+    """What a model behind a service can do. Data, by model name; see `teachers/providers/capabilities.py`.
 
     Attributes:
         continuation: how the student's text becomes the beginning of the teacher's answer.
