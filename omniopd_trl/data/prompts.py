@@ -5,7 +5,8 @@
 import warnings
 from typing import Any
 
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets.fingerprint import Hasher
 
 from omniopd_trl.data.datasets import AnyDataset, column_names
 from omniopd_trl.errors import ConfigError, DataError
@@ -93,4 +94,9 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
         # Not str.format: braces in the template or in the question are LaTeX more often than placeholders.
         return {"prompt": [{"role": "user", "content": text.replace(_PLACEHOLDER, question)}]}
 
-    return dataset.map(add_prompt, with_indices=True)
+    if not isinstance(dataset, Dataset):
+        return dataset.map(add_prompt, with_indices=True)
+    # By what decides the result. `datasets` would hash the code of the function, its messages and its file's name, and
+    # what was recorded with the same prompts would be paid for again after a change of a word.
+    identity = Hasher.hash(["prompts", dataset._fingerprint, questions, text])
+    return dataset.map(add_prompt, with_indices=True, new_fingerprint=identity)

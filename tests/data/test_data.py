@@ -189,6 +189,15 @@ class TestTemplates:
             ]
             assert [row["solution"] for row in prepared] == ["2", "4"]
 
+    def test_known_by_what_they_are_made_of(self):
+        """The fingerprint decides what a run replays: changing it makes recorded runs pay again, so it is pinned."""
+        dataset = Dataset.from_list([{"question": "1 + 1?"}])
+        dataset._fingerprint = "0123456789abcdef"
+        assert prepare_prompts(dataset)._fingerprint == "d88d293da9a5581b"
+        assert prepare_prompts(dataset, "Solve: {question}")._fingerprint == "1258fb4b7c351235"
+        dataset._fingerprint = "another"
+        assert prepare_prompts(dataset)._fingerprint not in ("d88d293da9a5581b", "1258fb4b7c351235")
+
     def test_without_question(self):
         """A dataset without any question is left to `check_dataset`, which lists its columns."""
         dataset = Dataset.from_list([{"text": "x"}])
