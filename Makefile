@@ -79,6 +79,7 @@ demo: $(STAMP)
 # The reference of the settings is written from the code, then the pages become a site in site/.
 docs: $(STAMP)
 	$(BIN)/python -m scripts.configuration_reference
+	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/mkdocs build --strict
 
 # A new environment, the newest versions that pyproject.toml allows, written down.
@@ -92,5 +93,5 @@ constraints:
 	rm -rf build/constraints
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) wheels $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

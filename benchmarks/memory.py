@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
 
-    python -m benchmarks.memory [--hidden 64] [--case 20000 151936] [--retain]
+    python -m benchmarks.memory [--hidden 64] [--case 20000 151936] [--retain] [--results FILE]
     python -m benchmarks.memory --traced --hidden 2048
 
 Each case is a process of its own: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
@@ -36,12 +36,14 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from benchmarks.results import add_result
 from benchmarks.shapes import QWEN_VOCABULARY, best_device, synchronize
 from omniopd_trl.method.loss import anchor_kl, chunk_loss
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
@@ -136,8 +138,13 @@ def measure(case: Case, pipe: Any) -> None:
     pipe.send(result)
 
 
-def run(case: Case) -> int | None:
-    """Peak bytes of a case, or `None` when its process ended before it was done; prints its row."""
+def run(case: Case, results: Path | None = None) -> int | None:
+    """Peak bytes of a case, or `None` when its process ended before it was done; prints its row.
+
+    Args:
+        case: what is measured.
+        results: a JSON file to add the row to.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(case, theirs))
@@ -156,6 +163,9 @@ def run(case: Case) -> int | None:
         f"{case.dense_bytes / MIB:12.0f}{peak / case.dense_bytes:8.3f}{seconds:8.1f}",
         flush=True,
     )
+    if results is not None:
+        measured = {"peak": peak, "head": case.head_bytes, "dense_bytes": case.dense_bytes, "seconds": seconds}
+        add_result(results, {**asdict(case), "device": best_device()[0].type, **measured})
     return peak
 
 
@@ -199,6 +209,7 @@ def main() -> None:
     parser.add_argument("--case", nargs=2, type=int, metavar=("T", "V"), help="one case alone, with its own bound")
     parser.add_argument("--traced", action="store_true", help="count storages instead of computing")
     parser.add_argument("--retain", action="store_true", help="leave it to glibc which freed memory stays resident")
+    parser.add_argument("--results", type=Path, help="a JSON file to add what was measured to")
     options = parser.parse_args()
     hidden = options.hidden
     if not options.retain:
@@ -210,15 +221,15 @@ def main() -> None:
     large = Case(4096, QWEN_VOCABULARY, hidden)
     if options.case:
         case = Case(*options.case, hidden)
-        peak = run(case)
+        peak = run(case, options.results)
         sys.exit(peak is None or (case == large and peak > RATIO_BOUND * case.dense_bytes))
     device, dtype = best_device()
     shortest, smallest = FULL_TILES[device.type]
     vocabularies = [v for v in (32_768, 65_536, QWEN_VOCABULARY) if v >= smallest]
-    run(Case(1024, 32_768, hidden, dense=True))
+    run(Case(1024, 32_768, hidden, dense=True), options.results)
     cases = [Case(4096, v, hidden) for v in vocabularies]
     cases += [Case(t, v, hidden) for t in (shortest, LONGEST) for v in (smallest, QWEN_VOCABULARY)]
-    peaks = {case: run(case) for case in cases}
+    peaks = {case: run(case, options.results) for case in cases}
     beyond = {(c.tokens, c.vocabulary): peak - c.head_bytes for c, peak in peaks.items() if peak is not None}
     if len(beyond) < len(cases):
         sys.exit("A case failed: there is nothing to hold against the bounds.")

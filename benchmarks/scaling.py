@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import CARDS, QWEN3, Shape, tokenizer
+from benchmarks.shapes import QWEN3, Shape, tokenizer
 from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
@@ -39,7 +39,8 @@ GPUS = (1, 8, 64)
 
 # What is assumed of a GPU: an H100 with 80 GB, in bf16. Nothing here was measured on one.
 GPU_MEMORY = 80e9  # bytes
-GPU_FLOPS, GPU_BANDWIDTH = CARDS["NVIDIA H100 80GB HBM3"]  # dense, and bytes; per second
+# Of an H100 SXM by its data sheet: dense bf16 operations, and bytes, per second.
+GPU_FLOPS, GPU_BANDWIDTH = 989e12, 3.35e12
 UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
 DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
 LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, which is less than NVLink

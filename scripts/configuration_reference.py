@@ -19,6 +19,7 @@ from typing import Any
 
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from scripts.pages import update
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN = "<!-- Written by `make docs`; do not edit below this line. -->"
@@ -80,30 +81,12 @@ def render() -> str:
     return "\n\n".join(parts)
 
 
-def page_with(text: str, reference: str) -> str:
-    """The page with what is between the marks replaced.
-
-    Raises:
-        ValueError: when a mark is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{PAGE} must hold both marks: {BEGIN} and {END}.")
-    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{reference}\n\n{END}{text.partition(END)[2]}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Write the tables of docs/configuration.md.")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     args = parser.parse_args(argv)
-    text = PAGE.read_text(encoding="utf-8")
-    new = page_with(text, render())
-    if args.check:
-        if new != text:
-            sys.stderr.write(f"{PAGE} is not what the configuration says. Run `make docs`.\n")
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return update(PAGE, BEGIN, END, render(), check=args.check)
 
 
 if __name__ == "__main__":

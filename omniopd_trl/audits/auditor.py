@@ -68,7 +68,7 @@ class Auditor:
         chunks = self.select(trajectory)
         if not chunks:
             return Audit()
-        texts = [self.alignment.split_text(trajectory.token_ids, chunk) for chunk in chunks]
+        texts = self.alignment.split_texts(trajectory.token_ids, chunks)
         request = SamplingRequest(
             num_samples=self.settings.num_rollouts,
             max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),

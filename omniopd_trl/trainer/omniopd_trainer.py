@@ -263,7 +263,9 @@ class OmniOPDTrainer(DistillationTrainer):
         weakref.finalize(self, self._loop.close)
         if self.accelerator.device.type in ("cuda", "xpu"):
             # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
-            self._loop.run(_compute_on(self.accelerator.device))
+            # Without a launcher the accelerator's device has no index: it is the current one of this thread.
+            index = self.accelerator.device.index
+            self._loop.run(_compute_on(torch.accelerator.current_device_index() if index is None else index))
         self._ratios = Ratios(self.accelerator)
         self._dropped_chunks = DroppedChunks(self.accelerator, args)
         self._replays = False  # whether the current generation batch comes from it
@@ -579,11 +581,12 @@ class OmniOPDTrainer(DistillationTrainer):
         """
         unwrapped = self.accelerator.unwrap_model(model)
 
-        def run() -> Any:
+        def run(_: None) -> Any:
             with self.accelerator.autocast():
                 return body(unwrapped)
 
-        return self._forward_redirection(model, unwrapped, run)
+        # On a GPU, FSDP2 of torch before 2.13 fails when it is called without any argument.
+        return self._forward_redirection(model, unwrapped, run, None)
 
     def _tokens(self, batch: dict[str, Any]) -> PackedBatch:
         return PackedBatch.of(batch, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
@@ -917,8 +920,8 @@ class OmniOPDTrainer(DistillationTrainer):
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-async def _compute_on(device: torch.device) -> None:
-    torch.accelerator.set_device_index(device)
+async def _compute_on(device_index: int) -> None:
+    torch.accelerator.set_device_index(device_index)
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
     wrong = []
     for start in range(1, len(ids) - 16):
         chunk = Chunk(start, start + 8, start)
-        prefix, text = judge.alignment.split_text(ids, chunk)
+        prefix, text = judge.alignment.split_texts(ids, [chunk])[0]
         goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
         length = judge.alignment.length_of(ids, chunk, text)
         (rollout,), short = judge.alignment.cut([Rollout(goes_on, "length")], length)
@@ -153,12 +153,8 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
             wrong.append((text, rollout))
         # One that was cut off within the chunk is short, and one that was cut off at its end is not.
         assert judge.alignment.cut([Rollout(text, "length")], length)[1] == 0
-        assert (
-            judge.alignment.cut(
-                [Rollout(judge.alignment.split_text(ids, Chunk(start, start + 6, start))[1], "length")], length
-            )[1]
-            == 1
-        )
+        shorter = judge.alignment.split_texts(ids, [Chunk(start, start + 6, start)])[0][1]
+        assert judge.alignment.cut([Rollout(shorter, "length")], length)[1] == 1
     assert wrong == []
     assert len(ids) > 48, "too few positions"
 
@@ -170,7 +166,7 @@ def test_the_length_of_a_chunk(tiny_tokenizer):
         ids = [*tokenizer(LINES, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         judge = auditor(tokenizer, ScriptedTeacher(["x"]))
         chunk = Chunk(len(ids) - 6, len(ids), len(ids) - 6)
-        text = judge.alignment.split_text(ids, chunk)[1]
+        text = judge.alignment.split_texts(ids, [chunk])[0][1]
         assert text.startswith(" ")
         assert judge.alignment.length_of(ids, chunk, text) == 6 + more
         # Tokens that nobody's tokenizer would make of the text stay what they are without the space.
@@ -211,10 +207,10 @@ def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
     assert len(ids) > len(text), "no character is split over tokens: the test shows nothing"
     for start in range(len(ids)):
         for end in range(start + 1, len(ids) + 1):
-            prefix, chunk = judge.alignment.split_text(ids, Chunk(start, end, start))
+            prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
             assert "\ufffd" not in prefix + chunk
             assert text.startswith(prefix + chunk)
-    assert judge.alignment.split_text(ids, Chunk(0, len(ids), 0)) == ("", text)
+    assert judge.alignment.split_texts(ids, [Chunk(0, len(ids), 0)])[0] == ("", text)
 
 
 @settings(max_examples=100, deadline=None)
@@ -224,7 +220,7 @@ def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
     start = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(start + 1, len(ids)))
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
-    prefix, chunk = judge.alignment.split_text(ids, Chunk(start, end, start))
+    prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
     whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert prefix + chunk == whole.rstrip("\ufffd")
 

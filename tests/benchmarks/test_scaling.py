@@ -63,7 +63,7 @@ def test_states_are_those_that_deepspeed_estimates(student, gpus):
 def test_training_is_the_work_that_benchmarks_hold_against_the_clock(student):
     """`benchmarks.step_time` counts no second pass of the layers as work, which checkpointing adds here."""
     batch = Batch(student, (TOKENS,), micro_batch=1, micro_batches=1)
-    limit = seconds_at_the_limit(batch, TOKENS - PROMPT_TOKENS, 2, Limits(1.0, 1.0, ""))
+    limit = seconds_at_the_limit(batch, TOKENS - PROMPT_TOKENS, 2, Limits(1.0, 1.0))
     work = limit["scoring"] + limit["reference"] + limit["student"] + student.forward_flops(TOKENS)
     assert step_flops(student) == pytest.approx(work, rel=0.005)  # prompts are not projected
 

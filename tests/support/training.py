@@ -120,7 +120,8 @@ def perturb(model: torch.nn.Module, scale: float = 0.02) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * noise.to(parameter.device))
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,17 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains under one back end in this process alone; the arguments are those of `train_under`."""
+
+import sys
+from types import ModuleType
+
+import torch
+
+if torch.cuda.is_available():
+    # `train_under` imports it to shard on a CPU; accelerate shards on a GPU by itself.
+    sys.modules["tests.support.fsdp2_on_cpu"] = ModuleType("fsdp2_on_cpu")
+
+from tests.distributed import train_under  # after the module that it would import
+
+if __name__ == "__main__":
+    train_under.main()
