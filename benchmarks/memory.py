@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
 
     python -m benchmarks.memory [--hidden 64] [--case 20000 151936] [--retain] [--results FILE]
@@ -56,8 +45,8 @@ import torch
 
 from benchmarks.results import add_result
 from benchmarks.shapes import QWEN_VOCABULARY, best_device, synchronize
-from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
-from omniopd_trl.loss import anchor_kl, chunk_loss
+from omniopd_trl.method.loss import anchor_kl, chunk_loss
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 AUDITED = 500
 MIB = 2**20

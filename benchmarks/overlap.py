@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """What audits that overlap with training save, where the teacher takes as long as the training.
 
     python -m benchmarks.overlap [--steps 3]
@@ -42,10 +31,10 @@ MICRO_BATCHES, ROWS = 8, 2
 class PacedTeacher(ScriptedTeacher):
     """Serves one trajectory after the other, each for `seconds`, like a server at the limit of its throughput."""
 
-    def __init__(self, seconds: float, works_elsewhere: bool):
+    def __init__(self, seconds: float, is_remote: bool):
         super().__init__()
         self.seconds = seconds
-        self.works_elsewhere = works_elsewhere
+        self.is_remote = is_remote
         self._turn: asyncio.Lock | None = None
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
@@ -131,10 +120,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     steps = parser.parse_args().steps
     logging.set_verbosity_error()
-    training, generation = step_seconds(PacedTeacher(0.0, works_elsewhere=True), steps)
+    training, generation = step_seconds(PacedTeacher(0.0, is_remote=True), steps)
     pace = training / (MICRO_BATCHES * ROWS)
-    serial, _ = step_seconds(PacedTeacher(pace, works_elsewhere=False), steps)
-    overlapped, _ = step_seconds(PacedTeacher(pace, works_elsewhere=True), steps)
+    serial, _ = step_seconds(PacedTeacher(pace, is_remote=False), steps)
+    overlapped, _ = step_seconds(PacedTeacher(pace, is_remote=True), steps)
     for name, value in {
         "generation_seconds (not in the others)": generation,
         "scoring_and_training_seconds": training,

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """How many prompt tokens vLLM's prefix cache serves, of those that nested prefixes allow.
 
     python -m benchmarks.prefix_cache [--trajectories 16] [--samples 1 10]
@@ -57,13 +46,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.servers import BLOCK, Server, metric, vllm_serve
-from omniopd_trl.audit import Auditor, AuditSettings, Trajectory
+from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.audits.types import AuditSettings, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.demo.world import STUDENT_SLIP, problems, solution
-from omniopd_trl.similarity import get_similarity
+from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
 
 NUM_CHUNKS, CHUNK_LENGTH = 10, 20
 # Student tokens of a trajectory. With the prompt they are fewer than the demo's teacher takes.

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """What a job needs beyond the machines at hand: memory per GPU, time per step, and what its teacher must deliver.
 
     python -m benchmarks.scaling            # the tables of docs/scaling.md
@@ -40,8 +29,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import QWEN3, Shape, tokenizer
-from omniopd_trl import lm_head
-from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
+from omniopd_trl.models import lm_head
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 GIB = 2**30
 TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
@@ -557,12 +546,12 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
 
     Quantities are those of `states_under`.
     """
-    from tests.distributed.back_ends import HERE, run
+    from tests.support.back_ends import SCRIPTS, run
 
     launch, kind, back_end = LAUNCHES[name]
     TINY.model(torch.device("cpu"), torch.float32).save_pretrained(folder / "model")
     tokenizer(TINY.vocabulary).save_pretrained(folder / "model")
-    script, result = HERE / "states_under.py", folder / "result.json"
+    script, result = SCRIPTS / "states_under.py", folder / "result.json"
     counted = run(launch, script, result, str(folder / "model"), kind, num_processes=PROCESSES)
     formulas = {
         "student": student_bytes(TINY, back_end, PROCESSES, accumulates=True),

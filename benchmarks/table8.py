@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """The paper's Table 8, cell by cell, under two readings of its formulas; and what the services of today make of it.
 
     python -m benchmarks.table8
@@ -21,7 +10,7 @@ prints the tables of docs/money.md.
 import sys
 from typing import NamedTuple
 
-from omniopd_trl.cost import Forecast, forecast
+from omniopd_trl.accounting.forecast import Forecast, forecast
 
 # The prompt, the trajectory and the teacher's own solution, in tokens (section 9).
 PROMPT, TRAJECTORY, SOLUTION = 200, 6340, 8000

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """What the rollout engine costs beyond the SDK, and how near it comes to the latency bound.
 
     python -m benchmarks.teacher_engine [--trajectories 64] [--latency 0.5] [--rounds 2]
@@ -34,9 +23,9 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
-from omniopd_trl.teachers.instruct import render_messages
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from omniopd_trl.teachers.instruct.repair import render_messages
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
 
 CHUNKS, ROLLOUTS, CONCURRENCY = 10, 10, 64
 

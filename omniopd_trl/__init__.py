@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """OmniOPD: on-policy distillation from teachers that return only text, as a trainer in TRL's style.
 
     from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
@@ -22,16 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omniopd_trl.omniopd_config import OmniOPDConfig
-    from omniopd_trl.omniopd_trainer import OmniOPDTrainer
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+    from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 
 __version__ = "0.1.0.dev0"
 
 __all__ = ["OmniOPDConfig", "OmniOPDTrainer", "__version__"]
 
 _LAZY = {
-    "OmniOPDConfig": "omniopd_trl.omniopd_config",
-    "OmniOPDTrainer": "omniopd_trl.omniopd_trainer",
+    "OmniOPDConfig": "omniopd_trl.trainer.omniopd_config",
+    "OmniOPDTrainer": "omniopd_trl.trainer.omniopd_trainer",
 }
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """Write the tables of docs/configuration.md from the configuration classes.
 
     python -m scripts.configuration_reference           # write
@@ -28,8 +17,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.omniopd_config import OmniOPDConfig
-from omniopd_trl.train import OmniOPDScriptArguments
+from omniopd_trl.cli.recipe import OmniOPDScriptArguments
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from scripts.pages import update
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """The documentation is true: code runs, recipes parse, commands and links exist, tables say what the code says."""
 
 import ast
@@ -18,17 +7,14 @@ import dataclasses
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from omniopd_trl.launch import launch_options, resolve_config, split_arguments
-from omniopd_trl.omniopd_config import OmniOPDConfig
-from omniopd_trl.omniopd_trainer import OmniOPDTrainer
-from omniopd_trl.train import (
+from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
+from omniopd_trl.cli.recipe import (
     OmniOPDScriptArguments,
     check_names,
     check_recipe,
@@ -37,9 +23,11 @@ from omniopd_trl.train import (
     option_names,
     parse_args,
 )
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 HINTS = option_hints(make_parser().dataclass_types)

@@ -1,31 +1,19 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """Teachers: models that return text, behind one method."""
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from omniopd_trl.teachers.base import METER, OUTCOMES, Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.teachers.base import OUTCOMES, Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
+    from omniopd_trl.teachers.load import load_teacher
     from omniopd_trl.teachers.local import LocalTeacher
 
 __all__ = [
-    "METER",
     "OUTCOMES",
     "LocalTeacher",
     "Prefix",
@@ -38,45 +26,11 @@ __all__ = [
     "load_teacher",
 ]
 
-
-def load_teacher(
-    teacher: "str | PreTrainedModel | Teacher",
-    *,
-    model_init_kwargs: dict[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    device: "torch.device | str | None" = None,
-) -> Teacher:
-    """The teacher that a name, a model or a teacher stands for.
-
-    Args:
-        teacher: a `Teacher`, which is returned as it is; `"scripted"`; or a path, Hub id or instance of a causal
-            language model, for which the other arguments are those of `LocalTeacher`.
-
-    Raises:
-        DataError: when a model cannot be loaded.
-    """
-    if isinstance(teacher, Teacher):
-        return teacher
-    if teacher == "scripted":
-        return ScriptedTeacher()
-    from omniopd_trl.teachers.local import LocalTeacher
-
-    return LocalTeacher(
-        teacher,
-        model_init_kwargs=model_init_kwargs,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        chat_template_kwargs=chat_template_kwargs,
-        device=device,
-    )
+# These bring torch and transformers along; the others need neither.
+_LAZY = {"LocalTeacher": "omniopd_trl.teachers.local", "load_teacher": "omniopd_trl.teachers.load"}
 
 
 def __getattr__(name: str) -> object:
-    # The local teacher brings torch and transformers along; the others need neither.
-    if name == "LocalTeacher":
-        from omniopd_trl.teachers.local import LocalTeacher
-
-        return LocalTeacher
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

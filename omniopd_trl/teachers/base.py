@@ -1,28 +1,18 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """What a teacher is: one method that continues a batch of prefixes and returns text."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.errors import DataError
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import DataError, TeacherError
 
 if TYPE_CHECKING:
-    from omniopd_trl.teachers.budget import Budget
+    from omniopd_trl.accounting.budget import Budget
 
 # What a reply may count besides its rollouts. A refused, filtered or empty sample is no rollout; a restarted one (an
 # instructed continuation that began the solution anew) is; a failed request was given up after its last attempt.
@@ -98,59 +88,6 @@ class SamplingRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens that a request used, as the teacher counts them.
-
-    Attributes:
-        prompt_tokens: tokens of the prompts, cached ones included.
-        cached_tokens: how many of `prompt_tokens` were served from a cache.
-        completion_tokens: tokens written, over all samples.
-        reasoning_tokens: how many of `completion_tokens` were hidden reasoning.
-        cache_write_tokens: how many of `prompt_tokens` were written to a cache, where a service charges for that.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cache_write_tokens: int = 0
-
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.reasoning_tokens + other.reasoning_tokens,
-            self.cache_write_tokens + other.cache_write_tokens,
-        )
-
-
-# Called with what each request used and what it cost in US dollars (`None` without a price), as soon as it is known. A
-# context variable, so that whoever starts an audit meters it, through however many tasks it is split.
-METER: ContextVar[Callable[[Usage, float | None], None]] = ContextVar("meter")
-
-
-@dataclass(frozen=True)
-class KeptAnswers:
-    """What was answered so far of all samples of one prefix, and where more is kept.
-
-    Attributes:
-        found: of each answer of an earlier run, the first sample that it was asked for, how many samples it settles,
-            and those that it has, as JSON gives back what was kept. They are paid for and counted.
-        keep: takes the same of a new answer, as something that JSON can hold, with what its request used and cost in
-            US dollars (`None` without a price). It keeps the answer and tells the meter, both or neither.
-    """
-
-    found: Sequence[tuple[int, int, Any]]
-    keep: Callable[[int, int, Any, Usage, float | None], None]
-
-
-# Called with a name for all that decides the samples of a prefix. Set where answers are kept one by one until their
-# audit is finished; who does not ask it is metered as above, and loses the answers of an audit that is cut off.
-ANSWERS: ContextVar[Callable[[str], KeptAnswers]] = ContextVar("answers")
-
-
-@dataclass(frozen=True, slots=True)
 class Rollout:
     """One continuation.
 
@@ -190,13 +127,13 @@ class Teacher(ABC):
         name: how logs and the model card call the teacher, and what its recorded answers are known by: a run that is
             started again in the same folder replays those of a teacher of the same name without asking. A teacher
             whose answers change (another model, prompt or script) must change its name.
-        works_elsewhere: whether its work goes on elsewhere while this process trains, so that audits may overlap with
+        is_remote: whether its work goes on elsewhere while this process trains, so that audits may overlap with
             training. A model in this process shares its device and its random numbers.
         budget: what it may still spend, and what it has under way; `None` for a teacher that keeps no such account.
     """
 
     name: str
-    works_elsewhere: bool = False
+    is_remote: bool = False
     budget: "Budget | None" = None
 
     @abstractmethod
@@ -225,3 +162,52 @@ class Teacher(ABC):
 
     async def aclose(self) -> None:
         """Release connections. The trainer may ask again later, for an evaluation or more training."""
+
+
+async def replies_of(teacher: Teacher, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+    """Ask a teacher, and see that what it returns is what a teacher has to return.
+
+    A mistake in a teacher of one's own would otherwise show far from where it was made, or as other numbers.
+
+    Raises:
+        TeacherError: when it is not.
+    """
+    answer: Any = teacher.sample(prefixes, request)  # whoever writes a teacher need not check its types
+    replies: Any = None
+    if not inspect.isawaitable(answer):
+        problem = f"its `sample` is no coroutine (it returned {_shown(answer)}). Write it as `async def sample`"
+    else:
+        replies = await answer
+        problem = _problem_of(replies, len(prefixes), request.num_samples)
+    if problem:
+        raise TeacherError(
+            f"The teacher {getattr(teacher, 'name', type(teacher).__name__)!r} ({type(teacher).__name__}) does not "
+            f"keep to `Teacher.sample`: {problem}. See `A teacher of one's own` in docs/teachers.md."
+        )
+    return list(replies)
+
+
+def _problem_of(replies: Any, num_prefixes: int, num_samples: int) -> str:
+    if not isinstance(replies, list | tuple) or len(replies) != num_prefixes:
+        return f"it must return a list of {num_prefixes} replies, one per prefix, and returned {_shown(replies)}"
+    for index, reply in enumerate(replies):
+        where = f"reply {index} of {num_prefixes}"
+        if not isinstance(reply, TeacherReply):
+            return f"{where} must be a `TeacherReply`, and is {_shown(reply)}"
+        if not isinstance(reply.rollouts, list | tuple):
+            return f"{where} must hold a tuple of rollouts, and holds {_shown(reply.rollouts)}"
+        if len(reply.rollouts) > num_samples:
+            return f"{where} holds {len(reply.rollouts)} rollouts, and at most num_samples={num_samples} are allowed"
+        for rollout in reply.rollouts:
+            if not isinstance(rollout, Rollout) or not isinstance(rollout.text, str):
+                return f"{where} must hold `Rollout(text)` with a text that is a `str`, and holds {_shown(rollout)}"
+        if not isinstance(reply.usage, Usage):
+            return f"the usage of {where} must be a `Usage`, and is {_shown(reply.usage)}"
+        if not isinstance(reply.outcomes, Mapping):
+            return f"the outcomes of {where} must be a dictionary of counts, and are {_shown(reply.outcomes)}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    length = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+    return f"{value!r:.80} ({type(value).__name__}{length})"

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """Any `transformers` causal language model as a teacher, in this process.
 
 The prefixes of one trajectory are nested, so the longest one is run through the model once (the *trunk*), and its
@@ -37,8 +26,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
+from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import DataError
-from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 
 logger = logging.get_logger(__name__)
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
 """Runs the training command under one back end, with a teacher that fails on the second process.
 
@@ -31,11 +20,11 @@ from typing import Any
 
 BACK_END, RECIPE, FOLDER, KIND = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
+from omniopd_trl.cli.train import run
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import ScriptedTeacher
-from omniopd_trl.train import run
 
 # Four of each step: this is the third step's last.
 FAILS_AT = 12
@@ -79,12 +68,12 @@ def save_slowly() -> None:
 
 
 def main() -> None:
-    import omniopd_trl.construction
+    import omniopd_trl.trainer.validation
 
     if os.environ.get("SLOW") == str(RANK):
         save_slowly()
-    Failing.works_elsewhere = True
-    omniopd_trl.construction.load_teacher = lambda *args, **kwargs: Failing()
+    Failing.is_remote = True
+    omniopd_trl.trainer.validation.load_teacher = lambda *args, **kwargs: Failing()
     code = run(["--config", RECIPE])
     Path(FOLDER, f"{KIND}-{RANK}").write_text(str(code))
     sys.exit(code)

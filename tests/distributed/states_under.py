@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
 """Trains three steps of two micro-batches under one back end and counts the bytes that a process holds and sends.
 
@@ -37,11 +26,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from back_ends import training_arguments
+from tests.support.back_ends import training_arguments
 
 BACK_END, RESULT, MODEL, KIND = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
 from datasets import Dataset

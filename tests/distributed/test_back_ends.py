@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """One objective under every back end: what is trained is what one process trains, and a run that is resumed goes on.
 
 Each back end is launched once for all kinds of student, and once more, in new processes, to go on from checkpoints:
@@ -27,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import BACK_ENDS, HERE, needs, run
 from safetensors.torch import load_file
 
-SCRIPT = HERE / "train_under.py"
+from tests.support.back_ends import BACK_ENDS, SCRIPTS, needs, run
+
+SCRIPT = SCRIPTS / "train_under.py"
 TOLERANCE = 1e-4
 QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
 
 import json
@@ -21,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from back_ends import HERE, finish, needs, start, training_arguments
-from trainer_utils import questions
 
-from omniopd_trl.train import run
+from omniopd_trl.cli.train import run
+from tests.support.back_ends import SCRIPTS, finish, needs, start, training_arguments
+from tests.support.training import questions
 
-SCRIPT = HERE / "fail_under.py"
+SCRIPT = SCRIPTS / "fail_under.py"
 # From the launch to the end of both processes, imports included; a process that waits for a dead one waits for half an
 # hour.
 SECONDS = 120

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """`omniopd train --accelerate_config zero2`, `zero3` and `fsdp2`: the files that ship, and training that follows them.
 
 The files are used as they are. What a machine without GPUs needs is said on the command line: `--num_processes 2`,
@@ -30,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from back_ends import HERE, ROOT, STEPS, finish, free_port, needs
 from safetensors.torch import load_file
-from trainer_utils import questions
 from transformers import AutoModelForCausalLM
+
+from tests.support import ROOT
+from tests.support.back_ends import STEPS, finish, free_port, needs
+from tests.support.training import questions
 
 TOLERANCE = 1e-4
 FILES = ("zero2", "zero3", "fsdp2")
@@ -42,9 +33,9 @@ NUM_STEPS, PROMPTS = 2, 8
 # The command, with a training that takes notes in the place of `omniopd_trl.train`.
 COMMAND = """
 import sys
-from omniopd_trl import cli, launch
-launch.MODULE = "train_from_file"
-sys.exit(cli.main(sys.argv[1:]))
+from omniopd_trl.cli import launch, main
+launch.MODULE = "tests.distributed.train_from_file"
+sys.exit(main.main(sys.argv[1:]))
 """
 # DeepSpeed leaves parameters of fewer than 100,000 numbers whole, and the file does not say otherwise: of a student as
 # small as in the other tests ZeRO-3 would split nothing. Here the embeddings and all matrices are larger than that.
@@ -86,13 +77,13 @@ def trained(make_tiny_model, tmp_path_factory) -> Callable[[str | None], Trained
         words += ["--gradient_accumulation_steps", str(PROMPTS // 2 // processes)]
         words += ["--use_cpu", "false" if name == "fsdp2" else "true"]
         if name is None:
-            command = [sys.executable, "-m", "train_from_file", *words]
+            command = [sys.executable, "-m", "tests.distributed.train_from_file", *words]
         else:
             command = [sys.executable, "-c", COMMAND, "train", "--accelerate_config", name]
             command += ["--num_processes", "2", "--main_process_port", str(free_port()), *words]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)]),
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "FACTS": str(folder),

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """The training of a recipe, as `omniopd train` launches it, once for each kind of student, with notes about it.
 
     FACTS=FOLDER python -m train_from_file --config RECIPE.yaml --output_dir OUT
@@ -27,15 +16,16 @@ from typing import Any
 
 # What the launcher sets for a file with `distributed_type: FSDP`.
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import fsdp_utils
-from back_ends import LOGGED, whole
 from torch import nn
 
-from omniopd_trl import omniopd_trainer, train
+from omniopd_trl.cli import train
+from omniopd_trl.trainer import omniopd_trainer
+from tests.support.back_ends import LOGGED, whole
 
 # Both in one launch: most of the time goes into imports.
 RUNS = {

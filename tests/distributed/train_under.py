@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
 """Trains the same steps under one back end, for each kind of student, and writes down what came out.
 
@@ -27,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from back_ends import LOGGED, STEPS, training_arguments, whole
+from tests.support.back_ends import LOGGED, STEPS, training_arguments, whole
 
 BACK_END = sys.argv[1]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -41,11 +30,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_utils import questions, script
 from transformers import BitsAndBytesConfig
 
-from omniopd_trl import OmniOPDConfig, OmniOPDTrainer, offload
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.models import offloading
 from omniopd_trl.teachers import ScriptedTeacher
+from tests.support.training import questions, script
 
 NUM_STEPS, PROMPTS = 3, 8
 
@@ -286,7 +276,7 @@ def be_away_between_uses(trainer: OmniOPDTrainer) -> None:
     for tensor in at_rest:
         tensor.fill_(float("nan"))
     if BACK_END != "fsdp2":
-        offload._copy = lambda host, device: true[host.data_ptr()].clone()
+        offloading._copy = lambda host, device: true[host.data_ptr()].clone()
         return
     move = model.to
 

@@ -3,13 +3,9 @@
 """Tests on a GPU of what has its CPU form in the other tests. Without a GPU they are skipped, with a reason."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(1, str(Path(__file__).parents[1] / "distributed"))
 
 VARIABLE = "OMNIOPD_GPU_TESTS_DEVICE"
 

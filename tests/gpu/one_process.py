@@ -9,9 +9,9 @@ import torch
 
 if torch.cuda.is_available():
     # `train_under` imports it to shard on a CPU; accelerate shards on a GPU by itself.
-    sys.modules["fsdp2_on_cpu"] = ModuleType("fsdp2_on_cpu")
+    sys.modules["tests.support.fsdp2_on_cpu"] = ModuleType("fsdp2_on_cpu")
 
-import train_under  # after the module that it would import
+from tests.distributed import train_under  # after the module that it would import
 
 if __name__ == "__main__":
     train_under.main()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from bounds import hold, largest, relative
 
-from omniopd_trl.lm_head import LMHead, kl_to_reference, logprobs_of
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
+from tests.gpu.bounds import hold, largest, relative
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from bounds import hold, largest
-from trainer_utils import make_trainer, questions
 
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
+from tests.gpu.bounds import hold, largest
+from tests.support.training import make_trainer, questions
 
 pytestmark = pytest.mark.gpu
 

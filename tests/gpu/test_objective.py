@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import hold
 from peft import LoraConfig
-from trainer_utils import RecordingTrainer, dense_objective, make_trainer, perturb, questions
 from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tests.gpu.bounds import hold
+from tests.support.training import RecordingTrainer, dense_objective, make_trainer, perturb, questions
 
 pytestmark = pytest.mark.gpu
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import HERE as DISTRIBUTED
-from back_ends import ROOT, free_port, needs, training_arguments, zero
-from bounds import hold
 from safetensors.torch import load_file
+
+from tests.gpu.bounds import hold
+from tests.support import ROOT
+from tests.support.back_ends import free_port, needs, training_arguments, zero
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -39,7 +40,7 @@ class Run:
             settings["use_cpu"] = False
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(DISTRIBUTED), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
         }

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """Against real servers, in an environment of their own: `make test-vllm`.
 
 The folder is not called `vllm`: `tests` is on the path of every test, and TRL would take it for an installed vLLM.
@@ -18,7 +7,6 @@ The folder is not called `vllm`: `tests` is on the path of every test, and TRL w
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +16,6 @@ from omniopd_trl.demo import asset_path
 from omniopd_trl.teachers import LocalTeacher
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "distributed"))  # how processes are started
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """A trainer that compares, at each generation, the student that vLLM runs with the student that is trained."""
 
 import copy
@@ -19,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from questions import dataset
-from trainer_utils import script
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
+from tests.real_servers.questions import dataset
+from tests.support.training import script
 
 # Two micro-batches per step, evaluation after every second one. AdamW at this rate moves the demo's student by tenths
 # of a nat per token in a step.

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
 """Train the demo's student with vLLM, on one process or several; each writes down what it saw.
 
@@ -26,21 +15,22 @@ import json
 import sys
 from pathlib import Path
 
-from back_ends import training_arguments
+from tests.support.back_ends import training_arguments
 
 BACK_END, MODEL, FOLDER, DTYPE, KIND, SETTINGS = sys.argv[1:]
 if BACK_END == "fsdp2":
-    import fsdp2_on_cpu  # noqa: F401
+    import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import pytest
 import torch
 from datasets import concatenate_datasets
-from folder_sync import FolderSync
-from generations import make
 from peft import LoraConfig
-from questions import dataset
 from transformers import TrainerCallback
 from trl.generation import vllm_generation
+
+from tests.real_servers.folder_sync import FolderSync
+from tests.real_servers.generations import make
+from tests.real_servers.questions import dataset
 
 MISSED = 3
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """The demo's student, whose embeddings are tied, writes its trajectories with a real vLLM.
 
 Colocate mode is TRL's as it is. In server mode the server is real and was started by TRL's command, and only the
@@ -23,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from back_ends import finish, free_port, start
-from folder_sync import FolderSync
-from generations import SETTINGS, Generation, make
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
 from benchmarks.servers import BLOCK, ENVIRONMENT, Server, command
 from omniopd_trl.demo import asset_path
-from omniopd_trl.generation import LARGE_DIFFERENCE
+from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE
+from tests.real_servers.folder_sync import FolderSync
+from tests.real_servers.generations import SETTINGS, Generation, make
+from tests.support.back_ends import finish, free_port, start
 
 HERE = Path(__file__).resolve().parent
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")

@@ -1,16 +1,5 @@
-# Copyright 2026 The omniopd_trl Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
 """`vllm:` against `vllm serve`: the same text as the model in this process, what its cache serves, and a run."""
 
 import math
@@ -18,7 +7,18 @@ import threading
 import time
 
 import pytest
-from questions import (
+from transformers import TrainerCallback
+
+from benchmarks.prefix_cache import measure
+from benchmarks.servers import BLOCK, Server, vllm_serve
+from omniopd_trl.demo import asset_path
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.journal.reader import spent
+from omniopd_trl.teachers import Prefix
+from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote.engine import EngineSettings
+from tests.real_servers.questions import (
     GREEDY,
     TRAINING,
     ask,
@@ -34,18 +34,7 @@ from questions import (
     nucleus,
     problems,
 )
-from trainer_utils import make_trainer, trainable
-from transformers import TrainerCallback
-
-from benchmarks.prefix_cache import measure
-from benchmarks.servers import BLOCK, Server, vllm_serve
-from omniopd_trl.demo import asset_path
-from omniopd_trl.errors import TeacherError
-from omniopd_trl.journal import spent
-from omniopd_trl.teachers import Prefix
-from omniopd_trl.teachers.instruct import render_messages, repair
-from omniopd_trl.teachers.remote import EngineSettings
-from omniopd_trl.teachers.services import remote_teacher
+from tests.support.training import make_trainer, trainable
 
 # The instruction of an instructed teacher takes a thousand of the demo's short tokens.
 CONTEXT = 1536

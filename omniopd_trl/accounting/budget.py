@@ -1,0 +1,264 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What may still be spent, and what was. A request is sent only when its worst case fits."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from omniopd_trl.accounting.pricing import Price
+from omniopd_trl.accounting.usage import METER, Usage
+from omniopd_trl.errors import BudgetError, ConfigError
+
+
+class Reservation:
+    """The worst case of a request that is under way. It ends once: settled, forfeited or released.
+
+    Attributes:
+        tokens: prompt and completion tokens that are held; 0 once it has ended.
+        usd: dollars that are held.
+    """
+
+    def __init__(self, budget: "Budget", tokens: int, usd: float):
+        self._budget = budget
+        self.tokens = tokens
+        self.usd = usd
+        self.ended = False
+
+    def settle(self, usage: Usage) -> None:
+        """Replace the worst case by what the request used.
+
+        Raises:
+            RuntimeError: when it was settled or forfeited before; the request would be counted twice.
+        """
+        if self.ended:
+            raise RuntimeError("This reservation has ended, so that its usage would count twice. Settle it once.")
+        cost = self._budget.add(usage)
+        self._budget.compare_with_worst_case(usage.prompt_tokens + usage.completion_tokens, cost, self)
+        self._end()
+
+    def forfeit(self) -> None:
+        """Count the worst case as spent: nobody knows what the service charged for. Nothing happens once it ended."""
+        self._budget.forfeited_tokens += self.tokens
+        self._budget.forfeited_usd += self.usd
+        self._end()
+
+    def _end(self) -> None:
+        self.tokens, self.usd, self.ended = 0, 0.0, True
+
+
+class Budget:
+    """Counts tokens and dollars, and holds requests back that might exceed a limit.
+
+    At every moment, what was spent plus the worst case of all requests under way stays within the limits, so that
+    the limits are not exceeded whatever happens, as long as no request uses more than its worst case. Requests are
+    let through in the order in which they came: a large one waits for room, and the smaller ones behind it wait for
+    it. A budget serves one event loop at a time.
+
+    Args:
+        max_usd: dollars that the job may spend; needs a `price`. `None` for no limit.
+        max_tokens: prompt and completion tokens that the job may use, cached ones included. `None` for no limit.
+        price: of the teacher; `None` when it is not known, and only tokens are counted.
+        spent: what earlier runs of the same job used, all processes together, and
+        spent_usd: paid.
+        forfeited_tokens: worst cases that earlier runs had to count as spent, and
+        forfeited_usd: the same in dollars.
+        num_processes: processes that share the limits. Each may spend an equal part of what earlier runs left, and
+            the parts never add up to more than it.
+
+    Attributes:
+        on_under_way: told, before a request is let through, the most tokens and dollars (`None` without a price) that
+            were under way at once since nothing was; and 0 tokens as soon as nothing is any more. What a killed
+            process had under way is never more. An error that it raises is the request's.
+
+    Raises:
+        BudgetError: when a limit in dollars cannot be kept, as the price is not known.
+        ConfigError: when a limit is not above 0, or `num_processes` is not.
+    """
+
+    def __init__(
+        self,
+        max_usd: float | None = None,
+        max_tokens: int | None = None,
+        price: Price | None = None,
+        spent: Usage | None = None,
+        spent_usd: float = 0.0,
+        *,
+        forfeited_tokens: int = 0,
+        forfeited_usd: float = 0.0,
+        num_processes: int = 1,
+    ):
+        for name, limit in (("teacher_budget_usd", max_usd), ("teacher_budget_tokens", max_tokens)):
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{name}={limit} must be above 0. Leave it out for no limit.")
+        if num_processes < 1:
+            raise ConfigError(f"num_processes={num_processes} must be at least 1: the budget is divided by it.")
+        if max_usd is not None and price is None:
+            raise BudgetError(
+                f"teacher_budget_usd={max_usd} cannot be kept: the price of the teacher is not known. Give it in the "
+                "recipe (`teacher_input_price` and `teacher_output_price`, dollars per million tokens), or set "
+                "`teacher_budget_tokens` instead."
+            )
+        self.max_usd = max_usd
+        self.max_tokens = max_tokens
+        self.price = price
+        self.used = spent or Usage()
+        self.used_usd = spent_usd
+        self.forfeited_tokens = forfeited_tokens  # requests that may have been charged for, not part of `used`
+        self.forfeited_usd = forfeited_usd
+        self.num_processes = num_processes
+        # Where this process has to stop. What earlier runs left is divided, rounded down; a debt is not.
+        before, before_usd = self.tokens_spent, self.usd_spent
+        self._token_limit = None if max_tokens is None else before + max(max_tokens - before, 0) // num_processes
+        self._usd_limit = max_usd
+        if max_usd is not None and num_processes > 1:
+            self._usd_limit = before_usd + max(max_usd - before_usd, 0.0) / num_processes
+        self._said_overrun = False
+        self.on_under_way: Callable[[int, float | None], None] | None = None
+        self._most_under_way = (0, 0.0)
+        self._open: set[Reservation] = set()
+        self._queue: deque[tuple[Reservation, asyncio.Future[None]]] = deque()
+
+    def add(self, usage: Usage) -> float:
+        """Count what one request used, and return what it cost in dollars; 0 without a price."""
+        cost = 0.0 if self.price is None else self.price.cost(usage)
+        self.used = self.used + usage
+        self.used_usd += cost
+        return cost
+
+    def compare_with_worst_case(self, tokens: int, usd: float, worst: Reservation) -> None:
+        """Say once when a request used more than it was allowed to: the limits may then be exceeded by as much."""
+        if self._said_overrun or (tokens <= worst.tokens and usd <= worst.usd * (1 + 1e-9)):
+            return
+        self._said_overrun = True
+        from transformers.utils import logging  # which counting alone does not need
+
+        logging.get_logger(__name__).warning(
+            f"A request of the teacher used {tokens} tokens ({usd:.6f} dollars), and its worst case was "
+            f"{worst.tokens} ({worst.usd:.6f}): the service does not keep to the `max_tokens` that it was sent, or "
+            "counts its prompts otherwise. All of it counts, and the budget may be exceeded by the difference."
+        )
+
+    @asynccontextmanager
+    async def reserve(self, prompt_tokens: int, completion_tokens: int) -> AsyncIterator[Reservation]:
+        """Hold the worst case of one request until the block is left.
+
+        A block that is left without `settle` or `forfeit` counts as free, except when it was cancelled: the request
+        may have been sent, so that its worst case counts. Being cancelled while waiting costs nothing.
+
+        Args:
+            prompt_tokens: the most that the prompt can have.
+            completion_tokens: the most that the service may write, over all samples.
+
+        Raises:
+            BudgetError: when it does not fit, and nothing that is under way could make room.
+        """
+        usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
+        reservation = Reservation(self, prompt_tokens + completion_tokens, usd)
+        await self._enter(reservation)
+        try:
+            yield reservation
+        except asyncio.CancelledError:
+            if not reservation.ended:
+                reservation.forfeit()
+                # Whoever keeps accounts beyond this process learns of it here: nobody else sees the cancellation.
+                meter = METER.get(None)
+                if meter is not None:
+                    meter(Usage(prompt_tokens, 0, completion_tokens), None if self.price is None else usd)
+            raise
+        finally:
+            # Without an `await`, so that a second cancellation cannot keep it from happening.
+            self._leave(reservation)
+
+    async def _enter(self, reservation: Reservation) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((reservation, future))
+        self._let_in()
+        try:
+            await future
+        except BaseException:
+            # Cancelled while waiting, or just after it was let in.
+            if future.done() and not future.cancelled():
+                future.exception()  # a refusal that nobody waits for any more is no error in the log
+            self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
+            self._leave(reservation)
+            raise
+
+    def _leave(self, reservation: Reservation) -> None:
+        self._open.discard(reservation)
+        self._let_in()
+        if not self._open and self._most_under_way != (0, 0.0):
+            self._most_under_way = (0, 0.0)
+            self._log_under_way()
+
+    def _let_in(self) -> None:
+        """Let the first in the queue through while they fit."""
+        while self._queue:
+            reservation, future = self._queue[0]
+            if not future.done():
+                if self._fits(reservation, self._open):
+                    try:
+                        self._announce(reservation)
+                    except Exception as error:  # whoever sends this request learns of it, not who made room for it
+                        future.set_exception(error)
+                    else:
+                        self._open.add(reservation)
+                        future.set_result(None)
+                elif self._open and self._fits(reservation, ()):
+                    return  # what is under way may use less than its worst case
+                else:
+                    future.set_exception(BudgetError(self._exhausted(reservation)))
+            self._queue.popleft()
+
+    def _announce(self, new: Reservation) -> None:
+        """Say what is about to be under way, where it is more than ever since nothing was."""
+        if self.on_under_way is None:
+            return
+        held = [new, *self._open]
+        before = self._most_under_way
+        tokens, usd = sum(r.tokens for r in held), sum(r.usd for r in held)
+        self._most_under_way = max(tokens, before[0]), max(usd, before[1])
+        if self._most_under_way != before:
+            self._log_under_way()
+
+    def _log_under_way(self) -> None:
+        if self.on_under_way is not None:
+            tokens, usd = self._most_under_way
+            self.on_under_way(tokens, None if self.price is None else usd)
+
+    def _fits(self, new: Reservation, others: "set[Reservation] | tuple[()]") -> bool:
+        limit = self._token_limit
+        if limit is not None and self.tokens_spent + new.tokens + sum(r.tokens for r in others) > limit:
+            return False
+        usd_limit = self._usd_limit
+        return usd_limit is None or self.usd_spent + new.usd + sum(r.usd for r in others) <= usd_limit
+
+    @property
+    def tokens_spent(self) -> int:
+        """Tokens that count against the limit."""
+        return self.used.prompt_tokens + self.used.completion_tokens + self.forfeited_tokens
+
+    @property
+    def usd_spent(self) -> float:
+        """Dollars that count against the limit."""
+        return self.used_usd + self.forfeited_usd
+
+    def _exhausted(self, reservation: Reservation) -> str:
+        spent = []
+        if self.max_usd is not None:
+            spent.append(
+                f"{self.usd_spent:.4f} of teacher_budget_usd={self.max_usd} dollars are spent, and the next request "
+                f"may cost {reservation.usd:.4f}"
+            )
+        if self.max_tokens is not None:
+            spent.append(
+                f"{self.tokens_spent} of teacher_budget_tokens={self.max_tokens} tokens are spent, and the next "
+                f"request may use {reservation.tokens}"
+            )
+        share = ""
+        if self.num_processes > 1:
+            share = f" Each of {self.num_processes} processes may spend an equal part of what earlier runs left."
+        return (
+            f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and resume from the last checkpoint."
+        )

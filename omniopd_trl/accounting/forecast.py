@@ -1,0 +1,286 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will ask of its teacher, in tokens and dollars, before anything is asked.
+
+Everything here is arithmetic on the settings of a run; nothing is loaded and nothing is sent.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omniopd_trl.accounting.pricing import Price
+from omniopd_trl.errors import ConfigError
+
+# The paper's cost of a decoded token, in prefilled tokens (section 9).
+DECODE_TO_PREFILL = 8.3
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a prompt cache does for a number of requests.
+
+    Attributes:
+        cached_tokens: prompt tokens that it serves.
+        written_tokens: prompt tokens that are written to it.
+        usd: dollars of all requests, completions included; `None` without a price.
+    """
+
+    cached_tokens: float
+    written_tokens: float
+    usd: float | None
+
+    def times(self, number: float) -> "Cache":
+        """The same for `number` times as many requests."""
+        usd = None if self.usd is None else self.usd * number
+        return Cache(self.cached_tokens * number, self.written_tokens * number, usd)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the teacher, in its tokens. Averages, hence no whole numbers.
+
+    Attributes:
+        requests: requests, without repeated ones.
+        prompt_tokens: prefill: tokens of the prompts, cached ones included.
+        completion_tokens: decode: tokens that the teacher writes.
+        kept_tokens: how many of these are compared with a chunk. The teacher is asked for more, since its tokens are
+            not the student's.
+        no_cache: cost without a prompt cache.
+        chunk_cache: cost where the requests of one chunk share their prompt: the first writes it to the cache, and
+            the others read it. It changes nothing where one request returns all samples.
+        trajectory_cache: cost where the prompt of a chunk also begins with the cached one of the chunk before it. No
+            cache can do more, and a service whose cache becomes readable late does less.
+    """
+
+    requests: float
+    prompt_tokens: float
+    completion_tokens: float
+    kept_tokens: float
+    no_cache: Cache
+    chunk_cache: Cache
+    trajectory_cache: Cache
+
+    def times(self, number: float) -> "Load":
+        """The same for `number` times as many requests."""
+        return Load(
+            self.requests * number,
+            self.prompt_tokens * number,
+            self.completion_tokens * number,
+            self.kept_tokens * number,
+            self.no_cache.times(number),
+            self.chunk_cache.times(number),
+            self.trajectory_cache.times(number),
+        )
+
+    def effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
+        """Work of the teacher in decoded tokens, when decoding one costs as much as prefilling `decode_to_prefill`."""
+        return self.completion_tokens + self.prompt_tokens / decode_to_prefill
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run asks of its teacher.
+
+    Attributes:
+        trajectory: the audit of one trajectory.
+        step: one optimizer step.
+        run: all steps.
+        sft_prompt: one solution of the teacher's own, from its first token to its last, as SFT needs it.
+        sft_run: one for each distinct prompt of the run.
+    """
+
+    trajectory: Load
+    step: Load
+    run: Load
+    sft_prompt: Load
+    sft_run: Load
+
+    def relative_effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
+        """Effort for a trajectory, as a multiple of that for a solution (the last column of the paper's Table 8)."""
+        return self.trajectory.effort(decode_to_prefill) / self.sft_prompt.effort(decode_to_prefill)
+
+
+def forecast(
+    *,
+    prompt_tokens: float | Sequence[float],
+    trajectory_length: float,
+    num_chunks: int = 10,
+    chunk_length: int = 50,
+    min_chunk_length: int = 8,
+    num_rollouts: int = 10,
+    samples_per_request: int | None = None,
+    tokens_per_token: float = 1.0,
+    asked_per_token: float = 1.4,
+    prompt_overhead: float = 0.0,
+    chunks_per_trajectory: float | None = None,
+    rollout_tokens: float | None = None,
+    price: Price | None = None,
+    min_cached_prefix: float = 0.0,
+    prompts_per_step: int = 1,
+    steps: int = 1,
+    num_prompts: int | None = None,
+    solution_length: float | None = None,
+) -> Forecast:
+    r"""Tokens and dollars that audits take, with the paper's formulas (section 9).
+
+    Decode is `M * N * C`, prefill `ceil(N / k) * M * (prompt + L / 2)` with `k` samples per request. Chunks start
+    evenly over the trajectory, so that their prefixes have `L / 2` tokens on average. With `k = N` it is the paper's
+    formula.
+
+    What a run has logged can take the place of two assumptions: how many chunks a trajectory has
+    (`chunks_per_trajectory`), and how much the teacher writes per rollout (`rollout_tokens`). Merged chunks
+    (`chunk_overlap="merge"`) and hidden reasoning are forecast by no formula, and only by these.
+
+    Not included: requests that are repeated after an error, evaluation by or of the teacher, and the one request of
+    the probe.
+
+    Args:
+        prompt_tokens: length of the prompts, in student tokens; their mean, or each.
+        trajectory_length: `L`, in student tokens; assumed, or the measured mean.
+        num_chunks: `M`. A trajectory that has no room for them has fewer, and one shorter than a chunk has one.
+        chunk_length: `C`, in student tokens.
+        min_chunk_length: a trajectory shorter than this has no chunk.
+        num_rollouts: `N`.
+        samples_per_request: `k`; `None` when one request returns all `N`.
+        tokens_per_token: tokens of the teacher that a token of the student has on average. 1.0 assumes tokenizers
+            of like size.
+        asked_per_token: tokens of the teacher that a request asks for per token of the chunk. The teacher writes,
+            and charges for, all of them unless its answer ends there, and what is too much is cut off. 1.0 is the
+            paper's formula.
+        prompt_overhead: tokens of the teacher that a template or an instruction adds to each prompt.
+        chunks_per_trajectory: chunks that are asked for per trajectory on average; at most `num_chunks`. Defaults to
+            as many as a trajectory of mean length has room for.
+        rollout_tokens: tokens that the teacher writes, and charges for, per rollout on average. Defaults to all that
+            are asked for.
+        price: of the teacher; `None` forecasts tokens only.
+        min_cached_prefix: shortest prompt that the service caches, in its tokens.
+        prompts_per_step: prompts of an optimizer step, over all processes.
+        steps: optimizer steps.
+        num_prompts: distinct prompts of the run. Defaults to as many as it has trajectories (one epoch).
+        solution_length: length of a solution by the teacher itself, in student tokens. Defaults to
+            `trajectory_length`.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        ConfigError: when a number is out of range.
+
+    Example:
+        >>> audit = forecast(prompt_tokens=200, trajectory_length=6340, asked_per_token=1.0).trajectory
+        >>> audit.prompt_tokens, audit.completion_tokens
+        (33700.0, 5000.0)
+
+    Reference: Section 9.
+    """
+    lengths = [prompt_tokens] if isinstance(prompt_tokens, int | float) else list(prompt_tokens)
+    if not lengths:
+        raise ConfigError("`prompt_tokens` is empty. Give the length of at least one prompt.")
+    samples = num_rollouts if samples_per_request is None else samples_per_request
+    solution = trajectory_length if solution_length is None else solution_length
+    for name, value, least in (
+        ("num_chunks", num_chunks, 1),
+        ("chunk_length", chunk_length, 1),
+        ("num_rollouts", num_rollouts, 1),
+        ("samples_per_request", samples, 1),
+        ("prompts_per_step", prompts_per_step, 1),
+        ("steps", steps, 0),
+        ("num_prompts", 0 if num_prompts is None else num_prompts, 0),
+        ("prompt_tokens", min(lengths), 0),
+        ("trajectory_length", trajectory_length, 1),
+        ("solution_length", solution, 1),
+        ("tokens_per_token", tokens_per_token, 0),
+        ("asked_per_token", asked_per_token, tokens_per_token),
+        ("prompt_overhead", prompt_overhead, 0),
+        ("rollout_tokens", 0 if rollout_tokens is None else rollout_tokens, 0),
+        ("min_cached_prefix", min_cached_prefix, 0),
+    ):
+        if not least <= value < math.inf:
+            raise ConfigError(f"{name}={value} must be a number of at least {least}.")
+
+    chunks: float
+    if trajectory_length >= chunk_length:
+        chunks, length = min(num_chunks, int(trajectory_length // chunk_length)), float(chunk_length)
+    else:
+        chunks, length = int(trajectory_length >= min_chunk_length), float(trajectory_length)
+    if chunks_per_trajectory is not None:
+        if not 0 <= chunks_per_trajectory <= num_chunks:
+            raise ConfigError(
+                f"chunks_per_trajectory={chunks_per_trajectory} must be between 0 and num_chunks={num_chunks}: no "
+                "trajectory has more."
+            )
+        chunks = chunks_per_trajectory
+    requests = math.ceil(num_rollouts / samples)
+    per_rollout = math.ceil(asked_per_token * length) if rollout_tokens is None else rollout_tokens
+    asked = num_rollouts * per_rollout
+    kept = num_rollouts * min(tokens_per_token * length, per_rollout)
+
+    # A mean between two whole numbers is a mixture of trajectories with as many chunks as either.
+    fewer = int(chunks)
+    mixture = [(fewer, 1 - (chunks - fewer)), (fewer + 1, chunks - fewer)]
+    audits, solutions = _Sum(price), _Sum(price)
+    for prompt, count in Counter(lengths).items():
+        for number, share in mixture:
+            before: float | None = None  # the cached prompt of the chunk before
+            for j in range(number if share else 0):
+                # Expected order statistics of uniform points: their mean is L / 2, however many there are.
+                start = trajectory_length * (j + 1) / (number + 1)
+                prefix = prompt_overhead + tokens_per_token * (prompt + start)
+                cached = prefix >= min_cached_prefix
+                audits.add(share * count, prefix, requests, asked, kept, cached, before)
+                before = prefix if cached else None
+        written = tokens_per_token * solution
+        solutions.add(count, tokens_per_token * prompt, 1, written, written, False, None)
+    trajectory, sft_prompt = audits.mean(len(lengths)), solutions.mean(len(lengths))
+    step = trajectory.times(prompts_per_step)
+    distinct = steps * prompts_per_step if num_prompts is None else num_prompts
+    return Forecast(trajectory, step, step.times(steps), sft_prompt, sft_prompt.times(distinct))
+
+
+class _Sum:
+    """Adds up the requests of chunks."""
+
+    def __init__(self, price: Price | None) -> None:
+        self.price = price
+        self.totals = [0.0] * 4
+        self.caches = [[0.0] * 3 for _ in range(3)]
+
+    def add(
+        self,
+        count: float,
+        prompt: float,
+        requests: int,
+        completion: float,
+        kept: float,
+        cached: bool,
+        before: float | None,
+    ) -> None:
+        """Add `count` chunks: each asks `requests` times, with the same prompt, for `completion` tokens together."""
+        for index, value in enumerate((requests, requests * prompt, completion, kept)):
+            self.totals[index] += count * value
+        siblings = (requests - 1) * prompt if cached else 0.0
+        written = prompt if cached else 0.0
+        # Without a cache; one that the requests of a chunk share; one that the chunk before has filled in part.
+        kinds = (
+            (0.0, 0.0),
+            (siblings, written if requests > 1 else 0.0),
+            (siblings + (before or 0.0), written - (before or 0.0)),
+        )
+        rates = None if self.price is None else self.price.at(prompt)
+        for cache, (read, new) in zip(self.caches, kinds, strict=True):
+            cache[0] += count * read
+            cache[1] += count * new
+            if rates is not None:
+                read_price = rates.input if rates.cache_read is None else rates.cache_read
+                write_price = rates.input if rates.cache_write is None else rates.cache_write
+                plain = requests * prompt - read - new
+                usd = plain * rates.input + read * read_price + new * write_price + completion * rates.output
+                cache[2] += count * usd / 1e6
+
+    def mean(self, number: int) -> Load:
+        """The mean over `number` prompts."""
+        caches = [Cache(read, new, None if self.price is None else usd) for read, new, usd in self.caches]
+        requests, prompt, completion, kept = self.totals
+        return Load(requests, prompt, completion, kept, *caches).times(1 / number)

@@ -1,0 +1,250 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a teacher costs: prices of the recipe, else those of genai-prices, from the table that it ships with.
+
+The table is read from the installed package and never from a network: genai-prices looks for newer prices only in
+`UpdatePrices`, which nothing here starts. A newer table comes with `pip install -U genai-prices`.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import ConfigError
+
+# How genai-prices calls the services whose prices it lists. A server of one's own (`vllm:`, a local model) has none.
+_PROVIDERS = {"anthropic": "anthropic", "gemini": "google", "openai": "openai"}
+
+# Anthropic charges a quarter more for prompt tokens that it writes to its cache (kept for five minutes).
+_CACHE_WRITE_FACTOR = 1.25
+
+# A price that begins within this time counts for the worst case: a request may be under way when it does.
+_LOOK_AHEAD = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per million tokens.
+
+    Attributes:
+        input: prompt tokens that no cache served.
+        output: completion tokens, hidden reasoning included.
+        cache_read: prompt tokens that a cache served; `None` charges them as `input`.
+        cache_write: prompt tokens that were written to a cache; `None` charges them as `input`.
+    """
+
+    input: float
+    output: float
+    cache_read: float | None = None
+    cache_write: float | None = None
+
+    def at(self, prompt_tokens: float) -> "Price":
+        """The flat price of a request with a prompt of this many tokens; some services charge long prompts more."""
+        return self
+
+    def cost(self, usage: Usage) -> float:
+        """Dollars for the usage of one request."""
+        prompt, read, written = prompt_parts(usage)
+        read_price = self.input if self.cache_read is None else self.cache_read
+        write_price = self.input if self.cache_write is None else self.cache_write
+        plain = prompt - read - written
+        return (
+            plain * self.input + read * read_price + written * write_price + usage.completion_tokens * self.output
+        ) / 1e6
+
+    def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The most that a request of at most this size can cost, in dollars."""
+        highest = max(self.input, self.cache_read or 0.0, self.cache_write or 0.0)
+        return (prompt_tokens * highest + completion_tokens * self.output) / 1e6
+
+
+def prompt_parts(usage: Usage) -> tuple[int, int, int]:
+    """Prompt tokens: all of them, those read from a cache, and those written to one.
+
+    A service that counts more cached tokens than prompt tokens has the former cut to the latter.
+    """
+    prompt = max(usage.prompt_tokens, 0)
+    read = min(max(usage.cached_tokens, 0), prompt)
+    # Services that charge for filling the cache count these tokens; the others leave them at 0.
+    written = min(max(usage.cache_write_tokens, 0), prompt - read)
+    return prompt, read, written
+
+
+@dataclass(frozen=True)
+class TablePrice(Price):
+    """The price of a model in genai-prices, with its tiers and its dates.
+
+    `input`, `output`, `cache_read` and `cache_write` are those of a short prompt at the time when it was made.
+
+    Attributes:
+        provider: id of the provider in genai-prices.
+        model: name of the model as the service knows it.
+    """
+
+    provider: str = field(default="", kw_only=True)
+    model: str = field(default="", kw_only=True)
+
+    def at(self, prompt_tokens: float) -> Price:
+        tiers = _tiers(self.provider, self.model, _minute())
+        return next(flat for start, flat in reversed(tiers) if prompt_tokens > start)
+
+    def cost(self, usage: Usage) -> float:
+        """Dollars for the usage of one request.
+
+        It is what genai-prices' own `calc_price` says (a test compares them), at a tenth of the time.
+        """
+        return self.at(usage.prompt_tokens).cost(usage)
+
+    def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The most that a request of at most this size can cost: every tier that it may fall into, every price that
+        may be in force when it is settled, and every prompt token at the dearest rate."""
+        tiers = _tiers_soon(self.provider, self.model, _minute())
+        flats = [flat for start, flat in tiers if prompt_tokens > start]
+        highest = max(max(flat.input, flat.cache_read or 0.0, flat.cache_write or 0.0) for flat in flats)
+        return (prompt_tokens * highest + completion_tokens * max(flat.output for flat in flats)) / 1e6
+
+
+def price_of(
+    provider: str,
+    model: str,
+    *,
+    input_price: float | None = None,
+    output_price: float | None = None,
+    cached_price: float | None = None,
+    base_url: str | None = None,
+) -> Price | None:
+    """What a teacher costs.
+
+    Args:
+        provider: how the teacher's name begins: `"anthropic"`, `"gemini"`, `"openai"`, `"vllm"`, or anything else.
+        model: the rest of the name, as the service knows the model.
+        input_price: dollars per million prompt tokens; wins over the table, with
+        output_price: dollars per million completion tokens.
+        cached_price: dollars per million prompt tokens that a cache served. Defaults to `input_price`.
+        base_url: where the service is, when it is not the provider's own. Its prices are then not in the table: many
+            services answer to the same protocol.
+
+    Returns:
+        The price, or `None` when there is none. This is said once: only tokens are counted then.
+
+    Raises:
+        ConfigError: when prices are given in part, or are no numbers of at least 0.
+    """
+    given = {
+        "teacher_input_price": input_price,
+        "teacher_output_price": output_price,
+        "teacher_cached_price": cached_price,
+    }
+    for name, value in given.items():
+        if value is not None and not (_is_number(value) and 0 <= value < float("inf")):
+            raise ConfigError(f"{name}={value!r} must be a number of at least 0, in dollars per million tokens.")
+    if input_price is not None and output_price is not None:
+        write = input_price * _CACHE_WRITE_FACTOR if provider == "anthropic" else None
+        return Price(float(input_price), float(output_price), cached_price, write)
+    if any(value is not None for value in given.values()):
+        missing = [name for name in ("teacher_input_price", "teacher_output_price") if given[name] is None]
+        raise ConfigError(
+            f"Prices are given in part: {', '.join(f'{n}={v}' for n, v in given.items() if v is not None)}, without "
+            f"{' and '.join(missing)}. Give both, or none of them."
+        )
+    table = _PROVIDERS.get(provider)
+    if table is None or base_url is not None:
+        _log_tokens_only(provider, model)
+        return None
+    try:
+        ((_, flat), *_) = _tiers(table, model, _minute())
+    except LookupError:
+        _log_tokens_only(provider, model)
+        return None
+    return TablePrice(flat.input, flat.output, flat.cache_read, flat.cache_write, provider=table, model=model)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _log_tokens_only(provider: str, model: str) -> None:
+    from transformers.utils import logging
+
+    name = f"{provider}:{model}" if provider else model
+    logging.get_logger(__name__).warning_once(
+        f"The price of {name} is not known, so that its tokens are counted and no dollars. Set "
+        "`teacher_input_price` and `teacher_output_price`, in dollars per million tokens, to count dollars too."
+    )
+
+
+# Prices begin and end on a minute; looking them up anew for each request would cost more than the request.
+def _minute() -> datetime:
+    return datetime.now(tz=UTC).replace(second=0, microsecond=0)
+
+
+_Tiers = list[tuple[int, Price]]
+
+
+@lru_cache(maxsize=64)
+def _tiers(provider: str, model: str, now: datetime) -> _Tiers:
+    """The price in force, by the length above which each of its tiers begins, in ascending order.
+
+    Raises:
+        LookupError: when there is none, or none for prompts and completions of text.
+    """
+    prices = _model_info(provider, model).get_prices(now)
+    if prices.input_mtok is None or prices.output_mtok is None:
+        raise LookupError(f"{model} is not priced by tokens of text")
+    return _by_tier(prices)
+
+
+@lru_cache(maxsize=64)
+def _tiers_soon(provider: str, model: str, now: datetime) -> _Tiers:
+    """The tiers of every price that may be in force while a request is under way."""
+    entries = _model_info(provider, model).prices
+    if not isinstance(entries, list):
+        return _by_tier(entries)
+    found = [entries[0].prices]  # which counts where none is active
+    # The last one that is active counts. Prices by the time of day may become active at any time; what precedes one
+    # that is active from some date on never will.
+    for entry in reversed(entries):
+        by_date = entry.constraint is None or hasattr(entry.constraint, "start_date")
+        if not by_date or entry.constraint is None or entry.constraint.active(now + _LOOK_AHEAD):
+            found.append(entry.prices)
+        if by_date and (entry.constraint is None or entry.constraint.active(now)):
+            found = found[1:]
+            break
+    return [tier for prices in found for tier in _by_tier(prices)]
+
+
+def _model_info(provider: str, model: str) -> Any:
+    """The entry of genai-prices.
+
+    Raises:
+        LookupError: when there is none.
+    """
+    from genai_prices.data_snapshot import get_snapshot
+
+    return get_snapshot().find_provider_model(model, None, provider, None)[1]
+
+
+def _by_tier(prices: Any) -> _Tiers:
+    """Once a prompt is longer than the start of a tier, all tokens of the request cost what the tier says."""
+    rates = (prices.input_mtok, prices.output_mtok, prices.cache_read_mtok, prices.cache_write_mtok)
+    starts = {-1, *(tier.start for rate in rates if hasattr(rate, "tiers") for tier in rate.tiers)}
+
+    def rate_above(rate: Any, start: int) -> float | None:
+        if hasattr(rate, "tiers"):
+            rate = next((tier.price for tier in reversed(rate.tiers) if start >= tier.start), rate.base)
+        return None if rate is None else float(rate)
+
+    return [
+        (
+            start,
+            Price(
+                rate_above(rates[0], start) or 0.0,
+                rate_above(rates[1], start) or 0.0,
+                rate_above(rates[2], start),
+                rate_above(rates[3], start),
+            ),
+        )
+        for start in sorted(starts)
+    ]

@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One trajectory through the middle of the method: chunks -> rollouts -> similarity -> posterior.
+
+Text and numbers only: nothing here knows of the trainer, and a teacher is anything that continues text.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.audits.alignment import Alignment
+from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, Tokenizer, Trajectory
+from omniopd_trl.method.chunks import Chunk, select_chunks
+from omniopd_trl.method.posterior import chunk_prior, posterior_mean
+from omniopd_trl.method.similarity import similarity_matrix
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, Teacher, TeacherReply, replies_of
+
+# The teacher counts in tokens of its own. It is asked for this many times the chunk's length, and what it writes is
+# then cut to the chunk's length in student tokens.
+TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
+
+
+class Auditor:
+    """Audits trajectories with one teacher.
+
+    Args:
+        teacher: who continues the prefixes.
+        tokenizer: the student's tokenizer; everything between student and teacher is text.
+        settings: how many chunks, how long, how many rollouts.
+        similarity: phi, as `get_similarity` returns it.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        tokenizer: Tokenizer,
+        settings: AuditSettings,
+        similarity: Callable[[str, str], float],
+    ):
+        self.teacher = teacher
+        self.alignment = Alignment(tokenizer)
+        self.settings = settings
+        self.similarity = similarity
+
+    def select(self, trajectory: Trajectory) -> list[Chunk]:
+        """The chunks of a trajectory (Eq. 7)."""
+        settings = self.settings
+        return select_chunks(
+            trajectory.entropy,
+            trajectory.mask,
+            num_chunks=settings.num_chunks,
+            chunk_length=settings.chunk_length,
+            min_chunk_length=settings.min_chunk_length,
+            overlap=settings.chunk_overlap,
+            placement=settings.chunk_placement,
+            selection=settings.chunk_selection,
+            seed=trajectory.seed,
+        )
+
+    async def audit(self, trajectory: Trajectory) -> Audit:
+        """Audit one trajectory.
+
+        Raises:
+            TeacherError: when the teacher cannot answer and asking again will not help.
+        """
+        chunks = self.select(trajectory)
+        if not chunks:
+            return Audit()
+        texts = self.alignment.split_texts(trajectory.token_ids, chunks)
+        request = SamplingRequest(
+            num_samples=self.settings.num_rollouts,
+            max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),
+            temperature=self.settings.teacher_temperature,
+            top_p=self.settings.teacher_top_p,
+            seed=trajectory.seed,
+        )
+        replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
+        return self.score(trajectory, chunks, texts, replies)
+
+    def score(
+        self,
+        trajectory: Trajectory,
+        chunks: list[Chunk],
+        texts: list[tuple[str, str]],
+        replies: list[TeacherReply],
+    ) -> Audit:
+        """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
+        cut = [
+            self.alignment.cut(reply.rollouts, self.alignment.length_of(trajectory.token_ids, chunk, text))
+            for reply, chunk, (_, text) in zip(replies, chunks, texts, strict=True)
+        ]
+        rollouts = [texts_of_chunk for texts_of_chunk, _ in cut]
+        matrix = similarity_matrix([text for _, text in texts], rollouts, self.similarity)
+        audits = []
+        for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
+            if len(answers) < self.settings.min_rollouts:
+                continue
+            prior = chunk_prior(trajectory.prior_logprobs[chunk.start : chunk.end])
+            posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
+            audits.append(
+                ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))
+            )
+        return Audit(
+            chunks=tuple(audits),
+            num_dropped=len(chunks) - len(audits),
+            num_rollouts=sum(map(len, rollouts)),
+            num_short=sum(short for _, short in cut),
+            usage=sum((reply.usage for reply in replies), Usage()),
+            failures=tuple(reply.failure for reply in replies if reply.failure is not None),
+            outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
+        )

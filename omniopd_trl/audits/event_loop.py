@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The event loop that teachers run on."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class EventLoopThread:
+    """An event loop in a thread of its own.
+
+    The trainer is synchronous and may itself run inside an event loop (a notebook does), while the clients of remote
+    teachers live on one loop for as long as the run takes.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._cancelled = threading.Event()  # of what has been submitted so far
+        self._thread = threading.Thread(target=self._loop.run_forever, name="omniopd-teacher", daemon=True)
+        self._thread.start()
+
+    def submit(self, *coroutines: Coroutine[Any, Any, T]) -> "list[Future[T]]":
+        """Start coroutines in the same turn of the loop.
+
+        Returns:
+            A future for each; its `result()` waits for the coroutine and raises what it raised.
+        """
+        futures: list[Future[T]] = [Future() for _ in coroutines]
+        cancelled = self._cancelled
+
+        async def begin(coroutine: Coroutine[Any, Any, T]) -> T:
+            # A teacher that computes here blocks the loop: what waits behind it must not begin after all.
+            if cancelled.is_set():
+                coroutine.close()
+                raise asyncio.CancelledError
+            return await _contained(coroutine)
+
+        def start() -> None:
+            for coroutine, future in zip(coroutines, futures, strict=True):
+                task = self._loop.create_task(begin(coroutine))
+                task.add_done_callback(partial(_copy_result, future))
+
+        self._loop.call_soon_threadsafe(start)
+        return futures
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Start one coroutine and wait for it."""
+        return self.submit(coroutine)[0].result()
+
+    def cancel(self) -> None:
+        """Cancel everything that was submitted and is not finished, and wait until it has ended."""
+
+        async def cancel_others() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self._cancelled.set()
+        self._cancelled = threading.Event()
+        self.run(cancel_others())
+
+    def close(self) -> None:
+        """Stop the loop and wait for its thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Turn what is meant to end a process into an error that the trainer can tell the other processes of.
+
+    `SystemExit` would end the loop instead, and everything that is under way would be waited for without end.
+    """
+    try:
+        return await coroutine
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"a teacher raised {type(error).__name__}({error}), which ends a process") from error
+
+
+def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:
+    if task.cancelled():
+        future.cancel()
+        future.set_running_or_notify_cancel()  # who waits for it is not woken by the former alone
+    elif (error := task.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())

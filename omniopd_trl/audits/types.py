@@ -1,0 +1,116 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""An audit's input, settings and result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.teachers.base import Prompt
+
+
+class Tokenizer(Protocol):
+    """What is needed of the student's tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """The part of the configuration that an audit needs; see `OmniOPDConfig` for the meaning of each field."""
+
+    num_chunks: int
+    chunk_length: int
+    min_chunk_length: int
+    num_rollouts: int
+    min_rollouts: int
+    prior_strength: float
+    chunk_overlap: Literal["resample", "merge"]
+    chunk_placement: Literal["start", "center"]
+    chunk_selection: Literal["entropy", "uniform"]
+    teacher_temperature: float
+    teacher_top_p: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the student wrote, and how sure it was.
+
+    Attributes:
+        prompt: as it stands in the dataset.
+        token_ids: the completion, `T` tokens, without padding.
+        entropy: `(T,)`, nats, of the distribution that produced each token (Eq. 6).
+        prior_logprobs: `(T,)`, nats, of the tokens under the policy that serves as prior (Eq. 4).
+        mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
+        seed: seeds the selection (when it is random) and the teacher's sampling (when it can be seeded).
+    """
+
+    prompt: Prompt
+    token_ids: list[int]
+    entropy: torch.Tensor
+    prior_logprobs: torch.Tensor
+    mask: torch.Tensor | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkAudit:
+    """One chunk, what the teacher wrote in its place, and what follows from it.
+
+    Attributes:
+        chunk: where it stands.
+        prefix: the student's text before the chunk.
+        text: the student's text in the chunk.
+        rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.length_of`).
+        similarities: `phi(text, rollout)` for each rollout, in [0, 1].
+        prior: geometric mean probability of the chunk's tokens (Eq. 4).
+        posterior: posterior mean (Eq. 5).
+    """
+
+    chunk: Chunk
+    prefix: str
+    text: str
+    rollouts: tuple[str, ...]
+    similarities: tuple[float, ...]
+    prior: float
+    posterior: float
+
+    @property
+    def mean_similarity(self) -> float:
+        """The frequentist estimate, `k_sem / n`."""
+        return sum(self.similarities) / len(self.similarities)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All chunks of one trajectory.
+
+    Attributes:
+        chunks: the chunks with at least `min_rollouts` rollouts, in ascending order.
+        num_dropped: chunks that were selected but got fewer. Their tokens count as un-audited.
+        num_rollouts: rollouts that came back.
+        num_short: rollouts that the teacher was cut off in before they filled their chunk: its tokens are shorter than
+            expected, and the similarity suffers.
+        usage: tokens used.
+        failures: why rollouts are missing, in the teacher's words.
+        outcomes: what the teacher counted besides, under the names of `omniopd_trl.teachers.OUTCOMES`.
+    """
+
+    chunks: tuple[ChunkAudit, ...] = ()
+    num_dropped: int = 0
+    num_rollouts: int = 0
+    num_short: int = 0
+    usage: Usage = field(default_factory=Usage)
+    failures: tuple[str, ...] = ()
+    outcomes: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,336 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd cost`: what a recipe will ask of its teacher, in tokens and dollars, before anything is asked."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omniopd_trl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from omniopd_trl.accounting.forecast import Forecast, Load
+    from omniopd_trl.accounting.pricing import Price
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+# A stream has no length; this many of its first prompts are measured.
+_STREAMED_PROMPTS = 1000
+
+# Of English prose, where no tokenizer is at hand to count it.
+_LETTERS_PER_TOKEN = 4
+
+
+class _Prompts(NamedTuple):
+    """What was measured of the dataset."""
+
+    lengths: list[float]
+    total: int | None  # of the dataset; `None` for a stream, or where it was not read
+
+
+def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the forecast of a recipe.
+
+    Args:
+        options: of the command.
+        rest: further options of the training command.
+
+    Raises:
+        OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
+    """
+    from transformers.utils import logging
+
+    from omniopd_trl.accounting.forecast import forecast
+    from omniopd_trl.accounting.pricing import price_of
+    from omniopd_trl.cli.recipe import load_splits, parse_args
+    from omniopd_trl.teachers.load import split_name
+
+    logging.set_verbosity_error()
+    # The machine that plans need not be the one that trains, and have a GPU with bf16.
+    arguments = ["--config", options.config, *rest, "--use_cpu", "true"]
+    script_args, args, model_args, dataset_args = parse_args(arguments)
+    teacher = args.teacher_model_name_or_path
+    if model_args.model_name_or_path is None or teacher is None:
+        missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
+        raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
+
+    provider, model = split_name(teacher) or ("", teacher)
+    capabilities = _capabilities(provider, model)
+    price = price_of(
+        provider,
+        model,
+        input_price=args.teacher_input_price,
+        output_price=args.teacher_output_price,
+        cached_price=args.teacher_cached_price,
+        base_url=args.teacher_base_url,
+    )
+    tokenizer = None
+    if options.prompt_length is None:
+        tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+        splits = load_splits(script_args, dataset_args)
+        prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
+    elif args.max_steps > 0:
+        prompts = _Prompts([options.prompt_length], None)
+    else:
+        raise ConfigError(
+            "--prompt_length leaves the dataset unread, so the number of steps must be given. Add `--max_steps`."
+        )
+    prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
+    steps = _steps(args, prompts.total, options.num_processes)
+    trajectory_length, source = _trajectory_length(options.trajectory_length, args)
+
+    samples, min_cached_prefix, overhead = args.num_rollouts, 0, 0
+    if capabilities is not None:
+        samples = capabilities.samples_per_request
+        min_cached_prefix = capabilities.min_cached_prefix or 0
+        if (args.teacher_continuation or capabilities.continuation) == "instruct":
+            overhead = _instruction_length(tokenizer)
+    samples = min(options.samples_per_request or samples, args.num_rollouts)
+    trajectories = steps * prompts_per_step
+    result = forecast(
+        prompt_tokens=prompts.lengths,
+        trajectory_length=trajectory_length,
+        num_chunks=args.num_chunks,
+        chunk_length=args.chunk_length,
+        min_chunk_length=args.min_chunk_length,
+        num_rollouts=args.num_rollouts,
+        samples_per_request=samples,
+        tokens_per_token=options.tokens_per_token,
+        asked_per_token=max(_asked_per_token(), options.tokens_per_token),
+        prompt_overhead=overhead,
+        chunks_per_trajectory=options.chunks_per_trajectory,
+        rollout_tokens=options.rollout_tokens,
+        price=price,
+        min_cached_prefix=min_cached_prefix,
+        prompts_per_step=prompts_per_step,
+        steps=steps,
+        num_prompts=trajectories if prompts.total is None else min(trajectories, prompts.total),
+        solution_length=options.solution_length,
+    )
+    chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
+    if options.chunks_per_trajectory is not None:
+        chunks += f", {options.chunks_per_trajectory:g} on average, as given"
+    if options.rollout_tokens is not None:
+        chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
+    head = [
+        ("teacher", teacher),
+        ("samples per request", f"{samples} of N = {args.num_rollouts}"),
+        ("price", _describe_price(price, args)),
+        ("chunks", chunks),
+        ("prompts", _describe_prompts(prompts, options.prompt_length)),
+        ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}"),
+        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
+    ]
+    notes = _notes(script_args, args, result, options)
+    if overhead and tokenizer is None:
+        notes.append(
+            f"The instruction that goes with every prompt is counted at {_LETTERS_PER_TOKEN} letters per token: "
+            f"{overhead} tokens."
+        )
+    if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
+        notes.append(
+            f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
+            f"{capabilities.reasoning_headroom:,} completion tokens more."
+        )
+    lines = [*_aligned(head), "", *_table(result), "", *notes]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _capabilities(provider: str, model: str) -> Any:
+    """What a model behind a service can do; `None` for a model of this machine."""
+    from omniopd_trl.teachers.providers.capabilities import MODELS, capabilities_of
+
+    return capabilities_of(provider, model) if provider in MODELS else None
+
+
+def _asked_per_token() -> float:
+    from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
+
+    return TEACHER_TOKENS_PER_STUDENT_TOKEN
+
+
+def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
+            f"({str(error).splitlines()[0]}). Check `model_name_or_path`; without a network, the tokenizer must be in "
+            "a local folder or in the cache."
+        ) from error
+
+
+def _measure_prompts(
+    splits: Any, script_args: Any, tokenizer: Any, template_kwargs: Any, max_prompts: int | None
+) -> _Prompts:
+    """Lengths of the training prompts in student tokens, as the trainer renders them."""
+    from datasets import Dataset
+
+    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    total = len(dataset) if isinstance(dataset, Dataset) else None
+    if total is None:
+        dataset = dataset.take(max_prompts or _STREAMED_PROMPTS)
+    elif max_prompts is not None and max_prompts < total:
+        dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
+    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
+    check_dataset(dataset)
+    prompts = [row["prompt"] for row in dataset]
+    lengths: list[float] = []
+    for start in range(0, len(prompts), 1000):
+        batch = prompts[start : start + 1000]
+        if isinstance(batch[0], str):
+            encoded = tokenizer(text=batch)
+        elif tokenizer.chat_template is None:
+            raise DataError(
+                "The prompts are lists of messages, but the student's tokenizer has no chat template. Use a chat "
+                "model, or make the prompts plain text."
+            )
+        else:
+            encoded = tokenizer.apply_chat_template(
+                batch, add_generation_prompt=True, tokenize=True, return_dict=True, **(template_kwargs or {})
+            )
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+    return _Prompts(lengths, total)
+
+
+def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
+    if given is not None:
+        return f"{given:g} tokens, as given"
+    total = "a stream" if prompts.total is None else f"{prompts.total:,}"
+    mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
+    return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
+
+
+def _instruction_length(tokenizer: Any) -> int:
+    """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
+    from omniopd_trl.teachers.instruct.repair import render_messages
+
+    messages = render_messages("", "So the")
+    if tokenizer is None:
+        return math.ceil(sum(len(message["content"]) for message in messages) / _LETTERS_PER_TOKEN)
+    return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
+
+
+def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
+    """Optimizer steps of the run, as the trainer takes them.
+
+    The rows of a step are drawn together, and those that do not fill one at the end of an epoch are left out.
+    """
+    from omniopd_trl.data.checks import check_step_is_filled
+
+    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if total is not None:
+        check_step_is_filled(total, batch_size, accumulation_steps, num_processes)
+    if args.max_steps > 0:
+        return args.max_steps
+    if total is None:
+        raise ConfigError(
+            f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
+            "Set `max_steps`."
+        )
+    return math.ceil(args.num_train_epochs * (total // (batch_size * accumulation_steps * num_processes)))
+
+
+def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:
+    """Tokens of a trajectory, and where the number comes from."""
+    if given is not None:
+        return given, "as given"
+    folder = Path(str(args.output_dir))
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    for state in reversed(states):
+        try:
+            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            lengths = [
+                float(entry["completions/mean_length"]) for entry in history if "completions/mean_length" in entry
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a checkpoint that is being written
+        if lengths:
+            return sum(lengths) / len(lengths), f"measured in {state.parent}"
+    return (
+        float(args.max_completion_length),
+        "assumed: max_completion_length, the most that it can be; --trajectory_length sets another",
+    )
+
+
+def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
+    if price is None:
+        return "not known, tokens only; set teacher_input_price and teacher_output_price for dollars"
+    parts = [f"{price.input:g} in", f"{price.output:g} out"]
+    if price.cache_read is not None:
+        parts.append(f"{price.cache_read:g} read from the cache")
+    if price.cache_write is not None:
+        parts.append(f"{price.cache_write:g} written to it")
+    source = f"genai-prices {version('genai-prices')}" if args.teacher_input_price is None else "the recipe"
+    return f"{', '.join(parts)} (dollars per million tokens, from {source})"
+
+
+def _table(result: "Forecast") -> list[str]:
+    def count(value: float) -> str:
+        return f"{value:,.0f}"
+
+    def dollars(value: float | None) -> str:
+        value = value or 0.0
+        return f"{value:,.4f}" if value < 1 else f"{value:,.2f}"
+
+    columns: list[Load] = [result.trajectory, result.step, result.run, result.sft_run]
+    rows: list[tuple[str, ...]] = [
+        ("", "trajectory", "step", "run", "SFT, one solution per prompt"),
+        ("requests", *(count(load.requests) for load in columns)),
+        ("prompt tokens", *(count(load.prompt_tokens) for load in columns)),
+        ("  a cache per chunk serves", *(count(load.chunk_cache.cached_tokens) for load in columns)),
+        ("  a cache per trajectory serves", *(count(load.trajectory_cache.cached_tokens) for load in columns)),
+        ("completion tokens", *(count(load.completion_tokens) for load in columns)),
+        ("  of them compared", *(count(load.kept_tokens) for load in columns)),
+    ]
+    if result.run.no_cache.usd is not None:
+        rows += [
+            ("dollars, no prompt cache", *(dollars(load.no_cache.usd) for load in columns)),
+            ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in columns)),
+            ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in columns)),
+        ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
+
+
+def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options: argparse.Namespace) -> list[str]:
+    """What the numbers do not hold, and how they compare with the budget."""
+    notes = ["Tokens are counted with the student's tokenizer. Requests that are repeated after an error come on top."]
+    if args.audit_eval or script_args.evaluate_teacher:
+        notes.append("Evaluation asks the teacher too (audit_eval, evaluate_teacher), which comes on top.")
+    if args.chunk_overlap == "merge" and (options.chunks_per_trajectory is None or options.rollout_tokens is None):
+        notes.append(
+            "chunk_overlap='merge' makes fewer and longer chunks, and every request of a trajectory asks for as much "
+            "as the longest: it may take more than this. --chunks_per_trajectory and --rollout_tokens take what a "
+            "run has logged."
+        )
+    budgets: list[tuple[str, float | None, float | None]] = [
+        ("teacher_budget_usd", args.teacher_budget_usd, result.run.no_cache.usd),
+        ("teacher_budget_tokens", args.teacher_budget_tokens, result.run.prompt_tokens + result.run.completion_tokens),
+    ]
+    for name, limit, expected in budgets:
+        if limit is None:
+            continue
+        if expected is None:
+            notes.append(f"{name}={limit:g} cannot be kept without a price: the run would refuse to start.")
+            continue
+        verdict = "is enough" if expected <= limit else "is not enough: the run would stop early"
+        notes.append(f"{name}={limit:g} {verdict} (without a prompt cache, {expected / limit:.0%} of it).")
+    return notes
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]

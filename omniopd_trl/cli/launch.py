@@ -1,0 +1,329 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd train`: `accelerate launch -m omniopd_trl.train`, with configurations by name.
+
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
+
+What can be checked without a model is checked here, once, before any process is started.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omniopd_trl.errors import ConfigError, import_extra
+
+MODULE = "omniopd_trl.train"
+# Beside the modules in an installed package; in a clone, with the recipes.
+_FOLDERS = (
+    Path(__file__).parents[1] / "accelerate_configs",
+    Path(__file__).parents[2] / "recipes" / "accelerate_configs",
+)
+# Options of `accelerate launch` that are the command's own, and what to do instead.
+_OURS = {
+    "config_file": "Name the file with `--accelerate_config`; the recipe with `--config`.",
+    "module": f"`omniopd train` launches {MODULE}; for a script of your own there is `accelerate launch`.",
+    "no_python": f"`omniopd train` launches {MODULE}; for a script of your own there is `accelerate launch`.",
+}
+_SHORT = {"-h": "--help", "-q": "--quiet", "-t": "--tee"}
+
+
+def config_files() -> dict[str, Path]:
+    """The configurations of accelerate that ship with the package, by name."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve_config(value: str) -> Path:
+    """The file of a configuration of accelerate.
+
+    Args:
+        value: the name of one that ships with the package, or a path.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    from difflib import get_close_matches
+
+    files = config_files()
+    if value in files:
+        return files[value]
+    if os.path.isfile(value):
+        return Path(value)
+    similar = get_close_matches(value, files, n=1)
+    raise ConfigError(
+        f"`accelerate_config` is {value!r}, which is neither a file nor one of {', '.join(files)}. "
+        + (f"Did you mean `{similar[0]}`?" if similar else "Give one of the names, or the path of a file.")
+    )
+
+
+def make_help() -> str:
+    """The help of the command. Nothing heavy is imported for it."""
+    files = config_files()
+    width = max(map(len, files), default=0)
+    configs = []
+    for name, path in files.items():
+        # The first line of each file says what it is for.
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        configs.append(f"      {name:<{width}}  {first.partition(' `num_processes`')[0]}")
+    return "\n".join(
+        [
+            "usage: omniopd train --config RECIPE [--accelerate_config NAME_OR_PATH] [--OPTION VALUE ...]",
+            "",
+            f"Train a student from a recipe: `accelerate launch -m {MODULE}`, with configurations by name.",
+            "",
+            "  --config RECIPE",
+            "      the recipe, a YAML file of options such as recipes/demo.yaml",
+            "  --accelerate_config NAME_OR_PATH",
+            "      how to launch, a file of `accelerate config` or one of these names. Without it accelerate's",
+            "      default configuration counts, and else one process per GPU",
+            *configs,
+            "  --num_processes N",
+            "      processes in all (default: what the configuration says, or one per visible GPU)",
+            "  --main_process_port PORT, --gpu_ids 0,1, --num_machines N, ...",
+            "      any other option of `accelerate launch`; `accelerate launch --help` lists them",
+            "  --learning_rate 1e-6, --num_chunks 5, --output_dir student, --use_peft, ...",
+            "      any option of a recipe, which wins over the recipe;",
+            f"      `python -m {MODULE} --help` and docs/configuration.md list them",
+            "",
+            "A name that both know (`debug`, `gradient_accumulation_steps`) is the recipe's. The exit code is that of",
+            "the training.",
+            "",
+        ]
+    )
+
+
+def launch_options(parser: argparse.ArgumentParser) -> dict[str, bool]:
+    """Options of `accelerate launch` by name, and whether a value follows."""
+    return {
+        option[2:].replace("-", "_"): action.nargs != 0
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+
+
+class Split(NamedTuple):
+    """A command line, told apart."""
+
+    accelerate_config: str | None
+    launch: list[str]  # of `accelerate launch`
+    training: list[str]  # of the training
+
+
+def split_arguments(arguments: Iterable[str], names: Sequence[str], options: Mapping[str, bool]) -> Split:
+    """Tell the options of accelerate from those of the training.
+
+    Args:
+        arguments: the command line, with `--config` and its path as two words.
+        names: every name that the training's command line may hold.
+        options: of `accelerate launch`, by name, and whether a value follows.
+
+    Raises:
+        ConfigError: for an option that neither knows, and one without its value.
+    """
+    from omniopd_trl.cli.recipe import check_names, option_name
+
+    config: str | None = None
+    launch: list[str] = []
+    training: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        word = _SHORT.get(word, word)
+        name = option_name(word)
+        # The training's parser says what is wrong with a value that belongs to no option.
+        if not word.startswith("--") or name in names:
+            training.append(word)
+            continue
+        if name in _OURS:
+            raise ConfigError(f"`--{name}` cannot be given here. {_OURS[name]}")
+        check_names([name], [*names, *options, "accelerate_config"], "the command line")
+        value: str | None = None
+        if name == "accelerate_config" or options[name]:
+            _, equals, value = word.partition("=")
+            value = value if equals else next(words, None)
+            if value is None:
+                raise ConfigError(f"`--{name}` needs a value.")
+        if name == "accelerate_config":
+            config = value
+        else:
+            launch += [word] if value is None else [f"--{name}", value]
+    return Split(config, launch, training)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Check the command line and the recipe, launch the training, and wait for it.
+
+    Args:
+        arguments: what follows `omniopd train`.
+
+    Returns:
+        The exit code of the training: of the process that failed first, when there are several; 128 and the signal's
+        number when a signal ended it.
+
+    Raises:
+        ConfigError: for options that do not exist, and settings that cannot be launched.
+        MissingExtraError: when the configuration asks for DeepSpeed, which is not installed.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(make_help())
+        return 0 if arguments else 2
+
+    from accelerate.commands.launch import launch_command_parser
+
+    from omniopd_trl.cli.recipe import make_parser, option_hints, option_name, option_names, split_config
+
+    parser = make_parser(prog="omniopd train")
+    hints = option_hints(parser.dataclass_types)  # type: ignore[attr-defined]
+    launch_parser = launch_command_parser()
+    # The generated usage line would list some two hundred options.
+    launch_parser.prog, launch_parser.usage = "omniopd train", parser.usage
+    value, launch, training = split_arguments(
+        split_config(arguments), option_names(hints), launch_options(launch_parser)
+    )
+    _check_training(parser, hints, training)
+
+    path = None if value is None else resolve_config(value)
+    config = None if path is None else _load(path)
+    if path is not None:
+        launch = ["--config_file", str(path), *launch]
+    if config is not None and config.use_cpu and not {"use_cpu", "no_use_cpu"} & set(map(option_name, training)):
+        # Otherwise the processes would look for GPUs, and where there are none each would train alone.
+        training = [*training, "--use_cpu", "true"]
+    args = launch_parser.parse_args([*launch, "-m", MODULE, *training])
+    # It would silence what is not said here anyway, and hide the exit code.
+    args.quiet = None
+    if config is not None:
+        _complete(args, config, str(value))
+    if args.use_deepspeed or (config is not None and config.distributed_type == "DEEPSPEED" and not args.cpu):
+        import_extra("deepspeed", "deepspeed")
+    _spell_out(args, config)
+    return _launch(args)
+
+
+def _check_training(parser: argparse.ArgumentParser, hints: Mapping[str, Any], training: Sequence[str]) -> None:
+    """Refuse what every process would refuse after half a minute of its own: names, types and stray words.
+
+    What settings mean together is left to the processes, since it may need the device.
+    """
+    from omniopd_trl.cli.recipe import check_arguments
+
+    recipe = check_arguments(training, hints)
+    parser.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "env"})  # type: ignore[attr-defined]
+    position = training.index("--config") if "--config" in training else len(training)
+    _, strays = parser.parse_known_args([*training[:position], *training[position + 2 :]])
+    if strays:
+        raise ConfigError(f"`{strays[0]}` belongs to no option (in the command line). See `omniopd train --help`.")
+
+
+def _load(path: Path) -> Any:
+    """A configuration as accelerate reads it."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from yaml import YAMLError
+
+    try:
+        return load_config_from_file(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+        raise ConfigError(
+            f"`accelerate_config` is {str(path)!r}, which accelerate cannot use ({error}). Write one with `accelerate "
+            f"config --config_file FILE`, or give one of the names {', '.join(config_files())}."
+        ) from error
+
+
+def _complete(args: argparse.Namespace, config: Any, value: str) -> None:
+    """Fill in what a configuration leaves to the machine."""
+    if args.num_processes is None and config.num_processes == -1:
+        import torch
+
+        count = torch.accelerator.device_count()
+        if count == 0:
+            raise ConfigError(
+                f"`accelerate_config` is {value!r}, which is for GPUs, and this machine shows none. "
+                "`--accelerate_config cpu_2` trains on the CPU; `--num_processes N` starts N processes all the same."
+            )
+        args.num_processes = count * (args.num_machines or config.num_machines)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = "all" if config.gpu_ids is None else str(config.gpu_ids)
+    if args.gpu_ids is None and chosen != "all" and value in config_files() and visible is not None:
+        # accelerate would replace the choice that the variable makes, rather than choose from it.
+        devices = visible.split(",")
+        args.gpu_ids = ",".join(devices[int(i)] for i in chosen.split(",") if int(i) < len(devices))
+
+
+def _spell_out(args: argparse.Namespace, config: Any) -> None:
+    """Give accelerate the values that it would take itself: it would list them, ahead of what the training says."""
+    import psutil
+    import torch
+    from accelerate.commands import launch as accelerate_launch
+
+    if config is None:
+        if os.path.isfile(accelerate_launch.default_config_file) and not args.cpu:
+            return  # whoever wrote it has answered these questions
+        count = torch.accelerator.device_count()
+        if args.num_processes is None:
+            args.num_processes = count
+        others = (args.multi_gpu, args.cpu, args.tpu, args.use_deepspeed, args.use_fsdp)
+        if args.num_processes > 1 and count > 1 and not any(others):
+            args.multi_gpu = True
+        for name, value in (("num_machines", 1), ("mixed_precision", "no"), ("dynamo_backend", "no")):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    on_cpu = args.cpu if config is None else config.use_cpu
+    if on_cpu and args.num_cpu_threads_per_process is None and not os.environ.get("OMP_NUM_THREADS"):
+        processes = args.num_processes or getattr(config, "num_processes", None) or 1
+        machines = args.num_machines or getattr(config, "num_machines", None) or 1
+        cores = psutil.cpu_count(logical=False) or 1
+        args.num_cpu_threads_per_process = max(cores // max(processes // machines, 1), 1)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    """Start the processes, wait for them, and return the exit code."""
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Whoever ends the command means the training. accelerate would leave its one process behind, which would train on,
+    # and ask a teacher that is paid for. Its launcher of several processes ends them itself. On Control-C, too, the
+    # training has the last word, and this process waits for it.
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, _hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except ChildFailedError as error:
+        # The others were ended because of it.
+        return _exit_code(error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return _exit_code(-error.sigval)
+    except KeyboardInterrupt:
+        return _exit_code(-signal.SIGINT)
+    except (ValueError, ImportError, ConnectionError) as error:
+        # Nothing but the launcher runs in this process.
+        raise ConfigError(f"accelerate cannot launch this: {error}") from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _hand_on(number: int, frame: Any) -> None:
+    """Send a signal on to the processes that were started."""
+    import psutil
+
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _exit_code(code: int) -> int:
+    """As a shell reports it: a process that a signal ended has a negative one in Python."""
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,150 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The `omniopd` command.
+
+    omniopd cost --config recipes/math_qwen3_4b.yaml --trajectory_length 6340
+
+says what a recipe will ask of its teacher, in tokens and dollars, before anything is asked.
+
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
+
+trains, on as many processes as there are GPUs.
+"""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+
+from omniopd_trl.cli.cost import cost
+from omniopd_trl.errors import ConfigError, OmniOPDError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command. It imports nothing heavy, so that `--help` is quick."""
+    parser = argparse.ArgumentParser(
+        prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # For the list of commands alone: `main` hands the rest of its command line on as it stands.
+    commands.add_parser("train", help="train a student, on one process or several", add_help=False)
+    cost = commands.add_parser(
+        "cost",
+        help="forecast what a recipe asks of its teacher",
+        description="Forecast, before any request, the tokens and dollars that a recipe asks of its teacher: per "
+        "trajectory, per step and for the run, with and without a prompt cache, and what one solution per prompt "
+        "(SFT) would take. Prompts are measured with the student's tokenizer; nothing is sent to the teacher.",
+        epilog="Every option of the training command may follow, and wins over the recipe: --num_chunks 5.",
+        allow_abbrev=False,
+    )
+    cost.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
+    cost.add_argument(
+        "--trajectory_length",
+        type=_positive_number,
+        metavar="L",
+        help="tokens of a trajectory on average. Defaults to the mean that the newest checkpoint in `output_dir` "
+        "measured, else to `max_completion_length`, the most that it can be",
+    )
+    cost.add_argument(
+        "--solution_length",
+        type=_positive_number,
+        metavar="S",
+        help="tokens of a solution by the teacher itself, for SFT. Defaults to the trajectory's",
+    )
+    prompts = cost.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--max_prompts",
+        type=_positive_int,
+        metavar="K",
+        help="measure K prompts, spread evenly over the dataset, instead of all",
+    )
+    prompts.add_argument(
+        "--prompt_length",
+        type=_positive_number,
+        metavar="T",
+        help="tokens of a prompt on average. Neither the dataset nor the student's tokenizer is then loaded, and "
+        "`max_steps` says how long the run is",
+    )
+    cost.add_argument(
+        "--chunks_per_trajectory",
+        type=_positive_number,
+        metavar="K",
+        help="chunks of a trajectory on average, as a run logs them (`audit/num_chunks`). Defaults to `num_chunks`, "
+        "or fewer where a trajectory has no room for them",
+    )
+    cost.add_argument(
+        "--rollout_tokens",
+        type=_positive_number,
+        metavar="W",
+        help="tokens that the teacher writes per rollout on average: `teacher/completion_tokens`, divided by the "
+        "prompts of a step, the chunks and the rollouts. Defaults to all that a request asks for",
+    )
+    cost.add_argument(
+        "--num_processes",
+        type=_positive_int,
+        default=1,
+        metavar="P",
+        help="processes that the run will have (default: 1)",
+    )
+    cost.add_argument(
+        "--samples_per_request",
+        type=_positive_int,
+        metavar="K",
+        help="samples that one request returns. Defaults to what the teacher is known to do",
+    )
+    cost.add_argument(
+        "--tokens_per_token",
+        type=_positive_number,
+        default=1.0,
+        metavar="R",
+        help="tokens of the teacher per token of the student (default: 1.0)",
+    )
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command: parse, run, and turn this package's errors into one line.
+
+    Args:
+        args: the command line; `None` takes that of the process.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses; that of
+        the training for `omniopd train`. A command line that cannot be parsed exits with 2 by itself.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        if arguments[:1] == ["train"]:
+            from omniopd_trl.cli.launch import train
+
+            return train(arguments[1:])
+        options, rest = make_parser().parse_known_args(arguments)
+        cost(options, rest)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 128 + signal.SIGINT
+    except OmniOPDError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Train a student from a recipe.
+
+    omniopd train --config recipes/demo.yaml
+    accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
+    python -m omniopd_trl.train --config recipes/demo.yaml --learning_rate 1e-4 --use_peft
+
+A recipe is a YAML file of options; the command line overrides it. Options are those of [`OmniOPDScriptArguments`],
+[`OmniOPDConfig`], [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`]: `--help` lists them.
+"""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl import DatasetMixtureConfig, ModelConfig
+
+from omniopd_trl.cli.recipe import OmniOPDScriptArguments, load_splits, parse_args
+from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+
+if TYPE_CHECKING:
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from.
+
+    Args:
+        value: `True` or `"true"` for the last one in `output_dir`, the path of a checkpoint, or nothing.
+        output_dir: where earlier checkpoints are.
+
+    Raises:
+        DataError: when there is none.
+    """
+    from omniopd_trl.trainer.checkpoints import last_checkpoint
+
+    text = str(value).lower()
+    if value is None or text in ("false", "none", ""):
+        return None
+    if text == "true":
+        return last_checkpoint(output_dir)
+    if not os.path.isdir(str(value)):
+        raise DataError(
+            f"`resume_from_checkpoint` is {value!r}, and there is no such folder. Give the path of a checkpoint-N "
+            "folder, or `true` for the last one in `output_dir`."
+        )
+    return str(value)
+
+
+def summarize(
+    log_history: Sequence[Mapping[str, Any]],
+    *,
+    seconds: float,
+    usage: Any = None,
+    teacher: Mapping[str, float] | None = None,
+    evaluates: bool = True,
+    saved_to: str,
+) -> str:
+    """What a run gained and cost, as a short table.
+
+    Args:
+        log_history: `trainer.state.log_history`; `eval_pass@1` is looked for.
+        seconds: wall time of training.
+        usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
+        teacher: metrics of the teacher, with `pass@1`, where it was evaluated.
+        evaluates: whether the run has an evaluation set.
+        saved_to: where the model is.
+    """
+    scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
+    scores = [(step, score) for step, score in scores if score is not None]
+    rows = []
+    if scores and scores[0][0] == 0:
+        rows.append(("student before, pass@1", f"{scores[0][1]:.3f}"))
+    if scores and scores[-1][0] > 0:
+        rows.append(("student after, pass@1", f"{scores[-1][1]:.3f} (step {scores[-1][0]})"))
+    if not scores and evaluates:
+        rows.append(
+            ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
+        )
+    if not scores and not evaluates:
+        rows.append(
+            (
+                "student, pass@1",
+                "not measured: the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch",
+            )
+        )
+    if teacher is not None:
+        rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
+    minutes, rest = divmod(round(seconds), 60)
+    rows.append(("wall time of training", f"{minutes} min {rest} s"))
+    if usage is not None:
+        rows.append(("teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"))
+    rows.append(("model saved to", saved_to))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def main(
+    script_args: OmniOPDScriptArguments,
+    training_args: "OmniOPDConfig",
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train, evaluate, save, push, and print what it gained.
+
+    Raises:
+        OmniOPDError: when the settings, the data or the teacher cannot be used as given.
+    """
+    if model_args.model_name_or_path is None:
+        raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
+    if training_args.teacher_model_name_or_path is None:
+        raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
+    if training_args.hub_token is not None:
+        raise ConfigError(
+            "`hub_token` is set, and settings are written in clear into every checkpoint (training_args.bin), which "
+            "may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
+        )
+
+    from datasets import IterableDataset
+    from trl import get_peft_config, get_quantization_config
+
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    if template is not None:
+        template = resolve_template(template)
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
+    splits = load_splits(script_args, dataset_args)
+    train_dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    if isinstance(train_dataset, IterableDataset) and training_args.max_steps <= 0:
+        raise ConfigError(
+            f"max_steps={training_args.max_steps}: a streaming dataset has no length, so the number of steps must be "
+            "given. Set `max_steps`."
+        )
+    evaluates = (
+        training_args.do_eval
+        or training_args.eval_strategy != "no"
+        or training_args.eval_on_start
+        or script_args.evaluate_teacher
+    )
+    eval_dataset = None
+    if evaluates:
+        eval_dataset = get_split(splits, script_args.dataset_test_split, "dataset_test_split")
+        eval_dataset = prepare_prompts(eval_dataset, template)
+    train_dataset = prepare_prompts(train_dataset, template)
+
+    # What the recipe says about a model's loading wins over what follows from its other options. Quantization is the
+    # student's alone, and goes to the trainer by itself; the teacher keeps the dtype that it was saved in.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.teacher_model_init_kwargs = {
+        "attn_implementation": model_args.attn_implementation,
+        **(training_args.teacher_model_init_kwargs or {}),
+    }
+
+    from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
+
+    trainer = OmniOPDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as error:
+        raise Interrupted(trainer.state.global_step) from error
+    seconds = time.perf_counter() - start
+    # The teacher's tokens that training cost, before the teacher's own evaluation adds to them.
+    usage = trainer.teacher_usage
+
+    # Unless the last step was evaluated, or the weights are now those of an earlier one.
+    evaluated = [entry.get("step") for entry in trainer.state.log_history if "eval_loss" in entry]
+    if eval_dataset is not None and (
+        training_args.load_best_model_at_end or trainer.state.global_step not in evaluated
+    ):
+        trainer.evaluate()
+    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
+
+    trainer.save_model(training_args.output_dir)
+    saved_to = str(training_args.output_dir)
+    if training_args.push_to_hub:
+        name = script_args.dataset_name
+        # A path of this machine says nothing to the readers of the model card.
+        trainer.push_to_hub(dataset_name=None if name is None or os.path.exists(name) else name)
+        saved_to += f", pushed to {trainer.hub_model_id}"
+
+    trainer.accelerator.print(
+        "\n"
+        + summarize(
+            trainer.state.log_history,
+            seconds=seconds,
+            usage=usage,
+            teacher=teacher,
+            evaluates=evaluates,
+            saved_to=saved_to,
+        )
+    )
+    # Finishes the trackers and destroys the process group.
+    trainer.end()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Control-C within the training.
+
+    Attributes:
+        step: optimizer steps that were finished.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"at step {step}")
+        self.step = step
+
+
+class ControlC:
+    """A handler of SIGINT that takes one Control-C for one, however often it is delivered.
+
+    The terminal sends it to every process, and a launcher hands it on to those that it has started. The second of the
+    two must not interrupt what the first one has begun to tidy up.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        now, last = time.monotonic(), self.last
+        self.last = now
+        if last is None or now - last > 1:
+            raise KeyboardInterrupt
+
+    def install(self) -> None:
+        """Handle SIGINT from now on, unless it is ignored, as in a job of the background."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self)
+
+
+def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str:
+    """What is left of a run that was interrupted, and how to go on, in one line.
+
+    Args:
+        args: of the run; `None` when they were not read yet.
+        step: optimizer steps that were finished; `None` outside of the training.
+    """
+    from omniopd_trl.trainer.checkpoints import last_checkpoint
+
+    if args is None or step is None:
+        return "Interrupted outside of the training's steps."
+    try:
+        kept = f"The last checkpoint is {last_checkpoint(str(args.output_dir))}."
+        advice = "Resume with --resume_from_checkpoint true"
+    except DataError:
+        kept = "There is no checkpoint."
+        advice = "The same command begins again"
+    if args.save_audits:
+        advice += "; what the journal holds is replayed, and not paid for again"
+    return f"Interrupted at step {step}. {kept} {advice}."
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here: a launcher ends the others, in mid-sentence, as soon as one has ended."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """The command: parse, train, and turn this package's errors into one line.
+
+    Args:
+        args: the command line; `None` takes that of the process.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses, 130 after
+        Control-C.
+    """
+    parsed = None
+    try:
+        parsed = parse_args(args)
+        main(*parsed)
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            step = error.step if isinstance(error, Interrupted) else None
+            sys.stderr.write(f"\n{describe_interruption(parsed and parsed[1], step)}\n")
+            sys.stderr.flush()
+        return 128 + signal.SIGINT
+    except OmniOPDError as error:
+        # One line, as these messages say what to do. Where not all processes stop for it, whichever does says so.
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not error.on_every_process:
+            sys.stderr.write(f"{'' if rank == 0 else f'[rank {rank}] '}{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        if error.on_every_process:
+            wait_for_all()
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def leave(code: int) -> typing.NoReturn:
+    """End this process like `sys.exit(code)`, but for the interpreter's teardown where there are several processes.
+
+    PyTorch's threads for communication outlive the process group there, and abort a process once in a while after
+    everything is done: its launcher would report that a run failed which did not.
+
+    Args:
+        code: the exit code.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    # What the interpreter does before its teardown: other threads come to their end, then what libraries registered.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

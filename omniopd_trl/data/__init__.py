@@ -1,0 +1,28 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets: where they come from, how questions become prompts, and what is refused before training starts."""
+
+from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
+from omniopd_trl.data.datasets import (
+    column_names,
+    get_split,
+    load_dataset_or_files,
+    local_builder,
+    named_datasets,
+)
+from omniopd_trl.data.prompts import PROMPT_TEMPLATES, QUESTION_COLUMNS, prepare_prompts, resolve_template
+
+__all__ = [
+    "PROMPT_TEMPLATES",
+    "QUESTION_COLUMNS",
+    "check_dataset",
+    "check_prompt_lengths",
+    "check_step_is_filled",
+    "column_names",
+    "get_split",
+    "load_dataset_or_files",
+    "local_builder",
+    "named_datasets",
+    "prepare_prompts",
+    "resolve_template",
+]

@@ -1,0 +1,127 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets: where they come from, their splits and their columns."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from omniopd_trl.errors import DataError
+
+AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def local_builder(name: str) -> str | None:
+    """The builder of `datasets.load_dataset` that reads the local file `name`.
+
+    Args:
+        name: a path or the id of a dataset.
+
+    Returns:
+        `"json"` or `"parquet"` when `name` is a file of that kind, `None` when it is no local file.
+
+    Raises:
+        DataError: when `name` is meant as a file (by its ending) and there is none, or is a file of another kind.
+    """
+    path = Path(name).expanduser()
+    builder = _BUILDERS.get(path.suffix.lower())
+    if path.is_file() and builder is None:
+        raise DataError(
+            f"The dataset file {name!r} ends in {path.suffix or 'nothing'!r}; only {', '.join(_BUILDERS)} files are "
+            "read. Convert it, for example with `datasets.Dataset.to_parquet`."
+        )
+    if builder is not None and not path.is_file():
+        raise DataError(
+            f"There is no dataset file {name!r} (looked in {Path.cwd()}). Check the path; a dataset of the Hub is "
+            "named without a file ending."
+        )
+    return builder
+
+
+def load_dataset_or_files(
+    name: str, config: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
+    """Load a dataset of the Hub, a local file, or a local folder of files.
+
+    Args:
+        name: id of a dataset on the Hub; or a `.json`, `.jsonl` or `.parquet` file, which becomes the split
+            `"train"`; or a folder of such files, whose names tell their splits (`train.jsonl`, `test.jsonl`,
+            `train-00000-of-00002.parquet`, ...), as in a dataset repository on the Hub.
+        config: name of the dataset's configuration.
+        streaming: read rows as they are needed instead of preparing all of them first.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        DataError: when nothing is there, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and name.startswith(("/", "./", "../", "~")):
+        raise DataError(f"There is no dataset file or folder {name!r} (looked in {Path.cwd()}). Check the path.")
+    builder = local_builder(name)
+    if builder is not None and config is not None:
+        raise DataError(
+            f"The configuration {config!r} of the dataset is set, and the local file {name!r} has none. Leave it out."
+        )
+    try:
+        if builder is not None:
+            return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
+        return datasets.load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        # `datasets` wraps what went wrong ("An error occurred while generating the dataset"); the reason is beneath.
+        reason = error.__cause__ or error
+        if builder is not None:
+            advice = "Check that every line is one JSON object and that all have the same fields."
+            if builder == "parquet":
+                advice = "Check that the file is complete."
+        elif path.is_dir():
+            advice = "The folder must hold .json, .jsonl or .parquet files such as train.jsonl and test.jsonl."
+        else:
+            advice = (
+                "It is neither a local file nor a local folder, so it was looked up on the Hub: check the name, the "
+                "configuration and, without a network, whether it is in the cache."
+            )
+        raise DataError(f"The dataset {name!r} could not be loaded ({reason}). {advice}") from error
+
+
+def get_split(splits: Mapping[str, Any], split: str, option: str) -> Any:
+    """One split of a dataset.
+
+    Args:
+        splits: the splits by name.
+        split: the split that is wanted.
+        option: the option that names it, for the message.
+
+    Raises:
+        DataError: when there is no such split; the message lists those that are there.
+    """
+    if split not in splits:
+        raise DataError(
+            f"The dataset has no split {split!r} (it has: {', '.join(map(repr, splits))}). Set `{option}` to one of "
+            "these."
+        )
+    return splits[split]
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns, also of a stream that declares none; an empty list when such a stream is empty."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The datasets of a trainer, each under the name that messages call it."""
+    if train_dataset is not None:
+        yield "train_dataset", train_dataset
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            yield f"eval_dataset[{name!r}]", dataset
+    elif eval_dataset is not None:
+        yield "eval_dataset", eval_dataset

@@ -1,0 +1,186 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A journal as a file: its lock, its creation, and the search for damage before anything is trusted."""
+
+import os
+import sqlite3
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.journal.schema import APPLICATION_ID, SCHEMA_VERSION, SCHEMAS, JournalError, ProcessCountError
+
+
+def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
+    """The journal of a process. A push to the Hub leaves out what begins with an underscore."""
+    return Path(output_dir) / "_audits" / f"rank-{rank}.sqlite"
+
+
+def hold_lock(path: Path) -> sqlite3.Connection:
+    """Keep other processes out for as long as the connection is open.
+
+    A second file, since a lock on the journal itself would keep readers out. SQLite's locks end with their process and
+    are not inherited by its children: a data loader's worker that outlives a killed run does not hold them.
+    """
+    lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        lock.close()
+        raise JournalError(
+            f"The journal {path} is in use by another process ({error}), and two runs never share one. Wait for it to "
+            "end or stop it, or choose another output folder."
+        ) from error
+    return lock
+
+
+def connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, timeout=2, isolation_level=None, check_same_thread=False)
+    db.text_factory = lambda text: text.decode(
+        "utf-8", "replace"
+    )  # damage may be anywhere, also in a message about it
+    return db
+
+
+def create(path: Path) -> None:
+    """Make an empty journal; a file under its final name is always a complete one."""
+    log = Path(f"{path}-wal")
+    if log.exists() and log.stat().st_size:
+        raise JournalError(
+            f"The journal {path} is gone, while {log.name} beside it still holds records of it. Put the file back, or "
+            "delete the rest of it, too, to start with an empty journal."
+        )
+    new = path.with_suffix(".new")
+    for leftover in path.parent.glob(f"{new.name}*"):
+        leftover.unlink()
+    with closing(connect(new, "rwc")) as db:
+        db.execute("PRAGMA page_size = 16384")  # a record is several kilobytes
+        for statement in SCHEMAS[SCHEMA_VERSION].values():
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("PRAGMA journal_mode = WAL")
+    new.replace(path)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
+        raise JournalError(
+            f"The journal {path} cannot be used: {error}. Check that the disk has room, that the folder can be "
+            "written to, and that no other program holds the file."
+        ) from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote what it found
+        raise damage_error(path, error) from error
+
+
+def damage_error(path: Path, what: object) -> JournalError:
+    return JournalError(
+        f"The journal {path} is damaged: {what}. Restore it from a copy. Or move it and its `-wal` file away and "
+        "start with an empty one: what it holds is then paid for again, and the budget does not count what it cost."
+    )
+
+
+def upgrade(db: sqlite3.Connection) -> None:
+    """Give a journal of the version before this one what it lacks."""
+    there = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table, statement in SCHEMAS[SCHEMA_VERSION].items():
+        if table not in there:
+            db.execute(statement)
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def check(db: sqlite3.Connection, path: Path) -> None:
+    schema = SCHEMAS[check_version(db, path)]
+    # Not `quick_check`, which does not look whether an index leads to every row.
+    (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    if result != "ok":
+        raise damage_error(path, " ".join(result.split()))
+    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != schema:
+        raise damage_error(path, "its tables are not those of a journal")
+    for table in schema:
+        check_values(db, path, table)
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION_ID:
+        raise damage_error(path, "it does not begin like a journal")
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version not in SCHEMAS:
+        raise JournalError(
+            f"The journal {path} has schema version {version}, and this version of omniopd_trl reads "
+            f"{' and '.join(map(str, SCHEMAS))}. Use the version that wrote it, or choose another output folder."
+        )
+    return int(version)
+
+
+def check_log(path: Path) -> None:
+    """Look for damage in the write-ahead log, which a killed process leaves behind.
+
+    SQLite reads it up to the first frame whose checksum is wrong, and drops the rest without a word. What a killed
+    process was just writing is one frame at most, the last one; where others follow that belong to the same log (they
+    carry its two salts), records would be lost.
+
+    Reference: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+    """
+    log = Path(f"{path}-wal")
+    if not log.exists() or log.stat().st_size <= 32:
+        return
+    data = log.read_bytes()
+    magic, _, page_size, _, *salts = struct.unpack(">6I", data[:24])
+    order = "<" if magic == 0x377F0682 else ">"
+    sums = _log_checksum(data[:24], order, (0, 0))
+    intact = sums == struct.unpack(">2I", data[24:32])
+    damaged = not intact  # in its header, which counts for every frame
+    for start in range(32, len(data) - page_size - 23, page_size + 24):
+        if damaged:
+            break
+        head, page = data[start : start + 24], data[start + 24 : start + 24 + page_size]
+        if head[8:16] != struct.pack(">2I", *salts):
+            intact = False
+            continue
+        damaged = not intact
+        sums = _log_checksum(page, order, _log_checksum(head[:8], order, sums))
+        intact = sums == struct.unpack(">2I", head[16:])
+    if damaged:
+        raise JournalError(
+            f"The journal {path} is damaged: its log {log.name} holds records that cannot be read any more. Restore "
+            "both files from a copy. Or go on without these records, which are then paid for again: "
+            f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'"
+        )
+
+
+def _log_checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
+    first, second = sums
+    for a, b in struct.iter_unpack(f"{order}2I", data):
+        first = (first + a + second) & 0xFFFFFFFF
+        second = (second + b + first) & 0xFFFFFFFF
+    return first, second
+
+
+def check_values(db: sqlite3.Connection, path: Path, table: str) -> None:
+    for *values, checksum in db.execute(f"SELECT * FROM {table}"):
+        if checksum != checksum_of(values):
+            raise damage_error(path, f"the checksum of a row of {table!r} does not match")
+
+
+def check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int) -> None:
+    row = db.execute("SELECT num_processes FROM sessions ORDER BY id DESC LIMIT 1").fetchone()
+    if row is not None and row[0] != num_processes:
+        raise ProcessCountError(
+            f"The journal {path} was written by {row[0]} process(es) and this run has {num_processes}, which share "
+            f"the prompts out in another way. Resume with {row[0]} to replay it."
+        )
+
+
+def checksum_of(values: Sequence[Any]) -> int:
+    *key, last = values  # a payload, where there is one, comes last
+    return zlib.crc32(last if isinstance(last, bytes) else repr(last).encode(), zlib.crc32(repr(key).encode()))

@@ -1,0 +1,141 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps on disk while it is under way: trajectories, audits, and every request that was paid for."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.accounting.budget import Budget
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.journal.schema import NotReplayed, ProcessCountError, StoredTrajectory
+from omniopd_trl.journal.store import Journal
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """A journal while one is open, and a short memory of what was used while none was.
+
+    Args:
+        step: the current optimizer step, asked for as something is written.
+    """
+
+    def __init__(self, step: Callable[[], int]):
+        self.journal: Journal | None = None
+        self._step = step
+        # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
+        self._unrecorded: list[tuple[Usage, float | None]] = []
+        self._begun = False
+        self._warns = True
+        self._warned_about_prompts = False
+
+    @contextmanager
+    def open(self, path: Path, budget: Budget | None, **settings: Any) -> Iterator[None]:
+        """Keep what happens in this block in the journal at `path`, and no longer: others may use the folder then.
+
+        Args:
+            path: the journal of this process.
+            budget: the teacher's, if it has one; what it has under way is written before it is sent.
+            **settings: of `Journal`.
+
+        Raises:
+            JournalError: as `Journal`.
+        """
+        try:
+            journal = Journal(path, **settings)
+        except ProcessCountError as error:
+            logger.warning("%s What it holds is not replayed: the teacher is asked again.", error)
+            journal = Journal(path, **settings, replay=False)
+        with journal:
+            self.journal = journal
+            self._begun = self._warned_about_prompts = False
+            self._warns = settings["rank"] == 0  # the journals of the others hold the same steps
+            while self._unrecorded:
+                self.meter(*self._unrecorded.pop())
+            if journal.lost is not None:
+                _warn_about_lost_requests(*journal.lost)
+            if budget is not None:
+                budget.on_under_way = self._meter_under_way
+            try:
+                yield
+            finally:
+                self.journal = None
+
+    def meter(self, usage: Usage, usd: float | None) -> None:
+        """Count a request that belongs to no audit of a training step."""
+        if self.journal is None:
+            self._unrecorded.append((usage, usd))
+        else:
+            self.journal.record_usage(self._step(), None, usage, usd)
+
+    def _meter_under_way(self, tokens: int, usd: float | None) -> None:
+        """Keep what the requests under way can cost, in case that nobody lives to count them."""
+        if self.journal is not None:
+            self.journal.record_under_way(self._step(), tokens, usd)
+
+    def stored(self, prompt_ids: list[list[int]]) -> list[StoredTrajectory] | None:
+        """The current step's trajectories, where the journal holds some of these very prompts."""
+        if self.journal is None:
+            return None
+        if not self._begun:  # before the first step nobody knows which one it is
+            self._begun = True
+            not_replayed = self.journal.begin(self._step())
+            if not_replayed is not None and self._warns:
+                _warn_about_steps_that_are_paid_for_again(not_replayed)
+        trajectories = self.journal.trajectories(self._step())
+        if trajectories is None:
+            return None
+        if [t.prompt_ids for t in trajectories] != [list(ids) for ids in prompt_ids]:
+            if not self._warned_about_prompts and self._warns:
+                self._warned_about_prompts = True
+                logger.warning(
+                    "Step %s was recorded with other prompts and is not replayed, nor is what was recorded after it: "
+                    "the teacher is asked again and paid again. Put the dataset and its order back, or go on.",
+                    self._step(),
+                )
+            return None
+        return trajectories
+
+
+def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
+    cost = "" if usd is None else f" ({usd:.4f} dollars)"
+    logger.warning(
+        "The last run in this folder was killed while requests were under way. Nobody knows what was charged for "
+        "them, so the most that it can be counts as spent: %s tokens%s.",
+        tokens,
+        cost,
+    )
+
+
+def _warn_about_steps_that_are_paid_for_again(what: NotReplayed) -> None:
+    if what.other_settings:
+        reason = "they were recorded by an earlier version of omniopd_trl"
+        if what.differences:
+            named = [f"{name} was {_short(was)} and is {_short(now)}" for name, (was, now) in what.differences.items()]
+            more = [f"{len(named) - 8} more settings differ"] if len(named) > 8 else []
+            reason = ", ".join([*named[:8], *more])
+        logger.warning(
+            "%s recorded %s not replayed, since %s: the teacher is asked again and paid again. Put the settings back, "
+            "or go on.",
+            what.other_settings,
+            "step is" if what.other_settings == 1 else "steps are",
+            reason,
+        )
+    if what.superseded:
+        logger.warning(
+            "%s recorded %s not replayed, since a run with other settings has trained in this folder after it was "
+            "recorded, and the checkpoint may be from that run: the teacher is asked again and paid again. A run that "
+            "starts from the beginning, without resume_from_checkpoint, replays what these settings have recorded.",
+            what.superseded,
+            "step is" if what.superseded == 1 else "steps are",
+        )
+
+
+def _short(value: str | None) -> str:
+    """A setting, for a message."""
+    if value is None:
+        return "not there"
+    return value if len(value) <= 60 else f"{value[:57]}..."

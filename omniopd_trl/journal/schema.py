@@ -1,0 +1,121 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a journal holds: its tables, its records, and what is refused."""
+
+from dataclasses import dataclass, fields
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import OmniOPDError
+from omniopd_trl.teachers.base import Prompt
+
+APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
+SCHEMA_VERSION = 3
+
+TOKENS = [field.name for field in fields(Usage)]
+
+# The last column of each table is the checksum of the others: SQLite notices damage to its own structure, but not to
+# the values.
+TABLES = {
+    # One row each time that the file is opened.
+    "sessions": "id INTEGER PRIMARY KEY, run, teacher, fingerprint, rank, num_processes, started, checksum",
+    "attempts": "id INTEGER PRIMARY KEY, session, step, checksum",
+    "trajectories": "attempt, idx, payload, checksum, PRIMARY KEY (attempt, idx)",
+    "audits": "attempt, idx, session, payload, checksum, PRIMARY KEY (attempt, idx)",
+    # All requests of one audit in one session; `idx` is -1 for those of no audit.
+    "usage": f"session, step, idx, {', '.join(TOKENS)}, usd, checksum, PRIMARY KEY (session, step, idx)",
+    # At most one row: of the session that writes, while it has requests under way.
+    "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
+}
+# Tables of one version more than the last that had none of them. A file of that version gets them when it is opened.
+ADDED = {
+    # What the fingerprint of a session is made of.
+    "settings": "session INTEGER PRIMARY KEY, payload, checksum",
+    # Answers for audits that are not finished.
+    "answers": "attempt, idx, request, start, payload, checksum, PRIMARY KEY (attempt, idx, request, start)",
+}
+SCHEMAS = {
+    version: {table: f"CREATE TABLE {table} ({columns})" for table, columns in tables.items()}
+    for version, tables in ((SCHEMA_VERSION - 1, TABLES), (SCHEMA_VERSION, {**TABLES, **ADDED}))
+}
+
+
+class JournalError(OmniOPDError, RuntimeError):
+    """The journal is damaged, in use, or does not fit the run."""
+
+
+class ProcessCountError(JournalError):
+    """The journal was written by another number of processes."""
+
+
+@dataclass(frozen=True)
+class StoredTrajectory:
+    """What it takes to go on with a trajectory without generating it. Its index is its place in the list.
+
+    Attributes:
+        prompt: as it stands in the dataset.
+        prompt_ids: the rendered prompt, without padding.
+        completion_ids: what the student wrote, without padding.
+        seed: as in `Trajectory`.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one step of one run cost with one teacher.
+
+    Attributes:
+        run: name of the run.
+        step: the step that it was paid in.
+        teacher: name of the teacher.
+        usage: tokens of all requests, superseded ones included.
+        usd: dollars of the requests that had a price; `None` when none had.
+        num_audits: audits that were finished.
+    """
+
+    run: str
+    step: int
+    teacher: str
+    usage: Usage
+    usd: float | None
+    num_audits: int
+
+
+@dataclass(frozen=True)
+class NotReplayed:
+    """Recorded steps that a run asks for again.
+
+    Attributes:
+        other_settings: how many were recorded under another fingerprint.
+        differences: what the newest of them was recorded with and what this run has, by name, as JSON; `None` stands
+            for a setting that was not there. Empty when an earlier version of the package did not keep them.
+        superseded: how many were recorded under this run's fingerprint, and then by a run with another one.
+    """
+
+    other_settings: int
+    differences: dict[str, tuple[str | None, str | None]]
+    superseded: int
+
+
+TOTALS = f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in TOKENS)}, coalesce(sum(usd), 0.0) FROM usage"
+LEDGER = f"""
+    SELECT run, step, teacher, {", ".join(f"sum({name})" for name in TOKENS)}, sum(usd), sum(num_audits)
+    FROM (
+        SELECT session, step, {", ".join(TOKENS)}, usd, 0 AS num_audits FROM usage
+        UNION ALL
+        SELECT audits.session, step, {", ".join("0" for _ in TOKENS)}, NULL, 1
+        FROM audits JOIN attempts ON attempts.id = attempt
+    ) JOIN sessions ON sessions.id = session
+    GROUP BY run, step, teacher ORDER BY min(session), step
+"""
+ATTEMPTS = """
+    SELECT attempts.id, step, session, fingerprint, num_processes,
+        (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = attempts.id),
+        EXISTS (SELECT * FROM answers WHERE attempt = attempts.id)
+    FROM attempts JOIN sessions ON sessions.id = session ORDER BY attempts.id
+"""

@@ -1,0 +1,27 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The method of the paper as pure functions, one equation a file. They need torch and numpy, and no model."""
+
+from omniopd_trl.method.chunks import Chunk, select_chunks
+from omniopd_trl.method.entropy import token_entropy
+from omniopd_trl.method.loss import NORMALIZATIONS, anchor_kl, chunk_loss, combine
+from omniopd_trl.method.posterior import chunk_prior, posterior_mean
+from omniopd_trl.method.similarity import Similarity, get_similarity, similarity_matrix
+from omniopd_trl.method.weights import BASELINES, centered_posteriors
+
+__all__ = [
+    "BASELINES",
+    "NORMALIZATIONS",
+    "Chunk",
+    "Similarity",
+    "anchor_kl",
+    "centered_posteriors",
+    "chunk_loss",
+    "chunk_prior",
+    "combine",
+    "get_similarity",
+    "posterior_mean",
+    "select_chunks",
+    "similarity_matrix",
+    "token_entropy",
+]

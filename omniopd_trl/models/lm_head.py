@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""From hidden states to log-probabilities, entropies and KL, through TRL's chunked kernels.
+
+No tensor of shape `(T, V)` exists here: the kernels project tiles of the hidden states through the LM head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+# Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 64 MiB in float32.
+VOCAB_TILE = 4096
+
+# Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some
+# ten temporaries of the tile's size, and the tile's width is fixed: 32 MiB each, where 4,096 tokens make 512. With
+# fewer tokens the head's gradient, which every call adds anew, would begin to cost time.
+TORCH_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last linear layer of a causal language model, with what the model does to its output.
+
+    Attributes:
+        weight: `(V, H)`.
+        bias: `(V,)` or `None`.
+        logit_scale: factor on the logits.
+        softcap: if set, logits become `softcap * tanh(logits / softcap)`, after the scale.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+@contextmanager
+def lm_head_of(model: PreTrainedModel) -> Iterator[LMHead]:
+    """The LM head of `model`, whole, whatever back end shards it.
+
+    ZeRO-3 leaves an empty weight outside the layer's own forward, and FSDP2 a `DTensor`; the kernels would compute
+    with either without complaint. Inside this context the weight is complete.
+    """
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    with maybe_gather_lm_head_ctx(weight, bias):
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            bias = bias.full_tensor() if bias is not None else None
+        config = model.config.get_text_config()
+        yield LMHead(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """The factor that a model puts on its logits, under the names that architectures give it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide.
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def logprobs_of(
+    hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the targets and full-vocabulary entropies, of the policy at `temperature`.
+
+    Args:
+        hidden: `(N, H)`, the states that predict the targets.
+        head: the model's LM head.
+        targets: `(N,)`, token ids.
+        temperature: sampling temperature, above 0.
+
+    Returns:
+        Log-probabilities and entropies in nats, both `(N,)` and float32. The former are meant to be differentiated.
+    """
+    tile = min(VOCAB_TILE, head.weight.size(0))  # the kernel allocates a whole tile, however small the vocabulary
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden, head.weight, head.bias, targets, temperature, tile, head.softcap, head.logit_scale, ("entropy",)
+    )
+    return logprobs, entropy
+
+
+def kl_to_reference(
+    hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact `KL(ref || theta)` per token, over the full vocabulary (the anchor of Eq. 8).
+
+    Args:
+        hidden: `(N, H)`, the student's states; the gradient flows through them and through `head`.
+        head: the student's LM head.
+        ref_hidden: `(N, H_ref)`, the reference's states at the same tokens.
+        ref_head: the reference's LM head.
+        temperature: sampling temperature; both distributions are taken at it.
+
+    Returns:
+        KL and the student's entropy in nats, both `(N,)` and float32.
+    """
+    forward_kl = 0.0  # the kernel's interpolation at which its divergence is KL(second || first)
+
+    def divergence(student: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ChunkedDivergenceFunction.apply(
+            student,
+            head.weight,
+            head.bias,
+            reference,
+            ref_head.weight,
+            ref_head.bias,
+            forward_kl,
+            temperature,
+            head.logit_scale,
+            head.softcap,
+            ref_head.logit_scale,
+            ref_head.softcap,
+        )
+
+    # Under ZeRO-3 each call gathers the head once more in its backward, and processes that make a different number of
+    # calls would wait for each other for ever.
+    if hidden.device.type in ("cuda", "xpu") or is_deepspeed_zero3_enabled():
+        return divergence(hidden, ref_hidden)
+    pairs = zip(hidden.split(TORCH_TOKENS), ref_hidden.split(TORCH_TOKENS), strict=True)
+    parts = [divergence(*pair) for pair in pairs]
+    kl, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return kl, entropy

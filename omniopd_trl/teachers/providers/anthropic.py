@@ -1,0 +1,192 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Claude as a teacher, through Anthropic's Messages interface."""
+
+import os
+from typing import Any
+
+from omniopd_trl.accounting.budget import Budget
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import import_extra
+from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.failures import (
+    Failure,
+    FailureKind,
+    MalformedResponseError,
+    failure_of_status,
+    out_of_range,
+    retry_after,
+    was_sent,
+)
+
+
+class AnthropicTeacher(RemoteTeacher):
+    """A teacher behind `/v1/messages`, which gives one sample per request.
+
+    Older models continue a last message of the assistant (`prefill`), which must not end in white space: it is left
+    out of the request, and taken off the continuation again where the model writes it itself. Newer ones are
+    instructed.
+
+    Args:
+        model: as Anthropic knows it, for example `"claude-haiku-4-5"`.
+        capabilities: what it can do.
+        base_url: of the service; defaults to `ANTHROPIC_BASE_URL`, and then to Anthropic itself.
+        settings: limits of this process.
+        budget: what may still be spent.
+    """
+
+    key_variables = ("ANTHROPIC_API_KEY",)
+
+    def __init__(
+        self,
+        model: str,
+        capabilities: Capabilities,
+        *,
+        base_url: str | None = None,
+        settings: EngineSettings | None = None,
+        budget: Budget | None = None,
+    ):
+        super().__init__(f"anthropic:{model}", capabilities, settings, budget)
+        self.model = model
+        self.base_url = base_url or os.environ.get("ANTHROPIC_BASE_URL") or None
+
+    def connect(self) -> Any:
+        anthropic = import_extra("anthropic", "anthropic")
+        return anthropic.AsyncAnthropic(
+            api_key=self.key(), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
+        )
+
+    async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        instructed = self.capabilities.continuation == "instruct"
+        # It pays from the second sample on: writing costs 1.25 times the prompt, reading a tenth of it.
+        cached = request.num_samples > 1 and self._fills_cache(prefix)
+        answer = await self.client.messages.create(
+            model=self.model,
+            max_tokens=request.max_tokens,
+            **self._prompt(prefix, cached),
+            extra_body={**self.capabilities.reasoning_off, **self._sampling(request)},
+        )
+        if not isinstance(getattr(answer, "content", None), list):
+            raise MalformedResponseError("no list of content blocks in it")
+        return Response((_sample(answer, prefix, instructed),), _usage(getattr(answer, "usage", None)))
+
+    # ---- What is sent ----
+
+    def _sampling(self, request: SamplingRequest) -> dict[str, float]:
+        """Temperature or `top_p`: the service takes one of them, and its SDK has an argument for neither."""
+        if not self.capabilities.takes_temperature:
+            return {}
+        if request.top_p == 1.0:
+            return {"temperature": request.temperature}
+        if request.temperature == 1.0:
+            return {"top_p": request.top_p}
+        self.warn_once(
+            f"the service takes a temperature or a top_p, not both, so teacher_top_p={request.top_p:g} is not sent."
+        )
+        return {"temperature": request.temperature}
+
+    def _prompt(self, prefix: Prefix, cached: bool) -> dict[str, Any]:
+        if self.capabilities.continuation == "instruct":
+            messages = render_messages(prefix.prompt, prefix.completion)
+        else:
+            prompt = prefix.prompt
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if beginning := prefix.completion.rstrip():  # an empty turn is refused
+                messages.append({"role": "assistant", "content": beginning})
+        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+        turns: list[dict[str, Any]] = [dict(message) for message in messages if message["role"] != "system"]
+        if cached and turns and isinstance(turns[-1]["content"], str):
+            block = {"type": "text", "text": turns[-1]["content"], "cache_control": {"type": "ephemeral"}}
+            turns[-1]["content"] = [block]
+        return {"messages": turns, **({"system": system} if system else {})}
+
+    # ---- What went wrong ----
+
+    def classify(self, error: Exception) -> Failure | None:
+        anthropic = import_extra("anthropic", "anthropic")
+        if isinstance(error, anthropic.APITimeoutError):
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
+        if isinstance(error, anthropic.APIConnectionError):
+            cause = error.__cause__ or error
+            return Failure("transient", f"no connection ({type(cause).__name__}: {cause})", None, was_sent(error))
+        if isinstance(error, anthropic.APIResponseValidationError):
+            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
+        if not isinstance(error, anthropic.APIStatusError):
+            return None
+        detail = str(error.api_message or error.message)
+        kind = _unsupported(detail) if error.status_code == 400 else None
+        if kind is not None:
+            return Failure(kind, f"{error.status_code}: {detail[:500]}")
+        return failure_of_status(
+            error.status_code,
+            detail,
+            model=self.model,
+            key=self.key_variables[0],
+            wait=retry_after(error.response.headers),
+            code="insufficient_quota" if "credit balance is too low" in detail else error.type,
+        )
+
+
+def _unsupported(detail: str) -> FailureKind | None:
+    """Which ability a 400 denies, if any. The service has no code for it, only words."""
+    text = detail.lower()
+    if "prefill" in text or "must end with a user message" in text:
+        return "no_prefill"
+    if "temperature" in text or "top_p" in text:
+        return None if out_of_range(text) else "no_temperature"
+    if "thinking" in text or "effort" in text:
+        return "always_reasons"
+    return None
+
+
+def _sample(answer: Any, prefix: Prefix, instructed: bool) -> Sample:
+    if answer.stop_reason == "refusal":
+        return Sample("", "stop", "refused")
+    finish = "length" if answer.stop_reason == "max_tokens" else "stop"
+    text = "".join(block.text for block in answer.content if block.type == "text")
+    if not text:
+        return Sample("", finish, "empty")
+    if instructed:
+        repaired = repair(prefix.completion, text)
+        if not repaired.text:
+            return Sample("", finish, "empty")
+        return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
+    text = without_common_space(prefix.completion, text)
+    return Sample(text, finish) if text else Sample("", finish, "empty")
+
+
+def without_common_space(prefix: str, text: str) -> str:
+    """Take off a continuation the white space at the end of the prefix, which was not sent and is written again.
+
+    Args:
+        prefix: the student's text.
+        text: the continuation of the prefix without its trailing white space.
+
+    Example:
+        >>> without_common_space("First,\\n", "\\n\\nwe add")
+        '\\nwe add'
+    """
+    space = prefix[len(prefix.rstrip()) :]
+    same = 0
+    while same < min(len(space), len(text)) and space[same] == text[same]:
+        same += 1
+    return text[same:]
+
+
+def _usage(usage: Any) -> Usage | None:
+    """The service's `input_tokens` are those that no cache had a part in."""
+    # A proxy that speaks the service's language may leave any of them out.
+    if getattr(usage, "input_tokens", None) is None or getattr(usage, "output_tokens", None) is None:
+        return None
+    read = usage.cache_read_input_tokens or 0
+    written = usage.cache_creation_input_tokens or 0
+    details = usage.output_tokens_details
+    return Usage(
+        prompt_tokens=usage.input_tokens + read + written,
+        cached_tokens=read,
+        completion_tokens=usage.output_tokens,
+        reasoning_tokens=details.thinking_tokens if details is not None else 0,
+        cache_write_tokens=written,
+    )

@@ -1,0 +1,166 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What each model can do, by its name. Tables age: a model that refuses what they promise is asked differently.
+
+Read from the SDKs (openai 3.52, anthropic 2.11, google-genai 3.4) and from what the services answered, November 2026.
+"""
+
+import re
+from dataclasses import replace
+from datetime import date
+from typing import Literal
+
+from transformers.utils import logging
+
+from omniopd_trl.teachers.remote.engine import Capabilities
+
+logger = logging.get_logger(__name__)
+
+Provider = Literal["vllm", "openai", "anthropic", "gemini"]
+
+# Samples in one request: vLLM and SGLang draw them from one prompt; more than this gives bursts that stall a server.
+VLLM_SAMPLES = 64
+
+_VLLM = Capabilities(
+    continuation="raw",
+    samples_per_request=VLLM_SAMPLES,
+    # Templates that know no such switch ignore it.
+    reasoning_off={"chat_template_kwargs": {"enable_thinking": False}},
+)
+
+# ---- Models of OpenAI, and of the services that speak its language ----
+_OPENAI = Capabilities("instruct", samples_per_request=8, min_cached_prefix=1024)
+_OPENAI_NONE = replace(_OPENAI, reasoning_off={"reasoning_effort": "none"})
+_OPENAI_REASONS = replace(_OPENAI, takes_temperature=False, reasoning_headroom=1024)
+_PREFIX_FLAG = Capabilities("prefix_flag")
+
+# ---- Claude ----
+_CLAUDE_PREFILL = Capabilities("prefill", min_cached_prefix=1024)
+_CLAUDE_4_6 = Capabilities("instruct", min_cached_prefix=1024)
+_CLAUDE_4_7 = replace(_CLAUDE_4_6, takes_temperature=False)
+_CLAUDE_5 = replace(_CLAUDE_4_7, reasoning_off={"thinking": {"type": "disabled"}})
+# Always reasons; an explicit `thinking` is refused.
+_CLAUDE_REASONS = replace(_CLAUDE_4_7, reasoning_off={"output_config": {"effort": "low"}}, reasoning_headroom=1024)
+
+# ---- Gemini ----
+_GEMINI_2_5 = Capabilities(
+    "prefill",
+    samples_per_request=8,
+    reasoning_off={"thinking_config": {"thinking_budget": 0}},
+    min_cached_prefix=1024,
+)
+# The least that it takes; its thoughts count against the limit on the answer.
+_GEMINI_2_5_PRO = replace(
+    _GEMINI_2_5, reasoning_off={"thinking_config": {"thinking_budget": 128}}, reasoning_headroom=256
+)
+_GEMINI_3 = Capabilities(
+    "instruct", reasoning_off={"thinking_config": {"thinking_level": "minimal"}}, min_cached_prefix=2048
+)
+# No "minimal" for these.
+_GEMINI_3_PRO = replace(
+    _GEMINI_3, reasoning_off={"thinking_config": {"thinking_level": "low"}}, reasoning_headroom=1024
+)
+
+# The first pattern that matches the whole name, in lower case, decides. The last one is the provider's default, the
+# safest choice for a model that nobody has described yet.
+MODELS: dict[Provider, list[tuple[str, Capabilities]]] = {
+    "vllm": [(r".*", _VLLM)],
+    "openai": [
+        (r"deepseek-(chat|v\d.*)", replace(_PREFIX_FLAG, reasoning_off={"thinking": {"type": "disabled"}})),
+        (r"deepseek-reasoner.*", replace(_PREFIX_FLAG, takes_temperature=False, reasoning_headroom=1024)),
+        (r"(magistral)-.*", replace(_PREFIX_FLAG, reasoning_headroom=1024)),
+        (r"(open-)?(mistral|ministral|mixtral|codestral|devstral|pixtral)-.*", _PREFIX_FLAG),
+        (r"o\d(-.*)?", replace(_OPENAI_REASONS, reasoning_off={"reasoning_effort": "low"})),
+        (r"gpt-5(-(mini|nano))?(-\d{4}-.*)?", replace(_OPENAI_REASONS, reasoning_off={"reasoning_effort": "minimal"})),
+        (r"gpt-[5-9].*-(pro|codex)(-.*)?", replace(_OPENAI_REASONS, reasoning_off={"reasoning_effort": "low"})),
+        (r"gpt-[5-9].*-chat-latest", _OPENAI),
+        (r"gpt-[5-9].*", _OPENAI_NONE),
+        (r".*", _OPENAI),
+    ],
+    "anthropic": [
+        (r"claude-haiku-4-5(-.*)?", replace(_CLAUDE_PREFILL, min_cached_prefix=4096)),
+        (r"claude-opus-4-5(-.*)?", replace(_CLAUDE_PREFILL, min_cached_prefix=4096)),
+        (r"claude-3-.*", _CLAUDE_PREFILL),
+        (r"claude-(opus|sonnet|haiku)-4(-[0-5])?(-\d{8})?", _CLAUDE_PREFILL),
+        (r"claude-opus-4-6(-.*)?", replace(_CLAUDE_4_6, min_cached_prefix=4096)),
+        (r"claude-\w+-4-\d+(-.*)?", _CLAUDE_4_7),
+        (r"claude-(fable|mythos)-.*|claude-opus-5-5.*", _CLAUDE_REASONS),
+        (r".*", _CLAUDE_5),
+    ],
+    "gemini": [
+        (r"gemini-2\.5-pro.*", _GEMINI_2_5_PRO),
+        (r"gemini-2\.5-.*", _GEMINI_2_5),
+        (r"gemini-[12]\..*", replace(_GEMINI_2_5, reasoning_off={})),
+        (r"gemini-\d+(\.\d+)?-pro.*", _GEMINI_3_PRO),
+        (r".*", _GEMINI_3),
+    ],
+}
+
+# Announced by the providers; the SDKs carry these dates for the models that they know.
+SHUTDOWNS: dict[Provider, list[tuple[str, date]]] = {
+    "vllm": [],
+    "openai": [
+        (r"gpt-5(-mini|-nano)?(-2025-08-07)?|o3(-2025-04-16)?", date(2026, 12, 11)),
+        (r"gpt-4o-2024-05-13|gpt-4\.1-nano.*|o4-mini.*|o3-mini.*|o1(-2024-12-17)?", date(2026, 10, 23)),
+        (r"gpt-4|gpt-4-0613|gpt-4-turbo.*|gpt-3\.5-turbo.*", date(2026, 10, 23)),
+        (r"gpt-4\.1(-mini)?(-2025.*)?|gpt-4o(-mini)?(-2024.*)?", date(2027, 1, 14)),
+        (r"gpt-5\.1(-2025-11-13)?|gpt-5\.4-nano.*", date(2027, 4, 1)),
+        (r"gpt-5\.[23]-chat-latest", date(2026, 8, 10)),
+        (r"gpt-5(\.1)?-chat-latest|gpt-5\.1-codex", date(2026, 7, 23)),
+    ],
+    "anthropic": [
+        (r"claude-sonnet-4-5(-20250929)?", date(2026, 11, 30)),
+        (r"claude-mythos-preview", date(2026, 6, 30)),
+        (r"claude-(opus|sonnet)-4-0|claude-(opus|sonnet)-4-20250514", date(2026, 6, 15)),
+        (r"claude-3-(7-sonnet|5-haiku)-.*", date(2026, 2, 19)),
+        (r"claude-3-opus-.*", date(2026, 1, 5)),
+    ],
+    "gemini": [(r"gemini-2\.5-flash", date(2026, 12, 1))],
+}
+
+
+def capabilities_of(provider: str, model: str) -> Capabilities:
+    """What a model can do.
+
+    Args:
+        provider: `"vllm"`, `"openai"`, `"anthropic"` or `"gemini"`.
+        model: as the service knows it.
+
+    Returns:
+        The entry of the first pattern that matches; for a model that no pattern describes, what is safest with its
+        provider: closed models are instructed.
+
+    Raises:
+        KeyError: for another provider.
+
+    Example:
+        >>> capabilities_of("anthropic", "claude-haiku-4-5").continuation
+        'prefill'
+    """
+    name = model.lower()
+    found = next(known for pattern, known in MODELS[provider] if re.fullmatch(pattern, name))  # type: ignore[index]
+    dates = SHUTDOWNS[provider]  # type: ignore[index]
+    return replace(found, shutdown=next((day for pattern, day in dates if re.fullmatch(pattern, name)), None))
+
+
+def warn_shutdown(name: str, capabilities: Capabilities, today: date) -> None:
+    """Log a warning when the provider switches a model off within 30 days, or has done so.
+
+    Args:
+        name: of the teacher, as in `anthropic:claude-sonnet-4-5`.
+        capabilities: its own.
+        today: the day to compare with.
+    """
+    if capabilities.shutdown is None:
+        return
+    days = (capabilities.shutdown - today).days
+    if days < 0:
+        logger.warning(
+            f"The provider announced the end of {name} for {capabilities.shutdown}. If it no longer answers, name "
+            "another model."
+        )
+    elif days <= 30:
+        logger.warning(
+            f"The provider switches {name} off on {capabilities.shutdown}, in {days} days. A run that lasts longer, "
+            "or that is resumed later, needs another model."
+        )

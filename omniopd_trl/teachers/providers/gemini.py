@@ -1,0 +1,225 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Gemini as a teacher, through the Gemini Developer API."""
+
+import json
+import re
+from typing import Any
+
+from omniopd_trl.accounting.budget import Budget
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import import_extra
+from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.failures import (
+    Failure,
+    FailureKind,
+    MalformedResponseError,
+    failure_of_status,
+    out_of_range,
+    retry_after,
+    was_sent,
+)
+
+
+class GeminiTeacher(RemoteTeacher):
+    """A teacher behind `generateContent`.
+
+    Models up to 2.5 continue a last turn of the role `model` (`prefill`); later ones refuse it and are instructed.
+
+    Args:
+        model: as the service knows it, for example `"gemini-2.5-flash"`.
+        capabilities: what it can do.
+        base_url: of the service; defaults to `GOOGLE_GEMINI_BASE_URL`, and then to Google itself.
+        settings: limits of this process.
+        budget: what may still be spent.
+    """
+
+    key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+
+    def __init__(
+        self,
+        model: str,
+        capabilities: Capabilities,
+        *,
+        base_url: str | None = None,
+        settings: EngineSettings | None = None,
+        budget: Budget | None = None,
+    ):
+        super().__init__(f"gemini:{model}", capabilities, settings, budget)
+        self.model = model
+        self.base_url = base_url
+
+    def connect(self) -> Any:
+        genai = import_extra("google.genai", "gemini")
+        httpx2 = import_extra("httpx2", "gemini")
+        key = self.key()
+        most = self.settings.max_concurrency
+        # With a client of ours the SDK stays on this transport even where aiohttp is installed, and the pool is as
+        # large as what runs at once. Without `retry_options` it does not retry.
+        http = httpx2.AsyncClient(
+            follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
+        )
+        options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
+        if self.base_url is not None:
+            options["base_url"] = self.base_url
+        # `vertexai=False`: variables that switch the SDK to another product ask for other credentials.
+        client = genai.Client(api_key=key, vertexai=False, http_options=genai.types.HttpOptions(**options))
+        return client, http
+
+    async def disconnect(self, client: Any) -> None:
+        genai_client, http = client
+        await genai_client.aio.aclose()
+        await http.aclose()
+        genai_client.close()
+
+    async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        instructed = self.capabilities.continuation == "instruct"
+        contents, system = self._contents(prefix)
+        config: dict[str, Any] = {
+            "max_output_tokens": request.max_tokens,
+            "candidate_count": num_samples,
+            "seed": request.seed,
+            "system_instruction": system,
+            # Each of these may turn one request into several.
+            "automatic_continuation": False,
+            "automatic_function_calling": {"disable": True},
+            **self.capabilities.reasoning_off,
+        }
+        if self.capabilities.takes_temperature:
+            config |= {"temperature": request.temperature, "top_p": request.top_p}
+        answer = await self.client[0].aio.models.generate_content(model=self.model, contents=contents, config=config)
+        if answer.candidates is None and answer.prompt_feedback is None and answer.usage_metadata is None:
+            raise MalformedResponseError("neither candidates nor feedback on the prompt in it")
+        if not answer.candidates:
+            # All samples share the prompt that was blocked.
+            blocked = answer.prompt_feedback is not None and answer.prompt_feedback.block_reason is not None
+            samples = (Sample("", "stop", "filtered" if blocked else "empty"),) * num_samples
+        else:
+            samples = tuple(_sample(candidate, prefix, instructed) for candidate in answer.candidates)
+        return Response(samples, _usage(answer.usage_metadata))
+
+    # ---- What is sent ----
+
+    def _contents(self, prefix: Prefix) -> tuple[list[dict[str, Any]], str | None]:
+        if self.capabilities.continuation == "instruct":
+            messages = render_messages(prefix.prompt, prefix.completion)
+        else:
+            prompt = prefix.prompt
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if prefix.completion:
+                messages.append({"role": "assistant", "content": prefix.completion})
+        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+        contents = [
+            {
+                "role": "model" if message["role"] == "assistant" else "user",
+                "parts": [{"text": str(message["content"])}],
+            }
+            for message in messages
+            if message["role"] != "system"
+        ]
+        return contents, system or None
+
+    # ---- What went wrong ----
+
+    def classify(self, error: Exception) -> Failure | None:
+        errors = import_extra("google.genai.errors", "gemini")
+        httpx2 = import_extra("httpx2", "gemini")
+        pydantic = import_extra("pydantic", "gemini")
+        if isinstance(error, httpx2.TimeoutException):
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
+        if isinstance(error, httpx2.TransportError):
+            return Failure("transient", f"no connection ({type(error).__name__}: {error})", None, was_sent(error))
+        if isinstance(error, errors.UnknownApiResponseError | pydantic.ValidationError):
+            return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
+        if not isinstance(error, errors.APIError):
+            return None
+        detail = str(error.message or error.status)
+        facts = json.dumps(error.details, default=str)
+        code: str | None = error.status
+        status: int = error.code
+        if "API_KEY_INVALID" in facts:
+            status = 401  # the service answers 400
+        elif status == 429 and "PerDay" in facts:
+            code = "insufficient_quota"  # a shorter wait is named all the same
+        kind = _unsupported(detail) if status == 400 else None
+        if kind is not None:
+            return Failure(kind, f"{status}: {detail[:500]}")
+        return failure_of_status(
+            status,
+            detail,
+            model=self.model,
+            key=" or ".join(self.key_variables),
+            wait=_retry_delay(error.details) or retry_after(getattr(error.response, "headers", None) or {}),
+            code=code,
+        )
+
+
+def _retry_delay(details: Any) -> float | None:
+    """Seconds of `RetryInfo.retryDelay`, as in `"34.07s"`."""
+    error = details.get("error", details) if isinstance(details, dict) else {}
+    entries = error.get("details") if isinstance(error, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        found = re.fullmatch(r"([\d.]+)s", str(entry.get("retryDelay", "")) if isinstance(entry, dict) else "")
+        if found:
+            return float(found[1])
+    return None
+
+
+def _unsupported(detail: str) -> FailureKind | None:
+    """Which ability a 400 denies, if any. The service has no code for it, only words."""
+    text = detail.lower()
+    if "candidate" in text:
+        return "one_sample"
+    if "thinking" in text:
+        return "always_reasons"
+    if "temperature" in text or "top_p" in text or "topp" in text:
+        return None if out_of_range(text) else "no_temperature"
+    if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
+        return "no_prefill"
+    return None
+
+
+# Reasons to end a sample that mean that it was taken away, or would be.
+_FILTERED = {
+    "SAFETY",
+    "RECITATION",
+    "BLOCKLIST",
+    "PROHIBITED_CONTENT",
+    "SPII",
+    "LANGUAGE",
+    "MODEL_ARMOR",
+    "ESCALATION",
+    "PUP_LIMITED_DISABLED",
+}
+
+
+def _sample(candidate: Any, prefix: Prefix, instructed: bool) -> Sample:
+    reason = candidate.finish_reason.value if candidate.finish_reason is not None else "STOP"
+    if reason in _FILTERED:
+        return Sample("", "stop", "filtered")
+    finish = "length" if reason in ("MAX_TOKENS", "CONTINUATION") else "stop"
+    parts = (candidate.content.parts if candidate.content is not None else None) or []
+    text = "".join(part.text for part in parts if part.text and not part.thought)
+    if not text:
+        return Sample("", finish, "empty")
+    if not instructed:
+        return Sample(text, finish)
+    repaired = repair(prefix.completion, text)
+    if not repaired.text:
+        return Sample("", finish, "empty")
+    return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
+
+
+def _usage(usage: Any) -> Usage | None:
+    if usage is None:
+        return None
+    thoughts = usage.thoughts_token_count or 0
+    # A blocked prompt, and an answer that is all thought, come without a count of the candidates.
+    return Usage(
+        prompt_tokens=usage.prompt_token_count or 0,
+        cached_tokens=usage.cached_content_token_count or 0,
+        completion_tokens=(usage.candidates_token_count or 0) + thoughts,
+        reasoning_tokens=thoughts,
+    )

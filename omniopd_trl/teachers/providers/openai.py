@@ -1,0 +1,301 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers behind an OpenAI-style interface: vLLM, OpenAI itself, and the many servers that speak its language."""
+
+import json
+import os
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from omniopd_trl.accounting.budget import Budget
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import DataError, import_extra
+from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.failures import (
+    Failure,
+    MalformedResponseError,
+    failure_of_status,
+    out_of_range,
+    retry_after,
+    was_sent,
+)
+
+VLLM_URL = "http://localhost:8000/v1"
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+class OpenAITeacher(RemoteTeacher):
+    """A teacher behind `/v1/completions` (`raw`) or `/v1/chat/completions` (all other continuations).
+
+    Args:
+        provider: `"vllm"` or `"openai"`.
+        model: as the server knows it.
+        capabilities: what the model can do.
+        base_url: of the server, with its `/v1`. Defaults to a vLLM on this machine, or to `OPENAI_BASE_URL` and then
+            OpenAI itself.
+        tokenizer: of the teacher, or its path or id; its chat template renders the prompts of a `raw` continuation.
+            Defaults to `model`. Plain-text prompts need none.
+        chat_template_kwargs: arguments for that template, here or on the server.
+        settings: limits of this process.
+        budget: what may still be spent.
+    """
+
+    def __init__(
+        self,
+        provider: str,
+        model: str,
+        capabilities: Capabilities,
+        *,
+        base_url: str | None = None,
+        tokenizer: Any = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        settings: EngineSettings | None = None,
+        budget: Budget | None = None,
+    ):
+        super().__init__(f"{provider}:{model}", capabilities, settings, budget)
+        self.model = model
+        if provider == "vllm":
+            self.key_variables = ("VLLM_API_KEY",)
+        else:
+            self.key_variables = ("OPENAI_API_KEY",)
+        self.base_url = _address(provider, base_url)
+        self.dialect = _dialect(provider, self.base_url)
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self._tokenizer = tokenizer if tokenizer is not None else model
+
+    def connect(self) -> Any:
+        openai = import_extra("openai", "openai")
+        # Servers of one's own usually ask for no key, and the SDK insists on one.
+        placeholder = None if self.dialect == "openai" else "none"
+        return openai.AsyncOpenAI(
+            api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
+        )
+
+    async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        instructed = self.capabilities.continuation == "instruct"
+        # vLLM refuses to draw several samples without chance. They would all be the same: one stands for them.
+        copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
+        fields, extra = self._sampling(num_samples // copies, request)
+        if self.capabilities.continuation == "raw":
+            text, extra_tokens = self._render(prefix)
+            answer = await self.client.completions.create(
+                model=self.model, prompt=text, **fields, extra_body={**extra, **extra_tokens}
+            )
+        else:
+            messages, continuing = self._messages(prefix)
+            payload = {**self.capabilities.reasoning_off}
+            if self.chat_template_kwargs:
+                payload["chat_template_kwargs"] = {
+                    **payload.get("chat_template_kwargs", {}),
+                    **self.chat_template_kwargs,
+                }
+            answer = await self.client.chat.completions.create(
+                model=self.model, messages=messages, **fields, extra_body={**extra, **payload, **continuing}
+            )
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list):
+            raise MalformedResponseError("no list of choices in it")
+        samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
+        return Response(samples * copies, _usage(answer))
+
+    # ---- What is sent ----
+
+    def _sampling(self, num_samples: int, request: SamplingRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of the SDK, and fields beyond it. Servers fill what is left open with defaults of their own."""
+        fields: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        limit = "max_completion_tokens" if self.dialect == "openai" else "max_tokens"
+        if self.capabilities.continuation == "raw":
+            limit = "max_tokens"
+        fields[limit] = request.max_tokens
+        if self.capabilities.takes_temperature:
+            fields["temperature"] = request.temperature
+            fields["top_p"] = request.top_p
+        if num_samples > 1:
+            fields["n"] = num_samples
+        if request.seed is not None and self.dialect not in ("deepseek", "mistral"):
+            fields["seed"] = request.seed
+        if self.dialect == "mistral":
+            if request.seed is not None:
+                extra["random_seed"] = request.seed
+        elif self.dialect == "openrouter":
+            extra = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        elif self.dialect == "transformers":
+            # It refuses fields that it does not know, and samples only when this one says so.
+            config = {"do_sample": request.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
+            if request.temperature > 0:
+                config |= {"temperature": request.temperature, "top_p": request.top_p}
+            extra = {"generation_config": json.dumps(config)}
+        elif self.dialect == "vllm":
+            fields |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+            extra = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        return fields, extra
+
+    def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        if self.capabilities.continuation == "instruct":
+            return render_messages(prefix.prompt, prefix.completion), {}
+        prompt = prefix.prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if not prefix.completion:  # nothing to continue, and an empty turn is refused or closed
+            return messages, {}
+        turn: dict[str, Any] = {"role": "assistant", "content": prefix.completion}
+        if self.capabilities.continuation == "continue_final":
+            return [*messages, turn], {"add_generation_prompt": False, "continue_final_message": True}
+        if self.capabilities.continuation == "prefix_flag":
+            turn["prefix"] = True
+        return [*messages, turn], {}
+
+    def _render(self, prefix: Prefix) -> tuple[str, dict[str, Any]]:
+        """The text of a raw continuation, and the field that keeps the server from adding special tokens to it."""
+        adds_none = {"add_special_tokens": False} if self.name.startswith("vllm:") else {}
+        if isinstance(prefix.prompt, str):
+            return prefix.prompt + prefix.completion, {}
+        tokenizer = self._load_tokenizer()
+        kwargs = {**self.capabilities.reasoning_off.get("chat_template_kwargs", {}), **self.chat_template_kwargs}
+        text: str = tokenizer.apply_chat_template(prefix.prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+        bos = tokenizer.bos_token
+        if (
+            not adds_none
+            and bos
+            and text.startswith(bos)
+            and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        ):
+            # Servers other than vLLM cannot be told; they begin every text with this token themselves.
+            text = text.removeprefix(bos)
+        return text + prefix.completion, adds_none
+
+    def _load_tokenizer(self) -> Any:
+        if isinstance(self._tokenizer, str):
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"No tokenizer can be loaded from {self._tokenizer!r}, which renders the prompts of {self.name}. "
+                    "Set `teacher_tokenizer_name_or_path` to the teacher's path or id, or "
+                    f"`teacher_continuation: continue_final` to let the server render them. ({error})"
+                ) from error
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                f"The prompts are conversations, but the tokenizer of the teacher {self.name} has no chat template. "
+                "Use an instruction-tuned teacher, or plain-text prompts."
+            )
+        return self._tokenizer
+
+    # ---- What went wrong ----
+
+    def classify(self, error: Exception) -> Failure | None:
+        openai = import_extra("openai", "openai")
+        if isinstance(error, openai.APITimeoutError):
+            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
+        if isinstance(error, openai.APIConnectionError):
+            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", None, was_sent(error))
+        if isinstance(error, openai.APIResponseValidationError):
+            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
+        if not isinstance(error, openai.APIStatusError):
+            return None
+        body = error.body if isinstance(error.body, dict) else {}
+        detail = str(body.get("message") or body.get("detail") or error.message)
+        if error.status_code == 422 and re.search("Unexpected fields.*top_k", detail):
+            self.dialect = "transformers"  # once for all the requests that were under way together
+            return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
+        kind = _unsupported(error.param, detail) if error.status_code in (400, 422) else None
+        if kind is not None:
+            return Failure(kind, f"{error.status_code}: {detail[:500]}")
+        return failure_of_status(
+            error.status_code,
+            detail,
+            model=self.model,
+            key=self.key_variables[0],
+            wait=retry_after(error.response.headers),
+            code=error.code or body.get("type"),
+        )
+
+
+def is_ones_own(provider: str, base_url: str | None) -> bool:
+    """Whether a `vllm:` or `openai:` name means a server of one's own, and not a service with fields of its own.
+
+    Args:
+        provider: `"vllm"` or `"openai"`.
+        base_url: as `OpenAITeacher` takes it.
+    """
+    return _dialect(provider, _address(provider, base_url)) == "vllm"
+
+
+def _address(provider: str, base_url: str | None) -> str:
+    if provider == "vllm":
+        return base_url or VLLM_URL
+    return base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+
+
+def _dialect(provider: str, base_url: str) -> str:
+    """Which fields a server takes: those of the services that refuse unknown ones are known by their address."""
+    host = urlsplit(base_url).hostname or ""
+    for known, dialect in (
+        ("api.openai.com", "openai"),
+        ("api.deepseek.com", "deepseek"),
+        ("api.mistral.ai", "mistral"),
+        ("openrouter.ai", "openrouter"),
+    ):
+        if provider == "openai" and (host == known or host.endswith("." + known)):
+            return dialect
+    return "vllm"
+
+
+def _cause(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _unsupported(param: str | None, detail: str) -> Any:
+    """Which ability a 400 denies, if any. The services say it in `param` or in words."""
+    text = detail.lower()
+    if "prefill" in text or "continue_final_message" in text or "must end with a user message" in text:
+        return "no_prefill"
+    if "prefix" in text and "assistant" in text:
+        return "no_prefill"
+    if param in ("temperature", "top_p"):
+        return None if out_of_range(text) else "no_temperature"
+    if param == "n":
+        return "one_sample"
+    if param in ("reasoning_effort", "reasoning"):
+        return "always_reasons"
+    return None
+
+
+def _sample(choice: Any, prefix: Prefix, instructed: bool) -> Sample:
+    finish = choice.finish_reason or "stop"
+    message = getattr(choice, "message", None)
+    text = getattr(choice, "text", None) if message is None else message.content
+    if message is not None and getattr(message, "refusal", None):
+        return Sample("", finish, "refused")
+    if finish == "content_filter":
+        return Sample("", finish, "filtered")
+    if not text:
+        return Sample("", finish, "empty")
+    finish = "length" if finish == "length" else "stop"
+    if not instructed:
+        return Sample(text, finish)
+    repaired = repair(prefix.completion, text)
+    if not repaired.text:
+        return Sample("", finish, "empty")
+    return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
+
+
+def _usage(answer: Any) -> Usage | None:
+    usage = getattr(answer, "usage", None)
+    if usage is None:
+        return None
+    prompt_details = getattr(usage, "prompt_tokens_details", None)
+    completion_details = getattr(usage, "completion_tokens_details", None)
+    return Usage(
+        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
+        cached_tokens=getattr(prompt_details, "cached_tokens", None) or 0,
+        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
+        reasoning_tokens=getattr(completion_details, "reasoning_tokens", None) or 0,
+        cache_write_tokens=getattr(prompt_details, "cache_write_tokens", None) or 0,
+    )

@@ -1,0 +1,33 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The engine behind every teacher of a service: concurrency, limits, retries, what errors mean."""
+
+from omniopd_trl.teachers.remote.engine import (
+    Capabilities,
+    Continuation,
+    EngineSettings,
+    RemoteTeacher,
+    Response,
+    Sample,
+)
+from omniopd_trl.teachers.remote.failures import (
+    Failure,
+    MalformedResponseError,
+    failure_of_status,
+    redact,
+    retry_after,
+)
+
+__all__ = [
+    "Capabilities",
+    "Continuation",
+    "EngineSettings",
+    "Failure",
+    "MalformedResponseError",
+    "RemoteTeacher",
+    "Response",
+    "Sample",
+    "failure_of_status",
+    "redact",
+    "retry_after",
+]

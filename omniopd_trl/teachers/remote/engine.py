@@ -1,0 +1,586 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The one engine that every teacher behind a service goes through.
+
+An adapter knows how to make one request and what its SDK's exceptions mean. Splitting N samples over requests, order,
+concurrency, rate limits, retries, time limits, the budget and the counts are here, once.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+import zlib
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import astuple, dataclass, field, replace
+from datetime import date
+from functools import partial
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from transformers.utils import logging
+
+from omniopd_trl.accounting.budget import Budget, Reservation
+from omniopd_trl.accounting.usage import ANSWERS, METER, KeptAnswers, Usage
+from omniopd_trl.errors import OmniOPDError, TeacherError
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
+from omniopd_trl.teachers.instruct.repair import INSTRUCTION
+from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
+from omniopd_trl.teachers.remote.retries import (
+    MAX_PAID_ATTEMPTS,
+    PROBE_ATTEMPTS,
+    SAID_EVERY,
+    SAID_FROM_ATTEMPT,
+    AttemptClock,
+    PaidAttempts,
+    RequestFailedError,
+    may_be_repeated,
+    wait_before,
+)
+from omniopd_trl.teachers.remote.throttle import Throttle
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model behind a service can do. Data, by model name; see `teachers/providers/capabilities.py`.
+
+    Attributes:
+        continuation: how the student's text becomes the beginning of the teacher's answer.
+        samples_per_request: samples that one request may ask for.
+        takes_temperature: whether the service accepts and honours a temperature and `top_p`.
+        reasoning_off: what is merged into the request's body to switch hidden reasoning off, or as low as it goes.
+        reasoning_headroom: tokens that a request may use beyond those of its text, where reasoning cannot be switched
+            off and counts against the limit.
+        min_cached_prefix: shortest prompt that the service caches, in tokens; `None` when it caches none.
+        shutdown: when the provider switches the model off, where that is known.
+    """
+
+    continuation: Continuation
+    samples_per_request: int = 1
+    takes_temperature: bool = True
+    reasoning_off: dict[str, Any] = field(default_factory=dict)
+    reasoning_headroom: int = 0
+    min_cached_prefix: int | None = None
+    shutdown: date | None = None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits of one process; see `OmniOPDConfig` for the meaning of each field.
+
+    Attributes:
+        max_concurrency: requests under way at once.
+        requests_per_minute: `None` for no limit.
+        tokens_per_minute: `None` for no limit.
+        timeout: seconds that one attempt may take.
+        max_attempts: attempts per request, the first one included. `None` for as many as `max_seconds` has room for,
+            of which `MAX_PAID_ATTEMPTS` may be ones that the service may charge for.
+        max_seconds: seconds that all attempts of a request, and the waits between them, may take together. Waiting for
+            its turn does not count: a long queue is no fault.
+        max_retry_after: the longest wait, in seconds, that a service may ask for.
+    """
+
+    max_concurrency: int = 64
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    timeout: float = 120.0
+    max_attempts: int | None = None
+    max_seconds: float = 600.0
+    max_retry_after: float = 120.0
+
+
+SampleOutcome = Literal["ok", "refused", "filtered", "empty", "restarted"]
+
+
+class Sample(NamedTuple):
+    """One sample of one request, as the adapter reads it from the response.
+
+    Attributes:
+        text: what the model wrote next, repaired where the continuation is instructed.
+        finish_reason: `"stop"` or `"length"`.
+        outcome: `"ok"` and `"restarted"` are rollouts, the others are not.
+    """
+
+    text: str
+    finish_reason: str = "stop"
+    outcome: SampleOutcome = "ok"
+
+
+class Response(NamedTuple):
+    """What one request returned: samples in the service's order, and its usage over all of them.
+
+    The usage is `None` where the service said none.
+    """
+
+    samples: tuple[Sample, ...]
+    usage: Usage | None
+
+
+# Keeps and meters an answer that used so much and cost so many US dollars; see `KeptAnswers`.
+_Keep = Callable[[Response, Usage, float | None], None]
+
+
+@dataclass
+class _Tally:
+    """What happened while one prefix was continued."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class RemoteTeacher(Teacher):
+    """Base of the teachers behind a service.
+
+    Args:
+        name: provider and model, as in `anthropic:claude-haiku-4-5`.
+        capabilities: what the model can do.
+        settings: limits of this process.
+        budget: what may still be spent; `None` for no limit.
+
+    A subclass writes `request` and `classify`, and `connect` when it holds a client.
+
+    Attributes:
+        key_variables: environment variables that may hold the key, the first one found is used.
+    """
+
+    is_remote = True
+    key_variables: tuple[str, ...] = ()
+
+    # Tokens that a template may add to a prompt.
+    prompt_overhead = 512
+
+    def __init__(
+        self,
+        name: str,
+        capabilities: Capabilities,
+        settings: EngineSettings | None = None,
+        budget: Budget | None = None,
+    ):
+        self.name = name
+        self.capabilities = capabilities
+        self.settings = settings or EngineSettings()
+        self.budget: Budget = budget or Budget()
+        self._throttle = Throttle(
+            self.settings.max_concurrency, self.settings.requests_per_minute, self.settings.tokens_per_minute
+        )
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._warned: set[str] = set()
+        self._said_repeated_at = float("-inf")
+
+    @abstractmethod
+    async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        """Make one request, once, for `num_samples` continuations of `prefix`.
+
+        It reads `self.capabilities` anew each time. The SDK's own retries are off. Refused, filtered and empty samples
+        are returned as such; everything else that goes wrong raises what the SDK raises.
+        """
+
+    @abstractmethod
+    def classify(self, error: Exception) -> Failure | None:
+        """What an exception that `request` raised means; `None` for a mistake of our own, which is raised as it is."""
+
+    def max_prompt_tokens(self, prefix: Prefix) -> int:
+        """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
+        size = len(str(prefix.prompt).encode()) + len(prefix.completion.encode()) + self.prompt_overhead
+        if self.capabilities.continuation == "instruct":
+            # The instruction, the words about where the text stops, and tags around every turn. To render it all for
+            # every request would cost more than the rest of the engine.
+            size += len(INSTRUCTION.encode()) + 1024 + 64 * len(prefix.prompt) * (not isinstance(prefix.prompt, str))
+        return size
+
+    # ---- Client and key ----
+
+    def connect(self) -> Any:
+        """Make the SDK's client; its own retries are off. Called in the event loop that will use it.
+
+        Raises:
+            TeacherError: when the key is missing.
+            MissingExtraError: when the SDK is not installed.
+        """
+        raise NotImplementedError
+
+    async def disconnect(self, client: Any) -> None:
+        """Release what `connect` returned."""
+        await client.close()
+
+    @property
+    def client(self) -> Any:
+        """The SDK's client. It belongs to one event loop: a new one is made where that has changed."""
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            self._client, self._loop = self.connect(), loop
+        return self._client
+
+    async def aclose(self) -> None:
+        """Release connections. The next request makes new ones."""
+        if self._client is None or self._loop is not asyncio.get_running_loop():
+            return  # a client of another loop is closed there, if at all: somebody may be using it
+        client, self._client = self._client, None
+        await self.disconnect(client)
+
+    def key(self, placeholder: str | None = None) -> str:
+        """The key, from the environment. It is handed to the SDK and kept nowhere else.
+
+        Args:
+            placeholder: what to send where no key is needed; `None` where one is.
+
+        Raises:
+            TeacherError: when no variable holds one.
+        """
+        for variable in self.key_variables:
+            if value := os.environ.get(variable, "").strip():
+                return value
+        if placeholder is None:
+            raise TeacherError(
+                f"{self.name} needs a key, and the environment holds none under {' or '.join(self.key_variables)}. "
+                f"Run `export {self.key_variables[0]}=...` in the shell that starts the run; keys are read from "
+                "nowhere else."
+            )
+        return placeholder
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning the first time that it is given."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(f"{self.name}: {message}")
+
+    # ---- Many prefixes ----
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        if not self.capabilities.takes_temperature and (request.temperature, request.top_p) != (1.0, 1.0):
+            self.warn_once(
+                f"this model takes no temperature and no top_p, so teacher_temperature={request.temperature:g} and "
+                f"teacher_top_p={request.top_p:g} are not sent."
+            )
+        # Tasks start in order, and places are given in order: a prefix goes out before the longer one that begins with
+        # it, so that a prompt cache can serve the latter.
+        kept = [self._kept(prefix, request) for prefix in prefixes]
+        return await _all(self._continue(*asked, request) for asked in zip(prefixes, kept, strict=True))
+
+    def probe(self, prompt: Prompt) -> None:
+        """One tiny request: key, model, continuation and samples per request are looked at before any generation."""
+        wanted = min(2, self.capabilities.samples_per_request)
+        request = SamplingRequest(num_samples=wanted, max_tokens=16)
+        # In a loop of its own, which neither the client nor the throttle may outlive.
+        reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
+        if not reply.rollouts:
+            raise TeacherError(
+                f"The teacher {self.name} was asked one short question and returned nothing: {reply.failure}. "
+                "Try another prompt or model; nothing has been generated yet."
+            )
+        logger.info(
+            f"Teacher {self.name}: continuation {self.capabilities.continuation}, up to "
+            f"{self.capabilities.samples_per_request} samples per request; the probe used {reply.usage}."
+        )
+
+    async def _probe(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+        throttle, self._throttle = self._throttle, Throttle(1)
+        settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
+        self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
+        try:
+            return await self._continue(prefix, None, request)
+        finally:
+            self._throttle, self.settings = throttle, settings
+            await self.aclose()
+
+    # ---- One prefix ----
+
+    async def _continue(self, prefix: Prefix, kept: KeptAnswers | None, request: SamplingRequest) -> TeacherReply:
+        tally = _Tally()
+        # By their first sample. What was answered in an earlier run costs nothing and is not counted again.
+        answers = {
+            start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
+            for start, size, samples in (kept.found if kept is not None else ())
+        }
+
+        async def ask(start: int, num_samples: int) -> list[Response]:
+            try:
+                keep = None if kept is None else partial(_keep, kept, start, num_samples)
+                response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally, keep)
+            except RequestFailedError:  # several samples are refused, and from now on each request asks for one
+                return await ask_all(self._split(start, num_samples))
+            if response is None:
+                return []
+            returned = len(response.samples)
+            if not 0 < returned < num_samples:
+                return [response._replace(samples=response.samples[:num_samples])]
+            # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
+            self._returns_fewer(num_samples, returned)
+            sizes = self._split(start + returned, num_samples - returned)
+            return [response, *await ask_all(sizes)]
+
+        async def ask_all(sizes: list[tuple[int, int]]) -> list[Response]:
+            answers = await _all(ask(start, size) for start, size in sizes)
+            return [response for answer in answers for response in answer]
+
+        sizes, end = [], 0
+        for start, size in [*sorted((start, size) for start, (size, _) in answers.items()), (request.num_samples, 0)]:
+            sizes += self._split(end, start - end)
+            end = start + size
+        if len(sizes) > 1 and self._fills_cache(prefix):
+            start, size = sizes.pop(0)  # the cache can be read once the first answer has begun
+            answers[start] = size, await ask(start, size)
+        asked = await _all(ask(start, size) for start, size in sizes)
+        answers |= {start: (size, parts) for (start, size), parts in zip(sizes, asked, strict=True)}
+        responses = [response for _, (_, parts) in sorted(answers.items(), key=itemgetter(0)) for response in parts]
+        if not all(response.samples for response in responses):
+            tally.problems.append("a response without samples")
+        samples = [sample for response in responses for sample in response.samples]
+        for sample in samples:
+            if sample.outcome != "ok":
+                tally.counts[sample.outcome] += 1
+                if sample.outcome != "restarted":
+                    tally.problems.append(f"a sample was {sample.outcome}")
+        rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
+        usage = sum((response.usage for response in responses if response.usage is not None), Usage())
+        failure = None
+        if len(rollouts) < request.num_samples:
+            reason = tally.problems[0] if tally.problems else "no reason"
+            failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
+        return TeacherReply(rollouts, usage, failure, dict(tally.counts))
+
+    def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers | None:
+        """Answers of earlier runs, by everything that decides what is asked. How it is asked may have been learned."""
+        answers = ANSWERS.get(None)
+        if answers is None:
+            return None
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *astuple(request)], default=str)
+        return answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
+
+    def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
+        """Samples `start` to `start + num_samples` over requests: where each one starts, and how many it asks for."""
+        most, end = self.capabilities.samples_per_request, start + num_samples
+        return [(begin, min(most, end - begin)) for begin in range(start, end, most)]
+
+    def _fills_cache(self, prefix: Prefix) -> bool:
+        least = self.capabilities.min_cached_prefix
+        # The bound counts bytes, of which a token of prose has about four.
+        return least is not None and self.max_prompt_tokens(prefix) / 4 >= least
+
+    def _returns_fewer(self, asked: int, returned: int) -> None:
+        if self.capabilities.samples_per_request > 1:
+            self.capabilities = replace(self.capabilities, samples_per_request=max(1, returned))
+            logger.warning(
+                f"{self.name} was asked for {asked} samples in a request and returned {returned}. From now on a "
+                f"request asks for {max(1, returned)}; prompts are paid for more often."
+            )
+
+    # ---- One request ----
+
+    async def _ask(
+        self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally, keep: _Keep | None
+    ) -> Response | None:
+        """One request with its retries; `None` when it was given up.
+
+        Raises:
+            TeacherError: on a final failure.
+            BudgetError: when it might exceed the budget.
+            RequestFailedError: when the service turned out to give one sample per request.
+        """
+        clock = AttemptClock(self.settings.max_seconds)
+        most = self.settings.max_attempts
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(may_be_repeated),
+                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most)) | clock,
+                wait=lambda state: wait_before(state, clock.left(state)),
+                before_sleep=self._log_repeated,
+                reraise=True,
+            ):
+                with attempt:
+                    again = attempt.retry_state.attempt_number > 1
+                    # Anew each time: an answer to somebody else may have changed what is sent.
+                    headroom = self.capabilities.reasoning_headroom
+                    part = replace(request, max_tokens=request.max_tokens + headroom) if headroom else request
+                    prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
+                    async with (
+                        self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,
+                        self.budget.reserve(prompt_tokens, completion_tokens) as reservation,
+                    ):
+                        tally.counts["requests"] += 1
+                        tally.counts["retries"] += again
+                        with clock:
+                            left = clock.left(attempt.retry_state)
+                            return await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
+        except RequestFailedError as error:
+            if error.failure.kind == "one_sample":
+                raise
+            tally.counts["failed_requests"] += 1
+            tally.problems.append(f"a request was given up ({error})")
+        return None
+
+    def _log_repeated(self, state: RetryCallState) -> None:
+        """A run that stands still for minutes says why."""
+        now = time.monotonic()
+        error = state.outcome.exception() if state.outcome is not None else None
+        if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
+            return
+        self._said_repeated_at = now
+        logger.warning(
+            f"{self.name}: requests fail and are repeated, each for up to teacher_max_seconds="
+            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {error}"
+        )
+
+    async def _attempt(
+        self,
+        prefix: Prefix,
+        num_samples: int,
+        request: SamplingRequest,
+        reservation: Reservation,
+        began: float,
+        seconds: float,
+        keep: _Keep | None,
+    ) -> Response:
+        capabilities = self.capabilities
+        try:
+            async with asyncio.timeout(min(self.settings.timeout, seconds)):
+                response = await self.request(prefix, num_samples, request)
+        except Exception as error:
+            failure = self._failure(error)
+            if failure is None:
+                # Nobody knows whether it happened before the request went out, or over an answer that is charged for.
+                if not isinstance(error, OmniOPDError) and was_sent(error):
+                    self._forfeit(reservation)
+                raise
+            if failure.may_be_billed:
+                self._forfeit(reservation)
+            # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
+            raise self._verdict(failure, capabilities, began) from None
+        if response.usage is None or not _is_counted(response):
+            # An answer that counts as free would make every budget endless.
+            self.warn_once(
+                "the service does not say what an answer used, so the worst case of each request counts against the "
+                "budget, and the log's tokens leave such answers out. Let the server report `usage`, or expect the "
+                "budget to end early."
+            )
+            self._forfeit(reservation, keep and partial(keep, response))
+            response = response._replace(usage=None)
+        else:
+            usd = None if self.budget.price is None else self.budget.price.cost(response.usage)
+            if keep is None:
+                _meter(response.usage, usd)
+            else:
+                keep(response, response.usage, usd)
+            reservation.settle(response.usage)
+        self._throttle.succeeded()
+        return response
+
+    def _forfeit(self, reservation: Reservation, meter: Callable[[Usage, float | None], None] | None = None) -> None:
+        """Count the worst case of a request as spent, where nobody knows what the service charges for it."""
+        (meter or _meter)(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
+        reservation.forfeit()
+
+    def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
+        """What to raise for a failure, after what it means for the requests to come."""
+        learned = LEARNED.get(failure.kind)
+        if learned is not None and replace(sent_with, **learned) != sent_with:
+            # Requests that were under way together are all refused; the first one changes what the others will send.
+            if replace(self.capabilities, **learned) != self.capabilities:
+                self._learn(failure, learned)
+            return RequestFailedError(failure)
+        if failure.kind == "final" or learned is not None:
+            return TeacherError(f"{self.name}: {failure.message}")
+        if (failure.retry_after or 0) > self.settings.max_retry_after:
+            return TeacherError(
+                f"{self.name} asks to wait {failure.retry_after:.0f} s, more than "
+                f"teacher_max_retry_after={self.settings.max_retry_after:g}: {failure.message}. Raise that limit, or "
+                "resume later from the last checkpoint."
+            )
+        if failure.kind == "rate_limited":
+            self._throttle.slow_down(failure.retry_after or 0.0, began)
+        return RequestFailedError(failure)
+
+    def _failure(self, error: Exception) -> Failure | None:
+        if isinstance(error, OmniOPDError):
+            return None
+        failure: Failure | None
+        if isinstance(error, TimeoutError):
+            message = f"no answer within teacher_timeout={self.settings.timeout:g} s"
+            failure = Failure("transient", message, may_be_billed=True)
+        elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
+            message = f"the response cannot be read ({type(error).__name__}: {error})"
+            failure = Failure("transient", message, may_be_billed=True)
+        else:
+            failure = self.classify(error)
+        if failure is None:
+            return None
+        return replace(failure, message=redact(failure.message, self._secrets()))
+
+    def _secrets(self) -> list[str]:
+        return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+
+    def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
+        self.capabilities = replace(self.capabilities, **learned)
+        what = {
+            "no_prefill": "it does not continue a given beginning, and is instructed to write what comes next; set "
+            'teacher_continuation="instruct" to skip this attempt',
+            "no_temperature": "it takes no temperature and no top_p, and none is sent",
+            "one_sample": "it gives one sample per request, and prompts are paid for more often",
+            "always_reasons": "its reasoning cannot be switched off, and is paid for",
+        }[failure.kind]
+        logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
+
+
+def _is_counted(response: Response) -> bool:
+    """Whether the service said what the answer used. Some that count nothing fill the numbers with zeros."""
+    usage = response.usage
+    if usage is None or usage.prompt_tokens <= 0 or usage.completion_tokens < 0:
+        return False
+    return usage.completion_tokens > 0 or not any(sample.text for sample in response.samples)
+
+
+def _meter(usage: Usage, usd: float | None) -> None:
+    """Tell whoever started the audit, where anybody did, before anything else can fail."""
+    meter = METER.get(None)
+    if meter is not None:
+        meter(usage, usd)
+
+
+def _keep(
+    kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
+) -> None:
+    """Keep an answer to a request for `num_samples` from `start` on; one without any sample settles all of them."""
+    samples = response.samples[:num_samples]
+    kept.keep(start, len(samples) or num_samples, samples, usage, usd)
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first error ends the others, so that nothing more is spent, and is raised as it is."""
+    coroutines = list(coroutines)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return [task.result() for task in tasks]
+
+
+def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingRequest:
+    """The request for the samples from `start` on. Two requests with one seed would return the same samples."""
+    if request.seed is None:
+        return request
+    seed = (request.seed + zlib.crc32(prefix.completion.encode()) + start) % 2**31
+    return replace(request, seed=seed)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
+    context = copy_context()  # of the caller, whose meter counts what is used
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(context.run, asyncio.run, coroutine).result()

@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of trajectories: as TRL hands them on, as the models see them, and dealt out into micro-batches."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import flush_left
+
+# What the forward passes read of a batch of TRL's: prompts `(B, P)`, the others `(B, T)`.
+TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch with its padding moved to the right and cut, as the models see it.
+
+    Prompts are padded on the left and completions on the right; joined, a row would start anywhere and hold padding
+    twice. Here every row starts at position 0, which is also where models with absolute positions expect it.
+
+    Attributes:
+        input_ids: `(B, L)`.
+        attention_mask: `(B, L)`.
+        targets: `(B, L - 1)`, the token that each position predicts.
+        completion: `(B, L - 1)`, true where the target is a completion token.
+        audited: `(B, L - 1)`, true where the target lies in an audited chunk.
+        weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    completion: torch.Tensor
+    audited: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], pad_token_id: int, pad_to_multiple_of: int | None = None) -> "PackedBatch":
+        """Join prompts and completions.
+
+        Args:
+            batch: holds `TOKEN_KEYS`.
+            pad_token_id: written where rows are made longer.
+            pad_to_multiple_of: the length of the rows is a multiple of it.
+        """
+        prompt_padding = torch.zeros_like(batch["prompt_mask"])
+        mask, input_ids, completion, audited, weights = flush_left(
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
+            torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
+            torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
+        )
+        if pad_to_multiple_of is not None:
+            padding = -mask.size(1) % pad_to_multiple_of
+            mask, completion, audited, weights = (
+                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights)
+            )
+            input_ids = nn.functional.pad(input_ids, (0, padding), value=pad_token_id)
+        return cls(input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:])
+
+    @property
+    def unaudited(self) -> torch.Tensor:
+        """`(B, L - 1)`, true where the target is a completion token outside of every audited chunk."""
+        return self.completion & ~self.audited
+
+    def select(self, rows: torch.Tensor) -> "PackedBatch":
+        """Some of the rows."""
+        return PackedBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def group_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all micro-batches with like lengths together, the longest first, so that none pays for much padding.
+
+    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the
+    audits which a micro-batch waits for are also those that were sent together.
+    """
+    lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
+    order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
+    size = len(batches[0]["prompt_mask"])
+    grouped: list[dict[str, Any]] = [{} for _ in batches]
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            parts: Any = torch.cat([batch[key] for batch in batches])[order].split(size)
+        elif isinstance(value, list):
+            rows = [row for batch in batches for row in batch[key]]
+            parts = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        else:  # of the whole generation batch
+            parts = [value] * len(batches)
+        for batch, part in zip(grouped, parts, strict=True):
+            batch[key] = part
+    return grouped
+
+
+def has_ended(batch: dict[str, Any], end_token_ids: list[int]) -> torch.Tensor:
+    """`(B, 1)`, true for completions whose last token is an end; the others were cut off."""
+    ends = torch.tensor(end_token_ids, device=batch["completion_ids"].device)
+    last = batch["completion_mask"].sum(1, keepdim=True) - 1  # no completion is empty
+    return torch.isin(batch["completion_ids"].gather(1, last), ends)

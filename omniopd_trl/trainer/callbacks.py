@@ -1,0 +1,53 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The mean posterior of earlier batches, which checkpoints keep."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class PosteriorAverage(TrainerCallback, ExportableState):
+    """Mean posterior of earlier batches, for `posterior_baseline="moving_average"`. Checkpoints keep it.
+
+    An exponential average over generation batches in which the last ten count most.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.weight = 0.0
+        self._batch = (0.0, 0.0)
+
+    @property
+    def value(self) -> float | None:
+        """The average, or `None` before the first batch."""
+        return self.total / self.weight if self.weight else None
+
+    def add(self, posterior_sum: float, num_chunks: int) -> None:
+        """Collect a part of the current batch."""
+        self._batch = (self._batch[0] + posterior_sum, self._batch[1] + num_chunks)
+
+    def take(self) -> tuple[float, float]:
+        """Sum and count of what was collected, which starts anew."""
+        batch, self._batch = self._batch, (0.0, 0.0)
+        return batch
+
+    def update(self, posterior_sum: float, num_chunks: float) -> None:
+        """Count one more batch, unless nothing was audited in it."""
+        if num_chunks:
+            self.total = self.DECAY * self.total + (1 - self.DECAY) * posterior_sum / num_chunks
+            self.weight = self.DECAY * self.weight + (1 - self.DECAY)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.take()  # of a run that was interrupted in this process
+        # `Trainer` saves the state of callbacks but, by default, restores none. A checkpoint of another baseline has
+        # none of this one, and `Trainer` looks for it when it saves.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        for name, value in saved["attributes"].items():
+            setattr(self, name, value)

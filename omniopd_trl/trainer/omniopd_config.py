@@ -1,0 +1,650 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the [`OmniOPDTrainer`]."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+from trl import DistillationConfig
+
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.trainer.credentials import check_credentials
+
+logger = logging.get_logger(__name__)
+
+# Keys of `generation_kwargs` that are refused, with the field of the configuration to use: None where it has that very
+# name, "" where there is none. Other ends than the trainer's would leave padding in what is trained; other searches
+# write what the student never would.
+_REFUSED_GENERATION_KWARGS = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), None),
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens", "max_time"), "max_completion_length"),
+    **dict.fromkeys(("do_sample", "num_beams", "num_return_sequences", "n", "best_of"), ""),
+    **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "ignore_eos"), ""),
+}
+# What it may hold without changing the distribution that is sampled from.
+_HARMLESS_GENERATION_KWARGS = {
+    *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile", "compile_config"),
+    *("logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stop"),
+    *("include_stop_str_in_output", "output_kind", "skip_reading_prefix_cache"),
+}
+
+_CHOICES = {
+    "prior": ("policy", "reference"),
+    "chunk_overlap": ("resample", "merge"),
+    "chunk_placement": ("start", "center"),
+    "chunk_selection": ("entropy", "uniform"),
+    "loss_normalization": ("tokens", "sum", "components"),
+    "posterior_baseline": ("none", "batch", "trajectory", "moving_average"),
+    "vllm_mode": ("colocate", "server"),
+    "teacher_continuation": (None, "raw", "continue_final", "prefill", "prefix_flag", "instruct"),
+}
+
+_COUNTS = (
+    *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
+    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+)
+
+_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval")
+
+# Numbers and the least that each may be; those of `_POSITIVE` must be above 0.
+_AT_LEAST_ZERO = (
+    *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
+    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p"),
+)
+_POSITIVE = (
+    *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
+    *("teacher_requests_per_minute", "teacher_tokens_per_minute", "repetition_penalty"),
+)
+
+
+@dataclass
+class OmniOPDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`OmniOPDTrainer`].
+
+    This class includes only the parameters that are specific to OmniOPD training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] and [`~trl.DistillationConfig`] documentation.
+    Note that default values in this class may differ from those in [`~trl.DistillationConfig`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the audits
+
+        num_chunks (`int`, *optional*, defaults to `10`):
+            Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them.
+        chunk_length (`int`, *optional*, defaults to `50`):
+            Student tokens per chunk, C in the paper. At most `max_completion_length`.
+        min_chunk_length (`int`, *optional*, defaults to `8`):
+            A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter than this.
+        num_rollouts (`int`, *optional*, defaults to `10`):
+            Teacher continuations per chunk, N in the paper.
+        similarity (`str`, *optional*, defaults to `"edit"`):
+            Similarity of a chunk and a rollout in [0, 1], phi in the paper: `"edit"`, `"rouge1"`, `"rougeL"`,
+            `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. A function of one's own is passed to the
+            trainer as `similarity`.
+        prior_strength (`float`, *optional*, defaults to `1.0`):
+            Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist estimator.
+        prior (`str`, *optional*, defaults to `"policy"`):
+            Whose probabilities make the prior of Eq. 4: the current `"policy"`, as in the paper's equations, or the
+            `"reference"`, as in its prose. `"reference"` costs a forward pass of the reference per trajectory.
+        chunk_overlap (`str`, *optional*, defaults to `"resample"`):
+            What happens to a chunk that overlaps a chosen one: `"resample"` skips it for the next-highest entropy;
+            `"merge"` takes exactly `num_chunks` tokens and merges windows that overlap or touch.
+        chunk_placement (`str`, *optional*, defaults to `"start"`):
+            Whether a chunk starts at its anchor (`"start"`) or holds it in the middle (`"center"`).
+        chunk_selection (`str`, *optional*, defaults to `"entropy"`):
+            `"entropy"` audits where the student is least certain; `"uniform"` draws positions at random (the paper's
+            ablation).
+
+        > Parameters that control the loss
+
+        beta (`float`, *optional*, defaults to `0.1`):
+            Weight of the anchor, `KL(ref || theta)` on un-audited tokens. It is the paper's beta and, as in
+            [`~trl.GRPOConfig`], the weight of a KL to a reference model; values above 1 are legal. It is not the
+            interpolation coefficient that [`~trl.DistillationConfig`] has under this name. `0` loads no reference.
+        loss_normalization (`str`, *optional*, defaults to `"tokens"`):
+            `"tokens"` divides the whole of Eq. 8 by the completion tokens of the global batch; `"sum"` is Eq. 8 per
+            sequence, averaged over sequences; `"components"` averages each of its two terms over its own tokens.
+        posterior_baseline (`str`, *optional*, defaults to `"none"`):
+            What is subtracted from the posterior means before they weight the chunk loss. `"none"` is the paper;
+            `"batch"` the mean over the global batch; `"trajectory"` the mean of the other chunks of the same
+            trajectory; `"moving_average"` that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for
+            `"none"` only.
+        ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in addition to
+            `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
+            the student's path or id instead of copied.
+        ref_model_offload (`bool`, *optional*, defaults to `False`):
+            Keep the reference in the CPU's memory between uses. Each of its layers is then on the device only while it
+            computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Leave a completion that was cut at `max_completion_length` out of the training: it is neither audited nor
+            anchored, and its tokens do not count in `loss_normalization`. By default it is trained on like any other:
+            the audits judge its chunks, not its end.
+
+        > Parameters that control the teacher
+
+        teacher_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal.
+        teacher_top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus sampling mass of the teacher.
+        teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, for a local
+            model and a server of one's own; closed services get none. `{}` passes none.
+        min_rollouts (`int`, *optional*, defaults to `1`):
+            A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited.
+        max_failed_chunks (`float`, *optional*, defaults to `0.2`):
+            Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint and stops.
+
+        > Parameters that control a teacher behind a service
+
+        teacher_base_url (`str`, *optional*):
+            Where the service is, for `vllm:` and `openai:` teachers, for example `http://127.0.0.1:8000/v1`. Defaults
+            to the SDK's own.
+        teacher_tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the teacher's name.
+        teacher_continuation (`str`, *optional*):
+            How the student's text becomes the beginning of the teacher's answer: `"raw"`, `"continue_final"`,
+            `"prefill"`, `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to take.
+        teacher_max_concurrency (`int`, *optional*, defaults to `64`):
+            Requests under way at once. This and the next two are for the whole job and divided over its processes.
+        teacher_requests_per_minute (`float`, *optional*):
+            Requests per minute. No limit by default.
+        teacher_tokens_per_minute (`float`, *optional*):
+            Prompt and completion tokens per minute. No limit by default.
+        teacher_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds that one attempt of a request may take.
+        teacher_max_attempts (`int`, *optional*):
+            Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has room for, of
+            which six may be ones that the service may charge for: no answer, or one that cannot be read.
+        teacher_max_seconds (`float`, *optional*, defaults to `600.0`):
+            Seconds that all attempts of a request, and the waits between them, may take together: how long a failing
+            service is waited for.
+        teacher_max_retry_after (`float`, *optional*, defaults to `120.0`):
+            The longest wait in seconds that the service may ask for; a longer one stops the run.
+        teacher_budget_usd (`float`, *optional*):
+            US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is sent
+            whose worst case does not fit; docs/money.md says what that does not cover, such as a service that uses
+            more than it was asked for, or a change of prices.
+        teacher_budget_tokens (`int`, *optional*):
+            Prompt and completion tokens that the job may use, likewise.
+        teacher_input_price (`float`, *optional*):
+            US dollars per million prompt tokens. The three prices default to those that genai-prices knows.
+        teacher_output_price (`float`, *optional*):
+            US dollars per million completion tokens.
+        teacher_cached_price (`float`, *optional*):
+            US dollars per million prompt tokens that a cache served.
+        save_audits (`bool`, *optional*, defaults to `True`):
+            Whether trajectories and audits are written to a journal under `output_dir` before they are used, so that
+            a run that is resumed asks for nothing that was paid for.
+
+        > Parameters that control the evaluation
+
+        audit_eval (`bool`, *optional*, defaults to `False`):
+            Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, where the
+            evaluation set has a `solution` or `answer` column, pass@1.
+        num_eval_generations (`int`, *optional*, defaults to `1`):
+            Samples per evaluation problem, over which pass@1 is averaged.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DistillationConfig`]:
+    > - `beta`: Defaults to `0.1` instead of `1.0`, and means something else.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as the base class declares it; an annotation would make it a field)
+        *DistillationConfig._VALID_DICT_FIELDS,
+        "ref_model_init_kwargs",
+        "teacher_chat_template_kwargs",
+    ]
+
+    # Parameters that control the audits
+    num_chunks: int = field(
+        default=10,
+        metadata={
+            "help": "Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them."
+        },
+    )
+    chunk_length: int = field(
+        default=50,
+        metadata={"help": "Student tokens per chunk, C in the paper. At most `max_completion_length`."},
+    )
+    min_chunk_length: int = field(
+        default=8,
+        metadata={
+            "help": "A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter "
+            "than this."
+        },
+    )
+    num_rollouts: int = field(
+        default=10,
+        metadata={"help": "Teacher continuations per chunk, N in the paper."},
+    )
+    similarity: str = field(
+        default="edit",
+        metadata={
+            "help": "Similarity of a chunk and a rollout in [0, 1], phi in the paper: 'edit', 'rouge1', 'rougeL', "
+            "'jaccard', 'bleu1', 'bleu2', 'exact' or 'embedding'. A function of one's own is passed to the trainer as "
+            "`similarity`."
+        },
+    )
+    prior_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist "
+            "estimator."
+        },
+    )
+    prior: str = field(
+        default="policy",
+        metadata={
+            "help": "Whose probabilities make the prior of Eq. 4: the current 'policy', as in the paper's equations, "
+            "or the 'reference', as in its prose. 'reference' costs a forward pass of the reference per trajectory."
+        },
+    )
+    chunk_overlap: str = field(
+        default="resample",
+        metadata={
+            "help": "What happens to a chunk that overlaps a chosen one: 'resample' skips it for the next-highest "
+            "entropy; 'merge' takes exactly `num_chunks` tokens and merges windows that overlap or touch."
+        },
+    )
+    chunk_placement: str = field(
+        default="start",
+        metadata={"help": "Whether a chunk starts at its anchor ('start') or holds it in the middle ('center')."},
+    )
+    chunk_selection: str = field(
+        default="entropy",
+        metadata={
+            "help": "'entropy' audits where the student is least certain; 'uniform' draws positions at random (the "
+            "paper's ablation)."
+        },
+    )
+
+    # Parameters that control the loss
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the anchor, KL(ref || theta) on un-audited tokens. It is the paper's beta and, as in "
+            "`GRPOConfig`, the weight of a KL to a reference model; values above 1 are legal. It is not the "
+            "interpolation coefficient that `DistillationConfig` has under this name. `0` loads no reference."
+        },
+    )
+    loss_normalization: str = field(
+        default="tokens",
+        metadata={
+            "help": "'tokens' divides the whole of Eq. 8 by the completion tokens of the global batch; 'sum' is Eq. 8 "
+            "per sequence, averaged over sequences; 'components' averages each of its two terms over its own tokens."
+        },
+    )
+    posterior_baseline: str = field(
+        default="none",
+        metadata={
+            "help": "What is subtracted from the posterior means before they weight the chunk loss. 'none' is the "
+            "paper; 'batch' the mean over the global batch; 'trajectory' the mean of the other chunks of the same "
+            "trajectory; 'moving_average' that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for "
+            "'none' only."
+        },
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in "
+            "addition to `model_init_kwargs`. With these, a student that was passed as an instance has its reference "
+            "loaded from the student's path or id instead of copied."
+        },
+    )
+    ref_model_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the reference in the CPU's memory between uses. Each of its layers is then on the device "
+            "only while it computes, and is copied there once per micro-batch. Without effect with LoRA, which has no "
+            "copy."
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave a completion that was cut at `max_completion_length` out of the training: it is neither "
+            "audited nor anchored, and its tokens do not count in `loss_normalization`. By default it is trained on "
+            "like any other: the audits judge its chunks, not its end."
+        },
+    )
+
+    # Parameters that control the teacher
+    teacher_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal."
+        },
+    )
+    teacher_top_p: float = field(
+        default=1.0,
+        metadata={"help": "Nucleus sampling mass of the teacher."},
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, "
+            "for a local model and a server of one's own; closed services get none. `{}` passes none."
+        },
+    )
+
+    min_rollouts: int = field(
+        default=1,
+        metadata={"help": "A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited."},
+    )
+    max_failed_chunks: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint "
+            "and stops."
+        },
+    )
+
+    # Parameters that control a teacher behind a service
+    teacher_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the service is, for `vllm:` and `openai:` teachers, for example "
+            "`http://127.0.0.1:8000/v1`. Defaults to the SDK's own."
+        },
+    )
+    teacher_tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the "
+            "teacher's name."
+        },
+    )
+    teacher_continuation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the student's text becomes the beginning of the teacher's answer: 'raw', 'continue_final', "
+            "'prefill', 'prefix_flag' or 'instruct'. Defaults to what the model is known to take."
+        },
+    )
+    teacher_max_concurrency: int = field(
+        default=64,
+        metadata={
+            "help": "Requests under way at once. This and the next two are for the whole job and divided over its "
+            "processes."
+        },
+    )
+    teacher_requests_per_minute: float | None = field(
+        default=None,
+        metadata={"help": "Requests per minute. No limit by default."},
+    )
+    teacher_tokens_per_minute: float | None = field(
+        default=None,
+        metadata={"help": "Prompt and completion tokens per minute. No limit by default."},
+    )
+    teacher_timeout: float = field(
+        default=120.0,
+        metadata={"help": "Seconds that one attempt of a request may take."},
+    )
+    teacher_max_attempts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has "
+            "room for, of which six may be ones that the service may charge for: no answer, or one that cannot be "
+            "read."
+        },
+    )
+    teacher_max_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds that all attempts of a request, and the waits between them, may take together: how long "
+            "a failing service is waited for."
+        },
+    )
+    teacher_max_retry_after: float = field(
+        default=120.0,
+        metadata={"help": "The longest wait in seconds that the service may ask for; a longer one stops the run."},
+    )
+    teacher_budget_usd: float | None = field(
+        default=None,
+        metadata={
+            "help": "US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is "
+            "sent whose worst case does not fit; docs/money.md says what that does not cover, such as a service that "
+            "uses more than it was asked for, or a change of prices."
+        },
+    )
+    teacher_budget_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt and completion tokens that the job may use, earlier runs of the same `output_dir` "
+            "included. No request is sent whose worst case does not fit (docs/money.md)."
+        },
+    )
+    teacher_input_price: float | None = field(
+        default=None,
+        metadata={
+            "help": "US dollars per million prompt tokens. The three prices default to those that genai-prices knows."
+        },
+    )
+    teacher_output_price: float | None = field(
+        default=None,
+        metadata={"help": "US dollars per million completion tokens."},
+    )
+    teacher_cached_price: float | None = field(
+        default=None,
+        metadata={"help": "US dollars per million prompt tokens that a cache served."},
+    )
+    save_audits: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether trajectories and audits are written to a journal under `output_dir` before they are "
+            "used, so that a run that is resumed asks for nothing that was paid for."
+        },
+    )
+
+    # Parameters that control the evaluation
+    audit_eval: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, "
+            "where the evaluation set has a `solution` or `answer` column, pass@1."
+        },
+    )
+    num_eval_generations: int = field(
+        default=1,
+        metadata={"help": "Samples per evaluation problem, over which pass@1 is averaged."},
+    )
+
+    def __post_init__(self):
+        self._check_numbers()
+        # The base class knows `beta` as an interpolation coefficient in [0, 1] and refuses others.
+        beta, self.beta = self.beta, 0.0
+        super().__post_init__()
+        self.beta = beta
+        # The Trainer's own option for a token keeps the Trainer's meaning; the command refuses it.
+        check_credentials({f.name: getattr(self, f.name) for f in fields(self) if f.name != "hub_token"})
+        self._check_choices()
+        self._check_inherited()
+        self._warn_about_policy()
+        if self.ddp_find_unused_parameters is None and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Reentrant checkpointing fails with the search, which transformers has on for LoRA. Nothing is unused.
+            self.ddp_find_unused_parameters = False
+
+    def _check_numbers(self) -> None:
+        # YAML values arrive as they are written: a quoted number is a string, and YAML 1.1 reads 1e-6 as one.
+        for name in ("learning_rate", *_AT_LEAST_ZERO, *_POSITIVE):
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if isinstance(value, bool) or not math.isfinite(number):
+                raise ConfigError(f"{name}={value!r} is not a finite number. Give it as a number.")
+            if number < 0 or (number == 0 and name in _POSITIVE):
+                raise ConfigError(f"{name}={value!r} must {'be above 0' if name in _POSITIVE else 'not be negative'}.")
+            setattr(self, name, number)
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
+            if (getattr(self, name) or 0.0) > 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
+        # For no limit, vLLM takes -1 as well.
+        least = -1 if self.use_vllm else 0
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < least:
+            raise ConfigError(f"top_k={self.top_k!r} must be a whole number of at least 1, or 0 for no limit.")
+        for name in _SWITCHES:
+            # A text such as "no" would count as true.
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.min_rollouts > self.num_rollouts:
+            raise ConfigError(
+                f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so that every chunk "
+                "would be dropped. Lower it."
+            )
+        if (self.teacher_input_price is None) != (self.teacher_output_price is None):
+            raise ConfigError(
+                f"teacher_input_price={self.teacher_input_price} and teacher_output_price="
+                f"{self.teacher_output_price}: give both prices or neither."
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(filter(None, choices))}."
+                )
+        # Imported here so that `--help` does not pay for it.
+        from omniopd_trl.method.similarity import get_similarity
+
+        if not isinstance(self.similarity, str):
+            raise ConfigError(
+                f"similarity={self.similarity!r} is not a name. Pass a function to the trainer instead: "
+                "OmniOPDTrainer(..., similarity=function)."
+            )
+        if self.similarity != "embedding":  # which would load a model here
+            get_similarity(self.similarity)
+        if isinstance(self.max_completion_length, bool) or not isinstance(self.max_completion_length, int):
+            raise ConfigError(
+                f"max_completion_length={self.max_completion_length!r} must be a whole number of tokens: generation "
+                "and the memory for it need a bound."
+            )
+        if self.chunk_length > self.max_completion_length:
+            raise ConfigError(
+                f"chunk_length={self.chunk_length} is larger than max_completion_length={self.max_completion_length}, "
+                "so that no trajectory could hold a whole chunk. Lower `chunk_length` or raise "
+                "`max_completion_length`."
+            )
+        if self.min_chunk_length > self.chunk_length:
+            raise ConfigError(
+                f"min_chunk_length={self.min_chunk_length} is larger than chunk_length={self.chunk_length}. Lower it: "
+                "it is the shortest trajectory that still gives a chunk."
+            )
+        if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
+            raise ConfigError(
+                "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
+                "prior='policy'."
+            )
+
+    def _check_inherited(self) -> None:
+        """An inherited option that has no meaning here is refused rather than ignored."""
+        self._check_generation_kwargs()
+        if self.use_vllm and self.temperature > 2:
+            raise ConfigError(
+                f"temperature={self.temperature} is more than 2, the highest at which vLLM (since 0.24) generates. "
+                "Lower it, or set use_vllm=False."
+            )
+        if self.use_vllm and "seed" in (self.generation_kwargs or {}):
+            raise ConfigError(
+                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM starts from for every prompt "
+                "and every step anew: samples of the same prompt would be equal. Leave it out."
+            )
+        if self.max_tool_calling_iterations is not None:
+            raise ConfigError(
+                f"max_tool_calling_iterations={self.max_tool_calling_iterations} has no meaning: tools are not "
+                "supported yet. Leave it out."
+            )
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning: there are no labels, and the "
+                "posterior weights the log-probabilities. Leave it out."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} would train another policy than the one that wrote "
+                "the trajectory. Leave it out."
+            )
+        if self.remove_unused_columns:
+            raise ConfigError(
+                "remove_unused_columns=True would remove the columns that evaluation scores against. Leave it at "
+                "False."
+            )
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=True would run a step again, and pay the teacher for it again, after an "
+                "out-of-memory error. Set `per_device_train_batch_size` yourself."
+            )
+
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
+            if not self.audit_eval:
+                raise ConfigError(
+                    f"load_best_model_at_end=True with metric_for_best_model={self.metric_for_best_model!r}: without "
+                    "audit_eval the evaluation loss is the distance from the initial student, and the best model "
+                    "would be the one that has learnt least. Set metric_for_best_model='eval_pass@1' with "
+                    "greater_is_better=True, or another metric."
+                )
+
+    def _check_generation_kwargs(self) -> None:
+        kwargs: dict[str, Any] = self.generation_kwargs or {}
+        for key in kwargs.keys() & _REFUSED_GENERATION_KWARGS.keys():
+            field_name = _REFUSED_GENERATION_KWARGS[key]
+            use = f"Use the field `{field_name or key}` of the configuration" if field_name != "" else "Leave it out"
+            raise ConfigError(
+                f"generation_kwargs={kwargs!r} sets {key!r}, which would sample other text than the one whose "
+                f"log-probabilities are trained, or mistake where it ends. {use}."
+            )
+        if self.use_vllm:  # which knows its own
+            return
+        unknown = kwargs.keys() - vars(GenerationConfig()).keys()
+        if unknown:
+            raise ConfigError(
+                f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is no field of transformers' "
+                "GenerationConfig and would be ignored. Correct its name, or leave it out."
+            )
+
+    @property
+    def sampling_filters(self) -> list[str]:
+        """The settings in use that change the student's distribution beyond its temperature, as `name=value`."""
+        filters = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,  # vLLM's -1 is no limit, too
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1,
+            "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,
+        }
+        used = [f"{name}={getattr(self, name)!r}" for name, is_used in filters.items() if is_used]
+        kwargs: dict[str, Any] = self.generation_kwargs or {}
+        others = {k: v for k, v in kwargs.items() if k not in _HARMLESS_GENERATION_KWARGS and v is not None}
+        return used + ([f"generation_kwargs={others!r}"] if others else [])
+
+    def _warn_about_policy(self) -> None:
+        used = self.sampling_filters
+        if used:
+            logger.warning(
+                f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
+                "log-probabilities are those of the full one at `temperature`. The training is then not exactly "
+                "on-policy."
+            )
+        if self.teacher_temperature == 0 and self.num_rollouts > 1:
+            logger.warning(
+                f"teacher_temperature=0 makes all num_rollouts={self.num_rollouts} rollouts of a chunk equal. Set "
+                "num_rollouts=1 to pay for one."
+            )

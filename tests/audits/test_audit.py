@@ -1,0 +1,386 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""From a trajectory to posteriors: what the teacher is asked, how its rollouts are cut, and what is dropped."""
+
+import asyncio
+import math
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, wait
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.audits.event_loop import EventLoopThread
+from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
+from omniopd_trl.demo import asset_path
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.method.similarity import get_similarity
+from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
+from tests.support.corpus import STUDENT_LINES
+
+SETTINGS = {
+    "num_chunks": 2,
+    "chunk_length": 4,
+    "min_chunk_length": 2,
+    "num_rollouts": 3,
+    "min_rollouts": 1,
+    "prior_strength": 1.0,
+    "chunk_overlap": "resample",
+    "chunk_placement": "start",
+    "chunk_selection": "entropy",
+    "teacher_temperature": 0.8,
+    "teacher_top_p": 0.9,
+}
+
+
+class Recorder(Teacher):
+    """Answers from a script and keeps what it was asked."""
+
+    name = "recorder"
+
+    def __init__(self, script):
+        self.inner = ScriptedTeacher(script)
+        self.calls: list[tuple[list[Prefix], SamplingRequest]] = []
+
+    async def sample(self, prefixes, request):
+        self.calls.append((list(prefixes), request))
+        return await self.inner.sample(prefixes, request)
+
+
+def auditor(tokenizer, teacher, **overrides) -> Auditor:
+    return Auditor(teacher, tokenizer, AuditSettings(**{**SETTINGS, **overrides}), get_similarity("edit"))
+
+
+def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> Trajectory:
+    """A trajectory that writes `text`, with entropy 0.1 but for the peaks, and probability 1/2 for each token."""
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    entropy = torch.full((len(token_ids),), 0.1)
+    for position, value in peaks.items():
+        entropy[position] = value
+    logprobs = torch.full((len(token_ids),), math.log(0.5))
+    return Trajectory("What?", token_ids, entropy, logprobs, **overrides)
+
+
+def test_one_audit_by_hand(tiny_tokenizer):
+    """Two chunks, three rollouts each: prefixes, similarities, prior and posterior as computed on paper."""
+    text = "abcdefghijklmnop"  # one token for each letter
+    path = trajectory(tiny_tokenizer, text, {3: 2.0, 9: 1.0}, seed=11)
+    assert len(path.token_ids) == 16
+    teacher = Recorder(["defg", "dexy", ""])
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher).audit(path))
+
+    [(prefixes, request)] = teacher.calls
+    assert prefixes == [Prefix("What?", "abc"), Prefix("What?", "abcdefghi")]
+    assert request == SamplingRequest(num_samples=3, max_tokens=6, temperature=0.8, top_p=0.9, seed=11)
+    first, second = audit.chunks
+    assert (first.chunk, first.text) == (Chunk(3, 7, 3), "defg")
+    assert (second.chunk, second.text) == (Chunk(9, 13, 9), "jklm")
+    assert first.similarities == pytest.approx((1.0, 0.5, 0.0))
+    assert second.similarities == pytest.approx((0.0, 0.0, 0.0))
+    assert first.prior == pytest.approx(0.5)
+    assert second.prior == pytest.approx(0.5)
+    assert first.posterior == pytest.approx((1.5 + 0.5) / 4)
+    assert second.posterior == pytest.approx(0.5 / 4)
+    assert first.mean_similarity == pytest.approx(0.5)
+    assert (audit.num_dropped, audit.num_rollouts, audit.num_short, audit.failures) == (0, 6, 0, ())
+
+
+def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
+    """A rollout that goes on is cut, one that ended by itself stays, one that was cut off too soon is counted."""
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
+    assert judge.alignment.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)
+    assert judge.alignment.cut([], 4) == ([], 0)
+    words = " First we add 3 and 4. So Tom has 7 apples."
+    ids = tiny_tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert len(ids) < len(words), "no token is longer than a character: the test shows nothing"
+    assert judge.alignment.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
+
+
+LINES = " ".join(STUDENT_LINES)
+
+
+def llama_style_tokenizer(normalizer):
+    """BPE over "▁", where a space is prepended to every text by the normalizer, as in Llama 2, or by the splitting."""
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, metaspace
+    special = ["<unk>", "</s>"]
+    trained.train_from_iterator(
+        STUDENT_LINES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    if normalizer is not None:
+        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    # As these tokenizers decode: the first space is taken away, whether somebody wrote it or not.
+    trained.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda: llama_style_tokenizer(
+                normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            ),
+            id="normalizer",
+        ),
+        pytest.param(lambda: llama_style_tokenizer(None), id="metaspace"),
+        pytest.param(None, id="byte-level"),
+        pytest.param(lambda: AutoTokenizer.from_pretrained(asset_path("student")), id="demo"),
+    ],
+)
+def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokenizer):
+    """At every position: whatever a tokenizer puts before a text by itself, the same words are the same chunk."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    judge, exact = auditor(tokenizer, ScriptedTeacher(["x"])), get_similarity("exact")
+    wrong = []
+    for start in range(1, len(ids) - 16):
+        chunk = Chunk(start, start + 8, start)
+        prefix, text = judge.alignment.split_texts(ids, [chunk])[0]
+        goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
+        length = judge.alignment.length_of(ids, chunk, text)
+        (rollout,), short = judge.alignment.cut([Rollout(goes_on, "length")], length)
+        if exact(text, rollout) != 1.0 or short:
+            wrong.append((text, rollout))
+        # One that was cut off within the chunk is short, and one that was cut off at its end is not.
+        assert judge.alignment.cut([Rollout(text, "length")], length)[1] == 0
+        shorter = judge.alignment.split_texts(ids, [Chunk(start, start + 6, start)])[0][1]
+        assert judge.alignment.cut([Rollout(shorter, "length")], length)[1] == 1
+    assert wrong == []
+    assert len(ids) > 48, "too few positions"
+
+
+def test_the_length_of_a_chunk(tiny_tokenizer):
+    """Its own number of tokens, the end of the sequence included; its text's alone where a space is prepended."""
+    prepends = llama_style_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+    for tokenizer, more in ((tiny_tokenizer, 0), (prepends, 1)):
+        ids = [*tokenizer(LINES, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        judge = auditor(tokenizer, ScriptedTeacher(["x"]))
+        chunk = Chunk(len(ids) - 6, len(ids), len(ids) - 6)
+        text = judge.alignment.split_texts(ids, [chunk])[0][1]
+        assert text.startswith(" ")
+        assert judge.alignment.length_of(ids, chunk, text) == 6 + more
+        # Tokens that nobody's tokenizer would make of the text stay what they are without the space.
+        if not more:
+            letters = [i for letter in "Tom has" for i in tokenizer(letter)["input_ids"]]
+            assert judge.alignment.length_of(letters, Chunk(0, 7, 0), "Tom has") == 7
+
+
+def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_came(tiny_tokenizer):
+    """Refusals are outcomes: n counts the rollouts that really came back."""
+
+    def script(prefix: Prefix, index: int) -> str | None:
+        if prefix.completion == "abc":
+            return None
+        return "jklm" if index == 0 else None
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(script)).audit(path))
+    [chunk] = audit.chunks
+    assert chunk.chunk.start == 9
+    assert chunk.posterior == pytest.approx((1.0 + 0.5) / 2)
+    assert (audit.num_dropped, audit.num_rollouts) == (1, 1)
+    assert len(audit.failures) == 2
+
+
+def test_a_trajectory_without_chunks_asks_nothing(tiny_tokenizer):
+    """Shorter than the shortest chunk: no request, no cost."""
+    teacher = Recorder(["x"])
+    assert asyncio.run(auditor(tiny_tokenizer, teacher).audit(trajectory(tiny_tokenizer, "a", {}))) == Audit()
+    assert teacher.calls == []
+
+
+def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
+    """Borders inside a character of several bytes: texts without replacement characters that join to the whole."""
+    text = "x = 漢字 é 😀 end"
+    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    assert len(ids) > len(text), "no character is split over tokens: the test shows nothing"
+    for start in range(len(ids)):
+        for end in range(start + 1, len(ids) + 1):
+            prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
+            assert "\ufffd" not in prefix + chunk
+            assert text.startswith(prefix + chunk)
+    assert judge.alignment.split_texts(ids, [Chunk(0, len(ids), 0)])[0] == ("", text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), ids=st.lists(st.integers(0, 299), min_size=1, max_size=30))
+def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
+    """Whatever a student writes, invalid UTF-8 included, prefix and chunk join to its own text."""
+    start = data.draw(st.integers(0, len(ids) - 1))
+    end = data.draw(st.integers(start + 1, len(ids)))
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
+    whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert prefix + chunk == whole.rstrip("\ufffd")
+
+
+def test_merged_chunks_ask_for_as_many_tokens_as_the_longest_needs(tiny_tokenizer):
+    """Windows that touch become one longer chunk, and the rollouts are as long."""
+    teacher = Recorder(["defghijk"])
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 6: 1.0})
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher, chunk_overlap="merge").audit(path))
+    [chunk] = audit.chunks
+    assert (chunk.chunk.start, chunk.chunk.end) == (3, 10)
+    assert teacher.calls[0][1].max_tokens == math.ceil(1.4 * 7)
+    assert chunk.rollouts[0] == "defghij"
+
+
+def test_results_keep_the_order_of_trajectories(tiny_tokenizer):
+    """Concurrent audits that finish in any order come back in theirs."""
+
+    class Slow(Teacher):
+        name = "slow"
+
+        async def sample(self, prefixes, request):
+            await asyncio.sleep(0.05 / len(prefixes[0].prompt))
+            return [TeacherReply((Rollout(prefixes[0].prompt),), Usage(completion_tokens=1)) for _ in prefixes]
+
+    base = trajectory(tiny_tokenizer, "abcdefgh", {1: 1.0})
+    paths = [Trajectory("p" * n, base.token_ids, base.entropy, base.prior_logprobs) for n in (1, 4, 2)]
+    judge = auditor(tiny_tokenizer, Slow())
+    loop = EventLoopThread()
+    try:
+        audits = [future.result(timeout=10) for future in loop.submit(*map(judge.audit, paths))]
+    finally:
+        loop.close()
+    assert [audit.chunks[0].rollouts[0] for audit in audits] == ["p", "pppp", "pp"]
+
+
+def test_event_loop_thread_works_inside_a_running_loop():
+    """A notebook runs the trainer inside a loop of its own."""
+
+    async def thread_name() -> str:
+        return threading.current_thread().name
+
+    async def notebook() -> str:
+        return loop.run(thread_name())
+
+    loop = EventLoopThread()
+    try:
+        assert asyncio.run(notebook()) == "omniopd-teacher"
+        with pytest.raises(ZeroDivisionError):
+            loop.run(_fail())
+    finally:
+        loop.close()
+    assert not loop._thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_ends_a_process_does_not_end_the_loop(kind):
+    """A teacher that calls `sys.exit` is an error like others: what else is under way comes back, and so does it."""
+
+    async def leave() -> None:
+        raise kind("bad key")
+
+    async def answer() -> int:
+        await asyncio.sleep(0.01)
+        return 3
+
+    loop = EventLoopThread()
+    try:
+        left, answered = loop.submit(leave(), answer())
+        with pytest.raises(RuntimeError, match=rf"a teacher raised {kind.__name__}\(bad key\)"):
+            left.result(timeout=10)
+        assert answered.result(timeout=10) == 3
+        assert loop.run(answer()) == 3
+    finally:
+        loop.close()
+
+
+def test_a_teacher_that_cancels_itself_is_not_waited_for_without_end():
+    """As one does that waits for a task which was cancelled."""
+
+    async def cancelled() -> Audit:
+        await asyncio.sleep(0.2)  # until it is waited for
+        raise asyncio.CancelledError
+
+    loop = EventLoopThread()
+    waiting = threading.Thread(target=lambda: wait(loop.submit(cancelled()), return_when=FIRST_COMPLETED), daemon=True)
+    try:
+        waiting.start()
+        waiting.join(timeout=10)
+        assert not waiting.is_alive()
+    finally:
+        loop.close()
+
+
+def test_what_has_not_begun_when_all_is_cancelled_never_begins():
+    """A teacher that computes in the loop blocks it: a user who stops the run waits for one call, not for all."""
+    begun = []
+    started = threading.Event()
+
+    async def compute(n: int) -> None:
+        begun.append(n)
+        started.set()
+        time.sleep(0.3)
+
+    loop = EventLoopThread()
+    try:
+        futures = loop.submit(*map(compute, range(20)))
+        started.wait(timeout=10)
+        loop.cancel()
+        assert len(begun) <= 2
+        assert all(future.done() for future in futures)
+        loop.run(compute(99))
+        assert begun[-1] == 99
+    finally:
+        loop.close()
+
+
+async def _fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        (lambda n: [TeacherReply((Rollout("a"),))], "must return a list of 2 replies, one per prefix, and returned"),
+        (lambda n: None, "must return a list of 2 replies, one per prefix, and returned None (NoneType)"),
+        (lambda n: ["a", "b"], "reply 0 of 2 must be a `TeacherReply`, and is 'a' (str)"),
+        (lambda n: [TeacherReply(), TeacherReply(("a",))], "reply 1 of 2 must hold `Rollout(text)`"),
+        (lambda n: [TeacherReply(), TeacherReply("abc")], "must hold a tuple of rollouts, and holds 'abc' (str)"),
+        (lambda n: [TeacherReply((Rollout(None),))] * 2, "with a text that is a `str`, and holds Rollout(text=None"),
+        (lambda n: [TeacherReply((Rollout(b"a"),))] * 2, "with a text that is a `str`, and holds Rollout(text=b'a'"),
+        (lambda n: [TeacherReply((Rollout("a"),) * (n + 1))] * 2, "holds 4 rollouts, and at most num_samples=3"),
+        (lambda n: [TeacherReply(usage=12)] * 2, "the usage of reply 0 of 2 must be a `Usage`, and is 12 (int)"),
+        (lambda n: [TeacherReply(outcomes=["x"])] * 2, "the outcomes of reply 0 of 2 must be a dictionary"),
+    ],
+)
+def test_replies_that_are_none(tiny_tokenizer, replies, words):
+    """A mistake in a teacher of one's own is named with the teacher, the reply and the rule."""
+
+    class Own(Teacher):
+        name = "my-api"
+
+        async def sample(self, prefixes, request):
+            return replies(request.num_samples)
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    with pytest.raises(TeacherError) as caught:
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))
+    assert str(caught.value).startswith("The teacher 'my-api' (Own) does not keep to `Teacher.sample`: ")
+    assert words in str(caught.value)
+    assert "docs/teachers.md" in str(caught.value)
+
+
+def test_a_teacher_that_is_not_async(tiny_tokenizer):
+    """A plain function is the likeliest mistake of all."""
+
+    class Own(Teacher):
+        def sample(self, prefixes, request):
+            return [TeacherReply() for _ in prefixes]
+
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    with pytest.raises(TeacherError, match=r"'Own' \(Own\).*Write it as `async def sample`"):
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))

@@ -1,0 +1,337 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The `omniopd` command, as a user runs it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from omniopd_trl.cli import cost
+from omniopd_trl.cli.main import main
+from tests.support import ROOT
+from tests.support.training import make_trainer, questions
+
+QUESTIONS = ["What is 3 + 4?", "What is five and six?", "Tom has 3 apples and buys 4 more. How many has he now?"]
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model_dir):
+    """A function that writes a recipe for nine questions and a teacher behind a service, and returns its path."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": text, "answer": "7"}) + "\n" for text in 3 * QUESTIONS))
+
+    def write(**settings):
+        path = tmp_path / "recipe.yaml"
+        values = {
+            "model_name_or_path": str(tiny_model_dir),
+            "teacher_model_name_or_path": "anthropic:claude-haiku-4-5",
+            "dataset_name": str(data),
+            "output_dir": str(tmp_path / "out"),
+            "bf16": True,
+            "report_to": "none",
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 5,
+            "max_completion_length": 6340,
+            **settings,
+        }
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def forecast(recipe, capsys):
+    """A function that runs `omniopd cost` and returns its lines, by their names."""
+
+    def run(*options, **settings):
+        code = main(["cost", "--config", recipe(**settings), *map(str, options)])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        rows = {}
+        for line in captured.out.splitlines():
+            name, _, values = line.strip().partition("  ")
+            rows[name] = values.strip()
+        return rows
+
+    return run
+
+
+def numbers(row):
+    """The numbers of a row: trajectory, step, run, SFT."""
+    return [float(word.replace(",", "")) for word in row.split()]
+
+
+class TestCost:
+    """`omniopd cost`."""
+
+    def test_table(self, forecast, tiny_tokenizer):
+        """Real prompt lengths, the model's price and its samples per request; step and run follow from the recipe."""
+        rows = forecast("--trajectory_length", 2000)
+        chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+        encoded = tiny_tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        mean = sum(map(len, encoded)) / 3
+        prompt = 100 * (mean + 1000)
+        assert rows["samples per request"] == "1 of N = 10"
+        assert rows["price"].startswith("1 in, 5 out, 0.1 read from the cache, 1.25 written to it")
+        assert rows["prompts"].startswith(f"9 of 9 measured: {mean:.1f} tokens on average")
+        assert rows["trajectory length"] == "2,000 tokens, as given"
+        assert rows["run"] == "5 steps of 8 prompts"
+        assert numbers(rows["requests"]) == [100, 800, 4000, 9]
+        assert numbers(rows["prompt tokens"])[:3] == pytest.approx([prompt, 8 * prompt, 40 * prompt], abs=1)
+        assert numbers(rows["prompt tokens"])[3] == pytest.approx(9 * mean, abs=1)
+        assert numbers(rows["completion tokens"]) == [7000, 56_000, 280_000, 18_000]
+        assert numbers(rows["of them compared"]) == [5000, 40_000, 200_000, 18_000]
+        usd = (prompt + 7000 * 5) / 1e6
+        assert numbers(rows["dollars, no prompt cache"])[:3] == pytest.approx([usd, 8 * usd, 40 * usd], abs=0.005)
+        assert numbers(rows["dollars, no prompt cache"])[3] == pytest.approx((9 * mean + 18_000 * 5) / 1e6, abs=1e-4)
+        # Prompts of about a thousand tokens are too short for this model's cache.
+        assert numbers(rows["a cache per chunk serves"])[0] == 0
+
+    def test_cache(self, forecast):
+        """Longer prompts are cached, and a cache makes the run cheaper."""
+        rows = forecast("--trajectory_length", 16_000, max_completion_length=16_000)
+        none, chunk, trajectory = (
+            numbers(rows[f"dollars, {name}"])[2]
+            for name in ("no prompt cache", "a cache per chunk", "a cache per trajectory")
+        )
+        assert none > chunk > trajectory
+        assert 0 < numbers(rows["a cache per chunk serves"])[0] < numbers(rows["a cache per trajectory serves"])[0]
+
+    def test_options_win_over_the_recipe(self, forecast):
+        """Any option of the training command may follow."""
+        rows = forecast(
+            "--num_chunks",
+            5,
+            "--max_steps=2",
+            "--num_processes",
+            3,
+            "--samples_per_request",
+            4,
+            gradient_accumulation_steps=1,
+        )
+        assert rows["chunks"] == "at most M = 5 of C = 50 tokens"
+        assert rows["run"] == "2 steps of 6 prompts"
+        assert numbers(rows["requests"])[0] == 15
+
+    @pytest.mark.parametrize(
+        ("epochs", "batch", "accumulation", "steps"),
+        # Of nine rows, those that do not fill a step are left out of each epoch.
+        [(1, 1, 2, 4), (3, 1, 2, 12), (0.5, 1, 2, 2), (2, 2, 2, 4), (1.5, 1, 1, 14), (2, 9, 1, 2), (2, 5, 1, 2)],
+    )
+    def test_steps_from_epochs(self, forecast, tmp_path, tiny_model_dir, epochs, batch, accumulation, steps):
+        """Without `max_steps`, there are as many as a run of the same settings really takes."""
+        settings = {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        rows = forecast(max_steps=None, **settings)
+        assert rows["run"] == f"{steps} steps of {batch * accumulation} prompts"
+        trainer = make_trainer(
+            tmp_path / "run", tiny_model_dir, dataset=questions(9), max_steps=-1, max_completion_length=10, **settings
+        )
+        trainer.train()
+        assert trainer.state.global_step == steps
+
+    def test_steps_of_several_processes(self, forecast):
+        """Each process has its part of a step: of nine rows, two steps of four."""
+        rows = forecast("--num_processes", 2, max_steps=None, gradient_accumulation_steps=1)
+        assert rows["run"] == "6 steps of 4 prompts"
+
+    def test_length_of_trajectories(self, forecast, tmp_path):
+        """Assumed from the recipe; measured where a checkpoint says; given where it is."""
+        assert forecast()["trajectory length"].startswith("6,340 tokens, assumed")
+        folder = tmp_path / "out" / "checkpoint-2"
+        folder.mkdir(parents=True)
+        history = [{"completions/mean_length": 900.0}, {"loss": 1.0}, {"completions/mean_length": 1100.0}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        rows = forecast()
+        assert rows["trajectory length"] == f"1,000 tokens, measured in {folder}"
+        assert forecast("--trajectory_length", 50)["trajectory length"] == "50 tokens, as given"
+        (folder / "trainer_state.json").write_text("{")
+        assert "assumed" in forecast()["trajectory length"]
+
+    def test_some_prompts(self, forecast):
+        """Measuring some prompts changes no number of steps."""
+        rows = forecast(
+            "--max_prompts",
+            2,
+            max_steps=None,
+            num_train_epochs=4,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+        )
+        assert rows["prompts"].startswith("2 of 9 measured")
+        assert rows["run"] == "36 steps of 1 prompts"
+
+    def test_stream(self, forecast):
+        """Of a stream the first prompts are measured."""
+        rows = forecast("--max_prompts", 2, dataset_streaming=True)
+        assert rows["prompts"].startswith("2 of a stream measured")
+
+    @pytest.mark.parametrize("teacher", ["anthropic:claude-haiku-4-5", "openai:gpt-6-luna"])
+    def test_without_dataset_and_tokenizer(self, recipe, capsys, teacher):
+        """A prompt length that is given needs neither the dataset nor the student, and says what it assumes."""
+        settings = {"model_name_or_path": "no/model", "dataset_name": "no/data", "teacher_model_name_or_path": teacher}
+        command = ["cost", "--config", recipe(**settings), "--prompt_length", "200", "--trajectory_length", "6340"]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^prompts +200 tokens, as given$", printed, re.MULTILINE)
+        assert re.search(r"^run +5 steps of 8 prompts$", printed, re.MULTILINE)
+        assert ("at 4 letters per token" in printed) == teacher.startswith("openai:")
+        if teacher.startswith("anthropic:"):
+            assert re.search(r"^prompt tokens +337,000 ", printed, re.MULTILINE)
+
+    def test_letters_per_token(self, tiny_tokenizer):
+        """The instruction's estimate is that of its letters."""
+        assert 200 < cost._instruction_length(None) < cost._instruction_length(tiny_tokenizer)
+
+    def test_chunks_of_a_log(self, forecast):
+        """What a run has logged replaces what is assumed of its chunks."""
+        rows = forecast("--trajectory_length", 2000, "--chunks_per_trajectory", 7.5, "--rollout_tokens", 90)
+        assert rows["chunks"].endswith("7.5 on average, as given; 90 tokens per rollout, as given")
+        assert numbers(rows["requests"])[0] == 75
+        assert numbers(rows["completion tokens"])[0] == 75 * 90
+
+    @pytest.mark.parametrize("teacher", ["openai:gpt-6-luna", "vllm:Qwen/Qwen3-32B", "some/model"])
+    def test_prices_of_the_recipe(self, forecast, teacher):
+        """Prices of the recipe win over the table, and price a server of one's own."""
+        rows = forecast(
+            teacher_model_name_or_path=teacher, teacher_input_price=2.0, teacher_output_price=3.0, num_rollouts=1
+        )
+        assert rows["price"].startswith("2 in, 3 out (dollars per million tokens, from the recipe")
+        prompt, completion = numbers(rows["prompt tokens"])[2], numbers(rows["completion tokens"])[2]
+        assert numbers(rows["dollars, no prompt cache"])[2] == pytest.approx(
+            (prompt * 2 + completion * 3) / 1e6, rel=0.01
+        )
+
+    def test_instruction(self, forecast):
+        """A teacher that has to be instructed reads the instruction with every prompt."""
+        prefilled = forecast(teacher_model_name_or_path="anthropic:claude-haiku-4-5")
+        instructed = forecast(teacher_model_name_or_path="anthropic:claude-haiku-4-5", teacher_continuation="instruct")
+        assert numbers(instructed["prompt tokens"])[0] > numbers(prefilled["prompt tokens"])[0] + 100 * 50
+
+    def test_no_price(self, forecast):
+        """Without a price there are tokens, and a line that says what to set."""
+        rows = forecast(teacher_model_name_or_path="vllm:Qwen/Qwen3-32B")
+        assert "teacher_input_price" in rows["price"]
+        assert "dollars, no prompt cache" not in rows
+        assert rows["samples per request"] == "10 of N = 10"
+
+    @pytest.mark.parametrize(("usd", "verdict"), [(1e6, "is enough"), (0.01, "is not enough")])
+    def test_budget(self, recipe, capsys, usd, verdict):
+        """The forecast is held against the budget of the recipe."""
+        assert main(["cost", "--config", recipe(teacher_budget_usd=usd)]) == 0
+        assert f"teacher_budget_usd={usd:g} {verdict}" in capsys.readouterr().out
+
+    def test_more_that_costs(self, recipe, capsys):
+        """What the forecast leaves out is said where the recipe asks for it."""
+        assert main(["cost", "--config", recipe(audit_eval=True, chunk_overlap="merge")]) == 0
+        printed = capsys.readouterr().out
+        assert "Evaluation asks the teacher too" in printed
+        assert "chunk_overlap='merge'" in printed
+        given = ["--chunks_per_trajectory", "6", "--rollout_tokens", "120"]
+        assert main(["cost", "--config", recipe(chunk_overlap="merge"), *given]) == 0
+        assert "chunk_overlap='merge'" not in capsys.readouterr().out
+
+    def test_reasoning(self, recipe, capsys):
+        """A model that always reasons may write more than the forecast has, which is said unless it was measured."""
+        path = recipe(teacher_model_name_or_path="gemini:gemini-2.5-pro")
+        assert main(["cost", "--config", path]) == 0
+        assert "cannot be switched off: a sample may take up to 256" in capsys.readouterr().out
+        assert main(["cost", "--config", path, "--rollout_tokens", "150"]) == 0
+        assert "cannot be switched off" not in capsys.readouterr().out
+
+
+class TestErrors:
+    """What goes wrong is one line, and an exit code."""
+
+    @pytest.mark.parametrize(
+        ("settings", "options", "code", "message"),
+        [
+            ({"model_name_or_path": None}, [], 2, "does not set `model_name_or_path`"),
+            ({"teacher_model_name_or_path": None}, [], 2, "does not set `teacher_model_name_or_path`"),
+            ({"model_name_or_path": "./none"}, [], 1, "tokenizer './none' could not be loaded"),
+            ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
+            ({"dataset_name": None}, [], 2, "No dataset is named"),
+            ({"dataset_train_split": "none"}, [], 1, "no split 'none'"),
+            (
+                {"per_device_train_batch_size": 3},
+                [],
+                1,
+                "Nothing would be trained: the training set has 9 rows, and a",
+            ),
+            ({"max_steps": None}, ["--num_processes", "2"], 1, "step takes 16 (per_device_train_batch_size=2 x"),
+            ({"dataset_streaming": True, "max_steps": None}, [], 2, "streaming dataset has no length"),
+            ({"num_chunk": 3}, [], 2, "Did you mean `num_chunks`?"),
+            ({}, ["--num_chunk", "3"], 2, "Did you mean `num_chunks`?"),
+            ({"max_steps": None}, ["--prompt_length", "200"], 2, "Add `--max_steps`"),
+            ({}, ["--chunks_per_trajectory", "12"], 2, "chunks_per_trajectory=12.0 must be between 0 and num_chunks"),
+            ({"teacher_cached_price": 1.0}, [], 2, "teacher_cached_price=1.0, without teacher_input_price"),
+        ],
+    )
+    def test_refused(self, recipe, capsys, settings, options, code, message):
+        """Settings that cannot be used give 2, data that cannot be read 1, and no table."""
+        assert main(["cost", "--config", recipe(**settings), *options]) == code
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "COMMAND"),
+            (["costs"], "invalid choice"),
+            (["cost"], "--config"),
+            (["cost", "--config", "x", "--trajectory_length", "0"], "must be a number above 0"),
+            (["cost", "--config", "x", "--trajectory_length", "nan"], "must be a number above 0"),
+            (["cost", "--config", "x", "--max_prompts", "1.5"], "must be a whole number"),
+            (["cost", "--config", "x", "--max_prompts", "1", "--prompt_length", "9"], "not allowed with"),
+        ],
+    )
+    def test_command_line(self, capsys, arguments, message):
+        """A command line that cannot be parsed exits with 2 and says why."""
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_missing_recipe(self, capsys):
+        """So does a recipe that is not there."""
+        assert main(["cost", "--config", "none.yaml"]) == 2
+        assert "'none.yaml' cannot be read" in capsys.readouterr().err
+
+
+def test_help_is_quick():
+    """`--help` loads neither torch nor a model library."""
+    code = (
+        "import sys\nfrom omniopd_trl.cli.main import main\n"
+        "try:\n    main(['cost', '--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout.rstrip().endswith("[]")
+    assert "--trajectory_length" in done.stdout
+
+
+def test_nothing_is_sent(forecast, monkeypatch):
+    """No key is needed, and no connection is opened."""
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert math.isfinite(numbers(forecast()["dollars, no prompt cache"])[2])

@@ -1,0 +1,338 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's world and the models that ship with the package."""
+
+import random
+import re
+from itertools import islice
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from omniopd_trl.demo import ASSETS, asset_path
+from omniopd_trl.demo.build import make_problem_sets, make_tokenizer, pass_rate, render_prompt, write
+from omniopd_trl.demo.world import NO_SLIP, STUDENT_SLIP, STYLES, Slip, mixed_solution, problems, solution
+from tests.support import ROOT
+
+MODELS = ("student", "teacher", "teacher_shared")
+MEGABYTE = 2**20
+
+
+def some_problems(count, seed="test"):
+    return list(islice(problems(seed), count))
+
+
+def solved_from_the_words(question):
+    """The answer, from the question's text alone."""
+    first, *events, _ = question.split(". ")
+    total = int(re.search(r"\d+", first).group())
+    for event in events:
+        numbers = [int(number) for number in re.findall(r"\d+", event)]
+        amount = numbers[0] * numbers[1] if len(numbers) == 2 else numbers[0]
+        total += amount if event.split()[1] in ("finds", "buys", "wins", "makes") else -amount
+    return str(total)
+
+
+def equations(text):
+    """Every calculation that a text shows, as (left, operator, right, result)."""
+    signs = {"plus": "+", "minus": "-", "times": "*"}
+    found = re.findall(r"(-?\d+) (\+|-|\*|plus|minus|times) (-?\d+) (?:=|makes|leaves) (-?\d+)", text)
+    return [(int(left), signs.get(sign, sign), int(right), int(result)) for left, sign, right, result in found]
+
+
+def is_exact(left, sign, right, result):
+    return result == {"+": left + right, "-": left - right, "*": left * right}[sign]
+
+
+class TestProblems:
+    def test_the_same_seed_gives_the_same_problems(self):
+        assert some_problems(200) == some_problems(200)
+        assert some_problems(200) != some_problems(200, seed="other")
+
+    def test_answers_follow_from_the_words(self):
+        for problem in some_problems(500):
+            assert problem.answer == solved_from_the_words(problem.question)
+            assert 10 <= int(problem.answer) <= 99
+
+    def test_problems_are_distinct_and_avoid_the_excluded_ones(self):
+        first = {problem.question for problem in some_problems(300)}
+        assert len(first) == 300
+        assert not first & {problem.question for problem in islice(problems("test", exclude=first), 300)}
+
+    def test_problems_take_two_to_four_calculations(self):
+        counts = {len(equations(solution(problem, "student"))) for problem in some_problems(500)}
+        assert counts == {2, 3, 4}
+
+
+class TestSolutions:
+    @pytest.mark.parametrize("style", STYLES)
+    def test_without_slips_every_calculation_and_the_answer_are_right(self, style):
+        for problem in some_problems(300):
+            text = solution(problem, style)
+            assert all(is_exact(*equation) for equation in equations(text))
+            assert text.splitlines()[-1] == f"Answer: {problem.answer}"
+
+    def test_styles_differ_in_wording_and_layout(self):
+        for problem in some_problems(50):
+            student, teacher = (solution(problem, style).splitlines()[:-1] for style in STYLES)
+            assert not set(student) & set(teacher)
+            assert all(line.startswith(problem.name) for line in student)
+            assert all(line.startswith("- ") for line in teacher[1:])
+
+    def test_wording_is_fixed_by_the_problem(self):
+        """What varies between two writers of one style is numbers alone."""
+        for problem in some_problems(100):
+            slipped = solution(problem, "student", Slip(1.0, 1.0, 1.0), random.Random(0))
+            assert re.sub(r"-?\d+", "#", slipped) == re.sub(r"-?\d+", "#", solution(problem, "student"))
+
+    def test_slips_are_the_documented_ones_and_are_carried_forward(self):
+        rng = random.Random(0)
+        wrong = 0
+        for problem in some_problems(300):
+            text = solution(problem, "student", STUDENT_SLIP, rng)
+            for left, sign, right, result in equations(text):
+                if is_exact(left, sign, right, result):
+                    continue
+                wrong += 1
+                if sign == "+":
+                    assert left % 10 + right % 10 >= 10
+                    assert result == left + right - 10
+                elif sign == "-":
+                    assert left % 10 < right % 10
+                    assert result == left - right + 10
+                else:
+                    assert result in (left * right - right, left * right + right)
+            totals = [problem.start] + [result for _, sign, _, result in equations(text) if sign != "*"]
+            lefts = [left for left, sign, _, _ in equations(text) if sign != "*"]
+            assert lefts == totals[:-1]
+            assert text.splitlines()[-1] == f"Answer: {totals[-1]}"
+        assert wrong > 100
+
+    def test_slips_need_a_source_of_randomness(self):
+        problem = some_problems(1)[0]
+        with pytest.raises(ValueError, match="rng="):
+            solution(problem, "student", STUDENT_SLIP)
+        with pytest.raises(ValueError, match="rng="):
+            mixed_solution(problem, 0.5, slip=STUDENT_SLIP)
+
+
+class TestMixedSolutions:
+    def test_the_ends_are_the_two_pure_styles(self):
+        for problem in some_problems(50):
+            whole = solution(problem, "student")
+            assert mixed_solution(problem, 0) == ("", solution(problem, "teacher"))
+            assert mixed_solution(problem, 1.0) == (whole, "")
+            assert mixed_solution(problem, len(whole)) == (whole, "")
+            assert mixed_solution(problem, 0, "teacher", "student") == ("", whole)
+
+    def test_every_cut_keeps_what_is_written_and_goes_on_correctly(self):
+        """A slow, obvious check: read the equations back, and compare each with where it stands."""
+        for seed, problem in enumerate(some_problems(40)):
+            draft = solution(problem, "student", STUDENT_SLIP, random.Random(seed))
+            for cut in range(len(draft) + 1):
+                before, after = mixed_solution(problem, cut, slip=STUDENT_SLIP, rng=random.Random(seed))
+                assert before == draft[:cut]
+                text = before + after
+                for match in re.finditer(r"(-?\d+) (\+|-|\*|plus|minus|times) (-?\d+) (=|makes|leaves) (-?\d+)", text):
+                    if match.start(5) >= cut:
+                        assert is_exact(*equations(match.group())[0])
+                totals = [problem.start] + [result for _, sign, _, result in equations(text) if sign != "*"]
+                assert text.splitlines()[-1] == f"Answer: {totals[-1]}"
+
+    def test_a_begun_line_ends_in_its_own_style_and_the_next_is_in_the_other(self):
+        problem = some_problems(1)[0]
+        draft = solution(problem, "student")
+        first_line = draft.index("\n") + 1
+        before, after = mixed_solution(problem, first_line + 3)
+        begun, *rest = (before + after)[first_line:].splitlines()
+        assert begun == draft.splitlines()[1]
+        assert all(line.startswith("- ") for line in rest[:-1])
+
+    def test_a_cut_outside_the_solution_is_refused(self):
+        problem = some_problems(1)[0]
+        with pytest.raises(ValueError, match="cut=100000"):
+            mixed_solution(problem, 100000)
+
+
+class TestAssets:
+    def test_unknown_asset_is_refused(self):
+        with pytest.raises(ValueError, match="'studnet'"):
+            asset_path("studnet")
+
+    @pytest.mark.parametrize("name", ASSETS)
+    def test_assets_are_there(self, name):
+        assert asset_path(name).is_dir()
+
+    def test_assets_are_small(self):
+        sizes = [path.stat().st_size for path in asset_path("student").parent.rglob("*") if path.is_file()]
+        assert sum(sizes) < 12 * MEGABYTE
+        assert max(sizes) < 5 * MEGABYTE
+
+    def test_problem_sets_are_the_ones_that_the_world_makes(self):
+        datasets = pytest.importorskip("datasets")
+        for name, members in make_problem_sets().items():
+            rows = datasets.Dataset.from_json(str(asset_path("problems") / f"{name}.jsonl"))
+            assert rows.column_names == ["question", "answer"]
+            assert list(rows["question"]) == [problem.question for problem in members]
+            assert [str(answer) for answer in rows["answer"]] == [problem.answer for problem in members]
+        train, test = make_problem_sets().values()
+        assert not {problem.question for problem in train} & {problem.question for problem in test}
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_models_load_and_are_qwen3(self, name):
+        model = AutoModelForCausalLM.from_pretrained(asset_path(name))
+        tokenizer = AutoTokenizer.from_pretrained(asset_path(name))
+        assert model.config.model_type == "qwen3"
+        assert model.config.vocab_size == len(tokenizer)
+        assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+        assert tokenizer.model_max_length == model.config.max_position_embeddings == 1024
+
+    def test_the_teacher_has_a_tokenizer_of_its_own_and_the_other_teacher_has_the_students(self):
+        student, teacher, shared = (AutoTokenizer.from_pretrained(asset_path(name)) for name in MODELS)
+        assert student.get_vocab() == shared.get_vocab()
+        assert student.get_vocab() != teacher.get_vocab()
+        text = solution(some_problems(1)[0], "student")
+        assert student(text)["input_ids"] == shared(text)["input_ids"]
+        assert len(student(text)["input_ids"]) != len(teacher(text)["input_ids"])
+
+    @pytest.mark.parametrize("name", ["student", "teacher"])
+    def test_tokenizers_can_be_rebuilt(self, name):
+        assert make_tokenizer(name).get_vocab() == AutoTokenizer.from_pretrained(asset_path(name)).get_vocab()
+
+    @pytest.mark.parametrize("name", ["student", "teacher"])
+    def test_digits_are_single_tokens_and_text_survives(self, name):
+        tokenizer = AutoTokenizer.from_pretrained(asset_path(name))
+        for digit in "0123456789":
+            assert len(tokenizer(digit)["input_ids"]) == 1
+        text = "Grüße, 12345 – Mia has 7 apples.\n\n  Answer: 42"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert sum(token in "0123456789" for token in tokenizer.convert_ids_to_tokens(ids)) == 8
+
+    def test_chat_template_continues_a_begun_answer(self):
+        tokenizer = AutoTokenizer.from_pretrained(asset_path("teacher"))
+        messages = [{"role": "user", "content": "How many?"}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+        begun = [*messages, {"role": "assistant", "content": "There are "}]
+        assert (
+            tokenizer.apply_chat_template(begun, tokenize=False, continue_final_message=True) == prompt + "There are "
+        )
+
+    def test_no_path_of_the_machine_that_built_them(self):
+        package = ROOT
+        forbidden = re.compile(
+            rf"/(?:home|root|tmp|work|usr|opt|mnt)/|_name_or_path|{re.escape(str(package))}".encode()
+        )
+        for path in asset_path("student").parent.rglob("*"):
+            if path.is_file():
+                assert not forbidden.search(path.read_bytes()), path
+
+
+class TestModels:
+    """A small sample; docs/demo.md has the numbers for the whole test set."""
+
+    @pytest.fixture(scope="class")
+    def texts(self):
+        sample = make_problem_sets()["test"][:64]
+        written = {}
+        for name in MODELS:
+            model = AutoModelForCausalLM.from_pretrained(asset_path(name), dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(asset_path(name))
+            torch.manual_seed(0)
+            prompts = [render_prompt(tokenizer, problem.question) for problem in sample]
+            begun = [mixed_solution(problem, 0.5, slip=STUDENT_SLIP, rng=random.Random(0)) for problem in sample]
+            written[name] = (
+                write(model, tokenizer, prompts),
+                write(model, tokenizer, [prompt + text for prompt, (text, _) in zip(prompts, begun, strict=True)]),
+            )
+        return sample, begun, written
+
+    def test_the_teachers_are_much_better_than_the_student(self, texts):
+        sample, _, written = texts
+        answers = [problem.answer for problem in sample]
+        rates = {name: pass_rate(alone, answers) for name, (alone, _) in written.items()}
+        assert 0.15 < rates["student"] < 0.55
+        assert rates["teacher"] > 0.85
+        assert rates["teacher_shared"] > 0.85
+
+    def test_the_student_is_well_formed_but_wrong(self, texts):
+        sample, _, written = texts
+        shapes = [
+            re.sub(r"-?\d+", "#", text) == re.sub(r"-?\d+", "#", solution(problem, "student", NO_SLIP))
+            for problem, text in zip(sample, written["student"][0], strict=True)
+        ]
+        assert sum(shapes) / len(shapes) > 0.9
+
+    def test_the_teachers_write_their_own_style(self, texts):
+        _, _, written = texts
+        for name in ("teacher", "teacher_shared"):
+            assert sum(text.startswith("Let us count the ") for text in written[name][0]) > 60
+
+    def test_the_teachers_go_on_from_what_a_student_wrote(self, texts):
+        _, begun, written = texts
+        for name in ("teacher", "teacher_shared"):
+            right = [text == rest for text, (_, rest) in zip(written[name][1], begun, strict=True)]
+            assert sum(right) / len(right) > 0.8
+
+
+@pytest.mark.slow
+class TestTheDemoTeaches:
+    """The recipe of `make demo`, on three seeds, beside the same runs with shuffled posteriors."""
+
+    SEEDS = (0, 1, 2)
+
+    @pytest.fixture(scope="class")
+    def gains(self, tmp_path_factory):
+        """pass@1 before and after, by seed, of the recipe and of the control."""
+        return {
+            (seed, shuffled): self.run(seed, shuffled, tmp_path_factory.mktemp("demo"))
+            for seed in self.SEEDS
+            for shuffled in (False, True)
+        }
+
+    @staticmethod
+    def run(seed, shuffled, folder):
+        from omniopd_trl.cli import train
+        from omniopd_trl.trainer import omniopd_trainer
+
+        assert omniopd_trainer.OmniOPDTrainer.__module__ == "omniopd_trl.trainer.omniopd_trainer", (
+            "a run left its patch behind"
+        )
+
+        trainers = []
+
+        class Watched(omniopd_trainer.OmniOPDTrainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                trainers.append(self)
+
+        class Shuffled(Watched):
+            """Every chunk gets the posterior of another one: the same numbers, without what they say."""
+
+            def _chunk_weights(self, posteriors, *batch):
+                generator = torch.Generator().manual_seed(self.state.global_step)
+                order = torch.randperm(len(posteriors), generator=generator)
+                return super()._chunk_weights(posteriors[order], *batch)
+
+        options = ["--seed", str(seed), "--output_dir", str(folder), "--evaluate_teacher", "false"]
+        # Undone after each run: the classes of the next run derive from the real trainer, not from these.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr(omniopd_trainer, "OmniOPDTrainer", Shuffled if shuffled else Watched)
+            train.main(*train.parse_args(["--config", "recipes/demo.yaml", *options]))
+        scores = [entry["eval_pass@1"] for entry in trainers[0].state.log_history if "eval_pass@1" in entry]
+        print(f"seed {seed}, {'shuffled' if shuffled else 'recipe'}: {scores[0]:.3f} -> {scores[-1]:.3f}")  # noqa: T201
+        return scores[0], scores[-1]
+
+    @pytest.mark.timeout(3600)
+    def test_every_seed_improves_by_a_margin(self, gains):
+        for seed in self.SEEDS:
+            before, after = gains[seed, False]
+            assert after > before + 0.15, gains
+
+    @pytest.mark.timeout(3600)
+    def test_shuffled_posteriors_do_not_improve_as_much(self, gains):
+        for seed in self.SEEDS:
+            assert gains[seed, False][1] > gains[seed, True][1] + 0.15, gains

@@ -1,0 +1,223 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Math accuracy: what is read from a completion, what counts as equal, and what happens when nothing can be read."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from omniopd_trl.errors import DataError, MissingExtraError
+from omniopd_trl.evals import math, math_accuracy
+
+
+def score(completion, gold):
+    (reward,) = math_accuracy([completion], answer=[gold])
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [
+        ("Answer: 7", "7"),
+        ("3 + 4 = 7, so the answer is 7.\nAnswer: 7", "7"),
+        ("Answer: 5\nWait, that was wrong.\nAnswer: 7", "7"),
+        ("**Answer:** 7", "7"),
+        ("answer : 7.", "7"),
+        ("Answer: $7$", "7"),
+        ("Answer: $18", "18"),
+        (r"Answer: \$18.00", "18"),
+        ("Answer: 1,234", "1234"),
+        ("Answer: 12 apples", "12"),
+        ("Answer: -3", "-3"),
+        ("Answer: 0.5", r"\frac{1}{2}"),
+        ("Answer: 1/2", "0.5"),
+        (r"Answer: \frac{1}{2}", "1/2"),
+        (r"Answer: \dfrac{3}{4}", r"\frac34"),
+        (r"Answer: \boxed{7}", "7"),
+        (r"so we get \boxed{\frac{1}{3}}.", r"\frac{1}{3}"),
+        (r"Answer: \sqrt{2}", r"$\sqrt{2}$"),
+        (r"Answer: $2\sqrt{3}$", r"\sqrt{12}"),
+        (r"Answer: 2^{10}", "1024"),
+        (r"Answer: 3 \times 10^4", "30000"),
+        ("Answer: (1, 2)", "(1,2)"),
+        ("Answer: 3x + 2", "2 + 3x"),
+        ("Answer: $x = 5$", "5"),
+        ("Answer:\n$$\n\\frac{1}{2}\n$$", r"\frac{1}{2}"),
+        ("Answer: 7\nThat took 3 steps.", "7"),
+        ("Tom has 7 apples.", "7"),
+        ([{"role": "assistant", "content": "Answer: 7"}], "7"),
+        ("Answer: 7", 7),
+        ("Answer: 2.5", 2.5),
+        # A worked solution as the right answer: GSM8K's form, the MATH dataset's, and this package's.
+        ("Answer: 72", "She sold 48 / 2 = 24 clips in May.\n48 + 24 = 72.\n#### 72"),
+        ("Answer: 7", r"First we add 3 and 4, which makes \boxed{7}."),
+        ("Answer: 7", "3 + 4 = 7. Answer: 7"),
+    ],
+)
+def test_right(completion, gold):
+    """Equal by value, in whatever form both are written."""
+    assert score(completion, gold) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [
+        ("Answer: 8", "7"),
+        ("Answer: 7\nNo.\nAnswer: 8", "7"),
+        # An answer counts, not a number on the way to it.
+        ("3 + 4 = 7. Answer: 8", "7"),
+        ("Answer: 2^{10}", "2"),
+        ("Answer: 3x + 2", "3"),
+        (r"Answer: 3 \times 10^4", "10000"),
+        (r"Answer: \frac{1}{2}", "2"),
+        ("Answer: (1, 3)", "(1, 2)"),
+        ("", "7"),
+        ("   \n", "7"),
+        ("I do not know.", "7"),
+        ("Answer:", "7"),
+        (r"Answer: \$Answer", "7"),
+        ("Answer: \\frac{1}{", "7"),
+        ("Answer: " + "{" * 500, "7"),
+        ("Answer: \x00\ufffd", "7"),
+        ([], "7"),
+        ([{"role": "assistant", "content": None}], "7"),
+    ],
+)
+def test_wrong(completion, gold):
+    """Wrong, empty and unreadable completions are 0.0, without an exception."""
+    assert score(completion, gold) == 0.0
+
+
+class TestColumns:
+    """Which column holds the right answer."""
+
+    def test_either(self):
+        """One of the two is enough."""
+        assert math_accuracy(["Answer: 7"], solution=["7"]) == [1.0]
+        assert math_accuracy(["Answer: 7"], answer=["7"]) == [1.0]
+
+    def test_answer_before_solution(self):
+        """`answer` is the answer itself; a worked solution holds other numbers too."""
+        assert math_accuracy(["Answer: 7"], solution=["It took 3 steps and gave 7 in 5 minutes"], answer=["7"]) == [
+            1.0
+        ]
+
+    def test_solution_where_answer_fails(self):
+        """A row whose `answer` is missing or unreadable falls back on its `solution`, and each row by itself."""
+        rewards = math_accuracy(["Answer: 7"] * 3, solution=["7", "7", "7"], answer=[None, "seven", "8"])
+        assert rewards == [1.0, 1.0, 0.0]
+
+    def test_neither(self):
+        """Without both the message names them and the way out."""
+        with pytest.raises(DataError, match=r"`solution` or an `answer` column.*eval_reward_funcs"):
+            math_accuracy(["Answer: 7"], prompts=["x"])
+
+    def test_other_columns_are_ignored(self):
+        """TRL passes every column and more by name."""
+        assert math_accuracy(["Answer: 7"], answer=["7"], prompts=["x"], completion_ids=[[1]], source=["y"]) == [1.0]
+
+    def test_empty_batch(self):
+        """Nothing in, nothing out."""
+        assert math_accuracy([], answer=[]) == []
+
+    def test_lengths_must_agree(self):
+        """A column of another length is a mistake of the caller, not a shorter result."""
+        with pytest.raises(ValueError, match="shorter"):
+            math_accuracy(["a", "b"], answer=["1"])
+
+
+def test_unreadable_gold_is_none_and_said_once(caplog):
+    """A right answer that is no mathematics counts neither way, and is named once however often it is asked for."""
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert math_accuracy(["Answer: 7", "Answer: 7"], answer=["no such number", "7"]) == [None, 1.0]
+    warned = [record.getMessage() for record in caplog.records if "no such number" in record.getMessage()]
+    assert len(warned) == 1
+    assert "neither as right nor as wrong" in warned[0]
+
+
+class TestTime:
+    """Hostile input is stopped by an alarm, which only the main thread can set."""
+
+    def test_other_thread(self, caplog):
+        """In another thread it works too, and does not complain at every call."""
+        results = []
+        with caplog.at_level(logging.WARNING):
+            thread = threading.Thread(target=lambda: results.append(math_accuracy(["Answer: 7"], answer=["7"])))
+            thread.start()
+            thread.join()
+        assert results == [[1.0]]
+        assert "Timeout is disabled" not in caplog.text
+
+    def test_too_slow_is_wrong(self, monkeypatch):
+        """A comparison that never ends is stopped, and counts as wrong."""
+        monkeypatch.setattr(math, "_TIMEOUT_SECONDS", 0.3)
+        asked = []
+
+        def forever(*args, **kwargs):
+            asked.append(True)
+            while True:
+                time.sleep(0.01)
+
+        monkeypatch.setattr("math_verify.grader.sympy_expr_eq", forever)
+        start = time.monotonic()
+        assert score("Answer: 8", "7") == 0.0
+        assert asked
+        assert time.monotonic() - start < 5
+
+    def test_a_lost_alarm_is_repeated(self, monkeypatch):
+        """An alarm that goes off where its exception is swallowed does not lose the time limit."""
+        monkeypatch.setattr(math, "_TIMEOUT_SECONDS", 0.1)
+        swallowed = []
+
+        def stubborn(*args, **kwargs):
+            while True:
+                try:
+                    time.sleep(5)
+                except BaseException as error:
+                    if len(swallowed) == 2:
+                        raise
+                    swallowed.append(error)
+
+        monkeypatch.setattr("math_verify.grader.sympy_expr_eq", stubborn)
+        start = time.monotonic()
+        assert score("Answer: 8", "7") == 0.0
+        assert len(swallowed) == 2
+        assert time.monotonic() - start < 4
+
+    def test_endless_repetition_is_quick_and_quiet(self, caplog):
+        """A student that repeats itself costs no time limit, and its text is not logged."""
+        start = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            assert score("1 " * 20000, "7") == 0.0
+            assert score("Answer: " + "1 " * 20000, "7") == 0.0
+            assert score("7 " * 20000 + r"so it is \boxed{7}", "7") == 1.0
+        assert time.monotonic() - start < 3
+        assert not caplog.records
+
+    def test_alarm_of_others_survives(self):
+        """An alarm that someone else has set (a watchdog, the runner of these tests) still goes off."""
+        rung = []
+        handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+        before = signal.setitimer(signal.ITIMER_REAL, 0.4)
+        try:
+            assert score("Answer: 7", "7") == 1.0
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.4
+            deadline = time.monotonic() + 5
+            while not rung and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert rung
+        finally:
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+def test_missing_package(monkeypatch):
+    """Without math-verify the message holds the pip command."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[eval\]'"):
+        math_accuracy(["Answer: 7"], answer=["7"])

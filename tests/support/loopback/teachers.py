@@ -1,0 +1,86 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers whose services are loopback servers, with the keys that they ask for."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, TeacherReply
+from omniopd_trl.teachers.load import remote_teacher
+from omniopd_trl.teachers.remote import retries
+from omniopd_trl.teachers.remote.engine import EngineSettings, RemoteTeacher
+from tests.support.loopback import wire
+from tests.support.loopback.server import Loopback
+
+KEYS = {
+    "OPENAI_API_KEY": "sk-proj-4Fz8QmTnW2bLxVYc",
+    "VLLM_API_KEY": "token-9dK2mQeRtZ",
+    "ANTHROPIC_API_KEY": "sk-ant-api03-Hq7LpXw5Ns",
+    "GOOGLE_API_KEY": "AIzaSyB8vN3kQ2rTxWm",
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """One provider, as the tests of all of them need it.
+
+    Attributes:
+        name: of the teacher.
+        answer: what its service answers.
+        error: the JSON of an error, from status and message.
+        path: what is appended to the server's address.
+        key: the variable that holds its key.
+    """
+
+    name: str
+    answer: Callable[[str, dict[str, Any]], dict[str, Any]]
+    error: Callable[..., dict[str, Any]]
+    path: str
+    key: str
+
+
+SERVICES = [
+    Service("vllm:teacher", wire.openai, wire.openai_error, "/v1", "VLLM_API_KEY"),
+    Service("openai:gpt-6-luna", wire.openai, wire.openai_error, "/v1", "OPENAI_API_KEY"),
+    Service("anthropic:claude-haiku-4-5", wire.anthropic, wire.anthropic_error, "", "ANTHROPIC_API_KEY"),
+    Service("gemini:gemini-2.5-flash-lite", wire.gemini, wire.gemini_error, "", "GOOGLE_API_KEY"),
+]
+
+
+@pytest.fixture
+def services(monkeypatch) -> None:
+    """Keys that lead nowhere, no proxy, and backoff in milliseconds: every retry happens, none is waited for."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(retries, "BACKOFF", 0.002)
+
+
+def teacher_of(service: Service, server: Loopback, **kwargs: Any) -> RemoteTeacher:
+    """A service's teacher behind a server."""
+    kwargs.setdefault("settings", EngineSettings(timeout=5.0))
+    return remote_teacher(service.name, base_url=server.url + service.path, **kwargs)
+
+
+def ask(
+    teacher: RemoteTeacher, *prefixes: Prefix, num_samples: int = 1, max_tokens: int = 70, **kwargs: Any
+) -> list[TeacherReply]:
+    """Sample in a loop of its own, and close."""
+    request = SamplingRequest(num_samples, max_tokens, **kwargs)
+
+    async def run() -> list[TeacherReply]:
+        try:
+            return await teacher.sample(prefixes, request)
+        finally:
+            await teacher.aclose()
+
+    return asyncio.run(run())

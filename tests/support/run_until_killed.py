@@ -1,0 +1,30 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A run that asks a service, for a test to kill.
+
+python tests/support/run_until_killed.py FOLDER MODEL URL [SETTINGS]
+
+SETTINGS is JSON, and wins over what stands here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.support.training import make_trainer, questions
+
+SETTINGS = {
+    "teacher": "openai:gpt-6-luna",
+    "teacher_input_price": 1.0,
+    "teacher_output_price": 1.0,
+    "teacher_max_concurrency": 4,
+}
+
+
+def main(folder, model, url, overrides="{}"):
+    settings = {**SETTINGS, "teacher_base_url": url, "dataset": questions(16), **json.loads(overrides)}
+    make_trainer(Path(folder), Path(model), **settings).train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers that take their time, fail, or must not be asked."""
+
+import asyncio
+import time
+
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.teachers import Rollout, Teacher, TeacherReply, Usage
+from tests.support.training import script
+
+
+class Remote(Teacher):
+    """Answers from the tests' script after a while, later for later calls, and keeps what happened when."""
+
+    name = "remote"
+    is_remote = True
+
+    def __init__(self, delay: float = 0.0, fail_at: int | None = None, refuse: bool = False):
+        self.delay = delay
+        self.fail_at = fail_at
+        self.refuse = refuse
+        self.calls = 0
+        self.finished: list[float] = []
+        self.cancelled = 0
+
+    async def sample(self, prefixes, request):
+        call, self.calls = self.calls, self.calls + 1
+        try:
+            # The first comes last, so that nothing depends on the order of answers.
+            await asyncio.sleep(self.delay * (1 + (7 - call) % 8))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.fail_at is not None and call >= self.fail_at:
+            raise TeacherError("the key was rejected; set a valid one")
+        self.finished.append(time.perf_counter())
+        if self.refuse:
+            return [TeacherReply(failure="refused", outcomes={"refused": 3}) for _ in prefixes]
+        texts = [[script(prefix, i) for i in range(request.num_samples)] for prefix in prefixes]
+        return [TeacherReply(tuple(map(Rollout, row)), Usage(5, 0, 7), outcomes={"requests": 1}) for row in texts]
+
+
+class Here(Remote):
+    """The same, but the trainer waits for all of it before it trains."""
+
+    is_remote = False
+
+
+class Silent(Teacher):
+    """Must not be asked."""
+
+    name = "remote"
+
+    async def sample(self, prefixes, request):
+        raise TeacherError("the teacher was asked again")

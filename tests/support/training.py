@@ -1,0 +1,224 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trainers of tiny students, and the objective of one generation batch computed the slow and obvious way."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rapidfuzz.distance import Levenshtein
+
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.teachers import Prefix, ScriptedTeacher
+
+NUM_PROMPTS = 8
+
+
+def questions(count: int = NUM_PROMPTS) -> Dataset:
+    """Conversational prompts of different lengths, with an answer."""
+    rows = []
+    for n in range(count):
+        text = f"Tom has {n} apples and buys {n * n} more." + " How many now?" * (n % 3)
+        rows.append({"prompt": [{"role": "user", "content": text}], "answer": str(n + n * n)})
+    return Dataset.from_list(rows)
+
+
+def script(prefix: Prefix, index: int) -> str:
+    """Rollouts that depend on the question, on how far the student has come, and on the sample."""
+    question = prefix.prompt[-1]["content"]
+    words = ["First we add", "Tom has", question, "apples. So", "Answer: 12"]
+    return " ".join(words[(len(prefix.completion) + index + k * len(question)) % 5] for k in range(3))
+
+
+# Random weights seldom end a turn. Completions are cut to these lengths, so that there is padding, a trajectory
+# without room for two chunks, one shorter than a chunk, and two shorter than the shortest chunk.
+FOUR_MICRO_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+# Two checkpoints on the way.
+FOUR_STEPS = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "learning_rate": 0.05,
+    "dataset": questions(32),
+    **FOUR_MICRO_BATCHES,
+}
+LENGTHS = (40, 31, 5, 17, 9, 40, 24, 1)
+
+
+class RecordingTrainer(OmniOPDTrainer):
+    """Keeps each generation batch as it is before TRL shuffles and splits it."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        completion_ids = super()._generate_single_turn(*args, **kwargs)
+        return [
+            ids
+            if len(ids) <= length or not self.model.training
+            else [*ids[: length - 1], self._tokenizer.eos_token_id]
+            for ids, length in zip(completion_ids, LENGTHS * len(completion_ids), strict=False)
+        ]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.batches: list[dict[str, Any]] = []
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        prompts = [example["prompt"] for example in inputs]
+        self.batches.append({"prompts": prompts, **{k: v.clone() for k, v in batch.items() if k != "audits"}})
+        return batch
+
+
+def make_trainer(
+    path: Path, model: Any, *, teacher: Any = None, dataset: Dataset | None = None, **overrides: Any
+) -> RecordingTrainer:
+    """A trainer with plain SGD and learning rate 1: the step that it takes is minus the gradient.
+
+    Keyword arguments that are fields of the configuration go there, the others to the trainer.
+    """
+    settings: dict[str, Any] = {
+        "output_dir": str(path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_completion_length": 40,
+        "num_chunks": 2,
+        "chunk_length": 10,
+        "min_chunk_length": 6,
+        "num_rollouts": 3,
+        "beta": 0.5,
+        "per_device_train_batch_size": NUM_PROMPTS,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
+    fields = OmniOPDConfig.__dataclass_fields__
+    arguments = {k: v for k, v in overrides.items() if k not in fields or callable(v)}
+    settings.update({k: v for k, v in overrides.items() if k not in arguments})
+    return RecordingTrainer(
+        model=str(model) if isinstance(model, Path) else model,
+        teacher_model=teacher if teacher is not None else ScriptedTeacher(script),
+        args=OmniOPDConfig(**settings),
+        train_dataset=dataset if dataset is not None else questions(),
+        **arguments,
+    )
+
+
+def perturb(model: torch.nn.Module, scale: float = 0.02) -> None:
+    """Move the trainable weights, so that the student differs from its reference."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * noise.to(parameter.device))
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trainable weights."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def similarity(chunk: str, rollout: str) -> float:
+    """The default phi, written down once more."""
+    chunk, rollout = chunk.strip(), rollout.strip()
+    longest = max(len(chunk), len(rollout))
+    return 1.0 - Levenshtein.distance(chunk, rollout) / longest if longest else 1.0
+
+
+def dense_objective(
+    student: torch.nn.Module,
+    reference: torch.nn.Module,
+    batch: dict[str, Any],
+    tokenizer: Any,
+    args: OmniOPDConfig,
+    weight_of: Callable[[float], float] = lambda posterior: posterior,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Eq. 3 to 8 for one generation batch, one row at a time, with whole logits in float64.
+
+    Nothing of the package's own computation is used: entropies, chunks (the greedy walk, chunks start at their
+    anchors), texts, rollouts, similarities, priors, posteriors and both terms of the loss are computed here.
+
+    Returns:
+        The loss, with its graph to the weights of `student`, and the metrics that the trainer logs.
+    """
+    student, reference = student.double().eval(), reference.double().eval()
+    chunk_sum, kl_sum, posteriors = torch.zeros((), dtype=torch.float64), 0.0, []
+    num_audited = num_unaudited = 0
+    plain_chunk_sum = 0.0
+    sampled_kl: list[float] = []
+    for b, prompt in enumerate(batch["prompts"]):
+        prompt_ids = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()]
+        completion = batch["completion_ids"][b][batch["completion_mask"][b].bool()]
+        input_ids = torch.cat([prompt_ids, completion])[None]
+        where = slice(len(prompt_ids) - 1, -1)
+        logp = (student(input_ids).logits[0, where] / args.temperature).log_softmax(-1)
+        with torch.no_grad():
+            ref = (reference(input_ids).logits[0, where] / args.temperature).log_softmax(-1)
+        token_logp = logp.gather(1, completion[:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1).detach()
+
+        length, chunk_length = len(completion), min(args.chunk_length, len(completion))
+        chosen: list[int] = []
+        if length >= args.min_chunk_length:
+            for t in sorted(range(length), key=lambda t: (-entropy[t].item(), t)):
+                start = min(t, length - chunk_length)
+                if len(chosen) < args.num_chunks and all(abs(start - other) >= chunk_length for other in chosen):
+                    chosen.append(start)
+        audited = torch.zeros(length, dtype=torch.bool)
+        for start in chosen:
+            end = start + chunk_length
+            before = tokenizer.decode(completion[:start], skip_special_tokens=True).rstrip("\ufffd")
+            text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
+            rollouts = []
+            for i in range(args.num_rollouts):
+                ids = tokenizer(script(Prefix(prompt, before), i), add_special_tokens=False)["input_ids"]
+                rollouts.append(tokenizer.decode(ids[:chunk_length]))
+            prior = math.exp(token_logp[start:end].detach().mean().item())
+            k_sem = sum(similarity(text, rollout) for rollout in rollouts)
+            posterior = (k_sem + args.prior_strength * prior) / (args.num_rollouts + args.prior_strength)
+            posteriors.append(posterior)
+            chunk_sum = chunk_sum - weight_of(posterior) * token_logp[start:end].sum()
+            plain_chunk_sum -= posterior * token_logp[start:end].sum().item()
+            audited[start:end] = True
+        kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()
+        if not audited.all():
+            log_r = (ref.gather(1, completion[:, None])[:, 0] - token_logp.detach())[audited]
+            sampled_kl += (log_r.exp() * log_r - (log_r.exp() - 1)).tolist()
+        num_audited += int(audited.sum())
+        num_unaudited += int((~audited).sum())
+
+    if args.loss_normalization == "tokens":
+        loss = (chunk_sum + args.beta * kl_sum) / (num_audited + num_unaudited)
+    elif args.loss_normalization == "sum":
+        loss = (chunk_sum + args.beta * kl_sum) / len(batch["prompts"])
+    else:
+        loss = chunk_sum / num_audited + args.beta * kl_sum / num_unaudited
+    metrics = {
+        "chunk_loss": plain_chunk_sum / num_audited,
+        "kl/unaudited": kl_sum.item() / num_unaudited,
+        "kl/audited": sum(sampled_kl) / max(len(sampled_kl), 1),
+        "audit/posterior": sum(posteriors) / len(posteriors),
+        "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
+        "audit/num_chunks": len(posteriors) / len(batch["prompts"]),
+    }
+    return loss, metrics
+
+
+def step_and_gradient(trainer: RecordingTrainer) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+    """Take one step; returns minus the step, which is the gradient, and the student as it was before."""
+    before = copy.deepcopy(trainer.model)
+    weights = trainable(trainer.model)
+    trainer.train()
+    after = trainable(trainer.model)
+    return {name: weights[name] - after[name] for name in weights}, before

@@ -1,0 +1,296 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that end too soon: what was paid for is not paid for again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from omniopd_trl.errors import BudgetError, TeacherError
+from omniopd_trl.journal.file import journal_path
+from omniopd_trl.journal.reader import spent
+from omniopd_trl.journal.schema import JournalError
+from omniopd_trl.journal.store import Journal
+from omniopd_trl.teachers import Usage
+from omniopd_trl.trainer.checkpoints import last_checkpoint
+from tests.support import ROOT
+from tests.support.teachers import Here, Remote, Silent
+from tests.support.training import FOUR_STEPS, make_trainer, questions, trainable
+
+
+@pytest.mark.parametrize(
+    ("teacher", "leaves_out"), [(Here, False), (Remote, False), (Remote, True)], ids=["here", "remote", "truncated"]
+)
+def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir, teacher, leaves_out):
+    """From the last checkpoint: same trajectories, same rollouts, same weights, no request; usage counts once."""
+    settings = {**FOUR_STEPS, "mask_truncated_completions": leaves_out}
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=teacher(), **settings)
+    first.train()
+    paid = spent(tmp_path)
+    assert paid[0] == first.teacher_usage
+    assert paid[0].completion_tokens > 0
+
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "ref_model_offload": True})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
+    assert again.state.log_history[3]["loss"] == pytest.approx(first.state.log_history[3]["loss"], abs=1e-5)
+    assert again.state.log_history[3]["teacher/completion_tokens"] == 0
+    assert again.teacher_usage == Usage()
+    assert spent(tmp_path) == paid
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tiny_model_dir):
+    """Steps that are generated after replayed ones, in a later epoch: the same prompts, completions and weights."""
+    settings = {**FOUR_STEPS, "max_steps": 5, "save_steps": 1, "dataset": questions(16)}
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Here(), **settings)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=Here(), callbacks=[StopAt(3)], **settings)
+    cut.train()
+    again = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=Here(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))  # an epoch has two steps
+    for there, here in zip(whole.batches[2:], again.batches, strict=True):
+        assert here["prompts"] == there["prompts"]
+        assert torch.equal(here["completion_ids"], there["completion_ids"])
+    torch.testing.assert_close(trainable(again.model), trainable(whole.model), rtol=0, atol=1e-6)
+    # Epochs are shuffled, each in another way.
+    epochs = [[str(p) for batch in whole.batches[i : i + 2] for p in batch["prompts"]] for i in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir, caplog):
+    """A step of another learning rate is another step: its records are counted, not replayed, and that is said."""
+    logging.enable_propagation()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
+    paid, _ = spent(tmp_path)
+    assert "paid again" not in caplog.text
+    changes = {"learning_rate": 0.06, "min_rollouts": 2, "logging_steps": 2}
+    other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **{**FOUR_STEPS, **changes})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.teacher_usage.completion_tokens > 0
+    assert spent(tmp_path)[0] == paid + other.teacher_usage
+    said = [record.getMessage() for record in caplog.records if "paid again" in record.getMessage()]
+    assert said == [
+        "2 recorded steps are not replayed, since learning_rate was 0.05 and is 0.06, min_rollouts was 1 and is 2: "
+        "the teacher is asked again and paid again. Put the settings back, or go on."
+    ]
+
+
+def test_settings_that_are_put_back_replay(tmp_path, tiny_model_dir, caplog):
+    """The warning's advice works, also for who read it after the run had begun; with other prompts, that is said."""
+    logging.enable_propagation()
+    settings = {**FOUR_STEPS, "max_steps": 2, "save_strategy": "no"}
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings).train()
+
+    with pytest.raises(TeacherError, match="asked again"):
+        make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "max_steps": 3}).train()
+    assert "2 recorded steps are not replayed, since max_steps was 2 and is 3:" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **settings).train()
+    assert "not replayed" not in caplog.text
+
+    shuffled = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings)
+    rows = shuffled.train_dataset._fingerprint
+    shuffled.train_dataset = shuffled.train_dataset.select(range(31, -1, -1))
+    shuffled.train_dataset._fingerprint = rows  # as a stream, which has none
+    shuffled.train()
+    assert caplog.text.count("was recorded with other prompts") == 1
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog):
+    """A run that is killed while it saves goes on from the one before, pays nothing again, and saves anew."""
+    logging.enable_propagation()
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
+    first.train()
+    for name in ("model.safetensors", "trainer_state.json"):  # as a kill in the middle of saving leaves it
+        (tmp_path / "checkpoint-4" / name).unlink()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **FOUR_STEPS)
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 was not written to its end" in caplog.text
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+class StopInTheMiddle(TrainerCallback):
+    """Control-C in the second micro-batch of the second step, once."""
+
+    def __init__(self):
+        self.micro_batches = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.micro_batches += 1
+        if self.micro_batches == 3 + 2:  # the last one of a step is no substep
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("teacher", [Here, Remote])
+def test_an_interrupted_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir, teacher):
+    """As in a notebook: the micro-batches that were left are not trained on, and each step generates its own."""
+    settings = {**FOUR_STEPS, "save_steps": 1}
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=teacher(), **settings)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", tiny_model_dir, teacher=teacher(), callbacks=[StopInTheMiddle()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    del cut.batches[1:]
+    cut.train(resume_from_checkpoint=True)
+    for there, here in zip(whole.batches, cut.batches, strict=True):
+        assert torch.equal(here["completion_ids"], there["completion_ids"])
+    torch.testing.assert_close(trainable(cut.model), trainable(whole.model), rtol=0, atol=1e-5)
+
+
+def test_a_failed_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir):
+    """Mended and resumed, as the message says: all of the step's trajectories are audited."""
+    teacher = Remote(fail_at=10)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **FOUR_STEPS)
+    with pytest.raises(TeacherError, match="Stopped at step 1"):
+        trainer.train()
+    teacher.fail_at = None
+    trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Remote(), **FOUR_STEPS)
+    whole.train()
+    torch.testing.assert_close(trainable(trainer.model), trainable(whole.model), rtol=0, atol=1e-5)
+
+
+def test_a_kill_while_a_checkpoint_is_written_over(tmp_path, tiny_model_dir, monkeypatch):
+    """What an earlier run left there does not make the new one look whole."""
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
+    first.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
+
+    def killed(output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            raise KeyboardInterrupt  # the model is written, the optimizer is not
+
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_whole_checkpoint_is_not_put_at_risk(tmp_path, tiny_model_dir, monkeypatch, resumed):
+    """A teacher that fails right after a checkpoint was saved, or loaded, leaves it as it is."""
+    teacher = Here()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **{**FOUR_STEPS, "max_steps": 2})
+    trainer.train()
+    if resumed:
+        calls = 0
+        path = str(tmp_path / "checkpoint-2")
+    else:
+        (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"")  # of another run, in the same folder
+        calls, path = teacher.calls, None
+    settings = {**FOUR_STEPS, "save_audits": False}
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(fail_at=calls), **settings)
+    saves, save = [], again._save_optimizer_and_scheduler
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda path: (saves.append(path), save(path)))
+    with pytest.raises(TeacherError, match="Stopped at step 2"):
+        again.train(resume_from_checkpoint=path)
+    assert len(saves) == (0 if resumed else 1)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size > 0
+
+
+def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
+    """Other timeouts or another log interval do not invalidate what was paid for."""
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
+    changed = {"teacher_timeout": 7.0, "teacher_max_seconds": 9.0, "logging_steps": 3, "max_failed_chunks": 0.5}
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**FOUR_STEPS, **changed})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_another_number_of_processes_asks_again_and_says_so(tmp_path, tiny_model_dir, caplog):
+    """Prompts are shared out in another way, so that nothing can be replayed."""
+    logging.enable_propagation()
+    path = journal_path(tmp_path, 0)
+    Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=2).close()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here())
+    trainer.train()
+    assert "Resume with 2 to replay it" in caplog.text
+    assert "asked again" in caplog.text
+    assert trainer.teacher_usage.completion_tokens > 0
+
+
+def test_a_damaged_journal_stops_the_run_before_anything_is_asked(tmp_path, tiny_model_dir):
+    """Never a silent loss: the message names the file."""
+    path = journal_path(tmp_path, 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a journal" * 1000)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+    with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
+        trainer.train()
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, tiny_model_dir):
+    """The second one is refused at its start."""
+    path = journal_path(tmp_path, 0)
+    with Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=1):
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+        with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
+            trainer.train()
+
+
+def test_without_save_audits_nothing_is_written(tmp_path, tiny_model_dir):
+    """No folder, no file."""
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), save_audits=False).train()
+    assert not (tmp_path / "_audits").exists()
+
+
+def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir):
+    """A BudgetError of the teacher ends the run like any final error, and a resumed run replays what was paid."""
+
+    class Poor(Here):
+        async def sample(self, prefixes, request):
+            if self.calls >= 11:
+                raise BudgetError("The budget is used up. Raise the budget and resume from the last checkpoint.")
+            return await super().sample(prefixes, request)
+
+    poor = make_trainer(tmp_path, tiny_model_dir, teacher=Poor(), **FOUR_STEPS)
+    with pytest.raises(TeacherError, match=r"Stopped at step 1: The budget is used up"):
+        poor.train()
+    rich = Here()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=rich, **FOUR_STEPS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    # At most six of the eight trajectories of a step have chunks; five audits of step 1 were there already.
+    assert 2 * 5 < rich.calls <= 1 + 2 * 6
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, tiny_model_dir):
+    """kill -9 at 20 random moments: every run completes, the journal is intact, nothing journaled is asked again."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "killed_runs.py"),
+        str(tmp_path),
+        str(tiny_model_dir),
+        "20",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"kills"')]
+    assert sum(result["kills"] for result in results) >= 20
+    for result in results:
+        assert result["asked_again"] == []
+        assert result["journaled"] > 50
+        # One audit of three chunks may be under way for each trajectory of a step when a run is killed.
+        assert result["requests"] - result["journaled"] <= 3 * 8 * result["kills"]
+        # Each request used 7 tokens; one that was answered just before the kill may not have been counted.
+        assert result["requests"] * 7 - result["ledger_tokens"] in range(0, 7 * 8 * result["kills"] + 1)
