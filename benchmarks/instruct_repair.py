@@ -159,8 +159,8 @@ def recorded() -> None:
         problem = DATA["problems"][answer["problem"]]
         prefix, rest = problem["solution"][: answer["split"]], problem["solution"][answer["split"] :]
         for text in (*answer["sampled"], answer["greedy"]):
-            repaired = repair(prefix, text)
-            restarts += repaired.restarted
+            repaired = repair(prefix, text, problem["problem"])
+            restarts += repaired.outcome == "restarted"
             total += 1
             if repaired.text.strip():
                 items.append((prefix, rest, repaired.text.lstrip(), False))
@@ -172,7 +172,7 @@ def main() -> int:
     from tests.instruct_cases import CASES
 
     own, other = students_words(), teachers_words()
-    cases = [case for case in CASES if case.text and not case.restarted]
+    cases = [case for case in CASES if case.outcome == "ok"]
     print(f"{'':47} right" + "".join(f"{name + ' mean':>14} max" for name in SIMILARITIES))
     mean = report("The student's words", own, [item[2].strip() for item in own], joints=True)
     report("The teacher's words", other, [item[2].strip() for item in other], joints=True)
