@@ -13,17 +13,21 @@ class Case(NamedTuple):
         prefix: the student's text.
         output: the model's answer.
         text: what the repair has to return.
-        restarted: whether the answer is a restart.
+        outcome: what the repair has to call it.
+        prompt: the problem, where it matters.
     """
 
     name: str
     prefix: str
     output: str
     text: str
-    restarted: bool = False
+    outcome: str = "ok"
+    prompt: str = ""
 
 
 APPLES = "Let x be the number of apples that Tom has. He gives away 3 of them, so"
+LEO = "Leo has 8 stickers. He buys 3 packs with 2 stickers each. How many stickers does Leo have now?"
+TO_LEO = "Leo starts with 8 stickers. He buys 3 packs with 2 stickers each, so he"
 STEPS = "Step 1: Write the equation.\n2x + 3 = 11\n\nStep 2: Subtract 3 from both sides.\n2x ="
 CODE = "We can write it as a loop:\n\n```python\ndef total(values):\n    result = 0\n"
 
@@ -49,6 +53,8 @@ CASES = [
     Case("square of a bracket", "= (x-1)", "(x-1)(x+2)", "(x-1)(x+2)"),
     Case("equal fractions", "\\frac{1}{3} + ", "\\frac{1}{3} + \\frac{1}{3}", "\\frac{1}{3} + \\frac{1}{3}"),
     Case("rows of a matrix", "0 & 0 \\\\\n", "0 & 0 \\\\\n0 & 1", "0 & 0 \\\\\n0 & 1"),
+    Case("equal words in brackets", "= (ab)", "(ab)c", "(ab)c"),
+    Case("equal tags", "One line.<br>", "<br>Another line.", "<br>Another line."),
     Case("a loop goes on", "Row, row, row, ", "row, row your boat", "row, row your boat"),
     # Repetitions.
     Case("repeats the last word", "The answer is therefore", "therefore 42.", " 42."),
@@ -83,11 +89,11 @@ CASES = [
     Case("repeats after an ellipsis", "The sum of the ang", "...the angles is 180.", "les is 180."),
     Case("repeats across a line break", "It follows that\nthe sum", "that the sum is 9", " is 9"),
     Case("repeats, then a newline", "The answer is five.\n", "The answer is five.\nCheck it.", "Check it."),
-    Case("repeats everything and stops", "The final answer is 42.", "The final answer is 42.", ""),
+    Case("repeats everything and stops", "The final answer is 42.", "The final answer is 42.", "", "empty"),
     # Greetings and meta lines.
     Case("greets", "The sum of the ang", "Sure! les is 180.", "les is 180."),
     Case("announces", "The sum of the ang", "Here is the continuation:\n\nles is 180.", "les is 180."),
-    Case("greets and announces", "so that x", "Sure, here's the continuation:\n\n= 4.", "= 4."),
+    Case("greets and announces", "so that x", "Sure, here's the continuation:\n\n= 4.", " = 4."),
     Case(
         "announces and repeats",
         "The sum of the ang",
@@ -129,35 +135,55 @@ CASES = [
     Case("closing tag only", "The sum of the ang", "les is 180.</partial_solution>", "les is 180."),
     Case("a tag of the solution", "<output>4</output>\n", "<output>5</output>", "<output>5</output>"),
     # The joint.
-    Case("space missing", "The value of the", "answer is 4.", " answer is 4."),
-    Case("space missing after a content word", "Solve the equation", "which has one root.", " which has one root."),
-    Case("space missing after a genitive", "We count Tom's", "apples.", " apples."),
+    Case("no space between words is guessed", "The value of the", "answer is 4.", "answer is 4."),
     Case("space missing before a number", "Therefore the sum is", "42.", " 42."),
-    Case("space missing before a formula", "Therefore the sum is", "$x + 1$.", " $x + 1$."),
+    Case("space missing after a number", "She buys 3", "apples.", " apples."),
     Case("space missing after a comma", "If x is even, then,", "so is y.", " so is y."),
     Case("space missing after a sentence", "We add both.", "Then we divide.", " Then we divide."),
     Case("space missing after an equals sign", "a = 1 and x =", "42", " 42"),
     Case("space missing before an operator", "2 + 3 = 5 and 5", "+ 4 = 9", " + 4 = 9"),
     Case("one space too many", "The sum is ", " 42.", "42."),
     Case("newline after a space", "The sum is: ", "\n42", "\n42"),
+    Case("a space that LaTeX has", "\\int e^x\\,", "dx$", "dx$"),
+    Case("second half of an operator", "if a % 2 =", "= 0:", "= 0:"),
     # Restarts.
-    Case("starts over like the prefix", APPLES, APPLES[:60] + " 4", APPLES[:60] + " 4", True),
-    Case("solves the problem anew", APPLES, "Let's solve this problem.", "Let's solve this problem.", True),
-    Case("to solve this problem", APPLES, "To solve this problem, we", "To solve this problem, we", True),
-    Case("back to step 1", STEPS, "Step 1: Write 2x = 8.", "Step 1: Write 2x = 8.", True),
-    Case("talks about the task", APPLES, "The partial solution is wrong.", "The partial solution is wrong.", True),
-    Case("says what it will do", APPLES, "I will continue the solution. x", "I will continue the solution. x", True),
-    Case("full solution", APPLES, "Here is the full solution: x = 7", "Here is the full solution: x = 7", True),
-    Case("opening inside a sentence", APPLES, "We need to find x.", "We need to find x.", True),
+    Case("starts over like the prefix", APPLES, APPLES[:60] + " 4", APPLES[:60] + " 4", "restarted"),
+    Case("solves the problem anew", APPLES, "Let's solve this problem.", "Let's solve this problem.", "restarted"),
+    Case("to solve this problem", APPLES, "To solve this problem, we", "To solve this problem, we", "restarted"),
+    Case("greets and begins", APPLES, "Sure, let's", "Sure, let's", "restarted"),
+    Case("opens a tag for a solution", APPLES, "<solution>", "<solution>", "restarted"),
+    Case("opens the tag of the problem", APPLES, "<problem>\nTom has", "<problem>\nTom has", "restarted"),
+    Case("mentions the request", APPLES, "A partial solution is", "A partial solution is", "restarted"),
+    Case("mentions the request, cut", APPLES, "To begin with the partia", "To begin with the partia", "restarted"),
+    Case("begins like the problem", TO_LEO, "Leo has 14 stickers. Leo", "Leo has 14 stickers. Leo", "restarted", LEO),
+    Case("next sentence like the problem", TO_LEO + " has 14. ", "Leo has 14 now.", "Leo has 14 now.", "ok", LEO),
+    Case("repeats the problem", TO_LEO + " has 14.", LEO[:50], LEO[:50], "restarted", LEO),
+    Case("back to step 1", STEPS, "Step 1: Write 2x = 8.", "Step 1: Write 2x = 8.", "restarted"),
+    Case(
+        "talks about the task", APPLES, "The partial solution is wrong.", "The partial solution is wrong.", "restarted"
+    ),
+    Case(
+        "says what it will do",
+        APPLES,
+        "I will continue the solution. x",
+        "I will continue the solution. x",
+        "restarted",
+    ),
+    Case("full solution", APPLES, "Here is the full solution: x = 7", "Here is the full solution: x = 7", "restarted"),
+    Case("opening inside a sentence", APPLES, "We need to find x.", "We need to find x.", "restarted"),
     Case("an opening after a sentence", APPLES + " x - 3.", " To find x, we add.", " To find x, we add."),
     Case("begins the solution, nothing written", "", "To solve this problem, we", "To solve this problem, we"),
     Case("step 1 when it is due", "We go step by step:\n\n", "Step 1: Add.", "Step 1: Add."),
     # Nothing, white space, refusals.
-    Case("empty", "The sum is", "", ""),
-    Case("white space only", "The sum is", " \n\n ", ""),
-    Case("only a greeting", "The sum is", "Sure, here is the continuation:\n", ""),
-    Case("refusal", "The sum is", "I'm sorry, but I can't help with that.", "I'm sorry, but I can't help with that."),
-    Case("short refusal", "The sum is", "I cannot assist with this.", "I cannot assist with this."),
+    Case("empty", "The sum is", "", "", "empty"),
+    Case("white space only", "The sum is", " \n\n ", "", "empty"),
+    Case("only a greeting", "The sum is", "Sure, here is the continuation:\n", "", "empty"),
+    Case("only ellipses", "The sum is", "..." * 1000, "", "empty"),
+    Case("one ellipsis", "x = 0.333", "...", "..."),
+    Case("refusal", "The sum is", "I'm sorry, but I can't assist with that.", "", "refused"),
+    Case("refusal without an apology", "The sum is", "I cannot assist with this.", "", "refused"),
+    Case("refusal in two sentences", "The sum is", "I’m sorry. I can’t continue this text.", "", "refused"),
+    Case("not a refusal", "As x is 0, ", "I can't divide by it.", "I can't divide by it."),
     # LaTeX.
     Case("LaTeX, inside a command", "so $\\fr", "ac{1}{2}$ is", "ac{1}{2}$ is"),
     Case("LaTeX, inside braces", "so $\\frac{1", "}{2}$ remains.", "}{2}$ remains."),
@@ -168,7 +194,7 @@ CASES = [
     # Code.
     Case("code, indentation", CODE, "    for value in values:\n", "    for value in values:\n"),
     Case("code, last space of an indentation", CODE + "   ", " return result", " return result"),
-    Case("code, indentation twice", CODE + "    ", "    return result", "return result"),
+    Case("code, white space after an indentation", CODE + "    ", "    return result", "    return result"),
     Case("code, line repeated", CODE + "    for value in", "    for value in values:", " values:"),
     Case("code, name goes on", CODE + "    result", "_list = []", "_list = []"),
     # Lists and tables.
