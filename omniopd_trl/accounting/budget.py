@@ -4,16 +4,16 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from omniopd_trl.accounting.pricing import Price
-from omniopd_trl.accounting.usage import METER, Usage
+from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.errors import BudgetError, ConfigError
 
 
 class Reservation:
-    """The worst case of a request that is under way. It ends once: settled, forfeited or released.
+    """The worst case of a request in flight. It ends once: settled, forfeited or released.
 
     Attributes:
         tokens: prompt and completion tokens that are held; 0 once it has ended.
@@ -51,26 +51,25 @@ class Reservation:
 class Budget:
     """Counts tokens and dollars, and holds requests back that might exceed a limit.
 
-    At every moment, what was spent plus the worst case of all requests under way stays within the limits, so that
-    the limits are not exceeded whatever happens, as long as no request uses more than its worst case. Requests are
-    let through in the order in which they came: a large one waits for room, and the smaller ones behind it wait for
-    it. A budget serves one event loop at a time.
+    At every moment, what was spent plus the worst case of all requests in flight stays within the limits. The limits
+    are not exceeded whatever happens, as long as no request uses more than its worst case. Requests are admitted in
+    the order in which they came: a large one waits for room, and the smaller ones behind it wait for it. A budget
+    serves one event loop at a time.
 
     Args:
         max_usd: dollars that the job may spend; needs a `price`. `None` for no limit.
         max_tokens: prompt and completion tokens that the job may use, cached ones included. `None` for no limit.
         price: of the teacher; `None` when it is not known, and only tokens are counted.
-        spent: what earlier runs of the same job used, all processes together, and
-        spent_usd: paid.
-        forfeited_tokens: worst cases that earlier runs had to count as spent, and
+        spent: what earlier runs of the same job used, all processes together.
+        spent_usd: what they paid, in dollars.
+        forfeited_tokens: worst cases that earlier runs had to count as spent.
         forfeited_usd: the same in dollars.
         num_processes: processes that share the limits. Each may spend an equal part of what earlier runs left, and
             the parts never add up to more than it.
 
     Attributes:
-        on_under_way: told, before a request is let through, the most tokens and dollars (`None` without a price) that
-            were under way at once since nothing was; and 0 tokens as soon as nothing is any more. What a killed
-            process had under way is never more. An error that it raises is the request's.
+        ledger: its `in_flight` is called with the peak in-flight cost since the queue was last empty, before a
+            request is admitted. Requests that belong to no audit, such as a probe's, are counted in it too.
 
     Raises:
         BudgetError: when a limit in dollars cannot be kept, as the price is not known.
@@ -115,8 +114,8 @@ class Budget:
         if max_usd is not None and num_processes > 1:
             self._usd_limit = before_usd + max(max_usd - before_usd, 0.0) / num_processes
         self._said_overrun = False
-        self.on_under_way: Callable[[int, float | None], None] | None = None
-        self._most_under_way = (0, 0.0)
+        self.ledger = NO_LEDGER
+        self._peak = (0, 0.0)
         self._open: set[Reservation] = set()
         self._queue: deque[tuple[Reservation, asyncio.Future[None]]] = deque()
 
@@ -141,7 +140,9 @@ class Budget:
         )
 
     @asynccontextmanager
-    async def reserve(self, prompt_tokens: int, completion_tokens: int) -> AsyncIterator[Reservation]:
+    async def reserve(
+        self, prompt_tokens: int, completion_tokens: int, ledger: Ledger = NO_LEDGER
+    ) -> AsyncIterator[Reservation]:
         """Hold the worst case of one request until the block is left.
 
         A block that is left without `settle` or `forfeit` counts as free, except when it was cancelled: the request
@@ -150,9 +151,10 @@ class Budget:
         Args:
             prompt_tokens: the most that the prompt can have.
             completion_tokens: the most that the service may write, over all samples.
+            ledger: where the worst case of a cancelled request is counted.
 
         Raises:
-            BudgetError: when it does not fit, and nothing that is under way could make room.
+            BudgetError: when it does not fit, and nothing in flight could make room.
         """
         usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
         reservation = Reservation(self, prompt_tokens + completion_tokens, usd)
@@ -162,10 +164,8 @@ class Budget:
         except asyncio.CancelledError:
             if not reservation.ended:
                 reservation.forfeit()
-                # Whoever keeps accounts beyond this process learns of it here: nobody else sees the cancellation.
-                meter = METER.get(None)
-                if meter is not None:
-                    meter(Usage(prompt_tokens, 0, completion_tokens), None if self.price is None else usd)
+                # Here, since nothing else sees the cancellation.
+                ledger.paid(Usage(prompt_tokens, 0, completion_tokens), None if self.price is None else usd)
             raise
         finally:
             # Without an `await`, so that a second cancellation cannot keep it from happening.
@@ -174,11 +174,11 @@ class Budget:
     async def _enter(self, reservation: Reservation) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((reservation, future))
-        self._let_in()
+        self._admit()
         try:
             await future
         except BaseException:
-            # Cancelled while waiting, or just after it was let in.
+            # Cancelled while waiting, or just after it was admitted.
             if future.done() and not future.cancelled():
                 future.exception()  # a refusal that nobody waits for any more is no error in the log
             self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
@@ -187,45 +187,35 @@ class Budget:
 
     def _leave(self, reservation: Reservation) -> None:
         self._open.discard(reservation)
-        self._let_in()
-        if not self._open and self._most_under_way != (0, 0.0):
-            self._most_under_way = (0, 0.0)
-            self._log_under_way()
+        self._admit()
+        if not self._open:
+            self._set_peak(0, 0.0)
 
-    def _let_in(self) -> None:
-        """Let the first in the queue through while they fit."""
+    def _admit(self) -> None:
+        """Admit the first in the queue while they fit."""
         while self._queue:
             reservation, future = self._queue[0]
             if not future.done():
                 if self._fits(reservation, self._open):
+                    held = [reservation, *self._open]
+                    tokens, usd = sum(r.tokens for r in held), sum(r.usd for r in held)
                     try:
-                        self._announce(reservation)
-                    except Exception as error:  # whoever sends this request learns of it, not who made room for it
+                        self._set_peak(max(tokens, self._peak[0]), max(usd, self._peak[1]))
+                    except Exception as error:  # of the request that is not sent, not of the one that made room for it
                         future.set_exception(error)
                     else:
                         self._open.add(reservation)
                         future.set_result(None)
                 elif self._open and self._fits(reservation, ()):
-                    return  # what is under way may use less than its worst case
+                    return  # what is in flight may use less than its worst case
                 else:
                     future.set_exception(BudgetError(self._exhausted(reservation)))
             self._queue.popleft()
 
-    def _announce(self, new: Reservation) -> None:
-        """Say what is about to be under way, where it is more than ever since nothing was."""
-        if self.on_under_way is None:
-            return
-        held = [new, *self._open]
-        before = self._most_under_way
-        tokens, usd = sum(r.tokens for r in held), sum(r.usd for r in held)
-        self._most_under_way = max(tokens, before[0]), max(usd, before[1])
-        if self._most_under_way != before:
-            self._log_under_way()
-
-    def _log_under_way(self) -> None:
-        if self.on_under_way is not None:
-            tokens, usd = self._most_under_way
-            self.on_under_way(tokens, None if self.price is None else usd)
+    def _set_peak(self, tokens: int, usd: float) -> None:
+        if (tokens, usd) != self._peak:
+            self.ledger.in_flight(tokens, None if self.price is None else usd)
+            self._peak = tokens, usd
 
     def _fits(self, new: Reservation, others: "set[Reservation] | tuple[()]") -> bool:
         limit = self._token_limit

@@ -3,9 +3,8 @@
 """Tokens that requests used, and where they are counted and kept."""
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +35,65 @@ class Usage:
         )
 
 
-# Called with what each request used and what it cost in US dollars (`None` without a price), as soon as it is known. A
-# context variable, so that whoever starts an audit meters it, through however many tasks it is split.
-METER: ContextVar[Callable[[Usage, float | None], None]] = ContextVar("meter")
-
-
 @dataclass(frozen=True)
 class KeptAnswers:
-    """What was answered so far of all samples of one prefix, and where more is kept.
+    """The answers that are kept for one prefix, and where new ones are kept.
 
     Attributes:
-        found: of each answer of an earlier run, the first sample that it was asked for, how many samples it settles,
-            and those that it has, as JSON gives back what was kept. They are paid for and counted.
-        keep: takes the same of a new answer, as something that JSON can hold, with what its request used and cost in
-            US dollars (`None` without a price). It keeps the answer and tells the meter, both or neither.
+        found: the answers of an earlier run, which are paid for and counted. Each is the first sample that it was
+            asked for, how many samples it settles, and those that it has, as JSON gives them back.
+        keep: takes the same three values of a new answer, with samples that JSON can hold, and then the usage and the
+            US dollars (`None` without a price) of its request. It keeps the answer and counts the request, both or
+            neither.
     """
 
     found: Sequence[tuple[int, int, Any]]
     keep: Callable[[int, int, Any, Usage, float | None], None]
 
 
-# Called with a name for all that decides the samples of a prefix. Set where answers are kept one by one until their
-# audit is finished; who does not ask it is metered as above, and loses the answers of an audit that is cut off.
-ANSWERS: ContextVar[Callable[[str], KeptAnswers]] = ContextVar("answers")
+class Ledger(Protocol):
+    """Where a teacher accounts for its requests: what was paid, what is in flight, which answers are kept.
+
+    Its methods are called in the event loop of the teacher, and an error that one raises is the request's.
+    """
+
+    def paid(self, usage: Usage, usd: float | None) -> None:
+        """Count one request, as soon as it is known what it used.
+
+        Args:
+            usage: tokens used; for a request that may have been charged for without an answer, its worst case.
+            usd: US dollars; `None` without a price.
+        """
+
+    def in_flight(self, tokens: int, usd: float | None) -> None:
+        """Note the most that requests in flight can cost, before they are sent.
+
+        Called with the peak in-flight cost since the queue was last empty, before a request is admitted; and with 0
+        tokens when the last request has ended. What a killed process had in flight is never more.
+
+        Args:
+            tokens: prompt and completion tokens, of all requests in flight together.
+            usd: US dollars; `None` without a price.
+        """
+
+    def answers(self, request: str) -> KeptAnswers:
+        """The answers that are kept for one prefix. Keeps none, and counts each request, unless overridden.
+
+        Args:
+            request: a name for all that decides the samples of the prefix. A second call with the same name asks for
+                the answers of another prefix that is equal.
+        """
+        return KeptAnswers((), lambda start, size, samples, usage, usd: self.paid(usage, usd))
+
+
+class NoLedger(Ledger):
+    """Records nothing."""
+
+    def paid(self, usage: Usage, usd: float | None) -> None:
+        return
+
+    def in_flight(self, tokens: int, usd: float | None) -> None:
+        return
+
+
+NO_LEDGER: Ledger = NoLedger()

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.alignment import Alignment
 from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, Tokenizer, Trajectory
 from omniopd_trl.method.chunks import Chunk, select_chunks
@@ -59,8 +59,12 @@ class Auditor:
             seed=trajectory.seed,
         )
 
-    async def audit(self, trajectory: Trajectory) -> Audit:
+    async def audit(self, trajectory: Trajectory, ledger: Ledger = NO_LEDGER) -> Audit:
         """Audit one trajectory.
+
+        Args:
+            trajectory: what to audit.
+            ledger: where the teacher accounts for its requests.
 
         Raises:
             TeacherError: when the teacher cannot answer and asking again will not help.
@@ -75,6 +79,7 @@ class Auditor:
             temperature=self.settings.teacher_temperature,
             top_p=self.settings.teacher_top_p,
             seed=trajectory.seed,
+            ledger=ledger,
         )
         replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
         return self.score(trajectory, chunks, texts, replies)

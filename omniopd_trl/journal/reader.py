@@ -13,7 +13,7 @@ from omniopd_trl.journal.schema import TOTALS
 def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:
     """Tokens, and dollars where prices were known, that all processes of all runs in a folder have paid so far.
 
-    What may have been under way when a run was killed counts with the most that it can have cost. Files that a run is
+    What may have been in flight when a run was killed counts with the most that it can have cost. Files that a run is
     writing can be read, too.
 
     Raises:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps on disk while it is under way: trajectories, audits, and every request that was paid for."""
+"""What a run keeps on disk: trajectories, audits, and every request that was paid for."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.budget import Budget
-from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.accounting.usage import Ledger, Usage
 from omniopd_trl.journal.schema import NotReplayed, ProcessCountError, StoredTrajectory
 from omniopd_trl.journal.store import Journal
 
 logger = logging.getLogger(__name__)
 
 
-class Recorder:
+class Recorder(Ledger):
     """A journal while one is open, and a short memory of what was used while none was.
+
+    As a ledger it counts the requests that belong to no audit of a training step, and keeps the peak of those in
+    flight. `AuditLedger` is that of one audit.
 
     Args:
         step: the current optimizer step, asked for as something is written.
@@ -38,7 +41,7 @@ class Recorder:
 
         Args:
             path: the journal of this process.
-            budget: the teacher's, if it has one; what it has under way is written before it is sent.
+            budget: the teacher's, if it has one; what it has in flight is written before it is sent.
             **settings: of `Journal`.
 
         Raises:
@@ -54,27 +57,25 @@ class Recorder:
             self._begun = self._warned_about_prompts = False
             self._warns = settings["rank"] == 0  # the journals of the others hold the same steps
             while self._unrecorded:
-                self.meter(*self._unrecorded.pop())
+                self.paid(*self._unrecorded.pop())
             if journal.lost is not None:
                 _warn_about_lost_requests(*journal.lost)
             if budget is not None:
-                budget.on_under_way = self._meter_under_way
+                budget.ledger = self
             try:
                 yield
             finally:
                 self.journal = None
 
-    def meter(self, usage: Usage, usd: float | None) -> None:
-        """Count a request that belongs to no audit of a training step."""
+    def paid(self, usage: Usage, usd: float | None) -> None:
         if self.journal is None:
             self._unrecorded.append((usage, usd))
         else:
             self.journal.record_usage(self._step(), None, usage, usd)
 
-    def _meter_under_way(self, tokens: int, usd: float | None) -> None:
-        """Keep what the requests under way can cost, in case that nobody lives to count them."""
+    def in_flight(self, tokens: int, usd: float | None) -> None:
         if self.journal is not None:
-            self.journal.record_under_way(self._step(), tokens, usd)
+            self.journal.record_in_flight(self._step(), tokens, usd)
 
     def stored(self, prompt_ids: list[list[int]]) -> list[StoredTrajectory] | None:
         """The current step's trajectories, where the journal holds some of these very prompts."""
@@ -103,7 +104,7 @@ class Recorder:
 def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
     cost = "" if usd is None else f" ({usd:.4f} dollars)"
     logger.warning(
-        "The last run in this folder was killed while requests were under way. Nobody knows what was charged for "
+        "The last run in this folder was killed while requests were in flight. It is not known what was charged for "
         "them, so the most that it can be counts as spent: %s tokens%s.",
         tokens,
         cost,

@@ -3,26 +3,53 @@
 """An audit that is paid for once: from the journal where it is there, from the teacher where it is not."""
 
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from omniopd_trl.accounting.usage import ANSWERS, METER, KeptAnswers, Usage
+from omniopd_trl.accounting.usage import KeptAnswers, Ledger, Usage
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import Audit, Trajectory
 from omniopd_trl.journal.store import Journal
 
-T = TypeVar("T")
 
+class AuditLedger(Ledger):
+    """The ledger of one audit of a training step, in a journal.
 
-async def with_meter(meter: Callable[[Usage, float | None], None], coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine while `meter` is told what each request used and cost."""
-    token = METER.set(meter)
-    try:
-        return await coroutine
-    finally:
-        METER.reset(token)
+    Args:
+        journal: holds the trajectories of `step`.
+        step: the optimizer step that the trajectory belongs to.
+        index: its place in the generation batch of this process.
+
+    Attributes:
+        usage: what was counted so far.
+    """
+
+    def __init__(self, journal: Journal, step: int, index: int):
+        self.usage = Usage()
+        self._journal = journal
+        self._step = step
+        self._index = index
+        self._kept = journal.answers(step, index)
+        self._times = Counter[str]()
+
+    def paid(self, usage: Usage, usd: float | None) -> None:
+        self.usage = self.usage + usage
+        self._journal.record_usage(self._step, self._index, usage, usd)
+
+    def in_flight(self, tokens: int, usd: float | None) -> None:
+        self._journal.record_in_flight(self._step, tokens, usd)
+
+    def answers(self, request: str) -> KeptAnswers:
+        # Asking for the same twice asks for two answers: two chunks may have one prefix.
+        self._times[request] += 1
+        request = f"{request} {self._times[request]}"
+        found = [(start, size, samples) for start, (size, samples) in self._kept.get(request, {}).items()]
+        return KeptAnswers(found, partial(self._keep, request))
+
+    def _keep(self, request: str, start: int, size: int, samples: Any, usage: Usage, usd: float | None) -> None:
+        self.usage = self.usage + usage
+        self._journal.record_answer(self._step, self._index, request, start, [size, samples], usage, usd)
 
 
 async def audit_or_replay(
@@ -31,8 +58,8 @@ async def audit_or_replay(
     """Audit a trajectory, unless the journal holds its audit.
 
     Requests are counted as soon as they are answered, and their answers are kept with that, where the teacher asks for
-    it (those behind a service do). The audit is kept before it is returned, in place of its answers. Whatever is
-    killed, nothing that was answered is lost, and nothing is paid for twice.
+    it (those behind a service do). The audit is kept before it is returned, in place of its answers. When a run is
+    killed, no answer is lost and none is paid for twice.
 
     Args:
         auditor: asks the teacher.
@@ -42,8 +69,8 @@ async def audit_or_replay(
         index: its place in the generation batch of this process.
 
     Returns:
-        The audit. One from the journal has no usage and no outcomes, since it costs nothing now; nor have answers from
-        the journal a usage.
+        The audit. One from the journal has no usage and no outcomes, since it costs nothing now. Answers from the
+        journal have no usage either.
 
     Raises:
         TeacherError: as `Auditor.audit`.
@@ -54,31 +81,9 @@ async def audit_or_replay(
     stored = journal.audit(step, index)
     if stored is not None:
         return replace(stored, usage=Usage(), outcomes={})
-    kept, times, metered = journal.answers(step, index), Counter[str](), Usage()
-
-    def meter(usage: Usage, usd: float | None) -> None:
-        nonlocal metered
-        metered = metered + usage
-        journal.record_usage(step, index, usage, usd)
-
-    def keep(request: str, start: int, size: int, samples: Any, usage: Usage, usd: float | None) -> None:
-        nonlocal metered
-        metered = metered + usage
-        journal.record_answer(step, index, request, start, [size, samples], usage, usd)
-
-    def answers(request: str) -> KeptAnswers:
-        # Who asks for the same twice wants two answers: two chunks may have one prefix.
-        times[request] += 1
-        request = f"{request} {times[request]}"
-        found = [(start, size, samples) for start, (size, samples) in kept.get(request, {}).items()]
-        return KeptAnswers(found, partial(keep, request))
-
-    token = ANSWERS.set(answers)
-    try:
-        audit = await with_meter(meter, auditor.audit(trajectory))
-    finally:
-        ANSWERS.reset(token)
-    if metered == Usage():  # a teacher that does not meter its requests
-        journal.record_usage(step, index, audit.usage)
+    ledger = AuditLedger(journal, step, index)
+    audit = await auditor.audit(trajectory, ledger)
+    if ledger.usage == Usage():  # a teacher that does not account for its requests
+        ledger.paid(audit.usage, None)
     journal.record(step, index, audit)
     return audit

@@ -23,7 +23,7 @@ TABLES = {
     "audits": "attempt, idx, session, payload, checksum, PRIMARY KEY (attempt, idx)",
     # All requests of one audit in one session; `idx` is -1 for those of no audit.
     "usage": f"session, step, idx, {', '.join(TOKENS)}, usd, checksum, PRIMARY KEY (session, step, idx)",
-    # At most one row: of the session that writes, while it has requests under way.
+    # At most one row: of the session that writes, while it has requests in flight.
     "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
 }
 # Tables of one version more than the last that had none of them. A file of that version gets them when it is opened.

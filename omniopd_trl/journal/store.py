@@ -5,10 +5,10 @@
 Five kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
 *audit* is written as soon as it is finished, and until then each *answer* that it needs, as it arrives. *Usage* is
 written for each request as soon as it is answered, in one transaction with the answer where that is kept, and the
-ledger is made of nothing else: an audit's own `usage` is for display, so that a request counts once, whether or not
-its audit was ever finished, and a replayed audit counts nothing. What is *under way* is written before it is sent, as
-the most that it can cost: a process that is killed cannot say what it was charged for, so the next one to open the
-file counts that as used.
+ledger is made of nothing else: an audit's own `usage` is for display. A request counts once, whether or not its audit
+was ever finished, and a replayed audit counts nothing. What is *in flight* is written before it is sent, as the most
+that it can cost (table `under_way`): a process that is killed cannot say what it was charged for, so the next one to
+open the file counts that as used.
 
 **Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes every earlier
 attempt at `s` and at later steps, which came from a student that this one is not. What is superseded stays in the file
@@ -75,7 +75,7 @@ class Journal:
     In each case the file is left as it is.
 
     Attributes:
-        lost: tokens, and dollars where there was a price, that count as used since requests were under way when the
+        lost: tokens, and dollars where there was a price, that count as used since requests were in flight when the
             last process that wrote the file was killed. `None` when it was not, or had none.
     """
 
@@ -291,8 +291,8 @@ class Journal:
         with self._transaction() as db:
             _add_usage(db, self._session, step, -1 if index is None else index, usage, usd)
 
-    def record_under_way(self, step: int, tokens: int, usd: float | None = None) -> None:
-        """Keep the most that the requests under way can cost, before they are sent; 0 tokens when there are none.
+    def record_in_flight(self, step: int, tokens: int, usd: float | None = None) -> None:
+        """Keep the most that the requests in flight can cost, before they are sent; 0 tokens when there are none.
 
         Args:
             step: the step that they are made in.
@@ -403,7 +403,7 @@ def _add_usage(db: sqlite3.Connection, session: int, step: int, index: int, usag
 
 
 def _count_lost(db: sqlite3.Connection) -> tuple[int, float | None] | None:
-    """What an earlier session had under way when it was killed becomes usage of that session."""
+    """What an earlier session had in flight when it was killed becomes usage of that session."""
     row = db.execute("SELECT * FROM under_way").fetchone()
     if row is None:
         return None

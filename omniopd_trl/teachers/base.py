@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.errors import DataError, TeacherError
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class SamplingRequest:
         temperature: sampling temperature; 0 asks for greedy decoding.
         top_p: nucleus sampling mass.
         seed: seeds the sampling of a teacher that can be seeded; `None` leaves it to the teacher.
+        ledger: where a teacher that pays for requests accounts for each one, as soon as it is answered. A teacher that
+            does not call it is counted by the usage of its replies.
     """
 
     num_samples: int
@@ -85,6 +87,7 @@ class SamplingRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    ledger: Ledger = field(default=NO_LEDGER, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class Teacher(ABC):
             whose answers change (another model, prompt or script) must change its name.
         is_remote: whether its work goes on elsewhere while this process trains, so that audits may overlap with
             training. A model in this process shares its device and its random numbers.
-        budget: what it may still spend, and what it has under way; `None` for a teacher that keeps no such account.
+        budget: what it may still spend, and what it has in flight; `None` for a teacher that keeps no such account.
     """
 
     name: str

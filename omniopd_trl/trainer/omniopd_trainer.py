@@ -32,7 +32,6 @@ from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
-from omniopd_trl.accounting.usage import METER
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN, Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
@@ -42,7 +41,7 @@ from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_ex
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of, score
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
-from omniopd_trl.journal.resume import audit_or_replay, with_meter
+from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import StoredTrajectory
 from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.method.similarity import get_similarity
@@ -284,12 +283,10 @@ class OmniOPDTrainer(DistillationTrainer):
     def _make_teacher(self, teacher: Any, args: OmniOPDConfig, train_dataset: Any, eval_dataset: Any) -> Teacher:
         """The teacher, after it has answered one question."""
         made = make_teacher(teacher, args)
+        if made.budget is not None:
+            made.budget.ledger = self._recorder
         for _, dataset in named_datasets(train_dataset, eval_dataset):
-            token = METER.set(self._recorder.meter)
-            try:
-                made.probe(next(iter(dataset))["prompt"])
-            finally:
-                METER.reset(token)
+            made.probe(next(iter(dataset))["prompt"])
             break
         return made
 
@@ -485,7 +482,7 @@ class OmniOPDTrainer(DistillationTrainer):
             step, journal = self.state.global_step, self._recorder.journal
             audits = [audit_or_replay(self.auditor, t, journal, step, b) for b, t in trajectories.items()]
         else:
-            audits = [with_meter(self._recorder.meter, self.auditor.audit(t)) for t in trajectories.values()]
+            audits = [self.auditor.audit(t, self._recorder) for t in trajectories.values()]
         return dict(zip(trajectories, self._loop.submit(*audits), strict=True))
 
     def _record_trajectories(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
@@ -887,6 +884,7 @@ class OmniOPDTrainer(DistillationTrainer):
             temperature=self.args.teacher_temperature,
             top_p=self.args.teacher_top_p,
             seed=self.args.seed,
+            ledger=self._recorder,
         )
         samples: list[tuple[str, float]] = []
         usage = Usage()
@@ -898,8 +896,7 @@ class OmniOPDTrainer(DistillationTrainer):
             prefixes = [Prefix(example["prompt"]) for example in examples]
             try:
                 with self._recording():
-                    asked = replies_of(self.teacher, prefixes, request)
-                    replies = self._loop.run(with_meter(self._recorder.meter, asked))
+                    replies = self._loop.run(replies_of(self.teacher, prefixes, request))
             except Exception as caught:
                 error = caught
             if not self.is_in_train:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
-from omniopd_trl.accounting.usage import METER, Usage
+from omniopd_trl.accounting.usage import NoLedger, Usage
 from omniopd_trl.errors import BudgetError, ConfigError, TeacherError
+from tests.support.ledgers import MemoryLedger
 
 PRICE = Price(1.0, 5.0, 0.1, 1.25)
 DOLLAR = Price(1e6, 1e6)  # a dollar a token, so that dollars are counted as tokens are
@@ -325,13 +326,12 @@ class TestEndings:
 
     @pytest.mark.parametrize("price", [PRICE, None])
     @pytest.mark.parametrize("settled", [True, False])
-    def test_cancelled_is_metered(self, price, settled):
+    def test_cancelled_is_in_the_ledger(self, price, settled):
         """The accounts beyond this process hold what a cancelled request may have cost, unless it was settled."""
-        metered = []
+        ledger = MemoryLedger()
 
         async def run():
-            METER.set(lambda usage, usd: metered.append((usage, usd)))
-            async with Budget(price=price).reserve(40, 20) as reservation:
+            async with Budget(price=price).reserve(40, 20, ledger) as reservation:
                 if settled:
                     reservation.settle(Usage(1, 0, 1))
                 raise asyncio.CancelledError
@@ -339,7 +339,7 @@ class TestEndings:
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(run())
         usd = None if price is None else price.worst_cost(40, 20)
-        assert metered == ([] if settled else [(Usage(40, 0, 20), usd)])
+        assert ledger.payments == ([] if settled else [(Usage(40, 0, 20), usd)])
 
     def test_forfeits_count(self):
         """A forfeited worst case leaves no room for what would have fitted."""
@@ -478,13 +478,18 @@ class TestLimits:
         assert "Raise the budget and resume" in message
 
 
-def test_what_is_under_way_is_said_before_it_is_sent():
-    """The most since nothing was under way; then that nothing is. Without a price, no dollars."""
+def test_what_is_in_flight_is_noted_before_it_is_sent():
+    """The peak since nothing was in flight; then that nothing is. Without a price, no dollars."""
 
-    async def run(price, said):
+    async def run(price, noted):
         budget = Budget(price=price)
         requests = []
-        budget.on_under_way = lambda *what: said.append((*what, sum(r.sent for r in requests)))
+
+        class Peaks(NoLedger):
+            def in_flight(self, tokens, usd):
+                noted.append((tokens, usd, sum(r.sent for r in requests)))
+
+        budget.ledger = Peaks()
         for prompt in (30, 20):
             requests.append(Request(budget, prompt, 10))
             await turns()
@@ -500,35 +505,37 @@ def test_what_is_under_way_is_said_before_it_is_sent():
         requests[-1].task.cancel()
         await turns()
 
-    said = []
-    asyncio.run(run(DOLLAR, said))
-    assert said == [(40, 40.0, 0), (70, 70.0, 1), (100, 100.0, 3), (0, 0.0, 4), (7, 7.0, 4), (0, 0.0, 5)]
-    said = []
-    asyncio.run(run(None, said))
-    assert [usd for _, usd, _ in said] == [None] * 6
+    noted = []
+    asyncio.run(run(DOLLAR, noted))
+    assert noted == [(40, 40.0, 0), (70, 70.0, 1), (100, 100.0, 3), (0, 0.0, 4), (7, 7.0, 4), (0, 0.0, 5)]
+    noted = []
+    asyncio.run(run(None, noted))
+    assert [usd for _, usd, _ in noted] == [None] * 6
 
 
 def test_a_request_that_cannot_be_written_down_is_not_sent():
-    """The error is its own; what is under way goes on, and so does what comes after."""
+    """The error is its own; what is in flight continues, and so does what comes after."""
 
     async def run():
         budget = Budget()
         first = Request(budget, 10)
         await turns()
 
-        def fail(tokens, usd):
-            raise OSError("no space left")
+        class Full(NoLedger):
+            def in_flight(self, tokens, usd):
+                raise OSError("no space left")
 
-        budget.on_under_way = fail
+        budget.ledger = Full()
         second = Request(budget, 10)
         await turns()
         assert not second.sent
         with pytest.raises(OSError, match="no space left"):
             await second.task
-        budget.on_under_way = None
+        budget.ledger = ledger = MemoryLedger()
         third = Request(budget, 10)
         await turns()
         assert third.sent
+        assert ledger.peaks == [(20, None)], "a peak that could not be noted is noted with the next request"
         for request in (first, third):
             await request.end(Usage(5, 0, 0))
         assert budget.tokens_spent == 10

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from omniopd_trl.accounting.pricing import Price
+from omniopd_trl.accounting.usage import NO_LEDGER
 from omniopd_trl.audits.types import Audit
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.resume import audit_or_replay
@@ -43,8 +44,8 @@ class Service(Scripted):
 def asking(teacher, prefixes=PREFIXES, num_samples=NUM_SAMPLES):
     """An auditor that keeps the teacher's replies instead of scoring them."""
 
-    async def audit(trajectory):
-        replies.extend(await teacher.sample(prefixes, SamplingRequest(num_samples, 70, seed=7)))
+    async def audit(trajectory, ledger=NO_LEDGER):
+        replies.extend(await teacher.sample(prefixes, SamplingRequest(num_samples, 70, seed=7, ledger=ledger)))
         return Audit(usage=sum((reply.usage for reply in replies), Usage()))
 
     replies: list[TeacherReply] = []
@@ -196,6 +197,28 @@ def test_a_teacher_that_knows_nothing_of_it(tmp_path):
     replies, audit, paid = run(tmp_path, Own())
     assert texts(replies) == [["x"]] * 3
     assert audit.usage == paid == Usage(3, 0, 3)
+
+
+def test_a_teacher_that_wraps_a_service(tmp_path):
+    """It hands the request on: the service's requests are counted once, and their answers are kept."""
+
+    class Wrapper(Teacher):
+        name = "wrapper"
+
+        def __init__(self, service):
+            self.service = service
+
+        async def sample(self, prefixes, request):
+            return await self.service.sample(prefixes, request)
+
+    first = Service(ONE, fault=lambda number, _: FINAL if number >= 6 else None)
+    with pytest.raises(TeacherError):
+        run(tmp_path, Wrapper(first))
+    second = Service(ONE)
+    _, audit, paid = run(tmp_path, Wrapper(second))
+    assert len(second.seen) == 3 * NUM_SAMPLES - 6
+    assert audit.usage == second.budget.used
+    assert paid.prompt_tokens + paid.completion_tokens == first.budget.tokens_spent + second.budget.tokens_spent
 
 
 def test_answers_without_usage_are_kept(tmp_path):

@@ -291,19 +291,19 @@ def test_what_was_under_way_counts(tmp_path):
     with journal(tmp_path) as j:
         assert j.lost is None
         j.record_usage(3, None, Usage(10, 0, 5, 0), 1.0)
-        j.record_under_way(3, 200, 4.0)
-        j.record_under_way(3, 300, 6.0)
+        j.record_in_flight(3, 200, 4.0)
+        j.record_in_flight(3, 300, 6.0)
         assert j.usage() == Usage(10, 0, 5, 0)  # as long as somebody is there to count them
         assert spent(tmp_path) == (Usage(310, 0, 5, 0), 7.0)
     with journal(tmp_path, run="second") as j:
         assert j.lost == (300, 6.0)
         assert j.ledger() == [LedgerRow("run", 3, "openai:gpt", Usage(310, 0, 5, 0), 7.0, 0)]
-        j.record_under_way(4, 50)  # no price
-        j.record_under_way(4, 0)
+        j.record_in_flight(4, 50)  # no price
+        j.record_in_flight(4, 0)
     with journal(tmp_path) as j:
         assert j.lost is None
         assert spent(tmp_path) == (Usage(310, 0, 5, 0), 7.0)
-        j.record_under_way(5, 50)
+        j.record_in_flight(5, 50)
     assert spent(tmp_path) == (Usage(360, 0, 5, 0), 7.0)
     with journal(tmp_path) as j:
         assert j.lost == (50, None)
@@ -541,10 +541,10 @@ def send(folder, first):
     with Journal(journal_path(folder, 0), **{SETTINGS!r}) as journal:
         say("open", os.getpid())
         for number in itertools.count(first):
-            journal.record_under_way(0, 100, 1.0)
+            journal.record_in_flight(0, 100, 1.0)
             say("sent", number)
             journal.record_usage(0, None, Usage(60, 0, 10, 0), 0.5)
-            journal.record_under_way(0, 0)
+            journal.record_in_flight(0, 0)
 
 def answer(folder, first):
     with Journal(journal_path(folder, 0), **{SETTINGS!r}) as journal:

@@ -20,7 +20,6 @@ import traceback
 from contextlib import closing
 from pathlib import Path
 
-from omniopd_trl.accounting.usage import METER
 from omniopd_trl.errors import DataError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.store import Journal
@@ -46,7 +45,7 @@ class Recording(Teacher):
             await asyncio.sleep(0.003)
             os.write(self.log, (json.dumps(key(prefix)) + "\n").encode())
             usage = Usage(3, 0, 4)
-            METER.get()(usage, 0.5)
+            request.ledger.paid(usage, 0.5)
             texts = [script(prefix, i) for i in range(request.num_samples)]
             replies.append(TeacherReply(tuple(map(Rollout, texts)), usage))
         return replies

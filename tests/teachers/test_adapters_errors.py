@@ -10,10 +10,10 @@ import pytest
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
-from omniopd_trl.accounting.usage import METER
 from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.remote.engine import EngineSettings
+from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 
@@ -313,22 +313,18 @@ def without_usage(service, how):
 
 @pytest.mark.parametrize("how", ["nothing", "zeros"])
 def test_answers_without_usage(service, how, caplog):
-    """What nobody counted is counted as the worst case, in the budget and by the meter: a budget always ends."""
-    metered = []
+    """What nobody counted is counted as the worst case, in the budget and in the ledger: a budget always ends."""
+    ledger = MemoryLedger()
     price = Price(input=100.0, output=100.0)
     budget = Budget(max_usd=1.0, max_tokens=10_000, price=price)
     with Loopback(without_usage(service, how)) as server:
         teacher = teacher_of(service, server, budget=budget, continuation="instruct")
-        token = METER.set(lambda usage, usd: metered.append((usage, usd)))
-        try:
-            with pytest.raises(BudgetError):
-                ask(teacher, *[Prefix("What is 3 + 4?", " 7" * n) for n in range(50)])
-        finally:
-            METER.reset(token)
+        with pytest.raises(BudgetError):
+            ask(teacher, *[Prefix("What is 3 + 4?", " 7" * n) for n in range(50)], ledger=ledger)
     assert 0 < len(server.requests) < 20
     assert 5_000 < budget.tokens_spent <= 10_000
     assert 0.5 < budget.usd_spent <= 1.0
-    assert sum(usage.prompt_tokens + usage.completion_tokens for usage, _ in metered) == budget.tokens_spent
-    assert sum(usd for _, usd in metered) == pytest.approx(budget.usd_spent)
+    assert sum(usage.prompt_tokens + usage.completion_tokens for usage, _ in ledger.payments) == budget.tokens_spent
+    assert sum(usd for _, usd in ledger.payments) == pytest.approx(budget.usd_spent)
     (message,) = [message for message in caplog.messages if "worst case" in message]
     assert message.startswith(f"{service.name}: the service does not say what an answer used")

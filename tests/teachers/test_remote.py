@@ -11,7 +11,7 @@ import pytest
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
-from omniopd_trl.accounting.usage import METER, Usage
+from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.repair import render_messages
@@ -25,6 +25,7 @@ from omniopd_trl.teachers.remote.failures import (
     retry_after,
 )
 from omniopd_trl.teachers.remote.throttle import Throttle
+from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 from tests.support.services import FINAL, RATE_LIMITED, TRANSIENT, Scripted, short_waits
@@ -179,17 +180,13 @@ class TestRetries:
 
     def test_mistakes_of_ours_are_paid_for(self):
         """A mistake over an answer, which the service charges for, is no reason to count the answer as free."""
-        metered = []
+        ledger = MemoryLedger()
         teacher = Scripted(fault=lambda *_: ZeroDivisionError(), price=Price(input=1.0, output=1.0))
-        token = METER.set(lambda usage, usd: metered.append((usage.prompt_tokens, usd)))
-        try:
-            with pytest.raises(ZeroDivisionError):
-                ask(teacher, Prefix("question"), max_tokens=50)
-        finally:
-            METER.reset(token)
+        with pytest.raises(ZeroDivisionError):
+            ask(teacher, Prefix("question"), max_tokens=50, ledger=ledger)
         worst = teacher.max_prompt_tokens(Prefix("question")) + 50
         assert teacher.budget.tokens_spent == worst
-        assert metered == [(worst, pytest.approx(worst / 1e6))]
+        assert ledger.payments == [(Usage(worst), pytest.approx(worst / 1e6))]
 
     def test_requests_that_never_went_out_are_free(self):
         """A prompt that cannot be rendered has cost nothing."""

@@ -16,8 +16,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from operator import itemgetter
@@ -27,7 +26,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
-from omniopd_trl.accounting.usage import ANSWERS, METER, KeptAnswers, Usage
+from omniopd_trl.accounting.usage import KeptAnswers, Usage
 from omniopd_trl.errors import OmniOPDError, TeacherError
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.repair import INSTRUCTION
@@ -82,7 +81,7 @@ class EngineSettings:
     """Limits of one process; see `OmniOPDConfig` for the meaning of each field.
 
     Attributes:
-        max_concurrency: requests under way at once.
+        max_concurrency: requests in flight at once.
         requests_per_minute: `None` for no limit.
         tokens_per_minute: `None` for no limit.
         timeout: seconds that one attempt may take.
@@ -129,7 +128,7 @@ class Response(NamedTuple):
     usage: Usage | None
 
 
-# Keeps and meters an answer that used so much and cost so many US dollars; see `KeptAnswers`.
+# Keeps and counts an answer that used so much and cost so many US dollars; see `KeptAnswers`.
 _Keep = Callable[[Response, Usage, float | None], None]
 
 
@@ -274,7 +273,7 @@ class RemoteTeacher(Teacher):
     def probe(self, prompt: Prompt) -> None:
         """One tiny request: key, model, continuation and samples per request are looked at before any generation."""
         wanted = min(2, self.capabilities.samples_per_request)
-        request = SamplingRequest(num_samples=wanted, max_tokens=16)
+        request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
         # In a loop of its own, which neither the client nor the throttle may outlive.
         reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
         if not reply.rollouts:
@@ -292,24 +291,24 @@ class RemoteTeacher(Teacher):
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
         self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
         try:
-            return await self._continue(prefix, None, request)
+            return await self._continue(prefix, self._kept(prefix, request), request)
         finally:
             self._throttle, self.settings = throttle, settings
             await self.aclose()
 
     # ---- One prefix ----
 
-    async def _continue(self, prefix: Prefix, kept: KeptAnswers | None, request: SamplingRequest) -> TeacherReply:
+    async def _continue(self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest) -> TeacherReply:
         tally = _Tally()
         # By their first sample. What was answered in an earlier run costs nothing and is not counted again.
         answers = {
             start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
-            for start, size, samples in (kept.found if kept is not None else ())
+            for start, size, samples in kept.found
         }
 
         async def ask(start: int, num_samples: int) -> list[Response]:
             try:
-                keep = None if kept is None else partial(_keep, kept, start, num_samples)
+                keep = partial(_keep, kept, start, num_samples)
                 response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally, keep)
             except RequestFailedError:  # several samples are refused, and from now on each request asks for one
                 return await ask_all(self._split(start, num_samples))
@@ -353,13 +352,11 @@ class RemoteTeacher(Teacher):
             failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
         return TeacherReply(rollouts, usage, failure, dict(tally.counts))
 
-    def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers | None:
+    def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
         """Answers of earlier runs, by everything that decides what is asked. How it is asked may have been learned."""
-        answers = ANSWERS.get(None)
-        if answers is None:
-            return None
-        key = json.dumps([self.name, prefix.prompt, prefix.completion, *astuple(request)], default=str)
-        return answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
+        how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how], default=str)
+        return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
         """Samples `start` to `start + num_samples` over requests: where each one starts, and how many it asks for."""
@@ -382,7 +379,7 @@ class RemoteTeacher(Teacher):
     # ---- One request ----
 
     async def _ask(
-        self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally, keep: _Keep | None
+        self, prefix: Prefix, num_samples: int, request: SamplingRequest, tally: _Tally, keep: _Keep
     ) -> Response | None:
         """One request with its retries; `None` when it was given up.
 
@@ -409,7 +406,7 @@ class RemoteTeacher(Teacher):
                     prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
                     async with (
                         self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,
-                        self.budget.reserve(prompt_tokens, completion_tokens) as reservation,
+                        self.budget.reserve(prompt_tokens, completion_tokens, request.ledger) as reservation,
                     ):
                         tally.counts["requests"] += 1
                         tally.counts["retries"] += again
@@ -443,7 +440,7 @@ class RemoteTeacher(Teacher):
         reservation: Reservation,
         began: float,
         seconds: float,
-        keep: _Keep | None,
+        keep: _Keep,
     ) -> Response:
         capabilities = self.capabilities
         try:
@@ -454,10 +451,10 @@ class RemoteTeacher(Teacher):
             if failure is None:
                 # Nobody knows whether it happened before the request went out, or over an answer that is charged for.
                 if not isinstance(error, OmniOPDError) and was_sent(error):
-                    self._forfeit(reservation)
+                    self._forfeit(reservation, request.ledger.paid)
                 raise
             if failure.may_be_billed:
-                self._forfeit(reservation)
+                self._forfeit(reservation, request.ledger.paid)
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
         if response.usage is None or not _is_counted(response):
@@ -467,28 +464,25 @@ class RemoteTeacher(Teacher):
                 "budget, and the log's tokens leave such answers out. Let the server report `usage`, or expect the "
                 "budget to end early."
             )
-            self._forfeit(reservation, keep and partial(keep, response))
+            self._forfeit(reservation, partial(keep, response))
             response = response._replace(usage=None)
         else:
             usd = None if self.budget.price is None else self.budget.price.cost(response.usage)
-            if keep is None:
-                _meter(response.usage, usd)
-            else:
-                keep(response, response.usage, usd)
+            keep(response, response.usage, usd)
             reservation.settle(response.usage)
         self._throttle.succeeded()
         return response
 
-    def _forfeit(self, reservation: Reservation, meter: Callable[[Usage, float | None], None] | None = None) -> None:
-        """Count the worst case of a request as spent, where nobody knows what the service charges for it."""
-        (meter or _meter)(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
+    def _forfeit(self, reservation: Reservation, paid: Callable[[Usage, float | None], None]) -> None:
+        """Count the worst case of a request as spent, where it is not known what the service charges for it."""
+        paid(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
     def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
         """What to raise for a failure, after what it means for the requests to come."""
         learned = LEARNED.get(failure.kind)
         if learned is not None and replace(sent_with, **learned) != sent_with:
-            # Requests that were under way together are all refused; the first one changes what the others will send.
+            # Requests in flight together are all refused; the first one changes what the others will send.
             if replace(self.capabilities, **learned) != self.capabilities:
                 self._learn(failure, learned)
             return RequestFailedError(failure)
@@ -543,13 +537,6 @@ def _is_counted(response: Response) -> bool:
     return usage.completion_tokens > 0 or not any(sample.text for sample in response.samples)
 
 
-def _meter(usage: Usage, usd: float | None) -> None:
-    """Tell whoever started the audit, where anybody did, before anything else can fail."""
-    meter = METER.get(None)
-    if meter is not None:
-        meter(usage, usd)
-
-
 def _keep(
     kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
 ) -> None:
@@ -581,6 +568,5 @@ def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingReque
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
-    context = copy_context()  # of the caller, whose meter counts what is used
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(context.run, asyncio.run, coroutine).result()
+        return executor.submit(asyncio.run, coroutine).result()

@@ -1,0 +1,24 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ledgers that remember what they were called with."""
+
+from omniopd_trl.accounting.usage import Ledger, Usage
+
+
+class MemoryLedger(Ledger):
+    """Remembers each call.
+
+    Attributes:
+        payments: usage and dollars of each request.
+        peaks: tokens and dollars, each time that the peak in flight changed.
+    """
+
+    def __init__(self) -> None:
+        self.payments: list[tuple[Usage, float | None]] = []
+        self.peaks: list[tuple[int, float | None]] = []
+
+    def paid(self, usage: Usage, usd: float | None) -> None:
+        self.payments.append((usage, usd))
+
+    def in_flight(self, tokens: int, usd: float | None) -> None:
+        self.peaks.append((tokens, usd))
