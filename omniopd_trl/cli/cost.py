@@ -46,9 +46,9 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from omniopd_trl.accounting.forecast import forecast
-    from omniopd_trl.accounting.pricing import price_of
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.teachers.load import split_name
+    from omniopd_trl.teachers.options import TeacherOptions
 
     logging.set_verbosity_error()
     # The machine that plans need not be the one that trains, and have a GPU with bf16.
@@ -61,14 +61,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     provider, model = split_name(teacher) or ("", teacher)
     capabilities = _capabilities(provider, model)
-    price = price_of(
-        provider,
-        model,
-        input_price=args.teacher_input_price,
-        output_price=args.teacher_output_price,
-        cached_price=args.teacher_cached_price,
-        base_url=args.teacher_base_url,
-    )
+    price = TeacherOptions.of(args).price(provider, model)
     tokenizer = None
     if options.prompt_length is None:
         tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
@@ -143,9 +136,9 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _capabilities(provider: str, model: str) -> Any:
     """What a model behind a service can do; `None` for a model of this machine."""
-    from omniopd_trl.teachers.providers.capabilities import MODELS, capabilities_of
+    from omniopd_trl.teachers.providers.capabilities import PROVIDERS, capabilities_of
 
-    return capabilities_of(provider, model) if provider in MODELS else None
+    return capabilities_of(provider, model) if provider in PROVIDERS else None
 
 
 def _asked_per_token() -> float:

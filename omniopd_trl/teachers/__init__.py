@@ -12,6 +12,7 @@ from omniopd_trl.teachers.scripted import ScriptedTeacher
 if TYPE_CHECKING:
     from omniopd_trl.teachers.load import load_teacher
     from omniopd_trl.teachers.local import LocalTeacher
+    from omniopd_trl.teachers.options import TeacherOptions
 
 __all__ = [
     "OUTCOMES",
@@ -21,13 +22,18 @@ __all__ = [
     "SamplingRequest",
     "ScriptedTeacher",
     "Teacher",
+    "TeacherOptions",
     "TeacherReply",
     "Usage",
     "load_teacher",
 ]
 
 # These bring torch and transformers along; the others need neither.
-_LAZY = {"LocalTeacher": "omniopd_trl.teachers.local", "load_teacher": "omniopd_trl.teachers.load"}
+_LAZY = {
+    "LocalTeacher": "omniopd_trl.teachers.local",
+    "TeacherOptions": "omniopd_trl.teachers.options",
+    "load_teacher": "omniopd_trl.teachers.load",
+}
 
 
 def __getattr__(name: str) -> object:

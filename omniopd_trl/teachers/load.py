@@ -10,20 +10,21 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, get_args
 
 from omniopd_trl.accounting.budget import Budget
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.teachers.base import Teacher
+from omniopd_trl.teachers.options import TeacherOptions, check_options
 from omniopd_trl.teachers.providers.anthropic import AnthropicTeacher
-from omniopd_trl.teachers.providers.capabilities import MODELS, capabilities_of, warn_shutdown
+from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE, PROVIDERS, capabilities_of, warn_shutdown
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
-from omniopd_trl.teachers.providers.openai import OpenAITeacher
+from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_ones_own
 from omniopd_trl.teachers.remote.engine import Continuation, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-PREFIXES = tuple(f"{provider}:" for provider in MODELS)
+PREFIXES = tuple(f"{provider}:" for provider in PROVIDERS)
 
 _NAMES = f"{', '.join(f'{prefix}MODEL' for prefix in PREFIXES[:-1])} or {PREFIXES[-1]}MODEL"
 
@@ -60,14 +61,14 @@ def split_name(name: str) -> tuple[str, str] | None:
     provider, colon, model = (part.strip() for part in name.partition(":"))
     if not colon:
         return None
-    if provider.lower() in MODELS:
+    if provider.lower() in PROVIDERS:
         if not model:
             raise ConfigError(f"teacher={name!r} names a provider and no model. Write it as {_NAMES}.")
         return provider.lower(), model
     # No id on the Hub has a colon. A path may have one, and a drive's letter is no provider.
     if "/" in provider or "\\" in provider or len(provider) < 2 or os.path.exists(name):
         return None
-    similar = difflib.get_close_matches(provider.lower(), MODELS, n=1)
+    similar = difflib.get_close_matches(provider.lower(), PROVIDERS, n=1)
     hint = f" Did you mean '{similar[0]}:{model}'?" if similar else ""
     raise ConfigError(
         f"teacher={name!r}: there is no provider {provider!r}, and no folder of that name. A teacher behind a service "
@@ -140,35 +141,127 @@ def remote_teacher(
     )
 
 
-def load_teacher(
-    teacher: "str | PreTrainedModel | Teacher",
-    *,
-    model_init_kwargs: dict[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    device: "torch.device | str | None" = None,
-) -> Teacher:
-    """The teacher that a name, a model or a teacher stands for.
-
-    Args:
-        teacher: a `Teacher`, which is returned as it is; `"scripted"`; or a path, Hub id or instance of a causal
-            language model, for which the other arguments are those of `LocalTeacher`.
+def is_service(teacher: "str | PreTrainedModel | Teacher") -> bool:
+    """Whether a teacher is named that is behind a service, and so has a budget that earlier runs count against.
 
     Raises:
+        ConfigError: as `split_name`.
+    """
+    return isinstance(teacher, str) and split_name(teacher) is not None
+
+
+def load_teacher(
+    teacher: "str | PreTrainedModel | Teacher",
+    options: TeacherOptions | None = None,
+    spent: tuple[Usage, float] | None = None,
+) -> Teacher:
+    """The teacher that a name, a model or a teacher stands for. Nothing is sent yet.
+
+    Args:
+        teacher: a `Teacher`, which is returned as it is; `"scripted"`; a service's model such as
+            `"anthropic:claude-haiku-4-5"`; or a path, Hub id or instance of a causal language model.
+        options: defaults to those of an empty configuration. Limits are for the whole job, and this process gets its
+            share of them.
+        spent: tokens and dollars that earlier runs of the same job paid, which count against the budget of a teacher
+            behind a service. Defaults to nothing.
+
+    Raises:
+        ConfigError: when there is no such teacher, or an option cannot be kept by it.
         DataError: when a model cannot be loaded.
     """
+    options = options or TeacherOptions()
+    kind, name = _kind_of(teacher)
+    check_options(kind, name, options)
     if isinstance(teacher, Teacher):
         return teacher
-    if teacher == "scripted":
+    if kind == "scripted":
         return ScriptedTeacher()
+    template = options.teacher_chat_template_kwargs
+    # The student's are for a template. A closed service has none that takes them: it may refuse the whole request.
+    if template is None and (
+        kind == "local" or (kind in OPENAI_STYLE and is_ones_own(kind, options.teacher_base_url))
+    ):
+        template = options.chat_template_kwargs
+    if kind == "local":
+        return _local_teacher(teacher, options, template)
+    used, usd = spent or (Usage(), 0.0)
+    return remote_teacher(
+        name,
+        base_url=options.teacher_base_url,
+        tokenizer=options.teacher_tokenizer_name_or_path,
+        continuation=options.teacher_continuation,
+        chat_template_kwargs=template,
+        settings=_settings(options),
+        budget=Budget(
+            options.teacher_budget_usd,
+            options.teacher_budget_tokens,
+            options.price(*name.split(":", 1)),
+            used,
+            usd,
+            num_processes=options.world_size,
+        ),
+    )
+
+
+def _local_teacher(
+    teacher: "str | PreTrainedModel", options: TeacherOptions, chat_template_kwargs: dict[str, Any] | None
+) -> Teacher:
     from omniopd_trl.teachers.local import LocalTeacher
 
-    return LocalTeacher(
-        teacher,
-        model_init_kwargs=model_init_kwargs,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        chat_template_kwargs=chat_template_kwargs,
-        device=device,
+    try:
+        return LocalTeacher(
+            teacher,
+            model_init_kwargs=options.teacher_model_init_kwargs,
+            revision=options.teacher_model_revision,
+            trust_remote_code=options.trust_remote_code,
+            chat_template_kwargs=chat_template_kwargs,
+            device=options.device,
+        )
+    except DataError as error:
+        meant = suggest_name(teacher) if isinstance(teacher, str) else None
+        if meant is None:
+            raise
+        hint = f"A model behind a service has its provider first: did you mean {meant!r}?"
+        raise DataError(f"{error} {hint}") from error
+
+
+def _settings(options: TeacherOptions) -> EngineSettings:
+    """The share of this process in the limits of the job.
+
+    Raises:
+        ConfigError: when a share would let less than one request through. Each process would send one, and all of
+            them together more than the limit.
+    """
+    processes = options.world_size
+    for option in ("teacher_max_concurrency", "teacher_requests_per_minute", "teacher_tokens_per_minute"):
+        limit, default = getattr(options, option), getattr(TeacherOptions, option)
+        if limit != default and limit < processes > 1:
+            raise ConfigError(
+                f"{option}={limit:g} cannot be kept: it is divided over the {processes} processes of the job, and "
+                f"each needs at least 1. Raise it to {processes} or more, or train with fewer processes."
+            )
+
+    def share(limit: float | None) -> float | None:
+        return None if limit is None else limit / processes
+
+    return EngineSettings(
+        max_concurrency=max(1, options.teacher_max_concurrency // processes),
+        requests_per_minute=share(options.teacher_requests_per_minute),
+        tokens_per_minute=share(options.teacher_tokens_per_minute),
+        timeout=options.teacher_timeout,
+        max_attempts=options.teacher_max_attempts,
+        max_seconds=options.teacher_max_seconds,
+        max_retry_after=options.teacher_max_retry_after,
     )
+
+
+def _kind_of(teacher: "str | PreTrainedModel | Teacher") -> tuple[str, str]:
+    """The kind of a teacher, as `check_options` knows it, and its name."""
+    if isinstance(teacher, Teacher):
+        return "own", getattr(teacher, "name", type(teacher).__name__)
+    if not isinstance(teacher, str):
+        return "local", getattr(teacher.config, "_name_or_path", "")
+    parts = split_name(teacher)
+    if parts is not None:
+        return parts[0], ":".join(parts)
+    return ("scripted" if teacher == "scripted" else "local"), teacher

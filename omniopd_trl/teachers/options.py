@@ -1,20 +1,78 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which `teacher_*` option is read by which kind of teacher.
+"""The options that make a teacher, and which of them is read by which kind of teacher.
 
-An option that nobody reads would be a promise that nobody keeps, most of all where it is a limit on money.
+An option that is not read is a promise that is not kept, above all where it is a limit on money.
 """
 
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from omniopd_trl.accounting.pricing import Price, price_of
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE, PROVIDERS
+from omniopd_trl.teachers.remote.engine import Continuation
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.get_logger(__name__)
 
-_SERVICES = ("vllm", "openai", "anthropic", "gemini")
-_ALL = (*_SERVICES, "local", "scripted", "own")
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The part of the configuration that makes a teacher; see `OmniOPDConfig` for the meaning of each field.
+
+    Attributes:
+        device: where a local teacher goes.
+        world_size: processes that share the limits of a teacher behind a service.
+        process_index: which of them this one is; the first one logs the warnings.
+    """
+
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    teacher_chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+    teacher_base_url: str | None = None
+    teacher_tokenizer_name_or_path: str | None = None
+    teacher_continuation: Continuation | None = None
+    teacher_max_concurrency: int = 64
+    teacher_requests_per_minute: float | None = None
+    teacher_tokens_per_minute: float | None = None
+    teacher_timeout: float = 120.0
+    teacher_max_attempts: int | None = None
+    teacher_max_seconds: float = 600.0
+    teacher_max_retry_after: float = 120.0
+    teacher_budget_usd: float | None = None
+    teacher_budget_tokens: int | None = None
+    teacher_input_price: float | None = None
+    teacher_output_price: float | None = None
+    teacher_cached_price: float | None = None
+    device: "torch.device | str | None" = None
+    world_size: int = 1
+    process_index: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "TeacherOptions":
+        """The options of an `OmniOPDConfig`, by the names of the fields."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    def price(self, provider: str, model: str) -> Price | None:
+        """What a model costs: these prices, or those of the table; see `price_of`."""
+        return price_of(
+            provider,
+            model,
+            input_price=self.teacher_input_price,
+            output_price=self.teacher_output_price,
+            cached_price=self.teacher_cached_price,
+            base_url=self.teacher_base_url,
+        )
+
+
+_ALL = (*PROVIDERS, "local", "scripted", "own")
 
 # What a kind of teacher is, as messages say it. The services are named by their prefix.
 _WORDS = {
@@ -30,44 +88,44 @@ READ_BY: dict[str, tuple[str, ...]] = {
     # Every teacher is told how to sample; what it does with that is its own affair.
     "teacher_temperature": _ALL,
     "teacher_top_p": _ALL,
-    "teacher_chat_template_kwargs": ("vllm", "openai", "local"),
-    "teacher_base_url": _SERVICES,
-    "teacher_tokenizer_name_or_path": ("vllm", "openai"),
-    "teacher_continuation": _SERVICES,
-    "teacher_max_concurrency": _SERVICES,
-    "teacher_requests_per_minute": _SERVICES,
-    "teacher_tokens_per_minute": _SERVICES,
-    "teacher_timeout": _SERVICES,
-    "teacher_max_attempts": _SERVICES,
-    "teacher_max_seconds": _SERVICES,
-    "teacher_max_retry_after": _SERVICES,
-    "teacher_budget_usd": _SERVICES,
-    "teacher_budget_tokens": _SERVICES,
-    "teacher_input_price": _SERVICES,
-    "teacher_output_price": _SERVICES,
-    "teacher_cached_price": _SERVICES,
+    "teacher_chat_template_kwargs": (*OPENAI_STYLE, "local"),
+    "teacher_base_url": PROVIDERS,
+    "teacher_tokenizer_name_or_path": OPENAI_STYLE,
+    "teacher_continuation": PROVIDERS,
+    "teacher_max_concurrency": PROVIDERS,
+    "teacher_requests_per_minute": PROVIDERS,
+    "teacher_tokens_per_minute": PROVIDERS,
+    "teacher_timeout": PROVIDERS,
+    "teacher_max_attempts": PROVIDERS,
+    "teacher_max_seconds": PROVIDERS,
+    "teacher_max_retry_after": PROVIDERS,
+    "teacher_budget_usd": PROVIDERS,
+    "teacher_budget_tokens": PROVIDERS,
+    "teacher_input_price": PROVIDERS,
+    "teacher_output_price": PROVIDERS,
+    "teacher_cached_price": PROVIDERS,
 }
 
-# Whoever sets one of these relies on it.
+# A run that sets one of these relies on it.
 LIMITS = ("teacher_budget_usd", "teacher_budget_tokens", "teacher_requests_per_minute", "teacher_tokens_per_minute")
 
 
-def check_options(kind: str, name: str, args: Any) -> None:
-    """Refuse limits that a teacher of one's own would not keep, and name other options that have no effect.
+def check_options(kind: str, name: str, options: TeacherOptions) -> None:
+    """Refuse limits that a custom teacher would not keep, and name other options that have no effect.
 
-    A recipe for a service is often tried with the scripted teacher, or with a small model: these cost nothing, so that
-    its limits are kept and one warning is enough.
+    A recipe for a service is often tried with the scripted teacher, or with a small model: these cost nothing, its
+    limits are kept, and one warning is enough.
 
     Args:
         kind: a prefix of a service, `"local"`, `"scripted"` or `"own"`.
         name: of the teacher, for the messages.
-        args: the configuration.
+        options: those that may be without effect.
 
     Raises:
         ConfigError: when a limit is set, and the teacher is an instance that keeps its own accounts.
     """
-    unread = [option for option, kinds in READ_BY.items() if kind not in kinds and _is_set(args, option)]
-    limits = [f"{option}={getattr(args, option):g}" for option in unread if option in LIMITS]
+    unread = [option for option, kinds in READ_BY.items() if kind not in kinds and _is_set(options, option)]
+    limits = [f"{option}={getattr(options, option):g}" for option in unread if option in LIMITS]
     if kind == "own" and limits:
         raise ConfigError(
             f"{', '.join(limits)} cannot be kept: the teacher {name!r} is an instance, which keeps limits of its "
@@ -76,12 +134,15 @@ def check_options(kind: str, name: str, args: Any) -> None:
             "configuration; or name the teacher by a text such as 'anthropic:claude-haiku-4-5'."
         )
     # Each process makes the same teacher from the same settings.
-    if unread and args.process_index == 0:
+    if unread and options.process_index == 0:
         logger.warning(
             f"{', '.join(unread)}: without effect, since the teacher {name!r} is "
             f"{_WORDS.get(kind, 'a service that has no use for that')}."
         )
 
 
-def _is_set(args: Any, option: str) -> bool:
-    return bool(getattr(args, option) != type(args).__dataclass_fields__[option].default)
+def _is_set(options: TeacherOptions, option: str) -> bool:
+    value = getattr(options, option)
+    if isinstance(value, dict) and value and all(entry is None for entry in value.values()):
+        return False  # what the command fills in for the student, and is not set for it either
+    return bool(value != getattr(TeacherOptions, option))

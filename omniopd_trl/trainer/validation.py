@@ -2,24 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trainer is made of, and what is looked at before anything expensive starts."""
 
-from typing import Any, cast
+from typing import Any
 
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from omniopd_trl.accounting.budget import Budget
-from omniopd_trl.accounting.pricing import price_of
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.errors import ConfigError, DataError
-from omniopd_trl.journal.reader import spent
-from omniopd_trl.teachers import Teacher, load_teacher
-from omniopd_trl.teachers.load import remote_teacher, split_name, suggest_name
-from omniopd_trl.teachers.options import check_options
-from omniopd_trl.teachers.providers.capabilities import MODELS
-from omniopd_trl.teachers.providers.openai import is_ones_own
-from omniopd_trl.teachers.remote.engine import Continuation, EngineSettings
+from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -90,107 +82,13 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
         )
 
 
-def make_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> Teacher:
-    """The teacher that the configuration asks for.
-
-    Args:
-        teacher: a name, a model or a teacher.
-        args: the configuration; which of its options a teacher reads stands in `omniopd_trl/teachers/options.py`.
-
-    Raises:
-        ConfigError: when an option cannot be kept by this teacher.
-        DataError: when a model cannot be loaded.
-    """
-    kind, name = _kind_of(teacher)
-    check_options(kind, name, args)
-    template = args.teacher_chat_template_kwargs
-    # The student's are for a template. A closed service has none that takes them: it may refuse the whole request.
-    ours = kind == "local" or (kind in ("vllm", "openai") and is_ones_own(kind, args.teacher_base_url))
-    if template is None and ours:
-        template = args.chat_template_kwargs
-    # `__post_init__` has parsed what the command line gives as JSON.
-    template = cast("dict[str, Any] | None", template)
-    if not isinstance(teacher, str) or kind not in MODELS:
-        try:
-            return load_teacher(
-                teacher,
-                model_init_kwargs=args.teacher_model_init_kwargs,
-                revision=args.teacher_model_revision,
-                trust_remote_code=args.trust_remote_code,
-                chat_template_kwargs=template,
-                device=args.device,
-            )
-        except DataError as error:
-            meant = suggest_name(teacher) if isinstance(teacher, str) else None
-            if meant is None:
-                raise
-            hint = f"A model behind a service has its provider first: did you mean {meant!r}?"
-            raise DataError(f"{error} {hint}") from error
-    provider, _, model = name.partition(":")
-    price = price_of(
-        provider,
-        model,
-        input_price=args.teacher_input_price,
-        output_price=args.teacher_output_price,
-        cached_price=args.teacher_cached_price,
-        base_url=args.teacher_base_url,
-    )
-    used, usd = spent(args.output_dir)
-    # Limits are for the whole job, and every process keeps its share of them. No share lets a part of a request
-    # through: each process would send one, and all of them together more than the limit.
-    for option in ("teacher_max_concurrency", "teacher_requests_per_minute", "teacher_tokens_per_minute"):
-        limit, default = getattr(args, option), type(args).__dataclass_fields__[option].default
-        if limit != default and limit < args.world_size > 1:
-            raise ConfigError(
-                f"{option}={limit:g} cannot be kept: it is divided over the {args.world_size} processes of the job, "
-                f"and each needs at least 1. Raise it to {args.world_size} or more, or train with fewer processes."
-            )
-    share = 1 / args.world_size
-    return remote_teacher(
-        name,
-        base_url=args.teacher_base_url,
-        tokenizer=args.teacher_tokenizer_name_or_path,
-        continuation=cast("Continuation | None", args.teacher_continuation),
-        chat_template_kwargs=template,
-        settings=EngineSettings(
-            max_concurrency=max(1, args.teacher_max_concurrency // args.world_size),
-            requests_per_minute=args.teacher_requests_per_minute and args.teacher_requests_per_minute * share,
-            tokens_per_minute=args.teacher_tokens_per_minute and args.teacher_tokens_per_minute * share,
-            timeout=args.teacher_timeout,
-            max_attempts=args.teacher_max_attempts,
-            max_seconds=args.teacher_max_seconds,
-            max_retry_after=args.teacher_max_retry_after,
-        ),
-        budget=Budget(
-            args.teacher_budget_usd,
-            args.teacher_budget_tokens,
-            price,
-            used,
-            usd,
-            num_processes=args.world_size,
-        ),
-    )
-
-
 def release(teacher: Teacher, loop: EventLoopThread) -> None:
     """Close a teacher's connections in the loop that they belong to. It can be asked again afterwards.
 
-    What is under way there is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
+    What is in flight there is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
     """
     loop.cancel()
     try:
         loop.run(teacher.aclose())
     except Exception as error:
         logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")
-
-
-def _kind_of(teacher: str | PreTrainedModel | Teacher) -> tuple[str, str]:
-    """The kind of a teacher, as `check_options` knows it, and its name."""
-    if isinstance(teacher, Teacher):
-        return "own", getattr(teacher, "name", type(teacher).__name__)
-    if not isinstance(teacher, str):
-        return "local", get_config_model_id(teacher.config)
-    parts = split_name(teacher)
-    if parts is not None:
-        return parts[0], ":".join(parts)
-    return ("scripted" if teacher == "scripted" else "local"), teacher

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from omniopd_trl.cli.main import main
 from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers import TeacherOptions, load_teacher
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.providers.anthropic import AnthropicTeacher
 from omniopd_trl.teachers.providers.capabilities import capabilities_of
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
 from omniopd_trl.teachers.providers.openai import OpenAITeacher
-from omniopd_trl.trainer.validation import make_teacher
 from tests.support import ROOT
 
 FOLDER = ROOT / "recipes"
@@ -151,7 +151,7 @@ class TestTeachers:
         """The name resolves to the provider's adapter, with the recipe's limits, without a key or a connection."""
         monkeypatch.chdir(tmp_path)
         _, args, _, _ = arguments_of(name)
-        teacher = make_teacher(args.teacher_model_name_or_path, args)
+        teacher = load_teacher(args.teacher_model_name_or_path, TeacherOptions.of(args))
         assert type(teacher) is SERVICES[name]
         assert teacher.name == args.teacher_model_name_or_path
         assert teacher.settings.max_concurrency == args.teacher_max_concurrency
@@ -188,7 +188,7 @@ class TestTeachers:
         template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
         tokenizer.chat_template = template.read_text(encoding="utf-8")
         args.teacher_tokenizer_name_or_path = tokenizer
-        teacher = make_teacher(args.teacher_model_name_or_path, args)
+        teacher = load_teacher(args.teacher_model_name_or_path, TeacherOptions.of(args))
         prompt = [{"role": "user", "content": "What is 3 + 4?"}]
         own = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         text = "<think>\nOkay, 3 +"

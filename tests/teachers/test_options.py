@@ -10,10 +10,9 @@ from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.errors import ConfigError, DataError
-from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherReply
+from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherOptions, TeacherReply, load_teacher
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.options import LIMITS, READ_BY
-from omniopd_trl.trainer.validation import make_teacher
 from tests.support.loopback import Loopback, wire
 from tests.support.loopback.teachers import ask, services  # noqa: F401 (a fixture)
 
@@ -27,6 +26,11 @@ class Own(Teacher):
 
     async def sample(self, prefixes, request):
         return [TeacherReply((Rollout("x"),) * request.num_samples) for _ in prefixes]
+
+
+def make_teacher(teacher, args):
+    """As the trainer makes it."""
+    return load_teacher(teacher, TeacherOptions.of(args))
 
 
 @pytest.fixture
@@ -45,6 +49,15 @@ class TestUnreadOptions:
     def test_every_option_is_in_the_table(self):
         """An option that is added without a reader fails here."""
         assert set(READ_BY) == {f.name for f in fields(OmniOPDConfig) if f.name.startswith("teacher_")}
+
+    def test_defaults_are_those_of_the_configuration(self, config):
+        """Of a field in both, the default is written twice."""
+        shared = {f.name for f in fields(TeacherOptions)} & {f.name for f in fields(OmniOPDConfig)}
+        assert len(shared) == len(fields(TeacherOptions)) - 3  # device, world_size and process_index are properties
+        options = TeacherOptions.of(config())
+        assert {name: getattr(options, name) for name in shared} == {
+            name: getattr(TeacherOptions(), name) for name in shared
+        }
 
     @pytest.mark.parametrize("limit", LIMITS)
     @pytest.mark.parametrize("teacher", [Own(), remote_teacher("vllm:model")], ids=["own", "remote"])
@@ -91,8 +104,10 @@ class TestUnreadOptions:
         assert message.startswith("teacher_model_init_kwargs, teacher_tokenizer_name_or_path: without effect")
 
     def test_defaults_are_silent(self, config, caplog):
-        """Nobody is told about what nobody has set."""
+        """There is no warning about an option that is not set, also where the command filled in what it holds."""
         logging.enable_propagation()
+        filled_in = config(teacher_model_init_kwargs={"attn_implementation": None})
+        make_teacher("gemini:gemini-3.5-flash-lite", filled_in)
         make_teacher("scripted", config())
         make_teacher(Own(), config())
         make_teacher("gemini:gemini-3.5-flash-lite", config(teacher_budget_tokens=10))

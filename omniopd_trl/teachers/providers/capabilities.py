@@ -8,7 +8,7 @@ Read from the SDKs (openai 3.52, anthropic 2.11, google-genai 3.4) and from what
 import re
 from dataclasses import replace
 from datetime import date
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers.utils import logging
 
@@ -17,6 +17,10 @@ from omniopd_trl.teachers.remote.engine import Capabilities
 logger = logging.get_logger(__name__)
 
 Provider = Literal["vllm", "openai", "anthropic", "gemini"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+# Those whose servers speak OpenAI's language.
+OPENAI_STYLE: tuple[Provider, ...] = ("vllm", "openai")
 
 # Samples in one request: vLLM and SGLang draw them from one prompt; more than this gives bursts that stall a server.
 VLLM_SAMPLES = 64
