@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One root, `OmniOPDError`, whose children are also the standard library's types.
 
-Every message names the value that was received, the rule that it breaks, and the next step.
+Every message names the value that was received, the rule that it breaks, and the next step. `WarnOnce` is for what
+does not end a run.
 """
 
+import logging
 from importlib import import_module
 from types import ModuleType
 
@@ -41,6 +43,29 @@ class NonFiniteError(OmniOPDError, ArithmeticError):
 
 class MissingExtraError(OmniOPDError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
+
+
+class WarnOnce:
+    """Logs each warning once.
+
+    Args:
+        logger: the name of the logger.
+    """
+
+    def __init__(self, logger: str):
+        self._logger = logging.getLogger(logger)
+        self._given: set[str] = set()
+
+    def __call__(self, message: str, kind: str | None = None) -> None:
+        """Log a warning, unless one of the same kind was logged before.
+
+        Args:
+            message: what to log.
+            kind: what makes two warnings the same. Defaults to the message.
+        """
+        if (kind or message) not in self._given:
+            self._given.add(kind or message)
+            self._logger.warning(message)
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

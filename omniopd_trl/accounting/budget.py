@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
-from omniopd_trl.errors import BudgetError, ConfigError
+from omniopd_trl.errors import BudgetError, ConfigError, WarnOnce
 
 
 class Reservation:
@@ -113,7 +113,7 @@ class Budget:
         self._usd_limit = max_usd
         if max_usd is not None and num_processes > 1:
             self._usd_limit = before_usd + max(max_usd - before_usd, 0.0) / num_processes
-        self._said_overrun = False
+        self._warn_once = WarnOnce(__name__)
         self.ledger = NO_LEDGER
         self._peak = (0, 0.0)
         self._open: set[Reservation] = set()
@@ -127,17 +127,14 @@ class Budget:
         return cost
 
     def compare_with_worst_case(self, tokens: int, usd: float, worst: Reservation) -> None:
-        """Say once when a request used more than it was allowed to: the limits may then be exceeded by as much."""
-        if self._said_overrun or (tokens <= worst.tokens and usd <= worst.usd * (1 + 1e-9)):
-            return
-        self._said_overrun = True
-        from transformers.utils import logging  # which counting alone does not need
-
-        logging.get_logger(__name__).warning(
-            f"A request of the teacher used {tokens} tokens ({usd:.6f} dollars), and its worst case was "
-            f"{worst.tokens} ({worst.usd:.6f}): the service does not keep to the `max_tokens` that it was sent, or "
-            "counts its prompts otherwise. All of it counts, and the budget may be exceeded by the difference."
-        )
+        """Warn once when a request used more than it was allowed to: the limits may then be exceeded by as much."""
+        if tokens > worst.tokens or usd > worst.usd * (1 + 1e-9):
+            self._warn_once(
+                f"A request of the teacher used {tokens} tokens ({usd:.6f} dollars), and its worst case was "
+                f"{worst.tokens} ({worst.usd:.6f}): the service does not keep to the `max_tokens` that it was sent, "
+                "or counts its prompts otherwise. All of it counts, and the budget may be exceeded by the difference.",
+                "overrun",
+            )
 
     @asynccontextmanager
     async def reserve(

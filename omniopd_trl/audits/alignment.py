@@ -7,7 +7,7 @@ from functools import cached_property
 
 from omniopd_trl.audits.types import Tokenizer
 from omniopd_trl.method.chunks import Chunk
-from omniopd_trl.teachers.base import Rollout
+from omniopd_trl.teachers.base import Rollout, common_prefix_length
 
 # What a decoder writes for a part of a character.
 PARTIAL_CHARACTER = "\ufffd"
@@ -42,7 +42,7 @@ class Alignment:
         for chunk in chunks:
             prefix, whole = texts[chunk.start], texts[chunk.end]
             if not whole.startswith(prefix):  # tokenizers whose decoding depends on what follows
-                prefix = _common_prefix(prefix, whole)
+                prefix = prefix[: common_prefix_length(prefix, whole)]
             pairs.append((prefix, whole[len(prefix) :]))
         return pairs
 
@@ -114,10 +114,3 @@ class Alignment:
         """Text of tokens; with `strip`, without a character at its end that continues in the next token."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip(PARTIAL_CHARACTER) if strip else text
-
-
-def _common_prefix(first: str, second: str) -> str:
-    for n, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return first[:n]
-    return min(first, second, key=len)

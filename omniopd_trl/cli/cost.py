@@ -3,13 +3,10 @@
 """`omniopd cost`: what a recipe will ask of its teacher, in tokens and dollars, before anything is asked."""
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniopd_trl.errors import ConfigError, DataError
@@ -166,7 +163,7 @@ def _measure_prompts(
     """Lengths of the training prompts in student tokens, as the trainer renders them."""
     from datasets import Dataset
 
-    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.checks import check_dataset, prompt_lengths
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
@@ -179,23 +176,7 @@ def _measure_prompts(
         dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
-    prompts = [row["prompt"] for row in dataset]
-    lengths: list[float] = []
-    for start in range(0, len(prompts), 1000):
-        batch = prompts[start : start + 1000]
-        if isinstance(batch[0], str):
-            encoded = tokenizer(text=batch)
-        elif tokenizer.chat_template is None:
-            raise DataError(
-                "The prompts are lists of messages, but the student's tokenizer has no chat template. Use a chat "
-                "model, or make the prompts plain text."
-            )
-        else:
-            encoded = tokenizer.apply_chat_template(
-                batch, add_generation_prompt=True, tokenize=True, return_dict=True, **(template_kwargs or {})
-            )
-        lengths += [len(ids) for ids in encoded["input_ids"]]
-    return _Prompts(lengths, total)
+    return _Prompts([*prompt_lengths(dataset, tokenizer, template_kwargs)], total)
 
 
 def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
@@ -240,18 +221,13 @@ def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[floa
     """Tokens of a trajectory, and where the number comes from."""
     if given is not None:
         return given, "as given"
-    folder = Path(str(args.output_dir))
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
-    for state in reversed(states):
-        try:
-            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-            lengths = [
-                float(entry["completions/mean_length"]) for entry in history if "completions/mean_length" in entry
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a checkpoint that is being written
+    from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
+
+    for checkpoint in checkpoints_of(str(args.output_dir)):
+        history = (state_of(checkpoint) or {}).get("log_history", [])
+        lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
         if lengths:
-            return sum(lengths) / len(lengths), f"measured in {state.parent}"
+            return sum(lengths) / len(lengths), f"measured in {checkpoint}"
     return (
         float(args.max_completion_length),
         "assumed: max_completion_length, the most that it can be; --trajectory_length sets another",

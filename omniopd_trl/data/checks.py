@@ -127,39 +127,21 @@ def check_prompt_lengths(
             )
         return
 
-    streaming = not isinstance(dataset, Dataset)
-    first = next(iter(dataset), None)
-    conversational = first is not None and isinstance(first["prompt"], list)
-    if conversational and tokenizer.chat_template is None:
-        raise DataError(
-            f"`{name}` is conversational (its prompts are lists of messages), but the student's tokenizer has no chat "
-            "template. Set `tokenizer.chat_template`, use a chat model, or make the prompts plain text."
-        )
-    if streaming or context_length is None:
+    if not isinstance(dataset, Dataset) or context_length is None:
+        for row in islice(dataset, 1):
+            _check_template(row["prompt"], tokenizer, name)
         return
 
     longest, over = 0, 0
-    for offset in range(0, len(dataset), 1000):
-        prompts = list(dataset[offset : offset + 1000]["prompt"])
-        if conversational:
-            encoded = tokenizer.apply_chat_template(
-                prompts,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                **(chat_template_kwargs or {}),
+    for index, length in enumerate(prompt_lengths(dataset, tokenizer, chat_template_kwargs, name)):
+        if length >= context_length:
+            raise DataError(
+                f"Row {index} of `{name}`: the prompt has {length} tokens, and the student's context holds "
+                f"{context_length}, the completion included. Remove or shorten the row, or use a student with a "
+                "longer context."
             )
-        else:
-            encoded = tokenizer(text=prompts)
-        for index, ids in enumerate(encoded["input_ids"], start=offset):
-            if len(ids) >= context_length:
-                raise DataError(
-                    f"Row {index} of `{name}`: the prompt has {len(ids)} tokens, and the student's context holds "
-                    f"{context_length}, the completion included. Remove or shorten the row, or use a student with a "
-                    "longer context."
-                )
-            longest = max(longest, len(ids))
-            over += max_completion_length is not None and len(ids) + max_completion_length > context_length
+        longest = max(longest, length)
+        over += max_completion_length is not None and length + max_completion_length > context_length
     if over:
         warnings.warn(
             f"`{name}`: {over} of {len(dataset)} prompts (the longest has {longest} tokens) do not fit the student's "
@@ -167,6 +149,43 @@ def check_prompt_lengths(
             f"{max_completion_length}`. Lower `max_completion_length` to {context_length - longest} or less, or "
             "remove these rows.",
             stacklevel=2,
+        )
+
+
+def prompt_lengths(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    name: str = "train_dataset",
+) -> Iterator[int]:
+    """Tokens of each prompt, as the trainer tokenizes it.
+
+    Args:
+        dataset: a dataset, of either style, that passed [`check_dataset`].
+        tokenizer: the student's.
+        chat_template_kwargs: what the trainer passes to the chat template.
+        name: what the message calls the dataset.
+
+    Raises:
+        DataError: when the prompts are conversational and the tokenizer has no chat template.
+    """
+    for batch in dataset.select_columns("prompt").iter(batch_size=1000):
+        prompts = list(batch["prompt"])
+        _check_template(prompts[0], tokenizer, name)
+        if isinstance(prompts[0], list):
+            encoded = tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+            )
+        else:
+            encoded = tokenizer(text=prompts)
+        yield from map(len, encoded["input_ids"])
+
+
+def _check_template(prompt: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if isinstance(prompt, list) and tokenizer.chat_template is None:
+        raise DataError(
+            f"`{name}` is conversational (its prompts are lists of messages), but the student's tokenizer has no chat "
+            "template. Set `tokenizer.chat_template`, use a chat model, or make the prompts plain text."
         )
 
 

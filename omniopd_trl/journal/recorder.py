@@ -10,6 +10,7 @@ from typing import Any
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Ledger, Usage
+from omniopd_trl.errors import WarnOnce
 from omniopd_trl.journal.schema import NotReplayed, ProcessCountError, StoredTrajectory
 from omniopd_trl.journal.store import Journal
 
@@ -33,7 +34,7 @@ class Recorder(Ledger):
         self._unrecorded: list[tuple[Usage, float | None]] = []
         self._begun = False
         self._warns = True
-        self._warned_about_prompts = False
+        self._warn_once = WarnOnce(__name__)
 
     @contextmanager
     def open(self, path: Path, budget: Budget | None, **settings: Any) -> Iterator[None]:
@@ -54,7 +55,7 @@ class Recorder(Ledger):
             journal = Journal(path, **settings, replay=False)
         with journal:
             self.journal = journal
-            self._begun = self._warned_about_prompts = False
+            self._begun, self._warn_once = False, WarnOnce(__name__)
             self._warns = settings["rank"] == 0  # the journals of the others hold the same steps
             while self._unrecorded:
                 self.paid(*self._unrecorded.pop())
@@ -90,12 +91,12 @@ class Recorder(Ledger):
         if trajectories is None:
             return None
         if [t.prompt_ids for t in trajectories] != [list(ids) for ids in prompt_ids]:
-            if not self._warned_about_prompts and self._warns:
-                self._warned_about_prompts = True
-                logger.warning(
-                    "Step %s was recorded with other prompts and is not replayed, nor is what was recorded after it: "
-                    "the teacher is asked again and paid again. Put the dataset and its order back, or go on.",
-                    self._step(),
+            if self._warns:
+                self._warn_once(
+                    f"Step {self._step()} was recorded with other prompts and is not replayed, nor is what was "
+                    "recorded after it: the teacher is asked again and paid again. Put the dataset and its order "
+                    "back, or go on.",
+                    "prompts",
                 )
             return None
         return trajectories

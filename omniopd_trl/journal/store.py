@@ -27,7 +27,6 @@ import sqlite3
 import threading
 import time
 import zlib
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -50,6 +49,7 @@ from omniopd_trl.journal.file import (
 )
 from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed, StoredTrajectory
 from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.teachers.base import common_prefix_length
 
 
 class Journal:
@@ -442,7 +442,7 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
     # and a trajectory's text is written once instead of once per chunk.
     chunks, before = [], ""
     for chunk in audit.chunks:
-        shared = _shared(before, chunk.prefix)
+        shared = common_prefix_length(before, chunk.prefix)
         before = chunk.prefix + chunk.text
         span = [chunk.chunk.start, chunk.chunk.end, chunk.chunk.anchor]
         rest = [chunk.text, chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior]
@@ -450,11 +450,6 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
     values = {field.name: getattr(audit, field.name) for field in fields(audit)}
     values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     return {**values, "chunks": chunks, "usage": astuple(audit.usage)}
-
-
-def _shared(first: str, second: str) -> int:
-    """Length of the common beginning, by halving: texts are long, and comparing slices is fast."""
-    return bisect_left(range(min(len(first), len(second))), True, key=lambda n: first[: n + 1] != second[: n + 1])
 
 
 def _audit_from_json(values: dict[str, Any]) -> Audit:

@@ -4,6 +4,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,14 @@ def text_of_content(content: Any) -> Any:
                 '{"type": "text", "text": "..."}. Remove the other parts from the dataset.'
             )
     return "\n".join(part["text"] for part in content)
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the common beginning of two texts, or of two lists of tokens.
+
+    By halving: comparing slices is fast, and both may be long.
+    """
+    return bisect_left(range(min(len(first), len(second))), True, key=lambda n: first[: n + 1] != second[: n + 1])
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,18 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed
-from transformers.utils import logging
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.errors import DataError
-from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
-
-logger = logging.get_logger(__name__)
+from omniopd_trl.errors import DataError, WarnOnce
+from omniopd_trl.teachers.base import (
+    Prefix,
+    Prompt,
+    Rollout,
+    SamplingRequest,
+    Teacher,
+    TeacherReply,
+    common_prefix_length,
+)
 
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
 # 128, 64 layers and bfloat16 (a 32B model) a token takes 256 KiB, so this is 4 GiB of cache.
@@ -164,7 +169,7 @@ class LocalTeacher(Teacher):
         # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._waiting: list[tuple[Sequence[Prefix], SamplingRequest, asyncio.Future]] = []
-        self._warned_context = False
+        self._warn_once = WarnOnce(__name__)
 
     def probe(self, prompt: Prompt) -> None:
         self.encode(Prefix(prompt))
@@ -252,7 +257,7 @@ class LocalTeacher(Teacher):
     def _job(self, token_ids: list[list[int]]) -> _Job:
         trunk = max(token_ids, key=len, default=[])
         # At least the last token is run again: its output is what the first new token is sampled from.
-        shared = [min(_common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
+        shared = [min(common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
         return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids))
 
     def _batches(self, order: list[int], jobs: list[_Job], request: SamplingRequest) -> list[list[int]]:
@@ -396,9 +401,8 @@ class LocalTeacher(Teacher):
             f"a prefix of {length} tokens and {request.max_tokens} more do not fit the teacher's context of "
             f"{self._context_length}"
         )
-        if not self._warned_context:
-            self._warned_context = True
-            logger.warning(f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`.")
+        message = f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`."
+        self._warn_once(message, "context")
         return TeacherReply(failure=failure)
 
 
@@ -410,12 +414,3 @@ def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
         second.temperature,
         second.top_p,
     )
-
-
-def _common_prefix_length(first: list[int], second: list[int]) -> int:
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

@@ -8,7 +8,7 @@ from typing import Any
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, common_prefix_length
 from omniopd_trl.teachers.instruct.repair import render_messages, repair
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
 from omniopd_trl.teachers.remote.failures import (
@@ -169,10 +169,7 @@ def without_common_space(prefix: str, text: str) -> str:
         '\\nwe add'
     """
     space = prefix[len(prefix.rstrip()) :]
-    same = 0
-    while same < min(len(space), len(text)) and space[same] == text[same]:
-        same += 1
-    return text[same:]
+    return text[common_prefix_length(space, text) :]
 
 
 def _usage(usage: Any) -> Usage | None:

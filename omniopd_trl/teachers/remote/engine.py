@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
-from omniopd_trl.errors import OmniOPDError, TeacherError
+from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.repair import INSTRUCTION
 from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
@@ -177,7 +177,7 @@ class RemoteTeacher(Teacher):
         )
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce(__name__)
         self._said_repeated_at = float("-inf")
 
     @abstractmethod
@@ -253,9 +253,7 @@ class RemoteTeacher(Teacher):
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time that it is given."""
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(f"{self.name}: {message}")
+        self._warn_once(f"{self.name}: {message}")
 
     # ---- Many prefixes ----
 
