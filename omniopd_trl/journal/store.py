@@ -415,9 +415,10 @@ def _count_lost(db: sqlite3.Connection) -> tuple[int, float | None] | None:
 
 def _insert_numbered(db: sqlite3.Connection, table: str, *values: Any) -> int:
     """Insert under the next number, and return it."""
-    (last,) = db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()
-    _insert(db, table, last + 1, *values)
-    return last + 1
+    number: int
+    (number,) = db.execute(f"SELECT coalesce(max(id), 0) + 1 FROM {table}").fetchone()
+    _insert(db, table, number, *values)
+    return number
 
 
 def _encode(value: Any) -> bytes:

@@ -78,6 +78,10 @@ def _whole() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
+# A call of `sample` that waits for its turn, and where its replies go.
+_Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
+
+
 @dataclass
 class _Job:
     """One call of `sample`: the prefixes of one trajectory, tokenized, and where each one leaves the trunk."""
@@ -168,7 +172,7 @@ class LocalTeacher(Teacher):
         self._context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-        self._waiting: list[tuple[Sequence[Prefix], SamplingRequest, asyncio.Future]] = []
+        self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
 
     def probe(self, prompt: Prompt) -> None:
@@ -180,6 +184,7 @@ class LocalTeacher(Teacher):
         Raises:
             DataError: when the prompt is a conversation and the teacher has no chat template.
         """
+        token_ids: list[int]
         if isinstance(prefix.prompt, str):
             token_ids = self.tokenizer(prefix.prompt + prefix.completion)["input_ids"]
         else:
@@ -199,7 +204,7 @@ class LocalTeacher(Teacher):
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
         # Trajectories arrive as concurrent calls. All that arrive in the same turn of the event loop share batches:
         # a model in this process gains from larger batches, not from concurrency.
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
         self._waiting.append((prefixes, request, future))
         if len(self._waiting) == 1:
             await asyncio.sleep(0)
@@ -207,7 +212,7 @@ class LocalTeacher(Teacher):
             self._serve(waiting)
         return await future
 
-    def _serve(self, waiting: list[tuple[Sequence[Prefix], SamplingRequest, asyncio.Future]]) -> None:
+    def _serve(self, waiting: list[_Call]) -> None:
         try:
             while waiting:
                 request = waiting[0][1]
@@ -388,7 +393,8 @@ class LocalTeacher(Teacher):
             output = self.model.generate(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
             )
-        return output[:, input_ids.shape[1] :].tolist()
+        new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        return new_ids
 
     def _rollout(self, new_ids: list[int]) -> tuple[Rollout, int]:
         end = next((n for n, token in enumerate(new_ids) if token in self.eos_token_ids), None)
