@@ -20,7 +20,7 @@ _PROVIDERS = {"anthropic": "anthropic", "gemini": "google", "openai": "openai"}
 # Anthropic charges a quarter more for prompt tokens that it writes to its cache (kept for five minutes).
 _CACHE_WRITE_FACTOR = 1.25
 
-# A price that begins within this time counts for the worst case: a request may be under way when it does.
+# A price that begins within this time counts for the worst case: a request may be in flight when it does.
 _LOOK_AHEAD = timedelta(days=1)
 
 
@@ -198,7 +198,7 @@ def _tiers(provider: str, model: str, now: datetime) -> _Tiers:
 
 @lru_cache(maxsize=64)
 def _tiers_soon(provider: str, model: str, now: datetime) -> _Tiers:
-    """The tiers of every price that may be in force while a request is under way."""
+    """The tiers of every price that may be in force while a request is in flight."""
     entries = _model_info(provider, model).prices
     if not isinstance(entries, list):
         return _by_tier(entries)

@@ -154,7 +154,7 @@ class OmniOPDConfig(DistillationConfig):
             How the student's text becomes the beginning of the teacher's answer: `"raw"`, `"continue_final"`,
             `"prefill"`, `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to take.
         teacher_max_concurrency (`int`, *optional*, defaults to `64`):
-            Requests under way at once. This and the next two are for the whole job and divided over its processes.
+            Requests in flight at once. This and the next two are for the whole job and divided over its processes.
         teacher_requests_per_minute (`float`, *optional*):
             Requests per minute. No limit by default.
         teacher_tokens_per_minute (`float`, *optional*):
@@ -373,7 +373,7 @@ class OmniOPDConfig(DistillationConfig):
     teacher_max_concurrency: int = field(
         default=64,
         metadata={
-            "help": "Requests under way at once. This and the next two are for the whole job and divided over its "
+            "help": "Requests in flight at once. This and the next two are for the whole job and divided over its "
             "processes."
         },
     )

@@ -201,7 +201,7 @@ class OpenAITeacher(RemoteTeacher):
         body = error.body if isinstance(error.body, dict) else {}
         detail = str(body.get("message") or body.get("detail") or error.message)
         if error.status_code == 422 and re.search("Unexpected fields.*top_k", detail):
-            self.dialect = "transformers"  # once for all the requests that were under way together
+            self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
         kind = _unsupported(error.param, detail) if error.status_code in (400, 422) else None
         if kind is not None:

@@ -23,7 +23,7 @@ class Throttle:
     """Lets requests through, first come, first served.
 
     Args:
-        max_concurrency: requests under way at once.
+        max_concurrency: requests in flight at once.
         requests_per_minute: `None` for no limit.
         tokens_per_minute: prompt and completion tokens, `None` for no limit.
 
@@ -92,7 +92,7 @@ class Throttle:
 
         Args:
             retry_after: seconds that it wants to be left alone; 0 when it named none.
-            began: what `slot` yielded for the request. Refusals of requests that were under way together say the same
+            began: what `slot` yielded for the request. Refusals of requests that were in flight together say the same
                 thing, and count as one.
         """
         now = asyncio.get_running_loop().time()
