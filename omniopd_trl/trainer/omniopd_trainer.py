@@ -40,7 +40,6 @@ from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of, score
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import StoredTrajectory
@@ -52,9 +51,7 @@ from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, SamplingLogprobs, sampling_difference
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import replies_of
-from omniopd_trl.teachers.load import is_service, load_teacher
 from omniopd_trl.teachers.local import without_generation_defaults
-from omniopd_trl.teachers.options import TeacherOptions
 from omniopd_trl.trainer.batches import TOKEN_KEYS, PackedBatch, group_by_length, has_ended
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.checkpoints import last_checkpoint, unmark
@@ -68,6 +65,7 @@ from omniopd_trl.trainer.validation import (
     check_vllm_can_follow,
     context_length_of,
     load_tokenizer,
+    prepare_teacher,
     release,
     repeated,
 )
@@ -219,7 +217,8 @@ class OmniOPDTrainer(DistillationTrainer):
         self._recorder = Recorder(lambda: self.state.global_step)
         error: Exception | None = None
         try:
-            self.teacher = self._make_teacher(teacher_model, args, train_dataset, eval_dataset)
+            datasets = named_datasets(train_dataset, eval_dataset)
+            self.teacher = prepare_teacher(teacher_model, args, self._recorder, datasets)
         except Exception as caught:  # a key may be missing on one machine only: the others must not wait for it
             error = caught
         raise_together(error, args.process_index)
@@ -281,17 +280,6 @@ class OmniOPDTrainer(DistillationTrainer):
     def _check_data(train_dataset: Any, eval_dataset: Any) -> None:
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(dataset, name)
-
-    def _make_teacher(self, teacher: Any, args: OmniOPDConfig, train_dataset: Any, eval_dataset: Any) -> Teacher:
-        """The teacher, after it has answered one question."""
-        paid = spent(args.output_dir) if is_service(teacher) else None
-        made = load_teacher(teacher, TeacherOptions.of(args), paid)
-        if made.budget is not None:
-            made.budget.ledger = self._recorder
-        for _, dataset in named_datasets(train_dataset, eval_dataset):
-            made.probe(next(iter(dataset))["prompt"])
-            break
-        return made
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 

@@ -2,16 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trainer is made of, and what is looked at before anything expensive starts."""
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
+from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.errors import ConfigError, DataError
-from omniopd_trl.teachers import Teacher
+from omniopd_trl.journal.reader import spent
+from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
+from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -80,6 +85,32 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
             "transfer, which loses what was learnt and moves the reference. Set use_vllm=False, or train LoRA on a "
             "student that is not quantized."
         )
+
+
+def prepare_teacher(
+    teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
+) -> Teacher:
+    """The teacher of a run, after it has answered one question.
+
+    Args:
+        teacher: a name, a model or a teacher.
+        args: the configuration; `omniopd_trl/teachers/options.py` says which teacher reads which of its options.
+        ledger: where the question is counted, and what is in flight.
+        datasets: the first one has the question.
+
+    Raises:
+        ConfigError: when an option cannot be kept by this teacher.
+        DataError: when a model cannot be loaded, or cannot render the question.
+        JournalError: when it cannot be read what earlier runs have spent.
+        TeacherError: when it does not answer.
+    """
+    paid = spent(args.output_dir) if is_service(teacher) else None
+    prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
+    if prepared.budget is not None:
+        prepared.budget.ledger = ledger
+    for _, dataset in islice(datasets, 1):
+        prepared.probe(next(iter(dataset))["prompt"])
+    return prepared
 
 
 def release(teacher: Teacher, loop: EventLoopThread) -> None:
