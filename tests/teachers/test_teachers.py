@@ -5,9 +5,12 @@
 import asyncio
 import math
 from collections import Counter
+from itertools import takewhile
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from omniopd_trl.errors import DataError, OmniOPDError
@@ -21,6 +24,7 @@ from omniopd_trl.teachers import (
     Usage,
     load_teacher,
 )
+from omniopd_trl.teachers.base import common_prefix_length
 
 QUESTION = [{"role": "user", "content": "How many marbles are in the bag?"}]
 SOLUTION = "We count the marbles: five and six are eleven. Ünïcödé 漢字 too, so x = 5 + 6."
@@ -264,3 +268,10 @@ def test_scripted_teacher_follows_texts_and_functions():
     assert "refused 2 of 3" in reply.failure
     with pytest.raises(ValueError, match="empty"):
         ScriptedTeacher([])
+
+
+@given(st.text("ab", max_size=9), st.text("ab", max_size=9))
+def test_common_prefixes(first, second):
+    """Of texts and of lists: as many as are equal one by one."""
+    expected = len([*takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))])
+    assert common_prefix_length(first, second) == common_prefix_length([*first], [*second]) == expected
