@@ -85,8 +85,9 @@ def trained(monkeypatch):
 def test_python_runs(page, tmp_path, monkeypatch, make_tiny_model, tiny_teacher_tokenizer, trained):
     """The blocks of a page run, one after the other, as a reader would paste them; what trains takes a step."""
     monkeypatch.chdir(tmp_path)
-    # Models that only a network has are stood in for by small ones; everything else runs as it is written.
+    # Models of the Hub are replaced by small ones; everything else runs as it is written.
     stand_ins = {
+        "Qwen/Qwen3-0.6B": str(make_tiny_model(max_position_embeddings=4096)),
         "Qwen/Qwen3-4B": str(make_tiny_model(max_position_embeddings=4096)),
         "Qwen/Qwen3-32B": str(make_tiny_model(1, tiny_teacher_tokenizer, max_position_embeddings=4096)),
     }
