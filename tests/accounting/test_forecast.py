@@ -293,7 +293,7 @@ class TestTable8:
         """The tables of the page are those that the command prints."""
         main()
         printed = capsys.readouterr().out
-        page = (ROOT / "docs" / "money.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "table8.md").read_text(encoding="utf-8")
         assert "doubled: 21 of 21 cells as printed" in printed
         assert "as_printed: 5 of 21 cells as printed" in printed
         for name in ("as_printed", "doubled", "one_sample"):

@@ -228,7 +228,7 @@ class Cost(NamedTuple):
 
 
 def costs_of_page():
-    table = PAGE.partition("## What the paid ones cost")[2]
+    table = PAGE.partition("## Cost of the paid teachers")[2]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     return [
         Cost(cells[0], tuple(cells[1].strip("`").split()), tuple(cells[2:5]), tuple(cells[5:9])) for cells in rows[2:]
