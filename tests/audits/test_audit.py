@@ -3,6 +3,8 @@
 """From a trajectory to posteriors: what the teacher is asked, how its rollouts are cut, and what is dropped."""
 
 import asyncio
+import functools
+import itertools
 import json
 import math
 import threading
@@ -11,11 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
@@ -277,16 +280,81 @@ def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
     assert judge.alignment.split_texts(ids, [Chunk(0, len(ids), 0)])[0] == ("", text)
 
 
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), ids=st.lists(st.integers(0, 299), min_size=1, max_size=30))
-def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
-    """Whatever a student writes, invalid UTF-8 included, prefix and chunk join to its own text."""
-    start = data.draw(st.integers(0, len(ids) - 1))
-    end = data.draw(st.integers(start + 1, len(ids)))
-    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
-    prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
-    whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert prefix + chunk == whole.rstrip("\ufffd")
+class Counting:
+    """A tokenizer that notes how many tokens it decodes at a time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, []
+
+    def decode(self, token_ids, **kwargs):
+        self.decoded.append(len(token_ids))
+        return self.tokenizer.decode(token_ids, **kwargs)
+
+
+def word_piece():
+    """As BERT's: a space before each token that does not begin with "##", and none before a full stop."""
+    words = ["[UNK]", "[SEP]", "the", "angle", "##s", "are", "##n", "'", "t", ".", ",", "12", "##0", "é", "漢", "##字"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", sep_token="[SEP]")
+
+
+def metaspace():
+    """As T5's: the decoder takes away the first space."""
+    tokenizer = llama_style_tokenizer(None)
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+TOKENIZERS = {"llama-2": llama_2, "metaspace": metaspace, "word-piece": word_piece}
+TOKENIZERS = {name: functools.cache(make) for name, make in TOKENIZERS.items()}
+WRITTEN = st.sampled_from(
+    [" Tom has", "12", ".", "\n", "é", "漢字", "漢字漢字漢字", "😀😀😀", "the angles aren't", "s"]
+)
+
+
+@pytest.mark.parametrize("name", ["byte-level", *TOKENIZERS])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_incremental_texts_are_those_of_whole_decoding(tiny_tokenizer, name, data):
+    """Whatever a student writes: at every cut the text is that of all tokens before it, and prefix and chunk join.
+
+    Characters may be cut anywhere, bytes need not be characters, and special tokens may stand anywhere.
+    """
+    tokenizer = tiny_tokenizer if name == "byte-level" else TOKENIZERS[name]()
+    one = st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
+    text = WRITTEN.map(lambda written: tokenizer(written, add_special_tokens=False)["input_ids"])
+    pieces = st.one_of(one, st.sampled_from(tokenizer.all_special_ids).map(lambda token: [token]), text, text)
+    drawn = data.draw(st.lists(st.one_of(pieces, pieces.map(lambda tokens: tokens[:-1])), max_size=12))
+    ids = [token for tokens in drawn for token in tokens]
+    assume(ids)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), min_size=2, max_size=12)) | {len(ids)})
+    chunks = [Chunk(start, end, start) for start, end in itertools.pairwise(cuts)]
+
+    def whole(end):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")
+
+    texts = auditor(tokenizer, ScriptedTeacher(["x"])).alignment.split_texts(ids, chunks)
+    for chunk, (prefix, text) in zip(chunks, texts, strict=True):
+        assert prefix + text == whole(chunk.end)
+        assert whole(chunk.start).startswith(prefix)
+        assert prefix == whole(chunk.start) or not whole(chunk.end).startswith(whole(chunk.start))
+
+
+def test_decoders_that_look_further_than_their_neighbours(tiny_tokenizer):
+    """Of Llama 2, one wrong byte spoils all bytes beside it, and each text is decoded whole; otherwise none is."""
+    text = "Tom has 漢字漢字漢字 and"
+    for tokenizer, falls_back in ((tiny_tokenizer, False), (llama_2(), True)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends = list(range(2, len(ids)))
+        counting = Counting(tokenizer)
+        pairs = Alignment(counting).split_texts(ids, [Chunk(*cut, cut[0]) for cut in itertools.pairwise(ends)])
+        assert [text.startswith(prefix + chunk) for prefix, chunk in pairs] == [True] * len(pairs)
+        assert (counting.decoded[-len(ends) :] == ends) == falls_back
+        if not falls_back:
+            assert len(counting.decoded) == 2 * len(ends) + 1
+            assert max(counting.decoded[:-1]) <= DECODING_CONTEXT + 3  # the last one is the check of all
 
 
 def test_merged_chunks_ask_for_as_many_tokens_as_the_longest_needs(tiny_tokenizer):
