@@ -117,12 +117,15 @@ CASES = [
     Case("fence after an announcement", "so x ", "Here is the continuation:\n```\n= 4.\n```", "= 4."),
     Case("fence without an end", "so that x ", "```\n= 4 because", "= 4 because"),
     Case("the solution's own code block", "The code:\n", "```python\nx = 1\n```", "```python\nx = 1\n```"),
+    Case("its own code block, trimmed", "The code:", "```python\nx = 1\n```", "```python\nx = 1\n```"),
     Case(
         "opens the code block again",
         CODE,
         "```python\n    for value in values:\n```",
         "    for value in values:\n```",
     ),
+    Case("closes the code block, trimmed", CODE + "    return result", "```\nIt is linear.", "```\nIt is linear."),
+    Case("fence inside a code block", CODE + "    result +=", "```\n value\n```", " value\n```"),
     Case("closes the code block", CODE + "    return result\n", "```\nIt is linear.", "```\nIt is linear."),
     # Quotation marks and tags.
     Case("quotes", "The sum of the ang", '"les is 180."', "les is 180."),

@@ -484,7 +484,7 @@ class TestEverywhere:
             ("I'm sorry, but I can't help with that.", "refused", None),
             ("Sure, here is the continuation:\n", "empty", None),
         ],
-        ids=lambda value: value.split()[0] if value else "ok",
+        ids=["wrapped", "restarted", "refused", "empty"],
     )
     def test_instructed_answers(self, service, monkeypatch, text, outcome, kept):
         """They are repaired. A refusal in words and an answer of nothing else are counted, and are no rollouts."""

@@ -113,16 +113,16 @@ def _unwrap(prefix: str, text: str) -> str:
 def _unfence(prefix: str, text: str) -> str:
     """Remove a Markdown fence around the answer, unless it may be the solution's own.
 
-    That one begins a line and names a programming language. Inside a code block of the prefix, a fence with a language
-    opens the block again and is removed; one without closes the block and stays.
+    That one names a programming language, or begins a line. Inside a code block of the prefix, a fence with a language
+    opens the block again and is removed; one without closes the block and stays, unless another one follows.
     """
     fence = _FENCE.match(text)
     if not fence:
         return text
     begins_line, rest = not prefix.rpartition("\n")[2].strip(), text[fence.end() :]
     if prefix.count("```") % 2:
-        return rest if fence[2] or not begins_line else text
-    if begins_line and fence[2].lower() not in _PROSE:
+        return rest if fence[2] or (not begins_line and fence[1] in rest) else text
+    if fence[2].lower() not in _PROSE and (fence[2] or begins_line):
         return text
     body, _, behind = rest.partition(fence[1])
     return body.removesuffix("\n") + behind.rstrip()
