@@ -131,7 +131,7 @@ def llama_style_tokenizer(normalizer):
         STUDENT_LINES, trainers.BpeTrainer(vocab_size=556, special_tokens=special, show_progress=False)
     )
     model = json.loads(trained.to_str())["model"]
-    # Built anew: the trainer's special tokens would be found in texts, and skipped when they are decoded.
+    # Built again: the trainer's special tokens would be found in texts, and skipped when they are decoded.
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, metaspace
@@ -185,20 +185,19 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
 
 @pytest.mark.parametrize("make", [llama_2, None], ids=["llama-2", "byte-level"])
 def test_tokens_without_a_text_count(make, tiny_tokenizer):
-    """The student ends its turn, or writes bytes that are no characters: a teacher that goes on differs from it."""
+    """The student ends its turn, or writes bytes that are no characters: a teacher that continues differs from it."""
     tokenizer = tiny_tokenizer if make is None else make()
     ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
     judge = auditor(tokenizer, ScriptedTeacher(["x"]))
     chunk = Chunk(20, 28, 20)
-    goes_on = tokenizer.decode(ids)[len(judge.alignment.split_texts(ids, [chunk])[0][0]) :]
+    continuation = tokenizer.decode(ids)[len(judge.alignment.split_texts(ids, [chunk])[0][0]) :]
     *_, first, second, _ = tokenizer("漢", add_special_tokens=False)["input_ids"]
     for tokens in ([tokenizer.eos_token_id], [first] * 4, [first, second]):
         written = [*ids[: 28 - len(tokens)], *tokens]
         text = judge.alignment.split_texts(written, [chunk])[0][1]
-        ended, (continued,) = (
-            judge.alignment.cut(written, [chunk], [text], [[Rollout(rollout)]])[0][0] for rollout in (text, goes_on)
-        )
-        assert ended == [text]
+        rollouts = [[Rollout(text), Rollout(continuation)]]
+        ((ended, continued),), _ = judge.alignment.cut(written, [chunk], [text], rollouts)
+        assert ended == text
         assert continued == judge.alignment.split_texts(ids, [chunk])[0][1] != text
 
 
