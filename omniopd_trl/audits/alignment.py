@@ -160,7 +160,7 @@ def _extra_tokens(tokens: list[int], alone: list[int]) -> int:
         alone: those of its text.
     """
     for skipped, added in _SHIFTS:
-        first, second = tokens[skipped : skipped + EQUAL_TOKENS], alone[added : added + EQUAL_TOKENS]
-        if first and second and first[: len(second)] == second[: len(first)]:
+        following = tokens[skipped : skipped + EQUAL_TOKENS]
+        if following and following == alone[added : added + EQUAL_TOKENS]:
             return added - skipped
     return 0
