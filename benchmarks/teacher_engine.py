@@ -23,7 +23,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
-from omniopd_trl.teachers.instruct.repair import render_messages
+from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.engine import EngineSettings
 

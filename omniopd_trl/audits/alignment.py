@@ -3,7 +3,9 @@
 """Between the student's tokens and text: of a chunk, and of the rollouts that are compared with it."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import product
+
+import numpy as np
 
 from omniopd_trl.audits.types import Tokenizer
 from omniopd_trl.method.chunks import Chunk
@@ -14,6 +16,11 @@ PARTIAL_CHARACTER = "\ufffd"
 
 # Tokens that are decoded again before new ones: decoders look at their neighbours only.
 DECODING_CONTEXT = 8
+
+# A chunk's text that is encoded by itself may begin with other tokens. This many are compared, and equal ones in a row
+# show that the rest is the same.
+FIRST_TOKENS, EQUAL_TOKENS = 8, 4
+_SHIFTS = sorted(product(range(FIRST_TOKENS), repeat=2), key=sum)
 
 
 class Alignment:
@@ -37,7 +44,10 @@ class Alignment:
             token_ids: the completion.
             chunks: where the chunks are in it.
         """
-        texts = self._texts_up_to(token_ids, sorted({end for chunk in chunks for end in (chunk.start, chunk.end)}))
+        # An array: of a list, transformers checks the type of each token before it decodes.
+        texts = self._texts_up_to(
+            np.asarray(token_ids), sorted({end for chunk in chunks for end in (chunk.start, chunk.end)})
+        )
         pairs = []
         for chunk in chunks:
             prefix, whole = texts[chunk.start], texts[chunk.end]
@@ -46,7 +56,7 @@ class Alignment:
             pairs.append((prefix, whole[len(prefix) :]))
         return pairs
 
-    def _texts_up_to(self, token_ids: list[int], ends: Sequence[int]) -> dict[int, str]:
+    def _texts_up_to(self, token_ids: np.ndarray, ends: Sequence[int]) -> dict[int, str]:
         """The text of the first `end` tokens, for each of `ends`, in ascending order.
 
         Each text continues the one before: its last tokens and the new ones are decoded together, and what the last
@@ -68,49 +78,82 @@ class Alignment:
             return {end: self._decode(token_ids[:end]) for end in ends}
         return texts
 
-    def length_of(self, token_ids: list[int], chunk: Chunk, text: str) -> int:
-        """How many student tokens a rollout may have, to be as long as the chunk.
+    def cut(
+        self,
+        token_ids: list[int],
+        chunks: Sequence[Chunk],
+        texts: Sequence[str],
+        rollouts: Sequence[Sequence[Rollout]],
+    ) -> tuple[list[list[str]], int]:
+        """Cut rollouts to as many student tokens as their chunk has: a teacher token is not a student token.
 
-        That is the chunk's own number, unless the tokenizer begins every text with a space that nobody wrote, as
-        those of Llama 2 and Mistral do. Then a rollout, which is encoded by itself, has other tokens than the same
-        text has within a trajectory, most often one more, and a teacher that repeats the student word for word would
-        lose its last token. So the chunk's text is encoded by itself, too. Its tokens without a text, such as the end
-        of the sequence, count as before.
+        The white space before a rollout does not change where it is cut, since chat services trim it and similarities
+        ignore it: a rollout is encoded with the white space of its chunk instead.
+
+        The chunk's tokens without a text, such as the end of the sequence, count as well. The chunk's text by itself
+        may begin with more or fewer tokens than within the trajectory (`_extra_tokens`), and rollouts may have as many
+        more or fewer: a rollout that repeats the student is cut where the chunk ends.
 
         Args:
             token_ids: the completion.
-            chunk: where the chunk stands in it.
-            text: its text, from [`split_texts`].
-        """
-        if not self._prepends_space:
-            return chunk.end - chunk.start
-        special = set(self.tokenizer.all_special_ids)
-        without_text = sum(token_id in special for token_id in token_ids[chunk.start : chunk.end])
-        return len(self.tokenizer([text], add_special_tokens=False)["input_ids"][0]) + without_text
-
-    @cached_property
-    def _prepends_space(self) -> bool:
-        """Whether a text by itself is encoded as if a space stood before it: then "a a" is twice the same."""
-        (token_ids,) = self.tokenizer(["a a"], add_special_tokens=False)["input_ids"]
-        half = len(token_ids) // 2
-        return bool(token_ids[:half] == token_ids[half:])
-
-    def cut(self, rollouts: Sequence[Rollout], num_tokens: int) -> tuple[list[str], int]:
-        """Cut rollouts to `num_tokens` student tokens ([`length_of`]): a teacher token is not a student token.
+            chunks: where the chunks are in it, at least one.
+            texts: the text of each chunk, from [`split_texts`].
+            rollouts: the rollouts of each chunk.
 
         Returns:
-            The texts, and how many of them the teacher was cut off in before they had that many tokens.
+            The texts of each chunk's rollouts, and how many rollouts of all chunks were cut off by the teacher before
+            they had enough tokens.
         """
-        if not rollouts:
-            return [], 0
-        encoded = self.tokenizer([rollout.text for rollout in rollouts], add_special_tokens=False)["input_ids"]
-        texts, short = [], 0
-        for rollout, token_ids in zip(rollouts, encoded, strict=True):
-            short += rollout.finish_reason == "length" and len(token_ids) < num_tokens
-            texts.append(rollout.text if len(token_ids) <= num_tokens else self._decode(token_ids[:num_tokens]))
-        return texts, short
+        aligned = [
+            _with_space_of(text, rollout.text)
+            for text, of_chunk in zip(texts, rollouts, strict=True)
+            for rollout in of_chunk
+        ]
+        encoded = iter(self.tokenizer([*texts, *aligned], add_special_tokens=False)["input_ids"])
+        lengths = []
+        for chunk in chunks:
+            tokens = token_ids[chunk.start : chunk.end]
+            lengths.append(len(tokens) + _extra_tokens(tokens, next(encoded)))
+        kept: list[list[str]] = []
+        num_short = 0
+        for length, of_chunk in zip(lengths, rollouts, strict=True):
+            kept.append([])
+            for rollout in of_chunk:
+                tokens, text = next(encoded), rollout.text
+                num_short += rollout.finish_reason == "length" and len(tokens) < length
+                if len(tokens) > length:
+                    text = _space_before(text) + self._decode(tokens[:length]).lstrip()
+                kept[-1].append(text)
+        return kept, num_short
 
-    def _decode(self, token_ids: list[int], strip: bool = True) -> str:
+    def _decode(self, token_ids: list[int] | np.ndarray, strip: bool = True) -> str:
         """Text of tokens; with `strip`, without a character at its end that continues in the next token."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip(PARTIAL_CHARACTER) if strip else text
+
+
+def _space_before(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _with_space_of(chunk: str, rollout: str) -> str:
+    """A rollout with the white space at the beginning of a chunk, unless the chunk is nothing else."""
+    return _space_before(chunk) + rollout.lstrip() if chunk.strip() else rollout
+
+
+def _extra_tokens(tokens: list[int], alone: list[int]) -> int:
+    """How many tokens more a chunk's text has when it is encoded by itself, because of its beginning.
+
+    The tokenizers of Llama 2 and Mistral begin every text with a space that nobody wrote, and a chunk may begin inside
+    a character or a word. Only the first tokens count: others differ because the student does not write what the
+    tokenizer would, or have no text, and are as many as the student wrote.
+
+    Args:
+        tokens: the chunk's.
+        alone: those of its text.
+    """
+    for skipped, added in _SHIFTS:
+        following = tokens[skipped : skipped + EQUAL_TOKENS]
+        if following and following == alone[added : added + EQUAL_TOKENS]:
+            return added - skipped
+    return 0

@@ -92,12 +92,11 @@ class Auditor:
         replies: list[TeacherReply],
     ) -> Audit:
         """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
-        cut = [
-            self.alignment.cut(reply.rollouts, self.alignment.length_of(trajectory.token_ids, chunk, text))
-            for reply, chunk, (_, text) in zip(replies, chunks, texts, strict=True)
-        ]
-        rollouts = [texts_of_chunk for texts_of_chunk, _ in cut]
-        matrix = similarity_matrix([text for _, text in texts], rollouts, self.similarity)
+        chunk_texts = [text for _, text in texts]
+        rollouts, num_short = self.alignment.cut(
+            trajectory.token_ids, chunks, chunk_texts, [reply.rollouts for reply in replies]
+        )
+        matrix = similarity_matrix(chunk_texts, rollouts, self.similarity)
         audits = []
         for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
             if len(answers) < self.settings.min_rollouts:
@@ -111,7 +110,7 @@ class Auditor:
             chunks=tuple(audits),
             num_dropped=len(chunks) - len(audits),
             num_rollouts=sum(map(len, rollouts)),
-            num_short=sum(short for _, short in cut),
+            num_short=num_short,
             usage=sum((reply.usage for reply in replies), Usage()),
             failures=tuple(reply.failure for reply in replies if reply.failure is not None),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from omniopd_trl.accounting.usage import Usage
@@ -16,13 +17,10 @@ from omniopd_trl.teachers.base import Prompt
 class Tokenizer(Protocol):
     """What is needed of the student's tokenizer."""
 
-    @property
-    def all_special_ids(self) -> list[int]: ...
-
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
     def decode(
-        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+        self, token_ids: list[int] | np.ndarray, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> Any: ...
 
 
@@ -72,7 +70,7 @@ class ChunkAudit:
         chunk: where it stands.
         prefix: the student's text before the chunk.
         text: the student's text in the chunk.
-        rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.length_of`).
+        rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.cut`).
         similarities: `phi(text, rollout)` for each rollout, in [0, 1].
         prior: geometric mean probability of the chunk's tokens (Eq. 4).
         posterior: posterior mean (Eq. 5).

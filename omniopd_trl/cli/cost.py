@@ -189,7 +189,7 @@ def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
 
 def _instruction_length(tokenizer: Any) -> int:
     """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
-    from omniopd_trl.teachers.instruct.repair import render_messages
+    from omniopd_trl.teachers.instruct.prompt import render_messages
 
     messages = render_messages("", "So the")
     if tokenizer is None:

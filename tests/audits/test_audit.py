@@ -3,6 +3,9 @@
 """From a trajectory to posteriors: what the teacher is asked, how its rollouts are cut, and what is dropped."""
 
 import asyncio
+import functools
+import itertools
+import json
 import math
 import threading
 import time
@@ -10,11 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
@@ -68,6 +72,13 @@ def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> Tr
     return Trajectory("What?", token_ids, entropy, logprobs, **overrides)
 
 
+def cut(judge: Auditor, text: str, rollouts: list[Rollout]) -> tuple[list[str], int]:
+    """Rollouts cut to the length of a text of the student, and how many are short."""
+    ids = judge.alignment.tokenizer(text, add_special_tokens=False)["input_ids"]
+    (texts,), num_short = judge.alignment.cut(ids, [Chunk(0, len(ids), 0)], [text], [rollouts])
+    return texts, num_short
+
+
 def test_one_audit_by_hand(tiny_tokenizer):
     """Two chunks, three rollouts each: prefixes, similarities, prior and posterior as computed on paper."""
     text = "abcdefghijklmnop"  # one token for each letter
@@ -96,42 +107,52 @@ def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
     """A rollout that goes on is cut, one that ended by itself stays, one that was cut off too soon is counted."""
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
     rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
-    assert judge.alignment.cut(rollouts, 4) == (["abcd", "ab", "abc", "abcd"], 1)
-    assert judge.alignment.cut([], 4) == ([], 0)
+    assert cut(judge, "wxyz", rollouts) == (["abcd", "ab", "abc", "abcd"], 1)
+    assert cut(judge, "wxyz", []) == ([], 0)
     words = " First we add 3 and 4. So Tom has 7 apples."
     ids = tiny_tokenizer(words, add_special_tokens=False)["input_ids"]
     assert len(ids) < len(words), "no token is longer than a character: the test shows nothing"
-    assert judge.alignment.cut([Rollout(words)], 5)[0] == [tiny_tokenizer.decode(ids[:5])]
+    assert cut(judge, " wxyz", [Rollout(words)])[0] == [tiny_tokenizer.decode(ids[:5])]
 
 
 LINES = " ".join(STUDENT_LINES)
 
 
 def llama_style_tokenizer(normalizer):
-    """BPE over "▁", where a space is prepended to every text by the normalizer, as in Llama 2, or by the splitting."""
+    """BPE over "▁", where a space is prepended to every text by the normalizer, as in Llama 2, or by the splitting.
+
+    Characters that it does not know are bytes.
+    """
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.normalizer, trained.pre_tokenizer = normalizer, metaspace
-    special = ["<unk>", "</s>"]
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trained.train_from_iterator(
-        STUDENT_LINES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        STUDENT_LINES, trainers.BpeTrainer(vocab_size=556, special_tokens=special, show_progress=False)
     )
+    model = json.loads(trained.to_str())["model"]
+    # Built again: the trainer's special tokens would be found in texts, and skipped when they are decoded.
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, metaspace
     if normalizer is not None:
-        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     # As these tokenizers decode: the first space is taken away, whether somebody wrote it or not.
-    trained.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", eos_token="</s>")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def llama_2():
+    """`llama_style_tokenizer` with the normalizer of Llama 2."""
+    return llama_style_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(
-            lambda: llama_style_tokenizer(
-                normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-            ),
-            id="normalizer",
-        ),
+        pytest.param(llama_2, id="normalizer"),
         pytest.param(lambda: llama_style_tokenizer(None), id="metaspace"),
         pytest.param(None, id="byte-level"),
         pytest.param(lambda: AutoTokenizer.from_pretrained(asset_path("student")), id="demo"),
@@ -147,32 +168,77 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
         chunk = Chunk(start, start + 8, start)
         prefix, text = judge.alignment.split_texts(ids, [chunk])[0]
         goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
-        length = judge.alignment.length_of(ids, chunk, text)
-        (rollout,), short = judge.alignment.cut([Rollout(goes_on, "length")], length)
-        if exact(text, rollout) != 1.0 or short:
-            wrong.append((text, rollout))
-        # One that was cut off within the chunk is short, and one that was cut off at its end is not.
-        assert judge.alignment.cut([Rollout(text, "length")], length)[1] == 0
+        # Some services trim the continuation. One that was cut off at the chunk's end is not short.
+        rollouts = [
+            Rollout(written, "length") for written in (goes_on, goes_on.lstrip(), text, "\n" + goes_on.lstrip())
+        ]
+        (texts,), short = judge.alignment.cut(ids, [chunk], [text], [rollouts])
+        if any(exact(text, rollout) != 1.0 for rollout in texts) or short:
+            wrong.append((text, texts))
+        assert texts[0] == text
+        # One that was cut off within the chunk is.
         shorter = judge.alignment.split_texts(ids, [Chunk(start, start + 6, start)])[0][1]
-        assert judge.alignment.cut([Rollout(shorter, "length")], length)[1] == 1
+        assert judge.alignment.cut(ids, [chunk], [text], [[Rollout(shorter, "length")]])[1] == 1
     assert wrong == []
     assert len(ids) > 48, "too few positions"
 
 
-def test_the_length_of_a_chunk(tiny_tokenizer):
-    """Its own number of tokens, the end of the sequence included; its text's alone where a space is prepended."""
-    prepends = llama_style_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
-    for tokenizer, more in ((tiny_tokenizer, 0), (prepends, 1)):
-        ids = [*tokenizer(LINES, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        judge = auditor(tokenizer, ScriptedTeacher(["x"]))
-        chunk = Chunk(len(ids) - 6, len(ids), len(ids) - 6)
-        text = judge.alignment.split_texts(ids, [chunk])[0][1]
-        assert text.startswith(" ")
-        assert judge.alignment.length_of(ids, chunk, text) == 6 + more
-        # Tokens that nobody's tokenizer would make of the text stay what they are without the space.
-        if not more:
-            letters = [i for letter in "Tom has" for i in tokenizer(letter)["input_ids"]]
-            assert judge.alignment.length_of(letters, Chunk(0, 7, 0), "Tom has") == 7
+@pytest.mark.parametrize("make", [llama_2, None], ids=["llama-2", "byte-level"])
+def test_tokens_without_a_text_count(make, tiny_tokenizer):
+    """The student ends its turn, or writes bytes that are no characters: a teacher that continues differs from it."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    judge = auditor(tokenizer, ScriptedTeacher(["x"]))
+    chunk = Chunk(20, 28, 20)
+    continuation = tokenizer.decode(ids)[len(judge.alignment.split_texts(ids, [chunk])[0][0]) :]
+    *_, first, second, _ = tokenizer("漢", add_special_tokens=False)["input_ids"]
+    for tokens in ([tokenizer.eos_token_id], [first] * 4, [first, second]):
+        written = [*ids[: 28 - len(tokens)], *tokens]
+        text = judge.alignment.split_texts(written, [chunk])[0][1]
+        rollouts = [[Rollout(text), Rollout(continuation)]]
+        ((ended, continued),), _ = judge.alignment.cut(written, [chunk], [text], rollouts)
+        assert ended == text
+        assert continued == judge.alignment.split_texts(ids, [chunk])[0][1] != text
+
+
+def test_other_tokens_than_the_tokenizers_count_as_they_are(tiny_tokenizer):
+    """A student may write letter by letter: the chunk's own number of tokens is what a rollout may have."""
+    letters = [i for letter in "Tom has 12 apples" for i in tiny_tokenizer(letter)["input_ids"]]
+    ids = tiny_tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    assert len(letters) > len(tiny_tokenizer("Tom has 12 apples")["input_ids"]) + 4
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    chunk = Chunk(0, len(letters), 0)
+    (rollout,), _ = judge.alignment.cut(letters, [chunk], ["Tom has 12 apples"], [[Rollout(LINES)]])
+    assert rollout == [tiny_tokenizer.decode(ids[: len(letters)])]
+
+
+@pytest.mark.parametrize("make", [llama_2, None], ids=["llama-2", "byte-level"])
+def test_a_chunk_that_begins_inside_a_character(make, tiny_tokenizer):
+    """Its text begins with the whole character, and so does a rollout of as many tokens."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    text = "Tom has 漢字 is 12 apples and 😀 so on"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    judge = auditor(tokenizer, ScriptedTeacher(["x"]))
+    for start in range(len(ids) - 10):
+        chunk = Chunk(start, start + 8, start)
+        prefix, expected = judge.alignment.split_texts(ids, [chunk])[0]
+        rollouts = [Rollout(text[len(prefix) :]), Rollout(text[len(prefix) :].lstrip())]
+        (texts,), _ = judge.alignment.cut(ids, [chunk], [expected], [rollouts])
+        assert [rollout.strip() for rollout in texts] == [expected.strip()] * 2
+
+
+def test_white_space_before_a_rollout_does_not_move_its_end(tiny_tokenizer):
+    """It stays in the text. A chunk that is nothing but white space is another chunk than a text after white space."""
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
+    for chunk in ("\n\nTom has 3", " apples and", "es and pears"):
+        texts, _ = cut(judge, chunk, [Rollout(space + LINES) for space in ("", " ", "\n", "\n\n  ")])
+        (end,) = {text.lstrip() for text in texts}
+        assert LINES.startswith(end)
+        assert texts == [space + end for space in ("", " ", "\n", "\n\n  ")]
+    texts, _ = cut(judge, "\n" * 8, [Rollout(LINES), Rollout("\n" * 20)])
+    assert texts[0].strip()
+    assert not texts[1].strip()
+    assert cut(judge, "Tom has", [Rollout(" \n")])[0] == [" \n"]
 
 
 def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_came(tiny_tokenizer):
@@ -213,16 +279,81 @@ def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
     assert judge.alignment.split_texts(ids, [Chunk(0, len(ids), 0)])[0] == ("", text)
 
 
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), ids=st.lists(st.integers(0, 299), min_size=1, max_size=30))
-def test_any_tokens_split_into_texts_that_join(tiny_tokenizer, data, ids):
-    """Whatever a student writes, invalid UTF-8 included, prefix and chunk join to its own text."""
-    start = data.draw(st.integers(0, len(ids) - 1))
-    end = data.draw(st.integers(start + 1, len(ids)))
-    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
-    prefix, chunk = judge.alignment.split_texts(ids, [Chunk(start, end, start)])[0]
-    whole = tiny_tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert prefix + chunk == whole.rstrip("\ufffd")
+class Counting:
+    """A tokenizer that notes how many tokens it decodes at a time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, []
+
+    def decode(self, token_ids, **kwargs):
+        self.decoded.append(len(token_ids))
+        return self.tokenizer.decode(token_ids, **kwargs)
+
+
+def word_piece():
+    """As BERT's: a space before each token that does not begin with "##", and none before a full stop."""
+    words = ["[UNK]", "[SEP]", "the", "angle", "##s", "are", "##n", "'", "t", ".", ",", "12", "##0", "é", "漢", "##字"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", sep_token="[SEP]")
+
+
+def metaspace():
+    """As T5's: the decoder takes away the first space."""
+    tokenizer = llama_style_tokenizer(None)
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+TOKENIZERS = {"llama-2": llama_2, "metaspace": metaspace, "word-piece": word_piece}
+TOKENIZERS = {name: functools.cache(make) for name, make in TOKENIZERS.items()}
+WRITTEN = st.sampled_from(
+    [" Tom has", "12", ".", "\n", "é", "漢字", "漢字漢字漢字", "😀😀😀", "the angles aren't", "s"]
+)
+
+
+@pytest.mark.parametrize("name", ["byte-level", *TOKENIZERS])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_incremental_texts_are_those_of_whole_decoding(tiny_tokenizer, name, data):
+    """Whatever a student writes: at every cut the text is that of all tokens before it, and prefix and chunk join.
+
+    Characters may be cut anywhere, bytes need not be characters, and special tokens may stand anywhere.
+    """
+    tokenizer = tiny_tokenizer if name == "byte-level" else TOKENIZERS[name]()
+    one = st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
+    text = WRITTEN.map(lambda written: tokenizer(written, add_special_tokens=False)["input_ids"])
+    pieces = st.one_of(one, st.sampled_from(tokenizer.all_special_ids).map(lambda token: [token]), text, text)
+    drawn = data.draw(st.lists(st.one_of(pieces, pieces.map(lambda tokens: tokens[:-1])), max_size=12))
+    ids = [token for tokens in drawn for token in tokens]
+    assume(ids)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), min_size=2, max_size=12)) | {len(ids)})
+    chunks = [Chunk(start, end, start) for start, end in itertools.pairwise(cuts)]
+
+    def whole(end):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")
+
+    texts = auditor(tokenizer, ScriptedTeacher(["x"])).alignment.split_texts(ids, chunks)
+    for chunk, (prefix, text) in zip(chunks, texts, strict=True):
+        assert prefix + text == whole(chunk.end)
+        assert whole(chunk.start).startswith(prefix)
+        assert prefix == whole(chunk.start) or not whole(chunk.end).startswith(whole(chunk.start))
+
+
+def test_decoders_that_look_further_than_their_neighbours(tiny_tokenizer):
+    """Of Llama 2, one wrong byte spoils all bytes beside it, and each text is decoded whole; otherwise none is."""
+    text = "Tom has 漢字漢字漢字 and"
+    for tokenizer, falls_back in ((tiny_tokenizer, False), (llama_2(), True)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends = list(range(2, len(ids)))
+        counting = Counting(tokenizer)
+        pairs = Alignment(counting).split_texts(ids, [Chunk(*cut, cut[0]) for cut in itertools.pairwise(ends)])
+        assert [text.startswith(prefix + chunk) for prefix, chunk in pairs] == [True] * len(pairs)
+        assert (counting.decoded[-len(ends) :] == ends) == falls_back
+        if not falls_back:
+            assert len(counting.decoded) == 2 * len(ends) + 1
+            assert max(counting.decoded[:-1]) <= DECODING_CONTEXT + 3  # the last one is the check of all
 
 
 def test_merged_chunks_ask_for_as_many_tokens_as_the_longest_needs(tiny_tokenizer):

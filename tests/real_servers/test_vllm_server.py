@@ -15,7 +15,8 @@ from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.teachers import Prefix
-from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.teachers.instruct.repair import repair
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from tests.real_servers.questions import (
@@ -96,13 +97,17 @@ def test_instructed_answers_are_repaired(local, teacher_of):
     prefixes = [Prefix(p.prompt, p.completion + a[:24]) for p, a in zip(prefixes, answers_to(prefixes), strict=True)]
     prefixes += awkward()
     answers = answers_to(prefixes)
-    expected = [repair(prefix.completion, answer) for prefix, answer in zip(prefixes, answers, strict=True)]
+    expected = [
+        repair(prefix.completion, answer, prefix.prompt) for prefix, answer in zip(prefixes, answers, strict=True)
+    ]
     assert any(repaired.text != answer for repaired, answer in zip(expected, answers, strict=True))
 
     teacher = teacher_of(continuation="instruct")
     replies = [reply for (reply,) in ask(teacher, [[prefix] for prefix in prefixes], **GREEDY)]
     assert [[r.text for r in reply.rollouts] for reply in replies] == [[e.text] if e.text else [] for e in expected]
-    assert [reply.outcomes.get("restarted", 0) for reply in replies] == [int(e.restarted) for e in expected]
+    assert [reply.outcomes.get("restarted", 0) for reply in replies] == [
+        int(e.outcome == "restarted") for e in expected
+    ]
     for prefix, reply in zip(prefixes, replies, strict=True):
         read = Prefix(render_messages(prefix.prompt, prefix.completion))
         assert reply.usage.prompt_tokens == len(local.encode(read))

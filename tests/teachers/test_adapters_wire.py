@@ -476,6 +476,29 @@ class TestEverywhere:
                 (reply,) = ask(teacher, Prefix("3 + 4", " ="), num_samples=2)
                 assert len(reply.rollouts) == 2
 
+    @pytest.mark.parametrize(
+        ("text", "outcome", "kept"),
+        [
+            ("Sure! Here is the continuation:\n\nof each bag, which is 12.", None, "of each bag, which is 12."),
+            ("Each bag holds 4 apples.", "restarted", "Each bag holds 4 apples."),
+            ("I'm sorry, but I can't help with that.", "refused", None),
+            ("Sure, here is the continuation:\n", "empty", None),
+        ],
+        ids=["wrapped", "restarted", "refused", "empty"],
+    )
+    def test_instructed_answers(self, service, monkeypatch, text, outcome, kept):
+        """They are repaired. A refusal in words and an answer of nothing else are counted, and are no rollouts."""
+        monkeypatch.setattr(wire, "text_of", lambda prompt, index: text)
+        problem = [{"role": "user", "content": "Each bag holds 4 apples. How many apples do 3 bags hold?"}]
+        with Loopback(service.answer) as server:
+            teacher = teacher_of(service, server, continuation="instruct")
+            prefix = Prefix(problem, "First we count the bags, there are 3 of them. Then we count the apples")
+            (reply,) = ask(teacher, prefix, num_samples=2)
+        assert [rollout.text for rollout in reply.rollouts] == ([] if kept is None else [kept] * 2)
+        counts = {name: n for name, n in reply.outcomes.items() if name not in ("requests", "retries")}
+        assert counts == ({} if outcome is None else {outcome: 2})
+        assert (f"a sample was {outcome}" in (reply.failure or "")) == (kept is None)
+
     def test_probe_inside_a_loop(self, service):
         """A notebook has a loop already."""
 

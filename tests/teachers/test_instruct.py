@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from omniopd_trl.errors import DataError
-from omniopd_trl.teachers.instruct.repair import INSTRUCTION, Repaired, describe_end, render_messages, repair
+from omniopd_trl.teachers.instruct.prompt import INSTRUCTION, describe_end, render_messages
+from omniopd_trl.teachers.instruct.repair import Repaired, repair
 from tests.support.instruct_cases import CASES, SOLUTIONS, Case
 
 # Roughly where the tokenizers of open models split: a space belongs to the word behind it, a digit is a token, and the
@@ -78,10 +79,14 @@ def test_a_repaired_answer_is_not_repaired_again(case: Case) -> None:
 
 
 def test_exact_continuations_pass_at_token_boundaries() -> None:
-    """Of true continuations, split wherever a tokenizer would, every one stays as it is and none is a restart."""
+    """Of true continuations, split wherever a tokenizer would, every one stays as it is and none is a restart.
+
+    Also when the service trims it.
+    """
     splits = [(text[:i], text[i:]) for text in SOLUTIONS.values() for i in token_splits(text)]
     assert len(splits) > 1500
-    changed = [(prefix[-30:], rest[:30]) for prefix, rest in splits if repair(prefix, rest) != Repaired(rest)]
+    answers = [(prefix, answer) for prefix, rest in splits for answer in (rest, rest.strip())]
+    changed = [(prefix[-30:], answer[:30]) for prefix, answer in answers if repair(prefix, answer) != Repaired(answer)]
     assert not changed
 
 
@@ -114,9 +119,10 @@ def test_a_short_answer_passes_too(text: str, data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=300)
 @given(TEXTS, st.data())
 def test_a_repeated_beginning_is_dropped(text: str, data: st.DataObject) -> None:
-    """An answer that repeats the whole prefix becomes the true continuation."""
+    """An answer that repeats the whole prefix becomes the true continuation, apart from white space at the joint."""
     split = data.draw(st.sampled_from([i for i in token_splits(text) if len(text[:i].strip()) >= 30]))
-    assert repair(text[:split], text) == Repaired(text[split:])
+    repaired = repair(text[:split], text)
+    assert (repaired.text.lstrip(), repaired.outcome) == (text[split:].lstrip(), "ok")
 
 
 @pytest.mark.parametrize(("names", "rate"), [(PROSE, 0.99), (tuple(SOLUTIONS), 0.94)], ids=["prose", "all"])
@@ -134,24 +140,10 @@ def test_repeated_last_words_are_dropped(names: tuple[str, ...], rate: float) ->
                 continue
             start = words[-source.randint(3, 12)]
             total += 1
-            if repair(text[:split], text[start:]) != Repaired(text[split:]):
+            if repair(text[:split], text[start:]).text.lstrip() != text[split:].lstrip():
                 wrong.append((text[:split][-30:], text[start:][:30]))
     assert total > 400
     assert len(wrong) <= (1 - rate) * total, (len(wrong), total, wrong)
-
-
-def test_missing_spaces_between_signs_are_added() -> None:
-    """Of answers that lack the space of the joint, a third get it back, and nothing else changes."""
-    total, added = 0, 0
-    for text in SOLUTIONS.values():
-        for split in token_splits(text):
-            if text[split] == " " and text[split + 1] != " ":
-                repaired = repair(text[:split], text[split + 1 :])
-                total += 1
-                added += repaired.text == text[split:]
-                assert repaired.text.strip() == text[split:].strip()
-    assert total > 500
-    assert added >= total / 3, (added, total)
 
 
 # ---- Any text ----
@@ -160,18 +152,17 @@ def test_missing_spaces_between_signs_are_added() -> None:
 @settings(deadline=None, max_examples=1000)
 @given(PIECES, PIECES)
 def test_nothing_is_invented(prefix: str, output: str) -> None:
-    """The repair only removes characters, and adds one space at the joint at most. Only rollouts have a text."""
-    text = repair(prefix, output).text
-    assert is_subsequence(text, output) or (text[0] == " " and is_subsequence(text[1:], output))
-    assert bool(text) == (repair(prefix, output).outcome in ("ok", "restarted"))
+    """The repair only removes characters. Only rollouts have a text."""
+    text, outcome = repair(prefix, output)
+    assert is_subsequence(text, output)
+    assert bool(text) == (outcome in ("ok", "restarted"))
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_any_text_is_accepted(prefix: str, output: str) -> None:
     """Whatever the characters are, there is a result, and none of it is invented."""
-    text = repair(prefix, output).text
-    assert is_subsequence(text.removeprefix(" "), output)
+    assert is_subsequence(repair(prefix, output).text, output)
 
 
 def test_a_long_prefix_is_quick() -> None:
@@ -300,9 +291,8 @@ def test_other_content_than_text_is_refused() -> None:
         ("So the ang", 'right after the letter "g" of "ang"'),
         ("It is 12", 'right after the digit "2"'),
         ("It is ", "after a space, which belongs to it"),
-        ("It is.\n", "after one line break"),
-        ("It is.\n\n", "after 2 line breaks"),
-        ("def f():\n    ", "after one line break and 4 white-space characters"),
+        ("It is.\n", "after a line break, which belongs to it"),
+        ("def f():\n    ", "after a line break, which belongs to it"),
         ("It is 12.", 'right after the character "."'),
         ("三角形", 'right after the character "形"'),
     ],

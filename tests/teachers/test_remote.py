@@ -14,7 +14,7 @@ from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
-from omniopd_trl.teachers.instruct.repair import render_messages
+from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote import retries
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, Response
 from omniopd_trl.teachers.remote.failures import (

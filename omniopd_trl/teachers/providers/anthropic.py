@@ -9,7 +9,8 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, common_prefix_length
-from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.teachers.instruct.repair import repair
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
 from omniopd_trl.teachers.remote.failures import (
     Failure,
@@ -149,10 +150,8 @@ def _sample(answer: Any, prefix: Prefix, instructed: bool) -> Sample:
     if not text:
         return Sample("", finish, "empty")
     if instructed:
-        repaired = repair(prefix.completion, text)
-        if not repaired.text:
-            return Sample("", finish, "empty")
-        return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
+        repaired = repair(prefix.completion, text, prefix.prompt)
+        return Sample(repaired.text, finish, repaired.outcome)
     text = without_common_space(prefix.completion, text)
     return Sample(text, finish) if text else Sample("", finish, "empty")
 

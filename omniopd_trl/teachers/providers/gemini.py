@@ -10,7 +10,8 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
-from omniopd_trl.teachers.instruct.repair import render_messages, repair
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.teachers.instruct.repair import repair
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
 from omniopd_trl.teachers.remote.failures import (
     Failure,
@@ -206,10 +207,8 @@ def _sample(candidate: Any, prefix: Prefix, instructed: bool) -> Sample:
         return Sample("", finish, "empty")
     if not instructed:
         return Sample(text, finish)
-    repaired = repair(prefix.completion, text)
-    if not repaired.text:
-        return Sample("", finish, "empty")
-    return Sample(repaired.text, finish, "restarted" if repaired.restarted else "ok")
+    repaired = repair(prefix.completion, text, prefix.prompt)
+    return Sample(repaired.text, finish, repaired.outcome)
 
 
 def _usage(usage: Any) -> Usage | None:

@@ -29,7 +29,7 @@ from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
 from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
-from omniopd_trl.teachers.instruct.repair import INSTRUCTION
+from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
 from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,

@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The request for a continuation, for chat models that do not continue a given beginning."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from omniopd_trl.teachers.base import Prompt, text_of_content
+
+# The same for every request of a run, so that it is the first thing a prompt cache shares.
+INSTRUCTION = """\
+You continue a text. The user message holds a problem (or a conversation that ends with one) and the beginning of a \
+solution to it, the partial solution, each between tags. Write the text that comes immediately next in the solution, \
+as if the partial solution were your own words and you had never stopped writing.
+
+- Start at the exact character where the partial solution stops, even if that is in the middle of a sentence, a word, \
+a number, a formula or a line of code. Start with the space or line break that belongs there, or without one.
+- Do not repeat anything that is already written, and do not start the solution anew.
+- Write only the solution's text: no greeting, no introduction, no comment on the task or on the partial solution, no \
+quotation marks, tags or Markdown fence around your answer.
+- Keep the language, notation, format and style of the partial solution.
+- Go on in its line of thought even where it seems wrong or strange to you; you may notice a mistake only in the way \
+its author would, as part of the solution.
+- When the solution is complete, stop."""
+
+CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f\u0e00-\u0e7f]")
+_PROBLEM, _CONVERSATION, _PARTIAL = "problem", "conversation", "partial_solution"
+
+
+def render_messages(prompt: Prompt, completion: str) -> list[dict[str, str]]:
+    """The messages that ask a chat model for what comes right after `completion`.
+
+    A constant instruction, the problem, the partial solution, and words about where it stops. Two prefixes of one
+    trajectory render alike up to the end of the shorter one, so a prompt cache can serve them.
+
+    Every text is between tags, byte for byte. A tag that a text itself holds gets a number that it does not hold, such
+    as `<problem-2>`. Of the partial solution only the closing tag is numbered after its content.
+
+    Args:
+        prompt: plain text, or chat messages; of the messages a single user turn is the problem, anything longer is
+            rendered as a conversation, turn by turn.
+        completion: the student's text so far; empty asks for the beginning of the solution.
+
+    Returns:
+        A system and a user message; the second one ends like `<partial_solution>So the ang</partial_solution>\\n\\nThe
+        partial solution stops right before ...`.
+
+    Raises:
+        DataError: when a message holds something else than text.
+    """
+    turns = [("user", prompt)] if isinstance(prompt, str) else [role_and_text(message) for message in prompt]
+    texts = [text for turn in turns for text in turn]
+    if len(turns) == 1 and turns[0][0] == "user":
+        tag = _free_tag(_PROBLEM, texts)
+        problem = f"<{tag}>\n{turns[0][1]}\n</{tag}>"
+    else:
+        outer, inner = _free_tag(_CONVERSATION, texts), _free_tag("message", texts)
+        blocks = [f'<{inner} role="{role}">\n{text}\n</{inner}>' for role, text in turns]
+        problem = "\n".join([f"<{outer}>", *blocks, f"</{outer}>"])
+    opening = _free_tag(_PARTIAL, texts)
+    # The closing tag may differ from the opening one, which must not depend on the completion.
+    closing = _free_tag(_PARTIAL, [*texts, completion])
+    text = f"{problem}\n\n<{opening}>{completion}</{closing}>\n\n{describe_end(completion, closing)}"
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+
+
+def describe_end(completion: str, tag: str = _PARTIAL) -> str:
+    """Say in words where a partial solution stops, and what to begin with."""
+    if not completion:
+        return "The partial solution is still empty: write the beginning of the solution, from its first character."
+    stop = f"The partial solution stops right before `</{tag}>`"
+    space, last = completion[len(completion.rstrip()) :], completion[-1]
+    if space:
+        kind = "line break" if "\n" in space else "space"
+        where = f"after a {kind}, which belongs to it"
+        after = "Begin with the next word, number or symbol; do not repeat the white space."
+    elif last.isdigit():
+        where = f'right after the digit "{last}"'
+        after = "If that number is not complete, write its next digit first; if it is, begin with what follows it."
+    elif last.isalpha() and not CJK.match(last):
+        word = re.search(r"[^\W\d_]+\Z", completion[-64:])
+        where = f'right after the letter "{last}" of "{word[0] if word else last}"'
+        after = (
+            "If that is not a whole word, write the rest of the word first; if it is whole, begin with the space or "
+            "the punctuation mark that follows it."
+        )
+    else:
+        where = f'right after the character "{last}"'
+        after = "Begin with what follows it, with a space or a line break first where one belongs."
+    return f"{stop}, {where}. {after} Write only what comes immediately next."
+
+
+def role_and_text(message: dict[str, Any]) -> tuple[str, str]:
+    content = text_of_content(message.get("content"))
+    return str(message.get("role", "user")), "" if content is None else str(content)
+
+
+def _free_tag(name: str, texts: Iterable[str]) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... whose opening and closing tags no text holds."""
+    texts = [text.lower() for text in texts]
+    tag, number = name, 1
+    while any(f"<{tag}" in text or f"</{tag}" in text for text in texts):
+        number += 1
+        tag = f"{name}-{number}"
+    return tag
