@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from omniopd_trl import __version__
+import omniopd_trl
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"omniopd_trl {__version__}")
+    parser.add_argument("--version", action="version", version=f"omniopd_trl {omniopd_trl.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # For the list of commands alone: `main` hands the rest of their command lines on as it stands.
     commands.add_parser("demo", help="train the small student that ships with the package", add_help=False)
