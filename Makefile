@@ -77,8 +77,18 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP)
-	$(BIN)/accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
+# The demo needs no tool of the tests or the docs. Without the environment of `make venv` it gets a smaller one.
+DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
+
+.venv-demo/.installed: pyproject.toml constraints.txt
+	@echo "Installing PyTorch, TRL and math-verify into .venv-demo, which takes a few minutes."
+	$(PYTHON) -m venv .venv-demo
+	@echo '*' > .venv-demo/.gitignore
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	@touch $@
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/omniopd demo
 
 # The tables of the pages are written from the code and from results, then the pages become a site in site/.
 docs: export NO_MKDOCS_2_WARNING := 1
@@ -108,5 +118,6 @@ constraints:
 	rm -rf build/constraints
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) wheels $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site docs/vendor .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-demo wheels $(VLLM_PLUGIN)/build $(VLLM_PLUGIN)/vllm.egg-info build dist site docs/vendor \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,18 +13,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from accelerate.commands.launch import launch_command_parser
 
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
-from omniopd_trl.cli.recipe import (
-    OmniOPDScriptArguments,
-    check_names,
-    check_recipe,
-    make_parser,
-    option_hints,
-    option_names,
-    parse_args,
-)
+from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
+from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
@@ -32,7 +24,7 @@ from tests.support import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
-HINTS = option_hints(make_parser().dataclass_types)
+HINTS = option_hints()
 
 
 class Block(NamedTuple):
@@ -158,8 +150,7 @@ def problems_of(words):
             options = [word[2:].partition("=")[0] for word in words[words.index(module) :] if word.startswith("--")]
             check_names(options, [*HINTS, *(f"no_{name}" for name in HINTS), "config", "help"], "a page")
     if words[:2] == ["omniopd", "train"]:
-        options = launch_options(launch_command_parser())
-        config = split_arguments(words[2:], option_names(HINTS), options).accelerate_config
+        config = split_arguments(words[2:], option_names(HINTS), launch_options()).accelerate_config
         if config is not None:
             resolve_config(config)
     for word in words:

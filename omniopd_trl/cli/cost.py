@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import check_arguments, check_paths, split_config
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,6 +42,13 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
     """
+    # The machine that plans need not be the one that trains, and have a GPU with bf16.
+    arguments = split_config(["--config", options.config, *rest, "--use_cpu", "true"])
+    recipe = check_arguments(arguments)
+    if options.prompt_length is None:
+        check_paths(arguments, recipe, ("model_name_or_path", "dataset_name"))
+    filter_noise(arguments, recipe)
+
     from transformers.utils import logging
 
     from omniopd_trl.accounting.forecast import forecast
@@ -48,8 +57,6 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.teachers.options import TeacherOptions
 
     logging.set_verbosity_error()
-    # The machine that plans need not be the one that trains, and have a GPU with bf16.
-    arguments = ["--config", options.config, *rest, "--use_cpu", "true"]
     script_args, args, model_args, dataset_args = parse_args(arguments)
     teacher = args.teacher_model_name_or_path
     if model_args.model_name_or_path is None or teacher is None:
@@ -153,7 +160,7 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
         raise DataError(
             f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
             f"({str(error).splitlines()[0]}). Check `model_name_or_path`; without a network, the tokenizer must be in "
-            "a local folder or in the cache."
+            "a local folder or in the cache, or `--prompt_length` says how long a prompt is on average."
         ) from error
 
 

@@ -8,6 +8,7 @@ What can be checked without a model is checked here, once, before any process is
 """
 
 import argparse
+import ast
 import os
 import signal
 import subprocess
@@ -15,17 +16,25 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import (
+    check_arguments,
+    check_names,
+    check_paths,
+    option_hints,
+    option_name,
+    option_names,
+    package_tree,
+    split_config,
+)
+from omniopd_trl.cli.recipes import FOLDER
 from omniopd_trl.errors import ConfigError, import_extra
 
 MODULE = "omniopd_trl.train"
-# Beside the modules in an installed package; in a clone, with the recipes.
-_FOLDERS = (
-    Path(__file__).parents[1] / "accelerate_configs",
-    Path(__file__).parents[2] / "recipes" / "accelerate_configs",
-)
 # Options of `accelerate launch` that are the command's own, and what to do instead.
 _OURS = {
     "config_file": "Name the file with `--accelerate_config`; the recipe with `--config`.",
@@ -37,8 +46,7 @@ _SHORT = {"-h": "--help", "-q": "--quiet", "-t": "--tee"}
 
 def config_files() -> dict[str, Path]:
     """The configurations of accelerate that ship with the package, by name."""
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((FOLDER / "accelerate_configs").glob("*.yaml"))}
 
 
 def resolve_config(value: str) -> Path:
@@ -80,7 +88,7 @@ def make_help() -> str:
             f"Train a student from a recipe: `accelerate launch -m {MODULE}`, with configurations by name.",
             "",
             "  --config RECIPE",
-            "      the recipe, a YAML file of options such as recipes/demo.yaml",
+            "      the recipe, a YAML file of options; `omniopd recipes` lists those that ship with the package",
             "  --accelerate_config NAME_OR_PATH",
             "      how to launch, a file of `accelerate config` or one of these names. Without it accelerate's",
             "      default configuration counts, and else one process per GPU",
@@ -100,14 +108,18 @@ def make_help() -> str:
     )
 
 
-def launch_options(parser: argparse.ArgumentParser) -> dict[str, bool]:
-    """Options of `accelerate launch` by name, and whether a value follows."""
-    return {
-        option[2:].replace("-", "_"): action.nargs != 0
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--")
-    }
+@cache
+def launch_options() -> dict[str, bool]:
+    """Options of `accelerate launch` by name, and whether a value follows, without an import of accelerate."""
+    options: dict[str, bool] = {}
+    for node in ast.walk(package_tree("accelerate", "commands/launch.py")):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            action = next((ast.unparse(k.value) for k in node.keywords if k.arg == "action"), "")
+            has_value = not action.strip("'\"").startswith(("store_", "help"))
+            for name in node.args:
+                if isinstance(name, ast.Constant) and str(name.value).startswith("--"):
+                    options[str(name.value)[2:].replace("-", "_")] = has_value
+    return options
 
 
 class Split(NamedTuple):
@@ -129,8 +141,6 @@ def split_arguments(arguments: Iterable[str], names: Sequence[str], options: Map
     Raises:
         ConfigError: for an option that neither knows, and one without its value.
     """
-    from omniopd_trl.cli.recipe import check_names, option_name
-
     config: str | None = None
     launch: list[str] = []
     training: list[str] = []
@@ -176,21 +186,23 @@ def train(arguments: Sequence[str]) -> int:
         sys.stdout.write(make_help())
         return 0 if arguments else 2
 
+    # What needs no import of torch, TRL or accelerate comes first.
+    value, launch, training = split_arguments(split_config(arguments), option_names(option_hints()), launch_options())
+    recipe = check_arguments(training)
+    check_paths(training, recipe)
+    path = None if value is None else resolve_config(value)
+    filter_noise(training, recipe)
+
     from accelerate.commands.launch import launch_command_parser
 
-    from omniopd_trl.cli.recipe import make_parser, option_hints, option_name, option_names, split_config
+    from omniopd_trl.cli.recipe import make_parser
 
     parser = make_parser(prog="omniopd train")
-    hints = option_hints(parser.dataclass_types)  # type: ignore[attr-defined]
     launch_parser = launch_command_parser()
     # The generated usage line would list some two hundred options.
     launch_parser.prog, launch_parser.usage = "omniopd train", parser.usage
-    value, launch, training = split_arguments(
-        split_config(arguments), option_names(hints), launch_options(launch_parser)
-    )
-    _check_training(parser, hints, training)
+    _check_training(parser, recipe, training)
 
-    path = None if value is None else resolve_config(value)
     config = None if path is None else _load(path)
     if path is not None:
         launch = ["--config_file", str(path), *launch]
@@ -208,14 +220,11 @@ def train(arguments: Sequence[str]) -> int:
     return _launch(args)
 
 
-def _check_training(parser: argparse.ArgumentParser, hints: Mapping[str, Any], training: Sequence[str]) -> None:
-    """Refuse what every process would refuse after half a minute of its own: names, types and stray words.
+def _check_training(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], training: Sequence[str]) -> None:
+    """Refuse values and stray words that every process would refuse after it has imported TRL.
 
     What settings mean together is left to the processes, since it may need the device.
     """
-    from omniopd_trl.cli.recipe import check_arguments
-
-    recipe = check_arguments(training, hints)
     parser.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "env"})  # type: ignore[attr-defined]
     position = training.index("--config") if "--config" in training else len(training)
     _, strays = parser.parse_known_args([*training[:position], *training[position + 2 :]])

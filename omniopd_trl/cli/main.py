@@ -8,7 +8,7 @@ says what a recipe will ask of its teacher, in tokens and dollars, before anythi
 
     omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
-trains, on as many processes as there are GPUs.
+trains, on as many processes as there are GPUs. `omniopd demo` runs the demo, `omniopd recipes` lists the recipes.
 """
 
 import argparse
@@ -17,7 +17,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import omniopd_trl
 from omniopd_trl.cli.cost import cost
+from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 
@@ -26,9 +28,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"omniopd_trl {omniopd_trl.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # For the list of commands alone: `main` hands the rest of its command line on as it stands.
+    # For the list of commands alone: `main` hands the rest of their command lines on as it stands.
+    commands.add_parser("demo", help="train the small student that ships with the package", add_help=False)
     commands.add_parser("train", help="train a student, on one process or several", add_help=False)
+    listing = commands.add_parser(
+        "recipes",
+        help="list the recipes that ship with the package, or copy one",
+        description="List the recipes that ship with the package, or copy one into the current folder.",
+        allow_abbrev=False,
+    )
+    listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     cost = commands.add_parser(
         "cost",
         help="forecast what a recipe asks of its teacher",
@@ -135,8 +146,16 @@ def main(args: Sequence[str] | None = None) -> int:
             from omniopd_trl.cli.launch import train
 
             return train(arguments[1:])
-        options, rest = make_parser().parse_known_args(arguments)
-        cost(options, rest)
+        if arguments[:1] == ["demo"]:
+            return demo(arguments[1:])
+        parser = make_parser()
+        options, rest = parser.parse_known_args(arguments)
+        if options.command == "recipes":
+            if rest:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            recipes(options.name)
+        else:
+            cost(options, rest)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 128 + signal.SIGINT

@@ -20,12 +20,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trl import DatasetMixtureConfig, ModelConfig
-
-from omniopd_trl.cli.recipe import OmniOPDScriptArguments, load_splits, parse_args
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, split_config
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
 
 if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from omniopd_trl.cli.recipe import OmniOPDScriptArguments
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 
@@ -103,10 +105,10 @@ def summarize(
 
 
 def main(
-    script_args: OmniOPDScriptArguments,
+    script_args: "OmniOPDScriptArguments",
     training_args: "OmniOPDConfig",
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
+    model_args: "ModelConfig",
+    dataset_args: "DatasetMixtureConfig",
 ) -> None:
     """Train, evaluate, save, push, and print what it gained.
 
@@ -126,6 +128,7 @@ def main(
     from datasets import IterableDataset
     from trl import get_peft_config, get_quantization_config
 
+    from omniopd_trl.cli.recipe import load_splits
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
@@ -296,7 +299,16 @@ def run(args: Sequence[str] | None = None) -> int:
     """
     parsed = None
     try:
-        parsed = parse_args(args)
+        arguments = split_config(sys.argv[1:] if args is None else args)
+        # What needs no import of torch and TRL comes first, since that takes many seconds.
+        recipe = check_arguments(arguments)
+        check_paths(arguments, recipe)
+        apply_env(recipe)
+        filter_noise(arguments, recipe)
+
+        from omniopd_trl.cli.recipe import parse_args
+
+        parsed = parse_args(arguments)
         main(*parsed)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", "0")) == 0:

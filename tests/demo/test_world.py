@@ -295,6 +295,7 @@ class TestTheDemoTeaches:
     @staticmethod
     def run(seed, shuffled, folder):
         from omniopd_trl.cli import train
+        from omniopd_trl.cli.recipe import parse_args
         from omniopd_trl.trainer import omniopd_trainer
 
         assert omniopd_trainer.OmniOPDTrainer.__module__ == "omniopd_trl.trainer.omniopd_trainer", (
@@ -319,9 +320,8 @@ class TestTheDemoTeaches:
         options = ["--seed", str(seed), "--output_dir", str(folder), "--evaluate_teacher", "false"]
         # Undone after each run: the classes of the next run derive from the real trainer, not from these.
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
             patch.setattr(omniopd_trainer, "OmniOPDTrainer", Shuffled if shuffled else Watched)
-            train.main(*train.parse_args(["--config", "recipes/demo.yaml", *options]))
+            train.main(*parse_args(["--config", str(ROOT / "recipes" / "demo.yaml"), *options]))
         scores = [entry["eval_pass@1"] for entry in trainers[0].state.log_history if "eval_pass@1" in entry]
         print(f"seed {seed}, {'shuffled' if shuffled else 'recipe'}: {scores[0]:.3f} -> {scores[-1]:.3f}")  # noqa: T201
         return scores[0], scores[-1]

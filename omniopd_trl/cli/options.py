@@ -1,0 +1,347 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a recipe and of the command line, and the checks that need neither torch nor TRL.
+
+The names and types of the options are read from the source files of the installed packages. A mistyped key is then
+refused in less than a second (an import of TRL takes many), and the check follows the versions that are installed.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.demo import ASSETS, asset_path
+from omniopd_trl.errors import ConfigError, DataError
+
+# The dataclasses that make the parser, and those that they inherit from: package and file of each.
+_FILES = {
+    "OmniOPDScriptArguments": ("omniopd_trl", "cli/recipe.py"),
+    "ScriptArguments": ("trl", "scripts/utils.py"),
+    "OmniOPDConfig": ("omniopd_trl", "trainer/omniopd_config.py"),
+    "DistillationConfig": ("trl", "trainer/distillation_config.py"),
+    "_BaseConfig": ("trl", "trainer/base_config.py"),
+    "TrainingArguments": ("transformers", "training_args.py"),
+    "ModelConfig": ("trl", "trainer/model_config.py"),
+    "DatasetMixtureConfig": ("trl", "scripts/utils.py"),
+}
+_PARSED = ("OmniOPDScriptArguments", "OmniOPDConfig", "ModelConfig", "DatasetMixtureConfig")
+
+# Options that name a model or a dataset.
+_LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
+_DATA_FILES = (".json", ".jsonl", ".parquet")
+_DEMO = "demo:"
+
+_BOOLEANS = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # as TRL's parser reads them
+
+
+class _SourceChanged(Exception):
+    """A file of an installed package does not look as expected."""
+
+
+@cache
+def option_hints() -> dict[str, Any]:
+    """The type of each option of a recipe, by name.
+
+    Read from the source files. Where these have another form than expected (a version that is not known yet), from the
+    dataclasses themselves, which takes the seconds that importing TRL takes.
+    """
+    hints: dict[str, Any] = {}
+    try:
+        for name in _PARSED:
+            hints |= _hints_in_source(name)
+    except _SourceChanged:
+        from omniopd_trl.cli.recipe import dataclass_types
+
+        hints = hints_of(dataclass_types())
+    # Declared as a text; the Trainer, and this command, take `true` as well.
+    return hints | {"resume_from_checkpoint": str | bool | None}
+
+
+def hints_of(dataclass_types: Iterable[type]) -> dict[str, Any]:
+    """The type of each option, by name, from dataclasses."""
+    hints: dict[str, Any] = {}
+    for dataclass_type in dataclass_types:
+        own = typing.get_type_hints(dataclass_type)
+        hints.update({item.name: own[item.name] for item in fields(dataclass_type) if item.init})
+    return hints
+
+
+def package_tree(package: str, file: str) -> ast.Module:
+    """The syntax tree of a file of an installed package, which is not imported.
+
+    Raises:
+        _SourceChanged: when there is no such file.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec is not None else None) or []
+    for folder in folders:
+        path = Path(folder) / file
+        if path.is_file():
+            return ast.parse(path.read_text(encoding="utf-8"))
+    raise _SourceChanged(f"{package}/{file}")
+
+
+def _hints_in_source(name: str) -> dict[str, Any]:
+    """Types of the fields of a dataclass and of those that it inherits from."""
+    if name not in _FILES:
+        raise _SourceChanged(name)
+    node = next((n for n in package_tree(*_FILES[name]).body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    if node is None:
+        raise _SourceChanged(name)
+    hints: dict[str, Any] = {}
+    for base in node.bases:
+        hints |= _hints_in_source(ast.unparse(base))
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not _is_no_option(item):
+            hints[item.target.id] = _evaluate(item.annotation)
+    return hints
+
+
+def _is_no_option(item: ast.AnnAssign) -> bool:
+    return ast.unparse(item.annotation).startswith(("ClassVar", "typing.ClassVar")) or (
+        isinstance(item.value, ast.Call)
+        and any(k.arg == "init" and ast.unparse(k.value) == "False" for k in item.value.keywords)
+    )
+
+
+class _Names(dict[str, Any]):
+    """What annotations may name. Any other class, such as an enumeration, is written as a text."""
+
+    def __missing__(self, name: str) -> type:
+        return type(name, (str,), {"__module__": ""})
+
+
+def _evaluate(annotation: ast.expr) -> Any:
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    plain: dict[str, Any] = {kind.__name__: kind for kind in (str, int, float, bool, list, dict, tuple, set)}
+    names = _Names(plain | {name: getattr(typing, name) for name in ("Any", "Optional", "Union", "Literal")})
+    code = compile(ast.Expression(annotation), "<annotation>", "eval")
+    try:
+        return eval(code, {"__builtins__": {}}, names)
+    except (TypeError, AttributeError) as error:
+        raise _SourceChanged(ast.unparse(annotation)) from error
+
+
+def describe_type(hint: Any) -> str:
+    """A type as it is written in a source file, without modules."""
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return re.sub(r"(?:\w+\.|(?<![\w.])\.)+(?=\w)", "", text)
+
+
+def split_config(args: Iterable[str]) -> list[str]:
+    """The command line with `--config=x.yaml` as two words, since TRL knows `--config x.yaml` only."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+
+
+def option_names(hints: Mapping[str, Any]) -> list[str]:
+    """Every name that the command line may hold after `--`."""
+    return [*hints, *(f"no_{name}" for name in hints), "config", "help"]
+
+
+def option_name(argument: str) -> str:
+    """The name in `--name`, `--name=value` or `--na-me`, as Python spells it."""
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Refuse options that do not exist, on the command line or in the recipe that it names.
+
+    Args:
+        arguments: the command line, from [`split_config`].
+
+    Returns:
+        The recipe; empty when none is named.
+
+    Raises:
+        ConfigError: names what is wrong, and the next step.
+    """
+    hints = option_hints()
+    if arguments and not arguments[0].startswith("-"):
+        advice = f"Name the recipe with `--config {arguments[0]}`." if arguments[0].endswith((".yaml", ".yml")) else ""
+        advice = advice or "`--help` says what can be given."
+        raise ConfigError(f"`{arguments[0]}` belongs to no option (in the command line). {advice}")
+    options = [argument for argument in arguments if argument.startswith("--")]
+    check_names(map(option_name, options), option_names(hints), "the command line")
+    if "--config" not in arguments:
+        return {}
+    position = arguments.index("--config") + 1
+    if position == len(arguments):
+        raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
+    return check_recipe(arguments[position], hints)
+
+
+def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        ConfigError: names the option, and the most similar one that exists.
+    """
+    for name in names:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean `{similar[0]}`?" if similar else "`--help` lists the options."
+            if name.endswith(("api_key", "api_token")):
+                advice = "Keys are read from the environment (docs/teachers.md), never from an option."
+            raise ConfigError(f"There is no option `{name}` (in {where}). {advice}")
+
+
+def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse a recipe with unknown keys, or with values of the wrong type, which the parser takes as they are.
+
+    A text counts as what the parser makes of it, as on the command line: `1e-6` is a text in YAML 1.1.
+
+    Args:
+        path: of the YAML file.
+        hints: the type of each option.
+
+    Returns:
+        The recipe, as YAML reads it.
+
+    Raises:
+        ConfigError: names the key, the value, and what it must be.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"The recipe {path!r} must be a YAML mapping of options to values, such as `beta: 0.1`.")
+    check_names([str(key) for key in recipe], [*hints, "env"], path)
+    env = recipe.get("env", {})
+    if not isinstance(env, dict) or any(isinstance(value, (dict, list)) for value in env.values()):
+        raise ConfigError(
+            f"`env` is {env!r} in {path}; it must be a mapping of environment variables to their values."
+        )
+    for key, value in recipe.items():
+        if key != "env" and not _fits(value, hints[key]):
+            expected = describe_type(hints[key])
+            advice = ""
+            if isinstance(value, bool):
+                advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
+            raise ConfigError(
+                f"`{key}` is {value!r} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
+            )
+    return recipe
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that YAML read can be one of type `hint`."""
+    if hint is Any:
+        return True
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            return True
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if isinstance(value, str) and hint in (int, float, bool):
+        return _converts(value, hint)
+    if isinstance(value, str):
+        return True
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    kind = origin or hint
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float)
+    return isinstance(value, kind)
+
+
+def _converts(text: str, kind: type) -> bool:
+    if kind is bool:
+        return text.lower() in _BOOLEANS
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def settings_of(arguments: Sequence[str], recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The values of some options, each from the command line or else from the recipe."""
+    settings = {name: recipe.get(name) for name in names}
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--") and option_name(name) in settings:
+            settings[option_name(name)] = value if equals else next(iter(arguments[i + 1 : i + 2]), None)
+    return settings
+
+
+def check_paths(arguments: Sequence[str], recipe: Mapping[str, Any], options: Iterable[str] = _LOADED) -> None:
+    """Refuse models and datasets that are meant as files or folders and do not exist.
+
+    A name is meant as a path if it starts with `/`, `.` or `~`, has more than one `/`, or ends as a data file does. A
+    name with one `/` is not, even beside a folder of its first part: `Qwen/Qwen3-32B` may be on the Hub while a folder
+    `Qwen` holds another model.
+
+    Args:
+        arguments: the command line, from [`split_config`].
+        recipe: from [`check_arguments`].
+        options: those that are looked at.
+
+    Raises:
+        ConfigError: for a name such as `demo:studnet`, which is none of the demo's.
+        DataError: names the option and the path.
+    """
+    settings = settings_of(arguments, recipe, options)
+    named = list(settings.items())
+    if "dataset_name" in settings and isinstance(recipe.get("datasets"), list):
+        named += [("datasets", part.get("path")) for part in recipe["datasets"] if isinstance(part, dict)]
+    for option, name in named:
+        if not isinstance(name, str):
+            continue
+        kind = "dataset" if option.startswith("dataset") else "model"
+        if name.startswith(_DEMO):
+            resolve_demo_name(name)
+        elif _is_path(name, kind) and not Path(name).expanduser().exists():
+            what = "dataset file" if name.lower().endswith(_DATA_FILES) else f"{kind} folder"
+            raise DataError(
+                f"There is no {what} {name!r} (`{option}`; looked in {Path.cwd()}). Check the path; an id on the Hub "
+                "has the form NAMESPACE/NAME."
+            )
+
+
+def _is_path(name: str, kind: str) -> bool:
+    if ":" in name.partition("/")[0]:  # a provider and its model
+        return False
+    is_file = kind == "dataset" and name.lower().endswith(_DATA_FILES)
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or is_file
+
+
+def resolve_demo_name(name: Any) -> Any:
+    """The folder that `demo:student`, `demo:teacher`, `demo:teacher_shared` or `demo:problems` stands for.
+
+    Args:
+        name: the value of an option. Anything but a text that starts with `demo:` is returned as it is.
+
+    Raises:
+        ConfigError: when the demo has no such part.
+    """
+    if not isinstance(name, str) or not name.startswith(_DEMO):
+        return name
+    part = name.removeprefix(_DEMO)
+    if part not in ASSETS:
+        known = [_DEMO + asset for asset in ASSETS]
+        similar = difflib.get_close_matches(name, known, n=1)
+        advice = f"Did you mean {similar[0]!r}?" if similar else f"There are {', '.join(known)}."
+        raise ConfigError(f"{name!r} is no part of the demo. {advice}")
+    return str(asset_path(part))
+
+
+def apply_env(recipe: Mapping[str, Any]) -> None:
+    """Set the environment variables of a recipe. Before torch is imported, those that it reads count as well."""
+    os.environ.update({str(key): str(value) for key, value in recipe.get("env", {}).items()})

@@ -1,0 +1,168 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before torch and TRL are imported."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from omniopd_trl.cli import launch, options
+from omniopd_trl.cli.options import check_arguments, check_paths, describe_type, option_hints, resolve_demo_name
+from omniopd_trl.cli.recipe import dataclass_types, parse_args
+from omniopd_trl.demo import asset_path
+from omniopd_trl.errors import ConfigError, DataError
+from tests.support import ROOT
+
+HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate"}
+
+
+class TestSources:
+    """Names and types of options, read from source files."""
+
+    def test_options(self):
+        """They are those of the dataclasses that make the parser."""
+        oracle = options.hints_of(dataclass_types()) | {"resume_from_checkpoint": str | bool | None}
+        hints = option_hints()
+        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
+        assert len(hints) > 200
+
+    def test_launch_options(self):
+        """Those of `accelerate launch` are its parser's."""
+        assert launch.launch_options() == {
+            option[2:].replace("-", "_"): action.nargs != 0
+            for action in launch_command_parser()._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+
+    @pytest.mark.parametrize(
+        "source",
+        ["", "class TrainingArguments(Unknown):\n    a: int", "class TrainingArguments:\n    a: 3 | 4 | 'x'[0:1]"],
+    )
+    def test_unknown_version(self, monkeypatch, source):
+        """A source file of another form is no error: the dataclasses are asked."""
+        expected, read = option_hints(), options.package_tree
+
+        def tree(package, file):
+            return ast.parse(source) if file == "training_args.py" else read(package, file)
+
+        monkeypatch.setattr(options, "package_tree", tree)
+        option_hints.cache_clear()
+        try:
+            assert option_hints().keys() == expected.keys()
+        finally:
+            option_hints.cache_clear()
+
+
+class TestQuick:
+    """Mistakes are refused without a heavy import, in less than two seconds."""
+
+    @pytest.mark.parametrize(
+        ("command", "recipe", "code", "message"),
+        [
+            (["{train}", "--config", "r.yaml"], "num_chunk: 5", 2, "no option `num_chunk` (in r.yaml). Did you mean"),
+            (["train", "--config", "r.yaml"], "num_chunk: 5", 2, "Did you mean `num_chunks`?"),
+            (["cost", "--config", "r.yaml"], "num_chunk: 5", 2, "Did you mean `num_chunks`?"),
+            (["{train}", "--num_chunk", "5"], "", 2, "no option `num_chunk` (in the command line)"),
+            (["train", "--num_proceses", "2"], "", 2, "Did you mean `num_processes`?"),
+            (["cost", "--config", "r.yaml", "--num_chunk", "5"], "a: 1", 2, "`num_chunk` (in the command line)"),
+            (["train", "--accelerate_config", "zero33"], "", 2, "Did you mean `zero3`?"),
+            (["{train}", "--config", "r.yaml"], "beta: [1]", 2, "`beta` is [1] (list) in r.yaml; it must be of type"),
+            (["train", "--config", "r.yaml"], "num_chunks: ten", 2, "`num_chunks` is 'ten' (str)"),
+            (["train", "--config", "r.yaml"], "model_name_or_path: runs/a/b", 1, "no model folder 'runs/a/b'"),
+            (["{train}", "--dataset_name=./none"], "", 1, "no dataset folder './none' (`dataset_name`; looked in"),
+            (["train", "--config", "r.yaml"], "dataset_name: demo:problem", 2, "Did you mean 'demo:problems'?"),
+            (["cost", "--config", "r.yaml"], "dataset_name: none.jsonl", 1, "no dataset file 'none.jsonl'"),
+            (["train", "r.yaml"], "", 2, "Name the recipe with `--config r.yaml`."),
+            (["{train}", "--teacher_api_key", "x"], "", 2, "Keys are read from the environment"),
+            (["--version"], "", 0, "omniopd_trl 0."),
+            (["recipes"], "", 0, "demo "),
+            (["demo", "--help"], "", 0, "usage: omniopd demo"),
+        ],
+    )
+    def test_refused(self, tmp_path, command, recipe, code, message):
+        """One line that names what is wrong; the time of the quickest of three tries, as the machine may be busy."""
+        (tmp_path / "r.yaml").write_text(recipe)
+        module = "omniopd_trl.cli.train" if command[0] == "{train}" else "omniopd_trl.cli.main"
+        call = "run" if command[0] == "{train}" else "main"
+        script = (
+            f"import sys\nfrom {module} import {call}\n"
+            f"try:\n    code = {call}({command[command[0] == '{train}' :]!r})\n"
+            "except SystemExit as error:\n    code = error.code\n"
+            f"assert not {HEAVY!r} & set(sys.modules)\nsys.exit(code)"
+        )
+        seconds = []
+        for _ in range(3):
+            start = time.monotonic()
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            process = subprocess.run(
+                [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            seconds.append(time.monotonic() - start)
+            if seconds[-1] < 2:
+                break
+        assert process.returncode == code, process.stderr
+        assert message in (process.stdout if code == 0 else process.stderr)
+        assert "Traceback" not in process.stderr
+        assert min(seconds) < 2
+
+
+class TestPaths:
+    """Names that are meant as paths, and those of the demo."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "gpt2",
+            "Qwen/Qwen3-4B",
+            "vllm:/models/of/a/server",
+            "anthropic:claude-haiku-4-5",
+            "scripted",
+            "demo:teacher",
+        ],
+    )
+    def test_other_names(self, tmp_path, monkeypatch, name):
+        """Ids of the Hub, also beside a folder of that namespace, services, and the demo's names pass."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "Qwen").mkdir()
+        check_paths([], {"teacher_model_name_or_path": name})
+
+    @pytest.mark.parametrize("name", ["./a", "../a", "/nowhere/a", "~/nowhere", "a/b/c", "a/b/"])
+    def test_missing(self, name):
+        """What has the form of a path has to exist, also where the command line replaces what the recipe says."""
+        with pytest.raises(DataError, match=r"`model_name_or_path`; looked in"):
+            check_paths(["--model_name_or_path", name], {"model_name_or_path": "gpt2"})
+        check_paths(["--model-name-or-path=gpt2"], {"model_name_or_path": name})
+
+    def test_mixture(self):
+        """So have the parts of a mixture; values of another type are left to the checks of types."""
+        with pytest.raises(DataError, match=r"no dataset file 'none\.jsonl'"):
+            check_paths([], {"datasets": [{"path": "trl-lib/tldr"}, {"path": "none.jsonl"}]})
+        check_paths([], {"datasets": [{}, 3, {"path": 3}], "dataset_name": 5})
+
+    def test_demo(self, recipe):
+        """The demo's names become folders of the package, in a recipe and on the command line."""
+        path = recipe(model_name_or_path="demo:student", dataset_name="demo:problems")
+        script_args, args, model_args, _ = parse_args(
+            ["--config", path, "--teacher_model_name_or_path", "demo:teacher"]
+        )
+        assert model_args.model_name_or_path == str(asset_path("student"))
+        assert args.teacher_model_name_or_path == str(asset_path("teacher"))
+        assert script_args.dataset_name == str(asset_path("problems"))
+        assert resolve_demo_name(None) is None
+        with pytest.raises(ConfigError, match="There are demo:student"):
+            resolve_demo_name("demo:x")
+
+
+@pytest.mark.parametrize("env", ["5", "[A]", "{A: [1]}"])
+def test_env(tmp_path, env):
+    """The environment of a recipe is a mapping of plain values."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"env: {env}")
+    with pytest.raises(ConfigError, match=r"`env` is .*must be a mapping"):
+        check_arguments(["--config", str(path)])
