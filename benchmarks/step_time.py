@@ -201,10 +201,6 @@ class Ours(Timed, OmniOPDTrainer):
         with self.clock.part("method"):
             super()._finish_audits(*args, **kwargs)
 
-    def _record_trajectories(self, *args, **kwargs):
-        with self.clock.part("method"):
-            super()._record_trajectories(*args, **kwargs)
-
     def _run_reference(self, *args, **kwargs):
         with self.clock.part("reference"):
             super()._run_reference(*args, **kwargs)

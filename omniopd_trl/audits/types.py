@@ -45,23 +45,36 @@ class AuditSettings:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the student wrote, and how sure it was.
+    """A prompt and what the student wrote after it. The journal keeps all of it but the mask.
 
     Attributes:
-        prompt: as it stands in the dataset.
-        token_ids: the completion, `T` tokens, without padding.
-        entropy: `(T,)`, nats, of the distribution that produced each token (Eq. 6).
-        prior_logprobs: `(T,)`, nats, of the tokens under the policy that serves as prior (Eq. 4).
+        prompt: as it is in the dataset.
+        prompt_ids: the rendered prompt, without padding.
+        completion_ids: the completion, `T` tokens, without padding.
         mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
         seed: seeds the selection (when it is random) and the teacher's sampling (when it can be seeded).
     """
 
     prompt: Prompt
-    token_ids: list[int]
-    entropy: torch.Tensor
-    prior_logprobs: torch.Tensor
+    prompt_ids: list[int]
+    completion_ids: list[int]
     mask: torch.Tensor | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PolicyScores:
+    """Completions under the policy that wrote them: tensors of one shape, `(T,)` or `(B, T)`, in nats.
+
+    Attributes:
+        logprobs: log-probabilities of the tokens.
+        entropy: of the distribution that produced each token (Eq. 6).
+        prior_logprobs: log-probabilities of the tokens under the policy that serves as prior (Eq. 4).
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    prior_logprobs: torch.Tensor
 
 
 @dataclass(frozen=True)

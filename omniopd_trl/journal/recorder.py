@@ -10,7 +10,8 @@ from typing import Any
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.journal.schema import NotReplayed, ProcessCountError, StoredTrajectory
+from omniopd_trl.audits.types import Trajectory
+from omniopd_trl.journal.schema import NotReplayed, ProcessCountError
 from omniopd_trl.journal.store import Journal
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Recorder:
         if self.journal is not None:
             self.journal.record_under_way(self._step(), tokens, usd)
 
-    def stored(self, prompt_ids: list[list[int]]) -> list[StoredTrajectory] | None:
+    def stored(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
         """The current step's trajectories, where the journal holds some of these very prompts."""
         if self.journal is None:
             return None

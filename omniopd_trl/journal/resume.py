@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from omniopd_trl.accounting.usage import ANSWERS, METER, KeptAnswers, Usage
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.types import Audit, Trajectory
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.journal.store import Journal
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ async def with_meter(meter: Callable[[Usage, float | None], None], coroutine: Co
 
 
 async def audit_or_replay(
-    auditor: Auditor, trajectory: Trajectory, journal: Journal | None, step: int, index: int
+    auditor: Auditor, trajectory: Trajectory, scores: PolicyScores, journal: Journal | None, step: int, index: int
 ) -> Audit:
     """Audit a trajectory, unless the journal holds its audit.
 
@@ -37,6 +37,7 @@ async def audit_or_replay(
     Args:
         auditor: asks the teacher.
         trajectory: what to audit.
+        scores: of its tokens.
         journal: holds the trajectories of `step`; `None` keeps nothing.
         step: the optimizer step that the trajectory belongs to.
         index: its place in the generation batch of this process.
@@ -50,7 +51,7 @@ async def audit_or_replay(
         JournalError: when the journal cannot be read or written.
     """
     if journal is None:
-        return await auditor.audit(trajectory)
+        return await auditor.audit(trajectory, scores)
     stored = journal.audit(step, index)
     if stored is not None:
         return replace(stored, usage=Usage(), outcomes={})
@@ -75,7 +76,7 @@ async def audit_or_replay(
 
     token = ANSWERS.set(answers)
     try:
-        audit = await with_meter(meter, auditor.audit(trajectory))
+        audit = await with_meter(meter, auditor.audit(trajectory, scores))
     finally:
         ANSWERS.reset(token)
     if metered == Usage():  # a teacher that does not meter its requests

@@ -4,13 +4,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.audits.types import Audit
+from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.teachers import OUTCOMES, Usage
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -64,22 +63,14 @@ class Ratios:
         return taken
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A trajectory under the policy that wrote it: two `(T,)` tensors in nats."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-
-
 def audit_ratios(
-    audits: list[Audit], scored: list[Scored], waited: float, steps: float, num_processes: int, is_remote: bool
+    audits: list[Audit], scored: list[PolicyScores], waited: float, steps: float, num_processes: int, is_remote: bool
 ) -> dict[str, tuple[float, float]]:
     """Metrics of the audits of one process, as numerators and denominators.
 
     Args:
         audits: of one batch or micro-batch.
-        scored: the same trajectories.
+        scored: of the same trajectories, in nats.
         waited: seconds that the audits were waited for.
         steps: optimizer steps, or evaluation batches, that this is a part of; over all processes and micro-batches
             they add up to one for each.

@@ -35,7 +35,7 @@ from trl.trainer.utils import get_config_model_id
 from omniopd_trl.accounting.usage import METER
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN, Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
-from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
+from omniopd_trl.audits.types import Audit, AuditSettings, PolicyScores, Trajectory
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, import_extra
@@ -43,7 +43,6 @@ from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of, score
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay, with_meter
-from omniopd_trl.journal.schema import StoredTrajectory
 from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import centered_posteriors
@@ -58,7 +57,7 @@ from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.checkpoints import last_checkpoint, unmark
 from omniopd_trl.trainer.distributed import Failure, raise_together, stop, warn_about_lost_processes
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
-from omniopd_trl.trainer.metrics import Ratios, Scored, audit_ratios, audit_warnings, metric_dtype, sum_over_processes
+from omniopd_trl.trainer.metrics import Ratios, audit_ratios, audit_warnings, metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.step_audits import DroppedChunks, PendingAudit, first_finished, wait_for
@@ -401,7 +400,9 @@ class OmniOPDTrainer(DistillationTrainer):
         if mode == "eval":
             self._score_samples(inputs, batch)
         if mode == "train" and self._recorder.journal is not None and not self._replays:
-            self._record_trajectories(inputs, batch)
+            # Before any of them is audited: what is paid for is paid for these.
+            stored = self._trajectories([example["prompt"] for example in inputs], batch, mode)
+            self._recorder.journal.record_trajectories(self.state.global_step, stored)
         if mode == "train" and self.args.mask_truncated_completions:
             self._mask_truncated(batch)
         if mode == "train" or self.args.audit_eval:
@@ -453,55 +454,48 @@ class OmniOPDTrainer(DistillationTrainer):
             NonFiniteError: when a log-probability or an entropy is not a finite number.
         """
         lengths = batch["completion_mask"].sum(1)
-        scored: dict[int, Scored] = {}
+        trajectories = self._trajectories(prompts, batch, mode)
+        scored: dict[int, PolicyScores] = {}
+        unsent: dict[int, PolicyScores] = {}
         futures: dict[int, Future[Audit]] = {}
-        trajectories: dict[int, Trajectory] = {}
         # Like with like, so that a micro-batch pays for little padding.
         order = (batch["prompt_mask"].sum(1) + lengths).argsort(descending=True)
         for rows in order.split(self.args.per_device_train_batch_size):
             scores = self._score_rows({key: batch[key][rows] for key in TOKEN_KEYS})
             if not self.accelerator.gather(scores.isfinite().all()[None]).all():
                 raise self._non_finite("the student's log-probabilities")
-            for b, (logprobs, entropy, prior_logprobs) in zip(rows.tolist(), scores.cpu().unbind(1), strict=True):
-                length = int(lengths[b])
-                trajectories[b] = Trajectory(
-                    prompt=prompts[b],
-                    token_ids=batch["completion_ids"][b, :length].tolist(),
-                    entropy=entropy[:length],
-                    prior_logprobs=prior_logprobs[:length],
-                    seed=self._trajectory_seed(mode, b),
-                )
-                scored[b] = Scored(logprobs[:length], entropy[:length])
+            for b, row in zip(rows.tolist(), scores.cpu().unbind(1), strict=True):
+                scored[b] = unsent[b] = PolicyScores(*row[:, : lengths[b]])
             if self._overlaps:
-                futures |= self._submit(trajectories, mode)
-                trajectories = {}
-        futures |= self._submit(trajectories, mode)
+                futures |= self._submit(trajectories, unsent, mode)
+                unsent = {}
+        futures |= self._submit(trajectories, unsent, mode)
         self._record_sampling(mode, [scored[b].logprobs for b in range(len(prompts))])
         return [PendingAudit(scored[b], futures[b]) for b in range(len(prompts))]
 
-    def _submit(self, trajectories: dict[int, Trajectory], mode: str) -> "dict[int, Future[Audit]]":
-        """Start the audits of trajectories, which are named by their place in the batch, in one turn of the loop."""
+    def _submit(
+        self, trajectories: list[Trajectory], scores: dict[int, PolicyScores], mode: str
+    ) -> "dict[int, Future[Audit]]":
+        """Start the audits of the trajectories that have scores, in one turn of the loop, by index in the batch."""
+        step, journal = self.state.global_step, self._recorder.journal
         if mode == "train":
-            step, journal = self.state.global_step, self._recorder.journal
-            audits = [audit_or_replay(self.auditor, t, journal, step, b) for b, t in trajectories.items()]
+            audits = [audit_or_replay(self.auditor, trajectories[b], s, journal, step, b) for b, s in scores.items()]
         else:
-            audits = [with_meter(self._recorder.meter, self.auditor.audit(t)) for t in trajectories.values()]
-        return dict(zip(trajectories, self._loop.submit(*audits), strict=True))
+            meter = self._recorder.meter
+            audits = [with_meter(meter, self.auditor.audit(trajectories[b], s)) for b, s in scores.items()]
+        return dict(zip(scores, self._loop.submit(*audits), strict=True))
 
-    def _record_trajectories(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
-        """Before any of them is audited: what is paid for is paid for these."""
+    def _trajectories(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[Trajectory]:
         masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
-        stored = [
-            StoredTrajectory(
-                prompt=example["prompt"],
+        return [
+            Trajectory(
+                prompt=prompt,
                 prompt_ids=batch["prompt_ids"][b][masks[0][b]].tolist(),
                 completion_ids=batch["completion_ids"][b][masks[1][b]].tolist(),
-                seed=self._trajectory_seed("train", b),
+                seed=self._trajectory_seed(mode, b),
             )
-            for b, example in enumerate(inputs)
+            for b, prompt in enumerate(prompts)
         ]
-        assert self._recorder.journal is not None
-        self._recorder.journal.record_trajectories(self.state.global_step, stored)
 
     def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool, waited: float = 0.0) -> None:
         """Wait for the audits of a batch or micro-batch, and fill in `weights` and `audited_mask`, both `(B, T)`.
@@ -774,7 +768,7 @@ class OmniOPDTrainer(DistillationTrainer):
             raise self._non_finite("the gradients")
         return norm
 
-    def _record_audits(self, mode: str, audits: list[Audit], scored: list[Scored], waited: float) -> None:
+    def _record_audits(self, mode: str, audits: list[Audit], scored: list[PolicyScores], waited: float) -> None:
         num_processes = self.accelerator.num_processes
         per_step = len(audits)
         if mode == "train":

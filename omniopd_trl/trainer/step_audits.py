@@ -10,10 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from omniopd_trl.audits.types import Audit
+from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.trainer.distributed import Failure, first_failure
-from omniopd_trl.trainer.metrics import Scored
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 
@@ -21,7 +20,7 @@ from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 class PendingAudit:
     """A trajectory whose audit was started."""
 
-    scored: Scored
+    scored: PolicyScores
     future: "Future[Audit]"
 
 
