@@ -4,12 +4,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.method.chunks import Chunk, Overlap, Placement, Selection
 from omniopd_trl.teachers.base import Prompt
 
 
@@ -36,9 +36,9 @@ class AuditSettings:
     num_rollouts: int
     min_rollouts: int
     prior_strength: float
-    chunk_overlap: Literal["resample", "merge"]
-    chunk_placement: Literal["start", "center"]
-    chunk_selection: Literal["entropy", "uniform"]
+    chunk_overlap: Overlap
+    chunk_placement: Placement
+    chunk_selection: Selection
     teacher_temperature: float
     teacher_top_p: float
 
@@ -75,6 +75,15 @@ class PolicyScores:
     logprobs: torch.Tensor
     entropy: torch.Tensor
     prior_logprobs: torch.Tensor
+
+    def is_finite(self) -> torch.Tensor:
+        """A scalar tensor, true when no value is NaN or infinite."""
+        return torch.stack([self.logprobs, self.entropy, self.prior_logprobs]).isfinite().all()
+
+    def rows(self, lengths: list[int]) -> "list[PolicyScores]":
+        """The scores of each row of a batch on the CPU, `(T_b,)`, cut to its length."""
+        table = torch.stack([self.logprobs, self.entropy, self.prior_logprobs]).cpu().unbind(1)
+        return [PolicyScores(*row[:, :length]) for row, length in zip(table, lengths, strict=True)]
 
 
 @dataclass(frozen=True)
