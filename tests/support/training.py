@@ -5,6 +5,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ def make_trainer(
         train_dataset=dataset if dataset is not None else questions(),
         **arguments,
     )
+
+
+def within(owner: Any, method: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Make everything that a public method of an object does happen inside a context."""
+    original = getattr(owner, method)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return original(*args, **kwargs)
+
+    setattr(owner, method, wrapped)
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.02) -> None:
