@@ -7,7 +7,7 @@ from omniopd_trl.method.entropy import token_entropy
 from omniopd_trl.method.loss import NORMALIZATIONS, anchor_kl, chunk_loss, combine
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import Similarity, get_similarity, similarity_matrix
-from omniopd_trl.method.weights import BASELINES, StepChunks, get_chunk_weights
+from omniopd_trl.method.weights import BASELINES, StepChunks, WeightFunction, get_chunk_weights
 
 __all__ = [
     "BASELINES",
@@ -15,6 +15,7 @@ __all__ = [
     "Chunk",
     "Similarity",
     "StepChunks",
+    "WeightFunction",
     "anchor_kl",
     "chunk_loss",
     "chunk_prior",

@@ -31,8 +31,7 @@ from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
-from omniopd_trl.method.similarity import Similarity, get_similarity
-from omniopd_trl.method.weights import WeightFunction, get_chunk_weights
+from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
@@ -157,7 +156,7 @@ class OmniOPDTrainer(DistillationTrainer):
             # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
             train_dataset = train_dataset.repeat(None)
         phi = get_similarity(similarity if similarity is not None else args.similarity)
-        self._chunk_weights = None if chunk_weights is None else get_chunk_weights(chunk_weights).function
+        get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)  # or an error now
         self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -225,7 +224,7 @@ class OmniOPDTrainer(DistillationTrainer):
             args,
             callbacks=self.callback_handler,
             step=lambda: self.state.global_step,
-            chunk_weights=self._chunk_weights,
+            chunk_weights=chunk_weights,
         )
         self.step_metrics = Metrics(self.accelerator, args, self._metrics, lambda: self.state.global_step)
 
@@ -294,7 +293,12 @@ class OmniOPDTrainer(DistillationTrainer):
             return
         rank = self.accelerator.process_index
         decisive = replay_key(
-            self.args, self.train_dataset, self.model, self.teacher, self.auditor.similarity, self._chunk_weights
+            self.args,
+            self.train_dataset,
+            self.model,
+            self.teacher,
+            self.auditor.similarity,
+            self.step_audits.custom_weights,
         )
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),

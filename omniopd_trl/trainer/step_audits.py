@@ -72,6 +72,10 @@ class StepAudits:
         callbacks: of the trainer; it gets the one that keeps the moving average in checkpoints.
         step: the current optimizer step.
         chunk_weights: a custom function, instead of `args.posterior_baseline`.
+
+    Attributes:
+        custom_weights: `chunk_weights`, as it was passed.
+        chunk_weights: the function in use.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class StepAudits:
         self._args = args
         self._callbacks = callbacks
         self._step = step
+        self.custom_weights = chunk_weights
         self.chunk_weights = get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         if self.chunk_weights.needs_average:
             callbacks.add_callback(PosteriorAverage())
