@@ -43,12 +43,18 @@ class Replayed:
 class Ours(Replayed, OmniOPDTrainer):
     counts: dict[str, int]
 
-    def _score_rows(self, part):
-        before = self.counts["student"]
-        scores = super()._score_rows(part)
-        self.counts["scoring"] += self.counts["student"] - before
-        self.counts["student"] = before
-        return scores
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        score = self.objective.score
+
+        def count_apart(model, part):
+            before = self.counts["student"]
+            scores = score(model, part)
+            self.counts["scoring"] += self.counts["student"] - before
+            self.counts["student"] = before
+            return scores
+
+        self.objective.score = count_apart
 
 
 class Theirs(Replayed, DistillationTrainer):

@@ -47,7 +47,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.servers import BLOCK, Server, metric, vllm_serve
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.types import AuditSettings, Trajectory
+from omniopd_trl.audits.types import AuditSettings, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.demo.world import STUDENT_SLIP, problems, solution
 from omniopd_trl.method.similarity import get_similarity
@@ -125,7 +125,9 @@ class Recorder(Teacher):
         return replies
 
 
-def trajectories(count: int, name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Trajectory]:
+def trajectories(
+    count: int, name: str, tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[tuple[Trajectory, PolicyScores]]:
     """Students' texts of `length` tokens, each after a problem of its own; another name gives others.
 
     The entropies are random, so that chunks stand anywhere, as they do in training.
@@ -141,15 +143,10 @@ def trajectories(count: int, name: str, tokenizer: PreTrainedTokenizerBase, leng
             token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(token_ids) >= length:
                 break
-        found.append(
-            Trajectory(
-                prompt=[{"role": "user", "content": problem.question}],
-                token_ids=token_ids[:length],
-                entropy=torch.rand(length, generator=generator),
-                prior_logprobs=torch.full((length,), -0.1),
-                seed=index,
-            )
-        )
+        prompt = [{"role": "user", "content": problem.question}]
+        logprobs = torch.full((length,), -0.1)
+        scores = PolicyScores(logprobs, torch.rand(length, generator=generator), logprobs)
+        found.append((Trajectory(prompt, [], token_ids[:length], seed=index), scores))
     return found
 
 
@@ -208,7 +205,7 @@ def measure(
 
     async def run() -> None:
         try:
-            await asyncio.gather(*map(audits.audit, work))
+            await asyncio.gather(*(audits.audit(*one) for one in work))
         finally:
             await teacher.aclose()
 

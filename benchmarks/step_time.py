@@ -189,25 +189,22 @@ class Timed:
 
 
 class Ours(Timed, OmniOPDTrainer):
-    def _score_rows(self, part):
-        with self.clock.part("scoring"):
-            return super()._score_rows(part)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._time(self.objective, "score", "scoring")
+        self._time(self.objective, "run_reference", "reference")
+        for method in ("trajectories", "record", "submit", "first_ready", "collect"):
+            self._time(self.step_audits, method, "method")
+        self._time(self.step_metrics, "add_audits", "method")
 
-    def _start_audits(self, *args, **kwargs):
-        with self.clock.part("method"):
-            return super()._start_audits(*args, **kwargs)
+    def _time(self, owner: Any, method: str, part: str) -> None:
+        original = getattr(owner, method)
 
-    def _finish_audits(self, *args, **kwargs):
-        with self.clock.part("method"):
-            super()._finish_audits(*args, **kwargs)
+        def timed(*args, **kwargs):
+            with self.clock.part(part):
+                return original(*args, **kwargs)
 
-    def _record_trajectories(self, *args, **kwargs):
-        with self.clock.part("method"):
-            super()._record_trajectories(*args, **kwargs)
-
-    def _run_reference(self, *args, **kwargs):
-        with self.clock.part("reference"):
-            super()._run_reference(*args, **kwargs)
+        setattr(owner, method, timed)
 
 
 class Theirs(Timed, DistillationTrainer):

@@ -111,9 +111,11 @@ class Alignment:
         ]
         encoded = iter(self.tokenizer([*texts, *aligned], add_special_tokens=False)["input_ids"])
         lengths = []
-        for chunk in chunks:
-            tokens = token_ids[chunk.start : chunk.end]
-            lengths.append(len(tokens) + _extra_tokens(tokens, next(encoded)))
+        for chunk, text in zip(chunks, texts, strict=True):
+            tokens, alone = token_ids[chunk.start : chunk.end], next(encoded)
+            # Invalid bytes are no text that a teacher repeats, and a replacement character has more tokens than they.
+            extra = 0 if PARTIAL_CHARACTER in text else _extra_tokens(tokens, alone)
+            lengths.append(len(tokens) + extra)
         kept: list[list[str]] = []
         num_short = 0
         for length, of_chunk in zip(lengths, rollouts, strict=True):

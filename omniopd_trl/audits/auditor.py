@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.alignment import Alignment
-from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, Tokenizer, Trajectory
+from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
@@ -44,11 +44,11 @@ class Auditor:
         self.settings = settings
         self.similarity = similarity
 
-    def select(self, trajectory: Trajectory) -> list[Chunk]:
+    def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
         """The chunks of a trajectory (Eq. 7)."""
         settings = self.settings
         return select_chunks(
-            trajectory.entropy,
+            scores.entropy,
             trajectory.mask,
             num_chunks=settings.num_chunks,
             chunk_length=settings.chunk_length,
@@ -59,20 +59,21 @@ class Auditor:
             seed=trajectory.seed,
         )
 
-    async def audit(self, trajectory: Trajectory, ledger: Ledger = NO_LEDGER) -> Audit:
+    async def audit(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Audit:
         """Audit one trajectory.
 
         Args:
-            trajectory: what to audit.
+            trajectory: `T` tokens of the student's.
+            scores: of these tokens, `(T,)`.
             ledger: where the teacher accounts for its requests.
 
         Raises:
             TeacherError: when the teacher cannot answer and asking again will not help.
         """
-        chunks = self.select(trajectory)
+        chunks = self.select(trajectory, scores)
         if not chunks:
             return Audit()
-        texts = self.alignment.split_texts(trajectory.token_ids, chunks)
+        texts = self.alignment.split_texts(trajectory.completion_ids, chunks)
         request = SamplingRequest(
             num_samples=self.settings.num_rollouts,
             max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),
@@ -82,11 +83,12 @@ class Auditor:
             ledger=ledger,
         )
         replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
-        return self.score(trajectory, chunks, texts, replies)
+        return self.score(trajectory, scores, chunks, texts, replies)
 
     def score(
         self,
         trajectory: Trajectory,
+        scores: PolicyScores,
         chunks: list[Chunk],
         texts: list[tuple[str, str]],
         replies: list[TeacherReply],
@@ -94,14 +96,14 @@ class Auditor:
         """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
         chunk_texts = [text for _, text in texts]
         rollouts, num_short = self.alignment.cut(
-            trajectory.token_ids, chunks, chunk_texts, [reply.rollouts for reply in replies]
+            trajectory.completion_ids, chunks, chunk_texts, [reply.rollouts for reply in replies]
         )
         matrix = similarity_matrix(chunk_texts, rollouts, self.similarity)
         audits = []
         for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
             if len(answers) < self.settings.min_rollouts:
                 continue
-            prior = chunk_prior(trajectory.prior_logprobs[chunk.start : chunk.end])
+            prior = chunk_prior(scores.prior_logprobs[chunk.start : chunk.end])
             posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
             audits.append(
                 ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))

@@ -4,13 +4,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.method.chunks import Chunk, Overlap, Placement, Selection
 from omniopd_trl.teachers.base import Prompt
 
 
@@ -34,32 +34,54 @@ class AuditSettings:
     num_rollouts: int
     min_rollouts: int
     prior_strength: float
-    chunk_overlap: Literal["resample", "merge"]
-    chunk_placement: Literal["start", "center"]
-    chunk_selection: Literal["entropy", "uniform"]
+    chunk_overlap: Overlap
+    chunk_placement: Placement
+    chunk_selection: Selection
     teacher_temperature: float
     teacher_top_p: float
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the student wrote, and how sure it was.
+    """A prompt and what the student wrote after it. The journal keeps all of it but the mask.
 
     Attributes:
-        prompt: as it stands in the dataset.
-        token_ids: the completion, `T` tokens, without padding.
-        entropy: `(T,)`, nats, of the distribution that produced each token (Eq. 6).
-        prior_logprobs: `(T,)`, nats, of the tokens under the policy that serves as prior (Eq. 4).
+        prompt: as it is in the dataset.
+        prompt_ids: the rendered prompt, without padding.
+        completion_ids: the completion, `T` tokens, without padding.
         mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
         seed: seeds the selection (when it is random) and the teacher's sampling (when it can be seeded).
     """
 
     prompt: Prompt
-    token_ids: list[int]
-    entropy: torch.Tensor
-    prior_logprobs: torch.Tensor
+    prompt_ids: list[int]
+    completion_ids: list[int]
     mask: torch.Tensor | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PolicyScores:
+    """Completions under the policy that wrote them: tensors of one shape, `(T,)` or `(B, T)`, in nats.
+
+    Attributes:
+        logprobs: log-probabilities of the tokens.
+        entropy: of the distribution that produced each token (Eq. 6).
+        prior_logprobs: log-probabilities of the tokens under the policy that serves as prior (Eq. 4).
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    prior_logprobs: torch.Tensor
+
+    def is_finite(self) -> torch.Tensor:
+        """A scalar tensor, true when no value is NaN or infinite."""
+        return torch.stack([self.logprobs, self.entropy, self.prior_logprobs]).isfinite().all()
+
+    def rows(self, lengths: list[int]) -> "list[PolicyScores]":
+        """The scores of each row of a batch on the CPU, `(T_b,)`, cut to its length."""
+        table = torch.stack([self.logprobs, self.entropy, self.prior_logprobs]).cpu().unbind(1)
+        return [PolicyScores(*row[:, :length]) for row, length in zip(table, lengths, strict=True)]
 
 
 @dataclass(frozen=True)

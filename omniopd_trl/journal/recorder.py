@@ -10,8 +10,9 @@ from typing import Any
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Ledger, Usage
+from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import WarnOnce
-from omniopd_trl.journal.schema import NotReplayed, ProcessCountError, StoredTrajectory
+from omniopd_trl.journal.schema import NotReplayed, ProcessCountError
 from omniopd_trl.journal.store import Journal
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Recorder(Ledger):
         if self.journal is not None:
             self.journal.record_in_flight(self._step(), tokens, usd)
 
-    def stored(self, prompt_ids: list[list[int]]) -> list[StoredTrajectory] | None:
+    def stored(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
         """The current step's trajectories, where the journal holds some of these very prompts."""
         if self.journal is None:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from omniopd_trl.accounting.usage import KeptAnswers, Ledger, Usage
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.types import Audit, Trajectory
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.journal.store import Journal
 
 
@@ -53,7 +53,7 @@ class AuditLedger(Ledger):
 
 
 async def audit_or_replay(
-    auditor: Auditor, trajectory: Trajectory, journal: Journal | None, step: int, index: int
+    auditor: Auditor, trajectory: Trajectory, scores: PolicyScores, journal: Journal | None, step: int, index: int
 ) -> Audit:
     """Audit a trajectory, unless the journal holds its audit.
 
@@ -64,6 +64,7 @@ async def audit_or_replay(
     Args:
         auditor: asks the teacher.
         trajectory: what to audit.
+        scores: of its tokens.
         journal: holds the trajectories of `step`; `None` keeps nothing.
         step: the optimizer step that the trajectory belongs to.
         index: its place in the generation batch of this process.
@@ -77,12 +78,12 @@ async def audit_or_replay(
         JournalError: when the journal cannot be read or written.
     """
     if journal is None:
-        return await auditor.audit(trajectory)
+        return await auditor.audit(trajectory, scores)
     stored = journal.audit(step, index)
     if stored is not None:
         return replace(stored, usage=Usage(), outcomes={})
     ledger = AuditLedger(journal, step, index)
-    audit = await auditor.audit(trajectory, ledger)
+    audit = await auditor.audit(trajectory, scores, ledger)
     if ledger.usage == Usage():  # a teacher that does not account for its requests
         ledger.paid(audit.usage, None)
     journal.record(step, index, audit)

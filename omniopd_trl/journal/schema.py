@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import OmniOPDError
-from omniopd_trl.teachers.base import Prompt
 
 APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
 SCHEMA_VERSION = 3
@@ -45,23 +44,6 @@ class JournalError(OmniOPDError, RuntimeError):
 
 class ProcessCountError(JournalError):
     """The journal was written by another number of processes."""
-
-
-@dataclass(frozen=True)
-class StoredTrajectory:
-    """What it takes to go on with a trajectory without generating it. Its index is its place in the list.
-
-    Attributes:
-        prompt: as it stands in the dataset.
-        prompt_ids: the rendered prompt, without padding.
-        completion_ids: what the student wrote, without padding.
-        seed: as in `Trajectory`.
-    """
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    seed: int
 
 
 @dataclass(frozen=True)

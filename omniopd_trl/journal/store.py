@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.audits.types import Audit, ChunkAudit
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.journal.file import (
     check,
     check_log,
@@ -47,7 +47,7 @@ from omniopd_trl.journal.file import (
     hold_lock,
     upgrade,
 )
-from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed, StoredTrajectory
+from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers.base import common_prefix_length
 
@@ -169,7 +169,7 @@ class Journal:
             name: (was.get(name), now.get(name)) for name in sorted({*was, *now}) if was.get(name) != now.get(name)
         }
 
-    def record_trajectories(self, step: int, trajectories: list[StoredTrajectory]) -> None:
+    def record_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
         """Begin a new attempt at a step: all its trajectories, or none of them.
 
         Raises:
@@ -184,7 +184,7 @@ class Journal:
         attempt = _Attempt(number, step, self._session, True, len(payloads), 0, False)
         self._attempts = _current([*self._attempts.values(), attempt])
 
-    def trajectories(self, step: int) -> list[StoredTrajectory] | None:
+    def trajectories(self, step: int) -> list[Trajectory] | None:
         """The trajectories of the current attempt at a step; `None` when there is none to be replayed.
 
         Processes have to agree before any of them replays: one may have been killed just before it wrote.
@@ -194,7 +194,9 @@ class Journal:
             if attempt is None:
                 return None
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
-        return [StoredTrajectory(*_decode(self.path, row)) for row in rows]
+        # In the order in which `record_trajectories` writes them.
+        names = ("prompt", "prompt_ids", "completion_ids", "seed")
+        return [Trajectory(**dict(zip(names, _decode(self.path, row), strict=True))) for row in rows]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
         """Keep a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.

@@ -7,18 +7,20 @@ from omniopd_trl.method.entropy import token_entropy
 from omniopd_trl.method.loss import NORMALIZATIONS, anchor_kl, chunk_loss, combine
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import Similarity, get_similarity, similarity_matrix
-from omniopd_trl.method.weights import BASELINES, centered_posteriors
+from omniopd_trl.method.weights import BASELINES, StepChunks, WeightFunction, get_chunk_weights
 
 __all__ = [
     "BASELINES",
     "NORMALIZATIONS",
     "Chunk",
     "Similarity",
+    "StepChunks",
+    "WeightFunction",
     "anchor_kl",
-    "centered_posteriors",
     "chunk_loss",
     "chunk_prior",
     "combine",
+    "get_chunk_weights",
     "get_similarity",
     "posterior_mean",
     "select_chunks",

@@ -5,13 +5,17 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from omniopd_trl.errors import ConfigError, NonFiniteError
+
+Overlap = Literal["resample", "merge"]
+Placement = Literal["start", "center"]
+Selection = Literal["entropy", "uniform"]
 
 _Positions = NDArray[np.intp]
 
@@ -38,9 +42,9 @@ def select_chunks(
     num_chunks: int,
     chunk_length: int,
     min_chunk_length: int = 8,
-    overlap: Literal["resample", "merge"] = "resample",
-    placement: Literal["start", "center"] = "start",
-    selection: Literal["entropy", "uniform"] = "entropy",
+    overlap: Overlap = "resample",
+    placement: Placement = "start",
+    selection: Selection = "entropy",
     seed: int | None = None,
 ) -> list[Chunk]:
     r"""Places up to `num_chunks` disjoint chunks on the positions of highest entropy.
@@ -82,9 +86,9 @@ def select_chunks(
     _at_least("num_chunks", num_chunks, 1)
     _at_least("chunk_length", chunk_length, 1)
     _at_least("min_chunk_length", min_chunk_length, 0)
-    _one_of("overlap", overlap, ("resample", "merge"))
-    _one_of("placement", placement, ("start", "center"))
-    _one_of("selection", selection, ("entropy", "uniform"))
+    _one_of("overlap", overlap, get_args(Overlap))
+    _one_of("placement", placement, get_args(Placement))
+    _one_of("selection", selection, get_args(Selection))
     if seed is not None:
         _at_least("seed", seed, 0)
     scores = _vector("entropy", entropy).astype(np.float64)

@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two terms of the objective as sums, and how they become one number."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from omniopd_trl.errors import ConfigError
 
-NORMALIZATIONS = ("tokens", "sum", "components")
+Normalization = Literal["tokens", "sum", "components"]
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:

@@ -2,10 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How strongly the teacher's rollouts support a chunk: the prior (Eq. 4) and the posterior mean (Eq. 5)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from omniopd_trl.errors import ConfigError, NonFiniteError
+
+# Whose log-probabilities `chunk_prior` gets: the paper's equations say the one, its prose the other.
+Prior = Literal["policy", "reference"]
 
 # What float32 arithmetic may add to a number that is 1 on paper.
 _ROUNDING = 1e-5

@@ -71,6 +71,12 @@ class PackedBatch:
         return PackedBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+def rows_by_length(batch: dict[str, Any], size: int) -> list[list[int]]:
+    """Indices of the rows in groups of like lengths, the longest first, so that no group pays for much padding."""
+    lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
+    return [rows.tolist() for rows in lengths.argsort(descending=True).split(size)]
+
+
 def group_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all micro-batches with like lengths together, the longest first, so that none pays for much padding.
 

@@ -19,21 +19,11 @@ class PosteriorAverage(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.total = 0.0
         self.weight = 0.0
-        self._batch = (0.0, 0.0)
 
     @property
     def value(self) -> float | None:
         """The average, or `None` before the first batch."""
         return self.total / self.weight if self.weight else None
-
-    def add(self, posterior_sum: float, num_chunks: int) -> None:
-        """Collect a part of the current batch."""
-        self._batch = (self._batch[0] + posterior_sum, self._batch[1] + num_chunks)
-
-    def take(self) -> tuple[float, float]:
-        """Sum and count of what was collected, which starts anew."""
-        batch, self._batch = self._batch, (0.0, 0.0)
-        return batch
 
     def update(self, posterior_sum: float, num_chunks: float) -> None:
         """Count one more batch, unless nothing was audited in it."""
@@ -45,7 +35,6 @@ class PosteriorAverage(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.take()  # of a run that was interrupted in this process
         # `Trainer` saves the state of callbacks but, by default, restores none. A checkpoint of another baseline has
         # none of this one, and `Trainer` looks for it when it saves.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())

@@ -30,6 +30,7 @@ class Failure(NamedTuple):
     kind: type[OmniOPDError]
     text: str
     is_ours: bool  # the message says all that there is to say; of other errors the traceback is needed
+    error: Exception | None = None  # what went wrong on this process itself; never sent
 
     @classmethod
     def of(cls, error: Exception, process: int) -> "Failure":
@@ -52,17 +53,18 @@ def first_failure(error: Exception | None, process: int) -> Failure | None:
     """
     gathered = gather_object([None if error is None else Failure.of(error, process)])
     failures = [failure for failure in gathered if failure is not None]
-    return failures[0]._replace(is_ours=all(failure.is_ours for failure in failures)) if failures else None
+    return failures[0]._replace(is_ours=all(f.is_ours for f in failures), error=error) if failures else None
 
 
-def stop(failure: Failure, error: Exception | None, message: str) -> Exception:
+def stop(failure: Failure, message: str) -> Exception:
     """What this process raises for a failure that all have learnt of.
 
     Args:
-        failure: from [`first_failure`].
-        error: what went wrong on this process itself. An error that is not ours is raised as it is, for its traceback.
+        failure: from [`first_failure`]. An error of this process that is not ours is raised as it is, for its
+            traceback.
         message: for the user.
     """
+    error = failure.error
     if error is not None and not isinstance(error, OmniOPDError):
         error.add_note(message)
         return error
@@ -86,7 +88,7 @@ def raise_together(error: Exception | None, process: int) -> None:
         error.on_every_process = failure.is_ours
     if error is not None:
         raise error
-    raise stop(failure, None, failure.text)
+    raise stop(failure, failure.text)
 
 
 # ---- Launches ----

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.method.similarity import Similarity, name_or_function
+from omniopd_trl.method.weights import WeightFunction
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.credentials import is_secret_name
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -49,7 +50,12 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
 def replay_key(
-    args: OmniOPDConfig, train_dataset: Any, model: PreTrainedModel, teacher: Teacher, similarity: Similarity
+    args: OmniOPDConfig,
+    train_dataset: Any,
+    model: PreTrainedModel,
+    teacher: Teacher,
+    similarity: Similarity,
+    chunk_weights: WeightFunction | None = None,
 ) -> dict[str, Any]:
     """Everything that decides which trajectories and rollouts a step has, besides the checkpoint, by name.
 
@@ -60,6 +66,7 @@ def replay_key(
             one that was made in memory only by its size.
         teacher: known by its name, and a local one by its weight files.
         similarity: phi, as `get_similarity` returns it.
+        chunk_weights: a custom weight function, which takes the place of `posterior_baseline`.
 
     Returns:
         Values that JSON can hold, without secrets.
@@ -68,6 +75,8 @@ def replay_key(
     settings[" x ".join(_BATCH)] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     phi = name_or_function(similarity)
     settings["similarity"] = phi if isinstance(phi, str) else identity_of(phi)
+    if chunk_weights is not None:
+        settings["posterior_baseline"] = identity_of(chunk_weights)
     settings["train_dataset"] = getattr(train_dataset, "_fingerprint", None)
     source = get_config_model_id(model.config)
     weights = _weights(source)

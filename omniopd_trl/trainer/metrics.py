@@ -3,16 +3,23 @@
 """What a run reports: ratios of sums over processes and micro-batches, and warnings that are given once."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.audits.types import Audit
+from omniopd_trl.audits.types import Audit, PolicyScores
+from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
 from omniopd_trl.teachers import OUTCOMES, Usage
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
+
+# In nats per token, of a student from itself: rounding in bfloat16 makes some 1e-4.
+LARGE_FIRST_KL = 0.05
 
 
 def metric_dtype(device: torch.device) -> torch.dtype:
@@ -26,19 +33,38 @@ def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
     return accelerator.gather(local).sum(0).tolist()
 
 
-class Ratios:
-    """Metrics that are ratios of sums, of training and of evaluation."""
+class Metrics:
+    """What a run logs and warns about, of training and of evaluation. Most metrics are ratios of sums.
 
-    def __init__(self, accelerator: Accelerator):
+    Args:
+        accelerator: of the run. Every process has to call each method at the same point.
+        args: of the run.
+        logged: TRL's lists of values by mode and name, which it averages when it logs.
+        step: the current optimizer step.
+
+    Attributes:
+        prefix: what the names of evaluation metrics begin with: the name of the set, where there are several.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: OmniOPDConfig,
+        logged: dict[str, defaultdict[str, list[float]]],
+        step: Callable[[], int],
+    ):
         self._accelerator = accelerator
+        self._args = args
+        self._logged = logged
+        self._step = step
         self._sums: dict[str, defaultdict[str, list[float]]] = {
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
+        self._warned: set[str] = set()
+        self.prefix = ""
 
-    def add(
-        self, mode: str, ratios: dict[str, tuple[float, float]], prefix: str = "", others: tuple[float, ...] = ()
-    ) -> list[float]:
+    def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
         """Add numerators and denominators, summed over processes. Every process names the same metrics.
 
         Returns:
@@ -48,38 +74,113 @@ class Ratios:
         totals = sum_over_processes(self._accelerator, *others, *numbers)
         first = len(others)
         for name, numerator, denominator in zip(ratios, totals[first::2], totals[first + 1 :: 2], strict=True):
-            self.add_global(mode, prefix + name, numerator, denominator)
+            self.add_global(mode, name, numerator, denominator)
         return totals[:first]
 
     def add_global(self, mode: str, name: str, numerator: float, denominator: float) -> None:
         """Add what is a sum over processes already."""
-        entry = self._sums[mode][name]
+        entry = self._sums[mode][self._named(mode, name)]
         entry[0] += numerator
         entry[1] += denominator
 
-    def take(self, mode: str) -> dict[str, float]:
-        """The metrics since the last time; those without a denominator are left out."""
-        taken = {name: numerator / count for name, (numerator, count) in self._sums[mode].items() if count}
+    def add_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+        """Add what [`Objective`] returns for a micro-batch.
+
+        Raises:
+            NonFiniteError: on every process, when the loss of one is not finite.
+        """
+        names = ("kl/unaudited", "kl/audited", "entropy")
+        ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
+        (failed,) = self.add(mode, ratios, float(not loss.isfinite()))
+        if failed:
+            raise non_finite("the loss", self._step())
+        kl, count = ratios["kl/unaudited"]
+        if mode == "train" and self._step() == 0 and count and kl / count > LARGE_FIRST_KL:
+            self.warn_once(
+                "first kl",
+                f"Before the first update the student is {kl / count:.3g} nats per token away from its reference, "
+                "which should be itself. Dropout does that (set disable_dropout=True; attention dropout is set in the "
+                "model's configuration: model_init_kwargs={'attention_dropout': 0.0}), and so does a reference that "
+                "`ref_model_init_kwargs` makes another model. The anchor then pulls towards what the student never "
+                "was.",
+            )
+
+    def add_audits(
+        self, mode: str, audits: list[Audit], scores: list[PolicyScores], waited: float, is_remote: bool
+    ) -> None:
+        """Add the audits of a batch or micro-batch; see [`audit_ratios`]."""
+        num_processes = self._accelerator.num_processes
+        per_step = len(audits)
+        if mode == "train":
+            per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        steps = len(audits) / per_step / num_processes
+        self.add(mode, audit_ratios(audits, scores, waited, steps, num_processes, is_remote))
+        for kind, message in audit_warnings(audits, self._step(), self._args):
+            self.warn_once(kind, message)
+
+    def add_sampling(self, mode: str, sampled: list[list[float]], logprobs: list[torch.Tensor]) -> None:
+        """Add how well the student that vLLM runs is the one that is trained.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+            sampled: what vLLM sampled with, per completion and token, in nats.
+            logprobs: the student's own, `(T,)` per completion, in nats.
+        """
+        # A filter's probabilities are those of what it leaves: larger, and rightly so.
+        if self._args.sampling_filters:
+            return
+        difference = sampling_difference(sampled, logprobs)
+        total, count = sum_over_processes(self._accelerator, difference.sum().item(), len(difference))
+        if not count:
+            return
+        largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self._accelerator.device)
+        mean = total / count
+        name = self._named(mode, "sampling/sampling_logp_difference")
+        self._logged[mode][f"{name}/mean"].append(mean)
+        self._logged[mode][f"{name}/max"].append(self._accelerator.gather(largest).max().item())
+        if not mean <= LARGE_DIFFERENCE:  # NaN too
+            self.warn_once(
+                "sampling",
+                f"The log-probabilities that vLLM sampled with at step {self._step()} differ from the "
+                f"student's by {mean:.3g} nats per token on average, more than {LARGE_DIFFERENCE}: it does "
+                "not run the student that is trained. Its weights were not updated, or its precision, its sampling "
+                "settings (`generation_kwargs`) or, behind a server, `--logprobs-mode processed_logprobs` differ. "
+                "See docs/generation.md.",
+            )
+
+    def take(self, mode: str) -> dict[str, list[float]]:
+        """The ratios since the last time, as TRL logs them; those without a denominator are left out."""
+        taken = {name: [numerator / count] for name, (numerator, count) in self._sums[mode].items() if count}
         self._sums[mode].clear()
         return taken
 
+    def warn_once(self, kind: str, message: str) -> None:
+        """Log a warning unless one of its kind was."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message)
 
-@dataclass(frozen=True)
-class Scored:
-    """A trajectory under the policy that wrote it: two `(T,)` tensors in nats."""
+    def _named(self, mode: str, name: str) -> str:
+        return self.prefix + name if mode == "eval" else name
 
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
+
+def non_finite(what: str, step: int) -> NonFiniteError:
+    """What to raise when numbers of the student are NaN or infinite."""
+    return NonFiniteError(
+        f"{what[0].upper()}{what[1:]} at step {step} hold NaN or infinity. Training stops here, "
+        "since one more update would destroy the student. Go back to the last checkpoint with a lower "
+        "`learning_rate` or a lower `max_grad_norm`, and check that the model is not run in float16."
+    )
 
 
 def audit_ratios(
-    audits: list[Audit], scored: list[Scored], waited: float, steps: float, num_processes: int, is_remote: bool
+    audits: list[Audit], scored: list[PolicyScores], waited: float, steps: float, num_processes: int, is_remote: bool
 ) -> dict[str, tuple[float, float]]:
     """Metrics of the audits of one process, as numerators and denominators.
 
     Args:
         audits: of one batch or micro-batch.
-        scored: the same trajectories.
+        scored: of the same trajectories, in nats.
         waited: seconds that the audits were waited for.
         steps: optimizer steps, or evaluation batches, that this is a part of; over all processes and micro-batches
             they add up to one for each.

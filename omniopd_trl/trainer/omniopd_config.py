@@ -4,13 +4,19 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import DistillationConfig
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.method.chunks import Overlap, Placement, Selection
+from omniopd_trl.method.loss import NORMALIZATIONS
+from omniopd_trl.method.posterior import Prior
+from omniopd_trl.method.similarity import get_similarity
+from omniopd_trl.method.weights import BASELINES
+from omniopd_trl.teachers.remote.engine import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
 
 logger = logging.get_logger(__name__)
@@ -32,14 +38,14 @@ _HARMLESS_GENERATION_KWARGS = {
 }
 
 _CHOICES = {
-    "prior": ("policy", "reference"),
-    "chunk_overlap": ("resample", "merge"),
-    "chunk_placement": ("start", "center"),
-    "chunk_selection": ("entropy", "uniform"),
-    "loss_normalization": ("tokens", "sum", "components"),
-    "posterior_baseline": ("none", "batch", "trajectory", "moving_average"),
-    "vllm_mode": ("colocate", "server"),
-    "teacher_continuation": (None, "raw", "continue_final", "prefill", "prefix_flag", "instruct"),
+    "prior": get_args(Prior),
+    "chunk_overlap": get_args(Overlap),
+    "chunk_placement": get_args(Placement),
+    "chunk_selection": get_args(Selection),
+    "loss_normalization": NORMALIZATIONS,
+    "posterior_baseline": BASELINES,
+    "vllm_mode": ("colocate", "server"),  # TRL's
+    "teacher_continuation": (None, *get_args(Continuation)),
 }
 
 _COUNTS = (
@@ -116,7 +122,9 @@ class OmniOPDConfig(DistillationConfig):
             What is subtracted from the posterior means before they weight the chunk loss. `"none"` is the paper;
             `"batch"` the mean over the global batch; `"trajectory"` the mean of the other chunks of the same
             trajectory; `"moving_average"` that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for
-            `"none"` only.
+            `"none"` only. Two controls put something in the posteriors' place: `"shuffled"` permutes them among the
+            chunks of the global batch, `"constant"` gives every chunk their mean. A custom function is passed to the
+            trainer as `chunk_weights`.
         ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in addition to
             `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
@@ -289,7 +297,9 @@ class OmniOPDConfig(DistillationConfig):
             "help": "What is subtracted from the posterior means before they weight the chunk loss. 'none' is the "
             "paper; 'batch' the mean over the global batch; 'trajectory' the mean of the other chunks of the same "
             "trajectory; 'moving_average' that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for "
-            "'none' only."
+            "'none' only. Two controls put something in the posteriors' place: 'shuffled' permutes them among the "
+            "chunks of the global batch, 'constant' gives every chunk their mean. A custom function is passed to the "
+            "trainer as `chunk_weights`."
         },
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -522,9 +532,6 @@ class OmniOPDConfig(DistillationConfig):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(filter(None, choices))}."
                 )
-        # Imported here so that `--help` does not pay for it.
-        from omniopd_trl.method.similarity import get_similarity
-
         if not isinstance(self.similarity, str):
             raise ConfigError(
                 f"similarity={self.similarity!r} is not a name. Pass a function to the trainer instead: "

@@ -1,81 +1,262 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Audits that are under way: waiting for them, and seeing that not too much of what they should bring is missing."""
+"""The audits of a step: sent to the teacher, waited for, and turned into the weight of each token."""
 
-from collections.abc import Sequence
+import random
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
-from omniopd_trl.audits.types import Audit
+from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.audits.event_loop import EventLoopThread
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
+from omniopd_trl.journal.recorder import Recorder
+from omniopd_trl.journal.resume import audit_or_replay
+from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
+from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure
-from omniopd_trl.trainer.metrics import Scored
+from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PendingAudit:
     """A trajectory whose audit was started."""
 
-    scored: Scored
+    scores: PolicyScores
     future: "Future[Audit]"
 
 
-def first_finished(batches: Sequence[list[PendingAudit]]) -> int:
-    """Index of the first batch whose audits have all come back; waits until there is one."""
-    while True:
-        for index, audits in enumerate(batches):
-            if all(audit.future.done() for audit in audits):
-                return index
-        open_futures = [a.future for audits in batches for a in audits if not a.future.done()]
-        wait(open_futures, return_when=FIRST_COMPLETED)
+@dataclass(frozen=True)
+class Collected:
+    """The audits of a batch or micro-batch, and what the loss needs of them.
 
-
-def wait_for(pending: list[PendingAudit]) -> tuple[list[Audit], Exception | None]:
-    """The audits, in order; up to the first that failed, and its error."""
-    audits: list[Audit] = []
-    for audit in pending:
-        try:
-            audits.append(audit.future.result())
-        except Exception as error:  # the others learn of it first, whatever it is: none may wait for this one
-            return audits, error
-    return audits, None
-
-
-class DroppedChunks:
-    """Counts the chunks of a generation batch that got too few rollouts, on all processes.
-
-    Args:
-        accelerator: knows the other processes.
-        args: `min_rollouts`, below which a chunk is dropped, and `max_failed_chunks`, the fraction of dropped ones
-            above which a run must not go on.
+    Attributes:
+        audits: in the order of the rows.
+        scores: of the rows.
+        weights: `(B, T)`, float32, the weight of its chunk on each audited token and 0 elsewhere.
+        audited: `(B, T)`, true on audited tokens.
+        waited: seconds that the audits were waited for.
     """
 
-    def __init__(self, accelerator: Accelerator, args: OmniOPDConfig):
+    audits: list[Audit]
+    scores: list[PolicyScores]
+    weights: torch.Tensor
+    audited: torch.Tensor
+    waited: float
+
+
+class StepAudits:
+    """Audits in flight, from trajectories to weights. It raises no error of a teacher, and saves nothing.
+
+    Args:
+        auditor: asks the teacher.
+        recorder: keeps what is paid for.
+        accelerator: knows the other processes.
+        args: `min_rollouts`, below which a chunk is dropped; `max_failed_chunks`, the share of dropped chunks of a
+            generation batch above which the run stops; the baseline, the seed and the normalization.
+        callbacks: of the trainer; it gets the one that keeps the moving average in checkpoints.
+        step: the current optimizer step.
+        chunk_weights: a custom function, instead of `args.posterior_baseline`.
+
+    Attributes:
+        custom_weights: `chunk_weights`, as it was passed.
+        chunk_weights: the function in use.
+    """
+
+    def __init__(
+        self,
+        auditor: Auditor,
+        recorder: Recorder,
+        accelerator: Accelerator,
+        args: OmniOPDConfig,
+        *,
+        callbacks: CallbackHandler,
+        step: Callable[[], int],
+        chunk_weights: WeightFunction | None = None,
+    ):
+        self._auditor = auditor
+        self._recorder = recorder
         self._accelerator = accelerator
         self._args = args
+        self._callbacks = callbacks
+        self._step = step
+        self.custom_weights = chunk_weights
+        self.chunk_weights = get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
+        if self.chunk_weights.needs_average:
+            callbacks.add_callback(PosteriorAverage())
+        self._loop = EventLoopThread()
+        weakref.finalize(self, self._loop.close)
+        if accelerator.device.type in ("cuda", "xpu"):
+            # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
+            # Without a launcher the accelerator's device has no index: it is the current one of this thread.
+            index = accelerator.device.index
+            self._loop.run(_compute_on(torch.accelerator.current_device_index() if index is None else index))
         self.start()
 
     def start(self) -> None:
-        """Begin a generation batch."""
+        """Begin a generation batch: forget what was counted of one that was interrupted."""
         self._asked = self._dropped = 0
         self._failures: list[str] = []
+        self._posteriors = (0.0, 0.0)  # sum and number
+        self._waited = 0.0
+        self._replays = False  # whether the batch comes from the journal
 
-    def count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
-        """Count some audits of this process. Every process comes here, at the same point.
+    @property
+    def overlap(self) -> bool:
+        """Whether a micro-batch waits for its own audits only, while those of later ones are in flight."""
+        needs_whole_step = self.chunk_weights.needs_whole_step or self._args.loss_normalization == "components"
+        return self._auditor.teacher.is_remote and not needs_whole_step
+
+    # ---- Trajectories ----
+
+    def replay(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
+        """Completions of the current step that the journal holds for these prompts.
+
+        Every process has to call it: generation is collective, so either each replays its part of the step, or none.
+        """
+        if self._recorder.journal is None:
+            return None
+        stored = self._recorder.stored(prompt_ids)
+        num_stored = sum_over_processes(self._accelerator, stored is not None)[0]
+        self._replays = num_stored == self._accelerator.num_processes
+        return [trajectory.completion_ids for trajectory in stored or ()] if self._replays else None
+
+    def trajectories(self, prompts: list[Any], batch: dict[str, torch.Tensor], mode: str) -> list[Trajectory]:
+        """The trajectories of a batch of TRL's, each with a seed of its own.
 
         Args:
-            audits: of a batch or micro-batch.
-            error: what this process met while it waited for them.
-            is_last: whether they end the generation batch, which is then judged as a whole.
+            prompts: as they are in the dataset.
+            batch: holds ids and masks of prompts and completions.
+            mode: `"train"` or `"eval"`.
+        """
+        prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
+        key = (self._args.seed, mode, self._step(), self._accelerator.process_index)
+        return [
+            Trajectory(
+                prompt=prompt,
+                prompt_ids=batch["prompt_ids"][b][prompt_masks[b]].tolist(),
+                completion_ids=batch["completion_ids"][b][completion_masks[b]].tolist(),
+                seed=random.Random(repr((*key, b))).getrandbits(31),
+            )
+            for b, prompt in enumerate(prompts)
+        ]
+
+    def record(self, trajectories: list[Trajectory]) -> None:
+        """Keep the trajectories of a step before any of them is audited: what is paid for is paid for these."""
+        if self._recorder.journal is not None and not self._replays:
+            self._recorder.journal.record_trajectories(self._step(), trajectories)
+
+    # ---- In flight ----
+
+    def submit(
+        self, trajectories: Sequence[Trajectory], scores: Mapping[int, PolicyScores], mode: str
+    ) -> dict[int, PendingAudit]:
+        """Start audits in one turn of the event loop.
+
+        Args:
+            trajectories: of the generation batch of this process.
+            scores: of those trajectories that are sent now, by index, each `(T,)` on the CPU.
+            mode: `"train"`, or `"eval"`, of which no audit is kept or replayed.
+        """
+        step, journal = self._step(), self._recorder.journal
+        if mode == "train":
+            audits = [
+                audit_or_replay(self._auditor, trajectories[index], row, journal, step, index)
+                for index, row in scores.items()
+            ]
+        else:
+            ledger = self._recorder
+            audits = [self._auditor.audit(trajectories[index], row, ledger) for index, row in scores.items()]
+        futures = self._loop.submit(*audits)
+        return {index: PendingAudit(scores[index], future) for index, future in zip(scores, futures, strict=True)}
+
+    def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run what asks the teacher outside of an audit, and wait for it."""
+        return self._loop.run(coroutine)
+
+    def first_ready(self, batches: Sequence[Sequence[PendingAudit]]) -> int:
+        """Index of the first batch whose audits have all come back; waits until there is one."""
+        start = time.perf_counter()
+        while True:
+            for index, audits in enumerate(batches):
+                if all(audit.future.done() for audit in audits):
+                    self._waited += time.perf_counter() - start
+                    return index
+            open_futures = [a.future for audits in batches for a in audits if not a.future.done()]
+            wait(open_futures, return_when=FIRST_COMPLETED)
+
+    def cancel(self) -> None:
+        """Cancel what is in flight and wait until it has ended."""
+        self._loop.cancel()
+
+    def release(self) -> None:
+        """Close the teacher's connections in the loop that they belong to. It can be asked again afterwards.
+
+        What is in flight is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
+        """
+        teacher = self._auditor.teacher
+        self._loop.cancel()
+        try:
+            self._loop.run(teacher.aclose())
+        except Exception as error:
+            logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")
+
+    # ---- Back ----
+
+    def collect(
+        self, rows: Sequence[PendingAudit], length: int, mode: str, *, is_last: bool = True
+    ) -> Collected | Failure:
+        """Wait for the audits of a batch or micro-batch. Every process has to call it at the same point.
+
+        Args:
+            rows: the B audits.
+            length: T, tokens of the padded completions.
+            mode: `"train"` or `"eval"`.
+            is_last: whether they end the generation batch, of which dropped chunks are then judged as a whole.
 
         Returns:
-            Why the run cannot go on, the same on every process; `None` when it can.
+            The audits with their weights, or why the run has to stop: the same on every process, when one of them got
+            a final error or too many chunks were dropped.
+
+        Raises:
+            ConfigError: when a custom weight function returns anything but one finite number for each chunk.
         """
+        start = time.perf_counter()
+        audits: list[Audit] = []
+        error: Exception | None = None
+        try:
+            for row in rows:
+                audits.append(row.future.result())
+        except Exception as caught:  # the others learn of it first, whatever it is: none may wait for this one
+            error = caught
+        waited, self._waited = self._waited + time.perf_counter() - start, 0.0
+        failure = self._count(audits, error, is_last)
+        if failure is not None:
+            return failure
+        weights = torch.zeros(len(rows), length)
+        audited = torch.zeros(len(rows), length, dtype=torch.bool)
+        spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
+        for (b, chunk), weight in zip(spans, self._weigh(audits, rows, mode, is_last).tolist(), strict=True):
+            weights[b, chunk.start : chunk.end] = weight
+            audited[b, chunk.start : chunk.end] = True
+        return Collected(audits, [row.scores for row in rows], weights, audited, waited)
+
+    def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
         self._dropped += sum(audit.num_dropped for audit in audits)
         self._asked += sum(audit.num_dropped + len(audit.chunks) for audit in audits)
         self._failures += [failure for audit in audits for failure in audit.failures]
@@ -86,8 +267,8 @@ class DroppedChunks:
             return first_failure(error, accelerator.process_index)
         if not is_last:
             return None
-        failures = self._failures
-        self.start()
+        failures, self._failures = self._failures, []
+        self._asked = self._dropped = 0
         if dropped <= args.max_failed_chunks * asked:
             return None
         why = next(iter(gather_object(failures)), "no reason given")
@@ -96,3 +277,51 @@ class DroppedChunks:
             f"max_failed_chunks={args.max_failed_chunks:g} of the batch. One of the causes: {why}"
         )
         return Failure(TeacherError, reason, is_ours=True)
+
+    def _weigh(self, audits: list[Audit], rows: Sequence[PendingAudit], mode: str, is_last: bool) -> torch.Tensor:
+        """The weights of this process's chunks, `(K,)`."""
+        table = torch.tensor([*_columns(audits, rows)], dtype=torch.float64).reshape(-1, 6)
+        tables, first, count = [table], 0, len(table)
+        if self.chunk_weights.needs_whole_step and self._accelerator.num_processes > 1:
+            tables = gather_object([table])
+            first = sum(len(other) for other in tables[: self._accelerator.process_index])
+        # Trajectories have numbers of their own on each process.
+        number = torch.cat([other[:, 0] * len(tables) + process for process, other in enumerate(tables)]).long()
+        posteriors, similarities, priors, entropies, lengths = torch.cat(tables)[:, 1:].float().T.contiguous()
+        # `Trainer` may replace the callback when it restores a checkpoint, so it is looked up each time.
+        average = next((c for c in self._callbacks.callbacks if isinstance(c, PosteriorAverage)), None)
+        step = self._step()
+        chunks = StepChunks(
+            posteriors,
+            number,
+            similarities,
+            priors,
+            entropies,
+            lengths.long(),
+            step=step,
+            seed=random.Random(repr((self._args.seed, "weights", mode, step))).getrandbits(31),
+            moving_average=None if average is None else average.value,
+        )
+        weights = self.chunk_weights(chunks)[first : first + count]
+        if average is not None and mode == "train":
+            # Counted after use, and for the whole generation batch at once: what a batch is measured against must not
+            # depend on it. An evaluation changes nothing.
+            own = posteriors[first : first + count]
+            self._posteriors = (self._posteriors[0] + own.sum().item(), self._posteriors[1] + count)
+            if is_last:
+                average.update(*sum_over_processes(self._accelerator, *self._posteriors))
+                self._posteriors = (0.0, 0.0)
+        return weights
+
+
+def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:
+    """Of each chunk: its trajectory, posterior, similarity, prior, entropy at the anchor, and length."""
+    for index, (audit, row) in enumerate(zip(audits, rows, strict=True)):
+        for chunk in audit.chunks:
+            span = chunk.chunk
+            entropy = row.scores.entropy[span.anchor].item()
+            yield index, chunk.posterior, chunk.mean_similarity, chunk.prior, entropy, span.end - span.start
+
+
+async def _compute_on(device_index: int) -> None:
+    torch.accelerator.set_device_index(device_index)

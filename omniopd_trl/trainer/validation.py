@@ -3,23 +3,84 @@
 """What a trainer is made of, and what is looked at before anything expensive starts."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from omniopd_trl.accounting.usage import Ledger
-from omniopd_trl.audits.event_loop import EventLoopThread
+from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.audits.types import AuditSettings
+from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
+from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal.reader import spent
+from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
+from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
-logger = logging.get_logger(__name__)
+
+def check_inputs(
+    model: Any,
+    args: OmniOPDConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: PreTrainedTokenizerBase | None,
+    quantization_config: Any,
+) -> PreTrainedTokenizerBase:
+    """Look at everything that can be wrong before a model is loaded.
+
+    Returns:
+        The student's tokenizer, loaded when it is `None`.
+
+    Raises:
+        ConfigError: when settings contradict each other, the data or the student.
+        DataError: when the data cannot be used.
+        MissingExtraError: when an optional dependency is not installed.
+    """
+    warn_about_lost_processes(args.world_size)
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
+        check_dataset(dataset, name)
+    processing_class = processing_class or load_tokenizer(model, args)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
+            "tokenizer."
+        )
+    check_vllm_can_follow(model, args, quantization_config)
+    context_length = context_length_of(model, args)
+    if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length is not None:
+        context_length = min(args.vllm_max_model_length, context_length or args.vllm_max_model_length)
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
+        check_prompt_lengths(
+            dataset,
+            processing_class,
+            name=name,
+            chat_template_kwargs=args.chat_template_kwargs,
+            context_length=context_length,
+            max_completion_length=args.max_completion_length,
+        )
+    if isinstance(train_dataset, Dataset):
+        check_step_is_filled(
+            len(train_dataset),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+        )
+    return processing_class
+
+
+def make_auditor(
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig, similarity: Similarity
+) -> Auditor:
+    """The auditor that the configuration asks for; `similarity` is what `get_similarity` returns."""
+    settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
+    return Auditor(teacher, tokenizer, settings, similarity)
 
 
 def repeated(dataset: Any, num_samples: int) -> Any:
@@ -111,15 +172,3 @@ def prepare_teacher(
     for _, dataset in islice(datasets, 1):
         prepared.probe(next(iter(dataset))["prompt"])
     return prepared
-
-
-def release(teacher: Teacher, loop: EventLoopThread) -> None:
-    """Close a teacher's connections in the loop that they belong to. It can be asked again afterwards.
-
-    What is in flight there is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
-    """
-    loop.cancel()
-    try:
-        loop.run(teacher.aclose())
-    except Exception as error:
-        logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
-from omniopd_trl.audits.types import Audit, AuditSettings, Trajectory
+from omniopd_trl.audits.types import Audit, AuditSettings, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.method.chunks import Chunk
@@ -62,14 +63,14 @@ def auditor(tokenizer, teacher, **overrides) -> Auditor:
     return Auditor(teacher, tokenizer, AuditSettings(**{**SETTINGS, **overrides}), get_similarity("edit"))
 
 
-def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> Trajectory:
+def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> tuple[Trajectory, PolicyScores]:
     """A trajectory that writes `text`, with entropy 0.1 but for the peaks, and probability 1/2 for each token."""
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     entropy = torch.full((len(token_ids),), 0.1)
     for position, value in peaks.items():
         entropy[position] = value
     logprobs = torch.full((len(token_ids),), math.log(0.5))
-    return Trajectory("What?", token_ids, entropy, logprobs, **overrides)
+    return Trajectory("What?", [], token_ids, **overrides), PolicyScores(logprobs, entropy, logprobs)
 
 
 def cut(judge: Auditor, text: str, rollouts: list[Rollout]) -> tuple[list[str], int]:
@@ -83,9 +84,9 @@ def test_one_audit_by_hand(tiny_tokenizer):
     """Two chunks, three rollouts each: prefixes, similarities, prior and posterior as computed on paper."""
     text = "abcdefghijklmnop"  # one token for each letter
     path = trajectory(tiny_tokenizer, text, {3: 2.0, 9: 1.0}, seed=11)
-    assert len(path.token_ids) == 16
+    assert len(path[0].completion_ids) == 16
     teacher = Recorder(["defg", "dexy", ""])
-    audit = asyncio.run(auditor(tiny_tokenizer, teacher).audit(path))
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher).audit(*path))
 
     [(prefixes, request)] = teacher.calls
     assert prefixes == [Prefix("What?", "abc"), Prefix("What?", "abcdefghi")]
@@ -250,7 +251,7 @@ def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_c
         return "jklm" if index == 0 else None
 
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
-    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(script)).audit(path))
+    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(script)).audit(*path))
     [chunk] = audit.chunks
     assert chunk.chunk.start == 9
     assert chunk.posterior == pytest.approx((1.0 + 0.5) / 2)
@@ -261,7 +262,7 @@ def test_a_chunk_without_rollouts_is_dropped_and_fewer_rollouts_divide_by_what_c
 def test_a_trajectory_without_chunks_asks_nothing(tiny_tokenizer):
     """Shorter than the shortest chunk: no request, no cost."""
     teacher = Recorder(["x"])
-    assert asyncio.run(auditor(tiny_tokenizer, teacher).audit(trajectory(tiny_tokenizer, "a", {}))) == Audit()
+    assert asyncio.run(auditor(tiny_tokenizer, teacher).audit(*trajectory(tiny_tokenizer, "a", {}))) == Audit()
     assert teacher.calls == []
 
 
@@ -360,7 +361,7 @@ def test_merged_chunks_ask_for_as_many_tokens_as_the_longest_needs(tiny_tokenize
     """Windows that touch become one longer chunk, and the rollouts are as long."""
     teacher = Recorder(["defghijk"])
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 6: 1.0})
-    audit = asyncio.run(auditor(tiny_tokenizer, teacher, chunk_overlap="merge").audit(path))
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher, chunk_overlap="merge").audit(*path))
     [chunk] = audit.chunks
     assert (chunk.chunk.start, chunk.chunk.end) == (3, 10)
     assert teacher.calls[0][1].max_tokens == math.ceil(1.4 * 7)
@@ -377,12 +378,12 @@ def test_results_keep_the_order_of_trajectories(tiny_tokenizer):
             await asyncio.sleep(0.05 / len(prefixes[0].prompt))
             return [TeacherReply((Rollout(prefixes[0].prompt),), Usage(completion_tokens=1)) for _ in prefixes]
 
-    base = trajectory(tiny_tokenizer, "abcdefgh", {1: 1.0})
-    paths = [Trajectory("p" * n, base.token_ids, base.entropy, base.prior_logprobs) for n in (1, 4, 2)]
+    base, scores = trajectory(tiny_tokenizer, "abcdefgh", {1: 1.0})
+    paths = [replace(base, prompt="p" * n) for n in (1, 4, 2)]
     judge = auditor(tiny_tokenizer, Slow())
     loop = EventLoopThread()
     try:
-        audits = [future.result(timeout=10) for future in loop.submit(*map(judge.audit, paths))]
+        audits = [future.result(timeout=10) for future in loop.submit(*(judge.audit(path, scores) for path in paths))]
     finally:
         loop.close()
     assert [audit.chunks[0].rollouts[0] for audit in audits] == ["p", "pppp", "pp"]
@@ -499,7 +500,7 @@ def test_replies_that_are_none(tiny_tokenizer, replies, words):
 
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
     with pytest.raises(TeacherError) as caught:
-        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(*path))
     assert str(caught.value).startswith("The teacher 'my-api' (Own) does not keep to `Teacher.sample`: ")
     assert words in str(caught.value)
     assert "docs/teachers.md" in str(caught.value)
@@ -514,4 +515,4 @@ def test_a_teacher_that_is_not_async(tiny_tokenizer):
 
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
     with pytest.raises(TeacherError, match=r"'Own' \(Own\).*Write it as `async def sample`"):
-        asyncio.run(auditor(tiny_tokenizer, Own()).audit(path))
+        asyncio.run(auditor(tiny_tokenizer, Own()).audit(*path))

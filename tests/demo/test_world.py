@@ -309,18 +309,12 @@ class TestTheDemoTeaches:
                 super().__init__(*args, **kwargs)
                 trainers.append(self)
 
-        class Shuffled(Watched):
-            """Every chunk gets the posterior of another one: the same numbers, without what they say."""
-
-            def _chunk_weights(self, posteriors, *batch):
-                generator = torch.Generator().manual_seed(self.state.global_step)
-                order = torch.randperm(len(posteriors), generator=generator)
-                return super()._chunk_weights(posteriors[order], *batch)
-
         options = ["--seed", str(seed), "--output_dir", str(folder), "--evaluate_teacher", "false"]
-        # Undone after each run: the classes of the next run derive from the real trainer, not from these.
+        if shuffled:
+            options += ["--posterior_baseline", "shuffled"]
+        # Undone after each run: the class of the next run derives from the real trainer, not from this one.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(omniopd_trainer, "OmniOPDTrainer", Shuffled if shuffled else Watched)
+            patch.setattr(omniopd_trainer, "OmniOPDTrainer", Watched)
             train.main(*parse_args(["--config", str(ROOT / "recipes" / "demo.yaml"), *options]))
         scores = [entry["eval_pass@1"] for entry in trainers[0].state.log_history if "eval_pass@1" in entry]
         print(f"seed {seed}, {'shuffled' if shuffled else 'recipe'}: {scores[0]:.3f} -> {scores[-1]:.3f}")  # noqa: T201

@@ -144,11 +144,16 @@ class Trainer(OmniOPDTrainer):
         for name, size in sizes.items():
             self.most[name] = max(self.most.get(name, 0), size)
 
-    def _objective(self, student: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with Copies(student) as copies:
-            loss = super()._objective(student, *args, **kwargs)
-        self.note(copies=copies.alive())
-        return loss
+    def observe(self) -> None:
+        evaluate = self.objective.evaluate
+
+        def count_copies(student: Any, *args: Any) -> torch.Tensor:
+            with Copies(student) as copies:
+                loss = evaluate(student, *args)
+            self.note(copies=copies.alive())
+            return loss
+
+        self.objective.evaluate = count_copies
 
     def count(self) -> None:
         """Between forward and backward passes, when no activation is alive."""
@@ -200,6 +205,7 @@ def main() -> None:
         peft_config=LoraConfig(r=1, target_modules=["q_proj"]) if KIND == "lora" else None,
     )
     trainer.most, trainer.sent = {}, Sent()
+    trainer.observe()
     student = trainer.accelerator.unwrap_model(trainer.model)
     trainer.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
     trainer.add_callback(Watch(trainer))

@@ -11,6 +11,8 @@ settings of the configuration. The weights are written beside the result, as `NA
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from transformers import BitsAndBytesConfig
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.models import offloading
 from omniopd_trl.teachers import ScriptedTeacher
-from tests.support.training import questions, script
+from tests.support.training import questions, script, within
 
 NUM_STEPS, PROMPTS = 3, 8
 
@@ -78,6 +80,22 @@ class Observed(Trainer):
             for name, module in self.accelerator.unwrap_model(model).named_modules():
                 if isinstance(module, nn.Linear) and "lm_head" not in name:
                     module.register_forward_hook(self.note)
+        within(self.objective, "score", lambda: self.during("scores"))
+        within(self.objective, "run_reference", lambda: self.during("reference"))
+        evaluate = self.objective.evaluate
+
+        def note_weights(student: Any, tokens: Any, *args: Any) -> torch.Tensor:
+            arrived = tokens.weights.unique()
+            self.weights_kept.append(torch.equal(arrived, self.asked) and (len(arrived) == 1 or exact(arrived)))
+            return evaluate(student, tokens, *args)
+
+        self.objective.evaluate = note_weights
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        yield
+        self.phase = before
 
     def note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.seen.add((self.phase, str(inputs[0].dtype), str(output.dtype)))
@@ -86,17 +104,6 @@ class Observed(Trainer):
         self.phase = "generation"
         return super()._generate_single_turn(*args, **kwargs)
 
-    def _score_rows(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.phase = "scores"
-        scores = super()._score_rows(part)
-        self.phase = "generation"
-        return scores
-
-    def _run_reference(self, student: Any, body: Any) -> None:
-        before, self.phase = self.phase, "reference"
-        super()._run_reference(student, body)
-        self.phase = before
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.phase = "loss"
         self.asked = inputs["weights"].unique()
@@ -104,11 +111,6 @@ class Observed(Trainer):
         self.phase = "backward"  # until something else begins
         self.losses_in_float32.append(loss.dtype == torch.float32 and (exact(loss.detach()) or not loss))
         return loss
-
-    def _objective(self, student: Any, tokens: Any, *args: Any) -> torch.Tensor:
-        arrived = tokens.weights.unique()
-        self.weights_kept.append(torch.equal(arrived, self.asked) and (len(arrived) == 1 or exact(arrived)))
-        return super()._objective(student, tokens, *args)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with Gathers(self) as gathers:
@@ -268,7 +270,7 @@ def be_away_between_uses(trainer: OmniOPDTrainer) -> None:
     The device of these runs is the CPU, and a move to where a tensor is already is none. ZeRO-3 moves what it gathers
     itself, within one call: see `rests_on_cpu`.
     """
-    if trainer._reference.offloaded is None:
+    if trainer.objective.reference.offloaded is None:
         return
     model = trainer.ref_model
     at_rest = here(model)
@@ -308,7 +310,7 @@ def rests_on_cpu(trainer: OmniOPDTrainer) -> bool:
         # It keeps the device for a parameter of which it was told nothing. The student's may not be moved.
         assert all(isinstance(place, torch.device) for place in places(trainer.model_wrapped))
         return all(isinstance(place, str) and place == "cpu" for place in places(trainer.ref_model))
-    if trainer._reference.offloaded is None:
+    if trainer.objective.reference.offloaded is None:
         return False
     return all(tensor.isnan().all().item() for tensor in here(trainer.ref_model))
 

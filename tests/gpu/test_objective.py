@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from omniopd_trl.audits.types import PolicyScores
 from tests.gpu.bounds import hold
 from tests.support.training import RecordingTrainer, dense_objective, make_trainer, perturb, questions
 
@@ -157,14 +158,15 @@ def test_bf16(tmp_path, device, make_tiny_model, record_property, weights, tied,
     dtype = torch.bfloat16 if weights == "bf16_weights" else torch.float32
     assert trainer.model.get_input_embeddings().weight.dtype == dtype
     scored: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
-    score_rows = trainer._score_rows
+    score = trainer.objective.score
 
-    def keep_scores(part: dict[str, torch.Tensor]) -> torch.Tensor:
-        scores = score_rows(part)
-        scored.append(({key: value.cpu() for key, value in part.items()}, scores.cpu()))
+    def keep_scores(model: torch.nn.Module, part: dict[str, torch.Tensor]) -> PolicyScores:
+        scores = score(model, part)
+        kept = torch.stack([scores.logprobs, scores.entropy]).cpu()
+        scored.append(({key: value.cpu() for key, value in part.items()}, kept))
         return scores
 
-    trainer._score_rows = keep_scores
+    trainer.objective.score = keep_scores
     # Far enough that the KL is larger than its rounding; adapters change less.
     gradient, student, batch = one_step(trainer, device, 0.1 if lora else 0.05)
     student, reference = student.double().eval(), load(path).double().eval()
@@ -176,7 +178,7 @@ def test_bf16(tmp_path, device, make_tiny_model, record_property, weights, tied,
         for b, (logp, mask) in enumerate(zip(rows, part["completion_mask"].bool(), strict=True)):
             token_logp = logp.gather(1, part["completion_ids"][b][mask][:, None])[:, 0]
             expected = torch.stack([token_logp, -(logp.exp() * logp).sum(-1)])
-            errors.append((scores[:2, b, mask] - expected).abs())
+            errors.append((scores[:, b, mask] - expected).abs())
     error = torch.cat(errors, dim=1)
     for name, values in zip(("logprobs", "entropy"), error, strict=True):
         hold(record_property, name, values.max().item(), BF16_SCORE)

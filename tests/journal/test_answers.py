@@ -44,7 +44,7 @@ class Service(Scripted):
 def asking(teacher, prefixes=PREFIXES, num_samples=NUM_SAMPLES):
     """An auditor that keeps the teacher's replies instead of scoring them."""
 
-    async def audit(trajectory, ledger=NO_LEDGER):
+    async def audit(trajectory, scores, ledger=NO_LEDGER):
         replies.extend(await teacher.sample(prefixes, SamplingRequest(num_samples, 70, seed=7, ledger=ledger)))
         return Audit(usage=sum((reply.usage for reply in replies), Usage()))
 
@@ -58,7 +58,7 @@ def run(folder, teacher, prefixes=PREFIXES):
     with journal(folder) as j:
         if j.trajectories(0) is None:
             j.record_trajectories(0, [trajectory()])
-        audit = asyncio.run(audit_or_replay(auditor, None, j, 0, 0))
+        audit = asyncio.run(audit_or_replay(auditor, None, None, j, 0, 0))
         assert j.audit(0, 0) is not None
         assert j.answers(0, 0) == {}, "what is in the audit is kept twice"
         return auditor.replies, audit, j.usage()
@@ -131,7 +131,7 @@ def test_what_was_learned_does_not_matter(tmp_path):
 
 def _seeds():
     teacher = Service(ONE)
-    asyncio.run(asking(teacher).audit(None))
+    asyncio.run(asking(teacher).audit(None, None))
     seeds = [request.seed for _, _, request in teacher.seen]
     return [seeds[i : i + NUM_SAMPLES] for i in range(0, len(seeds), NUM_SAMPLES)]
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniopd_trl.audits.types import Audit, ChunkAudit
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import spent
@@ -29,7 +29,6 @@ from omniopd_trl.journal.schema import (
     LedgerRow,
     NotReplayed,
     ProcessCountError,
-    StoredTrajectory,
 )
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import Usage
@@ -89,7 +88,7 @@ def shared_journal(tmp_path_factory):
 @given(audit=audits(), prompt=texts, ids=st.lists(counts, max_size=9))
 def test_round_trip(shared_journal, audit, prompt, ids):
     """What comes back equals what was written, to the last bit and the strangest character."""
-    stored = [StoredTrajectory(prompt, ids, ids[::-1], 3), StoredTrajectory([{"content": prompt}], [], ids, 2**31)]
+    stored = [Trajectory(prompt, ids, ids[::-1], seed=3), Trajectory([{"content": prompt}], [], ids, seed=2**31)]
     shared_journal.record_trajectories(3, stored)
     assert shared_journal.trajectories(3) == stored
     assert shared_journal.audit(3, 1) is None
@@ -766,7 +765,7 @@ def test_torn_twice(tmp_path):
     ids = [dice.getrandbits(40) for _ in range(50_000)]
     with journal(first.parent) as j:
         j.record_trajectories(0, [trajectory()])
-        j.record_trajectories(1, [StoredTrajectory("", [], ids, 0)])  # many frames
+        j.record_trajectories(1, [Trajectory("", [], ids)])  # many frames
         live_copy(first, second)
     log = second / "rank-0.sqlite-wal"
     os.truncate(log, log.stat().st_size - 5000)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omniopd_trl.errors import ConfigError, NonFiniteError
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
-from omniopd_trl.method.weights import BASELINES, centered_posteriors
+from omniopd_trl.method.weights import BASELINES, StepChunks, get_chunk_weights
 
 PROBABILITY = st.floats(0, 1)
 
@@ -137,24 +137,27 @@ POSTERIORS = torch.tensor([0.2, 0.8, 0.5, 0.4, 0.9])
 TRAJECTORIES = torch.tensor([7, 3, 7, 7, 5])
 
 
+def weights(posteriors: torch.Tensor, trajectories: torch.Tensor, name: str, **more: Any) -> torch.Tensor:
+    return get_chunk_weights(name)(StepChunks(posteriors, trajectories, **more))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"baseline": "none"}, [0.2, 0.8, 0.5, 0.4, 0.9]),
-        ({"baseline": "none", "batch_mean": 0.5, "moving_average": 0.5}, [0.2, 0.8, 0.5, 0.4, 0.9]),
-        # The caller's mean, here of a larger global batch than these five chunks.
-        ({"baseline": "batch", "batch_mean": 0.5}, [-0.3, 0.3, 0.0, -0.1, 0.4]),
-        ({"baseline": "batch", "batch_mean": torch.tensor(0.5)}, [-0.3, 0.3, 0.0, -0.1, 0.4]),
+        ({"name": "none"}, [0.2, 0.8, 0.5, 0.4, 0.9]),
+        ({"name": "none", "moving_average": 0.5}, [0.2, 0.8, 0.5, 0.4, 0.9]),
+        ({"name": "batch"}, [-0.36, 0.24, -0.06, -0.16, 0.34]),
         # 0.2 - (0.5 + 0.4) / 2, and so on; trajectories 3 and 5 have one chunk each.
-        ({"baseline": "trajectory"}, [-0.25, 0.0, 0.2, 0.05, 0.0]),
-        ({"baseline": "moving_average", "moving_average": 0.6}, [-0.4, 0.2, -0.1, -0.2, 0.3]),
-        ({"baseline": "moving_average", "moving_average": 0.0}, [0.2, 0.8, 0.5, 0.4, 0.9]),
-        ({"baseline": "moving_average"}, [-0.25, 0.0, 0.2, 0.05, 0.0]),
+        ({"name": "trajectory"}, [-0.25, 0.0, 0.2, 0.05, 0.0]),
+        ({"name": "moving_average", "moving_average": 0.6}, [-0.4, 0.2, -0.1, -0.2, 0.3]),
+        ({"name": "moving_average", "moving_average": 0.0}, [0.2, 0.8, 0.5, 0.4, 0.9]),
+        ({"name": "moving_average"}, [-0.25, 0.0, 0.2, 0.05, 0.0]),
+        ({"name": "constant"}, [0.56] * 5),
     ],
 )
 def test_baseline_constants(options: dict[str, Any], expected: list[float]) -> None:
     """Each baseline on five chunks of three trajectories, worked out by hand."""
-    torch.testing.assert_close(centered_posteriors(POSTERIORS, TRAJECTORIES, **options), torch.tensor(expected))
+    torch.testing.assert_close(weights(POSTERIORS, TRAJECTORIES, **options), torch.tensor(expected))
 
 
 @settings(deadline=None, max_examples=100)
@@ -167,15 +170,34 @@ def test_trajectory_baseline_matches_a_loop(chunks: list[tuple[float, int]]) -> 
         expected.append(posterior - sum(others) / len(others) if others else 0.0)
     posteriors = torch.tensor([posterior for posterior, _ in chunks])
     ids = torch.tensor([trajectory for _, trajectory in chunks], dtype=torch.long)
-    result = centered_posteriors(posteriors, ids, "trajectory")
+    result = weights(posteriors, ids, "trajectory")
     torch.testing.assert_close(result, torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
 
 def test_own_share_in_the_batch_mean() -> None:
     """The bias that the documentation states: (1 - 1/K) times the distance to the mean of the others."""
-    weights = centered_posteriors(POSTERIORS, TRAJECTORIES, "batch", batch_mean=POSTERIORS.mean())
     others = (POSTERIORS.sum() - POSTERIORS) / 4
-    torch.testing.assert_close(weights, (1 - 1 / 5) * (POSTERIORS - others))
+    torch.testing.assert_close(weights(POSTERIORS, TRAJECTORIES, "batch"), (1 - 1 / 5) * (POSTERIORS - others))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(PROBABILITY, max_size=20), st.integers(0, 2**31))
+def test_shuffled_weights_are_the_posteriors_in_another_order(posteriors: list[float], seed: int) -> None:
+    """The same numbers, in an order that the seed alone decides; any chunk may get any of them."""
+    given_posteriors = torch.tensor(posteriors)
+    ids = torch.zeros(len(posteriors), dtype=torch.long)
+    shuffled = weights(given_posteriors, ids, "shuffled", seed=seed)
+    assert torch.equal(shuffled.sort().values, given_posteriors.sort().values)
+    assert torch.equal(shuffled, weights(given_posteriors, ids, "shuffled", seed=seed))
+
+
+def test_shuffles_of_other_seeds_are_others() -> None:
+    """Over many seeds each posterior comes to each chunk equally often, and across trajectories."""
+    counts = torch.zeros(5, 5)
+    for seed in range(2000):
+        shuffled = weights(POSTERIORS, TRAJECTORIES, "shuffled", seed=seed)
+        counts += shuffled[:, None] == POSTERIORS[None]
+    assert (counts / 2000 - 1 / 5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -183,16 +205,47 @@ def test_weights_are_constants_in_float32(baseline: str) -> None:
     """Detached and float32, also when there is no chunk at all."""
     for posteriors in (POSTERIORS.double().requires_grad_(), torch.zeros(0)):
         ids = torch.zeros(len(posteriors), dtype=torch.long)
-        weights = centered_posteriors(posteriors, ids, baseline, batch_mean=0.5, moving_average=0.5)
-        assert (weights.dtype, weights.shape, weights.requires_grad) == (torch.float32, posteriors.shape, False)
+        result = weights(posteriors, ids, baseline, moving_average=0.5)
+        assert (result.dtype, result.shape, result.requires_grad) == (torch.float32, posteriors.shape, False)
+
+
+def test_a_function_of_the_callers() -> None:
+    """It gets the chunks, and may read all that is there; what it returns becomes float32."""
+
+    def squared(chunks: StepChunks) -> torch.Tensor:
+        return chunks.posteriors.double() ** 2 * chunks.similarities
+
+    chunks = StepChunks(POSTERIORS, TRAJECTORIES, similarities=torch.full((5,), 0.5))
+    made = get_chunk_weights(squared)
+    assert made.needs_whole_step
+    torch.testing.assert_close(made(chunks), POSTERIORS**2 / 2)
+    assert get_chunk_weights(made) is made
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (torch.zeros(4), r"a tensor of shape \(4,\) for 5 chunks"),
+        (torch.zeros(5, 1), r"a tensor of shape \(5, 1\) for 5 chunks"),
+        (torch.tensor([0.0, 1.0, float("nan"), 0.0, 0.0]), r"a tensor of shape \(5,\) that holds nan"),
+        (torch.tensor([0.0, 1.0, float("inf"), 0.0, 0.0]), r"a tensor of shape \(5,\) that holds inf"),
+        (0.5, "returned 0.5 for 5 chunks"),
+        (None, "returned None for 5 chunks"),
+        ("none", "returned 'none' for 5 chunks"),
+    ],
+)
+def test_what_a_function_returns_is_checked(returned: Any, words: str) -> None:
+    """One finite number for each chunk, or an error that says what came instead."""
+    with pytest.raises(ConfigError, match=words):
+        get_chunk_weights(lambda chunks: returned)(StepChunks(POSTERIORS, TRAJECTORIES))
 
 
 def test_bad_baseline() -> None:
-    """An unknown name, a missing mean and shapes that do not fit are named."""
+    """An unknown name, what is no function, and shapes that do not fit are named."""
     with pytest.raises(ConfigError, match="`baseline` is 'mean', but it must be one of none, batch, trajectory"):
-        centered_posteriors(POSTERIORS, TRAJECTORIES, "mean")
-    with pytest.raises(ConfigError, match="`batch_mean` is None"):
-        centered_posteriors(POSTERIORS, TRAJECTORIES, "batch")
+        get_chunk_weights("mean")
+    with pytest.raises(ConfigError, match="`chunk_weights` is 3, which is neither a name nor a function"):
+        get_chunk_weights(3)  # type: ignore[arg-type]
     for ids in (TRAJECTORIES[:3], TRAJECTORIES[None]):
         with pytest.raises(ConfigError, match="one value for each chunk"):
-            centered_posteriors(POSTERIORS, ids, "none")
+            StepChunks(POSTERIORS, ids)

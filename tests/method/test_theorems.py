@@ -14,7 +14,7 @@ from torch import Tensor
 from omniopd_trl.method.loss import anchor_kl, chunk_loss, combine
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import get_similarity, similarity_matrix
-from omniopd_trl.method.weights import centered_posteriors
+from omniopd_trl.method.weights import StepChunks, get_chunk_weights
 
 SEEDS = st.integers(0, 10_000)
 # What float32 may add to a posterior mean.
@@ -103,10 +103,10 @@ def test_4_1b_without_a_prior_the_gradient_dies(seed: int, length: int, num_roll
 
 def test_4_1_speaks_of_no_baseline() -> None:
     """With a baseline of ours the weight may be negative or zero: 4.1(b) is a promise of `"none"` alone."""
-    posteriors, ids = torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 0, 1])
-    assert (centered_posteriors(posteriors, ids, "none") > 0).all()
+    chunks = StepChunks(torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 0, 1]), moving_average=0.5)
+    assert (get_chunk_weights("none")(chunks) > 0).all()
     for baseline in ("batch", "trajectory", "moving_average"):
-        weights = centered_posteriors(posteriors, ids, baseline, batch_mean=0.5, moving_average=0.5)
+        weights = get_chunk_weights(baseline)(chunks)
         assert weights.min() < 0
         assert (weights == 0).any()
 

@@ -12,7 +12,7 @@ from benchmarks.memory import RATIO_BOUND, Case, trace, traced
 from omniopd_trl.method.loss import anchor_kl
 from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
-from omniopd_trl.trainer import omniopd_trainer
+from omniopd_trl.trainer import objective
 from tests.support.training import make_trainer, perturb, questions
 
 TOKENS, VOCABULARY = 40, 4000
@@ -90,7 +90,7 @@ def test_dense_logits_would_be_noticed(tmp_path, make_tiny_model, monkeypatch, w
         kl = anchor_kl(ref_logits / temperature, logits / temperature, torch.ones(len(hidden), dtype=torch.bool))
         return kl[None], kl[None].detach()
 
-    monkeypatch.setattr(omniopd_trainer, which, {"logprobs_of": dense_logprobs, "kl_to_reference": dense_kl}[which])
+    monkeypatch.setattr(objective, which, {"logprobs_of": dense_logprobs, "kl_to_reference": dense_kl}[which])
     assert largest_of_a_step(tmp_path, make_tiny_model).numel >= TOKENS * VOCABULARY / 2
 
 

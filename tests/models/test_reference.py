@@ -35,7 +35,7 @@ def test_an_adapter_that_begins_elsewhere(tmp_path, tiny_model_dir, tiny_tokeniz
     else:
         trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=LoraConfig(**LORA, init_lora_weights=kind))
     has_copy = kind not in ("gaussian", True)
-    assert (trainer._reference.adapter == REFERENCE_ADAPTER) is has_copy
+    assert (trainer.objective.reference.adapter == REFERENCE_ADAPTER) is has_copy
     initial = copy.deepcopy(trainer.model)
     perturb(trainer.model)
     gradient, student = step_and_gradient(trainer)
@@ -140,6 +140,6 @@ def test_the_reference_has_no_dropout(tmp_path, tiny_model_dir, tiny_tokenizer, 
     trainer = make_trainer(tmp_path, model.train(), processing_class=tiny_tokenizer, peft_config=peft_config)
     trainer.model.train()
     logits: list[torch.Tensor] = []
-    trainer._run_reference(trainer.model, lambda reference: logits.append(reference(input_ids).logits))
+    trainer.objective.run_reference(trainer.model, lambda reference: logits.append(reference(input_ids).logits))
     torch.testing.assert_close(logits, [expected], rtol=0, atol=1e-6)
     assert trainer.model.training

@@ -16,7 +16,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, sampling_difference
-from omniopd_trl.teachers import ScriptedTeacher
+from omniopd_trl.teachers import ScriptedTeacher, Usage
 from omniopd_trl.trainer.fingerprint import replay_key
 from tests.support.training import make_trainer
 
@@ -79,10 +79,11 @@ def test_the_metric_and_its_warning(tmp_path, tiny_model_dir, caplog, settings, 
     logging.enable_propagation()
     trainer = make_trainer(tmp_path, tiny_model_dir, **settings)
     engine = Engine([[[-1.0], [-1.0]], []], [[[7], [8]], []])
-    trainer._sampling_logprobs = SamplingLogprobs(engine, [2])
+    sampling = SamplingLogprobs(engine, [2])
     for _ in range(2):
         engine.generate()
-        trainer._record_sampling("train", [torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])])
+        logprobs = [torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])]
+        trainer.step_metrics.add_sampling("train", sampling.take(), logprobs)
     metrics = {name: values for name, values in trainer._metrics["train"].items() if "sampling" in name}
     name = "sampling/sampling_logp_difference"
     assert metrics == ({f"{name}/mean": [0.25, 0.25], f"{name}/max": [0.5, 0.5]} if is_logged else {})
@@ -91,14 +92,15 @@ def test_the_metric_and_its_warning(tmp_path, tiny_model_dir, caplog, settings, 
 
 def test_replayed_steps_are_compared_with_nothing(tmp_path, tiny_model_dir):
     """What an evaluation sampled before them is not theirs, and is forgotten."""
+    make_trainer(tmp_path, tiny_model_dir).train()
     trainer = make_trainer(tmp_path, tiny_model_dir)
     engine = Engine([[[-1.0], [-1.0]], []], [[[7], [8]], []])
-    trainer._sampling_logprobs = SamplingLogprobs(engine, [2])
+    trainer.sampling_logprobs = SamplingLogprobs(engine, [2])
     engine.generate()
-    trainer._replays = True
-    trainer._record_sampling("train", [torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])])
-    assert not [name for name in trainer._metrics["train"] if "sampling" in name]
-    assert trainer._sampling_logprobs.take() is None
+    trainer.train()
+    assert trainer.teacher_usage == Usage(), "the step was not replayed"
+    assert not [name for log in trainer.state.log_history for name in log if "sampling" in name]
+    assert trainer.sampling_logprobs.take() is None
 
 
 @pytest.mark.parametrize("given", ["with the trainer", "with the model"])

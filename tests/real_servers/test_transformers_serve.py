@@ -116,7 +116,7 @@ def test_the_student_is_taught(tmp_path, server, teacher_dir):
     )
     start = trainable(trainer.model)
     trainer.train()
-    assert trainer._overlaps
+    assert trainer.step_audits.overlap
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2
     for log in logs:

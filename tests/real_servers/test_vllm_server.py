@@ -247,7 +247,7 @@ def test_the_student_is_taught(tmp_path, server, teacher_dir, continuation):
     trainer = run(tmp_path, server, teacher_dir, teacher_continuation=continuation, max_steps=3)
     start = trainable(trainer.model)
     trainer.train()
-    assert trainer._overlaps
+    assert trainer.step_audits.overlap
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 3
     for log in logs:

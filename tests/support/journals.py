@@ -2,11 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Journals with made-up records."""
 
-from omniopd_trl.audits.types import Audit, ChunkAudit
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.schema import (
-    StoredTrajectory,
-)
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import Usage
@@ -19,8 +16,8 @@ def journal(folder, **overrides) -> Journal:
     return Journal(journal_path(folder, settings["rank"]), **settings)
 
 
-def trajectory(seed=0) -> StoredTrajectory:
-    return StoredTrajectory([{"role": "user", "content": "2 + 2 = ?"}], [1, 2, seed], [3, 4, 5], seed)
+def trajectory(seed=0) -> Trajectory:
+    return Trajectory([{"role": "user", "content": "2 + 2 = ?"}], [1, 2, seed], [3, 4, 5], seed=seed)
 
 
 def audit(text="four", tokens=7) -> Audit:

@@ -5,6 +5,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def make_trainer(
     )
 
 
+def within(owner: Any, method: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Make everything that a public method of an object does happen inside a context."""
+    original = getattr(owner, method)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return original(*args, **kwargs)
+
+    setattr(owner, method, wrapped)
+
+
 def perturb(model: torch.nn.Module, scale: float = 0.02) -> None:
     """Move the trainable weights, so that the student differs from its reference."""
     generator = torch.Generator().manual_seed(3)
@@ -180,9 +192,14 @@ def dense_objective(
             end = start + chunk_length
             before = tokenizer.decode(completion[:start], skip_special_tokens=True).rstrip("\ufffd")
             text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
+            # A rollout is cut as if the white space before it were the chunk's. These students' tokens are random, so
+            # that a chunk's text by itself has no tokens in common with the chunk.
+            space = text[: len(text) - len(text.lstrip())] if text.strip() else None
             rollouts = []
             for i in range(args.num_rollouts):
-                ids = tokenizer(script(Prefix(prompt, before), i), add_special_tokens=False)["input_ids"]
+                rollout = script(Prefix(prompt, before), i)
+                rollout = rollout if space is None else space + rollout.lstrip()
+                ids = tokenizer(rollout, add_special_tokens=False)["input_ids"]
                 rollouts.append(tokenizer.decode(ids[:chunk_length]))
             prior = math.exp(token_logp[start:end].detach().mean().item())
             k_sem = sum(similarity(text, rollout) for rollout in rollouts)

@@ -19,7 +19,7 @@ from tests.support.training import FOUR_MICRO_BATCHES, make_trainer, questions, 
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
-@pytest.mark.parametrize("baseline", ["none", "batch", "trajectory", "moving_average"])
+@pytest.mark.parametrize("baseline", ["none", "batch", "trajectory", "moving_average", "shuffled", "constant"])
 def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, normalization):
     """Two steps with audits that overlap end with the weights of a run that waits for every audit first."""
     runs = []
@@ -38,8 +38,9 @@ def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, n
         trainer.train()
         runs.append(trainer)
     here, remote = runs
-    assert not here._overlaps
-    assert remote._overlaps == (baseline != "batch" and normalization != "components")
+    assert not here.step_audits.overlap
+    whole = baseline in ("batch", "shuffled", "constant")
+    assert remote.step_audits.overlap == (not whole and normalization != "components")
     torch.testing.assert_close(trainable(remote.model), trainable(here.model), rtol=0, atol=1e-6)
     for first, second in zip(here.state.log_history[:2], remote.state.log_history[:2], strict=True):
         for name, value in first.items():
@@ -95,7 +96,7 @@ def _busy(trainer) -> bool:
     async def others() -> int:
         return len(asyncio.all_tasks()) - 1
 
-    return trainer._loop.run(others()) > 0
+    return trainer.step_audits.ask(others()) > 0
 
 
 @pytest.mark.parametrize("teacher", [Remote, Here])

@@ -5,6 +5,7 @@
 import re
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trl import DistillationConfig, DistillationTrainer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.support import ROOT
-from tests.support.training import NUM_PROMPTS, make_trainer, questions, script
+from tests.support.training import NUM_PROMPTS, make_trainer, questions, script, within
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 VOCABULARY = 331  # no other size in the model: a matrix product with this dimension is one with the head
@@ -50,16 +51,6 @@ class HeadProducts(TorchDispatchMode):
         finally:
             self.phase = before
 
-    def wrap(self, owner, method, phase):
-        """Everything that `method` does belongs to `phase`."""
-        original = getattr(owner, method)
-
-        def wrapped(*args, **kwargs):
-            with self.during(phase):
-                return original(*args, **kwargs)
-
-        setattr(owner, method, wrapped)
-
     def watch(self, trainer, models):
         for name, model in models.items():
 
@@ -67,11 +58,11 @@ class HeadProducts(TorchDispatchMode):
                 self.decoder_tokens[self.phase, name] += kwargs["input_ids"].numel()
 
             model.model.register_forward_pre_hook(count, with_kwargs=True)
-        phases = {"_generate_single_turn": GENERATION, "_score_rows": SCORING, "compute_loss": FORWARD}
-        for method, phase in phases.items():
-            if hasattr(trainer, method):
-                self.wrap(trainer, method, phase)
-        self.wrap(trainer.accelerator, "backward", BACKWARD)
+        within(trainer, "_generate_single_turn", partial(self.during, GENERATION))
+        within(trainer, "compute_loss", partial(self.during, FORWARD))
+        if isinstance(trainer, OmniOPDTrainer):
+            within(trainer.objective, "score", partial(self.during, SCORING))
+        within(trainer.accelerator, "backward", partial(self.during, BACKWARD))
 
 
 @pytest.fixture

@@ -1,0 +1,270 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The forward passes: scores of the policy, and Eq. 8 of a micro-batch with its gradient."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from omniopd_trl.audits.types import PolicyScores
+from omniopd_trl.method.loss import chunk_loss, combine
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
+from omniopd_trl.models.reference import Reference
+from omniopd_trl.trainer.batches import PackedBatch
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+# Sums and counts of what is averaged over tokens, each `(2,)`, by the name of the metric.
+Sums = dict[str, torch.Tensor]
+
+
+class Objective:
+    """Everything that is computed with the student and the reference, whatever back end shards them.
+
+    Args:
+        reference: the frozen initial student, of the anchor and of `prior="reference"`.
+        temperature: sampling temperature of the student; all distributions are taken at it.
+        accelerator: of the run.
+        args: weights, normalization and prior.
+        pad_token_id: of the student's tokenizer.
+        redirect: TRL's forward redirection: calls a function inside the forward of a wrapped model.
+        hidden_states: TRL's function from `(model, input_ids, attention_mask, length)` to the last `length` hidden
+            states, those that predict the next tokens, `(B, length, H)`.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        temperature: float,
+        *,
+        accelerator: Accelerator,
+        args: OmniOPDConfig,
+        pad_token_id: int,
+        redirect: Callable[..., Any],
+        hidden_states: Callable[..., torch.Tensor],
+    ):
+        self.reference = reference
+        self.temperature = temperature
+        self._accelerator = accelerator
+        self._args = args
+        self._pad_token_id = pad_token_id
+        self._redirect = redirect
+        self._last_hidden_states = hidden_states
+        plugins = ("deepspeed_plugin", "fsdp_plugin")
+        self._is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> PolicyScores:
+        """Score completions under the policy that wrote them: no dropout, logits divided by the temperature.
+
+        Args:
+            model: the student, as the back end wraps it.
+            batch: holds `TOKEN_KEYS`.
+
+        Returns:
+            `(B, T)` tensors, float32, 0 on padding.
+        """
+        tokens = self._packed(batch)
+        where = batch["completion_mask"].bool()
+        scores = torch.zeros(3, *where.shape, device=where.device)
+
+        def project(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self._hidden_states(model, tokens)
+            with lm_head_of(model) as head:
+                logprobs, entropy = self._project(hidden, head, tokens, tokens.completion)
+            return logprobs.to(scores), entropy.to(scores)
+
+        def score_reference(reference: PreTrainedModel) -> None:
+            scores[2, where], _ = project(reference)
+
+        def body(student: PreTrainedModel) -> None:
+            scores[0, where], scores[1, where] = project(student)
+            scores[2] = scores[0]
+            if self._args.prior == "reference" and self._args.prior_strength > 0:
+                self.run_reference(student, score_reference)
+
+        with evaluation_mode(self._accelerator.unwrap_model(model)):
+            self._inside_forward(model, body)
+        return PolicyScores(*scores)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
+        """Eq. 8 of one micro-batch, scaled so that micro-batches and processes add up to that of the global batch.
+
+        Args:
+            model: the student, as the back end wraps it; in training mode for a training batch, which holds
+                `num_items_in_batch`. An evaluation batch is normalized by its own counts.
+            batch: holds `TOKEN_KEYS`, and what the trainer has counted over the global batch.
+
+        Returns:
+            A scalar tensor with its graph, and the sums behind the metrics `kl/unaudited`, `kl/audited`, `entropy`.
+        """
+        is_train = model.training
+        tokens = self._packed(batch)
+        sums: Sums = {}
+        kept: list[torch.Tensor] = []
+
+        def body(student: PreTrainedModel) -> torch.Tensor:
+            loss = self.evaluate(student, tokens, batch, is_train, sums)
+            kept.append(loss.detach())
+            return loss
+
+        loss = self._inside_forward(model, body)
+        # FSDP2 has rounded the result to bf16. The gradient is that of the result, and the value the one before.
+        return loss + (kept[0] - loss.detach()), sums
+
+    def evaluate(
+        self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any], is_train: bool, sums: Sums
+    ) -> torch.Tensor:
+        """What `loss` computes inside the student's forward.
+
+        Args:
+            student: the unwrapped student.
+            tokens: the micro-batch.
+            batch: the same, as TRL passes it.
+            is_train: whether it is part of an optimizer step.
+            sums: filled in.
+        """
+        hidden = self._hidden_states(student, tokens)
+        with lm_head_of(student) as head:
+            hidden = hidden.to(head.weight.device)
+            logprobs, _ = self._project(hidden, head, tokens, tokens.audited)
+            chunk_sum = chunk_loss(logprobs, tokens.weights[tokens.audited].to(hidden.device))
+            kl_sum = torch.zeros_like(chunk_sum)
+            if self._args.beta > 0:
+                kl_sum = self._anchor(student, tokens, hidden, head, logprobs.detach(), sums)
+            elif not is_train and not self._args.audit_eval:
+                _, entropy = self._project(hidden, head, tokens, tokens.completion)
+                sums["entropy"] = _sum_and_count(entropy)
+        # Generation hands out the micro-batches of one optimizer step; an evaluation batch stands for itself.
+        num_processes = self._accelerator.num_processes if is_train else 1
+        num_micro_batches = self._args.gradient_accumulation_steps if is_train else 1
+        local = {"num_audited": tokens.audited.sum(), "num_unaudited": tokens.unaudited.sum()}
+        counts = {key: batch.get(key, value).to(hidden.device) for key, value in local.items()}
+        num_sequences = tokens.input_ids.size(0) * num_processes * num_micro_batches
+        loss = combine(
+            chunk_sum,
+            kl_sum,
+            beta=self._args.beta,
+            normalization=self._args.loss_normalization,
+            num_tokens=(batch["num_items_in_batch"] if is_train else tokens.completion.sum()).to(hidden.device),
+            num_sequences=batch.get("num_sequences", num_sequences),
+            **counts,
+        )
+        # Gradients are averaged over processes, so that each one's share is scaled up by their number.
+        return loss * num_processes
+
+    def run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
+        """Run `body(reference model)` without gradients and dropout.
+
+        Args:
+            student: the unwrapped student, inside its forward: under PEFT it is the reference with other adapters.
+            body: leaves its results in a closure.
+        """
+        reference = self.reference
+        with torch.no_grad():
+            if reference.model is not None:
+                with reference.offloaded.on_device() if reference.offloaded is not None else nullcontext():
+                    self._inside_forward(reference.model, body)
+                return
+            with reference.lent_by(student), evaluation_mode(student):
+                body(student)
+
+    def _inside_forward(self, model: nn.Module, body: Callable[[PreTrainedModel], Any]) -> Any:
+        """Run `body(unwrapped model)` inside the wrapper's forward, where sharded parameters are whole.
+
+        Mixed precision has to be entered here: the redirection replaces the forward that accelerate wrapped. Tensors
+        travel in and out through closures, since FSDP2 rounds every float that it sees as an argument or a result.
+        """
+        unwrapped = self._accelerator.unwrap_model(model)
+
+        def run(_: None) -> Any:
+            with self._accelerator.autocast():
+                return body(unwrapped)
+
+        # On a GPU, FSDP2 of torch before 2.13 fails when it is called without any argument.
+        return self._redirect(model, unwrapped, run, None)
+
+    def _packed(self, batch: dict[str, Any]) -> PackedBatch:
+        return PackedBatch.of(batch, self._pad_token_id, self._args.pad_to_multiple_of)
+
+    def _hidden_states(self, model: PreTrainedModel, tokens: PackedBatch) -> torch.Tensor:
+        """States that predict `tokens.targets`, `(B, L - 1, H)`."""
+        return self._last_hidden_states(model, tokens.input_ids, tokens.attention_mask, tokens.input_ids.size(1) - 1)
+
+    def _project(
+        self, hidden: torch.Tensor, head: LMHead, tokens: PackedBatch, where: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies, `(N,)`, of the N targets at `where`; `hidden` holds the same rows."""
+        return logprobs_of(
+            hidden[where].to(head.weight.device),
+            head,
+            tokens.targets[where].to(head.weight.device),
+            self.temperature,
+        )
+
+    def _anchor(
+        self,
+        student: PreTrainedModel,
+        tokens: PackedBatch,
+        hidden: torch.Tensor,
+        head: LMHead,
+        logprobs: torch.Tensor,
+        sums: Sums,
+    ) -> torch.Tensor:
+        """Sum of the exact `KL(ref || theta)` on un-audited tokens; `logprobs` are the student's on audited ones."""
+        unaudited = tokens.unaudited
+        # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same, since every
+        # process has to take part.
+        has_unaudited = unaudited.any(1)
+        if self._is_sharded:
+            has_unaudited = torch.ones_like(has_unaudited)
+        if not has_unaudited.any():
+            return hidden.sum() * 0.0
+        rows = tokens.select(has_unaudited)
+        reference: dict[str, Any] = {}
+
+        def run(model: PreTrainedModel) -> None:
+            states = self._hidden_states(model, rows)
+            with lm_head_of(model) as ref_head:
+                reference["head"] = self.reference.kept(ref_head)
+                reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
+                reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
+
+        self.run_reference(student, run)
+        kl, entropy = kl_to_reference(
+            hidden[unaudited], head, reference["hidden"], reference["head"], self.temperature
+        )
+        is_in_rows = has_unaudited[:, None].expand_as(tokens.audited)[tokens.audited]
+        sums["kl/unaudited"] = _sum_and_count(kl.detach())
+        sums["kl/audited"] = _sum_and_count(_sampled_kl(reference["logprobs"].to(logprobs) - logprobs[is_in_rows]))
+        if not student.training and not self._args.audit_eval:
+            sums["entropy"] = _sum_and_count(entropy)
+        return kl.sum()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off: the policy that samples, the one that is scored and the reference have none."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+
+
+def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`.
+
+    With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is
+    negative. The exact value would project the student's audited tokens a second time.
+    """
+    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
