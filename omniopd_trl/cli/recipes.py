@@ -79,8 +79,6 @@ def demo(arguments: Sequence[str]) -> int:
         return 0
     from omniopd_trl.cli.train import run
 
-    sys.stdout.write(
-        "Training the student of the demo on the CPU, about three minutes on two cores. Pass@1 comes first.\n"
-    )
+    sys.stdout.write("Training the student of the demo on the CPU, in about three minutes on two cores.\n")
     sys.stdout.flush()
     return run(["--config", str(recipe_files()["demo"]), *arguments])
