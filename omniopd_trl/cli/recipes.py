@@ -17,8 +17,8 @@ FOLDER = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 _DEMO_HELP = """\
 usage: omniopd demo [--OPTION VALUE ...]
 
-Train the student of the demo, which ships with the package, in one process on the CPU: no network, no GPU, three to four
-minutes on two cores. The student forgets carries in word problems; the teacher corrects it through text alone. The run
+Train the student of the demo, which ships with the package, in one process on the CPU: no network, no GPU, three to
+four minutes on two cores. The student forgets carries in word problems; the teacher corrects it by text alone. The run
 measures pass@1 before and after on 512 problems, and ends with a table. The model and the answers of the teacher are
 written to ./runs/demo.
 
