@@ -17,8 +17,8 @@ FOLDER = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 _DEMO_HELP = """\
 usage: omniopd demo [--OPTION VALUE ...]
 
-Train the student of the demo, which ships with the package, in one process on the CPU: no network, no GPU, about three
-minutes on two cores. The student forgets carries in word problems; the teacher corrects it through text alone. The run
+Train the student of the demo, which ships with the package, in one process on the CPU: no network, no GPU, three to
+four minutes on two cores. The student forgets carries in word problems; the teacher corrects it by text alone. The run
 measures pass@1 before and after on 512 problems, and ends with a table. The model and the answers of the teacher are
 written to ./runs/demo.
 
@@ -79,8 +79,6 @@ def demo(arguments: Sequence[str]) -> int:
         return 0
     from omniopd_trl.cli.train import run
 
-    sys.stdout.write(
-        "Training the student of the demo on the CPU, about three minutes on two cores. Pass@1 comes first.\n"
-    )
+    sys.stdout.write("Training the student of the demo on the CPU, in three to four minutes on two cores.\n")
     sys.stdout.flush()
     return run(["--config", str(recipe_files()["demo"]), *arguments])

@@ -260,7 +260,9 @@ class TestErrors:
         [
             ({"model_name_or_path": None}, [], 2, "does not set `model_name_or_path`"),
             ({"teacher_model_name_or_path": None}, [], 2, "does not set `teacher_model_name_or_path`"),
-            ({"model_name_or_path": "./none"}, [], 1, "tokenizer './none' could not be loaded"),
+            ({"model_name_or_path": "./none"}, [], 1, "no model folder './none' (`model_name_or_path`; looked in"),
+            ({"model_name_or_path": "no/model"}, [], 1, "tokenizer 'no/model' could not be loaded"),
+            ({"model_name_or_path": "no/model"}, [], 1, "or `--prompt_length` says how long"),
             ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
             ({"dataset_name": None}, [], 2, "No dataset is named"),
             ({"dataset_train_split": "none"}, [], 1, "no split 'none'"),
