@@ -3,11 +3,16 @@
 """The event loop that teachers run on."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
+
+from omniopd_trl.teachers.base import Teacher
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -95,3 +100,19 @@ def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:
         future.set_exception(error)
     else:
         future.set_result(task.result())
+
+
+def release(teacher: Teacher, loop: EventLoopThread) -> None:
+    """Close a teacher's connections in the loop that they belong to. It can be asked again afterwards.
+
+    What is in flight is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
+
+    Args:
+        teacher: the teacher.
+        loop: the loop that asked it.
+    """
+    loop.cancel()
+    try:
+        loop.run(teacher.aclose())
+    except Exception as error:
+        logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")
