@@ -318,7 +318,7 @@ class RemoteTeacher(Teacher):
             returned = len(response.samples)
             if not 0 < returned < num_samples:
                 return [response._replace(samples=response.samples[:num_samples])]
-            # Some servers silently return fewer samples than requested. The rest is requested again.
+            # Some servers silently return fewer samples than requested. The others are requested.
             self._returns_fewer(num_samples, returned)
             sizes = self._split(start + returned, num_samples - returned)
             return [response, *await ask_all(sizes)]
