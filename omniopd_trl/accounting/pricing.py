@@ -178,7 +178,7 @@ def _log_tokens_only(provider: str, model: str) -> None:
     )
 
 
-# Prices change on full minutes only. Rounding makes the cached look-up hit: it is slow compared to a request.
+# Prices change on full minutes only. Rounding lets the cached look-ups hit; a look-up for each request would be slow.
 def _minute() -> datetime:
     return datetime.now(tz=UTC).replace(second=0, microsecond=0)
 

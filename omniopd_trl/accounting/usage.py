@@ -41,8 +41,8 @@ class KeptAnswers:
     """The stored answers for one prefix, and a function that stores new ones.
 
     Attributes:
-        found: answers of an earlier run, already paid and counted. Each is a tuple of the first requested sample, the
-            number of requested samples, and the returned samples as decoded from JSON.
+        found: answers of an earlier run, already paid and counted. Each is a tuple: index of the first requested
+            sample, number of samples that the answer covers, and the returned samples as decoded from JSON.
         keep: called with the same three values of a new answer, whose samples must be JSON-serializable, and with the
             usage and the US dollars (`None` without a price) of its request. Stores the answer and counts the request
             in one transaction.
