@@ -33,7 +33,7 @@ from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 GIB = 2**30
-TOKENS = 20_000  # of one trajectory with its prompt: the paper's maximum
+TOKENS = 20_000  # one trajectory with its prompt: the paper's maximum
 SEQUENCES = 16  # trajectories of one optimizer step; one per GPU if there are more GPUs
 GPUS = (1, 8, 64)
 
@@ -117,7 +117,7 @@ class BackEnd:
 # scoring, in the student's forward, twice in its backward, since checkpointing runs the layers again, and for the
 # reference. FSDP2 gathers once in the backward, and reduces once per step.
 _DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
-_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off by default
+_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off by default for ZeRO-2
 _ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}
 # bf16 gradients are copied to the CPU, and back for accumulation. For the update they are copied in float32, and the
 # weights return in bf16. Adam reads gradients, weights and two moments in float32, and writes all but the gradients.

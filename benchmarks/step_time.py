@@ -59,7 +59,7 @@ from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
-REST_BOUND = 1.2  # without generation, on a GPU: one forward more than TRL's, which are about five
+REST_BOUND = 1.2  # without generation, on a GPU: TRL's step costs about five forwards, ours one more
 PROMPT_TOKENS = 64
 PARTS = {
     "generation": "generation",

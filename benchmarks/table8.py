@@ -36,7 +36,7 @@ class Row(NamedTuple):
             chunk_length=self.chunk_length,
             num_rollouts=num_rollouts,
             samples_per_request=samples_per_request,
-            asked_per_token=1.0,  # as the paper counts
+            asked_per_token=1.0,  # the paper's value
         )
 
     def as_printed(self) -> Forecast:

@@ -60,7 +60,7 @@ class WarnOnce:
         """Log a warning, unless one of the same kind was logged before.
 
         Args:
-            message: what to log.
+            message: the warning.
             kind: warnings of one kind count as the same. Defaults to the message.
         """
         if (kind or message) not in self._given:

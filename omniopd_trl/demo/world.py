@@ -244,7 +244,7 @@ def solution(problem: Problem, style: Style, slip: Slip = NO_SLIP, rng: random.R
     """Write the whole solution in one style; its last line is `Answer: N`.
 
     Args:
-        problem: what to solve.
+        problem: the problem to solve.
         style: `"student"` or `"teacher"`.
         slip: probabilities of wrong calculations. Wrong results are carried forward. Defaults to none.
         rng: random generator of the slips. Required if `slip` is not `NO_SLIP`.
@@ -272,7 +272,7 @@ def mixed_solution(
     later lines in its own style, with correct calculations from the numbers before.
 
     Args:
-        problem: what to solve.
+        problem: the problem to solve.
         cut: where the writer changes, as a character position (int) or a fraction of the first solution (float).
         first: the style before the cut.
         then: the style of the lines after it.

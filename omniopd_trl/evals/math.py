@@ -64,7 +64,7 @@ def math_accuracy(
             "math_accuracy compares completions with a `solution` or an `answer` column, and the dataset has neither. "
             "Add one, or pass a custom reward function as `eval_reward_funcs`."
         )
-    # Before the loop, so that a missing package is reported for an empty batch too.
+    # Before the loop: a missing package is reported for an empty batch too.
     import_extra("math_verify", "eval")
     # Suppresses the warning that the time limit of math-verify is off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)

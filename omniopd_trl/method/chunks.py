@@ -147,7 +147,7 @@ def _merge(start: _Positions, end: _Positions, anchor: _Positions, order: _Posit
     best = order[:num_chunks]
     by_place = np.argsort(best)  # place in reading order -> rank
     candidates = best[by_place]
-    # A chunk begins where a window does not touch the one before it. Windows in different runs never touch: at least
+    # A chunk starts where a window does not touch the previous one. Windows in different runs never touch: at least
     # one masked token lies between them.
     begins = np.flatnonzero(start[candidates] > np.append([-1], end[candidates][:-1]))
     if begins.size == 0:

@@ -20,8 +20,8 @@ def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         logprobs: `(B, T)` or any other shape, in nats, with gradient.
-        weights: of the same shape. Each audited token has the `pi_hat` of its chunk, minus the baseline if there is
-            one. Other tokens have 0. No gradient flows through them.
+        weights: same shape as `logprobs`. Each audited token has the `pi_hat` of its chunk, minus the baseline if
+            there is one. Other tokens have 0. No gradient flows through them.
 
     Returns:
         A scalar tensor, the sum over the batch, in float32 (float64 if an argument is float64).

@@ -86,7 +86,7 @@ def posterior_mean(
     Reference: Eq. 5.
     """
     k_sem, n, pi_bar = as_float(similarity_sum), as_float(num_rollouts), as_float(prior)
-    # Written as "all are in range" rather than "none is out of range", so that NaN is refused too.
+    # Written as "all are in range" rather than "none is out of range" to refuse NaN too.
     if not (n >= 1).all():
         raise ConfigError(
             f"`num_rollouts` is {_show(n)}, but a chunk without rollouts has no evidence to average. "

@@ -86,7 +86,7 @@ def name_or_function(similarity: Similarity) -> str | Similarity:
     """The name of a similarity of this module, or the custom function itself.
 
     Args:
-        similarity: what `get_similarity` returns.
+        similarity: a result of `get_similarity`.
     """
     if isinstance(similarity, _Named):
         return next((name for name, named in _NAMED.items() if named is similarity), "embedding")
@@ -103,7 +103,7 @@ def similarity_matrix(
     Args:
         chunks: the student's texts.
         rollouts: for each chunk, the teacher's texts. Rows may differ in length, and may be empty.
-        similarity: what `get_similarity` takes or returns.
+        similarity: an argument or a result of `get_similarity`.
 
     Returns:
         One row for each chunk, one number in [0, 1] for each of its rollouts.
@@ -123,7 +123,7 @@ def similarity_matrix(
             "one list. Pass an empty list for a chunk without rollouts."
         )
     phi = get_similarity(similarity)
-    assert isinstance(phi, _Named | _Own)  # what `get_similarity` returns
+    assert isinstance(phi, _Named | _Own)  # guaranteed by `get_similarity`
     scores = iter(phi.score([(chunk, text) for chunk, row in zip(chunks, rollouts, strict=True) for text in row]))
     return [[next(scores) for _ in row] for row in rollouts]
 

@@ -23,7 +23,7 @@ class SamplingLogprobs:
     """
 
     def __init__(self, generation: VLLMGeneration, eos_token_ids: list[int]):
-        generation.logprobs = 0  # of the sampled token only
+        generation.logprobs = 0  # only the sampled token
         generation.generation_kwargs = {"stop_token_ids": eos_token_ids, **generation.generation_kwargs}
         self._generate = generation.generate
         generation.generate = self._generate_and_keep
