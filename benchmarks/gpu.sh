@@ -2,14 +2,14 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# The GPU kit, on a machine without a network: installs the wheels that scripts/gpu_wheels.sh fetched into a temporary
-# folder, and runs benchmarks/gpu.py. Results go to $OUT, or else outputs/gpu: results.json, results.md, log.txt.
+# Runs the GPU benchmarks on a machine without a network: installs the wheels fetched by scripts/gpu_wheels.sh into a
+# temporary folder, and runs benchmarks/gpu.py. Results go to $OUT (default: outputs/gpu): results.json, results.md, log.txt.
 #
 #     benchmarks/gpu.sh [--seconds 540] [--parts right,learns,fast,profile,scales]
-#     benchmarks/gpu.sh --dry-run       # everything on tiny shapes, on a CPU too
+#     benchmarks/gpu.sh --dry-run       # tiny shapes, also on a CPU
 #
-# WHEELS names the folder of the wheels (wheels/), PYTHON the interpreter (python3), COMMIT what was measured, where there
-# is no git.
+# Variables: WHEELS, the folder of the wheels (default: wheels/). PYTHON, the interpreter (default: python3). COMMIT, the
+# measured commit if git is not available.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=${WHEELS:-wheels}
@@ -22,6 +22,6 @@ trap 'rm -rf "$site"' EXIT
     --target "$site" "$wheels"/*.whl
 export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-# The kernels that Triton compiles serve all processes.
+# All processes share the kernels that Triton compiles.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$site/triton}
 "$python" -m benchmarks.gpu --out "$out" "$@"

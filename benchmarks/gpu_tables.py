@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of what `benchmarks.gpu` measured.
+"""Tables of the results of `benchmarks.gpu`.
 
 python -m benchmarks.gpu_tables           # write those of docs/results/gpu/*/results.json into docs/benchmarks.md
-python -m benchmarks.gpu_tables --check   # exit 1 if the page is not what would be written
+python -m benchmarks.gpu_tables --check   # exit 1 if the page is out of date
 """
 
 import argparse
@@ -30,13 +30,13 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def measured(results: dict[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:
-    """All measurements of a part, each with the name of the command that made it."""
+    """All measurements of a part, each with the name of its command."""
     commands = results["parts"].get(part, {})
     return [(name, each) for name, entry in commands.items() for each in entry.get("measured", [])]
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """What one run of `benchmarks.gpu` found, part by part; parts that did not run are left out."""
+    """The results of one run of `benchmarks.gpu`, part by part. Parts that did not run are omitted."""
     dry = "Dry run on tiny shapes. " if results["dry_run"] else ""
     return f"{dry}{_software(results)}\n\n**Commands**\n\n{_commands(results)}\n\n{_findings(results)}"
 
@@ -74,7 +74,7 @@ def _tests(results: dict[str, Any], part: str) -> str:
     if not tests:
         return ""
     counts = {kind: sum(test["outcome"] == kind for test in tests) for kind in ("passed", "failed", "skipped")}
-    # Of every quantity that tests hold against a bound, the test that came nearest to it, or was beyond it; NaN is.
+    # For each quantity with a bound, the largest error relative to the bound. NaN counts as the largest.
     worst: dict[tuple[str, str], tuple[float, float]] = {}
     for test in tests:
         for name, pair in test["errors"].items():
@@ -175,7 +175,7 @@ def _profile(results: dict[str, Any]) -> str:
 
 
 def page_part() -> str:
-    """All committed results: of each part of each card the newest that measured something, and every run's outcome."""
+    """All committed results: for each card, the newest measurements of each part, and the outcome of every run."""
     runs = [(path.parent.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/results.json"))]
     texts = []
     for card in sorted({results["card"] for _, results in runs}):
@@ -196,7 +196,7 @@ def page_part() -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Write the GPU tables of docs/benchmarks.md.")
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only report whether the page is up to date")
     options = parser.parse_args(argv)
     return update(PAGE, BEGIN, END, page_part(), check=options.check)
 

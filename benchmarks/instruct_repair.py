@@ -1,25 +1,25 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the repair of instructed answers changes in the similarities, on recorded answers.
+"""Effect of the repair of instructed answers on similarities, with recorded answers.
 
     python -m benchmarks.instruct_repair
 
 `data/instructed_answers.json` holds 18 problems with solutions and 143 prefixes of them that end between two tokens
 (inside words and numbers, after words, after line breaks). SmolLM2-135M-Instruct answered the messages of
 `render_messages` for each prefix three times (twice sampled at temperature 1, once greedy), and continued the prefix
-directly once, which gives a continuation whose joint is known; 40 tokens each. The file also holds the merges of its
+directly once, which gives a continuation with a known boundary; 40 tokens each. The file also holds the merges of its
 tokenizer that these texts use.
 
 An answer is repaired, cut to the length of a chunk of 50 student tokens and compared with the chunk. Printed are the
-share of answers that are the true continuation, apart from white space around it, and by how much their similarity to
-the chunk differs from its own:
+share of answers that equal the true continuation except for outer white space, and the difference between their
+similarity to the chunk and that of the true continuation:
 
 - true continuations without their outer white space, as chat services return them. The teacher repeats the student
   (every boundary between two tokens of the solutions), or writes its own continuation.
 - true continuations after an echo of the last words of the prefix, and the cases of the tests.
-- the model's answers: how many are restarts.
+- the model's answers: the number of restarts.
 
-The exit code is 1 when `repair` changes a true continuation, or when outer white space changes a similarity.
+The exit code is 1 if `repair` changes a true continuation, or if outer white space changes a similarity.
 """
 
 import json
@@ -46,7 +46,7 @@ Item = tuple[str, str, str]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The student's: a part of SmolLM2's that encodes the texts of the file alike."""
+    """The student's tokenizer: the subset of SmolLM2's that encodes the texts of the file identically."""
     merges = [tuple(merge.split(" ")) for merge in DATA["merges"]]
     pieces = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)])
     byte_pairs = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
@@ -60,7 +60,7 @@ ALIGNMENT = Alignment(STUDENT)
 
 
 def students_words() -> list[Item]:
-    """The teacher writes what the student wrote: every boundary between two tokens of the solutions."""
+    """The teacher repeats the student's text, at every boundary between two tokens of the solutions."""
     items = []
     for problem in DATA["problems"]:
         solution = problem["solution"]
@@ -86,10 +86,11 @@ def teachers_words() -> list[Item]:
 
 
 def changes(items: list[Item], texts: list[str]) -> dict[str, list[float]]:
-    """By how much the similarity of chunk and text differs from that of chunk and true continuation.
+    """Absolute differences between the similarities of the texts and of the true continuations to the chunk.
 
     Args:
-        texts: what each answer was repaired to.
+        items: prefix, the student's text after it, and the true continuation.
+        texts: the repaired answers.
     """
     token_ids, chunks = [], []
     for _, rest, _ in items:
@@ -106,10 +107,10 @@ def changes(items: list[Item], texts: list[str]) -> dict[str, list[float]]:
 
 
 def report(title: str, items: list[Item], answers: list[str]) -> float:
-    """Print what `repair` makes of the answers.
+    """Print the effect of `repair` on the answers.
 
     Returns:
-        The mean change of `edit` with `repair`.
+        The mean change of the similarity `edit` with `repair`.
     """
     print(f"{title}: {len(items)} answers")
     repaired = [repair(item[0], answer).text for item, answer in zip(items, answers, strict=True)]
@@ -122,7 +123,7 @@ def report(title: str, items: list[Item], answers: list[str]) -> float:
 
 
 def echoes(items: list[Item]) -> list[str]:
-    """The true continuations after one to eight of the last words of the prefix."""
+    """The true continuations, each after an echo of the prefix's last one to eight words."""
     source = random.Random(0)
     answers = []
     for prefix, _, truth in items:
@@ -132,7 +133,7 @@ def echoes(items: list[Item]) -> list[str]:
 
 
 def recorded() -> None:
-    """Print how many of the model's answers are restarts."""
+    """Print the outcomes of the model's answers, such as restarts."""
     outcomes = Counter()
     for answer in DATA["answers"]:
         problem = DATA["problems"][answer["problem"]]

@@ -1,20 +1,22 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the local teacher's cache saves: prompt tokens that its forward passes compute, and the time of audits.
+"""Savings of the local teacher's cache: prompt tokens in its forward passes, and the time of audits.
 
     python -m benchmarks.local_prefill [--tokens 500] [--prompt 100] [--rounds 3] [--chunks 1,2,3,5,10]
                                        [--results FILE]
 
-A teacher of random weights continues one trajectory before each of M chunks, N = 10 rollouts of 50 tokens each. Once
-as the local teacher does it: the longest prefix is computed once, and its keys and values serve all chunks and
-rollouts. Once with one generation per prefix, as a teacher does that knows nothing of nested prefixes: each prefix for
-itself, and for each of its rollouts, since `generate` repeats the prompt for each sample. A third count is in between:
-each prefix computed for itself, but only once for all of its rollouts.
+A teacher with random weights continues one trajectory before each of M chunks, with N = 10 rollouts of 50 tokens each.
+Three counts are compared:
 
-Tokens are counted in the forward passes: every token that a pass gets before the first new token of its generation.
-Chunks are spread evenly over the trajectory. The two ways take turns, and the time, the processor's on a CPU, is the
-median ratio.
-The exit code is 1 when at M = 10 the cache computes more than a third of the tokens of even the third count.
+- the local teacher: the longest prefix is computed once, and all chunks and rollouts share its keys and values.
+- one generation per prefix, without use of the nesting: each prefix is computed for each of its rollouts, since
+  `generate` repeats the prompt for each sample.
+- in between: each prefix is computed once for all of its rollouts.
+
+Tokens are counted in the forward passes: every input token before the first new token of a generation. Chunks are
+spread evenly over the trajectory. The first two ways alternate, and the median ratio of their times is printed (CPU
+time on a CPU). The exit code is 1 if at M = 10 the local teacher computes more than a third of the tokens of the third
+count.
 """
 
 import argparse
@@ -31,12 +33,12 @@ from benchmarks.shapes import QWEN3, Shape, best_device, now, tokenizer
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS = 50, 10
-BOUND, BOUND_AT = 3.0, 10  # at so many chunks
+BOUND, BOUND_AT = 3.0, 10  # the factor, and the number of chunks
 TEACHER = Shape("small", 256, 4, 768, 4, kv_heads=2, head_dim=64, vocabulary=4096)
 
 
 class Prefilled:
-    """Counts the tokens that a model's forward passes get before the first new token of a generation."""
+    """Counts the input tokens of a model's forward passes before the first new token of a generation."""
 
     def __init__(self, model: Any):
         self.tokens = 0
@@ -51,8 +53,8 @@ class Prefilled:
 
     def _count(self, module, args, kwargs):
         input_ids = kwargs["input_ids"]
-        # After the first pass of a generation each row gets its new token, one column. The first pass has one column
-        # as well where the cache holds all of a prefix but its last token.
+        # After the first pass of a generation, the input has one column, the new token of each row. The first pass
+        # also has one column if the cache holds all of a prefix except its last token.
         if self._begins or input_ids.size(1) > 1:
             mask = kwargs.get("attention_mask")
             padding = 0 if mask is None else int((mask[:, -input_ids.size(1) :] == 0).sum())
@@ -65,7 +67,7 @@ class Prefilled:
 
 
 def one_generation_per_prefix(teacher: LocalTeacher, prefixes: list[Prefix], request: SamplingRequest) -> None:
-    """Each prefix for itself, with `generate` and its `num_return_sequences`."""
+    """Each prefix separately, with `generate` and its `num_return_sequences`."""
     config = GenerationConfig(
         max_new_tokens=request.max_tokens,
         do_sample=True,
@@ -82,23 +84,23 @@ def one_generation_per_prefix(teacher: LocalTeacher, prefixes: list[Prefix], req
 
 
 def from_one_cache(teacher: LocalTeacher, prefixes: list[Prefix], request: SamplingRequest) -> None:
-    """All prefixes together, as the trainer asks for them."""
+    """All prefixes together, as in the trainer."""
     teacher.sample_trajectories([prefixes], request)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--tokens", type=int, default=500, help="of the trajectory")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of the trajectory")
     parser.add_argument("--prompt", type=int, default=100, help="tokens of the problem")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunks", default="1,2,3,5,10", help="values of M")
-    parser.add_argument("--results", type=Path, help="a JSON file to add what was measured to")
+    parser.add_argument("--results", type=Path, help="a JSON file to which the results are added")
     options = parser.parse_args()
     device, dtype = best_device()
     shape = QWEN3[0] if device.type == "cuda" else TEACHER
     words = tokenizer(shape.vocabulary)
     teacher = LocalTeacher(shape.model(device, dtype), words)
-    teacher.eos_token_ids = []  # so that both ways write as much
+    teacher.eos_token_ids = []  # both ways generate the same number of tokens
     counter = Prefilled(teacher.model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, shape.vocabulary, (options.prompt + options.tokens,), generator=generator)

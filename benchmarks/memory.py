@@ -1,33 +1,35 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of scoring and loss: against dense logits, with the vocabulary, and with the length.
+"""Peak memory of scoring and loss: compared with dense logits, and as a function of vocabulary and length.
 
     python -m benchmarks.memory [--hidden 64] [--case 20000 151936] [--retain] [--results FILE]
     python -m benchmarks.memory --traced --hidden 2048
 
-Each case is a process of its own: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
+Each case runs in a separate process: scoring of T tokens (log-probabilities and entropies, no gradient), then the loss
 with 500 audited tokens (10 chunks of 50) and the anchor on the others, forward and backward, from hidden states and
-LM heads. What is measured is the peak above what is there before: the hidden states and the heads of student and
-reference. On the CPU it is the peak of the process's resident memory, on a GPU what PyTorch has allocated at most.
+LM heads. The peak is measured relative to the memory before: the hidden states and the heads of student and reference.
+On the CPU it is the peak resident memory of the process, on a GPU the peak memory that PyTorch allocated.
 
-glibc keeps freed blocks of up to 32 MiB resident, tiles among them, once it has seen one of that size freed. The
-processes run with `MALLOC_MMAP_THRESHOLD_`, unless it is set, so that freed memory counts as such; `--retain` measures
-without it.
+After freeing a block of up to 32 MiB, glibc keeps blocks of that size resident, among them tiles. The processes set
+`MALLOC_MMAP_THRESHOLD_`, unless it is already set, to return freed memory. `--retain` measures without it.
 
-Dense: five float32 tensors of T x V. Logits of the student and of the reference, log-probabilities of both, and the
-gradient of the student's logits: the least that a loss on whole logits holds. The first row is such a loss, measured.
+Dense: five float32 tensors of T x V: logits of the student and of the reference, log-probabilities of both, and the
+gradient of the student's logits. This is the minimum of a loss on whole logits. The first row measures such a loss.
 
-Head: the gradient of the student's head, float32 as the kernels add it up, twice: the chunk loss and the anchor each
-have one until they are added.
+Head: the gradient of the student's head, accumulated by the kernels in float32, twice: the chunk loss and the anchor
+each have one until they are added.
 
-Traced: the same code on tensors without memory (`FakeTensorMode`), where every storage that is alive is counted, in
-seconds at any width. Two gradients of the head are added there in a third, since tensors of that kind are not added in
-place; growth with T is exact.
+Traced: the same code on tensors without memory (`FakeTensorMode`). Every live storage is counted, which takes seconds
+at any width. The sum of the two head gradients is a third tensor there, since fake tensors are not added in place.
+Growth with T is exact.
 
-The exit code is 1 when a bound is missed: at T = 4,096 and V = 151,936, alone or with the others, a quarter of dense;
-the same within 5% of it for every vocabulary once the head is taken off; from T = 2,048 to 20,000 at most four times
-the hidden states for each further token, and the same for every vocabulary. On a GPU the latter two are measured from
-where its larger tiles are full: from V = 65,536 and T = 10,000.
+The exit code is 1 if a bound is missed:
+
+- at T = 4,096 and V = 151,936, alone or with the others, the peak is at most a quarter of dense.
+- at T = 4,096, the peak without the head differs by at most 5% between vocabularies.
+- from T = 2,048 to 20,000, each further token adds at most four times its hidden states, for every vocabulary.
+
+On a GPU the last two are measured from V = 65,536 and T = 10,000, where its larger tiles are full.
 """
 
 import argparse
@@ -53,14 +55,14 @@ MIB = 2**20
 DENSE_COPIES = 5
 RATIO_BOUND, FLAT_BOUND, SLOPE_BOUND = 0.25, 0.05, 4.0
 LONGEST = 20_000
-# Tokens and vocabulary from which on memory grows by what is no tile. The anchor takes 256 tokens at a time on a CPU,
-# and 4,096 on a GPU, where the cast of a tile is there until that of the next one is.
+# Tokens and vocabulary above which tiles are full, and memory grows by other tensors only. The anchor takes 256 tokens
+# at a time on a CPU. On a GPU it takes 4,096, and the cast of a tile is kept until the next one is created.
 FULL_TILES = {"cpu": (2048, 32_768), "cuda": (10_000, 65_536)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process: how many tokens, vocabulary, width, and whether logits are dense."""
+    """One process: tokens, vocabulary and width, and whether logits are dense."""
 
     tokens: int
     vocabulary: int
@@ -77,7 +79,7 @@ class Case:
 
 
 class Peak:
-    """Bytes above those of the beginning. Linux counts `ru_maxrss` in KiB."""
+    """Peak bytes relative to the start. Linux counts `ru_maxrss` in KiB."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -96,7 +98,7 @@ class Peak:
 
 
 def tiled(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, targets: torch.Tensor):
-    """As the trainer does it, less its copies of the states of audited and of other tokens: slices serve here."""
+    """Scoring and loss as in the trainer, with slices instead of copies of the audited and the other states."""
     with torch.no_grad():
         logprobs_of(hidden, head, targets, 1.0)
     logprobs, _ = logprobs_of(hidden[:AUDITED], head, targets[:AUDITED], 1.0)
@@ -107,7 +109,7 @@ def tiled(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head
 
 
 def dense(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head: LMHead, targets: torch.Tensor):
-    """The same from whole logits, with the package's own dense reference."""
+    """The same loss from whole logits, with the package's dense reference."""
     logits, ref_logits = hidden @ head.weight.T, (ref_hidden @ ref_head.weight.T).detach()
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     audited = torch.arange(len(targets), device=targets.device) < AUDITED
@@ -115,7 +117,7 @@ def dense(hidden: torch.Tensor, head: LMHead, ref_hidden: torch.Tensor, ref_head
 
 
 def measure(case: Case, pipe: Any) -> None:
-    """Runs in a process of its own."""
+    """Measure one case, in a separate process."""
     device, dtype = best_device()
     torch.manual_seed(0)
 
@@ -123,15 +125,15 @@ def measure(case: Case, pipe: Any) -> None:
         return torch.randn(*sizes, device=device, dtype=dtype)
 
     hidden, ref_hidden = normal(case.tokens, case.hidden).requires_grad_(), normal(case.tokens, case.hidden)
-    # Of this size logits have the spread of a trained model's.
+    # With this scale, logits have the spread of a trained model's.
     weight = (normal(case.vocabulary, case.hidden) / case.hidden**0.5).requires_grad_()
     ref_weight = normal(case.vocabulary, case.hidden) / case.hidden**0.5
     heads = LMHead(weight, None, 1.0, None), LMHead(ref_weight, None, 1.0, None)
     targets = torch.randint(case.vocabulary, (case.tokens,), device=device)
-    (normal(8, 8) @ normal(8, 8)).sum()  # libraries that are loaded at the first product
+    (normal(8, 8) @ normal(8, 8)).sum()  # the first product loads libraries
     peak, start = Peak(device), time.perf_counter()
     (dense if case.dense else tiled)(hidden, heads[0], ref_hidden, heads[1], targets).backward()
-    result = peak.bytes(), time.perf_counter() - start  # before the check below, which needs memory of its own
+    result = peak.bytes(), time.perf_counter() - start  # before the check below, which allocates memory
     for leaf in (hidden, weight):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
@@ -139,11 +141,14 @@ def measure(case: Case, pipe: Any) -> None:
 
 
 def run(case: Case, results: Path | None = None) -> int | None:
-    """Peak bytes of a case, or `None` when its process ended before it was done; prints its row.
+    """Measure a case and print its row.
 
     Args:
-        case: what is measured.
-        results: a JSON file to add the row to.
+        case: the case.
+        results: a JSON file to which the row is added.
+
+    Returns:
+        Peak bytes, or `None` if the process failed.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -153,7 +158,7 @@ def run(case: Case, results: Path | None = None) -> int | None:
     row = f"{'dense' if case.dense else 'tiled':8}{case.tokens:8,}{case.vocabulary:10,}"
     try:
         peak, seconds = ours.recv()
-    except EOFError:  # out of memory: other cases may fit
+    except EOFError:  # probably out of memory; other cases may fit
         process.join()
         print(f"{row}    failed with exit code {process.exitcode}", flush=True)
         return None
@@ -170,7 +175,7 @@ def run(case: Case, results: Path | None = None) -> int | None:
 
 
 def traced(case: Case) -> float:
-    """Peak bytes of a case that was not computed, heads included."""
+    """Peak bytes of a case on fake tensors, heads included."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -189,7 +194,7 @@ def traced(case: Case) -> float:
 
 
 def trace(hidden: int) -> int:
-    """Growth with T at two vocabularies, exactly; 1 when it is more than four states a token or depends on V."""
+    """Print the exact growth with T. Returns 1 if it is above four states per token or depends on the vocabulary."""
     state = 4 * hidden
     print(f"hidden size {hidden}; MiB above T = 2,048, and in states of {state:,} bytes per further token\n")
     print(f"{'V':>10}{'T':>10}{'MiB':>10}{'states':>10}")
@@ -205,15 +210,15 @@ def trace(hidden: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--hidden", type=int, default=64, help="width; small, so that it takes minutes on a CPU")
-    parser.add_argument("--case", nargs=2, type=int, metavar=("T", "V"), help="one case alone, with its own bound")
+    parser.add_argument("--hidden", type=int, default=64, help="width; the default takes minutes on a CPU")
+    parser.add_argument("--case", nargs=2, type=int, metavar=("T", "V"), help="a single case, with its bound")
     parser.add_argument("--traced", action="store_true", help="count storages instead of computing")
-    parser.add_argument("--retain", action="store_true", help="leave it to glibc which freed memory stays resident")
-    parser.add_argument("--results", type=Path, help="a JSON file to add what was measured to")
+    parser.add_argument("--retain", action="store_true", help="let glibc keep freed memory resident")
+    parser.add_argument("--results", type=Path, help="a JSON file to which the results are added")
     options = parser.parse_args()
     hidden = options.hidden
     if not options.retain:
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(MIB))  # read by glibc when a process starts
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(MIB))  # glibc reads it when a process starts
     if options.traced:
         sys.exit(trace(hidden))
     print(f"hidden size {hidden}; MiB\n")
@@ -232,9 +237,9 @@ def main() -> None:
     peaks = {case: run(case, options.results) for case in cases}
     beyond = {(c.tokens, c.vocabulary): peak - c.head_bytes for c, peak in peaks.items() if peak is not None}
     if len(beyond) < len(cases):
-        sys.exit("A case failed: there is nothing to hold against the bounds.")
+        sys.exit("A case failed, so the bounds cannot be checked.")
     flat = max(beyond[4096, v] for v in vocabularies) - beyond[4096, smallest]
-    # Student's and reference's hidden states, at each further token.
+    # Hidden states of student and reference for the additional tokens.
     states = (LONGEST - shortest) * 2 * hidden * dtype.itemsize
     slopes = {v: (beyond[LONGEST, v] - beyond[shortest, v]) / states for v in (smallest, QWEN_VOCABULARY)}
     print()

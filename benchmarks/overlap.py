@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What audits that overlap with training save, where the teacher takes as long as the training.
+"""Time saved by overlapping audits with training, for a teacher that takes as long as the training.
 
     python -m benchmarks.overlap [--steps 3]
 
-A student of random weights (about 9 million) trains on eight micro-batches of two trajectories. First with a teacher
-that answers at once, which measures the training; then with one that serves one trajectory after the other and takes
-just as long for all of them, once waited for before the first micro-batch and once overlapped. Ratios are of one run.
+A student with random weights (about 9 million) trains on eight micro-batches of two trajectories. The first run has a
+teacher that answers immediately, and measures the training. The other runs have a teacher that serves one trajectory
+after the other and takes as long as the training for all of them: one run waits for it before the first micro-batch,
+one overlaps. Ratios are from a single run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ MICRO_BATCHES, ROWS = 8, 2
 
 
 class PacedTeacher(ScriptedTeacher):
-    """Serves one trajectory after the other, each for `seconds`, like a server at the limit of its throughput."""
+    """Serves one trajectory after the other, each in `seconds`, like a saturated server."""
 
     def __init__(self, seconds: float, is_remote: bool):
         super().__init__()
@@ -62,7 +63,7 @@ def student(vocabulary: int) -> Qwen3ForCausalLM:
 
 
 def step_seconds(teacher: PacedTeacher, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, from the end of generation to the end of the last micro-batch, and of generation."""
+    """Median seconds of a step without generation (until the end of the last micro-batch), and of generation."""
     words = tokenizer()
     rows = MICRO_BATCHES * ROWS
     data = Dataset.from_list(
@@ -110,7 +111,7 @@ def step_seconds(teacher: PacedTeacher, steps: int) -> tuple[float, float]:
         trainer.training_step = timed
         trainer.train()
     last = ended[MICRO_BATCHES - 1 :: MICRO_BATCHES]
-    # The first step warms caches.
+    # The first step is a warm-up.
     seconds = [end - start for start, end in zip(began, last, strict=True)][1:]
     return statistics.median(seconds), statistics.median(generation[1:])
 

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens models process, padding included, for trajectories of very different lengths.
+"""Number of tokens that models process, padding included, for trajectories of very different lengths.
 
     python -m benchmarks.padding [--rows 32] [--micro-batch 2]
 
 One step of OmniOPDTrainer and one of TRL's DistillationTrainer on the same completions, whose lengths are drawn from 1
-to 512 with a long tail, median about 90. Tokens are counted where the decoder gets them. Naive is every row padded to
-the longest prompt and the longest completion of the generation batch; random is what micro-batches of rows in random
-order would cost, each cut to its own longest row. The model is tiny: only counts are of interest.
-The exit code is 1 when ours processes more than 1.1 times the real tokens.
+to 512 with a long tail, median about 90. Tokens are counted at the input of the decoder. "naive" pads every row to the
+longest prompt and the longest completion of the generation batch. "random" takes micro-batches of rows in random
+order, each padded to its longest row. The model is tiny, since only counts matter. The exit code is 1 if
+OmniOPDTrainer processes more than 1.1 times the real tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TINY = Shape("tiny", 32, 1, 64, 2, kv_heads=1, head_dim=16, vocabulary=4096)
 
 
 class Replayed:
-    """Given completions instead of generated ones."""
+    """Returns given completions instead of generating."""
 
     completions: list[list[int]]
 
@@ -62,7 +62,7 @@ class Theirs(Replayed, DistillationTrainer):
 
 
 def processed(trainer: Any, other: Any) -> tuple[dict[str, int], list[int], list[int]]:
-    """Tokens by who processes them in one step, and the lengths of prompts and completions."""
+    """Tokens that each model processes in one step, and the lengths of prompts and completions."""
     trainer.remove_callback(PrinterCallback)
     trainer.counts = counts = {"scoring": 0, "student": 0, "reference": 0}
     for name, model in (("student", trainer.model), ("reference", other)):
@@ -94,7 +94,7 @@ def main() -> None:
         settings: dict[str, Any] = {
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,  # which runs the decoder again in the backward
+            "gradient_checkpointing": False,  # it would run the decoder again in the backward
             "max_completion_length": LONGEST,
             "per_device_train_batch_size": options.micro_batch,
             "gradient_accumulation_steps": options.rows // options.micro_batch,
@@ -133,7 +133,7 @@ def main() -> None:
         orders = [torch.randperm(len(rows), generator=generator) for _ in range(1000)]
         random = sum(size * rows[order].view(-1, size).amax(1).sum().item() for order in orders) / len(orders) / real
         shown = {key: f"{n / real:.3f}" if n else "-" for key, n in counts.items()}
-        # The reference leaves out fully audited trajectories, so that it may process less than the real tokens.
+        # The reference skips fully audited trajectories and may process fewer than the real tokens.
         print(
             f"{name:12}{real:10,}{naive:10.3f}{random:10.3f}{shown['scoring']:>10}{shown['student']:>10}{shown['reference']:>12}"
         )

@@ -1,34 +1,34 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How many prompt tokens vLLM's prefix cache serves, of those that nested prefixes allow.
+"""Prompt tokens served by vLLM's prefix cache, relative to the maximum for nested prefixes.
 
     python -m benchmarks.prefix_cache [--trajectories 16] [--samples 1 10]
     python -m benchmarks.prefix_cache --url http://127.0.0.1:8000/v1 --model NAME --tokenizer PATH --block-size 16
 
-Trajectories of the demo's students, several solutions long, are audited as in training: ten chunks each, all chunks of
-all trajectories under way at once, as many as the engine lets through. Without `--url` the demo's teacher is served by
-a vLLM of this environment (the one of `make test-vllm`). The exit code is 1 when a ratio is below 0.9.
+Trajectories of the demo's student, several solutions long, are audited as in training: ten chunks each, and all chunks
+of all trajectories in flight at once, up to the engine's limit. Without `--url` the demo's teacher is served by the
+vLLM of this environment (that of `make test-vllm`). The exit code is 1 if a ratio is below 0.9.
 
 **The bound.** The prefixes of a trajectory are nested, `p_1` in `p_2` in ... in `p_M`, of `L_1 < ... < L_M` tokens,
-prompt included. When `p_m` arrives, the most that can have been computed before is what it shares with `p_(m-1)`:
-`s_m` tokens, which is `L_(m-1)`, less a token that the cut went through. At least one token of a prompt is computed,
-as it gives the first logits. So a cache may serve, of the `sum L_m` tokens,
+prompt included. When `p_m` arrives, at most the tokens that it shares with `p_(m-1)` are already computed: `s_m`
+tokens, which is `L_(m-1)`, minus one if the cut splits a token. At least one token of a prompt is computed, since it
+gives the first logits. Of the `sum L_m` tokens, a cache can therefore serve
 
     A = sum_(m > 1) min(s_m, L_m - 1)                   token by token
     A_B = sum_(m > 1) floor(min(s_m, L_m - 1) / B) B    in whole blocks of B tokens, as vLLM keeps them
 
-For equally spaced prefixes after a short prompt, `A / sum L_m` is near `1 - 2 / (M + 1)`: 0.82 for ten of them. Blocks
-cost half of one, `B / 2` tokens, per prefix. `ratio` is what was served over `A_B`; `of_tokens` is the same over `A`.
+For equally spaced prefixes after a short prompt, `A / sum L_m` is near `1 - 2 / (M + 1)`: 0.82 for ten prefixes. Whole
+blocks lose `B / 2` tokens per prefix on average. The printed ratios are the served tokens over `A_B` and over `A`.
 
-With n samples in a request the server looks a prompt up once per sample. The others find all that the first one has,
-`floor((L_m - 1) / B) B` each, whatever the nesting; that is subtracted before the ratio is taken.
+With n samples in a request, the server looks up the prompt once per sample. Each further sample finds all whole blocks
+of the first one, `floor((L_m - 1) / B) B` tokens, independent of the nesting. These are subtracted before the ratio.
 
-The ratio may exceed 1 by a few blocks: two problems may begin alike.
+The ratio may exceed 1 by a few blocks, since two problems may have a common beginning.
 
-**Where the numbers come from.** Hits are those of the server's own counters, `vllm:prefix_cache_hits_total`. With one
-sample the `usage` of the answers says the same. With more it does not: its `cached_tokens` is what the last sample of
-a request found, which holds blocks that the first one had to compute. It is no figure of cost, and is printed only to
-be compared.
+**Source of the numbers.** Hits are read from the server's counter `vllm:prefix_cache_hits_total`. With one sample per
+request the `usage` of the answers agrees with it. With more samples it does not: its `cached_tokens` is the number
+that the last sample of a request found, including blocks that the first sample had to compute. It does not measure the
+cost and is printed for comparison only.
 """
 
 import argparse
@@ -56,25 +56,25 @@ from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.engine import EngineSettings
 
 NUM_CHUNKS, CHUNK_LENGTH = 10, 20
-# Student tokens of a trajectory. With the prompt they are fewer than the demo's teacher takes.
+# Student tokens of a trajectory. With the prompt they fit into the context of the demo's teacher.
 LENGTH = 640
 REQUIRED = 0.9
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one round of audits asked for, and what the cache served; numbers of tokens.
+    """Requests of one round of audits, and the tokens that the cache served.
 
     Attributes:
-        samples: per request.
-        requests: that were answered.
-        prompt: of all requests, each counted once.
-        allowed_tokens: `A`.
-        allowed_blocks: `A_B`.
-        repeated: what the second and later samples of a request find by themselves.
-        looked_up: what the server says that it looked up.
-        hits: what the server says that it found.
-        usage: what the answers say that was cached.
+        samples: samples per request.
+        requests: number of answered requests.
+        prompt: prompt tokens of all requests, each request counted once.
+        allowed_tokens: `A`, in tokens.
+        allowed_blocks: `A_B`, in tokens.
+        repeated: cached tokens found by the second and later samples of the requests.
+        looked_up: tokens that the server looked up, by its counter.
+        hits: tokens that the server found in its cache, by its counter.
+        usage: cached tokens in the `usage` of the answers.
     """
 
     samples: int
@@ -89,16 +89,16 @@ class Result:
 
     @property
     def served(self) -> int:
-        """Hits of the first samples of each request."""
+        """Cached tokens found by the first sample of each request."""
         return self.hits - self.repeated
 
     @property
     def ratio(self) -> float:
-        """Of what nesting allows in whole blocks."""
+        """Served tokens relative to `A_B`."""
         return self.served / self.allowed_blocks
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Names and values, for people."""
+        """Names and values for the printed table."""
         yield "samples per request", f"{self.samples}"
         yield "requests", f"{self.requests}"
         yield "prompt tokens", f"{self.prompt:,}"
@@ -112,7 +112,7 @@ class Result:
 
 
 class Recorder(Teacher):
-    """Hands everything to a teacher, and remembers what was asked and answered."""
+    """Forwards requests to a teacher, and records prefixes and replies."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
@@ -128,9 +128,9 @@ class Recorder(Teacher):
 def trajectories(
     count: int, name: str, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[tuple[Trajectory, PolicyScores]]:
-    """Students' texts of `length` tokens, each after a problem of its own; another name gives others.
+    """Student texts of `length` tokens, each for a different problem. `name` seeds the problems.
 
-    The entropies are random, so that chunks stand anywhere, as they do in training.
+    The entropies are random: chunks may be anywhere, as in training.
     """
     rng = random.Random(name)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -151,7 +151,7 @@ def trajectories(
 
 
 def auditor(teacher: Teacher, tokenizer: PreTrainedTokenizerBase, samples: int) -> Auditor:
-    """As the trainer makes it, with ten chunks."""
+    """An auditor with the trainer's settings and ten chunks."""
     settings = AuditSettings(
         num_chunks=NUM_CHUNKS,
         chunk_length=CHUNK_LENGTH,
@@ -186,13 +186,13 @@ def measure(
     """Audit new trajectories, and read the server's counters before and after.
 
     Args:
-        url: of the server, with its `/v1`. Nobody else may be asking it.
-        model: as the server knows it.
-        tokenizer_path: of the teacher's tokenizer.
-        samples: per request.
-        count: trajectories.
-        block: tokens of a block of the server's cache.
-        length: of a trajectory, in student tokens.
+        url: address of the server, with its `/v1`. The server must have no other clients.
+        model: name of the model on the server.
+        tokenizer_path: path of the teacher's tokenizer.
+        samples: samples per request.
+        count: number of trajectories.
+        block: tokens per block of the server's cache.
+        length: length of a trajectory, in student tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     students = AutoTokenizer.from_pretrained(asset_path("student"))
@@ -246,7 +246,7 @@ def measure(
 
 @contextmanager
 def server(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
-    """Address, model, tokenizer and block size: of the server that is named, or of one that is started."""
+    """Address, model, tokenizer and block size of the given server, or of a new one."""
     if options.url is not None:
         yield options.url, options.model, options.tokenizer or options.model, options.block_size
         return
@@ -261,10 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--trajectories", type=int, default=16)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--url", help="of a running server, with its /v1; without it one is started")
-    parser.add_argument("--model", default="teacher", help="as that server knows it")
+    parser.add_argument("--url", help="address of a running server, with its /v1; by default one is started")
+    parser.add_argument("--model", default="teacher", help="name of the model on that server")
     parser.add_argument("--tokenizer", help="path or id of its tokenizer; the model's name by default")
-    parser.add_argument("--block-size", type=int, default=BLOCK, help="of that server")
+    parser.add_argument("--block-size", type=int, default=BLOCK, help="block size of that server")
     options = parser.parse_args()
     passed = True
     with server(options) as (url, model, tokenizer, block):

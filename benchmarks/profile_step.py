@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of one step of OmniOPDTrainer goes, by operator.
+"""Time of one step of OmniOPDTrainer by operator.
 
     python -m benchmarks.profile_step [--shape qwen3-1.7b] [--tokens 8192] [--results FILE]
 
 The trainer is that of `benchmarks.step_time`, with replayed completions. The first two steps compile kernels and
-allocate; the third is profiled with torch's profiler. Printed are the ten kernels with the most time on the GPU, or on
-a CPU the ten operators with the most time of their own.
+allocate memory. The third step is profiled with torch's profiler. The ten kernels with the most time are printed for a
+GPU, and the ten operators with the most self time for a CPU.
 """
 
 import argparse
@@ -47,13 +47,13 @@ class ProfileLastStep(TrainerCallback):
 
 
 def rows_of(profiler: profile, device: torch.device) -> list[dict[str, Any]]:
-    """The operators with the most time of their own on the device, in milliseconds."""
+    """The operators with the most self time on the device, in milliseconds."""
     on_device = device.type == "cuda"
 
     def own_time(event: Any) -> float:
         return (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1000
 
-    # On a GPU an operator's own time is that of the kernels that it started, which are listed as well.
+    # On a GPU the self time of an operator is that of its kernels, which are listed separately.
     events = [e for e in profiler.key_averages() if not on_device or str(e.device_type).endswith("CUDA")]
     total = sum(own_time(event) for event in events)
     events.sort(key=own_time, reverse=True)
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=BATCHES, default="small")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--results", type=Path, help="a JSON file to add what was measured to")
+    parser.add_argument("--results", type=Path, help="a JSON file to which the results are added")
     options = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks and tests measured, in files that other commands read."""
+"""Files with the results of benchmarks and tests."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -9,23 +9,23 @@ from typing import Any
 
 
 def add_result(path: Path, measured: dict[str, Any]) -> None:
-    """Add one measurement to the list in a JSON file, which is made when it does not exist."""
+    """Add one measurement to the list in a JSON file. The file is created if needed."""
     results = json.loads(path.read_text()) if path.exists() else []
     write_json(path, [*results, measured])
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one move: a reader finds the old file or the new one, never a part."""
+    """Write a JSON file atomically: a reader finds the old file or the new one, never a part."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(path)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Measurements that `add_result` wrote, or tests in a JUnit file; none when there is no file.
+    """Read the measurements of `add_result`, or the tests of a JUnit file. Empty if there is no file.
 
     A test has a `test`, `seconds`, an `outcome` (`"passed"`, `"failed"` or `"skipped"`), a `message`, and `errors`:
-    both numbers for each name that it recorded as the properties `error:NAME` and `bound:NAME`.
+    the error and the bound for each NAME that it recorded as the properties `error:NAME` and `bound:NAME`.
     """
     if not path.exists():
         return []
@@ -58,7 +58,7 @@ def _test(case: ElementTree.Element) -> dict[str, Any]:
 
 
 def _message(found: ElementTree.Element) -> str:
-    """The first line of a message and the last line of its error, without what is between: output of a process."""
+    """The first line of a message and the last line of its error, without the process output between them."""
     first = found.attrib.get("message", "").split("\n", 1)[0]
     errors = [line[1:].strip() for line in (found.text or "").splitlines() if line.startswith("E ")]
     last = errors[-1] if errors else ""

@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a job needs beyond the machines at hand: memory per GPU, time per step, and what its teacher must deliver.
+"""Requirements of jobs on larger machines: memory per GPU, time per step, and the throughput of the teacher.
 
     python -m benchmarks.scaling            # the tables of docs/scaling.md
-    python -m benchmarks.scaling --check    # the formulas against the real models' code
-    python -m benchmarks.scaling --states   # the formulas against what processes hold and send, by launch
+    python -m benchmarks.scaling --check    # compare the formulas with the real models' code
+    python -m benchmarks.scaling --states   # compare the formulas with counts of processes, by launch
 
 The formulas are those of docs/scaling.md. The check runs the code of the real models, at their real sizes and 20,000
-tokens, on tensors that have a shape and no memory (PyTorch's `FakeTensorMode`): it counts every storage that is alive
-and every multiplication, and needs neither a GPU nor the memory of one.
+tokens, on tensors that have a shape and no memory (PyTorch's `FakeTensorMode`). It counts every live storage and every
+multiplication, and needs neither a GPU nor its memory.
 
-What is held and sent is counted in processes that train a tiny student (tests/distributed/states_under.py). Three of
-them: of two, each holds as many bytes of a whole gradient in bf16 as of its half in float32.
+Memory and communication are counted in processes that train a tiny student (tests/distributed/states_under.py). There
+are three processes: with two, a whole gradient in bf16 has as many bytes as half of a gradient in float32.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
 GIB = 2**30
-TOKENS = 20_000  # of one trajectory with its prompt: the paper's longest
-SEQUENCES = 16  # trajectories of one optimizer step, or one per GPU where there are more GPUs
+TOKENS = 20_000  # one trajectory with its prompt: the paper's maximum
+SEQUENCES = 16  # trajectories of one optimizer step; one per GPU if there are more GPUs
 GPUS = (1, 8, 64)
 
-# What is assumed of a GPU: an H100 with 80 GB, in bf16. Nothing here was measured on one.
+# Assumptions about a GPU: an H100 with 80 GB, in bf16. None of these values were measured.
 GPU_MEMORY = 80e9  # bytes
-# Of an H100 SXM by its data sheet: dense bf16 operations, and bytes, per second.
+# Data sheet of an H100 SXM: dense bf16 operations and bytes, per second.
 GPU_FLOPS, GPU_BANDWIDTH = 989e12, 3.35e12
 UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
 DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
-LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, which is less than NVLink
-PCIE = 25e9  # bytes per second between a GPU and the CPU's memory: half of what PCIe 5.0 promises
+LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, less than NVLink
+PCIE = 25e9  # bytes per second between a GPU and the CPU's memory: half of PCIe 5.0's nominal rate
 CPU_BANDWIDTH = 40e9  # bytes per second and GPU of the CPU's memory: an eighth of half of two sockets' 614 GB/s
 
-# A teacher of one's own: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
+# A self-hosted teacher: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
 # that serves four of five prompt tokens.
 TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 64, 0.8
 
@@ -63,25 +63,28 @@ class BackEnd:
     """Bytes per parameter on one of N GPUs: `whole + split / N`, for the student and for the reference.
 
     Attributes:
-        whole: what every GPU holds of each weight: the weight, its gradient, optimizer states.
-        split: what the GPUs share.
-        whole_reference: the same for the frozen reference.
-        split_reference: the same.
-        buckets: what several GPUs send of gradients, beside the gradients.
-        waits: a whole gradient, from one micro-batch of a step to the next. As the last one's backward sends it layer
-            by layer, 4 bytes of `split` take its place.
-        gathers: of the head and one layer, which are whole for the moment they are used.
-        copies: of the layers' weights, from their use to the end of a forward.
-        gathers_reference: of the reference's embeddings, head and one layer, in its forward.
-        lends: of the reference's embeddings, head and one layer, where it rests on the CPU.
-        autocasts: the weights are in float32, and what goes from layer to layer is, too.
-        adapters: only a LoRA adapter is trained; of all other weights there are no gradients.
-        clones: of the reference's head, from its forward to the backward.
-        sends: what a GPU sends of each weight or gradient per micro-batch, and in a step beside that. An all-reduce
-            counts twice: it is a reduce-scatter and an all-gather.
-        hides: whether sending goes on beside arithmetic.
-        copies_over: between GPU and CPU, of what a GPU updates: for each micro-batch after the first, and per step.
-        updates_on_cpu: what the CPU's Adam reads and writes.
+        name: name of the launch in the tables.
+        whole: bytes on every GPU: the weight, its gradient, optimizer states.
+        split: bytes that the GPUs share.
+        whole_reference: bytes of the frozen reference on every GPU.
+        split_reference: bytes of the frozen reference that the GPUs share.
+        buckets: bytes of the communication buffers of gradients, with several GPUs.
+        waits: bytes of a whole gradient that is kept between the micro-batches of a step. The last backward reduces it
+            layer by layer into 4 bytes of `split`.
+        gathers: bytes of the head and one layer, gathered while they are used.
+        copies: bytes of copies of the layers' weights, from their use to the end of a forward.
+        gathers_reference: bytes of the reference's embeddings, head and one layer, gathered in its forward.
+        lends: bytes of the reference's embeddings, head and one layer on the GPU, with an offloaded reference.
+        autocasts: whether weights and the states between layers are in float32.
+        adapters: whether only a LoRA adapter is trained. Other weights have no gradients then.
+        clones: bytes of the copy of the reference's head, from its forward to the backward.
+        sends: bytes that a GPU sends per micro-batch, and in addition per step. An all-reduce counts twice, as a
+            reduce-scatter and an all-gather.
+        hides: whether communication overlaps with computation.
+        copies_over: bytes that a GPU exchanges with the CPU, per parameter of its share: for each micro-batch after
+            the first, and per step.
+        updates_on_cpu: bytes that Adam on the CPU reads and writes.
+        min_gpus: least number of GPUs.
     """
 
     name: str
@@ -105,19 +108,19 @@ class BackEnd:
     min_gpus: int = 1
 
 
-# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: on copies that autocast
-# makes of weights that are trained, and on what FSDP2 gathers. DeepSpeed has bf16 weights and gradients, and float32
-# gradients, weights and moments of the part that a GPU updates. What is gathered is bf16, with its gradient.
+# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: DDP on autocast's
+# copies of the trained weights, FSDP2 on the gathered weights. DeepSpeed has bf16 weights and gradients, and float32
+# gradients, weights and moments of the part that a GPU updates. Gathered weights and their gradients are bf16.
 #
-# What is sent, and how often: DDP reduces float32 gradients once per step. ZeRO-2 reduces them in bf16 with every
-# micro-batch, as an all-reduce, and gathers the new weights at the end. ZeRO-3 gathers all weights five times per
-# micro-batch: to score, in the student's forward, twice in its backward, where the layers run again (checkpointing),
-# and for the reference. FSDP2 gathers once in the backward, and reduces once per step.
+# Communication: DDP reduces float32 gradients once per step. ZeRO-2 reduces them in bf16 with every micro-batch, as an
+# all-reduce, and gathers the new weights at the end. ZeRO-3 gathers all weights five times per micro-batch: for
+# scoring, in the student's forward, twice in its backward, since checkpointing runs the layers again, and for the
+# reference. FSDP2 gathers once in the backward, and reduces once per step.
 _DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
-_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off there by default
+_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off by default for ZeRO-2
 _ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}
-# bf16 gradients go to the CPU, and back to be added to. For the update they go in float32, and weights come in bf16.
-# Adam reads gradients, weights and two moments in float32, and writes all but the first.
+# bf16 gradients are copied to the CPU, and back for accumulation. For the update they are copied in float32, and the
+# weights return in bf16. Adam reads gradients, weights and two moments in float32, and writes all but the gradients.
 _CPU: dict[str, Any] = {"copies_over": (2 + 2, 4 + 2), "updates_on_cpu": 4 * (4 + 3)}
 
 BACK_ENDS = (
@@ -145,7 +148,7 @@ TILE = 4096 * 32_768  # logits: tokens by vocabulary entries
 
 
 def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
-    """Weights, gradients and optimizer states on one GPU. `accumulates`: a step has several micro-batches."""
+    """Weights, gradients and optimizer states on one GPU. `accumulates`: whether a step has several micro-batches."""
     per_parameter = back_end.whole + back_end.split / gpus
     if gpus > 1:
         per_parameter += back_end.buckets
@@ -155,7 +158,7 @@ def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: boo
 
 
 def reference_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """Of the reference's weights on one GPU."""
+    """Bytes of the reference's weights on one GPU."""
     return (back_end.whole_reference + back_end.split_reference / gpus) * student.parameters
 
 
@@ -170,17 +173,17 @@ def lent(student: Shape) -> int:
 
 
 def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
-    """Weights, gradients, optimizer states and the reference on one GPU, with what is gathered of them."""
+    """Weights, gradients, optimizer states and the reference on one GPU, with gathered weights."""
     states = student_bytes(student, back_end, gpus, accumulates) + reference_bytes(student, back_end, gpus)
     return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
 
 
 def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
-    """What one layer keeps while it is computed again and differentiated, in bf16.
+    """Peak memory of one layer while it is recomputed and differentiated, in bf16.
 
-    The coefficients are read off the code of Qwen3 in transformers, by the check below: how many results of each width
-    a layer holds at its worst moment, those in float32 counted as two. Autocast makes norms, residuals and their
-    gradients float32, and keeps copies of weights.
+    The coefficients come from the code of Qwen3 in transformers, by the check below. They are the number of
+    activations of each width at the peak, where float32 activations count twice. Autocast makes norms, residuals and
+    their gradients float32, and keeps copies of weights.
     """
     queries, keys = student.heads * student.head_dim, student.kv_heads * student.head_dim
     hidden, weights = (15 * student.hidden, 1.5 * student.layer_weights) if autocasts else (10 * student.hidden, 0.0)
@@ -188,26 +191,26 @@ def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
 
 
 def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """The most of three moments in the backward of chunk loss and anchor, each with the states that are there.
+    """The maximum of three moments in the backward of chunk loss and anchor, with the states at each moment.
 
-    The anchor goes first. It goes through tiles: two of logits in float32, with casts of one and of the next. Its
-    gradient of the head is added up in float32. Where the head is in bf16 it is then cast, while the tiles are there.
-    The chunk loss has such a gradient of its own, until the two are added: 4 and 4 bytes, or 2 with 4 and 2.
+    The anchor is first. It needs two tiles of logits in float32, and the casts of two tiles. Its gradient of the head
+    is accumulated in float32. If the head is in bf16, the gradient is then cast while the tiles still exist. The chunk
+    loss has a separate gradient of the head until the two are added: 4 and 4 bytes, or 2 with 4 and 2.
     """
     head, states = student.head_parameters, tokens * student.hidden
-    # Of the student, of un-audited tokens, and the reference's; their gradient in float32, which bf16 has cast.
+    # States of the student, of un-audited tokens and of the reference. Their gradient is float32, with a cast in bf16.
     anchor = 3 * state_size(back_end) + (4 if back_end.autocasts else 4 + 2)
     tiles = (2 * 4 + 2 * 2) * TILE
     if back_end.adapters:
         return anchor * states + tiles
     moments = [anchor * states + tiles + (4 + back_end.clones) * head, 4 * state_size(back_end) * states + 8 * head]
-    if not back_end.autocasts:  # the cast of the last tile, which is narrower, counts half
+    if not back_end.autocasts:  # the last tile is narrower: its cast counts half
         moments.append(anchor * states + (2 * 4 + 1) * TILE + (4 + 2 + back_end.clones) * head)
     return max(moments)
 
 
 def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """At the end of a forward: copies of weights, what is gathered and cloned of the reference, states, two tiles."""
+    """At the end of a forward: copies of weights, gathered and cloned weights of the reference, states, two tiles."""
     weights = back_end.copies * student.layers * student.layer_weights
     weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
     states = 3 * state_size(back_end) * tokens * student.hidden
@@ -215,17 +218,17 @@ def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
 
 
 def last_layer_bytes(student: Shape, tokens: int) -> float:
-    """Of the last layer, in a forward: three results of its MLP in bf16, and two float32 states."""
+    """Bytes of the last layer in a forward: three activations of its MLP in bf16, and two float32 states."""
     return tokens * (2 * 3 * student.intermediate + 4 * 2 * student.hidden)
 
 
 def state_size(back_end: BackEnd) -> int:
-    """Bytes of a number that goes from layer to layer."""
+    """Bytes of a number in the states between layers."""
     return 4 if back_end.autocasts else 2
 
 
 def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """Of a forward and backward with gradient checkpointing: the layers' inputs, and the most that joins them."""
+    """Bytes of a forward and backward with gradient checkpointing: the layers' inputs, and the peak above them."""
     inputs = state_size(back_end) * tokens * student.layers * student.hidden
     layer = layer_bytes(student, tokens, back_end.autocasts)
     loss = loss_bytes(student, back_end, tokens)
@@ -233,13 +236,13 @@ def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
 
 
 def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
-    """The most that one GPU holds while it trains on one trajectory at a time."""
+    """Peak bytes of one GPU that trains on one trajectory at a time."""
     states = state_bytes(student, back_end, gpus, accumulates=per_gpu(gpus) > 1)
     return states + work_bytes(student, back_end, tokens)
 
 
 def runs(student: Shape, back_end: BackEnd, gpus: int) -> bool:
-    """Whether there are enough GPUs, of enough memory: 5% are left to the allocator."""
+    """Whether there are enough GPUs with enough memory. 5% are reserved for the allocator."""
     return gpus >= back_end.min_gpus and gpu_bytes(student, back_end, gpus) < 0.95 * GPU_MEMORY
 
 
@@ -247,12 +250,12 @@ def runs(student: Shape, back_end: BackEnd, gpus: int) -> bool:
 
 
 def step_flops(student: Shape, tokens: int = TOKENS, adapters: bool = False) -> float:
-    """All but generation, for one trajectory: scoring, the student's forward and backward, the reference.
+    """Operations for one trajectory except generation: scoring, the student's forward and backward, the reference.
 
-    A backward is two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in all. Projections:
-    once for the scores. For the loss, student and reference in the forward, both once more in the backward, which
-    computes its tiles again, and two for the gradients. Frozen matrices have no gradients: with adapters alone, one
-    product less for each.
+    A backward costs two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in total. There is
+    one projection for the scores. The loss has two in the forward (student and reference), two in the backward, which
+    recomputes its tiles, and two for the gradients. Frozen matrices have no gradients: with adapters only, each has
+    one product less.
     """
     flops = 6 * student.forward_flops(tokens) + (1 + 2 + 2 + 2) * student.projection_flops(tokens)
     if adapters:
@@ -261,7 +264,7 @@ def step_flops(student: Shape, tokens: int = TOKENS, adapters: bool = False) -> 
 
 
 def training_seconds(student: Shape, gpus: int, adapters: bool = False) -> float:
-    """Of one optimizer step without generation."""
+    """Seconds of one optimizer step without generation."""
     return per_gpu(gpus) * step_flops(student, adapters=adapters) / (UTILIZATION * GPU_FLOPS)
 
 
@@ -271,9 +274,9 @@ def per_gpu(gpus: int) -> float:
 
 
 def generation_seconds(student: Shape, gpus: int) -> float:
-    """Of one optimizer step: every GPU decodes its trajectories together, token by token.
+    """Seconds of generation in one optimizer step. Every GPU decodes its trajectories in one batch.
 
-    A token reads all weights once, and each trajectory's own keys and values so far.
+    Each decoding step reads all weights once, and the keys and values of each trajectory.
     """
     weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
     cache = per_gpu(gpus) * student.cache_bytes(TOKENS / 2, 2)
@@ -281,25 +284,26 @@ def generation_seconds(student: Shape, gpus: int) -> float:
 
 
 def sent_bytes(student: Shape, back_end: BackEnd, gpus: int, micro_batches: float) -> float:
-    """What a GPU sends to others in one optimizer step."""
+    """Bytes that a GPU sends to others in one optimizer step."""
     per_micro_batch, per_step = back_end.sends
     return (micro_batches * per_micro_batch + per_step) * student.parameters * (gpus - 1) / gpus
 
 
 def moved_seconds(student: Shape, back_end: BackEnd, gpus: int) -> tuple[float, float]:
-    """Of one optimizer step: what a GPU sends to others, and what passes between it, the CPU and the CPU's memory."""
+    """Seconds of one optimizer step: sending to other GPUs, and transfers between GPU, CPU and CPU memory."""
     n, micro_batches = student.parameters, per_gpu(gpus)
     sent = sent_bytes(student, back_end, gpus, micro_batches) / LINK
     further, once = back_end.copies_over
     over = ((micro_batches - 1) * further + once) * n / gpus / PCIE
     over += back_end.updates_on_cpu * n / gpus / CPU_BANDWIDTH
-    return sent, over + micro_batches * back_end.lends * n / PCIE  # the offloaded reference comes every time
+    return sent, over + micro_batches * back_end.lends * n / PCIE  # the offloaded reference is copied for each
 
 
 def waiting_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """The part of them that arithmetic cannot hide.
+    """The part of `moved_seconds` that does not overlap with computation.
 
-    What is sent with every micro-batch has all of its arithmetic to hide behind, and what is sent once has a backward.
+    Communication of every micro-batch overlaps with all of its computation. Communication once per step overlaps with
+    one backward.
     """
     sent, over = moved_seconds(student, back_end, gpus)
     if back_end.hides:
@@ -309,19 +313,19 @@ def waiting_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
 
 
 def step_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """Of one optimizer step: generation, training, and what it waits for."""
+    """Seconds of one optimizer step: generation, training and waiting."""
     training = training_seconds(student, gpus, back_end.adapters)
     return generation_seconds(student, gpus) + training + waiting_seconds(student, back_end, gpus)
 
 
 def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
-    """Prompt and completion tokens per second that keep a job busy whose steps take so long."""
+    """Prompt and completion tokens per second that the teacher must deliver for steps of this duration."""
     chunks = max(SEQUENCES, gpus) * NUM_CHUNKS
     return chunks * TOKENS / 2 / seconds, chunks * NUM_ROLLOUTS * ROLLOUT_TOKENS / seconds
 
 
 def teacher_servers(reads: float, writes: float) -> float:
-    """How many teachers of one's own deliver so many prompt and completion tokens per second."""
+    """Number of self-hosted teachers that deliver this many prompt and completion tokens per second."""
     decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * GPU_BANDWIDTH * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
     prefill = UTILIZATION * GPU_FLOPS * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
     return reads / prefill + writes / decode
@@ -331,7 +335,7 @@ def teacher_servers(reads: float, writes: float) -> float:
 
 
 def memory_table() -> list[str]:
-    """GiB per GPU. Bold where it does not fit."""
+    """GiB per GPU. Bold if it does not fit."""
     rows = [
         f"| student | launch | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in GPUS)} |",
         "|---|---|" + "---|" * len(GPUS),
@@ -350,7 +354,7 @@ def memory_table() -> list[str]:
 
 
 def time_table() -> list[str]:
-    """Seconds per step, and the tokens per second that the teacher has to deliver to the fastest launch that fits."""
+    """Seconds per step, and the tokens per second that the fastest fitting launch needs from the teacher."""
     rows = [
         "| student | GPUs | generation | training | training, LoRA | fastest | teacher reads | writes | servers |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -372,7 +376,7 @@ def time_table() -> list[str]:
 
 
 def step_table() -> list[str]:
-    """Seconds per step of each launch: what moves, what of it is waited for, and the step. Blank: it does not run."""
+    """Seconds per step of each launch: transfers, the waiting part of them, and the step. Blank if it does not run."""
     columns = [f"{n} GPU{'s' * (n > 1)}: moves | waits | step" for n in GPUS]
     rows = [f"| student | launch | {' | '.join(columns)} |", "|---|---|" + "---|" * 3 * len(GPUS)]
     for student in QWEN3:
@@ -393,12 +397,12 @@ def step_table() -> list[str]:
 
 
 def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dict[str, float]:
-    """Bytes and FLOPs of the student's own code: a forward and backward with checkpointing that adds to gradients.
+    """Bytes and FLOPs of the student's code: a forward and backward with checkpointing and gradient accumulation.
 
     Weights are in bf16, or in float32 under autocast.
 
     Returns:
-        `parameters`; `layers`, the most bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
+        `parameters`; `layers`, the peak bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
     """
     aten = torch.ops.aten
 
@@ -407,7 +411,7 @@ def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dic
         return 4 * batch * heads * length * length * width // 2
 
     def causal_backward(grad: Any, query: Any, *rest: Any, **kwargs: Any) -> int:
-        return causal(query, query) * 5 // 2  # it computes the scores again
+        return causal(query, query) * 5 // 2  # it recomputes the scores
 
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: causal,
@@ -423,14 +427,14 @@ def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dic
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         gradient = torch.zeros(1, tokens, student.hidden, dtype=dtype)
-        # Of tensors without memory transformers cannot see that nothing is padding: it would build a mask of `T * T`.
+        # transformers cannot inspect the mask of a fake tensor, and would build one of `T * T`.
         no_mask = {"full_attention": None}
 
         def states() -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
                 return model.base_model(input_ids=ids, attention_mask=no_mask, use_cache=False).last_hidden_state
 
-        # One after the other: counting keeps tensors alive.
+        # Separate passes, since the FLOP counter keeps tensors alive.
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             result = states()
             forward = counter.get_total_flops()
@@ -451,10 +455,10 @@ def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dic
 
 
 def traced_loss(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """Most bytes of chunk loss and anchor besides the heads, through the trainer's kernels, as a GPU runs them.
+    """Peak bytes of chunk loss and anchor besides the heads, with the trainer's kernels as on a GPU.
 
-    Triton folds a tile of logits in place, and multiplies into it. On tensors without memory nothing has to be
-    computed, so that these steps do nothing here; the PyTorch code that stands for them on a CPU makes temporaries.
+    Triton processes a tile of logits in place. Fake tensors need no values, so these steps are replaced by no-ops: the
+    PyTorch code that replaces Triton on a CPU would create temporaries.
     """
     cpu = torch.device("cpu")
     dtype = torch.float32 if back_end.autocasts else torch.bfloat16
@@ -474,7 +478,7 @@ def traced_loss(student: Shape, back_end: BackEnd, tokens: int) -> float:
         tracker = MemTracker()
         with tracker:
             weight, reference = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
-            # A head for each term: gradients of this kind are not added in place, as those of a GPU are.
+            # A head for each term: gradients of fake tensors are not added in place, unlike those on a GPU.
             trains = not back_end.adapters
             heads = [LMHead(weight.detach().requires_grad_(trains), None, 1.0, None) for _ in range(2)]
             hidden = torch.empty(tokens, student.hidden, dtype=dtype).requires_grad_()
@@ -494,7 +498,7 @@ def traced_loss(student: Shape, back_end: BackEnd, tokens: int) -> float:
 
 
 def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, float, float]]:
-    """Student, quantity, by the formula, by the code."""
+    """Rows of student, quantity, value of the formula, and value of the code."""
     rows = []
     for student in students:
         inputs = 2 * tokens * student.layers * student.hidden
@@ -503,7 +507,8 @@ def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, floa
         formulas = {
             "parameters": float(student.parameters),
             "layers": inputs + layer_bytes(student, tokens, autocasts=False),
-            # Small weights: a layer's backward. Large ones: the end of the forward, with all copies of them.
+            # With small weights the peak is a layer's backward. With large ones it is the end of the forward, with all
+            # copies.
             AUTOCAST: 2 * inputs + max(layer_bytes(student, tokens, autocasts=True), copies),
             "forward": student.forward_flops(tokens),
             "backward": 3 * student.forward_flops(tokens),
@@ -516,15 +521,15 @@ def check(students: tuple[Shape, ...], tokens: int) -> list[tuple[str, str, floa
 
 
 AUTOCAST = "layers, autocast"
-LOSSES = ("`single_gpu`, `multi_gpu`", "the same, LoRA", "`zero2`", "`fsdp2`")  # others are as one of them
+LOSSES = ("`single_gpu`, `multi_gpu`", "the same, LoRA", "`zero2`", "`fsdp2`")  # the others equal one of these
 
-# Many small layers: ZeRO-2 keeps a gradient whole that two processes share, which has to weigh little here.
+# Many small layers: ZeRO-2 keeps gradients whole that two processes share, and these must be a small part.
 TINY = Shape("tiny", 96, 16, 192, 6, kv_heads=3, head_dim=16, vocabulary=384)
 PROCESSES = 3
 
-# FSDP2 where every micro-batch reduces its gradients.
+# FSDP2 with a gradient reduction in every micro-batch.
 _SYNCS = replace(_BY_NAME["`fsdp2`"], waits=0, sends=(4 * 2 + 2, 0))
-# How the tests launch it, what differs, and the row above.
+# For each launch: the tests' name of the back end, the variant, and the row of `BACK_ENDS`.
 LAUNCHES = {
     "`multi_gpu`": ("ddp", "", _BY_NAME["`single_gpu`, `multi_gpu`"]),
     "`multi_gpu`, LoRA": ("ddp", "lora", _BY_NAME["the same, LoRA"]),
@@ -533,18 +538,18 @@ LAUNCHES = {
     "`fsdp2`": ("fsdp2", "", _BY_NAME["`fsdp2`"]),
     "`fsdp2`, `sync_each_batch`": ("fsdp2", "sync_each_batch", _SYNCS),
 }
-OFF_BY = 0.05  # bytes per parameter: norms and batches that do not count, adapters, padding of shards
+OFF_BY = 0.05  # bytes per parameter: uncounted norms and batches, adapters, padding of shards
 
 
 def off_by(what: str, formula: float) -> float:
-    """How far a count may be from its formula: of what is sent, which adds up passes, by a twentieth."""
+    """The tolerance between a count and its formula. For sent bytes, summed over passes, it is at least 5%."""
     return max(OFF_BY, formula / 20) if what == "sent" else OFF_BY
 
 
 def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
-    """Of one launch: quantity, by the formula, as counted in the first process; bytes per parameter of the student.
+    """Rows of one launch: quantity, value of the formula, and count of the first process.
 
-    Quantities are those of `states_under`.
+    Values are in bytes per parameter of the student. Quantities are those of `states_under`.
     """
     from tests.support.back_ends import SCRIPTS, run
 
@@ -557,7 +562,7 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
         "student": student_bytes(TINY, back_end, PROCESSES, accumulates=True),
         "reference": reference_bytes(TINY, back_end, PROCESSES),
         "copies": back_end.copies * TINY.layers * TINY.layer_weights,
-        "gathered": back_end.gathers / 2 * gathered(TINY),  # the other half are their gradients
+        "gathered": back_end.gathers / 2 * gathered(TINY),  # the other half is their gradients
         "gathered_reference": back_end.gathers_reference * lent(TINY),
         "sent": sent_bytes(TINY, back_end, PROCESSES, micro_batches=2),
     }
@@ -565,7 +570,7 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
 
 
 def check_states() -> int:
-    """Print what each launch holds and sends; 1 when a formula is off."""
+    """Print memory and sent bytes of each launch. Returns 1 if a formula is off."""
     print("| launch | | formula | counted |\n|---|---|---|---|")
     holds = True
     for name in LAUNCHES:
@@ -577,7 +582,7 @@ def check_states() -> int:
 
 
 def main() -> int:
-    """Print the tables, or compare the formulas; 1 when one is off: by a twentieth of the code's, or by `off_by`."""
+    """Print the tables, or compare the formulas. Returns 1 if one is off by more than 5% or `off_by`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="trace the real models' code (minutes)")
     parser.add_argument("--states", action="store_true", help="count in processes (minutes, needs DeepSpeed)")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Real servers in processes of their own: started on a free port, waited for, and ended with all their children."""
+"""Real servers in separate processes, on free ports. They are ended with all their children."""
 
 import os
 import signal
@@ -30,12 +30,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-# Servers are on this machine: no proxy stands between.
+# Servers are on this machine and need no proxy.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get(url: str) -> str:
-    """What a server answers to a GET."""
+    """The answer of a server to a GET request."""
     with _opener.open(url, timeout=5) as answer:
         return answer.read().decode()
 
@@ -44,9 +44,9 @@ def metric(url: str, name: str, *labels: str) -> float:
     """The sum of a Prometheus metric over all series that have these labels.
 
     Args:
-        url: of the server, with its `/v1`.
-        name: of the metric.
-        labels: as they stand in the page, `method="POST"`.
+        url: address of the server, with its `/v1`.
+        name: name of the metric.
+        labels: labels in Prometheus notation, for example `method="POST"`.
     """
     lines = get(url.removesuffix("/v1") + "/metrics").splitlines()
     series = [line for line in lines if line.startswith((name + "{", name + " "))]
@@ -59,10 +59,10 @@ def command(name: str) -> str:
 
 
 def vllm_serve(model: str | Path, *arguments: str, max_model_len: int = 512) -> list[str]:
-    """The command line of a vLLM server on the CPU, which knows the model as `teacher`.
+    """The command line of a vLLM server on the CPU that serves the model as `teacher`.
 
-    A prompt is never split over two steps: with a seed in the request, vLLM 0.30 winds the seed's generator back for
-    each part but the last, which generators on the CPU cannot do, and the engine ends ("CPU Generator does not use
+    Chunked prefill is disabled. With a seed in the request, vLLM 0.30 would rewind the seed's generator after each
+    part but the last. CPU generators do not support this, and the engine would crash ("CPU Generator does not use
     offset").
     """
     return [
@@ -73,15 +73,15 @@ def vllm_serve(model: str | Path, *arguments: str, max_model_len: int = 512) -> 
 
 
 class Server:
-    """A server that was started here. `with` starts and stops it.
+    """A server process. `with` starts and stops it.
 
     Args:
-        arguments: the command line; `--host` and `--port` are added.
-        log: where its output goes.
-        environment: variables besides those of every server.
+        arguments: the command line. `--host` and `--port` are added.
+        log: file for the output.
+        environment: variables in addition to `ENVIRONMENT`.
 
     Attributes:
-        address: where it answers, without the `/v1`.
+        address: address of the server, without the `/v1`.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
@@ -100,21 +100,21 @@ class Server:
 
     @property
     def url(self) -> str:
-        """What `teacher_base_url` is set to."""
+        """The value for `teacher_base_url`."""
         return f"{self.address}/v1"
 
     def start(self) -> None:
-        """Start it, and return when it answers.
+        """Start the server, and return when it answers.
 
         Raises:
-            RuntimeError: when it ends, or does not answer in time. The message holds the end of its log.
+            RuntimeError: when the server ends or does not answer in time. The message holds the end of its log.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("ab") as output:
-            # A session, and so a process group, of its own: servers leave workers behind when only they are killed.
+            # A new session, hence a process group: killing only the server would leave its workers running.
             self.process = subprocess.Popen(
                 [*self.arguments, "--host", "127.0.0.1", "--port", str(port)],
                 env={**os.environ, **self.environment},
@@ -136,11 +136,11 @@ class Server:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its first process runs."""
+        """Whether the main process is running."""
         return self.process is not None and self.process.poll() is None
 
     def get(self, path: str) -> str:
-        """What it answers to a GET."""
+        """The answer to a GET request."""
         return get(self.address + path)
 
     def metric(self, name: str, *labels: str) -> float:
@@ -148,11 +148,11 @@ class Server:
         return metric(self.url, name, *labels)
 
     def tail(self, lines: int = 40) -> str:
-        """The end of its log."""
+        """The last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End it and its children: asked first, killed when they do not go."""
+        """End the server and its children, with SIGTERM first and SIGKILL after a timeout."""
         if self.is_alive:
             self._signal(signal.SIGTERM)
             deadline = time.monotonic() + STOP_SECONDS
@@ -161,7 +161,7 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """End it and its children at once, as a machine that fails would."""
+        """Kill the server and its children immediately, like a failing machine."""
         self._signal(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
@@ -169,6 +169,6 @@ class Server:
     def _signal(self, number: int) -> None:
         if self.process is not None:
             try:
-                os.killpg(self.process.pid, number)  # the first process of a session names its group
+                os.killpg(self.process.pid, number)  # the session leader's pid is the group's id
             except ProcessLookupError:
                 pass

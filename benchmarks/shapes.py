@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Models of random weights with the sizes of real ones, a tokenizer for any vocabulary, and what a device can do."""
+"""Models with random weights and real sizes, a tokenizer for any vocabulary, and the limits of a device."""
 
 import itertools
 import string
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Qwen3 model, and what follows from them."""
+    """The sizes of a Qwen3 model, and derived counts."""
 
     name: str
     hidden: int
@@ -27,7 +27,7 @@ class Shape:
     vocabulary: int = 151_936
 
     def config(self) -> Qwen3Config:
-        """The same for transformers."""
+        """The configuration for transformers."""
         return Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -42,47 +42,47 @@ class Shape:
         )
 
     def model(self, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
-        """A model of random weights, made on the device."""
+        """A model with random weights, created on the device."""
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the matrices in one layer; each token meets each of them once in a forward."""
+        """Weights of the matrices in one layer. A forward uses each weight once per token."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer: its matrices, two norms, and those of queries and keys."""
+        """Parameters of one layer: its matrices, two norms, and the norms of queries and keys."""
         return self.layer_weights + 2 * self.hidden + 2 * self.head_dim
 
     @property
     def head_parameters(self) -> int:
-        """Of the LM head, which a tied model shares with its embeddings."""
+        """Parameters of the LM head. A tied model shares them with its embeddings."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         embeddings = self.head_parameters * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
     def forward_flops(self, tokens: int) -> float:
-        """Multiplications and additions of the layers on one sequence.
+        """Floating-point operations of the layers on one sequence.
 
-        Two per weight and token; attention compares each token with those before it, half of all pairs.
+        Two per weight and token. Causal attention compares half of all pairs of tokens.
         """
         attention = 4 * self.heads * self.head_dim * tokens / 2
         return tokens * self.layers * (2 * self.layer_weights + attention)
 
     def projection_flops(self, tokens: int) -> float:
-        """One projection of `tokens` states to the vocabulary."""
+        """Floating-point operations of projecting `tokens` states to the vocabulary."""
         return 2 * tokens * self.head_parameters
 
     def cache_bytes(self, tokens: float, itemsize: int) -> float:
-        """Keys and values of one sequence."""
+        """Bytes of the keys and values of one sequence."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
 
@@ -115,21 +115,21 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can do at most: floating-point operations and bytes per second."""
+    """Limits of a device: floating-point operations and bytes per second."""
 
     flops: float
     bandwidth: float
 
 
 def best_device() -> tuple[torch.device, torch.dtype]:
-    """Where to measure, and in which data type: a GPU in bf16 where there is one."""
+    """The device and data type of the measurement: a GPU in bf16 if there is one."""
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.float32
 
 
 def limits_of(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measured: a large matrix product, and a large copy, which reads and writes each byte."""
+    """Measure a large matrix product and a large copy. The copy reads and writes each byte."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     seconds = min(_seconds(lambda: a @ b, device) for _ in range(8))
@@ -142,15 +142,15 @@ def limits_of(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was sent to the device: a clock would otherwise show when it was sent."""
+    """Wait until the device has finished its work. Kernels run asynchronously, and a clock would stop too early."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when what was sent to the device is done.
+    """The time in seconds, after the device has finished its work.
 
-    On a CPU they are the processor's, of this process: other jobs may run at the same time, and theirs do not count.
+    On a CPU it is the CPU time of this process, which excludes other jobs on the machine.
     """
     synchronize(device)
     return time.perf_counter() if device.type == "cuda" else time.process_time()

@@ -1,34 +1,34 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer step of OmniOPDTrainer beside one of TRL's DistillationTrainer, part by part.
+"""Time of an optimizer step of OmniOPDTrainer compared with TRL's DistillationTrainer, part by part.
 
     python -m benchmarks.step_time [--shape small] [--tokens 512,2048] [--steps 3] [--generation real|replayed]
                                    [--results FILE]
 
-Both trainers hold the same student, the same optimizer and, as reference here and as teacher there, the same frozen
-model of the student's size. Both write completions of the same forced length and take steps in turn, one of each, in
-one process; medians are over the steps after the first. Time is wall time on a GPU and the processor's time on a CPU,
-so that other jobs on the machine count less. Both run their default settings but for what is listed below.
+Both trainers share the student, the optimizer, and a frozen model of the student's size. OmniOPDTrainer uses the
+frozen model as reference, TRL as teacher. Both generate completions of the same forced length and take steps in turn
+in one process. Medians are over the steps after the first. Time is wall time on a GPU and CPU time on a CPU, which
+reduces the influence of other jobs. Both use default settings except for those in `settings`.
 
-The teacher of OmniOPD answers at once with texts of a chunk's length, so that no time passes in waiting for it.
-TRL's teacher is a forward pass inside the step, of the same size as our reference's. The parts:
+The teacher of OmniOPD answers immediately with texts of a chunk's length, so no time is spent waiting for it. TRL's
+teacher is a forward pass inside the step, of the same size as that of our reference. The parts:
 
 - generation: `_generate_single_turn`.
 - scoring forward: the student without gradients, log-probabilities and entropies of all completion tokens.
-- selection and scoring: all that the method does besides running models: choosing chunks, decoding their texts, the
-  teacher's call (an instant one), cutting and encoding rollouts, similarities, posteriors, weights, the journal.
-- reference or teacher forward: with the log-probabilities of audited tokens, in ours.
-- student forward and backward: with the projections of both models for the loss, and their recomputation.
+- selection and scoring: every part of the method outside of the models: choosing chunks, decoding their texts, the
+  (immediate) call of the teacher, cutting and encoding rollouts, similarities, posteriors, weights, the journal.
+- reference or teacher forward: for OmniOPD, includes the log-probabilities of audited tokens.
+- student forward and backward: includes the projections of both models for the loss, and their recomputation.
 - optimizer: the update of the weights.
 - other: padding, shuffling, metrics, logging, clipping.
 
-`--generation replayed` takes random tokens instead of generating, for lengths at which generating with transformers
-takes longer than everything else; the bound, which is for a whole step, is then not checked, but the one for a step
-without generation on a GPU is.
+`--generation replayed` takes random tokens instead of generating, for lengths at which generation with transformers
+would dominate. The bounds for a whole step are not checked then. The bound for a step without generation is always
+checked on a GPU.
 
-On a GPU the same command measures bfloat16 and prints peak memory besides. A length that does not fit is named, and
-the others are measured. What each step took is printed when it ends. `--results` adds what was measured to a JSON
-file. The exit code is 1 when a bound is missed or a length does not fit.
+On a GPU the command measures bfloat16 and also prints peak memory. A length that does not fit is reported, and the
+others are measured. The time of each step is printed when it ends. `--results` adds the results to a JSON file. The
+exit code is 1 if a bound is missed or a length does not fit.
 """
 
 import argparse
@@ -59,7 +59,7 @@ from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
-REST_BOUND = 1.2  # without generation, on a GPU: one forward more than TRL's five or so
+REST_BOUND = 1.2  # without generation, on a GPU: TRL's step costs about five forwards, ours one more
 PROMPT_TOKENS = 64
 PARTS = {
     "generation": "generation",
@@ -74,16 +74,16 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """A model, and what it is measured with."""
+    """A model and the batch sizes of its measurement."""
 
     shape: Shape
-    lengths: tuple[int, ...]  # of completions, one run each
+    lengths: tuple[int, ...]  # completion lengths, one run for each
     micro_batch: int
     micro_batches: int = 2
 
     @property
     def rows(self) -> int:
-        """Trajectories of a step."""
+        """Number of trajectories of a step."""
         return self.micro_batch * self.micro_batches
 
 
@@ -94,7 +94,7 @@ BATCHES |= {shape.name.lower(): Batch(shape, (2048, 8192, 20_000), 1, micro_batc
 
 
 class Clock:
-    """Seconds by part; a part inside another one is not counted in the outer one."""
+    """Seconds by part. The time of a nested part is excluded from the outer one."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -126,14 +126,15 @@ class Clock:
 
 
 class Turns(TrainerCallback):
-    """Lets two trainers, each in a thread of its own, take steps in turn, and keeps what each step took.
+    """Lets two trainers in separate threads take steps in turn, and records the time of each step.
 
     Args:
-        name: of this trainer, as it is printed.
-        own: released when it is this trainer's turn.
-        other: the same of the other one.
-        both: passed when both have been prepared, which moves the state of the optimizer that they share; broken when
-            one of them fails.
+        name: printed name of this trainer.
+        own: semaphore, released when it is this trainer's turn.
+        other: semaphore of the other trainer.
+        both: barrier, passed when both trainers are prepared: preparation moves the state of the shared optimizer.
+            Broken if a trainer fails.
+        clock: the clock of this trainer.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Turns(TrainerCallback):
         self.own.acquire()
         if self.both.broken:
             raise threading.BrokenBarrierError
-        gc.collect()  # of the other's step
+        gc.collect()  # objects of the other trainer's step
         if self.clock.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.clock.device)
         self.clock.seconds.clear()
@@ -172,7 +173,7 @@ class Turns(TrainerCallback):
 
 
 class Timed:
-    """What is timed in both trainers."""
+    """The parts that are timed in both trainers."""
 
     clock: Clock
     replayed: torch.Tensor | None = None  # (rows, tokens)
@@ -215,7 +216,7 @@ class Theirs(Timed, DistillationTrainer):
 
 
 def time_backward(trainer: Any) -> None:
-    """The backward pass belongs to the student's part: inside a step it has no method of the trainer's own."""
+    """Time the backward pass as part of the student's. The trainer has no method for it that could be overridden."""
     backward = trainer.accelerator.backward
 
     def timed(*args, **kwargs):
@@ -226,14 +227,14 @@ def time_backward(trainer: Any) -> None:
 
 
 def settings(batch: Batch, tokens: int, steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
-    """What both trainers are given; everything else is their default, which is the same."""
+    """The settings of both trainers. All others have their defaults, which are equal."""
     return {
         "output_dir": str(folder),
         "use_cpu": device.type == "cpu",
-        # The weights themselves are in the data type that is measured.
+        # The weights already have the measured data type.
         "bf16": False,
         "max_completion_length": tokens,
-        # Random weights seldom end a text; this makes sure that they never do.
+        # Prevents an early end of the completions.
         "generation_kwargs": {"min_new_tokens": tokens},
         "per_device_train_batch_size": batch.micro_batch,
         "gradient_accumulation_steps": batch.micro_batches,
@@ -250,13 +251,13 @@ def settings(batch: Batch, tokens: int, steps: int, device: torch.device, folder
 def prompts(words: PreTrainedTokenizerFast, count: int) -> Dataset:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(300, len(words), (count, 2 * PROMPT_TOKENS), generator=generator)
-    # Decoded text is not encoded into the same tokens: cut to one length of prompt after encoding.
+    # Decoded text may encode to other tokens, so it is encoded again and cut to the prompt length.
     texts = [words.decode(words(words.decode(row))["input_ids"][:PROMPT_TOKENS]) for row in ids]
     return Dataset.from_list([{"prompt": text} for text in texts])
 
 
 class Models:
-    """A student of random weights, its optimizer and its tokenizer: for all lengths that are measured."""
+    """A student with random weights, its optimizer and its tokenizer, shared by all measured lengths."""
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
         self.shape, self.device, self.dtype = shape, device, dtype
@@ -268,7 +269,7 @@ class Models:
 def make_trainers(
     models: Models, batch: Batch, tokens: int, steps: int, replay: bool, folder: Path
 ) -> tuple[Ours, Theirs]:
-    """Both trainers around one student, one frozen model and one optimizer."""
+    """Both trainers, with a shared student, frozen model and optimizer."""
     words, vocabulary = models.words, models.shape.vocabulary
     data = prompts(words, batch.rows * steps)
     generator = torch.Generator().manual_seed(2)
@@ -310,12 +311,12 @@ def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
         try:
             trainer.train()
         except threading.BrokenBarrierError:
-            pass  # the other one failed, and raises why
+            pass  # the other trainer failed and raises the error
         except BaseException:
             both.abort()
             raise
         finally:
-            callback.other.release()  # whatever happened here, the other must not wait for it
+            callback.other.release()  # even after an error, the other trainer must not wait
 
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(train, *pair) for pair in zip((ours, theirs), turns, strict=True)]:
@@ -324,17 +325,17 @@ def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
 
 
 def seconds_at_the_limit(batch: Batch, tokens: int, itemsize: int, limits: Limits) -> dict[str, float]:
-    """The least that each part of our step can take on this device, whichever of its limits comes first."""
+    """The minimum time of each part of our step on this device, by its compute or memory limit."""
     shape = batch.shape
     forward = batch.rows * shape.forward_flops(PROMPT_TOKENS + tokens)
-    projection = batch.rows * shape.projection_flops(tokens)  # of each completion token, once
+    projection = batch.rows * shape.projection_flops(tokens)  # each completion token once
     cache = batch.rows * shape.cache_bytes(PROMPT_TOKENS + tokens / 2, itemsize)
     return {
-        # Each new token of the batch reads all weights and the keys and values of what is before it.
+        # Each decoding step reads all weights, and the keys and values of earlier tokens.
         "generation": tokens * (shape.parameters * itemsize + cache) / limits.bandwidth,
         "scoring": (forward + projection) / limits.flops,
         "reference": forward / limits.flops,
-        # Projections of the loss: two in the forward, the same again in the backward, and two products of gradients.
+        # Projections of the loss: two in the forward, two recomputed in the backward, and two products for gradients.
         "student": (3 * forward + 6 * projection) / limits.flops,
         # Weights, gradients and two moments are read; weights and moments are written.
         "optimizer": 7 * shape.parameters * itemsize / limits.bandwidth,
@@ -342,13 +343,13 @@ def seconds_at_the_limit(batch: Batch, tokens: int, itemsize: int, limits: Limit
 
 
 def report(models: Models, limits: Limits, batch: Batch, tokens: int, options: argparse.Namespace) -> bool:
-    """Measure one length, print its table, and say whether the bounds hold."""
+    """Measure one length and print its table. Returns whether the bounds hold."""
     device, dtype = models.device, models.dtype
     replay = options.generation == "replayed"
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(models, batch, tokens, options.steps + 1, replay, Path(folder))
         turns = take_steps_in_turn(*trainers)
-    # The first step warms caches and allocates the optimizer's state.
+    # The first step is a warm-up and allocates the optimizer's state.
     ours, theirs = (
         {part: statistics.median(step.get(part, 0.0) for step in turn.steps[1:]) for part in PARTS} for turn in turns
     )
@@ -421,14 +422,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=BATCHES, default="small")
     parser.add_argument("--tokens", help="lengths of completions, separated by commas")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each trainer, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each trainer, after one warm-up step")
     parser.add_argument("--generation", choices=("real", "replayed"), default="real")
-    parser.add_argument("--results", type=Path, help="a JSON file to add what was measured to")
+    parser.add_argument("--results", type=Path, help="a JSON file to which the results are added")
     options = parser.parse_args()
-    # Trainers would spread each batch over all the cards that they see.
+    # With several visible GPUs, the trainers would split each batch over them.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names in TRL
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from transformers, about names in TRL
     batch = BATCHES[options.shape]
     lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else batch.lengths
     device, dtype = best_device()
@@ -441,7 +442,7 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             print(f"{batch.shape.name}, {tokens} tokens: does not fit. {error}\n", flush=True)
             holds = False
-        gc.collect()  # of this length's trainers: they hold a reference model
+        gc.collect()  # the trainers of this length hold a reference model
         if device.type == "cuda":
             torch.cuda.empty_cache()
     sys.exit(0 if holds else 1)

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's Table 8, cell by cell, under two readings of its formulas; and what the services of today make of it.
+"""The paper's Table 8, cell by cell, under two readings of its formulas, and with one sample per request.
 
     python -m benchmarks.table8
 
-prints the tables of docs/table8.md.
+The command prints the tables of docs/table8.md.
 """
 
 import sys
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from omniopd_trl.accounting.forecast import Forecast, forecast
 
-# The prompt, the trajectory and the teacher's own solution, in tokens (section 9).
+# Prompt, trajectory and teacher solution, in tokens (Section 9).
 PROMPT, TRAJECTORY, SOLUTION = 200, 6340, 8000
 
 
 class Row(NamedTuple):
-    """One row of the table as it is printed in the paper."""
+    """One row of the table as printed in the paper."""
 
     num_chunks: int
     num_rollouts: int
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     relative_effort: float
 
     def predict(self, *, num_rollouts: int, samples_per_request: int) -> Forecast:
-        """The formulas for this row, with another number of rollouts than it prints."""
+        """The formulas for this row, with the given number of rollouts instead of the printed one."""
         return forecast(
             prompt_tokens=PROMPT,
             trajectory_length=TRAJECTORY,
@@ -36,11 +36,11 @@ class Row(NamedTuple):
             chunk_length=self.chunk_length,
             num_rollouts=num_rollouts,
             samples_per_request=samples_per_request,
-            asked_per_token=1.0,  # as the paper counts
+            asked_per_token=1.0,  # the paper's value
         )
 
     def as_printed(self) -> Forecast:
-        """The paper's formulas as they stand: N as printed, all samples in one request."""
+        """The paper's formulas unchanged: N as printed, all samples in one request."""
         return self.predict(num_rollouts=self.num_rollouts, samples_per_request=self.num_rollouts)
 
     def doubled(self) -> Forecast:
@@ -52,7 +52,7 @@ class Row(NamedTuple):
         return self.predict(num_rollouts=self.num_rollouts, samples_per_request=1)
 
     def cells(self, reading: Forecast) -> dict[str, bool]:
-        """Which cells a reading reproduces, to the digits that the paper prints."""
+        """Whether a reading reproduces each cell, to the printed digits."""
         return {
             "input": round(reading.trajectory.prompt_tokens) == self.prompt_tokens,
             "output": round(reading.trajectory.completion_tokens) == self.completion_tokens,
@@ -76,7 +76,7 @@ def _cell(number: str, is_printed: bool) -> str:
 
 
 def table(name: str) -> str:
-    """The rows under one reading, as Markdown; cells that differ from the paper's are bold."""
+    """The rows under one reading, as Markdown. Cells that differ from the paper's are bold."""
     lines = ["| M, N, C | input | output | relative effort |", "|---|---|---|---|"]
     for row in TABLE_8:
         reading: Forecast = getattr(row, name)()

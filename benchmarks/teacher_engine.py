@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the rollout engine costs beyond the SDK, and how near it comes to the latency bound.
+"""Overhead of the rollout engine over the SDK and over the latency bound.
 
     python -m benchmarks.teacher_engine [--trajectories 64] [--latency 0.5] [--rounds 2]
 
-A loopback server in a process of its own answers each chat completion after a fixed latency. The same audits, 10
-chunks per trajectory and 10 rollouts per chunk at 64 requests at once, go out through the engine and through the bare
-SDK driven by a semaphore, in turn, with 10 samples per request and with one. Ratios are of one run.
+A loopback server in a separate process answers each chat completion after a fixed latency. The same audits (10 chunks
+per trajectory, 10 rollouts per chunk, 64 concurrent requests) run through the engine and through the bare SDK with a
+semaphore, in turn, with 10 samples per request and with one. Ratios are from a single run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHUNKS, ROLLOUTS, CONCURRENCY = 10, 10, 64
 
 
 def serve(latency: float, pipe: Any) -> None:
-    """An HTTP server that answers every request after `latency` seconds with as many samples as it asks for."""
+    """An HTTP server that answers every request after `latency` seconds with the requested number of samples."""
     bodies: dict[int, bytes] = {}
 
     def response(n: int) -> bytes:
@@ -106,7 +106,7 @@ async def through_sdk(url: str, work: list[list[Prefix]], per_request: int) -> N
                     max_tokens=70,
                     temperature=1.0,
                     top_p=1.0,
-                    # What the engine's request holds as well: it leaves no field to a server's own default.
+                    # The engine sets these fields too, to override the server's defaults.
                     presence_penalty=0.0,
                     frequency_penalty=0.0,
                     extra_body={"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
@@ -120,7 +120,7 @@ async def through_sdk(url: str, work: list[list[Prefix]], per_request: int) -> N
 
 def timed(run: Callable[[], Awaitable[None]]) -> tuple[float, float]:
     """Wall and CPU seconds."""
-    gc.collect()  # of the run before
+    gc.collect()  # objects of the previous run
     wall, cpu = time.perf_counter(), time.process_time()
     asyncio.run(run())  # type: ignore[arg-type]
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -158,12 +158,12 @@ def main() -> None:
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(options.latency, theirs), daemon=True)
     server.start()
     url = f"http://127.0.0.1:{ours.recv()}/v1"
-    # What the imported libraries hold is not collected again and again: full collections at random moments would cost
-    # more than what is measured.
+    # Excludes the objects of imported libraries from garbage collection: full collections at random moments would take
+    # longer than the measured overhead.
     gc.freeze()
     try:
         for per_request in (ROLLOUTS, 1):
-            # Ten samples per request make a tenth of the requests: more rounds, for as steady a difference.
+            # Ten samples per request make a tenth of the requests. More rounds compensate for the noise.
             rounds = options.rounds * (4 if per_request > 1 else 1)
             result = measure(url, options.trajectories, per_request, rounds, options.latency)
             for name, value in result.items():

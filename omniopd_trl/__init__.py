@@ -4,7 +4,7 @@
 
     from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 
-The names below are imported on first use, so that `import omniopd_trl` loads neither torch nor TRL.
+The names below are imported on first use: `import omniopd_trl` loads neither torch nor TRL.
 """
 
 from importlib import import_module
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value  # The next access does not come here again.
+    globals()[name] = value  # later accesses bypass `__getattr__`
     return value
 
 

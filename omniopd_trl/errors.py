@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One root, `OmniOPDError`, whose children are also the standard library's types.
+"""Exceptions of the package. All derive from `OmniOPDError` and from a built-in exception type.
 
-Every message names the value that was received, the rule that it breaks, and the next step. `WarnOnce` is for what
-does not end a run.
+Every message names the value that was received, the rule that it breaks, and the next step. `WarnOnce` logs problems
+that do not end a run.
 """
 
 import logging
@@ -15,7 +15,7 @@ class OmniOPDError(Exception):
     """Root of every error that this package raises on purpose.
 
     Attributes:
-        on_every_process: whether all processes of the run raise it together, so that one may speak for all.
+        on_every_process: whether all processes of the run raise it together. One process may then report it for all.
     """
 
     on_every_process = False
@@ -34,11 +34,11 @@ class TeacherError(OmniOPDError, RuntimeError):
 
 
 class BudgetError(TeacherError):
-    """The next request might exceed the budget, so that none is sent."""
+    """The next request might exceed the budget and is not sent."""
 
 
 class NonFiniteError(OmniOPDError, ArithmeticError):
-    """The student produced NaN or infinite numbers; training on would destroy it."""
+    """The student produced NaN or infinite numbers. Further updates would destroy it."""
 
 
 class MissingExtraError(OmniOPDError, ImportError):
@@ -60,8 +60,8 @@ class WarnOnce:
         """Log a warning, unless one of the same kind was logged before.
 
         Args:
-            message: what to log.
-            kind: what makes two warnings the same. Defaults to the message.
+            message: the warning.
+            kind: warnings of one kind count as the same. Defaults to the message.
         """
         if (kind or message) not in self._given:
             self._given.add(kind or message)

@@ -3,7 +3,7 @@
 """Write the tables of docs/configuration.md from the configuration classes.
 
     python -m scripts.configuration_reference           # write
-    python -m scripts.configuration_reference --check   # exit 1 if the page is not what would be written
+    python -m scripts.configuration_reference --check   # exit 1 if the page is out of date
 
 The text outside of the two marks in the page is written by hand and is kept.
 """
@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN = "<!-- Written by `make docs`; do not edit below this line. -->"
 END = "<!-- Written by `make docs`; do not edit above this line. -->"
 
-# The inherited options that a run with this trainer usually sets, by what they control. `--help` lists the others.
+# Inherited options that runs with this trainer usually set, in groups. `--help` lists the others.
 INHERITED: dict[str, tuple[type, tuple[str, ...]]] = {
     "Inherited: the student's model": (
         ModelConfig,
@@ -127,7 +127,7 @@ def table(config: type, names: typing.Iterable[str]) -> str:
         default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        # argparse writes a percent sign twice, and a help text may be wrapped.
+        # Percent signs are doubled for argparse, and a help text may be wrapped.
         meaning = " ".join(field.metadata["help"].split()).replace("%%", "%")
         cells = [f"`{name}`", f"`{kind}`", f"`{json.dumps(default)}`", meaning]
         # A pipe would end the cell.

@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# Fetches the wheels that a GPU machine without a network lacks, some 25 MB, in the versions of constraints.txt:
+# Fetches the wheels for a GPU machine without a network, about 25 MB, in the versions of constraints.txt:
 #
 #     scripts/gpu_wheels.sh [FOLDER] [PYTHON_VERSION]      # wheels/ and 3.12 by default
 #
-# The machine brings Python, CUDA builds of torch and triton, and what those and transformers need (numpy, tokenizers,
+# The machine must have Python, CUDA builds of torch and triton, and the dependencies of transformers (numpy, tokenizers,
 # safetensors, huggingface_hub, accelerate, pyarrow, pandas, pytest, ...). `benchmarks/gpu.sh` installs from the folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ names=(
 )
 versions=()
 for name in "${names[@]}"; do
-    # Names differ in their dashes only.
+    # Package names may differ in dashes and underscores.
     version=$(grep -iE "^${name//[-_]/[-_]}==" constraints.txt) || { echo "$name is not in constraints.txt" >&2; exit 1; }
     versions+=("$version")
 done
@@ -33,6 +33,6 @@ python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-bin
     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
     --dest "$folder" "${versions[@]}"
-# It is published as source only, and its wheel without operators built in fits any Python.
+# DeepSpeed is published as source only. A wheel without prebuilt operators works with any Python.
 python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" "$(grep '^deepspeed==' constraints.txt)"
 du -sh "$folder"

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pages with a part that a command writes, between two marks; the rest is written by hand."""
+"""Update of the generated part of a page, between two marks. The rest is written by hand."""
 
 import sys
 from pathlib import Path
 
 
 def page_with(text: str, begin: str, end: str, part: str) -> str:
-    """The page with what is between the marks replaced.
+    """Replace the part between the marks of a page.
 
     Raises:
         ValueError: when a mark is missing.
@@ -18,12 +18,12 @@ def page_with(text: str, begin: str, end: str, part: str) -> str:
 
 
 def update(page: Path, begin: str, end: str, part: str, *, check: bool) -> int:
-    """Write the part into the page, or with `check` only compare; 1 when the page is not what it should be."""
+    """Write the part into the page, or with `check` only compare. Returns 1 if `check` finds a difference, else 0."""
     text = page.read_text(encoding="utf-8")
     new = page_with(text, begin, end, part)
     if check:
         if new != text:
-            sys.stderr.write(f"{page} is not what its sources say. Run `make docs`.\n")
+            sys.stderr.write(f"{page} is out of date. Run `make docs`.\n")
         return int(new != text)
     page.write_text(new, encoding="utf-8")
     return 0

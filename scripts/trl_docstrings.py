@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""An extension of griffe, which reads docstrings for the API reference: TRL's notation as the Google style has it."""
+"""An extension of griffe for the API reference: converts TRL's docstring notation to the Google style."""
 
 import re
 from typing import Any

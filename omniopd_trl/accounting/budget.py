@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What may still be spent, and what was. A request is sent only when its worst case fits."""
+"""Budget of a run in tokens and dollars. A request is sent only if its worst case fits."""
 
 import asyncio
 from collections import deque
@@ -16,8 +16,8 @@ class Reservation:
     """The worst case of a request in flight. It ends once: settled, forfeited or released.
 
     Attributes:
-        tokens: prompt and completion tokens that are held; 0 once it has ended.
-        usd: dollars that are held.
+        tokens: prompt and completion tokens that are reserved. 0 after the end.
+        usd: dollars that are reserved. 0 after the end.
     """
 
     def __init__(self, budget: "Budget", tokens: int, usd: float):
@@ -27,19 +27,19 @@ class Reservation:
         self.ended = False
 
     def settle(self, usage: Usage) -> None:
-        """Replace the worst case by what the request used.
+        """Replace the worst case by the actual usage of the request.
 
         Raises:
-            RuntimeError: when it was settled or forfeited before; the request would be counted twice.
+            RuntimeError: when it was settled or forfeited before. The request would be counted twice.
         """
         if self.ended:
-            raise RuntimeError("This reservation has ended, so that its usage would count twice. Settle it once.")
+            raise RuntimeError("This reservation has already ended, and its usage would count twice. Settle it once.")
         cost = self._budget.add(usage)
         self._budget.compare_with_worst_case(usage.prompt_tokens + usage.completion_tokens, cost, self)
         self._end()
 
     def forfeit(self) -> None:
-        """Count the worst case as spent: nobody knows what the service charged for. Nothing happens once it ended."""
+        """Count the worst case as spent, since the actual charge is unknown. Does nothing after the end."""
         self._budget.forfeited_tokens += self.tokens
         self._budget.forfeited_usd += self.usd
         self._end()
@@ -49,31 +49,30 @@ class Reservation:
 
 
 class Budget:
-    """Counts tokens and dollars, and holds requests back that might exceed a limit.
+    """Counts tokens and dollars, and delays or refuses requests that might exceed a limit.
 
-    At every moment, what was spent plus the worst case of all requests in flight stays within the limits. The limits
-    are not exceeded whatever happens, as long as no request uses more than its worst case. Requests are admitted in
-    the order in which they came: a large one waits for room, and the smaller ones behind it wait for it. A budget
-    serves one event loop at a time.
+    The amount spent plus the worst case of all requests in flight always stays within the limits. The limits are
+    therefore kept, unless a request uses more than its worst case. Requests are admitted in order of arrival: a large
+    request waits until it fits, and smaller requests behind it wait too. A budget serves one event loop at a time.
 
     Args:
-        max_usd: dollars that the job may spend; needs a `price`. `None` for no limit.
+        max_usd: dollars that the job may spend. Needs a `price`. `None` for no limit.
         max_tokens: prompt and completion tokens that the job may use, cached ones included. `None` for no limit.
-        price: of the teacher; `None` when it is not known, and only tokens are counted.
-        spent: what earlier runs of the same job used, all processes together.
-        spent_usd: what they paid, in dollars.
-        forfeited_tokens: worst cases that earlier runs had to count as spent.
-        forfeited_usd: the same in dollars.
-        num_processes: processes that share the limits. Each may spend an equal part of what earlier runs left, and
-            the parts never add up to more than it.
+        price: price of the teacher. `None` if it is not known: only tokens are counted then.
+        spent: tokens that earlier runs of the same job used, summed over all processes.
+        spent_usd: dollars that earlier runs of the same job paid, summed over all processes.
+        forfeited_tokens: tokens of requests that earlier runs counted at their worst case.
+        forfeited_usd: dollars of requests that earlier runs counted at their worst case.
+        num_processes: processes that share the limits. Each may spend an equal share of the remaining budget. The
+            shares never add up to more than the remaining budget.
 
     Attributes:
         ledger: its `in_flight` is called with the peak in-flight cost since the queue was last empty, before a
-            request is admitted. Requests that belong to no audit, such as a probe's, are counted in it too.
+            request is admitted. Requests outside audits, such as a probe's, are included.
 
     Raises:
-        BudgetError: when a limit in dollars cannot be kept, as the price is not known.
-        ConfigError: when a limit is not above 0, or `num_processes` is not.
+        BudgetError: when there is a limit in dollars and the price is not known.
+        ConfigError: when a limit is not above 0, or `num_processes` is below 1.
     """
 
     def __init__(
@@ -104,10 +103,10 @@ class Budget:
         self.price = price
         self.used = spent or Usage()
         self.used_usd = spent_usd
-        self.forfeited_tokens = forfeited_tokens  # requests that may have been charged for, not part of `used`
+        self.forfeited_tokens = forfeited_tokens  # possibly charged requests, not part of `used`
         self.forfeited_usd = forfeited_usd
         self.num_processes = num_processes
-        # Where this process has to stop. What earlier runs left is divided, rounded down; a debt is not.
+        # The limits of this process. The remaining budget is divided, rounded down. A deficit is not divided.
         before, before_usd = self.tokens_spent, self.usd_spent
         self._token_limit = None if max_tokens is None else before + max(max_tokens - before, 0) // num_processes
         self._usd_limit = max_usd
@@ -120,19 +119,19 @@ class Budget:
         self._queue: deque[tuple[Reservation, asyncio.Future[None]]] = deque()
 
     def add(self, usage: Usage) -> float:
-        """Count what one request used, and return what it cost in dollars; 0 without a price."""
+        """Count the usage of one request, and return its cost in dollars (0 without a price)."""
         cost = 0.0 if self.price is None else self.price.cost(usage)
         self.used = self.used + usage
         self.used_usd += cost
         return cost
 
     def compare_with_worst_case(self, tokens: int, usd: float, worst: Reservation) -> None:
-        """Warn once when a request used more than it was allowed to: the limits may then be exceeded by as much."""
+        """Warn once when a request used more than its worst case. The limits may be exceeded by the difference."""
         if tokens > worst.tokens or usd > worst.usd * (1 + 1e-9):
             self._warn_once(
                 f"A request of the teacher used {tokens} tokens ({usd:.6f} dollars), and its worst case was "
-                f"{worst.tokens} ({worst.usd:.6f}): the service does not keep to the `max_tokens` that it was sent, "
-                "or counts its prompts otherwise. All of it counts, and the budget may be exceeded by the difference.",
+                f"{worst.tokens} ({worst.usd:.6f}): the service ignores `max_tokens` or counts prompt tokens "
+                "differently. The full usage is counted, and the budget may be exceeded by the difference.",
                 "overrun",
             )
 
@@ -140,18 +139,18 @@ class Budget:
     async def reserve(
         self, prompt_tokens: int, completion_tokens: int, ledger: Ledger = NO_LEDGER
     ) -> AsyncIterator[Reservation]:
-        """Hold the worst case of one request until the block is left.
+        """Reserve the worst case of one request until the block ends.
 
-        A block that is left without `settle` or `forfeit` counts as free, except when it was cancelled: the request
-        may have been sent, so that its worst case counts. Being cancelled while waiting costs nothing.
+        A request counts as free if the block ends without `settle` or `forfeit`. A cancelled block counts at its worst
+        case instead, since the request may have been sent. A cancellation while waiting costs nothing.
 
         Args:
-            prompt_tokens: the most that the prompt can have.
-            completion_tokens: the most that the service may write, over all samples.
-            ledger: where the worst case of a cancelled request is counted.
+            prompt_tokens: upper bound of the prompt's tokens.
+            completion_tokens: upper bound of the tokens that the service may generate, over all samples.
+            ledger: records the worst case of a cancelled request.
 
         Raises:
-            BudgetError: when it does not fit, and nothing in flight could make room.
+            BudgetError: when the request does not fit, even after all requests in flight have ended.
         """
         usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
         reservation = Reservation(self, prompt_tokens + completion_tokens, usd)
@@ -161,11 +160,11 @@ class Budget:
         except asyncio.CancelledError:
             if not reservation.ended:
                 reservation.forfeit()
-                # Here, since nothing else sees the cancellation.
+                # Counted here, since no other code sees the cancellation.
                 ledger.paid(Usage(prompt_tokens, 0, completion_tokens), None if self.price is None else usd)
             raise
         finally:
-            # Without an `await`, so that a second cancellation cannot keep it from happening.
+            # Without an `await`: a second cancellation must not prevent it.
             self._leave(reservation)
 
     async def _enter(self, reservation: Reservation) -> None:
@@ -175,9 +174,9 @@ class Budget:
         try:
             await future
         except BaseException:
-            # Cancelled while waiting, or just after it was admitted.
+            # The request was cancelled while it waited, or just after it was admitted.
             if future.done() and not future.cancelled():
-                future.exception()  # a refusal that nobody waits for any more is no error in the log
+                future.exception()  # marks a refusal as retrieved, or asyncio would log it
             self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
             self._leave(reservation)
             raise
@@ -189,7 +188,7 @@ class Budget:
             self._set_peak(0, 0.0)
 
     def _admit(self) -> None:
-        """Admit the first in the queue while they fit."""
+        """Admit requests from the front of the queue as long as they fit."""
         while self._queue:
             reservation, future = self._queue[0]
             if not future.done():
@@ -198,13 +197,13 @@ class Budget:
                     tokens, usd = sum(r.tokens for r in held), sum(r.usd for r in held)
                     try:
                         self._set_peak(max(tokens, self._peak[0]), max(usd, self._peak[1]))
-                    except Exception as error:  # of the request that is not sent, not of the one that made room for it
+                    except Exception as error:  # belongs to the waiting request, not to the one that ended
                         future.set_exception(error)
                     else:
                         self._open.add(reservation)
                         future.set_result(None)
                 elif self._open and self._fits(reservation, ()):
-                    return  # what is in flight may use less than its worst case
+                    return  # requests in flight may use less than their worst case
                 else:
                     future.set_exception(BudgetError(self._exhausted(reservation)))
             self._queue.popleft()
@@ -245,7 +244,7 @@ class Budget:
             )
         share = ""
         if self.num_processes > 1:
-            share = f" Each of {self.num_processes} processes may spend an equal part of what earlier runs left."
+            share = f" Each of {self.num_processes} processes may spend an equal share of the remaining budget."
         return (
             f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and resume from the last checkpoint."
         )

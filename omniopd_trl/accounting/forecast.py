@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will ask of its teacher, in tokens and dollars, before anything is asked.
+"""Forecast of the tokens and dollars that a run needs from its teacher, before any request.
 
-Everything here is arithmetic on the settings of a run; nothing is loaded and nothing is sent.
+The forecast is arithmetic on the settings of a run. It loads no model and sends no request.
 """
 
 import math
@@ -19,12 +19,12 @@ DECODE_TO_PREFILL = 8.3
 
 @dataclass(frozen=True)
 class Cache:
-    """What a prompt cache does for a number of requests.
+    """Effect of a prompt cache on a number of requests.
 
     Attributes:
-        cached_tokens: prompt tokens that it serves.
-        written_tokens: prompt tokens that are written to it.
-        usd: dollars of all requests, completions included; `None` without a price.
+        cached_tokens: prompt tokens that are read from the cache.
+        written_tokens: prompt tokens that are written to the cache.
+        usd: dollars of all requests, completions included. `None` without a price.
     """
 
     cached_tokens: float
@@ -39,19 +39,19 @@ class Cache:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the teacher, in its tokens. Averages, hence no whole numbers.
+    """Load on the teacher, in teacher tokens. Values are averages and need not be integers.
 
     Attributes:
-        requests: requests, without repeated ones.
-        prompt_tokens: prefill: tokens of the prompts, cached ones included.
-        completion_tokens: decode: tokens that the teacher writes.
-        kept_tokens: how many of these are compared with a chunk. The teacher is asked for more, since its tokens are
-            not the student's.
+        requests: number of requests, without retries.
+        prompt_tokens: prompt tokens (prefill), cached ones included.
+        completion_tokens: generated tokens (decode).
+        kept_tokens: generated tokens that are compared with a chunk. More are requested, since the tokenizers of
+            teacher and student differ.
         no_cache: cost without a prompt cache.
-        chunk_cache: cost where the requests of one chunk share their prompt: the first writes it to the cache, and
-            the others read it. It changes nothing where one request returns all samples.
-        trajectory_cache: cost where the prompt of a chunk also begins with the cached one of the chunk before it. No
-            cache can do more, and a service whose cache becomes readable late does less.
+        chunk_cache: cost if the requests of one chunk share their prompt: the first writes it to the cache, and the
+            others read it. Equals `no_cache` if one request returns all samples.
+        trajectory_cache: cost if a chunk also reads the cached prompt of the chunk before it. This is the best case: a
+            service whose cache becomes readable late saves less.
     """
 
     requests: float
@@ -75,20 +75,20 @@ class Load:
         )
 
     def effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
-        """Work of the teacher in decoded tokens, when decoding one costs as much as prefilling `decode_to_prefill`."""
+        """Work of the teacher in decoded tokens, if decoding one costs as much as prefilling `decode_to_prefill`."""
         return self.completion_tokens + self.prompt_tokens / decode_to_prefill
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run asks of its teacher.
+    """Load on the teacher by a run.
 
     Attributes:
-        trajectory: the audit of one trajectory.
-        step: one optimizer step.
-        run: all steps.
-        sft_prompt: one solution of the teacher's own, from its first token to its last, as SFT needs it.
-        sft_run: one for each distinct prompt of the run.
+        trajectory: load of the audit of one trajectory.
+        step: load of one optimizer step.
+        run: load of all steps.
+        sft_prompt: load of one complete solution by the teacher, as SFT needs it.
+        sft_run: load of one such solution for each distinct prompt of the run.
     """
 
     trajectory: Load
@@ -98,7 +98,7 @@ class Forecast:
     sft_run: Load
 
     def relative_effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
-        """Effort for a trajectory, as a multiple of that for a solution (the last column of the paper's Table 8)."""
+        """Effort of auditing a trajectory relative to one teacher solution (last column of the paper's Table 8)."""
         return self.trajectory.effort(decode_to_prefill) / self.sft_prompt.effort(decode_to_prefill)
 
 
@@ -123,47 +123,44 @@ def forecast(
     num_prompts: int | None = None,
     solution_length: float | None = None,
 ) -> Forecast:
-    r"""Tokens and dollars that audits take, with the paper's formulas (section 9).
+    r"""Forecast the tokens and dollars of audits, with the paper's formulas (Section 9).
 
     Decode is `M * N * C`, prefill `ceil(N / k) * M * (prompt + L / 2)` with `k` samples per request. Chunks start
-    evenly over the trajectory, so that their prefixes have `L / 2` tokens on average. With `k = N` it is the paper's
+    evenly over the trajectory, so their prefixes have `L / 2` tokens on average. With `k = N` this is the paper's
     formula.
 
-    What a run has logged can take the place of two assumptions: how many chunks a trajectory has
-    (`chunks_per_trajectory`), and how much the teacher writes per rollout (`rollout_tokens`). Merged chunks
-    (`chunk_overlap="merge"`) and hidden reasoning are forecast by no formula, and only by these.
+    Logged values of a run can replace two assumptions: the chunks per trajectory (`chunks_per_trajectory`) and the
+    generated tokens per rollout (`rollout_tokens`). Merged chunks (`chunk_overlap="merge"`) and hidden reasoning have
+    no formula and need these logged values.
 
-    Not included: requests that are repeated after an error, evaluation by or of the teacher, and the one request of
-    the probe.
+    Not included: retries after errors, evaluation by or of the teacher, and the single request of the probe.
 
     Args:
-        prompt_tokens: length of the prompts, in student tokens; their mean, or each.
-        trajectory_length: `L`, in student tokens; assumed, or the measured mean.
-        num_chunks: `M`. A trajectory that has no room for them has fewer, and one shorter than a chunk has one.
+        prompt_tokens: length of the prompts, in student tokens: their mean, or one value for each.
+        trajectory_length: `L`, in student tokens: an assumption or the measured mean.
+        num_chunks: `M`. A trajectory without room for `M` chunks has fewer, and one shorter than a chunk has one.
         chunk_length: `C`, in student tokens.
         min_chunk_length: a trajectory shorter than this has no chunk.
         num_rollouts: `N`.
-        samples_per_request: `k`; `None` when one request returns all `N`.
-        tokens_per_token: tokens of the teacher that a token of the student has on average. 1.0 assumes tokenizers
-            of like size.
-        asked_per_token: tokens of the teacher that a request asks for per token of the chunk. The teacher writes,
-            and charges for, all of them unless its answer ends there, and what is too much is cut off. 1.0 is the
-            paper's formula.
-        prompt_overhead: tokens of the teacher that a template or an instruction adds to each prompt.
-        chunks_per_trajectory: chunks that are asked for per trajectory on average; at most `num_chunks`. Defaults to
-            as many as a trajectory of mean length has room for.
-        rollout_tokens: tokens that the teacher writes, and charges for, per rollout on average. Defaults to all that
-            are asked for.
-        price: of the teacher; `None` forecasts tokens only.
-        min_cached_prefix: shortest prompt that the service caches, in its tokens.
+        samples_per_request: `k`. `None` if one request returns all `N`.
+        tokens_per_token: mean number of teacher tokens per student token. 1.0 assumes tokenizers of similar vocabulary
+            size.
+        asked_per_token: requested teacher tokens per token of the chunk. The teacher generates and charges all of them
+            unless its answer ends earlier, and the surplus is cut off. 1.0 is the paper's formula.
+        prompt_overhead: teacher tokens that a template or an instruction adds to each prompt.
+        chunks_per_trajectory: mean number of requested chunks per trajectory, at most `num_chunks`. Defaults to the
+            number that fits into a trajectory of mean length.
+        rollout_tokens: mean number of tokens that the teacher generates and charges per rollout. Defaults to all
+            requested tokens.
+        price: price of the teacher. `None` forecasts tokens only.
+        min_cached_prefix: shortest prompt that the service caches, in teacher tokens.
         prompts_per_step: prompts of an optimizer step, over all processes.
         steps: optimizer steps.
-        num_prompts: distinct prompts of the run. Defaults to as many as it has trajectories (one epoch).
-        solution_length: length of a solution by the teacher itself, in student tokens. Defaults to
-            `trajectory_length`.
+        num_prompts: distinct prompts of the run. Defaults to the number of its trajectories (one epoch).
+        solution_length: length of a solution by the teacher, in student tokens. Defaults to `trajectory_length`.
 
     Returns:
-        The forecast.
+        The load of a trajectory, a step and the run, and of SFT on teacher solutions.
 
     Raises:
         ConfigError: when a number is out of range.
@@ -217,15 +214,15 @@ def forecast(
     asked = num_rollouts * per_rollout
     kept = num_rollouts * min(tokens_per_token * length, per_rollout)
 
-    # A mean between two whole numbers is a mixture of trajectories with as many chunks as either.
+    # A fractional mean is a mixture of trajectories with the next smaller and the next larger number of chunks.
     fewer = int(chunks)
     mixture = [(fewer, 1 - (chunks - fewer)), (fewer + 1, chunks - fewer)]
     audits, solutions = _Sum(price), _Sum(price)
     for prompt, count in Counter(lengths).items():
         for number, share in mixture:
-            before: float | None = None  # the cached prompt of the chunk before
+            before: float | None = None  # cached prompt tokens of the previous chunk
             for j in range(number if share else 0):
-                # Expected order statistics of uniform points: their mean is L / 2, however many there are.
+                # Expected order statistics of uniform points. Their mean is L / 2 for any number of points.
                 start = trajectory_length * (j + 1) / (number + 1)
                 prefix = prompt_overhead + tokens_per_token * (prompt + start)
                 cached = prefix >= min_cached_prefix
@@ -257,12 +254,12 @@ class _Sum:
         cached: bool,
         before: float | None,
     ) -> None:
-        """Add `count` chunks: each asks `requests` times, with the same prompt, for `completion` tokens together."""
+        """Add `count` chunks. Each sends `requests` requests with the same prompt, for `completion` tokens."""
         for index, value in enumerate((requests, requests * prompt, completion, kept)):
             self.totals[index] += count * value
         siblings = (requests - 1) * prompt if cached else 0.0
         written = prompt if cached else 0.0
-        # Without a cache; one that the requests of a chunk share; one that the chunk before has filled in part.
+        # No cache; a cache shared by the requests of a chunk; one that the previous chunk has also filled in part.
         kinds = (
             (0.0, 0.0),
             (siblings, written if requests > 1 else 0.0),

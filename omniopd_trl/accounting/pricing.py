@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher costs: prices of the recipe, else those of genai-prices, from the table that it ships with.
+"""Prices of teachers, from the recipe or else from the table that genai-prices ships.
 
-The table is read from the installed package and never from a network: genai-prices looks for newer prices only in
-`UpdatePrices`, which nothing here starts. A newer table comes with `pip install -U genai-prices`.
+The table is read from the installed package and never from a network: genai-prices fetches newer prices only in
+`UpdatePrices`, which this package does not use. `pip install -U genai-prices` installs a newer table.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from typing import Any
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import ConfigError
 
-# How genai-prices calls the services whose prices it lists. A server of one's own (`vllm:`, a local model) has none.
+# Provider ids of genai-prices. Your own server (`vllm:`) and local models have no price there.
 _PROVIDERS = {"anthropic": "anthropic", "gemini": "google", "openai": "openai"}
 
-# Anthropic charges a quarter more for prompt tokens that it writes to its cache (kept for five minutes).
+# Anthropic charges 25% more for prompt tokens that it writes to its five-minute cache.
 _CACHE_WRITE_FACTOR = 1.25
 
-# A price that begins within this time counts for the worst case: a request may be in flight when it does.
+# The worst case includes prices that start within this time, since a request may still be in flight then.
 _LOOK_AHEAD = timedelta(days=1)
 
 
@@ -31,8 +31,8 @@ class Price:
     Attributes:
         input: prompt tokens that no cache served.
         output: completion tokens, hidden reasoning included.
-        cache_read: prompt tokens that a cache served; `None` charges them as `input`.
-        cache_write: prompt tokens that were written to a cache; `None` charges them as `input`.
+        cache_read: prompt tokens that a cache served. `None` charges them as `input`.
+        cache_write: prompt tokens that were written to a cache. `None` charges them as `input`.
     """
 
     input: float
@@ -41,7 +41,7 @@ class Price:
     cache_write: float | None = None
 
     def at(self, prompt_tokens: float) -> "Price":
-        """The flat price of a request with a prompt of this many tokens; some services charge long prompts more."""
+        """The flat price of a request with this many prompt tokens. Some services charge more for long prompts."""
         return self
 
     def cost(self, usage: Usage) -> float:
@@ -63,20 +63,20 @@ class Price:
 def prompt_parts(usage: Usage) -> tuple[int, int, int]:
     """Prompt tokens: all of them, those read from a cache, and those written to one.
 
-    A service that counts more cached tokens than prompt tokens has the former cut to the latter.
+    Cached tokens are clipped to the prompt tokens if a service reports more.
     """
     prompt = max(usage.prompt_tokens, 0)
     read = min(max(usage.cached_tokens, 0), prompt)
-    # Services that charge for filling the cache count these tokens; the others leave them at 0.
+    # Only services that charge for cache writes report these tokens. Others leave them at 0.
     written = min(max(usage.cache_write_tokens, 0), prompt - read)
     return prompt, read, written
 
 
 @dataclass(frozen=True)
 class TablePrice(Price):
-    """The price of a model in genai-prices, with its tiers and its dates.
+    """The price of a model in genai-prices, with its tiers and start dates.
 
-    `input`, `output`, `cache_read` and `cache_write` are those of a short prompt at the time when it was made.
+    `input`, `output`, `cache_read` and `cache_write` hold the rates of a short prompt at the time of construction.
 
     Attributes:
         provider: id of the provider in genai-prices.
@@ -93,13 +93,16 @@ class TablePrice(Price):
     def cost(self, usage: Usage) -> float:
         """Dollars for the usage of one request.
 
-        It is what genai-prices' own `calc_price` says (a test compares them), at a tenth of the time.
+        Equals `calc_price` of genai-prices (a test compares them) and takes a tenth of its time.
         """
         return self.at(usage.prompt_tokens).cost(usage)
 
     def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The most that a request of at most this size can cost: every tier that it may fall into, every price that
-        may be in force when it is settled, and every prompt token at the dearest rate."""
+        """The most that a request of at most this size can cost, in dollars.
+
+        Covers every tier that the request may fall into and every price that may be in force when it is settled. All
+        prompt tokens are charged at the highest rate.
+        """
         tiers = _tiers_soon(self.provider, self.model, _minute())
         flats = [flat for start, flat in tiers if prompt_tokens > start]
         highest = max(max(flat.input, flat.cache_read or 0.0, flat.cache_write or 0.0) for flat in flats)
@@ -115,22 +118,22 @@ def price_of(
     cached_price: float | None = None,
     base_url: str | None = None,
 ) -> Price | None:
-    """What a teacher costs.
+    """The price of a teacher.
 
     Args:
-        provider: how the teacher's name begins: `"anthropic"`, `"gemini"`, `"openai"`, `"vllm"`, or anything else.
+        provider: prefix of the teacher's name: `"anthropic"`, `"gemini"`, `"openai"`, `"vllm"`, or anything else.
         model: the rest of the name, as the service knows the model.
-        input_price: dollars per million prompt tokens; wins over the table, with
-        output_price: dollars per million completion tokens.
+        input_price: dollars per million prompt tokens. Overrides the table; needs `output_price`.
+        output_price: dollars per million completion tokens. Overrides the table; needs `input_price`.
         cached_price: dollars per million prompt tokens that a cache served. Defaults to `input_price`.
-        base_url: where the service is, when it is not the provider's own. Its prices are then not in the table: many
-            services answer to the same protocol.
+        base_url: address of the service, if it is not the provider's default. The table is not used then, since other
+            services implement the same protocol at other prices.
 
     Returns:
-        The price, or `None` when there is none. This is said once: only tokens are counted then.
+        The price, or `None` if it is not known: only tokens are counted then, and a warning is logged once.
 
     Raises:
-        ConfigError: when prices are given in part, or are no numbers of at least 0.
+        ConfigError: when only one of the two prices is given, or a price is not a number of at least 0.
     """
     given = {
         "teacher_input_price": input_price,
@@ -170,12 +173,12 @@ def _log_tokens_only(provider: str, model: str) -> None:
 
     name = f"{provider}:{model}" if provider else model
     logging.get_logger(__name__).warning_once(
-        f"The price of {name} is not known, so that its tokens are counted and no dollars. Set "
+        f"The price of {name} is not known: only its tokens are counted, not dollars. Set "
         "`teacher_input_price` and `teacher_output_price`, in dollars per million tokens, to count dollars too."
     )
 
 
-# Prices begin and end on a minute; looking them up anew for each request would cost more than the request.
+# Prices change on full minutes only. Rounding lets the cached look-ups hit; a look-up for each request would be slow.
 def _minute() -> datetime:
     return datetime.now(tz=UTC).replace(second=0, microsecond=0)
 
@@ -185,10 +188,10 @@ _Tiers = list[tuple[int, Price]]
 
 @lru_cache(maxsize=64)
 def _tiers(provider: str, model: str, now: datetime) -> _Tiers:
-    """The price in force, by the length above which each of its tiers begins, in ascending order.
+    """The price in force, as pairs of the prompt length above which a tier applies and its rates, in ascending order.
 
     Raises:
-        LookupError: when there is none, or none for prompts and completions of text.
+        LookupError: when there is no price, or none for text prompts and completions.
     """
     prices = _model_info(provider, model).get_prices(now)
     if prices.input_mtok is None or prices.output_mtok is None:
@@ -202,9 +205,9 @@ def _tiers_soon(provider: str, model: str, now: datetime) -> _Tiers:
     entries = _model_info(provider, model).prices
     if not isinstance(entries, list):
         return _by_tier(entries)
-    found = [entries[0].prices]  # which counts where none is active
-    # The last one that is active counts. Prices by the time of day may become active at any time; what precedes one
-    # that is active from some date on never will.
+    found = [entries[0].prices]  # the fallback if no entry is active
+    # The last active entry applies. Entries by time of day may become active at any time. Entries before one that is
+    # active from some date on never apply.
     for entry in reversed(entries):
         by_date = entry.constraint is None or hasattr(entry.constraint, "start_date")
         if not by_date or entry.constraint is None or entry.constraint.active(now + _LOOK_AHEAD):
@@ -216,10 +219,10 @@ def _tiers_soon(provider: str, model: str, now: datetime) -> _Tiers:
 
 
 def _model_info(provider: str, model: str) -> Any:
-    """The entry of genai-prices.
+    """The model's entry in genai-prices.
 
     Raises:
-        LookupError: when there is none.
+        LookupError: when there is no entry.
     """
     from genai_prices.data_snapshot import get_snapshot
 
@@ -227,7 +230,7 @@ def _model_info(provider: str, model: str) -> Any:
 
 
 def _by_tier(prices: Any) -> _Tiers:
-    """Once a prompt is longer than the start of a tier, all tokens of the request cost what the tier says."""
+    """The rates of each tier. A tier applies to all tokens of a request whose prompt is longer than its start."""
     rates = (prices.input_mtok, prices.output_mtok, prices.cache_read_mtok, prices.cache_write_mtok)
     starts = {-1, *(tier.start for rate in rates if hasattr(rate, "tiers") for tier in rate.tiers)}
 

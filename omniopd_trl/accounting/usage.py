@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that requests used, and where they are counted and kept."""
+"""Token usage of requests, and the ledger that records it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ class Usage:
     Attributes:
         prompt_tokens: tokens of the prompts, cached ones included.
         cached_tokens: how many of `prompt_tokens` were served from a cache.
-        completion_tokens: tokens written, over all samples.
+        completion_tokens: generated tokens, over all samples.
         reasoning_tokens: how many of `completion_tokens` were hidden reasoning.
-        cache_write_tokens: how many of `prompt_tokens` were written to a cache, where a service charges for that.
+        cache_write_tokens: how many of `prompt_tokens` were written to a cache. 0 if the service does not charge for
+            it.
     """
 
     prompt_tokens: int = 0
@@ -37,14 +38,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class KeptAnswers:
-    """The answers that are kept for one prefix, and where new ones are kept.
+    """The stored answers for one prefix, and a function that stores new ones.
 
     Attributes:
-        found: the answers of an earlier run, which are paid for and counted. Each is the first sample that it was
-            asked for, how many samples it settles, and those that it has, as JSON gives them back.
-        keep: takes the same three values of a new answer, with samples that JSON can hold, and then the usage and the
-            US dollars (`None` without a price) of its request. It keeps the answer and counts the request, both or
-            neither.
+        found: answers of an earlier run, already paid and counted. Each is a tuple: index of the first requested
+            sample, number of samples that the answer covers, and the returned samples as decoded from JSON.
+        keep: called with the same three values of a new answer, whose samples must be JSON-serializable, and with the
+            usage and the US dollars (`None` without a price) of its request. Stores the answer and counts the request
+            in one transaction.
     """
 
     found: Sequence[tuple[int, int, Any]]
@@ -52,36 +53,36 @@ class KeptAnswers:
 
 
 class Ledger(Protocol):
-    """Where a teacher accounts for its requests: what was paid, what is in flight, which answers are kept.
+    """Records the requests of a teacher: what was paid, what is in flight, and which answers are stored.
 
-    Its methods are called in the event loop of the teacher, and an error that one raises is the request's.
+    Its methods are called in the event loop of the teacher. An error that a method raises fails the request.
     """
 
     def paid(self, usage: Usage, usd: float | None) -> None:
-        """Count one request, as soon as it is known what it used.
+        """Count one request, as soon as its usage is known.
 
         Args:
-            usage: tokens used; for a request that may have been charged for without an answer, its worst case.
-            usd: US dollars; `None` without a price.
+            usage: tokens used. The worst case for a request without an answer that may have been charged.
+            usd: US dollars. `None` without a price.
         """
 
     def in_flight(self, tokens: int, usd: float | None) -> None:
-        """Note the most that requests in flight can cost, before they are sent.
+        """Record the most that the requests in flight can cost, before they are sent.
 
-        Called with the peak in-flight cost since the queue was last empty, before a request is admitted; and with 0
-        tokens when the last request has ended. What a killed process had in flight is never more.
+        Called with the peak in-flight cost since the queue was last empty, before a request is admitted. Called with 0
+        tokens when the last request has ended. This bounds the in-flight cost of a killed process.
 
         Args:
-            tokens: prompt and completion tokens, of all requests in flight together.
-            usd: US dollars; `None` without a price.
+            tokens: prompt and completion tokens, summed over all requests in flight.
+            usd: US dollars. `None` without a price.
         """
 
     def answers(self, request: str) -> KeptAnswers:
-        """The answers that are kept for one prefix. Keeps none, and counts each request, unless overridden.
+        """The stored answers for one prefix. The default stores none and only counts each request.
 
         Args:
-            request: a name for all that decides the samples of the prefix. A second call with the same name asks for
-                the answers of another prefix that is equal.
+            request: key of everything that determines the samples of the prefix. A second call with the same key
+                refers to another, equal prefix.
         """
         return KeptAnswers((), lambda start, size, samples, usage, usd: self.paid(usage, usd))
 

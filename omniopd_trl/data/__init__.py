@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets: where they come from, how questions become prompts, and what is refused before training starts."""
+"""Datasets: loading, prompt templates, and checks before training."""
 
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import (

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused of a dataset before training starts."""
+"""Checks of a dataset before training."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,15 +20,15 @@ _UNSUPPORTED_COLUMNS = ("image", "images", "tools")
 def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
     """Refuse a dataset that the trainer cannot use.
 
-    Of a map-style dataset every prompt is looked at, of a streaming one the first.
+    Every prompt of a map-style dataset is checked, and only the first one of a streaming dataset.
 
     Args:
         dataset: a dataset, or a mapping of them (the evaluation sets).
-        name: what the messages call it.
+        name: name of the dataset in messages.
 
     Raises:
-        DataError: when it is empty, has no `prompt` column, holds images or tools, or a prompt is neither text nor a
-            list of messages that a model can answer.
+        DataError: when the dataset is empty, has no `prompt` column, holds images or tools, or a prompt is neither
+            text nor a list of messages that a model can answer.
     """
     if isinstance(dataset, Mapping):
         for split, part in dataset.items():
@@ -67,7 +67,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
 
 
 def check_step_is_filled(rows: int, batch_size: int, accumulation_steps: int, num_processes: int) -> None:
-    """Refuse a training set that is too small for one optimizer step: steps that are not filled are left out.
+    """Refuse a training set that is too small for one optimizer step. Incomplete steps are dropped.
 
     Args:
         rows: rows of the training set.
@@ -76,7 +76,7 @@ def check_step_is_filled(rows: int, batch_size: int, accumulation_steps: int, nu
         num_processes: processes of the run.
 
     Raises:
-        DataError: when nothing would be trained.
+        DataError: when the training set has fewer rows than one step.
     """
     prompts = batch_size * accumulation_steps * num_processes
     if rows < prompts:
@@ -102,15 +102,15 @@ def check_prompt_lengths(
 
     Args:
         dataset: a dataset that passed [`check_dataset`], or a mapping of them.
-        tokenizer: the student's.
-        chat_template_kwargs: what the trainer passes to the chat template.
-        context_length: positions that the student has; `None` when it is not known, and then no length is checked.
-        max_completion_length: tokens that a completion may have; `None` when there is no limit.
-        name: what the messages call the dataset.
+        tokenizer: tokenizer of the student.
+        chat_template_kwargs: arguments that the trainer passes to the chat template.
+        context_length: positions of the student. `None` if unknown: no length is checked then.
+        max_completion_length: maximum tokens of a completion. `None` for no limit.
+        name: name of the dataset in messages.
 
     Raises:
-        DataError: when a prompt leaves no room for a single token of a completion, or is conversational and the
-            tokenizer has no chat template.
+        DataError: when a prompt leaves no room for a completion token, or is conversational and the tokenizer has no
+            chat template.
 
     Warns:
         UserWarning: when a prompt and a completion of full length do not fit together.
@@ -161,10 +161,10 @@ def prompt_lengths(
     """Tokens of each prompt, as the trainer tokenizes it.
 
     Args:
-        dataset: a dataset, of either style, that passed [`check_dataset`].
-        tokenizer: the student's.
-        chat_template_kwargs: what the trainer passes to the chat template.
-        name: what the message calls the dataset.
+        dataset: a map-style or streaming dataset that passed [`check_dataset`].
+        tokenizer: tokenizer of the student.
+        chat_template_kwargs: arguments that the trainer passes to the chat template.
+        name: name of the dataset in messages.
 
     Raises:
         DataError: when the prompts are conversational and the tokenizer has no chat template.
@@ -190,11 +190,11 @@ def _check_template(prompt: Any, tokenizer: PreTrainedTokenizerBase, name: str) 
 
 
 def _prompt_problem(prompt: Any) -> str | None:
-    """What is wrong with one prompt, in words; `None` when nothing is."""
+    """A message about the problem of one prompt, or `None`."""
     if isinstance(prompt, str):
         return None if prompt else "the prompt is empty. Remove the row."
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
-        return f"`prompt` must be text or a list of messages, got {prompt!r}. Mend or remove the row."
+        return f"`prompt` must be text or a list of messages, got {prompt!r}. Fix or remove the row."
     if not prompt:
         return "the prompt has no message. Remove the row."
     for message in prompt:
@@ -208,7 +208,7 @@ def _prompt_problem(prompt: Any) -> str | None:
             if kinds != ["text"]:
                 return f"a message holds parts of type {', '.join(kinds)}: only text is supported yet. Remove the row."
             if not all(isinstance(part.get("text"), str) for part in content):
-                return f"a part of a message has no text, got {content!r:.200}. Mend or remove the row."
+                return f"a part of a message has no text, got {content!r:.200}. Fix or remove the row."
         elif not isinstance(content, str):
             return f"the content of a message must be text, got {content!r}."
     if prompt[-1]["role"] == "assistant":

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets: where they come from, their splits and their columns."""
+"""Loading of datasets, their splits and columns."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,10 +23,10 @@ def local_builder(name: str) -> str | None:
         name: a path or the id of a dataset.
 
     Returns:
-        `"json"` or `"parquet"` when `name` is a file of that kind, `None` when it is no local file.
+        `"json"` or `"parquet"` if `name` is a file of that type, `None` if it is not a local file.
 
     Raises:
-        DataError: when `name` is meant as a file (by its ending) and there is none, or is a file of another kind.
+        DataError: when `name` has a file ending and no such file exists, or is a file of another type.
     """
     path = Path(name).expanduser()
     builder = _BUILDERS.get(path.suffix.lower())
@@ -53,13 +53,13 @@ def load_dataset_or_files(
             `"train"`; or a folder of such files, whose names tell their splits (`train.jsonl`, `test.jsonl`,
             `train-00000-of-00002.parquet`, ...), as in a dataset repository on the Hub.
         config: name of the dataset's configuration.
-        streaming: read rows as they are needed instead of preparing all of them first.
+        streaming: whether to read rows on demand instead of preparing all of them first.
 
     Returns:
         The splits by name.
 
     Raises:
-        DataError: when nothing is there, or it cannot be read.
+        DataError: when there is no such dataset, or it cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
@@ -74,7 +74,7 @@ def load_dataset_or_files(
             return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
         return datasets.load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        # `datasets` wraps what went wrong ("An error occurred while generating the dataset"); the reason is beneath.
+        # `datasets` wraps the actual error in a generic one ("An error occurred while generating the dataset").
         reason = error.__cause__ or error
         if builder is not None:
             advice = "Check that every line is one JSON object and that all have the same fields."
@@ -95,11 +95,11 @@ def get_split(splits: Mapping[str, Any], split: str, option: str) -> Any:
 
     Args:
         splits: the splits by name.
-        split: the split that is wanted.
-        option: the option that names it, for the message.
+        split: name of the split.
+        option: the option that sets the split, for the message.
 
     Raises:
-        DataError: when there is no such split; the message lists those that are there.
+        DataError: when there is no such split. The message lists the splits of the dataset.
     """
     if split not in splits:
         raise DataError(
@@ -110,14 +110,14 @@ def get_split(splits: Mapping[str, Any], split: str, option: str) -> Any:
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """The columns, also of a stream that declares none; an empty list when such a stream is empty."""
+    """The column names. A stream without declared columns is read up to its first row; an empty one gives `[]`."""
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(next(iter(dataset), {}))
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-    """The datasets of a trainer, each under the name that messages call it."""
+    """The datasets of a trainer, each with its name in messages."""
     if train_dataset is not None:
         yield "train_dataset", train_dataset
     if isinstance(eval_dataset, dict):

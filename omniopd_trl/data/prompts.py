@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How the questions of a dataset become prompts."""
+"""Prompt templates, and the conversion of questions to prompts."""
 
 import warnings
 from typing import Any
@@ -19,7 +19,7 @@ PROMPT_TEMPLATES: dict[str, str] = {
     ),
 }
 
-# The columns that hold a question, in the order in which they are looked for.
+# Columns that may hold the question, in order of precedence.
 QUESTION_COLUMNS = ("question", "problem")
 
 _PLACEHOLDER = "{question}"
@@ -33,7 +33,7 @@ def resolve_template(template: str) -> str:
             LaTeX, are ordinary characters.
 
     Raises:
-        ConfigError: when it is neither.
+        ConfigError: when the template is neither.
     """
     if template in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[template]
@@ -48,19 +48,19 @@ def resolve_template(template: str) -> str:
 def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyDataset:
     """Give a dataset of questions a `prompt` column, one user message per row.
 
-    The question is looked for in `question`, then in `problem`. A dataset that has a `prompt` column is returned as it
-    is, unless its prompts are plain text and there is a template: then the text is the question. A dataset without any
-    question is returned as it is, too: `check_dataset` says what is wrong with that. All other columns stay.
+    The question is read from the column `question`, or else from `problem`. A dataset with a `prompt` column is
+    returned unchanged, unless its prompts are plain text and a template is given: the text is the question then. A
+    dataset without a question is returned unchanged too, and `check_dataset` reports it. All other columns are kept.
 
     Args:
-        dataset: a dataset, or splits by name; streaming ones too.
-        template: see [`resolve_template`]; `None` makes the question itself the prompt.
+        dataset: a dataset, or splits by name. Streaming datasets are supported.
+        template: see [`resolve_template`]. `None` makes the question itself the prompt.
 
     Returns:
-        The same kind of dataset.
+        A dataset of the same type.
 
     Raises:
-        ConfigError: when the template is no template.
+        ConfigError: when the template is not valid.
         DataError: when a row has no question (streaming datasets: when that row is read).
     """
     text = _PLACEHOLDER if template is None else resolve_template(template)
@@ -84,19 +84,19 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
         return dataset
 
     def add_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
-        # In a mixture of datasets one part may say `question` and the other `problem`; the other one is then None.
+        # In a mixture of datasets, some rows may have `question` and others `problem`. The other column is None.
         question = next((row[column] for column in questions if row[column] is not None), None)
         if not isinstance(question, str):
             raise DataError(
                 f"Row {index} has no question: {' and '.join(f'`{c}`' for c in questions)} must be text, got "
-                f"{question!r}. Remove the row or mend it."
+                f"{question!r}. Remove or fix the row."
             )
-        # Not str.format: braces in the template or in the question are LaTeX more often than placeholders.
+        # Not str.format: braces in the template or the question are usually LaTeX.
         return {"prompt": [{"role": "user", "content": text.replace(_PLACEHOLDER, question)}]}
 
     if not isinstance(dataset, Dataset):
         return dataset.map(add_prompt, with_indices=True)
-    # By what decides the result. `datasets` would hash the code of the function, its messages and its file's name, and
-    # what was recorded with the same prompts would be paid for again after a change of a word.
+    # The fingerprint covers only what determines the result. By default `datasets` hashes the function's code,
+    # including its messages and file name, and any edit would invalidate the answers recorded for the same prompts.
     identity = Hasher.hash(["prompts", dataset._fingerprint, questions, text])
     return dataset.map(add_prompt, with_indices=True, new_fingerprint=identity)

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo needs, shipped with the package: a student, two teachers, and two sets of word problems.
+"""Assets of the demo, shipped with the package: a student, two teachers, and two sets of word problems.
 
-`python -m omniopd_trl.demo.build` makes all of it again.
+`python -m omniopd_trl.demo.build` rebuilds all of them.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ def asset_path(name: str) -> Path:
     """The folder of one of the demo's assets.
 
     Args:
-        name: `"student"` (the weak student), `"teacher"` (writes in a style and with a tokenizer of its own),
-            `"teacher_shared"` (the same, but with the student's tokenizer), or `"problems"` (`train.jsonl` and
+        name: `"student"` (the weak student), `"teacher"` (with another style and another tokenizer),
+            `"teacher_shared"` (the same with the student's tokenizer), or `"problems"` (`train.jsonl` and
             `test.jsonl`, with the columns `question` and `answer`).
 
     Returns:
-        An absolute path, which exists in every installation of the package.
+        An absolute path. It exists in every installation of the package.
 
     Raises:
         ValueError: when there is no such asset.

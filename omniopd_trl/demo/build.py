@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Make the demo's tokenizers, models and problem sets from nothing.
+"""Build the demo's tokenizers, models and problem sets from scratch.
 
     python -m omniopd_trl.demo.build                     # everything, into omniopd_trl/demo/assets
-    python -m omniopd_trl.demo.build --only student      # one part; the tokenizers are made along with it
-    python -m omniopd_trl.demo.build --output /some/dir  # somewhere else
+    python -m omniopd_trl.demo.build --only student      # one part, with its tokenizer
+    python -m omniopd_trl.demo.build --output /some/dir  # another folder
 
 - `student` learns the student's style from solutions whose results are often wrong (`world.STUDENT_SLIP`).
-- `teacher` learns correct solutions in the teacher's style, and to go on from what a student has written, slips
-  included. Its tokenizer is its own.
+- `teacher` learns correct solutions in the teacher's style, and to continue a student's text, slips included. It has
+  its own tokenizer.
 - `teacher_shared` learns the same as the teacher, with the student's tokenizer.
 
-Every part is seeded and runs in one thread, so that it comes out the same on machines with the same arithmetic.
+Every part is seeded and runs in one thread: machines with the same arithmetic build the same files.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-# A digit is a token, so that every number is written in the same way; a word with its space, a run of signs, a space.
+# Tokens: a digit (every number then has one spelling), a word with its space, a run of signs, or a space.
 WORDS = r"\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the demo's models is made.
+    """Settings of one of the demo's models.
 
     Attributes:
         tokenizer: `"student"` or `"teacher"`.
-        learns_to_continue: trained on correct continuations of what a student wrote, instead of on slips.
+        learns_to_continue: whether it is trained on correct continuations of a student's text, instead of on slips.
         hidden_size: width of the model; the other sizes follow from it.
         num_layers: number of transformer layers.
-        num_steps: optimizer steps, of `batch_size` solutions each.
+        num_steps: number of optimizer steps.
         batch_size: solutions per optimizer step.
-        learning_rate: the peak, reached after 100 steps and then decayed to zero by a cosine.
-        seed: of the weights and of the solutions.
+        learning_rate: peak learning rate, reached after 100 steps and then decayed to zero by a cosine.
+        seed: seed of the weights and of the solutions.
     """
 
     tokenizer: str
@@ -79,7 +79,7 @@ RECIPES = {
 }
 
 
-# What the build reports, at once even into a file.
+# Prints unbuffered, also into a file.
 _say = functools.partial(print, flush=True)
 
 
@@ -88,7 +88,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
     rng = random.Random(name)
     texts = []
     for problem in islice(problems(f"tokenizer-{name}"), 3000):
-        # Either tokenizer must read both styles; each spends its merges on its owner's words first.
+        # Each tokenizer must encode both styles. Most of its merges go to its owner's words.
         own, other = ("student", "teacher") if name == "student" else ("teacher", "student")
         style = own if rng.random() < 0.8 else other
         texts.append(f"user\n{problem.question}\nassistant\n{solution(problem, style)}\n")  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
 
 
 def _lesson(problem: Problem, recipe: Recipe, rng: random.Random) -> tuple[str, str]:
-    """A text to read, which comes after the prompt, and a text to learn to write after it."""
+    """The text after the prompt that is only read, and the text after it that is learned."""
     if not recipe.learns_to_continue:
         return "", solution(problem, "student", STUDENT_SLIP, rng)
     if rng.random() < 0.2:
@@ -133,16 +133,16 @@ def _lesson(problem: Problem, recipe: Recipe, rng: random.Random) -> tuple[str, 
 def _batches(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, held_out: set[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of token ids and labels (-100 where nothing is learnt), `(B, T)`, padded on the right."""
+    """Endless batches of token ids and labels (-100 where nothing is learned), `(B, T)`, padded on the right."""
     rng = random.Random(f"lessons-{recipe.seed}")
     stream = problems(f"lessons-{recipe.seed}", exclude=held_out)
     encode = lambda texts: [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts)]  # noqa: E731
     while True:
-        # Sixteen batches at once, sorted by length, so that little is padding; their order is shuffled again.
+        # Sixteen batches are sorted by length to avoid padding. The order of the batches is shuffled again.
         pool = list(islice(stream, 16 * recipe.batch_size))
         lessons = [_lesson(problem, recipe, rng) for problem in pool]
         prompts = encode([render_prompt(tokenizer, problem.question) for problem in pool])
-        # Read and written text are encoded apart, as they are when a teacher continues a student's text.
+        # Read and learned text are encoded separately, as when a teacher continues a student's text.
         read = encode([lesson[0] for lesson in lessons])
         written = encode([lesson[1] + END_OF_TURN for lesson in lessons])
         rows = sorted(
@@ -172,11 +172,11 @@ def make_model(
     Args:
         recipe: sizes, lessons and optimization.
         tokenizer: gives the vocabulary and the chat format.
-        held_out: questions that must not be seen.
-        log: told about the loss (in nats per written token) every 250 steps.
+        held_out: questions that are excluded from training.
+        log: called with the loss, in nats per learned token, every 250 steps.
 
     Returns:
-        The model, in bfloat16 as it will be saved.
+        The model, in bfloat16.
     """
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(
@@ -225,7 +225,7 @@ def write(
     max_new_tokens: int = 256,
     batch_size: int = 128,
 ) -> list[str]:
-    """Sample one text after each prompt (a text that already holds the chat format), without special tokens."""
+    """Sample one text after each prompt, without special tokens. Prompts already have the chat format."""
     texts: list[str] = []
     for i in range(0, len(prompts), batch_size):
         inputs = tokenizer(
@@ -291,7 +291,7 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-        # Measured on what was saved, read back as TRL reads it.
+        # Measured on the saved model, loaded as TRL loads it.
         model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = [render_prompt(tokenizer, problem.question) for problem in test]
         _say(f"  pass@1 on {NUM_TEST} test problems: {pass_rate(write(model, tokenizer, prompts), answers):.3f}")

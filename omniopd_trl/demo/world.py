@@ -14,15 +14,15 @@ Its solution can be written in two styles, `"student"` and `"teacher"`, that dif
     Answer: 36                                                 - Giving away 15, 51 minus 15 leaves 36.
                                                                Answer: 36
 
-Given the problem, the wording of a style is fixed: the only thing that can go wrong, and the only thing that a model
-trained on such solutions can be unsure of, is the result of a calculation. That is deliberate. A chunk of the
-student's text is compared with what the teacher writes from the same place; where a style picks its words at random,
-the comparison measures luck, and where the words are fixed it measures the result.
+Given the problem, the wording of a style is fixed. Only the results of calculations can be wrong or uncertain
+for a model that is trained on such solutions. This is deliberate: a chunk of the student's text is compared with
+the teacher's continuation from the same position. With random wording the comparison would measure chance, with fixed
+wording it measures the result.
 
-A `Slip` says how often a writer gets a calculation wrong: it forgets the carry of a sum or the borrow of a difference,
-or counts one group too few or too many in a product. A slip is carried forward, as a person would do.
+A `Slip` holds the probabilities of wrong calculations: a forgotten carry of a sum, a forgotten borrow of a difference,
+or one group too few or too many in a product. A wrong result is carried forward.
 
-The module needs nothing but the standard library, and the same seed always gives the same problems.
+The module needs only the standard library, and the same seed always gives the same problems.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: who has how many of what, and what happens to them.
+    """A word problem: a person, a number of items, and events that change the number.
 
     Attributes:
-        name: whose items are counted.
-        item: what is counted, in the plural.
-        start: how many there are at first.
-        events: what happens, in order.
+        name: the owner of the items.
+        item: the counted items, in the plural.
+        start: the number of items at first.
+        events: the events, in order.
     """
 
     name: str
@@ -110,9 +110,9 @@ class Slip:
     """How often a writer gets a calculation wrong, as probabilities in [0, 1].
 
     Attributes:
-        carry: a sum whose carry is forgotten, where there is one: 27 + 24 = 41.
-        borrow: a difference whose borrow is forgotten, where there is one: 51 - 15 = 46.
-        group: a product with one group too few or too many: 3 * 8 = 16 or 32.
+        carry: probability of a forgotten carry in a sum that has one: 27 + 24 = 41.
+        borrow: probability of a forgotten borrow in a difference that has one: 51 - 15 = 46.
+        group: probability of one group too few or too many in a product: 3 * 8 = 16 or 32.
     """
 
     carry: float = 0.0
@@ -121,7 +121,7 @@ class Slip:
 
 
 NO_SLIP = Slip()
-# What the demo's student was taught. With these a solution is right about every third time.
+# Training data of the demo's student. With these values about every third solution is right.
 STUDENT_SLIP = Slip(carry=0.6, borrow=0.6, group=0.4)
 
 
@@ -131,10 +131,10 @@ def _crosses_ten(left: int, sign: str, right: int) -> bool:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """Draw one problem with two to four calculations, every total of which lies in [10, 99].
+    """Draw one problem with two to four calculations. Every total lies in [10, 99].
 
     Args:
-        rng: the source of randomness; the same state gives the same problem.
+        rng: the random generator. The same state gives the same problem.
     """
     while True:
         # Loose items take one calculation, containers take two (how many they hold, then the new total).
@@ -146,7 +146,7 @@ def make_problem(rng: random.Random) -> Problem:
             sign: Literal["+", "-"] = rng.choice(("+", "-"))
             verb, gerund = rng.choice(_GAINS if sign == "+" else _LOSSES)
             if kind == "L":
-                # Two draws, and the one that crosses a ten wins: carries and borrows are where the problems are hard.
+                # Two draws, with preference for one that crosses a ten: carries and borrows make the problems hard.
                 sizes = rng.randint(5, 59), rng.randint(5, 59)
                 size = next((size for size in sizes if _crosses_ten(total, sign, size)), sizes[0])
                 event = Event(sign, verb, gerund, size)
@@ -164,8 +164,8 @@ def problems(seed: int | str, exclude: frozenset[str] | set[str] = frozenset()) 
     """An endless stream of distinct problems.
 
     Args:
-        seed: seeds the stream; two streams with the same seed and `exclude` are equal.
-        exclude: questions that must not occur, for example those of a test set.
+        seed: seed of the stream. Two streams with the same seed and `exclude` are equal.
+        exclude: questions that are skipped, for example those of a test set.
     """
     rng = random.Random(f"omniopd-demo-{seed}")
     seen = set(exclude)
@@ -176,7 +176,7 @@ def problems(seed: int | str, exclude: frozenset[str] | set[str] = frozenset()) 
             yield problem
 
 
-# A calculation turns the left and right number into the number that the writer puts down.
+# A calculation maps two numbers and an operator to the result that is written.
 _Calculate = Callable[[int, str, int], int]
 
 
@@ -185,11 +185,11 @@ def _exact(left: int, operator: str, right: int) -> int:
 
 
 def _slipping(slip: Slip, rng: random.Random) -> _Calculate:
-    """A calculation that goes wrong now and then, in the ways of `slip`."""
+    """A calculation that is wrong with the probabilities of `slip`."""
 
     def calculate(left: int, operator: str, right: int) -> int:
         result = _exact(left, operator, right)
-        # One draw per calculation, whether it can slip or not, keeps the stream of random numbers in step.
+        # One draw for every calculation, even if it cannot slip: the random numbers of later ones do not shift.
         draw, direction = rng.random(), rng.choice((-1, 1))
         if operator == "*":
             return result + direction * right if draw < slip.group else result
@@ -226,7 +226,7 @@ def _total_line(problem: Problem, style: Style, event: Event, total: int, amount
 
 
 def _lines(problem: Problem, style_at: Callable[[int], Style], calculate_at: Callable[[int], _Calculate]) -> list[str]:
-    """The lines of a solution, where line `i` has the style and the calculation that the two functions name."""
+    """The lines of a solution. The two functions give the style and the calculation of line `i`."""
     lines = [_opening(problem, style_at(0))]
     total = problem.start
     for event in problem.events:
@@ -244,13 +244,13 @@ def solution(problem: Problem, style: Style, slip: Slip = NO_SLIP, rng: random.R
     """Write the whole solution in one style; its last line is `Answer: N`.
 
     Args:
-        problem: what to solve.
+        problem: the problem to solve.
         style: `"student"` or `"teacher"`.
-        slip: how often a calculation goes wrong (default: never). A wrong result is carried forward.
-        rng: the source of the slips; needed when `slip` is not `NO_SLIP`.
+        slip: probabilities of wrong calculations. Wrong results are carried forward. Defaults to none.
+        rng: random generator of the slips. Required if `slip` is not `NO_SLIP`.
 
     Raises:
-        ValueError: when slips are asked for without a source of randomness.
+        ValueError: when `slip` is given without `rng`.
     """
     if slip != NO_SLIP and rng is None:
         raise ValueError(f"slip={slip} needs a source of randomness; pass rng=random.Random(seed).")
@@ -266,25 +266,24 @@ def mixed_solution(
     slip: Slip = NO_SLIP,
     rng: random.Random | None = None,
 ) -> tuple[str, str]:
-    """A solution that begins in one style, perhaps with slips, and that a careful writer finishes in the other.
+    """A solution that begins in one style, perhaps with slips, and is finished correctly in the other style.
 
-    The careful writer accepts what is written: results that are on the paper stay as they are. It ends the line that
-    was begun in the style of that line, so that the text stays a text, and writes the lines after it in its own
-    style, correctly from the numbers that it found.
+    The second writer keeps all written results. It finishes the partial line in the style of that line, and writes the
+    later lines in its own style, with correct calculations from the numbers before.
 
     Args:
-        problem: what to solve.
-        cut: where the writers change, as a character position (int) or as a fraction of the first solution (float).
+        problem: the problem to solve.
+        cut: where the writer changes, as a character position (int) or a fraction of the first solution (float).
         first: the style before the cut.
         then: the style of the lines after it.
-        slip: how often the first writer gets a calculation wrong.
-        rng: the source of the slips; needed when `slip` is not `NO_SLIP`.
+        slip: probabilities of the first writer's wrong calculations.
+        rng: random generator of the slips. Required if `slip` is not `NO_SLIP`.
 
     Returns:
         The text before the cut and the text after it.
 
     Raises:
-        ValueError: when `cut` lies outside the first solution, or slips are asked for without a source.
+        ValueError: when `cut` lies outside the first solution, or `slip` is given without `rng`.
     """
     if slip != NO_SLIP and rng is None:
         raise ValueError(f"slip={slip} needs a source of randomness; pass rng=random.Random(seed).")
@@ -303,7 +302,7 @@ def mixed_solution(
     written = "".join(draft)[:position]
 
     def finish(settled: int) -> str:
-        """The whole text, where the first `settled` lines keep the results that the first writer put down."""
+        """The whole text. Its first `settled` lines keep the results of the first writer."""
         if rng is not None and state is not None:
             rng.setstate(state)
         slips = _exact if rng is None else _slipping(slip, rng)
@@ -311,7 +310,7 @@ def mixed_solution(
             _lines(problem, lambda i: first if i < begun else then, lambda i: slips if i < settled else _exact)
         )
 
-    # The line that was begun is finished correctly, unless what is written of it already says otherwise.
+    # The partial line is finished correctly, unless its written part already holds a wrong result.
     whole = finish(max(begun - 1, 0))
     if not whole.startswith(written):
         whole = finish(begun)

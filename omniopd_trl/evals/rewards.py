@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of samples: the reward functions that a trainer has, called as TRL calls them."""
+"""Scores of samples by reward functions, called with TRL's arguments."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ RewardFunc = Callable[..., list[float | None]]
 
 
 def reward_funcs_of(funcs: RewardFunc | list[RewardFunc] | None, eval_dataset: Any) -> list[RewardFunc]:
-    """The functions that score evaluation samples; empty when there is nothing to score against.
+    """The functions that score evaluation samples. Empty if the dataset has no answers.
 
     Raises:
         MissingExtraError: when math-verify is needed and not installed.
@@ -41,14 +41,14 @@ def score(
     """Scores of samples by each reward function.
 
     Args:
-        funcs: in the signature of TRL's `reward_funcs`.
-        examples: the dataset's row of each sample.
-        texts: what was written.
-        completion_ids: the same as token ids; `None` when it comes from a teacher.
-        **kwargs: handed on to the functions.
+        funcs: reward functions in the signature of TRL's `reward_funcs`.
+        examples: the dataset row of each sample.
+        texts: the completions.
+        completion_ids: token ids of the completions. `None` for completions of a teacher.
+        **kwargs: passed to the functions.
 
     Returns:
-        For each function the metric's name and `(N,)` scores, float64; NaN where it declines to score.
+        For each function, the metric's name and `(N,)` scores, float64. NaN if the function declines to score.
 
     Raises:
         ConfigError: when a function does not return one score for each sample.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The method of the paper as pure functions, one equation a file. They need torch and numpy, and no model."""
+"""The equations of the paper as pure functions, one file per equation. They depend on torch and numpy only."""
 
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.entropy import token_entropy

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which spans of a trajectory the teacher audits."""
+"""Selection of the spans of a trajectory that the teacher audits (Eq. 7)."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -51,30 +51,30 @@ def select_chunks(
 
     `A = argmax_{|A| = M} sum_{t in A} H_t`, one window of `C` tokens for each anchor `t` in `A`.
 
-    A chunk lies inside one run of unmasked tokens. The window of an anchor is `[t, t + C)`, or has the anchor in its
-    middle, and is shifted so that it stays inside the run. A run shorter than `C` is one window of its own length, or
-    none where it is shorter than `min_chunk_length`. Equal entropies are taken from left to right, so the same
+    A chunk lies inside one run of unmasked tokens. The window of an anchor is `[t, t + C)`, or is centered on the
+    anchor, and is shifted to stay inside the run. A run shorter than `C` is one window of its own length, or is
+    skipped if it is shorter than `min_chunk_length`. Equal entropies are taken from left to right, so the same
     entropies always give the same chunks.
 
     Args:
         entropy: `(T,)`, in nats, one value for each completion token. Values at masked positions are ignored.
         mask: `(T,)`, true where the student wrote the token. Tool results and padding are false: they are never
-            anchors and never inside a chunk. All tokens count when it is left out.
+            anchors and never inside a chunk. `None` includes all tokens.
         num_chunks: `M`, at least 1. A short trajectory may hold fewer.
         chunk_length: `C`, in student tokens, at least 1.
         min_chunk_length: a run shorter than `chunk_length` needs at least this many tokens to be audited.
         overlap: `"resample"` skips an anchor whose window overlaps a chosen chunk and tries the next one, until `M`
-            chunks stand or none fits. `"merge"` takes exactly the `M` best anchors and joins windows that overlap or
-            touch into longer chunks; the best of the joined anchors becomes the anchor.
+            chunks are chosen or none fits. `"merge"` takes exactly the `M` best anchors and joins windows that overlap
+            or touch into longer chunks; the best of the joined anchors becomes the anchor.
         placement: `"start"` puts the anchor first in its window, `"center"` at index `C // 2` of it.
-        selection: `"entropy"`, or `"uniform"`, which draws the order of the anchors at random instead.
-        seed: seed of the uniform draw. Without one, each call draws anew.
+        selection: `"entropy"` ranks the anchors by entropy. `"uniform"` draws their order at random.
+        seed: seed of the uniform draw. `None` draws differently at each call.
 
     Returns:
         The chunks, sorted by `start`. Empty when no chunk can be formed.
 
     Raises:
-        ConfigError: when an argument is out of range, or the shapes of `entropy` and `mask` do not fit.
+        ConfigError: when an argument is out of range, or the shapes of `entropy` and `mask` differ.
         NonFiniteError: when an unmasked entropy is NaN.
 
     Example:
@@ -108,7 +108,7 @@ def select_chunks(
     # A candidate is a position that has a window. Candidates are in reading order: `start` and `end` never decrease.
     run_start, run_end = _runs(unmasked)
     length = run_end - run_start
-    # A run of C tokens or more always holds a whole chunk; the minimum is for what a shorter one holds.
+    # A run of C tokens or more always holds a whole chunk. The minimum applies to shorter runs only.
     usable = length >= min(chunk_length, min_chunk_length)
     run_start, run_end, length = run_start[usable], run_end[usable], length[usable]
     first, last = np.repeat(run_start, length), np.repeat(run_end, length)
@@ -147,7 +147,7 @@ def _merge(start: _Positions, end: _Positions, anchor: _Positions, order: _Posit
     best = order[:num_chunks]
     by_place = np.argsort(best)  # place in reading order -> rank
     candidates = best[by_place]
-    # A chunk begins where a window does not touch the one before it. Windows in different runs never touch: at least
+    # A chunk starts where a window does not touch the previous one. Windows in different runs never touch: at least
     # one masked token lies between them.
     begins = np.flatnonzero(start[candidates] > np.append([-1], end[candidates][:-1]))
     if begins.size == 0:
@@ -159,7 +159,7 @@ def _merge(start: _Positions, end: _Positions, anchor: _Positions, order: _Posit
 
 
 def _runs(unmasked: NDArray[np.bool_]) -> tuple[_Positions, _Positions]:
-    """First position of each run of true values, and the position after its last."""
+    """First position of each run of true values, and the position after its last one."""
     edges = np.diff(np.concatenate(([0], unmasked.astype(np.int8), [0])))
     return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the student hesitates: the entropy of its next-token distribution."""
+"""Entropy of the student's next-token distribution (Eq. 6)."""
 
 import torch
 from torch import Tensor
 
 from omniopd_trl.errors import ConfigError
 
-# Rows are converted to float32 in blocks of at most this many logits (64 MiB), so that a long trajectory with a large
-# vocabulary never holds a second full-precision copy of itself.
+# Rows are converted to float32 in blocks of at most this many logits (64 MiB). Converting all rows at once would
+# double the memory of a long trajectory with a large vocabulary.
 _BLOCK_LOGITS = 2**24
 
 
@@ -17,12 +17,12 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     `H_t = - sum_v pi(v | x, y_<t) log pi(v | x, y_<t)`, with `pi = softmax(logits / temperature)`.
 
-    A token that cannot be sampled (logit `-inf`) adds nothing. A row that holds NaN or `+inf`, or nothing but `-inf`,
-    is no distribution: its entropy is NaN, for the caller to notice.
+    A token that cannot be sampled (logit `-inf`) adds nothing. A row that holds NaN or `+inf`, or only `-inf`, is
+    not a distribution. Its entropy is NaN, which the caller has to check for.
 
     Args:
         logits: `(..., V)`, any dtype, over the full vocabulary.
-        temperature: the sampling temperature, above 0: the policy is the one that sampled.
+        temperature: the sampling temperature, above 0. The entropy is that of the sampling policy.
 
     Returns:
         `(...)`, float32, in nats, between 0 and `log V`.

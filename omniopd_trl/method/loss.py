@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The two terms of the objective as sums, and how they become one number."""
+"""The two terms of the objective as sums, and their normalized combination (Eq. 8)."""
 
 from typing import Literal, get_args
 
@@ -20,11 +20,11 @@ def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         logprobs: `(B, T)` or any other shape, in nats, with gradient.
-        weights: of the same shape, `pi_hat` of its chunk on each audited token (less a baseline, where there is one)
-            and 0 elsewhere. A constant for the gradient.
+        weights: same shape as `logprobs`. Each audited token has the `pi_hat` of its chunk, minus the baseline if
+            there is one. Other tokens have 0. No gradient flows through them.
 
     Returns:
-        A scalar tensor, the sum over the batch, in float32 (float64 where an argument is).
+        A scalar tensor, the sum over the batch, in float32 (float64 if an argument is float64).
 
     Raises:
         ConfigError: when the shapes differ.
@@ -41,7 +41,7 @@ def chunk_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
             "value for each completion token. Pass two tensors of one shape."
         )
     weights = weights.detach()
-    # Where nothing is audited the log-probability may be anything (padding): 0 * -inf and 0 * nan would be NaN.
+    # Log-probabilities at other positions may be -inf or NaN (padding), and 0 * -inf and 0 * nan would be NaN.
     audited = torch.where(weights != 0, logprobs, 0.0)
     dtype = torch.promote_types(torch.promote_types(logprobs.dtype, weights.dtype), torch.float32)
     return -(weights.to(dtype) * audited.to(dtype)).sum()
@@ -52,20 +52,20 @@ def anchor_kl(ref_logits: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
 
     `sum_{t in U} KL(pi_ref(. | x, y_<t) || pi_theta(. | x, y_<t))`, over the full vocabulary.
 
-    It needs all logits at once, so it serves tests and small models. Training computes the same sum from hidden
-    states.
+    It needs all logits at once, so it is meant for tests and small models. Training computes the same sum from
+    hidden states.
 
     Args:
-        ref_logits: `(..., V)`, of the frozen reference. A constant for the gradient.
+        ref_logits: `(..., V)`, of the frozen reference. No gradient flows through them.
         logits: `(..., V)`, of the student, with gradient.
         mask: `(...)`, true on un-audited completion tokens. Other positions are not read.
 
     Returns:
-        A scalar tensor, in nats, in float32 (float64 where an argument is). `inf` where the student gives probability
-        0 to a token that the reference can write.
+        A scalar tensor, in nats, in float32 (float64 if an argument is float64). `inf` if the student gives
+        probability 0 to a token that the reference can write.
 
     Raises:
-        ConfigError: when the shapes do not fit.
+        ConfigError: when the shapes do not match.
 
     Example:
         >>> anchor_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([True]))
@@ -79,7 +79,7 @@ def anchor_kl(ref_logits: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
             f"{tuple(mask.shape)}, but they must be (..., V), (..., V) and (...). Pass the same tokens to all three."
         )
     dtype = torch.promote_types(torch.promote_types(ref_logits.dtype, logits.dtype), torch.float32)
-    # Rows are dropped before anything is computed, so that NaN in padding reaches neither the sum nor the gradient.
+    # Rows are dropped first: NaN in padding must reach neither the sum nor the gradient.
     mask = mask.bool()
     log_ref = torch.log_softmax(ref_logits[mask].detach().to(dtype), dim=-1)
     log_theta = torch.log_softmax(logits[mask].to(dtype), dim=-1)
@@ -106,12 +106,12 @@ def combine(
     - `"sum"`: `(L_chunk + beta * KL) / num_sequences`. Eq. 8 of each sequence, averaged over sequences.
     - `"components"`: `L_chunk / num_audited + beta * KL / num_unaudited`. Each term averaged over its own tokens.
 
-    Counts are those of the global batch, all micro-batches and processes of one optimizer step: then the results of
-    the micro-batches add up to the result of one large batch, and gradient accumulation is exact.
+    Counts are those of the global batch: all micro-batches and processes of one optimizer step. The results of the
+    micro-batches then add up to the result of one large batch, and gradient accumulation is exact.
 
     Args:
         chunk_sum: scalar, from `chunk_loss`.
-        kl_sum: scalar, from `anchor_kl`; 0 where there is no anchor.
+        kl_sum: scalar, from `anchor_kl`. 0 without an anchor.
         beta: weight of the anchor.
         normalization: one of `NORMALIZATIONS`.
         num_tokens: completion tokens of the student, audited or not.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How strongly the teacher's rollouts support a chunk: the prior (Eq. 4) and the posterior mean (Eq. 5)."""
+"""Support of a chunk by the teacher's rollouts: the prior (Eq. 4) and the posterior mean (Eq. 5)."""
 
 from typing import Literal
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from omniopd_trl.errors import ConfigError, NonFiniteError
 
-# Whose log-probabilities `chunk_prior` gets: the paper's equations say the one, its prose the other.
+# The model whose log-probabilities `chunk_prior` gets. The paper's equations use the policy, its prose the reference.
 Prior = Literal["policy", "reference"]
 
-# What float32 arithmetic may add to a number that is 1 on paper.
+# Tolerance for float32 rounding of values that are exactly 1 in theory.
 _ROUNDING = 1e-5
 
 
@@ -60,18 +60,18 @@ def posterior_mean(
     prior: Tensor | float,
     prior_strength: float = 1.0,
 ) -> Tensor:
-    r"""How much the teacher supports a chunk, after its rollouts: a Dirichlet-multinomial posterior mean.
+    r"""Posterior mean of the teacher's support for a chunk, in the Dirichlet-multinomial model.
 
     `pi_hat = (k_sem + alpha * pi_bar) / (n + alpha)`.
 
     A chunk without rollouts has no evidence: the formula would return the prior, or 0 / 0 with `prior_strength=0`.
-    Such a chunk is dropped before it comes here, and its tokens count as un-audited.
+    The caller drops such a chunk and counts its tokens as un-audited.
 
     Args:
         similarity_sum: `k_sem`, any shape, in [0, n]: the similarities of the chunk to its rollouts, summed.
-        num_rollouts: `n`, at least 1: the rollouts that really came back.
+        num_rollouts: `n`, at least 1: the rollouts that the teacher returned.
         prior: `pi_bar`, in [0, 1], from `chunk_prior`.
-        prior_strength: `alpha`, at least 0; 0 is the plain mean of the similarities.
+        prior_strength: `alpha`, at least 0. 0 gives the plain mean of the similarities.
 
     Returns:
         A float32 tensor of the arguments' common shape, in [0, 1], without gradient.
@@ -86,7 +86,7 @@ def posterior_mean(
     Reference: Eq. 5.
     """
     k_sem, n, pi_bar = as_float(similarity_sum), as_float(num_rollouts), as_float(prior)
-    # Written as "all are in range" rather than "none is out of range", so that NaN is refused too.
+    # Written as "all are in range" rather than "none is out of range" to refuse NaN too.
     if not (n >= 1).all():
         raise ConfigError(
             f"`num_rollouts` is {_show(n)}, but a chunk without rollouts has no evidence to average. "
@@ -110,7 +110,7 @@ def posterior_mean(
 
 
 def as_float(value: Tensor | float) -> Tensor:
-    """A constant in float32, or in float64 where it already is."""
+    """Detach and convert to float32. Float64 is kept."""
     tensor = torch.as_tensor(value).detach()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

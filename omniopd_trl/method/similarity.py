@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How alike two texts are: the functions `phi(chunk, rollout)` in [0, 1]."""
+"""Similarity of two texts: the functions `phi(chunk, rollout)` in [0, 1] (Eq. 3)."""
 
 import math
 import re
@@ -21,37 +21,39 @@ from omniopd_trl.errors import ConfigError, import_extra
 Similarity = Callable[[str, str], float]
 _Prepared = TypeVar("_Prepared")
 
-# What float32 arithmetic may add to a cosine that is 1 on paper.
+# Tolerance for float32 rounding of a cosine that is exactly 1 in theory.
 _ROUNDING = 1e-6
 
 
 def get_similarity(
     name_or_callable: str | Similarity, *, embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
 ) -> Similarity:
-    r"""The similarity function of that name, or the caller's own, made safe to use.
+    r"""Return the similarity function of the given name, or wrap a custom function with checks.
 
     `phi: (y_c, y_teacher) -> [0, 1]`.
 
-    Every function ignores outer white space (chat services trim it), and calls two empty texts 1 and one empty text 0.
-    The named ones call equal texts 1, even where they hold no word. Case counts for `"edit"` and `"exact"` alone.
+    Every function ignores outer white space, since chat services trim it. Two empty texts score 1, and an empty text
+    against a non-empty one scores 0. The named functions score equal texts 1, even if they contain no word. Only
+    `"edit"` and `"exact"` are case-sensitive.
 
     - `"edit"`: `1 - d / max(len)`, with `d` the Levenshtein distance in characters.
-    - `"rouge1"`, `"rougeL"`: F-measure of the common words, of the longest common subsequence of words.
+    - `"rouge1"`: F-measure of the common words.
+    - `"rougeL"`: F-measure of the longest common subsequence of words.
     - `"jaccard"`: distinct words in both over distinct words in either.
     - `"bleu1"`, `"bleu2"`: sentence BLEU of the chunk against the rollout, up to single words or pairs of words, with
       effective order and exponential smoothing. Not symmetric.
     - `"exact"`: 1 for equal texts, else 0.
-    - `"embedding"`: cosine of sentence embeddings, 0 where negative. Needs the extra `embedding`.
+    - `"embedding"`: cosine of sentence embeddings, clipped at 0. Needs the extra `embedding`.
 
     Args:
-        name_or_callable: a name of the list, or a function of two texts that returns a number in [0, 1].
+        name_or_callable: one of the names above, or a function of two texts that returns a number in [0, 1].
         embedding_model: path or id of the sentence-transformers model that `"embedding"` uses.
 
     Returns:
         A function of two texts, the chunk first. `similarity_matrix` scores many pairs with it at once.
 
     Raises:
-        ConfigError: when the name is unknown. The returned function raises it when the caller's own function returns
+        ConfigError: when the name is unknown. The returned function raises it when a custom function returns
             anything but a finite number in [0, 1].
         MissingExtraError: for `"embedding"`, when sentence-transformers is not installed.
 
@@ -81,10 +83,10 @@ def get_similarity(
 
 
 def name_or_function(similarity: Similarity) -> str | Similarity:
-    """The name of a similarity of this module, or the caller's own function.
+    """The name of a similarity of this module, or the custom function itself.
 
     Args:
-        similarity: what `get_similarity` returns.
+        similarity: a result of `get_similarity`.
     """
     if isinstance(similarity, _Named):
         return next((name for name, named in _NAMED.items() if named is similarity), "embedding")
@@ -101,13 +103,13 @@ def similarity_matrix(
     Args:
         chunks: the student's texts.
         rollouts: for each chunk, the teacher's texts. Rows may differ in length, and may be empty.
-        similarity: what `get_similarity` takes or returns.
+        similarity: an argument or a result of `get_similarity`.
 
     Returns:
         One row for each chunk, one number in [0, 1] for each of its rollouts.
 
     Raises:
-        ConfigError: when the numbers of chunks and rows differ, or as `get_similarity`.
+        ConfigError: when the numbers of chunks and rows differ, or when `get_similarity` raises it.
 
     Example:
         >>> similarity_matrix(["abcd", "xy"], [["abcd", "abce"], []], "edit")
@@ -117,11 +119,11 @@ def similarity_matrix(
     """
     if len(chunks) != len(rollouts):
         raise ConfigError(
-            f"There are {len(chunks)} chunks and {len(rollouts)} lists of rollouts, but each chunk has a list of its "
-            "own. Pass an empty list for a chunk without rollouts."
+            f"There are {len(chunks)} chunks and {len(rollouts)} lists of rollouts, but each chunk needs "
+            "one list. Pass an empty list for a chunk without rollouts."
         )
     phi = get_similarity(similarity)
-    assert isinstance(phi, _Named | _Own)  # what `get_similarity` returns
+    assert isinstance(phi, _Named | _Own)  # guaranteed by `get_similarity`
     scores = iter(phi.score([(chunk, text) for chunk, row in zip(chunks, rollouts, strict=True) for text in row]))
     return [[next(scores) for _ in row] for row in rollouts]
 
@@ -131,7 +133,7 @@ class _Named(Generic[_Prepared]):
     """A similarity of this module.
 
     Args:
-        prepare: turns each distinct text into what is compared (words, an embedding), once.
+        prepare: converts each distinct text once into the form that is compared (words, an embedding).
         compare: scores pairs of prepared texts, all at once.
     """
 
@@ -144,7 +146,7 @@ class _Named(Generic[_Prepared]):
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         pairs = [(chunk.strip(), rollout.strip()) for chunk, rollout in pairs]
         scores = [float(chunk == rollout) for chunk, rollout in pairs]
-        # Equal texts are settled, and so is an empty one beside a text.
+        # Pairs of equal texts, and pairs with an empty text, already have their score.
         open_ = [i for i, (chunk, rollout) in enumerate(pairs) if chunk and rollout and chunk != rollout]
         if not open_:
             return scores
@@ -158,7 +160,7 @@ class _Named(Generic[_Prepared]):
 
 @dataclass(frozen=True)
 class _Own:
-    """A similarity of the caller's, checked at each call."""
+    """A custom similarity. Its result is checked at each call."""
 
     function: Similarity
 
@@ -203,9 +205,9 @@ def _words(text: str) -> list[str]:
 
 @cache
 def _marks() -> str:
-    r"""What belongs to the character before it: combining marks and joiners.
+    r"""Characters that belong to the character before them: combining marks and joiners.
 
-    Without them, Python's `\w` cuts words of Hindi, Arabic or Persian to pieces. No mark lies outside the two ranges.
+    Without them, Python's `\w` splits words of Hindi, Arabic or Persian. No mark lies outside the two ranges.
     """
     codes = chain(range(0x300, 0x20000), range(0xE0100, 0xE01F0))
     return "\u200c\u200d" + "".join(chr(code) for code in codes if unicodedata.category(chr(code)).startswith("M"))
@@ -222,7 +224,7 @@ def _unicode_separate() -> re.Pattern[str]:
     return re.compile(rf"((?:(?!\W)[{_CJK}]|[^\w\s\x00-\x7f{_marks()}])[{_marks()}]*)")
 
 
-# The rules of mteval-v13a, which are sacrebleu's default: punctuation becomes words, except inside numbers.
+# The rules of mteval-v13a, sacrebleu's default: punctuation becomes words, except inside numbers.
 _BLEU_CLEAN = (
     ("<skipped>", ""),
     ("-\n", ""),
@@ -261,7 +263,7 @@ _Items = Sequence[Hashable]
 def _common(left: Sequence[_Items], right: Sequence[_Items]) -> list[int]:
     """Length of the longest common subsequence of each pair; for sorted lists the size of their multiset intersection.
 
-    So one routine of rapidfuzz counts common words (sorted) and finds common subsequences (in reading order).
+    One routine of rapidfuzz thus counts common words (sorted) and finds common subsequences (in reading order).
     """
     return list(cpdist(left, right, scorer=LCSseq.similarity, dtype=np.int64).tolist())
 
@@ -298,7 +300,7 @@ def _bleu_score(matches: Sequence[int], totals: Sequence[int], rollout_length: i
         return 0.0
     product, smooth, order = 1.0, 1, 0
     for match, total in zip(matches, totals, strict=True):
-        if total == 0:  # effective order: a text of one word has no pairs of words
+        if total == 0:  # effective order: a text of one word has no bigrams
             break
         order += 1
         if match == 0:
@@ -315,7 +317,7 @@ def _cosine(chunks: list[NDArray[np.float64]], rollouts: list[NDArray[np.float64
     return list(np.clip(np.einsum("pd,pd->p", np.stack(chunks), np.stack(rollouts)), 0.0, 1.0).tolist())
 
 
-@cache  # one model in memory, however often its name is given
+@cache  # keeps one copy of each model in memory
 def _embedding(model: str) -> "_Named[NDArray[np.float64]]":
     encoder = import_extra("sentence_transformers", "embedding").SentenceTransformer(model)
 
@@ -346,6 +348,6 @@ _NAMED: dict[str, _Named[Any]] = {
     "jaccard": _Named(_each(lambda text: sorted(set(_words(text)))), _jaccard),
     "bleu1": _Named(_each(_sorted_ngrams(1)), _bleu),
     "bleu2": _Named(_each(_sorted_ngrams(2)), _bleu),
-    # Equal texts are settled before anything is compared.
+    # `score` handles equal texts before any comparison.
     "exact": _Named(list, lambda chunks, rollouts: [0.0] * len(chunks)),
 }

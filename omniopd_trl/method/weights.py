@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""From the posteriors of a step to the weights of its chunks: the paper's form, baselines, and the controls."""
+"""Weights of chunks from the posteriors of a step: the paper's form, baselines, and controls."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,25 +18,25 @@ BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 @dataclass(frozen=True, eq=False)
 class StepChunks:
-    """The audited chunks of one optimizer step, of all processes, or of one evaluation batch.
+    """The audited chunks of one optimizer step on all processes, or of one evaluation batch.
 
-    Functions that need no other chunks than those of the same trajectory may get the step in parts. Tensors are on the
-    CPU and have one value for each of the `K` chunks. The trainer fills in all fields; a caller needs only those that
-    its function reads.
+    A function that compares only chunks of the same trajectory may receive the step in parts. Tensors are on the CPU
+    and have one value for each of the `K` chunks. The trainer fills in all fields. In your own calls, set only the
+    fields that the function reads.
 
     Args:
         posteriors: `(K,)`, float32, posterior means (Eq. 5), in [0, 1].
-        trajectories: `(K,)`, integers; chunks of one trajectory share one.
+        trajectories: `(K,)`, integers. Chunks of one trajectory have the same number.
         similarities: `(K,)`, mean similarity of the chunk and its rollouts, in [0, 1].
         priors: `(K,)`, geometric mean probability of the chunk's tokens (Eq. 4).
         entropies: `(K,)`, nats, at the chunk's anchor (Eq. 6).
         lengths: `(K,)`, tokens of the chunk.
         step: the optimizer step.
-        seed: for random numbers; another one in each step, and the same on all processes.
-        moving_average: mean posterior of earlier steps; `None` while there is none.
+        seed: seed for random numbers. It changes with each step and is the same on all processes.
+        moving_average: mean posterior of earlier steps. `None` if there is none yet.
 
     Raises:
-        ConfigError: when the shapes of `posteriors` and `trajectories` do not fit.
+        ConfigError: when the shapes of `posteriors` and `trajectories` do not match.
     """
 
     posteriors: Tensor
@@ -63,12 +63,11 @@ WeightFunction = Callable[[StepChunks], Tensor]
 
 @dataclass(frozen=True)
 class ChunkWeights:
-    """A weight function with its result checked.
+    """A weight function whose result is checked.
 
     Args:
-        function: of this module, or the caller's own.
-        needs_whole_step: whether it has to get all chunks of the step at once. Audits then cannot overlap with
-            training.
+        function: a function of this module, or a custom one.
+        needs_whole_step: whether it needs all chunks of the step at once. Audits then cannot overlap with training.
         needs_average: whether it reads `moving_average`.
     """
 
@@ -99,41 +98,42 @@ class ChunkWeights:
 
 
 def get_chunk_weights(name_or_callable: str | WeightFunction) -> ChunkWeights:
-    r"""The weight function of that name, or the caller's own, made safe to use. All but `"none"` are not in the paper.
+    r"""Return the weight function of the given name, or wrap a custom function with checks.
+
+    Only `"none"` is in the paper.
 
     `w: StepChunks -> (K,)`, the factor of each chunk's negative log-likelihood in Eq. 8.
 
-    The gradient of Eq. 8 is a policy gradient with `pi_hat` as its reward, and `pi_hat` is never negative: most of it
-    is a constant weight times the score of the chunk, which on on-policy samples is near zero on average (exactly zero
-    if the selection of chunks did not depend on what follows them) and noise in any one batch. A baseline `b` removes
-    it: `w_c = pi_hat_c - b_c`.
+    The gradient of Eq. 8 is a policy gradient with `pi_hat` as its reward, and `pi_hat` is never negative. Most of the
+    gradient is therefore a constant times the score of the chunk. On on-policy samples this part is near zero on
+    average (exactly zero if the selection of chunks did not depend on later tokens), but it is noise in a single
+    batch. A baseline `b` removes it: `w_c = pi_hat_c - b_c`.
 
-    - `"none"`: `w_c = pi_hat_c`, the paper. Theorem 4.1 (a) and (b) speaks of this form only: with a baseline a weight
-      may be zero or negative.
-    - `"batch"`: `b` is the mean of the step. Biased by the chunk's own share in that mean: with `K` chunks the weight
-      is `(1 - 1/K)` times the distance to the mean of the others. The chunks of its own trajectory among those others
-      bring the bias of `"trajectory"`, in proportion to their number.
-    - `"trajectory"`: `b` is the mean of the *other* chunks of the trajectory. Biased because later chunks follow from
-      earlier ones: what a chunk does for the chunks after it is subtracted from its own credit. A trajectory with one
-      chunk has no others, and weight 0.
+    - `"none"`: `w_c = pi_hat_c`, the paper. Theorem 4.1 (a) and (b) holds for this form only: with a baseline, a
+      weight may be zero or negative.
+    - `"batch"`: `b` is the mean of the step. It is biased by the chunk's own share in that mean: with `K` chunks the
+      weight is `(1 - 1/K)` times the distance to the mean of the other chunks. Other chunks of the same trajectory add
+      the bias of `"trajectory"`, in proportion to their number.
+    - `"trajectory"`: `b` is the mean of the *other* chunks of the trajectory. It is biased because later chunks depend
+      on earlier ones: the effect of a chunk on later chunks is subtracted from its own credit. The chunk of a
+      trajectory with one chunk has weight 0.
     - `"moving_average"`: `b` comes from earlier steps. It does not depend on the current samples and adds no bias.
-      The first step has nothing earlier and is centered by trajectory, which needs nothing from other processes
-      either.
+      The first step has no average yet and is centered by trajectory, which also needs no values of other processes.
 
-    Two are controls, which show what a run gains by the posteriors themselves:
+    Two are controls. They show how much of a run's gain comes from the posteriors:
 
-    - `"shuffled"`: the posteriors of the step, permuted among all its chunks by a random permutation that `seed`
-      decides: the same numbers, without what they say about their chunks.
+    - `"shuffled"`: the posteriors of the step, randomly permuted among all its chunks. `seed` seeds the permutation.
+      The values stay the same, but no longer belong to their chunks.
     - `"constant"`: the step's mean posterior for every chunk.
 
     Args:
         name_or_callable: one of `BASELINES`, or a function of [`StepChunks`] that returns `(K,)` finite numbers.
 
     Returns:
-        The function, which checks what it returns.
+        The function, with a check of its result.
 
     Raises:
-        ConfigError: when the name is unknown, or what is passed is no function.
+        ConfigError: when the name is unknown, or the argument is neither a name nor a function.
 
     Example:
         >>> chunks = StepChunks(torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0, 0, 1]))

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states to log-probabilities, entropies and KL, through TRL's chunked kernels.
+"""Log-probabilities, entropies and KL from hidden states, with TRL's chunked kernels.
 
-No tensor of shape `(T, V)` exists here: the kernels project tiles of the hidden states through the LM head.
+No tensor of shape `(T, V)` is created: the kernels project tiles of the hidden states through the LM head.
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,21 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 # Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 64 MiB in float32.
 VOCAB_TILE = 4096
 
-# Tokens that the divergence kernel gets at a time where it has no Triton. There it folds a tile in torch, with some
-# ten temporaries of the tile's size, and the tile's width is fixed: 32 MiB each, where 4,096 tokens make 512. With
-# fewer tokens the head's gradient, which every call adds anew, would begin to cost time.
+# Tokens per call of the divergence kernel without Triton. The fallback in torch needs about ten temporaries of a
+# tile's size, and the tile's width is fixed: a temporary takes 32 MiB with 256 tokens and 512 MiB with 4,096. Each
+# call also accumulates the head's gradient, so fewer tokens per call would cost time.
 TORCH_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class LMHead:
-    """The last linear layer of a causal language model, with what the model does to its output.
+    """The last linear layer of a causal language model, with the scaling of its logits.
 
     Attributes:
         weight: `(V, H)`.
         bias: `(V,)` or `None`.
         logit_scale: factor on the logits.
-        softcap: if set, logits become `softcap * tanh(logits / softcap)`, after the scale.
+        softcap: logits become `softcap * tanh(logits / softcap)`, after the scale. `None` for no cap.
     """
 
     weight: torch.Tensor
@@ -45,10 +45,10 @@ class LMHead:
 
 @contextmanager
 def lm_head_of(model: PreTrainedModel) -> Iterator[LMHead]:
-    """The LM head of `model`, whole, whatever back end shards it.
+    """The complete LM head of `model`, for every back end.
 
-    ZeRO-3 leaves an empty weight outside the layer's own forward, and FSDP2 a `DTensor`; the kernels would compute
-    with either without complaint. Inside this context the weight is complete.
+    Outside the layer's own forward, ZeRO-3 leaves an empty weight and FSDP2 a `DTensor`. The kernels would silently
+    compute with either. Inside this context the weight is complete.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
@@ -61,7 +61,7 @@ def lm_head_of(model: PreTrainedModel) -> Iterator[LMHead]:
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """The factor that a model puts on its logits, under the names that architectures give it."""
+    """The factor on the logits of a model, under the name that its architecture uses."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
         scale = getattr(config, name, None)
         if scale is not None:
@@ -85,9 +85,9 @@ def logprobs_of(
         temperature: sampling temperature, above 0.
 
     Returns:
-        Log-probabilities and entropies in nats, both `(N,)` and float32. The former are meant to be differentiated.
+        Log-probabilities and entropies in nats, both `(N,)` and float32. Gradients flow through the log-probabilities.
     """
-    tile = min(VOCAB_TILE, head.weight.size(0))  # the kernel allocates a whole tile, however small the vocabulary
+    tile = min(VOCAB_TILE, head.weight.size(0))  # the kernel allocates a whole tile even for a small vocabulary
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
         hidden, head.weight, head.bias, targets, temperature, tile, head.softcap, head.logit_scale, ("entropy",)
     )
@@ -104,12 +104,12 @@ def kl_to_reference(
         head: the student's LM head.
         ref_hidden: `(N, H_ref)`, the reference's states at the same tokens.
         ref_head: the reference's LM head.
-        temperature: sampling temperature; both distributions are taken at it.
+        temperature: sampling temperature, applied to both distributions.
 
     Returns:
         KL and the student's entropy in nats, both `(N,)` and float32.
     """
-    forward_kl = 0.0  # the kernel's interpolation at which its divergence is KL(second || first)
+    forward_kl = 0.0  # the kernel's interpolation weight for KL(second || first)
 
     def divergence(student: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ChunkedDivergenceFunction.apply(
@@ -127,8 +127,8 @@ def kl_to_reference(
             ref_head.softcap,
         )
 
-    # Under ZeRO-3 each call gathers the head once more in its backward, and processes that make a different number of
-    # calls would wait for each other for ever.
+    # Under ZeRO-3 each call gathers the head once more in its backward. Processes with different numbers of calls
+    # would wait for each other forever.
     if hidden.device.type in ("cuda", "xpu") or is_deepspeed_zero3_enabled():
         return divergence(hidden, ref_hidden)
     pairs = zip(hidden.split(TORCH_TOKENS), ref_hidden.split(TORCH_TOKENS), strict=True)

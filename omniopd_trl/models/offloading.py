@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 
 
 class Offloaded:
-    """Keeps the parameters of a frozen model in the CPU's memory, and lends them to a device.
+    """Keeps the parameters of a frozen model in CPU memory, and copies them to a device for computation.
 
-    The layers get theirs one at a time, each while it computes, so that the model is never there as a whole; what lies
-    outside of them (embeddings, the LM head) is lent for the whole of a use. Nothing is copied back: parameters never
-    change. Buffers stay where they are, since they are small.
+    The layers are copied one at a time, each while it computes, so the device never holds the whole model. Parameters
+    outside of the layers (embeddings, the LM head) stay on the device during the whole use. Nothing is copied back,
+    since parameters never change. Buffers stay on their device, since they are small.
 
     Args:
         model: a plain model, one that DeepSpeed wraps without sharding it, or one that FSDP2 shards. Its parameters
-            move to the CPU's memory, pinned where there is an accelerator. The shards of FSDP2 are lent together,
-            since it gathers layer by layer itself.
-        device: where it computes.
-        layers: the modules that are lent to one at a time, as `layers_of` finds them.
+            move to CPU memory, pinned if there is an accelerator. The shards of FSDP2 are copied together, since
+            FSDP2 gathers layer by layer itself.
+        device: device of the computation.
+        layers: modules whose parameters are copied one module at a time, as found by `layers_of`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, layers: Sequence[nn.Module] = ()):
@@ -44,12 +44,12 @@ class Offloaded:
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The model as it computes on the device, until the block is left.
+        """The model on the device, until the block ends.
 
-        A tensor that shares a parameter's memory there, `parameter.detach()`, stays valid after it.
+        A tensor that shares a parameter's memory on the device, such as `parameter.detach()`, stays valid afterwards.
         """
         if self._outside is None:
-            # FSDP2 moves its shards by itself, and knows where they are only if it does.
+            # FSDP2 has to move its shards itself, or it loses track of their device.
             self.model.to(self.device)
             try:
                 yield self.model
@@ -64,7 +64,7 @@ class Offloaded:
 
 
 class _Group:
-    """Parameters that go to the device and come back together."""
+    """Parameters that are moved together."""
 
     def __init__(self, parameters: list[nn.Parameter], device: torch.device):
         self.parameters = parameters
@@ -72,7 +72,7 @@ class _Group:
         self.host = []
         for parameter in parameters:
             host = parameter.data.to("cpu")
-            # Copies from pinned memory are fast, and do not wait for each other.
+            # Copies from pinned memory are fast and asynchronous.
             parameter.data = host.pin_memory() if torch.accelerator.is_available() else host
             self.host.append(parameter.data)
 
@@ -90,10 +90,10 @@ def _copy(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a model of transformers: what it names as never to be split over devices."""
+    """The layers of a transformers model: the modules listed in its `_no_split_modules`."""
     names = set(model._no_split_modules or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
-    # A layer inside of a layer goes with it.
+    # A layer inside another layer moves with the outer one.
     within = {inner for module in found for inner in module.modules() if inner is not module}
     return [module for module in found if module not in within]
 
@@ -102,8 +102,8 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 def zero3_on_cpu(accelerator: Accelerator) -> Iterator[None]:
     """Models that are loaded or prepared in this block keep their ZeRO-3 shards on the CPU, and gather from there.
 
-    DeepSpeed does the moving, layer by layer. It reads this from its configuration when a model is made, and there is
-    one configuration for all models of a process.
+    DeepSpeed moves the shards, layer by layer. It reads this setting when it creates a model, and all models of a
+    process share one configuration. The setting therefore changes for this block only.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     before = settings.get("offload_param")

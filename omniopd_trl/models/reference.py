@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of the KL anchor: the student as it was before the training, frozen."""
+"""The reference of the KL anchor: a frozen copy of the initial student."""
 
 import copy
 from collections.abc import Iterator
@@ -31,21 +31,21 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference:
-    """A frozen model of its own, or none: under PEFT it is the student with another adapter, or without one.
+    """The frozen reference: a separate model, or under PEFT the student with another adapter or without one.
 
     Args:
-        student: the model that is trained, as it was loaded.
-        model: a copy that was made before; loaded anew when `None`.
+        student: the model that is trained, as loaded.
+        model: a copy of the initial student. `None` loads the reference from the student's path.
         accelerator: prepares the model for the back end.
-        args: where it comes from, and whether it stays on the CPU between uses.
-        quantization_config: of the student.
+        args: settings of the reference: how it is loaded, and whether it is offloaded between uses.
+        quantization_config: quantization of the student.
 
     Attributes:
-        model: as the back end wants it; `None` without an anchor and under PEFT.
-        adapter: under PEFT, the frozen copy of the initial adapter; `None` where the initial student is the base
-            model, as with a new LoRA adapter, which adds nothing at first.
-        offloaded: lends the model to the device; `None` where nothing is to be lent, and under ZeRO-3, which moves
-            its shards itself.
+        model: the model as prepared for the back end. `None` without an anchor and under PEFT.
+        adapter: under PEFT, name of the frozen copy of the initial adapter. `None` if the initial student equals the
+            base model, as with a new LoRA adapter.
+        offloaded: copies the model to the device during use. `None` without offloading, and under ZeRO-3, where
+            DeepSpeed moves the shards.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Reference:
             self.offloaded = Offloaded(self.model, accelerator.device, layers)
 
     def kept(self, head: LMHead) -> LMHead:
-        """The reference's head as the anchor needs it: until the backward, after the reference's own forward."""
+        """The reference's head in a form that stays valid until the backward of the anchor."""
         bias = head.bias
-        if self._fsdp:  # which frees the memory of a whole parameter
+        if self._fsdp:  # FSDP frees the memory of a gathered parameter
             return replace(head, weight=head.weight.clone(), bias=None if bias is None else bias.clone())
-        if self.offloaded is not None:  # which gives the parameter other memory
+        if self.offloaded is not None:  # offloading points the parameter to other memory
             return replace(head, weight=head.weight.detach(), bias=None if bias is None else bias.detach())
-        return head  # ZeRO-3 has to find the parameter itself, in order to gather it again
+        return head  # ZeRO-3 needs the parameter itself to gather it again
 
     @contextmanager
     def lent_by(self, student: PreTrainedModel) -> Iterator[None]:
@@ -93,17 +93,17 @@ class Reference:
             with use_adapter(student, self.adapter):
                 yield
         finally:
-            # PEFT makes the whole adapter that it goes back to trainable.
+            # PEFT makes the whole adapter that it switches back to trainable.
             for parameter in frozen:
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
 
 
 def needs_copy(student: str | PreTrainedModel, args: "OmniOPDConfig", peft_config: object) -> bool:
-    """Whether the reference has to be copied from the student before anything happens to it.
+    """Whether the reference has to be copied from the student before the student is prepared.
 
-    An instance may hold other weights than its name stands for. ZeRO-3 shards it as soon as it can; the copy would
-    be of empty parameters.
+    The weights of a model instance may differ from those at its path. Under ZeRO-3 there is no copy, since the
+    parameters of the student are already empty.
     """
     if args.beta == 0 or peft_config is not None or isinstance(student, str) or is_peft_model(student):
         return False
@@ -120,27 +120,27 @@ def _check_bias(student: "PeftModel") -> None:
 
 
 def _adds_nothing(student: "PeftModel") -> bool:
-    """Whether the student is the base model still: LoRA, with its second factors at zero, as it begins by default."""
+    """Whether the adapter changes nothing yet: LoRA whose second factors are zero, its default initialization."""
     if student.peft_config[student.active_adapter].peft_type != "LORA":
         return False
     seconds = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
-    # An adapter that was trained before, or one that begins elsewhere (`init_lora_weights="pissa"`, "olora", False).
+    # False for a trained adapter and for other initializations (`init_lora_weights="pissa"`, "olora", False).
     return not any(p.any() for p in seconds)
 
 
 def _copied_adapter(student: "PeftModel") -> str:
-    """Add a frozen copy of the student's adapter, which is small, under a name of its own."""
+    """Add a frozen copy of the student's adapter to the student, and return the name of the copy."""
     active = student.active_adapter
     config = copy.copy(student.peft_config[active])
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # others than plain numbers would change the base model once more
+        config.init_lora_weights = False  # some initializations would change the base model again
     student.add_adapter(REFERENCE_ADAPTER, config)
     parameters = dict(student.named_parameters())
     for name, parameter in parameters.items():
         path = name.split(".")
-        if active in path:  # as a whole: an adapter's name may be the beginning of a module's
+        if active in path:  # whole parts only: an adapter's name may be a prefix of a module's
             twin = parameters[".".join(REFERENCE_ADAPTER if part == active else part for part in path)]
-            twin.data = parameter.data.clone()  # in the precision of the one that is trained
+            twin.data = parameter.data.clone()  # in the precision of the trained adapter
             twin.requires_grad_(False)
     return REFERENCE_ADAPTER
 
@@ -168,7 +168,7 @@ def _prepare(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         if fsdp.fsdp_version == 2:
-            # TRL shards a frozen model in one piece, and all of it would be gathered for its forward.
+            # TRL shards a frozen model as one unit, and its forward would gather the whole model.
             mesh = getattr(accelerator, "torch_device_mesh", None)
             for layer in layers_of(model):
                 fully_shard(
