@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
+"""A teacher that fails on one process stops all processes, with one message and a checkpoint to resume from."""
 
 import json
 import signal
