@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Between the student's tokens and text: of a chunk, and of the rollouts that are compared with it."""
+"""Conversion between student tokens and text, for chunks and for the rollouts that are compared with them."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -11,20 +11,20 @@ from omniopd_trl.audits.types import Tokenizer
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers.base import Rollout, common_prefix_length
 
-# What a decoder writes for a part of a character.
+# Decoders write this for an incomplete character.
 PARTIAL_CHARACTER = "\ufffd"
 
-# Tokens that are decoded again before new ones: decoders look at their neighbours only.
+# Tokens before new ones that are decoded again: the text of a token depends on nearby tokens only.
 DECODING_CONTEXT = 8
 
-# A chunk's text that is encoded by itself may begin with other tokens. This many are compared, and equal ones in a row
-# show that the rest is the same.
+# The text of a chunk, encoded alone, may begin with other tokens. The first tokens are compared. This many equal ones
+# in a row show that the rest is the same.
 FIRST_TOKENS, EQUAL_TOKENS = 8, 4
 _SHIFTS = sorted(product(range(FIRST_TOKENS), repeat=2), key=sum)
 
 
 class Alignment:
-    """Chunks as text, and rollouts as long as their chunk.
+    """Converts chunks to text, and cuts rollouts to the length of their chunk.
 
     Args:
         tokenizer: the student's tokenizer.
@@ -34,17 +34,17 @@ class Alignment:
         self.tokenizer = tokenizer
 
     def split_texts(self, token_ids: list[int], chunks: Sequence[Chunk]) -> list[tuple[str, str]]:
-        """Text before each chunk, and text of the chunk.
+        """The text before each chunk, and the text of the chunk.
 
-        A chunk may begin or end inside a character of several bytes, whose decoding is then a replacement character.
-        The prefix ends before such a character and the chunk begins with it, so the two always join to the student's
-        own text.
+        A chunk may begin or end inside a character of several bytes, and a part of a character decodes to a
+        replacement character. The prefix ends before such a character and the chunk begins with it, so the two always
+        join to the student's text.
 
         Args:
             token_ids: the completion.
             chunks: where the chunks are in it.
         """
-        # An array: of a list, transformers checks the type of each token before it decodes.
+        # An array, because transformers checks the type of each token of a list.
         texts = self._texts_up_to(
             np.asarray(token_ids), sorted({end for chunk in chunks for end in (chunk.start, chunk.end)})
         )
@@ -59,11 +59,12 @@ class Alignment:
     def _texts_up_to(self, token_ids: np.ndarray, ends: Sequence[int]) -> dict[int, str]:
         """The text of the first `end` tokens, for each of `ends`, in ascending order.
 
-        Each text continues the one before: its last tokens and the new ones are decoded together, and what the last
-        ones give by themselves is taken off. If that does not lead to the text of all tokens, each is decoded whole.
+        Each text extends the one before. The last tokens of that one are decoded together with the new ones, and their
+        own text is removed from the result. If the texts do not match the text of all tokens, each one is decoded as a
+        whole.
         """
         texts: dict[int, str] = {}
-        known, text = 0, ""  # so many tokens have this text, which ends with a whole character
+        known, text = 0, ""  # the first `known` tokens have this text, and its last character is complete
         for end in ends:
             start = max(0, known - DECODING_CONTEXT)
             context = self._decode(token_ids[start:known])
@@ -85,14 +86,14 @@ class Alignment:
         texts: Sequence[str],
         rollouts: Sequence[Sequence[Rollout]],
     ) -> tuple[list[list[str]], int]:
-        """Cut rollouts to as many student tokens as their chunk has: a teacher token is not a student token.
+        """Cut each rollout to the number of student tokens of its chunk.
 
-        The white space before a rollout does not change where it is cut, since chat services trim it and similarities
-        ignore it: a rollout is encoded with the white space of its chunk instead.
+        White space before a rollout does not affect the cut, because chat services trim it and similarities ignore it.
+        A rollout is encoded with the white space of its chunk instead.
 
-        The chunk's tokens without a text, such as the end of the sequence, count as well. The chunk's text by itself
-        may begin with more or fewer tokens than within the trajectory (`_extra_tokens`), and rollouts may have as many
-        more or fewer: a rollout that repeats the student is cut where the chunk ends.
+        Tokens of the chunk without text, such as the end of the sequence, count as well. The text of the chunk,
+        encoded alone, may begin with more or fewer tokens than in the trajectory (`_extra_tokens`). The limit of its
+        rollouts changes by this number, so a rollout that repeats the student is cut where the chunk ends.
 
         Args:
             token_ids: the completion.
@@ -101,8 +102,8 @@ class Alignment:
             rollouts: the rollouts of each chunk.
 
         Returns:
-            The texts of each chunk's rollouts, and how many rollouts of all chunks were cut off by the teacher before
-            they had enough tokens.
+            The texts of each chunk's rollouts, and the number of rollouts of all chunks that ended at the teacher's
+            token limit before they had enough student tokens.
         """
         aligned = [
             _with_space_of(text, rollout.text)
@@ -113,7 +114,7 @@ class Alignment:
         lengths = []
         for chunk, text in zip(chunks, texts, strict=True):
             tokens, alone = token_ids[chunk.start : chunk.end], next(encoded)
-            # Invalid bytes are no text that a teacher repeats, and a replacement character has more tokens than they.
+            # Teachers do not repeat invalid bytes, and a replacement character has more tokens than the bytes.
             extra = 0 if PARTIAL_CHARACTER in text else _extra_tokens(tokens, alone)
             lengths.append(len(tokens) + extra)
         kept: list[list[str]] = []
@@ -129,7 +130,7 @@ class Alignment:
         return kept, num_short
 
     def _decode(self, token_ids: list[int] | np.ndarray, strip: bool = True) -> str:
-        """Text of tokens; with `strip`, without a character at its end that continues in the next token."""
+        """Text of tokens. With `strip`, an incomplete character at the end is removed."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip(PARTIAL_CHARACTER) if strip else text
 
@@ -139,20 +140,20 @@ def _space_before(text: str) -> str:
 
 
 def _with_space_of(chunk: str, rollout: str) -> str:
-    """A rollout with the white space at the beginning of a chunk, unless the chunk is nothing else."""
+    """A rollout with the leading white space of a chunk, unless the chunk is white space only."""
     return _space_before(chunk) + rollout.lstrip() if chunk.strip() else rollout
 
 
 def _extra_tokens(tokens: list[int], alone: list[int]) -> int:
-    """How many tokens more a chunk's text has when it is encoded by itself, because of its beginning.
+    """How many more tokens a chunk's text has at its beginning when it is encoded alone.
 
-    The tokenizers of Llama 2 and Mistral begin every text with a space that nobody wrote, and a chunk may begin inside
-    a character or a word. Only the first tokens count: others differ because the student does not write what the
-    tokenizer would, or have no text, and are as many as the student wrote.
+    The tokenizers of Llama 2 and Mistral add a space before every text, and a chunk may begin inside a character or a
+    word. Only the first tokens are compared. Later differences do not count: there the student's tokens are not the
+    tokenizer's, or have no text.
 
     Args:
-        tokens: the chunk's.
-        alone: those of its text.
+        tokens: token ids of the chunk, from the trajectory.
+        alone: token ids of the chunk's text, encoded alone.
     """
     for skipped, added in _SHIFTS:
         following = tokens[skipped : skipped + EQUAL_TOKENS]

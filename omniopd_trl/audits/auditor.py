@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One trajectory through the middle of the method: chunks -> rollouts -> similarity -> posterior.
+"""The audit of one trajectory: chunks -> rollouts -> similarity -> posterior.
 
-Text and numbers only: nothing here knows of the trainer, and a teacher is anything that continues text.
+This module works on text and numbers only and does not depend on the trainer.
 """
 
 import math
@@ -17,8 +17,8 @@ from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, Teacher, TeacherReply, replies_of
 
-# The teacher counts in tokens of its own. It is asked for this many times the chunk's length, and what it writes is
-# then cut to the chunk's length in student tokens.
+# The teacher has its own tokenizer. Rollouts are requested with this many times the chunk's length, and are then cut
+# to the chunk's length in student tokens.
 TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
 
 
@@ -26,10 +26,10 @@ class Auditor:
     """Audits trajectories with one teacher.
 
     Args:
-        teacher: who continues the prefixes.
-        tokenizer: the student's tokenizer; everything between student and teacher is text.
-        settings: how many chunks, how long, how many rollouts.
-        similarity: phi, as `get_similarity` returns it.
+        teacher: teacher that continues the prefixes.
+        tokenizer: the student's tokenizer. Student and teacher exchange text only.
+        settings: settings of chunks, rollouts and posterior.
+        similarity: similarity phi in [0, 1], as `get_similarity` returns it.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Auditor:
         """Audit one trajectory.
 
         Args:
-            trajectory: `T` tokens of the student's.
-            scores: of these tokens, `(T,)`.
-            ledger: where the teacher accounts for its requests.
+            trajectory: trajectory with a completion of `T` tokens.
+            scores: scores of these tokens, `(T,)`.
+            ledger: records the cost of the teacher's requests.
 
         Raises:
             TeacherError: when the teacher cannot answer and asking again will not help.
@@ -93,7 +93,7 @@ class Auditor:
         texts: list[tuple[str, str]],
         replies: list[TeacherReply],
     ) -> Audit:
-        """From the teacher's replies to posteriors (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
+        """Compute posteriors from the teacher's replies (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
         chunk_texts = [text for _, text in texts]
         rollouts, num_short = self.alignment.cut(
             trajectory.completion_ids, chunks, chunk_texts, [reply.rollouts for reply in replies]

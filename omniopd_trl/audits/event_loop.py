@@ -3,39 +3,45 @@
 """The event loop that teachers run on."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from omniopd_trl.teachers.base import Teacher
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 class EventLoopThread:
-    """An event loop in a thread of its own.
+    """An event loop in a separate thread.
 
-    The trainer is synchronous and may itself run inside an event loop (a notebook does), while the clients of remote
-    teachers live on one loop for as long as the run takes.
+    The trainer is synchronous and may itself run inside an event loop, for example in a notebook. The clients of
+    remote teachers need one loop for the whole run.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._cancelled = threading.Event()  # of what has been submitted so far
+        self._cancelled = threading.Event()  # `cancel` sets it and creates a new one
         self._thread = threading.Thread(target=self._loop.run_forever, name="omniopd-teacher", daemon=True)
         self._thread.start()
 
     def submit(self, *coroutines: Coroutine[Any, Any, T]) -> "list[Future[T]]":
-        """Start coroutines in the same turn of the loop.
+        """Start coroutines in the same iteration of the loop.
 
         Returns:
-            A future for each; its `result()` waits for the coroutine and raises what it raised.
+            One future per coroutine. Its `result()` waits for the coroutine and raises its exception.
         """
         futures: list[Future[T]] = [Future() for _ in coroutines]
         cancelled = self._cancelled
 
         async def begin(coroutine: Coroutine[Any, Any, T]) -> T:
-            # A teacher that computes here blocks the loop: what waits behind it must not begin after all.
+            # A teacher that computes in this thread blocks the loop. A coroutine that waited must not start after
+            # `cancel`.
             if cancelled.is_set():
                 coroutine.close()
                 raise asyncio.CancelledError
@@ -75,9 +81,9 @@ class EventLoopThread:
 
 
 async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Turn what is meant to end a process into an error that the trainer can tell the other processes of.
+    """Turn an exception that ends a process into an error that the trainer can report to the other processes.
 
-    `SystemExit` would end the loop instead, and everything that is under way would be waited for without end.
+    `SystemExit` would end the loop instead, and the trainer would wait forever for everything in flight.
     """
     try:
         return await coroutine
@@ -90,8 +96,24 @@ async def _contained(coroutine: Coroutine[Any, Any, T]) -> T:
 def _copy_result(future: "Future[T]", task: "asyncio.Task[T]") -> None:
     if task.cancelled():
         future.cancel()
-        future.set_running_or_notify_cancel()  # who waits for it is not woken by the former alone
+        future.set_running_or_notify_cancel()  # `cancel` alone does not wake a thread that waits
     elif (error := task.exception()) is not None:
         future.set_exception(error)
     else:
         future.set_result(task.result())
+
+
+def release(teacher: Teacher, loop: EventLoopThread) -> None:
+    """Close a teacher's connections in the loop that they belong to. It can be asked again afterwards.
+
+    What is in flight is cancelled. A teacher that cannot be closed is no reason to lose what was trained.
+
+    Args:
+        teacher: the teacher.
+        loop: the loop that asked it.
+    """
+    loop.cancel()
+    try:
+        loop.run(teacher.aclose())
+    except Exception as error:
+        logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")

@@ -15,7 +15,7 @@ from omniopd_trl.teachers.base import Prompt
 
 
 class Tokenizer(Protocol):
-    """What is needed of the student's tokenizer."""
+    """The part of the student's tokenizer that audits use."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
@@ -43,14 +43,14 @@ class AuditSettings:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A prompt and what the student wrote after it. The journal keeps all of it but the mask.
+    """A prompt and the student's completion. The journal keeps everything but the mask.
 
     Attributes:
-        prompt: as it is in the dataset.
+        prompt: the prompt, as in the dataset.
         prompt_ids: the rendered prompt, without padding.
         completion_ids: the completion, `T` tokens, without padding.
         mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
-        seed: seeds the selection (when it is random) and the teacher's sampling (when it can be seeded).
+        seed: seed of the selection, when it is random, and of the teacher's sampling, when the teacher accepts one.
     """
 
     prompt: Prompt
@@ -62,12 +62,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """Completions under the policy that wrote them: tensors of one shape, `(T,)` or `(B, T)`, in nats.
+    """Scores of completions under the policy that sampled them: tensors of one shape, `(T,)` or `(B, T)`, in nats.
 
     Attributes:
         logprobs: log-probabilities of the tokens.
-        entropy: of the distribution that produced each token (Eq. 6).
-        prior_logprobs: log-probabilities of the tokens under the policy that serves as prior (Eq. 4).
+        entropy: entropy of the distribution from which each token was sampled (Eq. 6).
+        prior_logprobs: log-probabilities of the tokens under the prior's policy (Eq. 4).
     """
 
     logprobs: torch.Tensor
@@ -86,10 +86,10 @@ class PolicyScores:
 
 @dataclass(frozen=True)
 class ChunkAudit:
-    """One chunk, what the teacher wrote in its place, and what follows from it.
+    """One chunk, its rollouts and its posterior.
 
     Attributes:
-        chunk: where it stands.
+        chunk: position of the chunk, in tokens.
         prefix: the student's text before the chunk.
         text: the student's text in the chunk.
         rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.cut`).
@@ -114,17 +114,17 @@ class ChunkAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """All chunks of one trajectory.
+    """The audit of one trajectory.
 
     Attributes:
         chunks: the chunks with at least `min_rollouts` rollouts, in ascending order.
-        num_dropped: chunks that were selected but got fewer. Their tokens count as un-audited.
-        num_rollouts: rollouts that came back.
-        num_short: rollouts that the teacher was cut off in before they filled their chunk: its tokens are shorter than
-            expected, and the similarity suffers.
+        num_dropped: selected chunks with fewer than `min_rollouts` rollouts. Their tokens count as un-audited.
+        num_rollouts: rollouts that the teacher returned.
+        num_short: rollouts that ended at the teacher's token limit before they filled their chunk. The teacher's
+            tokens are shorter than expected, and the similarity is less accurate.
         usage: tokens used.
-        failures: why rollouts are missing, in the teacher's words.
-        outcomes: what the teacher counted besides, under the names of `omniopd_trl.teachers.OUTCOMES`.
+        failures: reasons for missing rollouts, as the teacher reports them.
+        outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run generated, asked and paid for, on disk."""
+"""The record of a run on disk: trajectories, audits and costs."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A journal as a file: its lock, its creation, and the search for damage before anything is trusted."""
+"""The file of a journal: its lock, its creation, and the checks for damage before it is used."""
 
 import os
 import sqlite3
@@ -15,15 +15,16 @@ from omniopd_trl.journal.schema import APPLICATION_ID, SCHEMA_VERSION, SCHEMAS, 
 
 
 def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
-    """The journal of a process. A push to the Hub leaves out what begins with an underscore."""
+    """The journal of a process. A push to the Hub skips names that begin with an underscore."""
     return Path(output_dir) / "_audits" / f"rank-{rank}.sqlite"
 
 
 def hold_lock(path: Path) -> sqlite3.Connection:
-    """Keep other processes out for as long as the connection is open.
+    """Exclude other processes as long as the returned connection is open.
 
-    A second file, since a lock on the journal itself would keep readers out. SQLite's locks end with their process and
-    are not inherited by its children: a data loader's worker that outlives a killed run does not hold them.
+    The lock is on a second file, because a lock on the journal itself would exclude readers. SQLite's locks end with
+    their process and are not inherited by its children: a data loader's worker that outlives a killed run does not
+    hold them.
     """
     lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
     try:
@@ -31,8 +32,8 @@ def hold_lock(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         lock.close()
         raise JournalError(
-            f"The journal {path} is in use by another process ({error}), and two runs never share one. Wait for it to "
-            "end or stop it, or choose another output folder."
+            f"The journal {path} is in use by another process ({error}), and two runs cannot share one. Wait for it "
+            "to end or stop it, or choose another output folder."
         ) from error
     return lock
 
@@ -40,19 +41,18 @@ def hold_lock(path: Path) -> sqlite3.Connection:
 def connect(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     db = sqlite3.connect(uri, uri=True, timeout=2, isolation_level=None, check_same_thread=False)
-    db.text_factory = lambda text: text.decode(
-        "utf-8", "replace"
-    )  # damage may be anywhere, also in a message about it
+    # Damaged text must not break the message that reports the damage.
+    db.text_factory = lambda text: text.decode("utf-8", "replace")
     return db
 
 
 def create(path: Path) -> None:
-    """Make an empty journal; a file under its final name is always a complete one."""
+    """Create an empty journal. A file with the final name is always complete."""
     log = Path(f"{path}-wal")
     if log.exists() and log.stat().st_size:
         raise JournalError(
-            f"The journal {path} is gone, while {log.name} beside it still holds records of it. Put the file back, or "
-            "delete the rest of it, too, to start with an empty journal."
+            f"The journal {path} is missing, but {log.name} beside it still holds records of it. Restore the file, or "
+            "delete the log as well to start with an empty journal."
         )
     new = path.with_suffix(".new")
     for leftover in path.parent.glob(f"{new.name}*"):
@@ -69,7 +69,7 @@ def create(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """Raise SQLite's errors as `JournalError`."""
     try:
         yield
     except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
@@ -77,7 +77,7 @@ def explained(path: Path) -> Iterator[None]:
             f"The journal {path} cannot be used: {error}. Check that the disk has room, that the folder can be "
             "written to, and that no other program holds the file."
         ) from error
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote what it found
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's message may quote damaged text
         raise damage_error(path, error) from error
 
 
@@ -89,7 +89,7 @@ def damage_error(path: Path, what: object) -> JournalError:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Give a journal of the version before this one what it lacks."""
+    """Add the missing tables to a journal of the previous version."""
     there = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for table, statement in SCHEMAS[SCHEMA_VERSION].items():
         if table not in there:
@@ -99,7 +99,7 @@ def upgrade(db: sqlite3.Connection) -> None:
 
 def check(db: sqlite3.Connection, path: Path) -> None:
     schema = SCHEMAS[check_version(db, path)]
-    # Not `quick_check`, which does not look whether an index leads to every row.
+    # Not `quick_check`: it does not check that an index covers every row.
     (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if result != "ok":
         raise damage_error(path, " ".join(result.split()))
@@ -123,11 +123,11 @@ def check_version(db: sqlite3.Connection, path: Path) -> int:
 
 
 def check_log(path: Path) -> None:
-    """Look for damage in the write-ahead log, which a killed process leaves behind.
+    """Check the write-ahead log of a killed process for damage.
 
-    SQLite reads it up to the first frame whose checksum is wrong, and drops the rest without a word. What a killed
-    process was just writing is one frame at most, the last one; where others follow that belong to the same log (they
-    carry its two salts), records would be lost.
+    SQLite reads the log up to the first frame with a wrong checksum and silently drops the rest. A killed process
+    leaves at most one incomplete frame, the last one. When other frames of the same log (with its two salts) follow,
+    records would be lost.
 
     Reference: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
     """
@@ -139,7 +139,7 @@ def check_log(path: Path) -> None:
     order = "<" if magic == 0x377F0682 else ">"
     sums = _log_checksum(data[:24], order, (0, 0))
     intact = sums == struct.unpack(">2I", data[24:32])
-    damaged = not intact  # in its header, which counts for every frame
+    damaged = not intact  # a damaged header invalidates every frame
     for start in range(32, len(data) - page_size - 23, page_size + 24):
         if damaged:
             break
@@ -153,7 +153,7 @@ def check_log(path: Path) -> None:
     if damaged:
         raise JournalError(
             f"The journal {path} is damaged: its log {log.name} holds records that cannot be read any more. Restore "
-            "both files from a copy. Or go on without these records, which are then paid for again: "
+            "both files from a copy. Or continue without these records and pay for them again: "
             f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'"
         )
 
@@ -176,11 +176,11 @@ def check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int) 
     row = db.execute("SELECT num_processes FROM sessions ORDER BY id DESC LIMIT 1").fetchone()
     if row is not None and row[0] != num_processes:
         raise ProcessCountError(
-            f"The journal {path} was written by {row[0]} process(es) and this run has {num_processes}, which share "
-            f"the prompts out in another way. Resume with {row[0]} to replay it."
+            f"The journal {path} was written by {row[0]} process(es) and this run has {num_processes}, which get "
+            f"different prompts. Resume with {row[0]} to replay it."
         )
 
 
 def checksum_of(values: Sequence[Any]) -> int:
-    *key, last = values  # a payload, where there is one, comes last
+    *key, last = values  # the payload, if there is one, is last
     return zlib.crc32(last if isinstance(last, bytes) else repr(last).encode(), zlib.crc32(repr(key).encode()))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading journals, also while a run writes them."""
+"""Read journals, also while a run writes them."""
 
 import os
 from contextlib import closing
@@ -11,10 +11,10 @@ from omniopd_trl.journal.schema import TOTALS
 
 
 def spent(output_dir: str | os.PathLike[str]) -> tuple[Usage, float]:
-    """Tokens, and dollars where prices were known, that all processes of all runs in a folder have paid so far.
+    """Tokens and US dollars that all processes of all runs in a folder have paid so far.
 
-    What may have been in flight when a run was killed counts with the most that it can have cost. Files that a run is
-    writing can be read, too.
+    Requests without a known price add no dollars. Requests in flight when a run was killed count with their worst
+    case. Files that a run is writing can be read, too.
 
     Raises:
         JournalError: when one of the journals is damaged or of another version.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps on disk: trajectories, audits, and every request that was paid for."""
+"""Records of a run on disk: trajectories, audits, and every paid request."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder(Ledger):
-    """A journal while one is open, and a short memory of what was used while none was.
+    """Writes to a journal while one is open, and keeps usage in memory while none is.
 
-    As a ledger it counts the requests that belong to no audit of a training step, and keeps the peak of those in
-    flight. `AuditLedger` is that of one audit.
+    As a ledger it counts the requests outside the audits of training steps, and records the peak of the requests in
+    flight. `AuditLedger` is the ledger of one audit.
 
     Args:
-        step: the current optimizer step, asked for as something is written.
+        step: returns the current optimizer step. Called for every record.
     """
 
     def __init__(self, step: Callable[[], int]):
         self.journal: Journal | None = None
         self._step = step
-        # What was used while no journal was open, and what it cost: the probe, and evaluation after the training.
+        # Usage and cost while no journal was open: the probe, and an evaluation after training.
         self._unrecorded: list[tuple[Usage, float | None]] = []
         self._begun = False
         self._warns = True
@@ -39,12 +39,12 @@ class Recorder(Ledger):
 
     @contextmanager
     def open(self, path: Path, budget: Budget | None, **settings: Any) -> Iterator[None]:
-        """Keep what happens in this block in the journal at `path`, and no longer: others may use the folder then.
+        """Write to the journal at `path` inside this block. After it, other processes may use the folder.
 
         Args:
             path: the journal of this process.
-            budget: the teacher's, if it has one; what it has in flight is written before it is sent.
-            **settings: of `Journal`.
+            budget: budget of the teacher, if it has one. Its requests in flight are recorded before they are sent.
+            **settings: keyword arguments of `Journal`.
 
         Raises:
             JournalError: as `Journal`.
@@ -80,10 +80,10 @@ class Recorder(Ledger):
             self.journal.record_in_flight(self._step(), tokens, usd)
 
     def stored(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
-        """The current step's trajectories, where the journal holds some of these very prompts."""
+        """The current step's trajectories, if the journal holds them for exactly these prompts; otherwise `None`."""
         if self.journal is None:
             return None
-        if not self._begun:  # before the first step nobody knows which one it is
+        if not self._begun:  # the number of the first step is not known earlier
             self._begun = True
             not_replayed = self.journal.begin(self._step())
             if not_replayed is not None and self._warns:
@@ -94,9 +94,9 @@ class Recorder(Ledger):
         if [t.prompt_ids for t in trajectories] != [list(ids) for ids in prompt_ids]:
             if self._warns:
                 self._warn_once(
-                    f"Step {self._step()} was recorded with other prompts and is not replayed, nor is what was "
-                    "recorded after it: the teacher is asked again and paid again. Put the dataset and its order "
-                    "back, or go on.",
+                    f"Step {self._step()} was recorded with other prompts and is not replayed, nor are the steps "
+                    "recorded after it: the teacher is asked again and paid again. Restore the dataset and its "
+                    "order, or continue.",
                     "prompts",
                 )
             return None
@@ -106,8 +106,8 @@ class Recorder(Ledger):
 def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
     cost = "" if usd is None else f" ({usd:.4f} dollars)"
     logger.warning(
-        "The last run in this folder was killed while requests were in flight. It is not known what was charged for "
-        "them, so the most that it can be counts as spent: %s tokens%s.",
+        "The last run in this folder was killed while requests were in flight. Their cost is not known, so their "
+        "worst case counts as spent: %s tokens%s.",
         tokens,
         cost,
     )
@@ -121,8 +121,8 @@ def _warn_about_steps_that_are_paid_for_again(what: NotReplayed) -> None:
             more = [f"{len(named) - 8} more settings differ"] if len(named) > 8 else []
             reason = ", ".join([*named[:8], *more])
         logger.warning(
-            "%s recorded %s not replayed, since %s: the teacher is asked again and paid again. Put the settings back, "
-            "or go on.",
+            "%s recorded %s not replayed, since %s: the teacher is asked again and paid again. Restore the settings, "
+            "or continue.",
             what.other_settings,
             "step is" if what.other_settings == 1 else "steps are",
             reason,
@@ -138,7 +138,7 @@ def _warn_about_steps_that_are_paid_for_again(what: NotReplayed) -> None:
 
 
 def _short(value: str | None) -> str:
-    """A setting, for a message."""
+    """The value of a setting, shortened for a message."""
     if value is None:
-        return "not there"
+        return "not set"
     return value if len(value) <= 60 else f"{value[:57]}..."

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""An audit that is paid for once: from the journal where it is there, from the teacher where it is not."""
+"""Audits that are paid for once: replayed from the journal if recorded, otherwise requested."""
 
 from collections import Counter
 from dataclasses import replace
@@ -17,12 +17,12 @@ class AuditLedger(Ledger):
     """The ledger of one audit of a training step, in a journal.
 
     Args:
-        journal: holds the trajectories of `step`.
+        journal: journal that holds the trajectories of `step`.
         step: the optimizer step that the trajectory belongs to.
-        index: its place in the generation batch of this process.
+        index: index of the trajectory in the generation batch of this process.
 
     Attributes:
-        usage: what was counted so far.
+        usage: usage counted so far.
     """
 
     def __init__(self, journal: Journal, step: int, index: int):
@@ -41,7 +41,7 @@ class AuditLedger(Ledger):
         self._journal.record_in_flight(self._step, tokens, usd)
 
     def answers(self, request: str) -> KeptAnswers:
-        # Asking for the same twice asks for two answers: two chunks may have one prefix.
+        # Equal requests are numbered, because two chunks may have the same prefix and need two answers.
         self._times[request] += 1
         request = f"{request} {self._times[request]}"
         found = [(start, size, samples) for start, (size, samples) in self._kept.get(request, {}).items()]
@@ -57,21 +57,21 @@ async def audit_or_replay(
 ) -> Audit:
     """Audit a trajectory, unless the journal holds its audit.
 
-    Requests are counted as soon as they are answered, and their answers are kept with that, where the teacher asks for
-    it (those behind a service do). The audit is kept before it is returned, in place of its answers. When a run is
-    killed, no answer is lost and none is paid for twice.
+    Each request is counted as soon as it is answered. A teacher behind a service records the answer together with its
+    cost. The finished audit is recorded before it is returned, in place of its answers. When a run is killed, no
+    answer is lost and none is paid for twice.
 
     Args:
-        auditor: asks the teacher.
-        trajectory: what to audit.
-        scores: of its tokens.
-        journal: holds the trajectories of `step`; `None` keeps nothing.
+        auditor: auditor that sends requests to the teacher.
+        trajectory: trajectory to audit, with a completion of `T` tokens.
+        scores: scores of its tokens, `(T,)`.
+        journal: journal that holds the trajectories of `step`; `None` records nothing.
         step: the optimizer step that the trajectory belongs to.
-        index: its place in the generation batch of this process.
+        index: index of the trajectory in the generation batch of this process.
 
     Returns:
-        The audit. One from the journal has no usage and no outcomes, since it costs nothing now. Answers from the
-        journal have no usage either.
+        The audit. A replayed audit has no usage and no outcomes, because it costs nothing now. Replayed answers have
+        no usage either.
 
     Raises:
         TeacherError: as `Auditor.audit`.

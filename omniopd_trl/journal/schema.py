@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a journal holds: its tables, its records, and what is refused."""
+"""The tables, records and errors of a journal."""
 
 from dataclasses import dataclass, fields
 
@@ -12,22 +12,22 @@ SCHEMA_VERSION = 3
 
 TOKENS = [field.name for field in fields(Usage)]
 
-# The last column of each table is the checksum of the others: SQLite notices damage to its own structure, but not to
+# The last column of each table is the checksum of the others: SQLite detects damage to its own structure, but not to
 # the values.
 TABLES = {
-    # One row each time that the file is opened.
+    # One row for each time that the file is opened.
     "sessions": "id INTEGER PRIMARY KEY, run, teacher, fingerprint, rank, num_processes, started, checksum",
     "attempts": "id INTEGER PRIMARY KEY, session, step, checksum",
     "trajectories": "attempt, idx, payload, checksum, PRIMARY KEY (attempt, idx)",
     "audits": "attempt, idx, session, payload, checksum, PRIMARY KEY (attempt, idx)",
-    # All requests of one audit in one session; `idx` is -1 for those of no audit.
+    # All requests of one audit in one session. `idx` is -1 for requests outside audits.
     "usage": f"session, step, idx, {', '.join(TOKENS)}, usd, checksum, PRIMARY KEY (session, step, idx)",
     # At most one row: of the session that writes, while it has requests in flight.
     "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
 }
-# Tables of one version more than the last that had none of them. A file of that version gets them when it is opened.
+# Tables that the current version added. A file of the previous version gets them when it is opened.
 ADDED = {
-    # What the fingerprint of a session is made of.
+    # The settings from which the fingerprint of a session is computed.
     "settings": "session INTEGER PRIMARY KEY, payload, checksum",
     # Answers for audits that are not finished.
     "answers": "attempt, idx, request, start, payload, checksum, PRIMARY KEY (attempt, idx, request, start)",
@@ -52,11 +52,11 @@ class LedgerRow:
 
     Attributes:
         run: name of the run.
-        step: the step that it was paid in.
+        step: optimizer step of the requests.
         teacher: name of the teacher.
         usage: tokens of all requests, superseded ones included.
-        usd: dollars of the requests that had a price; `None` when none had.
-        num_audits: audits that were finished.
+        usd: US dollars of the requests with a price; `None` when there are none.
+        num_audits: number of finished audits.
     """
 
     run: str
@@ -69,13 +69,15 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class NotReplayed:
-    """Recorded steps that a run asks for again.
+    """Recorded steps that a run requests again.
 
     Attributes:
-        other_settings: how many were recorded under another fingerprint.
-        differences: what the newest of them was recorded with and what this run has, by name, as JSON; `None` stands
-            for a setting that was not there. Empty when an earlier version of the package did not keep them.
-        superseded: how many were recorded under this run's fingerprint, and then by a run with another one.
+        other_settings: number of steps that were recorded under another fingerprint.
+        differences: recorded value and current value of each setting that differs, as JSON, for the newest of these
+            steps. `None` for a missing setting. Empty when the steps were recorded by an earlier version of the
+            package.
+        superseded: number of steps that were recorded under this run's fingerprint and then superseded by a run with
+            another one.
     """
 
     other_settings: int

@@ -1,24 +1,28 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What was generated, audited and paid for, in one SQLite file per process, so that nothing is paid for twice.
+"""The record of a run: what was generated, audited and paid for, in one SQLite file per process.
 
-Five kinds of record. *Trajectories* of a generation batch are written before their audits are sent, all or none. An
-*audit* is written as soon as it is finished, and until then each *answer* that it needs, as it arrives. *Usage* is
-written for each request as soon as it is answered, in one transaction with the answer where that is kept, and the
-ledger is made of nothing else: an audit's own `usage` is for display. A request counts once, whether or not its audit
-was ever finished, and a replayed audit counts nothing. What is *in flight* is written before it is sent, as the most
-that it can cost (table `under_way`): a process that is killed cannot say what it was charged for, so the next one to
-open the file counts that as used.
+There are five kinds of records:
 
-**Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes every earlier
-attempt at `s` and at later steps, which came from a student that this one is not. What is superseded stays in the file
-and in the ledger and is not replayed. Neither is what was written under another fingerprint or number of processes.
-The settings behind a fingerprint are kept, so that it can be said what differs. An attempt of another fingerprint
-supersedes once all its audits are there: before that, no student has learned from it. And it supersedes nothing for a
-run that begins at step 0, with the student that its fingerprint stands for: who puts settings back gets records back.
+- *Trajectories* of a generation batch are written before their audits are requested, all or none.
+- An *audit* is written as soon as it is finished.
+- An *answer* is written as it arrives, until the audit that needs it is finished.
+- *Usage* is written for each request as soon as it is answered, in one transaction with the answer if that is kept.
+  The ledger is computed from usage only; an audit's own `usage` is for display. A request counts once, whether or not
+  its audit is finished, and a replayed audit counts nothing.
+- The worst case of all requests *in flight* is written before they are sent (table `under_way`). What a killed process
+  was charged for them is not known, so the next process that opens the file counts the worst case as used.
 
-**Durability.** A method that has returned has committed: the record survives `kill -9`. Against a power failure the
-file is synchronized once per generation batch; what was written since then may be lost, and the file stays intact.
+**Attempts.** Each set of trajectories is an attempt at its step. A new attempt at step `s` supersedes all earlier
+attempts at `s` and at later steps, because those came from another student. Superseded attempts stay in the file and
+in the ledger, but are not replayed. Attempts of another fingerprint or number of processes are not replayed either.
+The settings of a fingerprint are stored to report differences. An attempt of another fingerprint supersedes others
+only when all its audits are finished: before that, no student has learned from it. It supersedes nothing for a run
+that begins at step 0 with the fingerprint's initial student, so restoring the settings restores the records.
+
+**Durability.** When a method returns, its transaction is committed: the record survives `kill -9`. Against a power
+failure, the file is synchronized once per generation batch. Records written since then may be lost, but the file stays
+intact.
 """
 
 import json
@@ -56,27 +60,27 @@ class Journal:
     """The journal of one process. Its methods may be called from any thread.
 
     Args:
-        path: see `journal_path`. The folder and the file are made where they do not exist.
+        path: see `journal_path`. Folder and file are created when they do not exist.
         run: name of the run, for the ledger.
         teacher: name of the teacher, for the ledger.
-        fingerprint: stands for everything that a replayed record depends on besides the checkpoint: models, data,
-            seed, sampling, chunks, similarity, prior. Records of another fingerprint are counted but not replayed.
-        settings: what the fingerprint is made of, by name, for whoever wonders why nothing is replayed. It is written
-            down as it is, so that it must hold no secret.
-        rank: which process this is, of
-        num_processes: so many. The records of another number belong to other prompts.
-        replay: false opens a journal of any number of processes, for the ledger and for new records; earlier ones are
-            not replayed.
+        fingerprint: hash of everything that a replayed record depends on besides the checkpoint: models, data, seed,
+            sampling, chunks, similarity, prior. Records of another fingerprint are counted but not replayed.
+        settings: settings from which the fingerprint is computed, by name. They explain why records are not replayed.
+            They are stored in plain text and must hold no secret.
+        rank: index of this process.
+        num_processes: number of processes. The records of another number belong to other prompts.
+        replay: whether earlier records are replayed. `False` opens a journal of any number of processes, for the
+            ledger and for new records.
 
     Raises:
         JournalError: when the file is damaged, in use by another process, or of another version.
         ProcessCountError: when it was last written by another number of processes.
 
-    In each case the file is left as it is.
+    In each case the file is left unchanged.
 
     Attributes:
-        lost: tokens, and dollars where there was a price, that count as used since requests were in flight when the
-            last process that wrote the file was killed. `None` when it was not, or had none.
+        lost: worst case of the requests that were in flight when the last process that wrote the file was killed, in
+            tokens and US dollars (`None` without a price). It counts as used. `None` when there were no such requests.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Journal:
         self._mutex = threading.Lock()
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:  # whatever goes wrong, nothing stays open
+        with ExitStack() as stack:  # closes everything after an error
             stack.enter_context(closing(hold_lock(path)))
             with explained(path):
                 if not path.exists():
@@ -108,7 +112,7 @@ class Journal:
                     if replay:
                         check_num_processes(db, path, num_processes)
                 self._db = stack.enter_context(closing(connect(path, "rw")))
-                # What `check_log` relies on: a log of this process alone, to which whole transactions are appended.
+                # `check_log` relies on a log of this process alone, to which whole transactions are appended.
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._db.execute("PRAGMA cache_spill = OFF")
             with self._transaction() as db:
@@ -124,20 +128,20 @@ class Journal:
     # ---- Trajectories and audits ----
 
     def begin(self, step: int) -> NotReplayed | None:
-        """Say at which step the run begins, before anything is replayed.
+        """Set the step at which the run begins. Call it before anything is replayed.
 
         Args:
-            step: 0 for a student as the fingerprint knows it; the step of the checkpoint that it was loaded from.
+            step: 0 for the initial student, otherwise the step of the checkpoint that was loaded.
 
         Returns:
-            What was recorded from there on, in part at least, and is asked for again; `None` when that is nothing.
+            The recorded steps from there on that are requested again, at least in part; `None` when there are none.
         """
         with self._reading() as db:
             everything = list(self._all(db))
             ours = [attempt for attempt in everything if attempt.ours]
             self._attempts = _current(ours if step == 0 else self._valid(db))
             if not self._replay:
-                return None  # another number of processes, of which nothing is comparable
+                return None  # records of another number of processes are not comparable
             lost = [
                 attempt
                 for attempt in {*_current(everything).values(), *_current(ours).values()}
@@ -170,13 +174,13 @@ class Journal:
         }
 
     def record_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
-        """Begin a new attempt at a step: all its trajectories, or none of them.
+        """Begin a new attempt at a step. All its trajectories are written, or none.
 
         Raises:
             JournalError: when they cannot be written.
         """
         payloads = [_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed]) for t in trajectories]
-        # One commit per generation batch waits for the disk, and takes everything before it along.
+        # One commit per generation batch waits for the disk, and makes everything before it durable.
         with self._transaction(synchronous="FULL") as db:
             number = _insert_numbered(db, "attempts", self._session, step)
             for index, payload in enumerate(payloads):
@@ -185,9 +189,9 @@ class Journal:
         self._attempts = _current([*self._attempts.values(), attempt])
 
     def trajectories(self, step: int) -> list[Trajectory] | None:
-        """The trajectories of the current attempt at a step; `None` when there is none to be replayed.
+        """The trajectories of the current attempt at a step; `None` when there is none to replay.
 
-        Processes have to agree before any of them replays: one may have been killed just before it wrote.
+        All processes must agree before any of them replays: one may have been killed just before it wrote.
         """
         with self._reading() as db:
             attempt = self._attempt(step)
@@ -199,7 +203,7 @@ class Journal:
         return [Trajectory(**dict(zip(names, _decode(self.path, row), strict=True))) for row in rows]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
-        """Keep a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
+        """Write a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
 
         Raises:
             JournalError: when it cannot be written, holds NaN or infinity, or has no recorded trajectories.
@@ -221,14 +225,14 @@ class Journal:
     def record_answer(
         self, step: int, index: int, request: str, start: int, answer: Any, usage: Usage, usd: float | None = None
     ) -> None:
-        """Keep an answer for an audit that is not finished, and count its request: both or neither.
+        """Write an answer of an unfinished audit and count its request, in one transaction.
 
         Args:
-            step: the step that it was asked in.
-            index: the trajectory that it was asked for.
-            request: a name for what was asked.
-            start: the first sample that the answer holds.
-            answer: what JSON can hold.
+            step: optimizer step of the request.
+            index: index of the trajectory.
+            request: key of the request.
+            start: index of the first sample in the answer.
+            answer: the answer, serializable as JSON.
             usage: as in `record_usage`.
             usd: as in `record_usage`.
 
@@ -256,7 +260,7 @@ class Journal:
         attempt = self._attempt(step)
         if attempt is None:
             raise JournalError(
-                f"An audit of step {step} was to be kept in {self.path}, which holds no trajectories for it. "
+                f"An audit of step {step} cannot be recorded in {self.path}, which holds no trajectories for it. "
                 "Record the trajectories of a step before its audits."
             )
         return attempt
@@ -281,25 +285,25 @@ class Journal:
         """Count one request, as soon as its cost is known.
 
         Args:
-            step: the step that it was made in.
-            index: the trajectory that it was made for; `None` for a request of no audit, a probe for example.
-            usage: tokens used. For a request that may have been charged for without an answer, what the budget counts.
-            usd: what it cost; `None` when there is no price.
+            step: optimizer step of the request.
+            index: index of the trajectory; `None` for a request outside audits, for example a probe.
+            usage: tokens used. For a request without an answer that may be charged, the worst case.
+            usd: cost in US dollars; `None` without a price.
 
         Raises:
-            JournalError: when it cannot be written, or the cost is no number.
+            JournalError: when it cannot be written, or the cost is not finite.
         """
         _check_amount(step, usd)
         with self._transaction() as db:
             _add_usage(db, self._session, step, -1 if index is None else index, usage, usd)
 
     def record_in_flight(self, step: int, tokens: int, usd: float | None = None) -> None:
-        """Keep the most that the requests in flight can cost, before they are sent; 0 tokens when there are none.
+        """Write the worst case of all requests in flight, before they are sent. 0 tokens removes it.
 
         Args:
-            step: the step that they are made in.
-            tokens: prompt and completion tokens, of all of them together.
-            usd: what they cost at most; `None` when there is no price.
+            step: optimizer step of the requests.
+            tokens: prompt and completion tokens of all of them together.
+            usd: maximum cost in US dollars; `None` without a price.
 
         Raises:
             JournalError: when it cannot be written.
@@ -311,13 +315,13 @@ class Journal:
                 db.execute("DELETE FROM under_way")
 
     def usage(self) -> Usage:
-        """All that was ever used, superseded attempts included."""
+        """Total usage, superseded attempts included."""
         with self._reading() as db:
             *tokens, _ = db.execute(TOTALS).fetchone()
         return Usage(*tokens)
 
     def ledger(self) -> list[LedgerRow]:
-        """The same by run, step and teacher, in the order in which they first appeared."""
+        """Usage and cost by run, step and teacher, in the order of their first appearance."""
         with self._reading() as db:
             rows = db.execute(LEDGER).fetchall()
         return [
@@ -328,7 +332,7 @@ class Journal:
     # ---- The file ----
 
     def close(self) -> None:
-        """Close the file and let other processes have it. A second time does nothing."""
+        """Close the file and release it for other processes. A second call does nothing."""
         with self._mutex:
             self._stack.close()
 
@@ -367,11 +371,11 @@ class _Attempt:
     ours: bool  # of this fingerprint and number of processes
     num_trajectories: int
     num_audits: int
-    has_answers: bool  # for audits that are not finished
+    has_answers: bool  # of unfinished audits
 
 
 def _current(attempts: Iterable[_Attempt]) -> dict[int, _Attempt]:
-    """The attempt that counts for each step. Each one supersedes those before it at its step and at later ones."""
+    """The attempt that counts for each step. Each one supersedes earlier ones at its step and at later steps."""
     current: dict[int, _Attempt] = {}
     for attempt in attempts:
         while current and next(reversed(current)) >= attempt.step:  # steps are in order
@@ -390,7 +394,7 @@ def _insert(db: sqlite3.Connection, table: str, *values: Any) -> None:
 
 def _check_amount(step: int, usd: float | None) -> None:
     if usd is not None and not math.isfinite(usd):
-        raise JournalError(f"A request of step {step} cost usd={usd}, which is no amount. Check the price.")
+        raise JournalError(f"A request of step {step} cost usd={usd}, which is not a finite number. Check the price.")
 
 
 def _add_usage(db: sqlite3.Connection, session: int, step: int, index: int, usage: Usage, usd: float | None) -> None:
@@ -405,7 +409,7 @@ def _add_usage(db: sqlite3.Connection, session: int, step: int, index: int, usag
 
 
 def _count_lost(db: sqlite3.Connection) -> tuple[int, float | None] | None:
-    """What an earlier session had in flight when it was killed becomes usage of that session."""
+    """Count the requests in flight of a killed session as usage of that session."""
     row = db.execute("SELECT * FROM under_way").fetchone()
     if row is None:
         return None
@@ -416,7 +420,7 @@ def _count_lost(db: sqlite3.Connection) -> tuple[int, float | None] | None:
 
 
 def _insert_numbered(db: sqlite3.Connection, table: str, *values: Any) -> int:
-    """Insert under the next number, and return it."""
+    """Insert a row with the next id, and return the id."""
     number: int
     (number,) = db.execute(f"SELECT coalesce(max(id), 0) + 1 FROM {table}").fetchone()
     _insert(db, table, number, *values)
@@ -427,8 +431,8 @@ def _encode(value: Any) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        raise JournalError(f"A record cannot be kept: {error}. It may hold text and finite numbers only.") from error
-    # A teacher may be cut off in the middle of a surrogate pair, which plain UTF-8 has no place for.
+        raise JournalError(f"A record is invalid: {error}. It may hold text and finite numbers only.") from error
+    # A teacher may be cut off in the middle of a surrogate pair. Plain UTF-8 cannot encode the half.
     return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
 
 
@@ -440,9 +444,9 @@ def _decode(path: Path, row: tuple[Any, ...]) -> Any:
 
 
 def _audit_to_json(audit: Audit) -> dict[str, Any]:
-    # A prefix begins with the one before it and that chunk's text, as far as decoding allows. It is written as the
-    # number of characters that it shares with them, and the rest: restored without the tokenizer, whatever that did,
-    # and a trajectory's text is written once instead of once per chunk.
+    # A prefix usually begins with the prefix and the text of the chunk before it. It is written as the number of
+    # characters that it shares with them, and the rest. So the text of a trajectory is written once, not once per
+    # chunk, and is restored without the tokenizer.
     chunks, before = [], ""
     for chunk in audit.chunks:
         shared = common_prefix_length(before, chunk.prefix)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher is: one method that continues a batch of prefixes and returns text."""
+"""The interface of a teacher: one method that continues a batch of prefixes and returns text."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -15,8 +15,8 @@ from omniopd_trl.errors import DataError, TeacherError
 if TYPE_CHECKING:
     from omniopd_trl.accounting.budget import Budget
 
-# What a reply may count besides its rollouts. A refused, filtered or empty sample is no rollout; a restarted one (an
-# instructed continuation that began the solution anew) is; a failed request was given up after its last attempt.
+# Counts of a reply besides its rollouts. A refused, filtered or empty sample is not a rollout. A restarted sample is
+# one: an instructed model started the solution over. A failed request was given up after its last attempt.
 OUTCOMES = ("requests", "retries", "failed_requests", "refused", "filtered", "empty", "restarted")
 
 Messages = list[dict[str, Any]]
@@ -28,9 +28,9 @@ class Prefix:
     """What the teacher continues: the problem and the beginning of an answer to it.
 
     Attributes:
-        prompt: plain text, or a list of chat messages. The teacher renders it with its own template. A message whose
-            content is a list of text parts has their text instead: no service's adapter has to know the list.
-        completion: the student's text so far. It stands at the beginning of the assistant's turn, byte for byte.
+        prompt: plain text, or a list of chat messages. The teacher renders it with its own template. Content that is a
+            list of text parts is replaced by their text, so adapters see text only.
+        completion: the student's text so far. The assistant's turn begins with it, byte for byte.
 
     Raises:
         DataError: when a message holds a part that is not text.
@@ -46,7 +46,7 @@ class Prefix:
 
 
 def text_of_content(content: Any) -> Any:
-    """The text of a message's content. Parts are joined by line breaks; what is no list stays as it is.
+    """The text of a message's content. Parts are joined by line breaks; other content is returned unchanged.
 
     Args:
         content: a text, or a list of parts `{"type": "text", "text": ...}`.
@@ -70,9 +70,9 @@ def text_of_content(content: Any) -> Any:
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Length of the common beginning of two texts, or of two lists of tokens.
+    """Length of the common prefix of two texts, or of two lists of tokens.
 
-    By halving: comparing slices is fast, and both may be long.
+    Binary search: slices are fast to compare, and both inputs may be long.
     """
     return bisect_left(range(min(len(first), len(second))), True, key=lambda n: first[: n + 1] != second[: n + 1])
 
@@ -83,12 +83,12 @@ class SamplingRequest:
 
     Attributes:
         num_samples: independent continuations per prefix.
-        max_tokens: longest continuation, in the teacher's own tokens.
+        max_tokens: maximum length of a continuation, in the teacher's tokens.
         temperature: sampling temperature; 0 asks for greedy decoding.
         top_p: nucleus sampling mass.
-        seed: seeds the sampling of a teacher that can be seeded; `None` leaves it to the teacher.
-        ledger: where a teacher that pays for requests accounts for each one, as soon as it is answered. A teacher that
-            does not call it is counted by the usage of its replies.
+        seed: seed of the sampling, for a teacher that accepts one; `None` for no seed.
+        ledger: records the cost of each request as soon as it is answered. For a teacher that does not call it, the
+            usage of the replies is counted.
     """
 
     num_samples: int
@@ -117,11 +117,11 @@ class TeacherReply:
     """The continuations of one prefix.
 
     Attributes:
-        rollouts: at most `num_samples` of them. Fewer, or none, is an outcome and not an error: a refusal, a prefix
-            longer than the teacher's context.
+        rollouts: at most `num_samples` rollouts. Fewer, or none, is not an error: the teacher may refuse, or the
+            prefix may exceed its context.
         usage: tokens that this prefix used.
-        failure: why rollouts are missing, in words; `None` when none are.
-        outcomes: how often something happened that is worth counting, under the names of `OUTCOMES`.
+        failure: reason for missing rollouts; `None` when none are missing.
+        outcomes: counts of events, under the names of `OUTCOMES`.
     """
 
     rollouts: tuple[Rollout, ...] = ()
@@ -131,17 +131,17 @@ class TeacherReply:
 
 
 class Teacher(ABC):
-    """Anything that continues text.
+    """Base class of all teachers.
 
-    A teacher of one's own subclasses this and writes `sample`; the trainer takes an instance as `teacher_model`.
+    A custom teacher subclasses it and implements `sample`. The trainer takes an instance as `teacher_model`.
 
     Attributes:
-        name: how logs and the model card call the teacher, and what its recorded answers are known by: a run that is
-            started again in the same folder replays those of a teacher of the same name without asking. A teacher
-            whose answers change (another model, prompt or script) must change its name.
-        is_remote: whether its work goes on elsewhere while this process trains, so that audits may overlap with
-            training. A model in this process shares its device and its random numbers.
-        budget: what it may still spend, and what it has in flight; `None` for a teacher that keeps no such account.
+        name: name of the teacher in logs and in the model card. It also identifies recorded answers: a run that is
+            started again in the same folder replays the answers of a teacher of the same name. Change the name when
+            the answers change (another model, prompt or script).
+        is_remote: whether the teacher computes outside this process, so audits may overlap with training. A model in
+            this process shares the student's device and random numbers.
+        budget: what the teacher may still spend and has in flight; `None` for a teacher without a budget.
     """
 
     name: str
@@ -153,9 +153,9 @@ class Teacher(ABC):
         """Continue each prefix.
 
         Args:
-            prefixes: usually the chunks of one trajectory in ascending order, so that each prefix begins with the one
-                before it. Calls for several trajectories run concurrently.
-            request: the same for all prefixes of the call.
+            prefixes: usually those of the chunks of one trajectory in ascending order. Each one then begins with the
+                one before it. Calls for several trajectories run concurrently.
+            request: how to sample, for all prefixes of the call.
 
         Returns:
             One reply per prefix, in the order of `prefixes`.
@@ -173,50 +173,50 @@ class Teacher(ABC):
         """
 
     async def aclose(self) -> None:
-        """Release connections. The trainer may ask again later, for an evaluation or more training."""
+        """Release connections. `sample` may be called again afterwards, for an evaluation or more training."""
 
 
 async def replies_of(teacher: Teacher, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
-    """Ask a teacher, and see that what it returns is what a teacher has to return.
+    """Call `teacher.sample` and validate its return value.
 
-    A mistake in a teacher of one's own would otherwise show far from where it was made, or as other numbers.
+    Without this check, a bug in a custom teacher would surface far from its cause, or as wrong numbers.
 
     Raises:
-        TeacherError: when it is not.
+        TeacherError: when the return value is invalid.
     """
-    answer: Any = teacher.sample(prefixes, request)  # whoever writes a teacher need not check its types
+    answer: Any = teacher.sample(prefixes, request)  # a custom teacher may not be type-checked
     replies: Any = None
     if not inspect.isawaitable(answer):
-        problem = f"its `sample` is no coroutine (it returned {_shown(answer)}). Write it as `async def sample`"
+        problem = f"its `sample` is not a coroutine (it returned {_shown(answer)}). Write it as `async def sample`"
     else:
         replies = await answer
         problem = _problem_of(replies, len(prefixes), request.num_samples)
     if problem:
         raise TeacherError(
             f"The teacher {getattr(teacher, 'name', type(teacher).__name__)!r} ({type(teacher).__name__}) does not "
-            f"keep to `Teacher.sample`: {problem}. See `A teacher of one's own` in docs/teachers.md."
+            f"follow `Teacher.sample`: {problem}. See `A custom teacher` in docs/teachers.md."
         )
     return list(replies)
 
 
 def _problem_of(replies: Any, num_prefixes: int, num_samples: int) -> str:
     if not isinstance(replies, list | tuple) or len(replies) != num_prefixes:
-        return f"it must return a list of {num_prefixes} replies, one per prefix, and returned {_shown(replies)}"
+        return f"it must return a list of {num_prefixes} replies, one per prefix, but returned {_shown(replies)}"
     for index, reply in enumerate(replies):
         where = f"reply {index} of {num_prefixes}"
         if not isinstance(reply, TeacherReply):
-            return f"{where} must be a `TeacherReply`, and is {_shown(reply)}"
+            return f"{where} must be a `TeacherReply`, but is {_shown(reply)}"
         if not isinstance(reply.rollouts, list | tuple):
-            return f"{where} must hold a tuple of rollouts, and holds {_shown(reply.rollouts)}"
+            return f"{where} must hold a tuple of rollouts, but holds {_shown(reply.rollouts)}"
         if len(reply.rollouts) > num_samples:
-            return f"{where} holds {len(reply.rollouts)} rollouts, and at most num_samples={num_samples} are allowed"
+            return f"{where} holds {len(reply.rollouts)} rollouts, but at most num_samples={num_samples} are allowed"
         for rollout in reply.rollouts:
             if not isinstance(rollout, Rollout) or not isinstance(rollout.text, str):
-                return f"{where} must hold `Rollout(text)` with a text that is a `str`, and holds {_shown(rollout)}"
+                return f"{where} must hold `Rollout(text)` with a text that is a `str`, but holds {_shown(rollout)}"
         if not isinstance(reply.usage, Usage):
-            return f"the usage of {where} must be a `Usage`, and is {_shown(reply.usage)}"
+            return f"the usage of {where} must be a `Usage`, but is {_shown(reply.usage)}"
         if not isinstance(reply.outcomes, Mapping):
-            return f"the outcomes of {where} must be a dictionary of counts, and are {_shown(reply.outcomes)}"
+            return f"the outcomes of {where} must be a dictionary of counts, but are {_shown(reply.outcomes)}"
     return ""
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""From the name of a teacher to the teacher."""
+"""Create a teacher from its name."""
 
 import difflib
 import os
@@ -28,7 +28,7 @@ PREFIXES = tuple(f"{provider}:" for provider in PROVIDERS)
 
 _NAMES = f"{', '.join(f'{prefix}MODEL' for prefix in PREFIXES[:-1])} or {PREFIXES[-1]}MODEL"
 
-# Other spellings of a model behind a service. OpenAI's open models (gpt-oss) are on the Hub under the name as it is.
+# Other spellings of a service's model. OpenAI's open models (gpt-oss) are ids on the Hub and must not match.
 _MEANT = (
     (r"(?:anthropic/)?(claude.+)", "anthropic"),
     (r"(?:google/|gemini/)?(gemini-.+)", "gemini"),
@@ -36,7 +36,7 @@ _MEANT = (
     (r"vllm/(.+)", "vllm"),
 )
 
-# What each provider's adapter can send; what a model behind it does with it is another question.
+# Continuations that each provider's adapter can send. A model may support fewer.
 CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
     "vllm": ("raw", "continue_final", "instruct"),
     "openai": get_args(Continuation),
@@ -49,10 +49,10 @@ def split_name(name: str) -> tuple[str, str] | None:
     """Provider and model of a teacher behind a service; `None` for a path, an id on the Hub, or `"scripted"`.
 
     Args:
-        name: as it stands in a recipe. The provider may be written in capitals.
+        name: name of the teacher, as in a recipe. The provider is case-insensitive.
 
     Raises:
-        ConfigError: when what stands before the colon is no provider, or nothing stands behind it.
+        ConfigError: when the part before the colon is not a provider, or nothing follows the colon.
 
     Example:
         >>> split_name("Anthropic:claude-haiku-4-5")
@@ -63,21 +63,21 @@ def split_name(name: str) -> tuple[str, str] | None:
         return None
     if provider.lower() in PROVIDERS:
         if not model:
-            raise ConfigError(f"teacher={name!r} names a provider and no model. Write it as {_NAMES}.")
+            raise ConfigError(f"teacher={name!r} names a provider but no model. Write it as {_NAMES}.")
         return provider.lower(), model
-    # No id on the Hub has a colon. A path may have one, and a drive's letter is no provider.
+    # No id on the Hub has a colon. A path may have one, and a drive letter is not a provider.
     if "/" in provider or "\\" in provider or len(provider) < 2 or os.path.exists(name):
         return None
     similar = difflib.get_close_matches(provider.lower(), PROVIDERS, n=1)
     hint = f" Did you mean '{similar[0]}:{model}'?" if similar else ""
     raise ConfigError(
-        f"teacher={name!r}: there is no provider {provider!r}, and no folder of that name. A teacher behind a service "
+        f"teacher={name!r}: there is no provider {provider!r} and no folder of this name. A teacher behind a service "
         f"is named {_NAMES}.{hint}"
     )
 
 
 def suggest_name(name: str) -> str | None:
-    """The name of a service's model that somebody may have meant, who wrote what is none; `None` when nothing is near.
+    """The service's model that a misspelled name probably means, with its provider; `None` when none is similar.
 
     Example:
         >>> suggest_name("claude-haiku-4-5"), suggest_name("openai/gpt-6-luna")
@@ -100,22 +100,22 @@ def remote_teacher(
     budget: Budget | None = None,
     today: date | None = None,
 ) -> RemoteTeacher:
-    """The teacher that a name such as `anthropic:claude-haiku-4-5` stands for. Nothing is sent yet.
+    """Create the teacher behind a service from a name such as `anthropic:claude-haiku-4-5`. Sends no request.
 
     Args:
-        name: provider and model, with a colon between them: `vllm:`, `openai:`, `anthropic:` or `gemini:`, in capitals
-            or not.
-        base_url: where the service is, when not where its SDK expects it.
-        tokenizer: of a `vllm:` or `openai:` teacher, or its path or id; renders the prompts of a `raw` continuation.
-            Defaults to the model's name.
-        continuation: overrides what the model is known to take.
-        chat_template_kwargs: for `vllm:` and `openai:`, arguments for the teacher's chat template.
+        name: provider and model, with a colon between them. The provider (`vllm`, `openai`, `anthropic` or `gemini`)
+            is case-insensitive.
+        base_url: address of the service. Defaults to that of the adapter.
+        tokenizer: tokenizer of a `vllm:` or `openai:` teacher, or its path or id. It renders the prompts of a `raw`
+            continuation. Defaults to the model's name.
+        continuation: overrides the model's default continuation.
+        chat_template_kwargs: arguments for the teacher's chat template, for `vllm:` and `openai:`.
         settings: limits of this process.
-        budget: what may still be spent.
-        today: the day that shutdown dates are compared with; defaults to the real one.
+        budget: budget of the teacher. Defaults to no limit.
+        today: date that shutdown dates are compared with. Defaults to the current date.
 
     Raises:
-        ConfigError: when the name or the continuation is none that exists.
+        ConfigError: when the provider does not exist, or does not support the continuation.
     """
     parts = split_name(name)
     if parts is None:
@@ -126,7 +126,7 @@ def remote_teacher(
     if continuation is not None:
         if continuation not in CONTINUATIONS[provider]:
             raise ConfigError(
-                f"teacher_continuation={continuation!r} is none of those that teachers of {provider!r} know: "
+                f"teacher_continuation={continuation!r} is not supported by teachers of {provider!r}. Choose one of: "
                 f"{', '.join(CONTINUATIONS[provider])}."
             )
         capabilities = replace(capabilities, continuation=continuation)
@@ -142,7 +142,7 @@ def remote_teacher(
 
 
 def is_service(teacher: "str | PreTrainedModel | Teacher") -> bool:
-    """Whether a teacher is named that is behind a service, and so has a budget that earlier runs count against.
+    """Whether a teacher is the name of a service's model. Earlier runs count against the budget of such a teacher.
 
     Raises:
         ConfigError: as `split_name`.
@@ -155,18 +155,18 @@ def load_teacher(
     options: TeacherOptions | None = None,
     spent: tuple[Usage, float] | None = None,
 ) -> Teacher:
-    """The teacher that a name, a model or a teacher stands for. Nothing is sent yet.
+    """Create a teacher from a name or a model. Sends no request.
 
     Args:
-        teacher: a `Teacher`, which is returned as it is; `"scripted"`; a service's model such as
+        teacher: a `Teacher`, which is returned unchanged; `"scripted"`; a service's model such as
             `"anthropic:claude-haiku-4-5"`; or a path, Hub id or instance of a causal language model.
-        options: defaults to those of an empty configuration. Limits are for the whole job, and this process gets its
-            share of them.
-        spent: tokens and dollars that earlier runs of the same job paid, which count against the budget of a teacher
-            behind a service. Defaults to nothing.
+        options: options of the teacher. Defaults to those of an empty configuration. Limits are for the whole job, and
+            this process gets its share of them.
+        spent: tokens and dollars that earlier runs of the same job paid. They count against the budget of a teacher
+            behind a service. Defaults to zero.
 
     Raises:
-        ConfigError: when there is no such teacher, or an option cannot be kept by it.
+        ConfigError: when there is no such teacher, or it cannot enforce an option.
         DataError: when a model cannot be loaded.
     """
     options = options or TeacherOptions()
@@ -177,7 +177,7 @@ def load_teacher(
     if kind == "scripted":
         return ScriptedTeacher()
     template = options.teacher_chat_template_kwargs
-    # The student's are for a template. A closed service has none that takes them: it may refuse the whole request.
+    # The student's arguments are for a chat template. A closed service has none: it may refuse the whole request.
     if template is None and (
         kind == "local" or (kind in OPENAI_STYLE and is_ones_own(kind, options.teacher_base_url))
     ):
@@ -221,23 +221,23 @@ def _local_teacher(
         meant = suggest_name(teacher) if isinstance(teacher, str) else None
         if meant is None:
             raise
-        hint = f"A model behind a service has its provider first: did you mean {meant!r}?"
+        hint = f"The name of a service's model begins with its provider: did you mean {meant!r}?"
         raise DataError(f"{error} {hint}") from error
 
 
 def _settings(options: TeacherOptions) -> EngineSettings:
-    """The share of this process in the limits of the job.
+    """This process's share of the job's limits.
 
     Raises:
-        ConfigError: when a share would let less than one request through. Each process would send one, and all of
-            them together more than the limit.
+        ConfigError: when a share is less than one. Each process would send one, and all of them together more than the
+            limit.
     """
     processes = options.world_size
     for option in ("teacher_max_concurrency", "teacher_requests_per_minute", "teacher_tokens_per_minute"):
         limit, default = getattr(options, option), getattr(TeacherOptions, option)
         if limit != default and limit < processes > 1:
             raise ConfigError(
-                f"{option}={limit:g} cannot be kept: it is divided over the {processes} processes of the job, and "
+                f"{option}={limit:g} cannot be enforced: it is divided over the {processes} processes of the job, and "
                 f"each needs at least 1. Raise it to {processes} or more, or train with fewer processes."
             )
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Any `transformers` causal language model as a teacher, in this process.
+"""A causal language model of `transformers` as teacher, in this process.
 
 The prefixes of one trajectory are nested, so the longest one is run through the model once (the *trunk*), and its
 keys and values serve every chunk and every rollout of that trajectory.
@@ -44,10 +44,10 @@ MAX_BATCH_TOKENS = 16_384
 
 @contextmanager
 def without_generation_defaults(model: nn.Module) -> Iterator[None]:
-    """Let `generate` of a model take nothing from the `generation_config.json` of its folder but the special tokens.
+    """Make `generate` use nothing but the special tokens of the model's `generation_config.json`.
 
-    Transformers fills every field that a caller leaves at None from there: a folder that holds `min_p`, `typical_p` or
-    `suppress_tokens` would sample from another distribution than the one that was asked for, without a word.
+    Transformers takes every field that the caller leaves at `None` from that file. A file with `min_p`, `typical_p` or
+    `suppress_tokens` would silently change the sampled distribution.
     """
     owned = [(module, vars(module).get("generation_config")) for module in model.modules()]
     defaults = [(module, own) for module, own in owned if isinstance(own, GenerationConfig)]
@@ -63,9 +63,9 @@ def without_generation_defaults(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Load a model whole, also where ZeRO-3 would split it over the processes as it is loaded.
+    """Load an unpartitioned model, also under ZeRO-3, which partitions models as they are loaded.
 
-    Each process asks its own teacher, in a thread and at a time of its own: no other one is there to gather with.
+    Each process runs its own teacher in a thread, at any time, so the processes cannot gather partitions together.
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()
@@ -78,20 +78,20 @@ def _whole() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-# A call of `sample` that waits for its turn, and where its replies go.
+# A waiting call of `sample`, and the future of its replies.
 _Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
 
 
 @dataclass
 class _Job:
-    """One call of `sample`: the prefixes of one trajectory, tokenized, and where each one leaves the trunk."""
+    """One call of `sample`: the tokenized prefixes of one trajectory, and what each shares with the trunk."""
 
     token_ids: list[list[int]]
     trunk: list[int]
     shared: list[int]
 
     def cached_tokens(self, m: int) -> int:
-        """Tokens of prefix `m` that were not computed for it: the trunk was computed for the prefix that it is."""
+        """Tokens of prefix `m` that were read from the cache. The prefix that is the trunk reads none."""
         return 0 if m == self.token_ids.index(self.trunk) else self.shared[m]
 
 
@@ -103,10 +103,10 @@ class LocalTeacher(Teacher):
         tokenizer: tokenizer of the teacher. Loaded from the model's path or id when it is not given.
         model_init_kwargs: keyword arguments for `from_pretrained`. `dtype` defaults to the checkpoint's own.
         revision: Hub revision of model and tokenizer.
-        trust_remote_code: whether the model may bring code of its own.
+        trust_remote_code: whether to execute custom code from the model's repository.
         chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
-        device: where the model goes, unless `model_init_kwargs` holds a `device_map`.
-        max_batch_tokens: rows of a batch times their length in tokens, which bounds the memory of the cache.
+        device: device of the model, unless `model_init_kwargs` holds a `device_map`.
+        max_batch_tokens: maximum rows of a batch times their length in tokens. It bounds the memory of the cache.
 
     Raises:
         DataError: when the model or its tokenizer cannot be loaded.
@@ -179,7 +179,7 @@ class LocalTeacher(Teacher):
         self.encode(Prefix(prompt))
 
     def encode(self, prefix: Prefix) -> list[int]:
-        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text as it is.
+        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
 
         Raises:
             DataError: when the prompt is a conversation and the teacher has no chat template.
@@ -202,8 +202,8 @@ class LocalTeacher(Teacher):
         return token_ids
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
-        # Trajectories arrive as concurrent calls. All that arrive in the same turn of the event loop share batches:
-        # a model in this process gains from larger batches, not from concurrency.
+        # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
+        # batches: a model in this process gains from larger batches, not from concurrency.
         future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
         self._waiting.append((prefixes, request, future))
         if len(self._waiting) == 1:
@@ -222,7 +222,7 @@ class LocalTeacher(Teacher):
                 for (_, _, future), reply in zip(same, replies, strict=True):
                     future.set_result(reply)
         except Exception as error:
-            # Every caller learns of it, not only the one whose turn ran the batch.
+            # Every caller gets the error, not only the one that ran the batch.
             for _, _, future in [*same, *waiting]:
                 if not future.done():
                     future.set_exception(error)
@@ -234,12 +234,12 @@ class LocalTeacher(Teacher):
         """Continue the prefixes of several trajectories, in batches of at most `max_batch_tokens`.
 
         Args:
-            trajectories: for each trajectory its prefixes. They need not be nested; what the longest one shares with
-                the others is computed once.
-            request: how to sample. A seed makes the result a function of the whole call.
+            trajectories: the prefixes of each trajectory. They need not be nested. Tokens that a prefix shares with
+                the longest one are computed once.
+            request: how to sample. With a seed, the result is determined by the call as a whole.
 
         Returns:
-            For each trajectory one reply per prefix.
+            One reply per prefix, for each trajectory.
         """
         if request.seed is not None:
             devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -253,7 +253,7 @@ class LocalTeacher(Teacher):
     ) -> list[list[TeacherReply]]:
         jobs = [self._job([self.encode(prefix) for prefix in prefixes]) for prefixes in trajectories]
         replies: dict[tuple[int, int], TeacherReply] = {}
-        # Long trajectories first, like with like, so that a batch pays for little padding.
+        # Sorted by length, the longest first, which keeps padding small.
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].trunk), reverse=True)
         for batch in self._batches(order, jobs, request):
             self._sample_batch(batch, jobs, request, replies)
@@ -261,7 +261,7 @@ class LocalTeacher(Teacher):
 
     def _job(self, token_ids: list[list[int]]) -> _Job:
         trunk = max(token_ids, key=len, default=[])
-        # At least the last token is run again: its output is what the first new token is sampled from.
+        # At least the last token is computed again: the first new token is sampled from its output.
         shared = [min(common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
         return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids))
 
@@ -294,7 +294,7 @@ class LocalTeacher(Teacher):
                     replies[i, m] = self._too_long(length, request)
                 else:
                     todo.append((k, i, m))
-        # One trajectory alone may exceed the budget; its prefixes, and then the rollouts of a prefix, are split.
+        # A single trajectory may exceed `max_batch_tokens`. Its prefixes are split, and then the rollouts of a prefix.
         while todo:
             width = max(len(jobs[i].token_ids[m]) for _, i, m in todo) + request.max_tokens
             room = max(1, self.max_batch_tokens // width)
@@ -321,7 +321,7 @@ class LocalTeacher(Teacher):
                 replies[i, m] = TeacherReply(tuple(texts[row]), usage)
 
     def _prefill(self, trunks: list[list[int]]) -> DynamicCache:
-        """Keys and values of each trunk, right-padded: padding behind a token cannot reach it through causal masks."""
+        """Keys and values of each trunk, right-padded. Causal masks hide the padding after a token."""
         width = max(len(trunk) for trunk in trunks)
         padded = [trunk + [trunk[-1]] * (width - len(trunk)) for trunk in trunks]
         cache = DynamicCache(config=self.model.config)
@@ -336,10 +336,10 @@ class LocalTeacher(Teacher):
     def rows_from_trunks(
         self, rows: list[tuple[int, list[int], int]], trunks: DynamicCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
-        """Left-padded inputs whose beginning is already in a cache.
+        """Left-padded inputs, and a cache of their beginning.
 
         Args:
-            rows: for each row the index of its trunk, its token ids, and how many of them it shares with the trunk.
+            rows: index of the trunk, token ids, and number of tokens shared with the trunk, for each row.
             trunks: keys and values of the trunks, from the prefill; `None` computes every token.
 
         Returns:
@@ -413,7 +413,7 @@ class LocalTeacher(Teacher):
 
 
 def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
-    """Whether two calls may share a batch: all but the seed is equal, and a batch runs under the first one's seed."""
+    """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
     return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
         second.num_samples,
         second.max_tokens,

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The options that make a teacher, and which of them is read by which kind of teacher.
+"""The options of a teacher, and which kind of teacher reads which option.
 
-An option that is not read is a promise that is not kept, above all where it is a limit on money.
+An option without effect is reported. A limit on money without effect is an error.
 """
 
 from dataclasses import dataclass, fields
@@ -23,12 +23,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """The part of the configuration that makes a teacher; see `OmniOPDConfig` for the meaning of each field.
+    """The part of the configuration that a teacher is created from; see `OmniOPDConfig` for the meaning of each field.
 
     Attributes:
-        device: where a local teacher goes.
-        world_size: processes that share the limits of a teacher behind a service.
-        process_index: which of them this one is; the first one logs the warnings.
+        device: device of a local teacher.
+        world_size: number of processes that share the limits of a teacher behind a service.
+        process_index: index of this process. The first one logs the warnings.
     """
 
     teacher_model_revision: str | None = None
@@ -61,7 +61,7 @@ class TeacherOptions:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def price(self, provider: str, model: str) -> Price | None:
-        """What a model costs: these prices, or those of the table; see `price_of`."""
+        """The price of a model: these options, or the table; see `price_of`."""
         return price_of(
             provider,
             model,
@@ -74,18 +74,18 @@ class TeacherOptions:
 
 _ALL = (*PROVIDERS, "local", "scripted", "own")
 
-# What a kind of teacher is, as messages say it. The services are named by their prefix.
+# Kinds of teachers in messages. Services are named by their prefix.
 _WORDS = {
     "local": "a model in this process, which costs nothing",
     "scripted": "the scripted one, which costs nothing",
-    "own": "one of your own",
+    "own": "a custom teacher",
 }
 
 READ_BY: dict[str, tuple[str, ...]] = {
     "teacher_model_name_or_path": _ALL,
     "teacher_model_revision": ("local",),
     "teacher_model_init_kwargs": ("local",),
-    # Every teacher is told how to sample; what it does with that is its own affair.
+    # Every teacher receives these, whether or not it uses them.
     "teacher_temperature": _ALL,
     "teacher_top_p": _ALL,
     "teacher_chat_template_kwargs": (*OPENAI_STYLE, "local"),
@@ -106,43 +106,43 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "teacher_cached_price": PROVIDERS,
 }
 
-# A run that sets one of these relies on it.
+# A run relies on these limits: they are refused, not ignored, when nothing enforces them.
 LIMITS = ("teacher_budget_usd", "teacher_budget_tokens", "teacher_requests_per_minute", "teacher_tokens_per_minute")
 
 
 def check_options(kind: str, name: str, options: TeacherOptions) -> None:
-    """Refuse limits that a custom teacher would not keep, and name other options that have no effect.
+    """Refuse limits that a custom teacher would not enforce, and warn about other options without effect.
 
-    A recipe for a service is often tried with the scripted teacher, or with a small model: these cost nothing, its
-    limits are kept, and one warning is enough.
+    A recipe for a service is often tried with the scripted teacher or with a small model. They cost nothing and stay
+    within its limits, so one warning is enough.
 
     Args:
-        kind: a prefix of a service, `"local"`, `"scripted"` or `"own"`.
-        name: of the teacher, for the messages.
-        options: those that may be without effect.
+        kind: a provider, `"local"`, `"scripted"` or `"own"`.
+        name: name of the teacher, for the messages.
+        options: options to check.
 
     Raises:
-        ConfigError: when a limit is set, and the teacher is an instance that keeps its own accounts.
+        ConfigError: when a limit is set and the teacher is an instance, which has its own limits.
     """
     unread = [option for option, kinds in READ_BY.items() if kind not in kinds and _is_set(options, option)]
     limits = [f"{option}={getattr(options, option):g}" for option in unread if option in LIMITS]
     if kind == "own" and limits:
         raise ConfigError(
-            f"{', '.join(limits)} cannot be kept: the teacher {name!r} is an instance, which keeps limits of its "
-            "own or none. Set them on the teacher itself, for a service as in `remote_teacher(name, "
+            f"{', '.join(limits)} cannot be enforced: the teacher {name!r} is an instance, which has its own limits "
+            "or none. Set them on the teacher itself, for a service as in `remote_teacher(name, "
             "budget=Budget(max_usd=20), settings=EngineSettings(requests_per_minute=60))`, and leave them out of the "
-            "configuration; or name the teacher by a text such as 'anthropic:claude-haiku-4-5'."
+            "configuration; or pass the teacher's name, such as 'anthropic:claude-haiku-4-5'."
         )
     # Each process makes the same teacher from the same settings.
     if unread and options.process_index == 0:
         logger.warning(
             f"{', '.join(unread)}: without effect, since the teacher {name!r} is "
-            f"{_WORDS.get(kind, 'a service that has no use for that')}."
+            f"{_WORDS.get(kind, 'a service that does not use it')}."
         )
 
 
 def _is_set(options: TeacherOptions, option: str) -> bool:
     value = getattr(options, option)
     if isinstance(value, dict) and value and all(entry is None for entry in value.values()):
-        return False  # what the command fills in for the student, and is not set for it either
+        return False  # entries that the command leaves at `None`
     return bool(value != getattr(TeacherOptions, option))

@@ -17,13 +17,12 @@ class ScriptedTeacher(Teacher):
     """A teacher that follows a script.
 
     Args:
-        script: a function of the prefix and the sample's index that returns the continuation, or `None` for a refusal;
-            or a sequence of texts, of which sample `i` of every prefix is number `i` modulo its length. By default,
-            sentences made of the prompt's own words, chosen by a hash of the prefix and the index: the same on every
-            machine, different for different prefixes.
+        script: a function of the prefix and the sample's index that returns the continuation, or `None` for a refusal.
+            A sequence of texts gives every prefix the same samples: sample `i` is text `i` modulo the number of texts.
+            By default, words of the prompt, chosen by a hash of the prefix and the index: the same on every machine,
+            different for different prefixes.
 
-    Usage counts words, since there is no tokenizer. `max_tokens` and the temperature are ignored: the script is the
-    text.
+    Usage counts words, since there is no tokenizer. `max_tokens` and the temperature are ignored.
 
     Example:
         >>> teacher = ScriptedTeacher(["so the sum is 4", "so the sum is 5"])

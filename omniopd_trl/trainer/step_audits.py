@@ -14,10 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.event_loop import EventLoopThread
+from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
@@ -27,8 +26,6 @@ from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-
-logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -210,17 +207,8 @@ class StepAudits:
         self._loop.cancel()
 
     def release(self) -> None:
-        """Cancel the audits in flight and close the teacher's connections in their event loop.
-
-        The teacher can be asked again afterwards. If it cannot be closed, a warning is logged instead of an error,
-        which would lose the trained student.
-        """
-        teacher = self._auditor.teacher
-        self._loop.cancel()
-        try:
-            self._loop.run(teacher.aclose())
-        except Exception as error:
-            logger.warning(f"The teacher {teacher.name} could not be closed ({type(error).__name__}: {error}).")
+        """Cancel the audits in flight and close the teacher's connections. It can be asked again afterwards."""
+        release(self._auditor.teacher, self._loop)
 
     # ---- Results ----
 

@@ -477,15 +477,15 @@ async def _fail() -> None:
 @pytest.mark.parametrize(
     ("replies", "words"),
     [
-        (lambda n: [TeacherReply((Rollout("a"),))], "must return a list of 2 replies, one per prefix, and returned"),
-        (lambda n: None, "must return a list of 2 replies, one per prefix, and returned None (NoneType)"),
-        (lambda n: ["a", "b"], "reply 0 of 2 must be a `TeacherReply`, and is 'a' (str)"),
+        (lambda n: [TeacherReply((Rollout("a"),))], "must return a list of 2 replies, one per prefix, but returned"),
+        (lambda n: None, "must return a list of 2 replies, one per prefix, but returned None (NoneType)"),
+        (lambda n: ["a", "b"], "reply 0 of 2 must be a `TeacherReply`, but is 'a' (str)"),
         (lambda n: [TeacherReply(), TeacherReply(("a",))], "reply 1 of 2 must hold `Rollout(text)`"),
-        (lambda n: [TeacherReply(), TeacherReply("abc")], "must hold a tuple of rollouts, and holds 'abc' (str)"),
-        (lambda n: [TeacherReply((Rollout(None),))] * 2, "with a text that is a `str`, and holds Rollout(text=None"),
-        (lambda n: [TeacherReply((Rollout(b"a"),))] * 2, "with a text that is a `str`, and holds Rollout(text=b'a'"),
-        (lambda n: [TeacherReply((Rollout("a"),) * (n + 1))] * 2, "holds 4 rollouts, and at most num_samples=3"),
-        (lambda n: [TeacherReply(usage=12)] * 2, "the usage of reply 0 of 2 must be a `Usage`, and is 12 (int)"),
+        (lambda n: [TeacherReply(), TeacherReply("abc")], "must hold a tuple of rollouts, but holds 'abc' (str)"),
+        (lambda n: [TeacherReply((Rollout(None),))] * 2, "with a text that is a `str`, but holds Rollout(text=None"),
+        (lambda n: [TeacherReply((Rollout(b"a"),))] * 2, "with a text that is a `str`, but holds Rollout(text=b'a'"),
+        (lambda n: [TeacherReply((Rollout("a"),) * (n + 1))] * 2, "holds 4 rollouts, but at most num_samples=3"),
+        (lambda n: [TeacherReply(usage=12)] * 2, "the usage of reply 0 of 2 must be a `Usage`, but is 12 (int)"),
         (lambda n: [TeacherReply(outcomes=["x"])] * 2, "the outcomes of reply 0 of 2 must be a dictionary"),
     ],
 )
@@ -501,7 +501,7 @@ def test_replies_that_are_none(tiny_tokenizer, replies, words):
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
     with pytest.raises(TeacherError) as caught:
         asyncio.run(auditor(tiny_tokenizer, Own()).audit(*path))
-    assert str(caught.value).startswith("The teacher 'my-api' (Own) does not keep to `Teacher.sample`: ")
+    assert str(caught.value).startswith("The teacher 'my-api' (Own) does not follow `Teacher.sample`: ")
     assert words in str(caught.value)
     assert "docs/teachers.md" in str(caught.value)
 

@@ -485,7 +485,7 @@ def test_lost_file(tmp_path):
             journal(tmp_path)
         log = journal_path(tmp_path, 0).with_name("rank-0.sqlite-wal").read_bytes()
     journal_path(tmp_path, 0).with_name("rank-0.sqlite-wal").write_bytes(log)
-    with pytest.raises(JournalError, match="is gone"):
+    with pytest.raises(JournalError, match="is missing"):
         journal(tmp_path)
     assert not journal_path(tmp_path, 0).exists()
 

@@ -219,7 +219,7 @@ def test_a_prefix_beyond_the_context_is_an_outcome(local, teacher_of, continuati
     (replies,) = ask(teacher, [[short, fits_without_room, long]], 2, CONTEXT - length + 1, seed=0)
     assert [len(reply.rollouts) for reply in replies] == [2, 0, 0]
     for reply in replies[1:]:
-        assert "longer than the model takes" in reply.failure
+        assert "longer than the model's context" in reply.failure
         assert reply.outcomes["failed_requests"] == reply.outcomes["requests"] == 1
 
 

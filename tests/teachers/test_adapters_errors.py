@@ -179,7 +179,7 @@ def test_too_long(service):
     with Loopback(service.answer, fault) as server:
         replies = ask(teacher_of(service, server), PREFIX, Prefix("an endless prompt"), PREFIX)
     assert [len(reply.rollouts) for reply in replies] == [1, 0, 1]
-    assert "longer than the model takes" in replies[1].failure
+    assert "longer than the model's context" in replies[1].failure
     assert len(server.requests) == 3
 
 
@@ -327,4 +327,4 @@ def test_answers_without_usage(service, how, caplog):
     assert sum(usage.prompt_tokens + usage.completion_tokens for usage, _ in ledger.payments) == budget.tokens_spent
     assert sum(usd for _, usd in ledger.payments) == pytest.approx(budget.usd_spent)
     (message,) = [message for message in caplog.messages if "worst case" in message]
-    assert message.startswith(f"{service.name}: the service does not say what an answer used")
+    assert message.startswith(f"{service.name}: the service does not report the usage of an answer")

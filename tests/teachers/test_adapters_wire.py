@@ -8,14 +8,13 @@ import json
 import pytest
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.audits.event_loop import EventLoopThread
+from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.errors import DataError, TeacherError
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.providers.anthropic import without_common_space
 from omniopd_trl.teachers.remote.engine import EngineSettings
-from omniopd_trl.trainer.validation import release
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 

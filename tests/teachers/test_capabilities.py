@@ -150,7 +150,7 @@ class TestNames:
         assert (
             remote_teacher("gemini:gemini-2.5-flash", continuation="instruct").capabilities.continuation == "instruct"
         )
-        with pytest.raises(ConfigError, match=r"'raw' is none of those .* prefill, instruct"):
+        with pytest.raises(ConfigError, match=r"'raw' is not supported .* prefill, instruct"):
             remote_teacher("anthropic:claude-haiku-4-5", continuation="raw")
 
     def test_base_url(self, monkeypatch):

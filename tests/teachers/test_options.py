@@ -63,7 +63,9 @@ class TestUnreadOptions:
     @pytest.mark.parametrize("teacher", [Own(), remote_teacher("vllm:model")], ids=["own", "remote"])
     def test_limits_on_an_instance_are_refused(self, config, teacher, limit):
         """A limit that an instance would not keep stops the run at once, and says where it belongs."""
-        with pytest.raises(ConfigError, match=f"{limit}=7 cannot be kept: .*{teacher.name}.*Budget.*by a text"):
+        with pytest.raises(
+            ConfigError, match=f"{limit}=7 cannot be enforced: .*{teacher.name}.*Budget.*the teacher's name"
+        ):
             make_teacher(teacher, config(**{limit: 7}))
 
     def test_other_options_of_an_instance_are_named(self, config, caplog):
@@ -167,7 +169,9 @@ class TestSharedLimits:
         """Rounded up to one for each process they would be exceeded."""
         args = config(**{option: value})
         monkeypatch.setattr(OmniOPDConfig, "world_size", 4)
-        with pytest.raises(ConfigError, match=rf"{option}={value} cannot be kept: .* the 4 processes .*Raise it to 4"):
+        with pytest.raises(
+            ConfigError, match=rf"{option}={value} cannot be enforced: .* the 4 processes .*Raise it to 4"
+        ):
             make_teacher("vllm:model", args)
 
     def test_shares(self, config, monkeypatch):

@@ -88,7 +88,7 @@ def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir, caplog):
     said = [record.getMessage() for record in caplog.records if "paid again" in record.getMessage()]
     assert said == [
         "2 recorded steps are not replayed, since learning_rate was 0.05 and is 0.06, min_rollouts was 1 and is 2: "
-        "the teacher is asked again and paid again. Put the settings back, or go on."
+        "the teacher is asked again and paid again. Restore the settings, or continue."
     ]
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The request for a continuation, for chat models that do not continue a given beginning."""
+"""The prompt that asks for a continuation, for chat models without a prefill."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 from omniopd_trl.teachers.base import Prompt, text_of_content
 
-# The same for every request of a run, so that it is the first thing a prompt cache shares.
+# Constant for all requests of a run, and first in the prompt, so a prompt cache shares it.
 INSTRUCTION = """\
 You continue a text. The user message holds a problem (or a conversation that ends with one) and the beginning of a \
 solution to it, the partial solution, each between tags. Write the text that comes immediately next in the solution, \
@@ -29,25 +29,25 @@ _PROBLEM, _CONVERSATION, _PARTIAL = "problem", "conversation", "partial_solution
 
 
 def render_messages(prompt: Prompt, completion: str) -> list[dict[str, str]]:
-    """The messages that ask a chat model for what comes right after `completion`.
+    """Messages that ask a chat model to continue right after `completion`.
 
-    A constant instruction, the problem, the partial solution, and words about where it stops. Two prefixes of one
-    trajectory render alike up to the end of the shorter one, so a prompt cache can serve them.
+    They hold a constant instruction, the problem, the partial solution, and a sentence on where it stops. Two prefixes
+    of one trajectory render identically up to the end of the shorter one, so a prompt cache can serve them.
 
-    Every text is between tags, byte for byte. A tag that a text itself holds gets a number that it does not hold, such
-    as `<problem-2>`. Of the partial solution only the closing tag is numbered after its content.
+    Every text is between tags, byte for byte. A tag that occurs in a text gets a number, such as `<problem-2>`. Only
+    the closing tag of the partial solution depends on its content.
 
     Args:
-        prompt: plain text, or chat messages; of the messages a single user turn is the problem, anything longer is
-            rendered as a conversation, turn by turn.
-        completion: the student's text so far; empty asks for the beginning of the solution.
+        prompt: plain text, or chat messages. A single user message is rendered as the problem, anything else as a
+            conversation, turn by turn.
+        completion: the student's text so far. When empty, the beginning of the solution is requested.
 
     Returns:
-        A system and a user message; the second one ends like `<partial_solution>So the ang</partial_solution>\\n\\nThe
-        partial solution stops right before ...`.
+        A system and a user message. The user message ends like `<partial_solution>So the
+        ang</partial_solution>\\n\\nThe partial solution stops right before ...`.
 
     Raises:
-        DataError: when a message holds something else than text.
+        DataError: when a message holds anything but text.
     """
     turns = [("user", prompt)] if isinstance(prompt, str) else [role_and_text(message) for message in prompt]
     texts = [text for turn in turns for text in turn]
@@ -59,14 +59,14 @@ def render_messages(prompt: Prompt, completion: str) -> list[dict[str, str]]:
         blocks = [f'<{inner} role="{role}">\n{text}\n</{inner}>' for role, text in turns]
         problem = "\n".join([f"<{outer}>", *blocks, f"</{outer}>"])
     opening = _free_tag(_PARTIAL, texts)
-    # The closing tag may differ from the opening one, which must not depend on the completion.
+    # The closing tag may differ from the opening one. The opening one must not depend on the completion.
     closing = _free_tag(_PARTIAL, [*texts, completion])
     text = f"{problem}\n\n<{opening}>{completion}</{closing}>\n\n{describe_end(completion, closing)}"
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
 
 
 def describe_end(completion: str, tag: str = _PARTIAL) -> str:
-    """Say in words where a partial solution stops, and what to begin with."""
+    """Describe where a partial solution stops, and what to begin with."""
     if not completion:
         return "The partial solution is still empty: write the beginning of the solution, from its first character."
     stop = f"The partial solution stops right before `</{tag}>`"
@@ -97,7 +97,7 @@ def role_and_text(message: dict[str, Any]) -> tuple[str, str]:
 
 
 def _free_tag(name: str, texts: Iterable[str]) -> str:
-    """`name`, or the first of `name-2`, `name-3`, ... whose opening and closing tags no text holds."""
+    """`name`, or the first of `name-2`, `name-3`, ... whose tags occur in no text."""
     texts = [text.lower() for text in texts]
     tag, number = name, 1
     while any(f"<{tag}" in text or f"</{tag}" in text for text in texts):

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The answer of an instructed chat model as a continuation of the prefix.
+"""Turn the answer of an instructed chat model into a continuation of the prefix.
 
-`repair` only removes text. A prefix may end inside a word, a number or a formula; where the evidence is unclear, the
-answer stays. `benchmarks/instruct_repair.py` measures the rules.
+`repair` only removes text. A prefix may end inside a word, a number or a formula. When the evidence is unclear, the
+answer is kept. `benchmarks/instruct_repair.py` measures the rules.
 """
 
 import re
@@ -20,7 +20,7 @@ class Repaired(NamedTuple):
     """An answer as a continuation.
 
     Attributes:
-        text: what continues the prefix; empty unless the outcome is `"ok"` or `"restarted"`.
+        text: the continuation of the prefix; empty unless the outcome is `"ok"` or `"restarted"`.
         outcome: `"restarted"` when the answer starts the solution over or talks about the task, `"refused"` when the
             model declined, `"empty"` when nothing is left.
     """
@@ -32,9 +32,9 @@ class Repaired(NamedTuple):
 def repair(prefix: str, output: str, prompt: Prompt = "") -> Repaired:
     """Turn the answer of an instructed model into the continuation of `prefix`, in linear time.
 
-    Removes what is wrapped around the answer (`_unwrap`), then what it repeats of the prefix (`_overlap`). An answer
-    that repeats nothing may be a restart (`_restarts`), which stays as it is. White space at the joint stays, too: it
-    changes neither where a rollout is cut nor its similarity.
+    Removes wrappers around the answer (`_unwrap`), then text repeated from the prefix (`_overlap`). An answer that
+    repeats nothing may be a restart (`_restarts`) and is then kept unchanged. White space at the joint is kept, too:
+    it affects neither the cut of a rollout nor its similarity.
 
     Args:
         prefix: the student's text, as given to `render_messages`.
@@ -78,14 +78,14 @@ _ANNOUNCEMENT = (
     r"text that comes|fortsetzung|suite|продолжение|续|继续|이어지는|계속)|(?:i['’]ll|i will|let me|let['’]s)"
     r"(?: \w+){0,3} from (?:where|the)|continuing from|(?:the )?continuation|続き)[^\n:：]{0,100}"
 )
-# A greeting counts with an exclamation mark or on a line of its own: "Of course, x > 0" may be the solution's text. An
+# A greeting counts with an exclamation mark or on a separate line: "Of course, x > 0" may be the solution's text. An
 # announcement ends with a colon or with its line.
 _CHATTER = re.compile(
     rf"\s*+(?:(?:{_GREETING}[,.!;，。！、]?\s*+)?\**+{_ANNOUNCEMENT}(?:[:：]\**[ \t]*|[.。]?[ \t]*\n)|"
     rf"{_GREETING}(?:[!！]\s+|[.,:。，：]?[ \t]*\n))[\r\n]*",
     re.IGNORECASE,
 )
-# A fence; the languages that a model names when it wraps prose.
+# A fence, and the languages that models name when they wrap prose.
 _FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[ \t]*\r?\n")
 _PROSE = ("markdown", "md", "text", "txt", "plaintext", "plain", "latex", "tex", "math")
 _TAG = r"</?((?:partial_solution|continuation|continue|completion|output|response)(?:-\d+)?)>"
@@ -99,7 +99,7 @@ def _unwrap(prefix: str, text: str) -> str:
 
     Example: "Sure! Here is the continuation:\\n```\\n= 4\\n```" becomes "= 4".
     """
-    for _ in range(4):  # deeper wrapping has not been seen
+    for _ in range(4):  # deeper nesting was not observed
         before = text
         chatter = _CHATTER.match(text)
         if chatter and not text.lstrip()[0].islower():  # "sure." may be the rest of "trea"
@@ -111,10 +111,11 @@ def _unwrap(prefix: str, text: str) -> str:
 
 
 def _unfence(prefix: str, text: str) -> str:
-    """Remove a Markdown fence around the answer, unless it may be the solution's own.
+    """Remove a Markdown fence around the answer, unless it may belong to the solution.
 
-    That one names a programming language, or begins a line. Inside a code block of the prefix, a fence with a language
-    opens the block again and is removed; one without closes the block and stays, unless another one follows.
+    A fence of the solution names a programming language or begins a line. Inside a code block of the prefix, a fence
+    with a language reopens the block and is removed. A fence without a language closes the block and is kept, unless
+    another one follows.
     """
     fence = _FENCE.match(text)
     if not fence:
@@ -129,7 +130,7 @@ def _unfence(prefix: str, text: str) -> str:
 
 
 def _untag(prefix: str, text: str) -> str:
-    """Remove a tag of the request, or one like it, at each end, unless the prefix holds the same tag."""
+    """Remove a tag of the request, or a similar one, at each end, unless the prefix holds the same tag."""
     if (tag := _OPENING_TAG.match(text)) and f"{tag[1]}>" not in prefix:
         text = text[tag.end() :]
     tag = _CLOSING_TAG.search(text, max(0, len(text) - 64))
@@ -137,10 +138,11 @@ def _untag(prefix: str, text: str) -> str:
 
 
 def _unquote(prefix: str, text: str) -> str:
-    """Remove quotation marks around the whole answer, where they cannot be the solution's own.
+    """Remove quotation marks around the whole answer, unless they may belong to the solution.
 
-    They wrap it when no quotation begins there (right after a letter or digit), or when the quoted text has several
-    lines, begins with white space, or repeats the prefix: '"les is 180."' after "the ang", not '"yes"' after "said ".
+    They are a wrapper when no quotation can begin there (right after a letter or digit), or when the quoted text has
+    several lines, begins with white space, or repeats the prefix: '"les is 180."' after "the ang", not '"yes"' after
+    "said ".
     """
     body = text.strip()
     opening, inner, closing = body[:1], body[1:-1], body[-1:]
@@ -148,14 +150,14 @@ def _unquote(prefix: str, text: str) -> str:
         return text
     line = prefix.rpartition("\n")[2]
     if line.count(opening) % 2 if opening == closing else line.count(opening) > line.count(closing):
-        return text  # it closes what the prefix opened
+        return text  # it closes a quotation of the prefix
     glued = opening != "`" and prefix[-1:].isalnum() and not CJK.match(prefix[-1])
     return inner if glued or "\n" in inner or inner[0].isspace() or _overlap(prefix, inner) else text
 
 
 # -- Echoes --
 
-_WINDOW = 4096  # characters; a longer echo is not looked for
+_WINDOW = 4096  # characters; longer echoes are not searched for
 _ELLIPSIS = re.compile(r"\s*+(?:\.\.\.|…)[\s.…]*")
 _RELATION = re.compile(r"\s*(?:[=≈≤≥<>→⇒]|\\(?:approx|leq?|geq?|implies|Rightarrow|equiv)\b)|(?<![!<>+*/-])=")
 _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
@@ -164,9 +166,10 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 def _overlap(prefix: str, text: str) -> int:
     """How many characters at the beginning of `text` are an echo of the end of `prefix`.
 
-    Compared without white space and case. Text may also repeat itself on purpose: "very very", "2 + 2 +", rows of a
-    table. So an echo begins at the beginning of a word, is not in the prefix twice in a row, and has at least four
-    characters with a word among them, or seven that end with a letter or digit, or is a part of a relation ("= 4").
+    White space and case are ignored. Text may also repeat itself on purpose: "very very", "2 + 2 +", rows of a table.
+    So an echo begins at the beginning of a word and does not occur twice in a row in the prefix. It has at least four
+    characters with a word among them, or at least seven that end with a letter or digit, or it is part of a relation
+    ("= 4").
 
     Example: the overlap of "so the sum" and "the sum is" is "the sum"; "x = 4" and "4 + 2" have none.
     """
@@ -196,11 +199,11 @@ def _is_echo(before: str, piece: str, size: int) -> bool:
         return size >= 4
     if _RELATION.search(piece):
         return any(character.isalnum() for character in piece)
-    return size >= 7 and piece[-1].isalnum()  # rows and terms may be meant: "0 & 0 \\", "2 + 2 +"
+    return size >= 7 and piece[-1].isalnum()  # rows and terms may be intended: "0 & 0 \\", "2 + 2 +"
 
 
 def _squeeze(text: str) -> str:
-    """Without white space, in lower case unless that changes the number of characters."""
+    """Remove white space, and convert to lower case unless that changes the number of characters."""
     text = "".join(text.split())
     return lower if len(lower := text.lower()) == len(text) else text
 
@@ -222,7 +225,7 @@ _TALK = re.compile(
     re.IGNORECASE,
 )
 _REQUEST = re.compile(r"\bpartial[ _](?:solution|answer|text)|\b(?:the|a) partia\Z", re.IGNORECASE)
-# The opening of a solution, which the prefix is past; the second only counts where the prefix stops inside a sentence.
+# Openings of a solution. The weak ones count only when the prefix stops inside a sentence.
 _OPENING = re.compile(
     r"[\s*#]*+(?:let['’]?s|let us|let me|(?:i|we)['’]ll|(?:i|we) (?:will|need to|have to)|to) (?:\w+ ){0,2}?(?:solve|"
     r"answer|work through|tackle|approach|analy[sz]e|break down) (?:this|the) (?:problem|question|exercise|task)\b",
@@ -237,8 +240,8 @@ _WEAK_OPENING = re.compile(
 def _restarts(prefix: str, text: str, prompt: Prompt) -> bool:
     """Whether an answer without an echo starts the solution over or talks about the task.
 
-    It starts over when the prefix is past its opening and it begins like the prefix or the problem, opens a solution
-    ("To solve this problem"), or, where the prefix stops inside a sentence, may open one ("To find").
+    It starts over when the prefix is past its opening and the answer begins like the prefix or the problem, or opens a
+    solution ("To solve this problem"). When the prefix stops inside a sentence, a weak opening ("To find") is enough.
     """
     if _TALK.match(text) or (_REQUEST.search(text, 0, 200) and not _REQUEST.search(prefix)):
         return True
@@ -255,7 +258,7 @@ def _restarts(prefix: str, text: str, prompt: Prompt) -> bool:
 
 
 def _begins_like(text: str, start: str, inside: bool) -> bool:
-    """Whether a text begins with 40 characters or the first line of another; inside a sentence, with two words."""
+    """Whether `text` begins with 40 characters or the first line of `start`; inside a sentence, with two words."""
     text, line = text.lstrip()[:120], start.lstrip()[:40].partition("\n")[0].rstrip()
     if text[:1].lower() != line[:1].lower() or sum(character.isalpha() for character in line) < 8 or line[0] == "`":
         return False

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter per service, and what its models can do."""
+"""One adapter per service, and the capabilities of its models."""

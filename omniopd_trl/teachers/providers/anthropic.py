@@ -24,18 +24,18 @@ from omniopd_trl.teachers.remote.failures import (
 
 
 class AnthropicTeacher(RemoteTeacher):
-    """A teacher behind `/v1/messages`, which gives one sample per request.
+    """A teacher behind `/v1/messages`, with one sample per request.
 
-    Older models continue a last message of the assistant (`prefill`), which must not end in white space: it is left
-    out of the request, and taken off the continuation again where the model writes it itself. Newer ones are
+    Older models continue a last message of the assistant (`prefill`). It must not end in white space: trailing white
+    space is not sent, and is removed from the continuation when the model writes it again. Newer models are
     instructed.
 
     Args:
-        model: as Anthropic knows it, for example `"claude-haiku-4-5"`.
-        capabilities: what it can do.
-        base_url: of the service; defaults to `ANTHROPIC_BASE_URL`, and then to Anthropic itself.
+        model: Anthropic's name of the model, for example `"claude-haiku-4-5"`.
+        capabilities: capabilities of the model.
+        base_url: address of the service. Defaults to `ANTHROPIC_BASE_URL`, and then to Anthropic itself.
         settings: limits of this process.
-        budget: what may still be spent.
+        budget: budget of the teacher. Defaults to no limit.
     """
 
     key_variables = ("ANTHROPIC_API_KEY",)
@@ -61,7 +61,7 @@ class AnthropicTeacher(RemoteTeacher):
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         instructed = self.capabilities.continuation == "instruct"
-        # It pays from the second sample on: writing costs 1.25 times the prompt, reading a tenth of it.
+        # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
         cached = request.num_samples > 1 and self._fills_cache(prefix)
         answer = await self.client.messages.create(
             model=self.model,
@@ -73,10 +73,10 @@ class AnthropicTeacher(RemoteTeacher):
             raise MalformedResponseError("no list of content blocks in it")
         return Response((_sample(answer, prefix, instructed),), _usage(getattr(answer, "usage", None)))
 
-    # ---- What is sent ----
+    # ---- Requests ----
 
     def _sampling(self, request: SamplingRequest) -> dict[str, float]:
-        """Temperature or `top_p`: the service takes one of them, and its SDK has an argument for neither."""
+        """Temperature or `top_p`: the service accepts one of them, and its SDK has an argument for neither."""
         if not self.capabilities.takes_temperature:
             return {}
         if request.top_p == 1.0:
@@ -84,7 +84,7 @@ class AnthropicTeacher(RemoteTeacher):
         if request.temperature == 1.0:
             return {"top_p": request.top_p}
         self.warn_once(
-            f"the service takes a temperature or a top_p, not both, so teacher_top_p={request.top_p:g} is not sent."
+            f"the service accepts a temperature or a top_p, not both, so teacher_top_p={request.top_p:g} is not sent."
         )
         return {"temperature": request.temperature}
 
@@ -103,7 +103,7 @@ class AnthropicTeacher(RemoteTeacher):
             turns[-1]["content"] = [block]
         return {"messages": turns, **({"system": system} if system else {})}
 
-    # ---- What went wrong ----
+    # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
         anthropic = import_extra("anthropic", "anthropic")
@@ -131,7 +131,7 @@ class AnthropicTeacher(RemoteTeacher):
 
 
 def _unsupported(detail: str) -> FailureKind | None:
-    """Which ability a 400 denies, if any. The service has no code for it, only words."""
+    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
     text = detail.lower()
     if "prefill" in text or "must end with a user message" in text:
         return "no_prefill"
@@ -157,11 +157,11 @@ def _sample(answer: Any, prefix: Prefix, instructed: bool) -> Sample:
 
 
 def without_common_space(prefix: str, text: str) -> str:
-    """Take off a continuation the white space at the end of the prefix, which was not sent and is written again.
+    """Remove from a continuation the trailing white space of the prefix, where the model wrote it again.
 
     Args:
         prefix: the student's text.
-        text: the continuation of the prefix without its trailing white space.
+        text: the continuation of the prefix that was sent, without its trailing white space.
 
     Example:
         >>> without_common_space("First,\\n", "\\n\\nwe add")
@@ -172,8 +172,8 @@ def without_common_space(prefix: str, text: str) -> str:
 
 
 def _usage(usage: Any) -> Usage | None:
-    """The service's `input_tokens` are those that no cache had a part in."""
-    # A proxy that speaks the service's language may leave any of them out.
+    """The service's `input_tokens` exclude cache reads and cache writes."""
+    # A compatible proxy may leave any of them out.
     if getattr(usage, "input_tokens", None) is None or getattr(usage, "output_tokens", None) is None:
         return None
     read = usage.cache_read_input_tokens or 0

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What each model can do, by its name. Tables age: a model that refuses what they promise is asked differently.
+"""Capabilities of each model, by name. When a model contradicts this table, later requests are adapted.
 
-Read from the SDKs (openai 3.52, anthropic 2.11, google-genai 3.4) and from what the services answered, November 2026.
+Sources: the SDKs (openai 3.52, anthropic 2.11, google-genai 3.4) and answers of the services, November 2026.
 """
 
 import re
@@ -19,20 +19,20 @@ logger = logging.get_logger(__name__)
 Provider = Literal["vllm", "openai", "anthropic", "gemini"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
-# Those whose servers speak OpenAI's language.
+# Providers with an OpenAI-compatible API.
 OPENAI_STYLE: tuple[Provider, ...] = ("vllm", "openai")
 
-# Samples in one request: vLLM and SGLang draw them from one prompt; more than this gives bursts that stall a server.
+# Samples per request. vLLM and SGLang draw them from one prompt; larger bursts stall a server.
 VLLM_SAMPLES = 64
 
 _VLLM = Capabilities(
     continuation="raw",
     samples_per_request=VLLM_SAMPLES,
-    # Templates that know no such switch ignore it.
+    # Templates without this switch ignore it.
     reasoning_off={"chat_template_kwargs": {"enable_thinking": False}},
 )
 
-# ---- Models of OpenAI, and of the services that speak its language ----
+# ---- Models of OpenAI, and of OpenAI-compatible services ----
 _OPENAI = Capabilities("instruct", samples_per_request=8, min_cached_prefix=1024)
 _OPENAI_NONE = replace(_OPENAI, reasoning_off={"reasoning_effort": "none"})
 _OPENAI_REASONS = replace(_OPENAI, takes_temperature=False, reasoning_headroom=1024)
@@ -53,20 +53,20 @@ _GEMINI_2_5 = Capabilities(
     reasoning_off={"thinking_config": {"thinking_budget": 0}},
     min_cached_prefix=1024,
 )
-# The least that it takes; its thoughts count against the limit on the answer.
+# The minimum that it accepts. Its thoughts count against the limit on the answer.
 _GEMINI_2_5_PRO = replace(
     _GEMINI_2_5, reasoning_off={"thinking_config": {"thinking_budget": 128}}, reasoning_headroom=256
 )
 _GEMINI_3 = Capabilities(
     "instruct", reasoning_off={"thinking_config": {"thinking_level": "minimal"}}, min_cached_prefix=2048
 )
-# No "minimal" for these.
+# These do not support "minimal".
 _GEMINI_3_PRO = replace(
     _GEMINI_3, reasoning_off={"thinking_config": {"thinking_level": "low"}}, reasoning_headroom=1024
 )
 
-# The first pattern that matches the whole name, in lower case, decides. The last one is the provider's default, the
-# safest choice for a model that nobody has described yet.
+# The first pattern that matches the whole name, in lower case, is used. The last one is the provider's default, the
+# safest choice for an unknown model.
 MODELS: dict[Provider, list[tuple[str, Capabilities]]] = {
     "vllm": [(r".*", _VLLM)],
     "openai": [
@@ -100,7 +100,7 @@ MODELS: dict[Provider, list[tuple[str, Capabilities]]] = {
     ],
 }
 
-# Announced by the providers; the SDKs carry these dates for the models that they know.
+# Dates announced by the providers. The SDKs list them for the models that they know.
 SHUTDOWNS: dict[Provider, list[tuple[str, date]]] = {
     "vllm": [],
     "openai": [
@@ -124,18 +124,18 @@ SHUTDOWNS: dict[Provider, list[tuple[str, date]]] = {
 
 
 def capabilities_of(provider: str, model: str) -> Capabilities:
-    """What a model can do.
+    """The capabilities of a model.
 
     Args:
         provider: `"vllm"`, `"openai"`, `"anthropic"` or `"gemini"`.
-        model: as the service knows it.
+        model: the service's name of the model.
 
     Returns:
-        The entry of the first pattern that matches; for a model that no pattern describes, what is safest with its
-        provider: closed models are instructed.
+        The entry of the first pattern that matches. The last pattern of a provider matches every model and is its
+        safest choice: closed models are instructed.
 
     Raises:
-        KeyError: for another provider.
+        KeyError: for an unknown provider.
 
     Example:
         >>> capabilities_of("anthropic", "claude-haiku-4-5").continuation
@@ -148,12 +148,12 @@ def capabilities_of(provider: str, model: str) -> Capabilities:
 
 
 def warn_shutdown(name: str, capabilities: Capabilities, today: date) -> None:
-    """Log a warning when the provider switches a model off within 30 days, or has done so.
+    """Log a warning when the provider retires a model within 30 days, or has retired it.
 
     Args:
-        name: of the teacher, as in `anthropic:claude-sonnet-4-5`.
-        capabilities: its own.
-        today: the day to compare with.
+        name: name of the teacher, as in `anthropic:claude-sonnet-4-5`.
+        capabilities: capabilities of the teacher's model.
+        today: date to compare with.
     """
     if capabilities.shutdown is None:
         return
@@ -166,5 +166,5 @@ def warn_shutdown(name: str, capabilities: Capabilities, today: date) -> None:
     elif days <= 30:
         logger.warning(
             f"The provider switches {name} off on {capabilities.shutdown}, in {days} days. A run that lasts longer, "
-            "or that is resumed later, needs another model."
+            "or is resumed later, needs another model."
         )

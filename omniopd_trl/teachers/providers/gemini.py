@@ -30,11 +30,11 @@ class GeminiTeacher(RemoteTeacher):
     Models up to 2.5 continue a last turn of the role `model` (`prefill`); later ones refuse it and are instructed.
 
     Args:
-        model: as the service knows it, for example `"gemini-2.5-flash"`.
-        capabilities: what it can do.
-        base_url: of the service; defaults to `GOOGLE_GEMINI_BASE_URL`, and then to Google itself.
+        model: the service's name of the model, for example `"gemini-2.5-flash"`.
+        capabilities: capabilities of the model.
+        base_url: address of the service. Defaults to `GOOGLE_GEMINI_BASE_URL`, and then to Google itself.
         settings: limits of this process.
-        budget: what may still be spent.
+        budget: budget of the teacher. Defaults to no limit.
     """
 
     key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
@@ -57,15 +57,16 @@ class GeminiTeacher(RemoteTeacher):
         httpx2 = import_extra("httpx2", "gemini")
         key = self.key()
         most = self.settings.max_concurrency
-        # With a client of ours the SDK stays on this transport even where aiohttp is installed, and the pool is as
-        # large as what runs at once. Without `retry_options` it does not retry.
+        # With this client the SDK uses httpx even when aiohttp is installed, and the pool holds a connection for each
+        # concurrent request. Without `retry_options` it does not retry.
         http = httpx2.AsyncClient(
             follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
         )
         options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
         if self.base_url is not None:
             options["base_url"] = self.base_url
-        # `vertexai=False`: variables that switch the SDK to another product ask for other credentials.
+        # `vertexai=False` overrides environment variables that switch the SDK to another product with other
+        # credentials.
         client = genai.Client(api_key=key, vertexai=False, http_options=genai.types.HttpOptions(**options))
         return client, http
 
@@ -101,7 +102,7 @@ class GeminiTeacher(RemoteTeacher):
             samples = tuple(_sample(candidate, prefix, instructed) for candidate in answer.candidates)
         return Response(samples, _usage(answer.usage_metadata))
 
-    # ---- What is sent ----
+    # ---- Requests ----
 
     def _contents(self, prefix: Prefix) -> tuple[list[dict[str, Any]], str | None]:
         if self.capabilities.continuation == "instruct":
@@ -122,7 +123,7 @@ class GeminiTeacher(RemoteTeacher):
         ]
         return contents, system or None
 
-    # ---- What went wrong ----
+    # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
         errors = import_extra("google.genai.errors", "gemini")
@@ -143,7 +144,7 @@ class GeminiTeacher(RemoteTeacher):
         if "API_KEY_INVALID" in facts:
             status = 401  # the service answers 400
         elif status == 429 and "PerDay" in facts:
-            code = "insufficient_quota"  # a shorter wait is named all the same
+            code = "insufficient_quota"  # although the response names a shorter wait
         kind = _unsupported(detail) if status == 400 else None
         if kind is not None:
             return Failure(kind, f"{status}: {detail[:500]}")
@@ -169,7 +170,7 @@ def _retry_delay(details: Any) -> float | None:
 
 
 def _unsupported(detail: str) -> FailureKind | None:
-    """Which ability a 400 denies, if any. The service has no code for it, only words."""
+    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
     text = detail.lower()
     if "candidate" in text:
         return "one_sample"
@@ -182,7 +183,7 @@ def _unsupported(detail: str) -> FailureKind | None:
     return None
 
 
-# Reasons to end a sample that mean that it was taken away, or would be.
+# Finish reasons of filtered samples.
 _FILTERED = {
     "SAFETY",
     "RECITATION",
@@ -215,7 +216,7 @@ def _usage(usage: Any) -> Usage | None:
     if usage is None:
         return None
     thoughts = usage.thoughts_token_count or 0
-    # A blocked prompt, and an answer that is all thought, come without a count of the candidates.
+    # A blocked prompt and an answer of thoughts only have no count of candidates.
     return Usage(
         prompt_tokens=usage.prompt_token_count or 0,
         cached_tokens=usage.cached_content_token_count or 0,

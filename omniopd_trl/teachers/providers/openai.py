@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers behind an OpenAI-style interface: vLLM, OpenAI itself, and the many servers that speak its language."""
+"""Teachers behind an OpenAI-compatible API: vLLM, OpenAI itself, and other servers."""
 
 import json
 import os
@@ -33,15 +33,15 @@ class OpenAITeacher(RemoteTeacher):
 
     Args:
         provider: `"vllm"` or `"openai"`.
-        model: as the server knows it.
-        capabilities: what the model can do.
-        base_url: of the server, with its `/v1`. Defaults to a vLLM on this machine, or to `OPENAI_BASE_URL` and then
-            OpenAI itself.
-        tokenizer: of the teacher, or its path or id; its chat template renders the prompts of a `raw` continuation.
-            Defaults to `model`. Plain-text prompts need none.
-        chat_template_kwargs: arguments for that template, here or on the server.
+        model: the server's name of the model.
+        capabilities: capabilities of the model.
+        base_url: address of the server, with its `/v1`. Defaults to this machine for `vllm`, and to `OPENAI_BASE_URL`
+            and then OpenAI itself for `openai`.
+        tokenizer: tokenizer of the teacher, or its path or id. Its chat template renders the prompts of a `raw`
+            continuation. Defaults to `model`. Plain-text prompts need none.
+        chat_template_kwargs: arguments for the chat template, here or on the server.
         settings: limits of this process.
-        budget: what may still be spent.
+        budget: budget of the teacher. Defaults to no limit.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class OpenAITeacher(RemoteTeacher):
 
     def connect(self) -> Any:
         openai = import_extra("openai", "openai")
-        # Servers of one's own usually ask for no key, and the SDK insists on one.
+        # Self-hosted servers usually require no key, but the SDK does.
         placeholder = None if self.dialect == "openai" else "none"
         return openai.AsyncOpenAI(
             api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
@@ -77,7 +77,7 @@ class OpenAITeacher(RemoteTeacher):
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         instructed = self.capabilities.continuation == "instruct"
-        # vLLM refuses to draw several samples without chance. They would all be the same: one stands for them.
+        # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
         fields, extra = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
@@ -102,10 +102,10 @@ class OpenAITeacher(RemoteTeacher):
         samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
         return Response(samples * copies, _usage(answer))
 
-    # ---- What is sent ----
+    # ---- Requests ----
 
     def _sampling(self, num_samples: int, request: SamplingRequest) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fields of the SDK, and fields beyond it. Servers fill what is left open with defaults of their own."""
+        """Fields of the SDK, and additional fields. Servers replace missing fields by their own defaults."""
         fields: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         limit = "max_completion_tokens" if self.dialect == "openai" else "max_tokens"
@@ -125,7 +125,7 @@ class OpenAITeacher(RemoteTeacher):
         elif self.dialect == "openrouter":
             extra = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         elif self.dialect == "transformers":
-            # It refuses fields that it does not know, and samples only when this one says so.
+            # It refuses unknown fields, and samples only with `do_sample`.
             config = {"do_sample": request.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
             if request.temperature > 0:
                 config |= {"temperature": request.temperature, "top_p": request.top_p}
@@ -164,7 +164,7 @@ class OpenAITeacher(RemoteTeacher):
             and text.startswith(bos)
             and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         ):
-            # Servers other than vLLM cannot be told; they begin every text with this token themselves.
+            # Other servers have no such field and begin every text with this token themselves.
             text = text.removeprefix(bos)
         return text + prefix.completion, adds_none
 
@@ -187,7 +187,7 @@ class OpenAITeacher(RemoteTeacher):
             )
         return self._tokenizer
 
-    # ---- What went wrong ----
+    # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
         openai = import_extra("openai", "openai")
@@ -218,11 +218,11 @@ class OpenAITeacher(RemoteTeacher):
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:
-    """Whether a `vllm:` or `openai:` name means a server of one's own, and not a service with fields of its own.
+    """Whether a `vllm:` or `openai:` teacher is on a self-hosted server, not on a service with different fields.
 
     Args:
         provider: `"vllm"` or `"openai"`.
-        base_url: as `OpenAITeacher` takes it.
+        base_url: as in `OpenAITeacher`.
     """
     return _dialect(provider, _address(provider, base_url)) == "vllm"
 
@@ -234,7 +234,7 @@ def _address(provider: str, base_url: str | None) -> str:
 
 
 def _dialect(provider: str, base_url: str) -> str:
-    """Which fields a server takes: those of the services that refuse unknown ones are known by their address."""
+    """The fields that a server accepts. Services that refuse unknown fields are recognized by their address."""
     host = urlsplit(base_url).hostname or ""
     for known, dialect in (
         ("api.openai.com", "openai"),
@@ -253,7 +253,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _unsupported(param: str | None, detail: str) -> Any:
-    """Which ability a 400 denies, if any. The services say it in `param` or in words."""
+    """The missing capability that a 400 reports, if any. Services report it in `param` or in the message."""
     text = detail.lower()
     if "prefill" in text or "continue_final_message" in text or "must end with a user message" in text:
         return "no_prefill"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The engine behind every teacher of a service: concurrency, limits, retries, what errors mean."""
+"""The engine of all teachers behind a service: concurrency, limits, retries, classification of errors."""
 
 from omniopd_trl.teachers.remote.engine import (
     Capabilities,

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The one engine that every teacher behind a service goes through.
+"""The engine of all teachers behind a service.
 
-An adapter knows how to make one request and what its SDK's exceptions mean. Splitting N samples over requests, order,
-concurrency, rate limits, retries, time limits, the budget and the counts are here, once.
+An adapter sends one request and classifies its SDK's exceptions. The engine splits N samples over requests and handles
+order, concurrency, rate limits, retries, time limits, the budget and the counts.
 """
 
 import asyncio
@@ -54,17 +54,17 @@ Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instr
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model behind a service can do. Data, by model name; see `teachers/providers/capabilities.py`.
+    """Capabilities of a model behind a service. `teachers/providers/capabilities.py` lists them by model name.
 
     Attributes:
         continuation: how the student's text becomes the beginning of the teacher's answer.
-        samples_per_request: samples that one request may ask for.
+        samples_per_request: maximum number of samples per request.
         takes_temperature: whether the service accepts and honours a temperature and `top_p`.
-        reasoning_off: what is merged into the request's body to switch hidden reasoning off, or as low as it goes.
-        reasoning_headroom: tokens that a request may use beyond those of its text, where reasoning cannot be switched
-            off and counts against the limit.
+        reasoning_off: fields of the request's body that disable hidden reasoning, or minimize it.
+        reasoning_headroom: additional tokens per sample, for reasoning that cannot be disabled and counts against the
+            limit.
         min_cached_prefix: shortest prompt that the service caches, in tokens; `None` when it caches none.
-        shutdown: when the provider switches the model off, where that is known.
+        shutdown: date on which the provider retires the model; `None` when unknown.
     """
 
     continuation: Continuation
@@ -84,11 +84,11 @@ class EngineSettings:
         max_concurrency: requests in flight at once.
         requests_per_minute: `None` for no limit.
         tokens_per_minute: `None` for no limit.
-        timeout: seconds that one attempt may take.
-        max_attempts: attempts per request, the first one included. `None` for as many as `max_seconds` has room for,
-            of which `MAX_PAID_ATTEMPTS` may be ones that the service may charge for.
-        max_seconds: seconds that all attempts of a request, and the waits between them, may take together. Waiting for
-            its turn does not count: a long queue is no fault.
+        timeout: limit of one attempt, in seconds.
+        max_attempts: attempts per request, the first one included. With `None`, `max_seconds` is the limit, and
+            `MAX_PAID_ATTEMPTS` limits the attempts that may be charged.
+        max_seconds: limit of all attempts of a request and the waits between them, in seconds. Time in the queue does
+            not count.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
     """
 
@@ -119,40 +119,42 @@ class Sample(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What one request returned: samples in the service's order, and its usage over all of them.
+    """The result of one request.
 
-    The usage is `None` where the service said none.
+    Attributes:
+        samples: the samples, in the service's order.
+        usage: tokens of all samples together; `None` when the service reports none.
     """
 
     samples: tuple[Sample, ...]
     usage: Usage | None
 
 
-# Keeps and counts an answer that used so much and cost so many US dollars; see `KeptAnswers`.
+# Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
 _Keep = Callable[[Response, Usage, float | None], None]
 
 
 @dataclass
 class _Tally:
-    """What happened while one prefix was continued."""
+    """Counts and problems of one prefix."""
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
 class RemoteTeacher(Teacher):
-    """Base of the teachers behind a service.
+    """Base class of teachers behind a service.
 
     Args:
         name: provider and model, as in `anthropic:claude-haiku-4-5`.
-        capabilities: what the model can do.
+        capabilities: capabilities of the model.
         settings: limits of this process.
-        budget: what may still be spent; `None` for no limit.
+        budget: budget of the teacher; `None` for no limit.
 
-    A subclass writes `request` and `classify`, and `connect` when it holds a client.
+    A subclass implements `request` and `classify`, and `connect` when it uses a client.
 
     Attributes:
-        key_variables: environment variables that may hold the key, the first one found is used.
+        key_variables: environment variables that may hold the key. The first one that is set is used.
     """
 
     is_remote = True
@@ -182,29 +184,30 @@ class RemoteTeacher(Teacher):
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        """Make one request, once, for `num_samples` continuations of `prefix`.
+        """Send one request for `num_samples` continuations of `prefix`, without retries.
 
-        It reads `self.capabilities` anew each time. The SDK's own retries are off. Refused, filtered and empty samples
-        are returned as such; everything else that goes wrong raises what the SDK raises.
+        Each call reads `self.capabilities`, because they may have changed. The SDK's own retries are disabled.
+        Refused, filtered and empty samples are returned with their outcome. Any other error raises the SDK's
+        exception.
         """
 
     @abstractmethod
     def classify(self, error: Exception) -> Failure | None:
-        """What an exception that `request` raised means; `None` for a mistake of our own, which is raised as it is."""
+        """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
         size = len(str(prefix.prompt).encode()) + len(prefix.completion.encode()) + self.prompt_overhead
         if self.capabilities.continuation == "instruct":
-            # The instruction, the words about where the text stops, and tags around every turn. To render it all for
-            # every request would cost more than the rest of the engine.
+            # The instruction, the sentence on where the text stops, and tags around every turn. Rendering them for
+            # each request would cost more than the rest of the engine.
             size += len(INSTRUCTION.encode()) + 1024 + 64 * len(prefix.prompt) * (not isinstance(prefix.prompt, str))
         return size
 
     # ---- Client and key ----
 
     def connect(self) -> Any:
-        """Make the SDK's client; its own retries are off. Called in the event loop that will use it.
+        """Create the SDK's client, with its own retries disabled. Called in the event loop that uses the client.
 
         Raises:
             TeacherError: when the key is missing.
@@ -213,32 +216,32 @@ class RemoteTeacher(Teacher):
         raise NotImplementedError
 
     async def disconnect(self, client: Any) -> None:
-        """Release what `connect` returned."""
+        """Close the client that `connect` returned."""
         await client.close()
 
     @property
     def client(self) -> Any:
-        """The SDK's client. It belongs to one event loop: a new one is made where that has changed."""
+        """The SDK's client. It belongs to one event loop; another loop gets a new one."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
             self._client, self._loop = self.connect(), loop
         return self._client
 
     async def aclose(self) -> None:
-        """Release connections. The next request makes new ones."""
+        """Release connections. The next request opens new ones."""
         if self._client is None or self._loop is not asyncio.get_running_loop():
-            return  # a client of another loop is closed there, if at all: somebody may be using it
+            return  # the client belongs to another loop, which may still use it
         client, self._client = self._client, None
         await self.disconnect(client)
 
     def key(self, placeholder: str | None = None) -> str:
-        """The key, from the environment. It is handed to the SDK and kept nowhere else.
+        """The key, from the environment. It is passed to the SDK and stored nowhere else.
 
         Args:
-            placeholder: what to send where no key is needed; `None` where one is.
+            placeholder: value to use when no key is set; `None` when a key is required.
 
         Raises:
-            TeacherError: when no variable holds one.
+            TeacherError: when a key is required and no variable holds one.
         """
         for variable in self.key_variables:
             if value := os.environ.get(variable, "").strip():
@@ -263,16 +266,16 @@ class RemoteTeacher(Teacher):
                 f"this model takes no temperature and no top_p, so teacher_temperature={request.temperature:g} and "
                 f"teacher_top_p={request.top_p:g} are not sent."
             )
-        # Tasks start in order, and places are given in order: a prefix goes out before the longer one that begins with
-        # it, so that a prompt cache can serve the latter.
+        # Tasks start in order and get their slots in order. A prefix is sent before the longer one that begins with
+        # it, so a prompt cache can serve the longer one.
         kept = [self._kept(prefix, request) for prefix in prefixes]
         return await _all(self._continue(*asked, request) for asked in zip(prefixes, kept, strict=True))
 
     def probe(self, prompt: Prompt) -> None:
-        """One tiny request: key, model, continuation and samples per request are looked at before any generation."""
+        """Check key, model, continuation and samples per request with one tiny request, before any generation."""
         wanted = min(2, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
-        # In a loop of its own, which neither the client nor the throttle may outlive.
+        # In a separate event loop. Client and throttle must not outlive it.
         reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
         if not reply.rollouts:
             raise TeacherError(
@@ -298,7 +301,7 @@ class RemoteTeacher(Teacher):
 
     async def _continue(self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest) -> TeacherReply:
         tally = _Tally()
-        # By their first sample. What was answered in an earlier run costs nothing and is not counted again.
+        # By first sample. Answers of an earlier run cost nothing and are not counted again.
         answers = {
             start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
             for start, size, samples in kept.found
@@ -308,14 +311,14 @@ class RemoteTeacher(Teacher):
             try:
                 keep = partial(_keep, kept, start, num_samples)
                 response = await self._ask(prefix, num_samples, _part(request, prefix, start), tally, keep)
-            except RequestFailedError:  # several samples are refused, and from now on each request asks for one
+            except RequestFailedError:  # several samples are refused: each request asks for one from now on
                 return await ask_all(self._split(start, num_samples))
             if response is None:
                 return []
             returned = len(response.samples)
             if not 0 < returned < num_samples:
                 return [response._replace(samples=response.samples[:num_samples])]
-            # Some servers return fewer samples than they were asked for, without a word: the rest is asked for.
+            # Some servers silently return fewer samples than requested. The others are requested.
             self._returns_fewer(num_samples, returned)
             sizes = self._split(start + returned, num_samples - returned)
             return [response, *await ask_all(sizes)]
@@ -351,19 +354,19 @@ class RemoteTeacher(Teacher):
         return TeacherReply(rollouts, usage, failure, dict(tally.counts))
 
     def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
-        """Answers of earlier runs, by everything that decides what is asked. How it is asked may have been learned."""
+        """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
         how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
         key = json.dumps([self.name, prefix.prompt, prefix.completion, *how], default=str)
         return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
-        """Samples `start` to `start + num_samples` over requests: where each one starts, and how many it asks for."""
+        """Split samples `start` to `start + num_samples` into requests: first sample and size of each."""
         most, end = self.capabilities.samples_per_request, start + num_samples
         return [(begin, min(most, end - begin)) for begin in range(start, end, most)]
 
     def _fills_cache(self, prefix: Prefix) -> bool:
         least = self.capabilities.min_cached_prefix
-        # The bound counts bytes, of which a token of prose has about four.
+        # The bound is in bytes, and a token of prose has about four.
         return least is not None and self.max_prompt_tokens(prefix) / 4 >= least
 
     def _returns_fewer(self, asked: int, returned: int) -> None:
@@ -383,8 +386,8 @@ class RemoteTeacher(Teacher):
 
         Raises:
             TeacherError: on a final failure.
-            BudgetError: when it might exceed the budget.
-            RequestFailedError: when the service turned out to give one sample per request.
+            BudgetError: when the request might exceed the budget.
+            RequestFailedError: when the service refuses several samples per request.
         """
         clock = AttemptClock(self.settings.max_seconds)
         most = self.settings.max_attempts
@@ -398,7 +401,7 @@ class RemoteTeacher(Teacher):
             ):
                 with attempt:
                     again = attempt.retry_state.attempt_number > 1
-                    # Anew each time: an answer to somebody else may have changed what is sent.
+                    # In each attempt: another request may have changed the capabilities.
                     headroom = self.capabilities.reasoning_headroom
                     part = replace(request, max_tokens=request.max_tokens + headroom) if headroom else request
                     prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
@@ -419,7 +422,7 @@ class RemoteTeacher(Teacher):
         return None
 
     def _log_repeated(self, state: RetryCallState) -> None:
-        """A run that stands still for minutes says why."""
+        """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
         now = time.monotonic()
         error = state.outcome.exception() if state.outcome is not None else None
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
@@ -447,7 +450,7 @@ class RemoteTeacher(Teacher):
         except Exception as error:
             failure = self._failure(error)
             if failure is None:
-                # Nobody knows whether it happened before the request went out, or over an answer that is charged for.
+                # The error may come before the request was sent, or from reading an answer that is charged.
                 if not isinstance(error, OmniOPDError) and was_sent(error):
                     self._forfeit(reservation, request.ledger.paid)
                 raise
@@ -456,11 +459,11 @@ class RemoteTeacher(Teacher):
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
         if response.usage is None or not _is_counted(response):
-            # An answer that counts as free would make every budget endless.
+            # An answer that counted as free would never use up a budget.
             self.warn_once(
-                "the service does not say what an answer used, so the worst case of each request counts against the "
-                "budget, and the log's tokens leave such answers out. Let the server report `usage`, or expect the "
-                "budget to end early."
+                "the service does not report the usage of an answer, so the worst case of each request counts against "
+                "the budget, and the tokens in the log exclude such answers. Configure the server to report `usage`; "
+                "otherwise the budget ends early."
             )
             self._forfeit(reservation, partial(keep, response))
             response = response._replace(usage=None)
@@ -472,15 +475,15 @@ class RemoteTeacher(Teacher):
         return response
 
     def _forfeit(self, reservation: Reservation, paid: Callable[[Usage, float | None], None]) -> None:
-        """Count the worst case of a request as spent, where it is not known what the service charges for it."""
+        """Count the worst case of a request as spent, because its cost is unknown."""
         paid(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
     def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
-        """What to raise for a failure, after what it means for the requests to come."""
+        """The exception to raise for a failure. Adapts capabilities and throttle for later requests."""
         learned = LEARNED.get(failure.kind)
         if learned is not None and replace(sent_with, **learned) != sent_with:
-            # Requests in flight together are all refused; the first one changes what the others will send.
+            # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
             if replace(self.capabilities, **learned) != self.capabilities:
                 self._learn(failure, learned)
             return RequestFailedError(failure)
@@ -518,17 +521,17 @@ class RemoteTeacher(Teacher):
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
         what = {
-            "no_prefill": "it does not continue a given beginning, and is instructed to write what comes next; set "
+            "no_prefill": "it does not continue a prefill, and is instructed to write what comes next; set "
             'teacher_continuation="instruct" to skip this attempt',
             "no_temperature": "it takes no temperature and no top_p, and none is sent",
-            "one_sample": "it gives one sample per request, and prompts are paid for more often",
-            "always_reasons": "its reasoning cannot be switched off, and is paid for",
+            "one_sample": "it returns one sample per request, and prompts are paid for more often",
+            "always_reasons": "its reasoning cannot be disabled, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
 
 
 def _is_counted(response: Response) -> bool:
-    """Whether the service said what the answer used. Some that count nothing fill the numbers with zeros."""
+    """Whether the service reported the usage of an answer. Some services that do not count report zeros."""
     usage = response.usage
     if usage is None or usage.prompt_tokens <= 0 or usage.completion_tokens < 0:
         return False
@@ -538,13 +541,13 @@ def _is_counted(response: Response) -> bool:
 def _keep(
     kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
 ) -> None:
-    """Keep an answer to a request for `num_samples` from `start` on; one without any sample settles all of them."""
+    """Keep the answer to a request for `num_samples` samples from `start` on. An empty one counts for all."""
     samples = response.samples[:num_samples]
     kept.keep(start, len(samples) or num_samples, samples, usage, usd)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first error ends the others, so that nothing more is spent, and is raised as it is."""
+    """Results in order. The first error cancels the others, so no more is spent, and is raised unchanged."""
     coroutines = list(coroutines)
     if len(coroutines) == 1:
         return [await coroutines[0]]
@@ -557,7 +560,7 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingRequest:
-    """The request for the samples from `start` on. Two requests with one seed would return the same samples."""
+    """The request for the samples from `start` on. Its seed differs: equal seeds would return equal samples."""
     if request.seed is None:
         return request
     seed = (request.seed + zlib.crc32(prefix.completion.encode()) + start) % 2**31

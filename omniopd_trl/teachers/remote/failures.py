@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the errors of services and their SDKs mean."""
+"""Classification of the errors of services and their SDKs."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ FailureKind = Literal[
     "always_reasons",
 ]
 
-# What is believed of a model after it refused a request for one of these reasons. Tables of capabilities age.
+# The capabilities of a model after it refused a request for one of these reasons. The table may be outdated.
 LEARNED: dict[str, dict[str, Any]] = {
     "no_prefill": {"continuation": "instruct"},
     "no_temperature": {"takes_temperature": False},
@@ -31,17 +31,17 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """What an exception of an SDK means.
+    """Classification of an SDK's exception.
 
     Attributes:
-        kind: `"final"` (no request will be answered), `"transient"`, `"rate_limited"`, `"rejected"` (this very request
-            will not be answered, others may: it is longer than the model's context), or what the model turned out not
-            to do: `"no_prefill"` (continue a given beginning), `"no_temperature"`, `"one_sample"` (several samples per
-            request), `"always_reasons"` (reasoning off).
-        message: cause and next step, in words, without secrets.
-        retry_after: seconds to wait, when the service named them.
-        may_be_billed: whether the service may have worked, and charge for it, all the same: no answer in time, a
-            connection that broke. The budget then counts the worst case.
+        kind: `"final"` (no request will be answered), `"transient"`, `"rate_limited"`, or `"rejected"` (only this
+            request will not be answered, for example because it is longer than the model's context). The others name a
+            missing capability: `"no_prefill"`, `"no_temperature"`, `"one_sample"` (one sample per request),
+            `"always_reasons"` (reasoning cannot be disabled).
+        message: cause and next step, without secrets.
+        retry_after: wait that the service asked for, in seconds; `None` for none.
+        may_be_billed: whether the service may charge for the request although no answer arrived, for example after a
+            timeout. The budget then counts the worst case.
     """
 
     kind: FailureKind
@@ -51,15 +51,15 @@ class Failure:
 
 
 class MalformedResponseError(Exception):
-    """A response arrived that is not what the service's own format says."""
+    """A response does not follow the service's own format."""
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """Take out of a text what is, or looks like, a key or a part of one.
+    """Remove from a text what is, or looks like, a key or a part of one.
 
     Args:
-        text: what a service said. Some echo the beginning or the end of the key that they refuse.
-        secrets: the keys in use.
+        text: message of a service. Some services echo the beginning or the end of a refused key.
+        secrets: keys in use.
     """
     secrets = list(secrets)
     for secret in secrets:
@@ -69,7 +69,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     text = re.sub(r"\b(?:(?:sk|gsk|pk|rk)[-_]|AIza|AQ\.|ya29\.)[\w\-.*•…]{6,}", "[key]", text)
 
     def hide(match: re.Match[str]) -> str:
-        # Part of a key, as it stands or with its middle starred out. Words that a key merely contains stay.
+        # Part of a key, verbatim or with a masked middle. Words from inside a key are kept.
         word = match[0].rstrip(".,;:")
         pieces = [piece for piece in re.split(r"[*•…]+|\.{3,}", word) if piece]
         starred = "".join(pieces) != word
@@ -102,9 +102,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def was_sent(error: BaseException) -> bool:
-    """Whether a request that got no answer may have reached the service, which may then charge for it.
+    """Whether a request without an answer may have reached the service, and may be charged.
 
-    The SDKs' transports name what happened before: no connection, in time or at all, and no free place in the pool.
+    The SDKs' transports name the errors before sending: no connection, or no free connection in the pool.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -127,9 +127,9 @@ _OUT_OF_RANGE = re.compile(
 
 
 def out_of_range(detail: str) -> bool:
-    """Whether a refusal is about a parameter's value, and so says that there is such a parameter.
+    """Whether a refusal is about a parameter's value, so the service has this parameter.
 
-    A request without it would be answered, and sampled as the service likes.
+    A request without the parameter would be answered, but sampled with the service's default.
     """
     return _OUT_OF_RANGE.search(detail.lower()) is not None
 
@@ -137,32 +137,32 @@ def out_of_range(detail: str) -> bool:
 def failure_of_status(
     status: int, detail: str, *, model: str, key: str, wait: float | None = None, code: str | None = None
 ) -> Failure:
-    """What an HTTP status means with any provider.
+    """Classify an HTTP status, for any provider.
 
     Args:
-        status: of the response, 4xx or 5xx.
-        detail: what the service said.
-        model: as the service knows it.
+        status: status of the response, 4xx or 5xx.
+        detail: message of the service.
+        model: the service's name of the model.
         key: the environment variable that holds the key.
         wait: seconds that the service asked to wait.
-        code: the service's own code of the error, where it has one.
+        code: the service's own error code; `None` when there is none.
     """
     said = f"{status}: {detail[:500]}"
     if code == "insufficient_quota" or status == 402:
         return Failure("final", f"the account has no quota or credit left ({said}). Top it up, then resume.")
     if status in (429, 503, 529):
-        busy = "asked too often" if status == 429 else "overloaded"
-        return Failure("rate_limited", f"the service says that it is {busy} ({said})", wait)
+        busy = "limits the rate of requests" if status == 429 else "is overloaded"
+        return Failure("rate_limited", f"the service {busy} ({said})", wait)
     if status in (408, 409, 425, 499) or (status >= 500 and status != 501):
         return Failure("transient", f"the service failed ({said})", wait, may_be_billed=status in (408, 499, 504))
     if status in (400, 413, 422) and TOO_LONG.search(f"{code} {detail}"):
-        return Failure("rejected", f"the prompt is longer than the model takes ({said})")
+        return Failure("rejected", f"the prompt is longer than the model's context ({said})")
     if code in ("content_filter", "content_policy_violation"):
         return Failure("rejected", f"the prompt was filtered ({said})")
     if status == 401:
         return Failure("final", f"the key in {key} was refused ({said}). Set a valid one and start again.")
     if status == 403:
-        return Failure("final", f"the key in {key} may not use {model!r} ({said}). Ask for access, or name another.")
+        return Failure("final", f"the key in {key} may not use {model!r} ({said}). Request access, or name another.")
     if status == 404:
         return Failure("final", f"no model {model!r} at this address ({said}). Check teacher and base URL.")
     return Failure("final", f"the service refuses the request ({said}). Another attempt would be refused as well.")

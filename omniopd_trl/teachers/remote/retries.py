@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""When a request is sent again, after how long, and when no more."""
+"""Retries: which errors are retried, after which wait, and when a request is given up."""
 
 import random
 import time
@@ -14,20 +14,20 @@ from omniopd_trl.teachers.remote.failures import LEARNED, Failure
 BACKOFF = 0.5
 MAX_BACKOFF = 60.0
 
-# Where time alone bounds the attempts: those that the service may charge for. A server that always answers with
-# something unreadable would otherwise be paid for it for ten minutes.
+# Limit on attempts that may be charged, when `max_attempts` is not set. Without it, a server whose answers cannot be
+# read would be paid for ten minutes.
 MAX_PAID_ATTEMPTS = 6
 
-# Nothing has begun yet, and somebody may be waiting for the first line: a wrong address is named soon.
+# Attempts of the probe. Few, so a wrong address is reported within half a minute.
 PROBE_ATTEMPTS = 6
 
-# From this attempt on, the log says that requests are repeated; at most once in so many seconds.
+# Retries are logged from this attempt on, at most once in this many seconds.
 SAID_FROM_ATTEMPT = 5
 SAID_EVERY = 60.0
 
 
 class RequestFailedError(Exception):
-    """An attempt failed in a way that another one may mend, or that concerns this request alone."""
+    """An attempt failed, and either another one may succeed or only this request is affected."""
 
     def __init__(self, failure: Failure):
         super().__init__(failure.message)
@@ -35,7 +35,7 @@ class RequestFailedError(Exception):
 
 
 class PaidAttempts(stop_base):
-    """Stops a request after so many failed attempts that the service may charge for."""
+    """Stops a request after `attempts` failed attempts that may be charged."""
 
     def __init__(self, attempts: int):
         self.left = attempts
@@ -72,14 +72,14 @@ def may_be_repeated(error: BaseException) -> bool:
 
 
 def wait_before(state: RetryCallState, left: float) -> float:
-    """Exponential backoff with full jitter, in seconds; what the service asked for is the least.
+    """Exponential backoff with full jitter, in seconds, added to the wait that the service asked for.
 
-    A wait that would use up the time that is left becomes half of it, so that the time is used before giving up.
+    A wait that would use up the remaining time is reduced to half of it, so there is time for another attempt.
     """
     error = state.outcome.exception() if state.outcome is not None else None
     if not isinstance(error, RequestFailedError) or error.failure.kind in LEARNED:
         return 0.0
-    longest = min(MAX_BACKOFF, BACKOFF * 2 ** min(state.attempt_number, 30))  # no float holds 2^1024
+    longest = min(MAX_BACKOFF, BACKOFF * 2 ** min(state.attempt_number, 30))  # 2^1024 overflows a float
     least = error.failure.retry_after or 0.0
     wait = least + random.uniform(0, longest)
     return wait if wait < left or left < BACKOFF else max(least, left / 2)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How fast requests go out: concurrency that backs off and recovers, and requests and tokens per minute."""
+"""Rate limits: a concurrency that backs off and recovers, requests per minute, tokens per minute."""
 
 import asyncio
 from collections import deque
@@ -13,24 +13,24 @@ MINUTE = 60.0  # seconds
 
 
 def _limiter(per_minute: float | None) -> AsyncLimiter | None:
-    """So many per minute; one in several minutes where it is less than one, as nobody can send a part of a request."""
+    """A limit per minute. Below 1, one request is admitted every `1 / per_minute` minutes."""
     if per_minute is None:
         return None
     return AsyncLimiter(max(per_minute, 1.0), MINUTE / min(per_minute, 1.0))
 
 
 class Throttle:
-    """Lets requests through, first come, first served.
+    """Admits requests, first come, first served.
 
     Args:
         max_concurrency: requests in flight at once.
         requests_per_minute: `None` for no limit.
         tokens_per_minute: prompt and completion tokens, `None` for no limit.
 
-    After `slow_down`, half as many requests run at once, and none starts before the wait that the service asked for
-    is over. Each full round of successes lets one more run, until `max_concurrency` is reached again.
+    `slow_down` halves the concurrency, and no request starts before the wait that the service asked for is over. Each
+    full round of successes raises the concurrency by one, up to `max_concurrency`.
 
-    A throttle serves one event loop.
+    A throttle serves one event loop at a time.
     """
 
     def __init__(
@@ -52,22 +52,22 @@ class Throttle:
 
     @asynccontextmanager
     async def slot(self, tokens: int, again: bool = False) -> AsyncIterator[float]:
-        """Wait for a place, then hold it.
+        """Wait for a slot, then hold it.
 
         Args:
-            tokens: what the request is expected to use.
-            again: a repeated request goes before those that have not been sent at all, so that the oldest work ends
+            tokens: expected tokens of the request.
+            again: whether the request is a retry. Retries are admitted before new requests, so the oldest work ends
                 first.
 
         Yields:
-            When the place was given, in seconds of the loop's clock; `slow_down` wants to know.
+            Time at which the slot was given, in seconds of the loop's clock, as `slow_down` takes it.
         """
         await self._enter(again)
         try:
             if self._requests is not None:
                 await self._requests.acquire()
             if self._tokens is not None:
-                async with self._turn():  # or the parts of all that wait would take turns, and all be late
+                async with self._turn():  # interleaved parts would delay all waiting requests
                     rest = float(tokens)
                     while rest > 0:  # a request larger than a minute's worth takes several minutes
                         part = min(rest, self._tokens.max_rate)
@@ -81,19 +81,19 @@ class Throttle:
             self._leave()
 
     def _turn(self) -> asyncio.Lock:
-        """A lock belongs to one loop, and a teacher may be asked in one after the other."""
+        """The lock of the current event loop. A teacher may be used in several loops, one after the other."""
         loop = asyncio.get_running_loop()
         if self._tokens_turn is None or self._tokens_turn[0] is not loop:
             self._tokens_turn = loop, asyncio.Lock()
         return self._tokens_turn[1]
 
     def slow_down(self, retry_after: float, began: float) -> None:
-        """A service said that it is asked too much.
+        """Halve the concurrency after a rate limit, and delay new requests.
 
         Args:
-            retry_after: seconds that it wants to be left alone; 0 when it named none.
-            began: what `slot` yielded for the request. Refusals of requests that were in flight together say the same
-                thing, and count as one.
+            retry_after: wait that the service asked for, in seconds; 0 for none.
+            began: what `slot` yielded for the request. Rate limits of requests that were in flight together count as
+                one.
         """
         now = asyncio.get_running_loop().time()
         if began >= self._slowed_at:
@@ -103,7 +103,7 @@ class Throttle:
         self._paused_until = max(self._paused_until, now + retry_after)
 
     def succeeded(self) -> None:
-        """A request was answered."""
+        """Count a successful request."""
         if self.concurrency == self.max_concurrency:
             return
         self._successes += 1
@@ -124,9 +124,9 @@ class Throttle:
         try:
             await future
         except asyncio.CancelledError:
-            if not future.cancelled():  # the place was given in the same turn of the loop
+            if not future.cancelled():  # the slot was given in the same iteration of the loop
                 self._leave()
-            raise  # a cancelled future is passed over when its turn comes
+            raise  # `_admit` skips a cancelled future
 
     def _leave(self) -> None:
         self._active -= 1
