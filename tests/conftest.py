@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny real models and tokenizers, made here, so that no test needs a network.
+"""Tiny models and tokenizers, which are created locally: no test needs a network.
 
-The student and the teacher differ in tokenizer, chat template and size on purpose: everything between them is text.
+The student and the teacher differ in tokenizer, chat template and size, since they exchange only text.
 """
 
 import os

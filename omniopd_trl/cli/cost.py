@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""`omniopd cost`: what a recipe will ask of its teacher, in tokens and dollars, before anything is asked."""
+"""`omniopd cost`: forecast the tokens and dollars that a recipe takes from its teacher, without any request."""
 
 import argparse
 import math
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 # A stream has no length; this many of its first prompts are measured.
 _STREAMED_PROMPTS = 1000
 
-# Of English prose, where no tokenizer is at hand to count it.
+# An average of English prose, for when no tokenizer is loaded.
 _LETTERS_PER_TOKEN = 4
 
 
 class _Prompts(NamedTuple):
-    """What was measured of the dataset."""
+    """Lengths of the measured prompts, in tokens."""
 
     lengths: list[float]
-    total: int | None  # of the dataset; `None` for a stream, or where it was not read
+    total: int | None  # rows of the dataset; `None` for a stream, or when the dataset was not read
 
 
 def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the forecast of a recipe.
 
     Args:
-        options: of the command.
-        rest: further options of the training command.
+        options: options of the command.
+        rest: options of the training command.
 
     Raises:
         OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
     """
-    # The machine that plans need not be the one that trains, and have a GPU with bf16.
+    # This machine may not be the one that trains, and may have no GPU with bf16.
     arguments = split_config(["--config", options.config, *rest, "--use_cpu", "true"])
     recipe = check_arguments(arguments)
     if options.prompt_length is None:
@@ -126,7 +126,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     notes = _notes(script_args, args, result, options)
     if overhead and tokenizer is None:
         notes.append(
-            f"The instruction that goes with every prompt is counted at {_LETTERS_PER_TOKEN} letters per token: "
+            f"The instruction that is added to every prompt is counted at {_LETTERS_PER_TOKEN} letters per token: "
             f"{overhead} tokens."
         )
     if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
@@ -139,7 +139,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _capabilities(provider: str, model: str) -> Any:
-    """What a model behind a service can do; `None` for a model of this machine."""
+    """The capabilities of a model behind a service; `None` for a local model."""
     from omniopd_trl.teachers.providers.capabilities import PROVIDERS, capabilities_of
 
     return capabilities_of(provider, model) if provider in PROVIDERS else None
@@ -159,8 +159,8 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
     except (OSError, ValueError) as error:
         raise DataError(
             f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
-            f"({str(error).splitlines()[0]}). Check `model_name_or_path`; without a network, the tokenizer must be in "
-            "a local folder or in the cache, or `--prompt_length` says how long a prompt is on average."
+            f"({str(error).splitlines()[0]}). Check `model_name_or_path`. Without a network, the tokenizer must be in "
+            "a local folder or in the cache, or pass the mean length of a prompt with `--prompt_length`."
         ) from error
 
 
@@ -207,7 +207,7 @@ def _instruction_length(tokenizer: Any) -> int:
 def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
     """Optimizer steps of the run, as the trainer takes them.
 
-    The rows of a step are drawn together, and those that do not fill one at the end of an epoch are left out.
+    Rows at the end of an epoch that do not fill a step are dropped.
     """
     from omniopd_trl.data.checks import check_step_is_filled
 
@@ -225,7 +225,7 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
 
 
 def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:
-    """Tokens of a trajectory, and where the number comes from."""
+    """Length of a trajectory in tokens, and the source of the number."""
     if given is not None:
         return given, "as given"
     from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
@@ -237,7 +237,7 @@ def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[floa
             return sum(lengths) / len(lengths), f"measured in {checkpoint}"
     return (
         float(args.max_completion_length),
-        "assumed: max_completion_length, the most that it can be; --trajectory_length sets another",
+        "assumed: max_completion_length, the upper bound; --trajectory_length sets another",
     )
 
 
@@ -282,15 +282,15 @@ def _table(result: "Forecast") -> list[str]:
 
 
 def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options: argparse.Namespace) -> list[str]:
-    """What the numbers do not hold, and how they compare with the budget."""
-    notes = ["Tokens are counted with the student's tokenizer. Requests that are repeated after an error come on top."]
+    """Notes on what the numbers leave out, and how they compare with the budget."""
+    notes = ["Tokens are counted with the student's tokenizer. Requests that are retried after an error come on top."]
     if args.audit_eval or script_args.evaluate_teacher:
-        notes.append("Evaluation asks the teacher too (audit_eval, evaluate_teacher), which comes on top.")
+        notes.append("The teacher's requests during evaluation (audit_eval, evaluate_teacher) come on top.")
     if args.chunk_overlap == "merge" and (options.chunks_per_trajectory is None or options.rollout_tokens is None):
         notes.append(
-            "chunk_overlap='merge' makes fewer and longer chunks, and every request of a trajectory asks for as much "
-            "as the longest: it may take more than this. --chunks_per_trajectory and --rollout_tokens take what a "
-            "run has logged."
+            "chunk_overlap='merge' makes fewer and longer chunks, and every request of a trajectory asks for as many "
+            "tokens as the longest chunk needs: a run may take more than this. Pass what a run has logged with "
+            "--chunks_per_trajectory and --rollout_tokens."
         )
     budgets: list[tuple[str, float | None, float | None]] = [
         ("teacher_budget_usd", args.teacher_budget_usd, result.run.no_cache.usd),

@@ -4,7 +4,7 @@
 
     omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
-What can be checked without a model is checked here, once, before any process is started.
+What can be checked without a model is checked once, before any process is started.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from omniopd_trl.cli.recipes import FOLDER
 from omniopd_trl.errors import ConfigError, import_extra
 
 MODULE = "omniopd_trl.train"
-# Options of `accelerate launch` that are the command's own, and what to do instead.
+# Options of `accelerate launch` that the command sets itself, and what to do instead.
 _OURS = {
     "config_file": "Name the file with `--accelerate_config`; the recipe with `--config`.",
     "module": f"`omniopd train` launches {MODULE}; for a script of your own there is `accelerate launch`.",
@@ -50,13 +50,13 @@ def config_files() -> dict[str, Path]:
 
 
 def resolve_config(value: str) -> Path:
-    """The file of a configuration of accelerate.
+    """The file of an accelerate configuration.
 
     Args:
-        value: the name of one that ships with the package, or a path.
+        value: name of a configuration that ships with the package, or a path.
 
     Raises:
-        ConfigError: when it is neither.
+        ConfigError: when there is no such name or file.
     """
     from difflib import get_close_matches
 
@@ -73,7 +73,7 @@ def resolve_config(value: str) -> Path:
 
 
 def make_help() -> str:
-    """The help of the command. Nothing heavy is imported for it."""
+    """The help of the command, without slow imports."""
     files = config_files()
     width = max(map(len, files), default=0)
     configs = []
@@ -90,19 +90,19 @@ def make_help() -> str:
             "  --config RECIPE",
             "      the recipe, a YAML file of options; `omniopd recipes` lists those that ship with the package",
             "  --accelerate_config NAME_OR_PATH",
-            "      how to launch, a file of `accelerate config` or one of these names. Without it accelerate's",
-            "      default configuration counts, and else one process per GPU",
+            "      how to launch: a file written by `accelerate config`, or one of these names. Defaults to",
+            "      accelerate's default configuration if there is one, and to one process per GPU otherwise",
             *configs,
             "  --num_processes N",
-            "      processes in all (default: what the configuration says, or one per visible GPU)",
+            "      total number of processes (default: as in the configuration, or one per visible GPU)",
             "  --main_process_port PORT, --gpu_ids 0,1, --num_machines N, ...",
             "      any other option of `accelerate launch`; `accelerate launch --help` lists them",
             "  --learning_rate 1e-6, --num_chunks 5, --output_dir student, --use_peft, ...",
-            "      any option of a recipe, which wins over the recipe;",
+            "      any option of a recipe; overrides the recipe;",
             f"      `python -m {MODULE} --help` and docs/configuration.md list them",
             "",
-            "A name that both know (`debug`, `gradient_accumulation_steps`) is the recipe's. The exit code is that of",
-            "the training.",
+            "An option of both (`debug`, `gradient_accumulation_steps`) goes to the training. The exit code is that",
+            "of the training.",
             "",
         ]
     )
@@ -110,7 +110,7 @@ def make_help() -> str:
 
 @cache
 def launch_options() -> dict[str, bool]:
-    """Options of `accelerate launch` by name, and whether a value follows, without an import of accelerate."""
+    """Options of `accelerate launch` by name, and whether they take a value. Does not import accelerate."""
     options: dict[str, bool] = {}
     for node in ast.walk(package_tree("accelerate", "commands/launch.py")):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
@@ -123,23 +123,23 @@ def launch_options() -> dict[str, bool]:
 
 
 class Split(NamedTuple):
-    """A command line, told apart."""
+    """A command line, split into its parts."""
 
     accelerate_config: str | None
-    launch: list[str]  # of `accelerate launch`
-    training: list[str]  # of the training
+    launch: list[str]  # options of `accelerate launch`
+    training: list[str]  # options of the training
 
 
 def split_arguments(arguments: Iterable[str], names: Sequence[str], options: Mapping[str, bool]) -> Split:
-    """Tell the options of accelerate from those of the training.
+    """Split the command line into the options of accelerate and those of the training.
 
     Args:
         arguments: the command line, with `--config` and its path as two words.
-        names: every name that the training's command line may hold.
-        options: of `accelerate launch`, by name, and whether a value follows.
+        names: names of all options of the training.
+        options: options of `accelerate launch` by name, and whether they take a value.
 
     Raises:
-        ConfigError: for an option that neither knows, and one without its value.
+        ConfigError: for an unknown option, and for an option of accelerate without its value.
     """
     config: str | None = None
     launch: list[str] = []
@@ -148,7 +148,7 @@ def split_arguments(arguments: Iterable[str], names: Sequence[str], options: Map
     for word in words:
         word = _SHORT.get(word, word)
         name = option_name(word)
-        # The training's parser says what is wrong with a value that belongs to no option.
+        # The training's parser reports a value that belongs to no option.
         if not word.startswith("--") or name in names:
             training.append(word)
             continue
@@ -172,21 +172,21 @@ def train(arguments: Sequence[str]) -> int:
     """Check the command line and the recipe, launch the training, and wait for it.
 
     Args:
-        arguments: what follows `omniopd train`.
+        arguments: the command line after `omniopd train`.
 
     Returns:
-        The exit code of the training: of the process that failed first, when there are several; 128 and the signal's
-        number when a signal ended it.
+        The exit code of the training. With several processes, that of the process that failed first. When a signal
+        ended it, 128 plus the number of the signal.
 
     Raises:
         ConfigError: for options that do not exist, and settings that cannot be launched.
-        MissingExtraError: when the configuration asks for DeepSpeed, which is not installed.
+        MissingExtraError: when the configuration needs DeepSpeed and it is not installed.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(make_help())
         return 0 if arguments else 2
 
-    # What needs no import of torch, TRL or accelerate comes first.
+    # The checks without an import of torch, TRL or accelerate come first, since these imports are slow.
     value, launch, training = split_arguments(split_config(arguments), option_names(option_hints()), launch_options())
     recipe = check_arguments(training)
     check_paths(training, recipe)
@@ -207,10 +207,10 @@ def train(arguments: Sequence[str]) -> int:
     if path is not None:
         launch = ["--config_file", str(path), *launch]
     if config is not None and config.use_cpu and not {"use_cpu", "no_use_cpu"} & set(map(option_name, training)):
-        # Otherwise the processes would look for GPUs, and where there are none each would train alone.
+        # Otherwise the processes would look for GPUs, and without GPUs each would train alone.
         training = [*training, "--use_cpu", "true"]
     args = launch_parser.parse_args([*launch, "-m", MODULE, *training])
-    # It would silence what is not said here anyway, and hide the exit code.
+    # accelerate's `quiet` would hide the exit code.
     args.quiet = None
     if config is not None:
         _complete(args, config, str(value))
@@ -221,9 +221,9 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _check_training(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], training: Sequence[str]) -> None:
-    """Refuse values and stray words that every process would refuse after it has imported TRL.
+    """Refuse invalid values and stray words here, before every process would refuse them after importing TRL.
 
-    What settings mean together is left to the processes, since it may need the device.
+    Checks of several settings together are left to the processes, since they may need the device.
     """
     parser.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "env"})  # type: ignore[attr-defined]
     position = training.index("--config") if "--config" in training else len(training)
@@ -233,7 +233,7 @@ def _check_training(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], 
 
 
 def _load(path: Path) -> Any:
-    """A configuration as accelerate reads it."""
+    """The configuration in a file, loaded by accelerate."""
     from accelerate.commands.config.config_args import load_config_from_file
     from yaml import YAMLError
 
@@ -247,34 +247,34 @@ def _load(path: Path) -> Any:
 
 
 def _complete(args: argparse.Namespace, config: Any, value: str) -> None:
-    """Fill in what a configuration leaves to the machine."""
+    """Fill in the number of processes and the GPUs where the configuration leaves them to the machine."""
     if args.num_processes is None and config.num_processes == -1:
         import torch
 
         count = torch.accelerator.device_count()
         if count == 0:
             raise ConfigError(
-                f"`accelerate_config` is {value!r}, which is for GPUs, and this machine shows none. "
-                "`--accelerate_config cpu_2` trains on the CPU; `--num_processes N` starts N processes all the same."
+                f"`accelerate_config` is {value!r}, which is for GPUs, and this machine has none. "
+                "`--accelerate_config cpu_2` trains on the CPU; `--num_processes N` starts N processes anyway."
             )
         args.num_processes = count * (args.num_machines or config.num_machines)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = "all" if config.gpu_ids is None else str(config.gpu_ids)
     if args.gpu_ids is None and chosen != "all" and value in config_files() and visible is not None:
-        # accelerate would replace the choice that the variable makes, rather than choose from it.
+        # accelerate would replace the GPUs of the variable instead of choosing from them.
         devices = visible.split(",")
         args.gpu_ids = ",".join(devices[int(i)] for i in chosen.split(",") if int(i) < len(devices))
 
 
 def _spell_out(args: argparse.Namespace, config: Any) -> None:
-    """Give accelerate the values that it would take itself: it would list them, ahead of what the training says."""
+    """Set accelerate's own defaults explicitly. Otherwise it prints a list of them before the training starts."""
     import psutil
     import torch
     from accelerate.commands import launch as accelerate_launch
 
     if config is None:
         if os.path.isfile(accelerate_launch.default_config_file) and not args.cpu:
-            return  # whoever wrote it has answered these questions
+            return  # the user's default configuration sets these values
         count = torch.accelerator.device_count()
         if args.num_processes is None:
             args.num_processes = count
@@ -298,9 +298,9 @@ def _launch(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Whoever ends the command means the training. accelerate would leave its one process behind, which would train on,
-    # and ask a teacher that is paid for. Its launcher of several processes ends them itself. On Control-C, too, the
-    # training has the last word, and this process waits for it.
+    # A signal to the command is meant for the training. With one process, accelerate would leave it running, and it
+    # would continue to pay for the teacher. The launcher of several processes ends them itself. On Control-C, this
+    # process waits until the training has ended.
     previous = {}
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, _hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -309,14 +309,14 @@ def _launch(args: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:
         return _exit_code(error.returncode)
     except ChildFailedError as error:
-        # The others were ended because of it.
+        # The launcher ended the others because of this one.
         return _exit_code(error.get_first_failure()[1].exitcode)
     except SignalException as error:
         return _exit_code(-error.sigval)
     except KeyboardInterrupt:
         return _exit_code(-signal.SIGINT)
     except (ValueError, ImportError, ConnectionError) as error:
-        # Nothing but the launcher runs in this process.
+        # Only the launcher runs in this process, so the error is its own.
         raise ConfigError(f"accelerate cannot launch this: {error}") from error
     finally:
         for number, handler in previous.items():
@@ -325,7 +325,7 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _hand_on(number: int, frame: Any) -> None:
-    """Send a signal on to the processes that were started."""
+    """Forward a signal to the processes that were started."""
     import psutil
 
     for process in psutil.Process().children():
@@ -334,5 +334,5 @@ def _hand_on(number: int, frame: Any) -> None:
 
 
 def _exit_code(code: int) -> int:
-    """As a shell reports it: a process that a signal ended has a negative one in Python."""
+    """The exit code as a shell reports it. In Python, a process that a signal ended has a negative code."""
     return code if code >= 0 else 128 - code

@@ -4,11 +4,11 @@
 
     omniopd cost --config recipes/math_qwen3_4b.yaml --trajectory_length 6340
 
-says what a recipe will ask of its teacher, in tokens and dollars, before anything is asked.
+forecasts the tokens and dollars that a recipe takes from its teacher, without any request.
 
     omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
-trains, on as many processes as there are GPUs. `omniopd demo` runs the demo, `omniopd recipes` lists the recipes.
+trains with one process per GPU. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from omniopd_trl.errors import ConfigError, OmniOPDError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command. It imports nothing heavy, so that `--help` is quick."""
+    """The parser of the command. It has no slow imports, which keeps `--help` fast."""
     parser = argparse.ArgumentParser(
         prog="omniopd", description="On-policy distillation from teachers that return only text.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"omniopd_trl {omniopd_trl.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # For the list of commands alone: `main` hands the rest of their command lines on as it stands.
+    # Only for the list of commands in the help: `main` passes their command lines on unchanged.
     commands.add_parser("demo", help="train the small student that ships with the package", add_help=False)
     commands.add_parser("train", help="train a student, on one process or several", add_help=False)
     listing = commands.add_parser(
@@ -42,11 +42,11 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     cost = commands.add_parser(
         "cost",
-        help="forecast what a recipe asks of its teacher",
-        description="Forecast, before any request, the tokens and dollars that a recipe asks of its teacher: per "
-        "trajectory, per step and for the run, with and without a prompt cache, and what one solution per prompt "
-        "(SFT) would take. Prompts are measured with the student's tokenizer; nothing is sent to the teacher.",
-        epilog="Every option of the training command may follow, and wins over the recipe: --num_chunks 5.",
+        help="forecast the tokens and dollars that a recipe takes from its teacher",
+        description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
+        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). Prompts are "
+        "measured with the student's tokenizer; nothing is sent to the teacher.",
+        epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
         allow_abbrev=False,
     )
     cost.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
@@ -54,62 +54,62 @@ def make_parser() -> argparse.ArgumentParser:
         "--trajectory_length",
         type=_positive_number,
         metavar="L",
-        help="tokens of a trajectory on average. Defaults to the mean that the newest checkpoint in `output_dir` "
-        "measured, else to `max_completion_length`, the most that it can be",
+        help="mean length of a trajectory in tokens. Defaults to the mean in the logs of the newest checkpoint in "
+        "`output_dir`, and without a checkpoint to `max_completion_length`, the upper bound",
     )
     cost.add_argument(
         "--solution_length",
         type=_positive_number,
         metavar="S",
-        help="tokens of a solution by the teacher itself, for SFT. Defaults to the trajectory's",
+        help="mean length of a solution by the teacher in tokens, for SFT. Defaults to the length of a trajectory",
     )
     prompts = cost.add_mutually_exclusive_group()
     prompts.add_argument(
         "--max_prompts",
         type=_positive_int,
         metavar="K",
-        help="measure K prompts, spread evenly over the dataset, instead of all",
+        help="measure K prompts, evenly spaced in the dataset, instead of all",
     )
     prompts.add_argument(
         "--prompt_length",
         type=_positive_number,
         metavar="T",
-        help="tokens of a prompt on average. Neither the dataset nor the student's tokenizer is then loaded, and "
-        "`max_steps` says how long the run is",
+        help="mean length of a prompt in tokens. If set, neither the dataset nor the student's tokenizer is loaded, "
+        "and `max_steps` is required",
     )
     cost.add_argument(
         "--chunks_per_trajectory",
         type=_positive_number,
         metavar="K",
-        help="chunks of a trajectory on average, as a run logs them (`audit/num_chunks`). Defaults to `num_chunks`, "
-        "or fewer where a trajectory has no room for them",
+        help="mean number of chunks per trajectory, logged as `audit/num_chunks`. Defaults to `num_chunks`, or to as "
+        "many as fit into a trajectory",
     )
     cost.add_argument(
         "--rollout_tokens",
         type=_positive_number,
         metavar="W",
-        help="tokens that the teacher writes per rollout on average: `teacher/completion_tokens`, divided by the "
-        "prompts of a step, the chunks and the rollouts. Defaults to all that a request asks for",
+        help="mean number of tokens per rollout: the logged `teacher/completion_tokens` divided by the prompts per "
+        "step, the chunks per trajectory and the rollouts per chunk. Defaults to the maximum of a request",
     )
     cost.add_argument(
         "--num_processes",
         type=_positive_int,
         default=1,
         metavar="P",
-        help="processes that the run will have (default: 1)",
+        help="number of processes of the run (default: 1)",
     )
     cost.add_argument(
         "--samples_per_request",
         type=_positive_int,
         metavar="K",
-        help="samples that one request returns. Defaults to what the teacher is known to do",
+        help="number of samples per request. Defaults to what the teacher is known to support",
     )
     cost.add_argument(
         "--tokens_per_token",
         type=_positive_number,
         default=1.0,
         metavar="R",
-        help="tokens of the teacher per token of the student (default: 1.0)",
+        help="number of teacher tokens per student token (default: 1.0)",
     )
     return parser
 
@@ -134,11 +134,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command: parse, run, and turn this package's errors into one line.
 
     Args:
-        args: the command line; `None` takes that of the process.
+        args: the command line; `None` uses that of the process.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses; that of
-        the training for `omniopd train`. A command line that cannot be parsed exits with 2 by itself.
+        The exit code: 0 for success, 2 for invalid settings, 1 for any other error of this package. For
+        `omniopd train`, the exit code of the training. argparse itself exits with 2 for an invalid command line.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a recipe and of the command line, and the checks that need neither torch nor TRL.
 
-The names and types of the options are read from the source files of the installed packages. A mistyped key is then
-refused in less than a second (an import of TRL takes many), and the check follows the versions that are installed.
+The names and types of the options are read from the source files of the installed packages. A mistyped key is
+refused in less than a second (an import of TRL takes many), and the check always matches the installed versions.
 """
 
 import ast
@@ -22,7 +22,7 @@ from typing import Any
 from omniopd_trl.demo import ASSETS, asset_path
 from omniopd_trl.errors import ConfigError, DataError
 
-# The dataclasses that make the parser, and those that they inherit from: package and file of each.
+# The dataclasses of the parser and their base classes, with the package and file of each.
 _FILES = {
     "OmniOPDScriptArguments": ("omniopd_trl", "cli/recipe.py"),
     "ScriptArguments": ("trl", "scripts/utils.py"),
@@ -44,15 +44,15 @@ _BOOLEANS = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # as T
 
 
 class _SourceChanged(Exception):
-    """A file of an installed package does not look as expected."""
+    """A file of an installed package has an unexpected form."""
 
 
 @cache
 def option_hints() -> dict[str, Any]:
     """The type of each option of a recipe, by name.
 
-    Read from the source files. Where these have another form than expected (a version that is not known yet), from the
-    dataclasses themselves, which takes the seconds that importing TRL takes.
+    The types are read from the source files. If these have an unexpected form (a newer version), the types are read
+    from the dataclasses, which takes some seconds to import TRL.
     """
     hints: dict[str, Any] = {}
     try:
@@ -62,12 +62,12 @@ def option_hints() -> dict[str, Any]:
         from omniopd_trl.cli.recipe import dataclass_types
 
         hints = hints_of(dataclass_types())
-    # Declared as a text; the Trainer, and this command, take `true` as well.
+    # Declared as a string, but the Trainer and this command also accept `true`.
     return hints | {"resume_from_checkpoint": str | bool | None}
 
 
 def hints_of(dataclass_types: Iterable[type]) -> dict[str, Any]:
-    """The type of each option, by name, from dataclasses."""
+    """The type of each option of dataclasses, by name."""
     hints: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
         own = typing.get_type_hints(dataclass_type)
@@ -76,7 +76,7 @@ def hints_of(dataclass_types: Iterable[type]) -> dict[str, Any]:
 
 
 def package_tree(package: str, file: str) -> ast.Module:
-    """The syntax tree of a file of an installed package, which is not imported.
+    """The syntax tree of a file of an installed package, without importing it.
 
     Raises:
         _SourceChanged: when there is no such file.
@@ -91,7 +91,7 @@ def package_tree(package: str, file: str) -> ast.Module:
 
 
 def _hints_in_source(name: str) -> dict[str, Any]:
-    """Types of the fields of a dataclass and of those that it inherits from."""
+    """The types of the fields of a dataclass and its base classes."""
     if name not in _FILES:
         raise _SourceChanged(name)
     node = next((n for n in package_tree(*_FILES[name]).body if isinstance(n, ast.ClassDef) and n.name == name), None)
@@ -114,7 +114,7 @@ def _is_no_option(item: ast.AnnAssign) -> bool:
 
 
 class _Names(dict[str, Any]):
-    """What annotations may name. Any other class, such as an enumeration, is written as a text."""
+    """The names in annotations. Any other class, such as an enumeration, is represented by a subclass of `str`."""
 
     def __missing__(self, name: str) -> type:
         return type(name, (str,), {"__module__": ""})
@@ -133,18 +133,18 @@ def _evaluate(annotation: ast.expr) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """A type as it is written in a source file, without modules."""
+    """A type as written in source code, without module names."""
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     return re.sub(r"(?:\w+\.|(?<![\w.])\.)+(?=\w)", "", text)
 
 
 def split_config(args: Iterable[str]) -> list[str]:
-    """The command line with `--config=x.yaml` as two words, since TRL knows `--config x.yaml` only."""
+    """The command line with `--config=x.yaml` split into two words, since TRL only reads `--config x.yaml`."""
     return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
 
 
 def option_names(hints: Mapping[str, Any]) -> list[str]:
-    """Every name that the command line may hold after `--`."""
+    """All option names that the command line accepts after `--`."""
     return [*hints, *(f"no_{name}" for name in hints), "config", "help"]
 
 
@@ -154,21 +154,21 @@ def option_name(argument: str) -> str:
 
 
 def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Refuse options that do not exist, on the command line or in the recipe that it names.
+    """Refuse unknown options on the command line and in its recipe.
 
     Args:
         arguments: the command line, from [`split_config`].
 
     Returns:
-        The recipe; empty when none is named.
+        The recipe; empty without `--config`.
 
     Raises:
-        ConfigError: names what is wrong, and the next step.
+        ConfigError: for an unknown option, or a recipe that cannot be used.
     """
     hints = option_hints()
     if arguments and not arguments[0].startswith("-"):
         advice = f"Name the recipe with `--config {arguments[0]}`." if arguments[0].endswith((".yaml", ".yml")) else ""
-        advice = advice or "`--help` says what can be given."
+        advice = advice or "`--help` lists the options."
         raise ConfigError(f"`{arguments[0]}` belongs to no option (in the command line). {advice}")
     options = [argument for argument in arguments if argument.startswith("--")]
     check_names(map(option_name, options), option_names(hints), "the command line")
@@ -181,10 +181,15 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Refuse options that do not exist.
+    """Refuse unknown options.
+
+    Args:
+        names: option names to check.
+        known: all option names.
+        where: the source of the names, for the message.
 
     Raises:
-        ConfigError: names the option, and the most similar one that exists.
+        ConfigError: for an unknown option; the message names the most similar option.
     """
     for name in names:
         if name not in known:
@@ -196,19 +201,19 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
 
 
 def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse a recipe with unknown keys, or with values of the wrong type, which the parser takes as they are.
+    """Refuse a recipe with unknown keys or with values of the wrong type, which the parser would not check.
 
-    A text counts as what the parser makes of it, as on the command line: `1e-6` is a text in YAML 1.1.
+    A string counts as what the parser converts it to, as on the command line: `1e-6` is a string in YAML 1.1.
 
     Args:
-        path: of the YAML file.
-        hints: the type of each option.
+        path: path of the YAML file.
+        hints: type of each option, by name.
 
     Returns:
-        The recipe, as YAML reads it.
+        The recipe as loaded from YAML.
 
     Raises:
-        ConfigError: names the key, the value, and what it must be.
+        ConfigError: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
     import yaml
 
@@ -239,7 +244,7 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that YAML read can be one of type `hint`."""
+    """Whether a value from YAML fits the type `hint`."""
     if hint is Any:
         return True
     origin = typing.get_origin(hint)
@@ -272,7 +277,7 @@ def _converts(text: str, kind: type) -> bool:
 
 
 def settings_of(arguments: Sequence[str], recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The values of some options, each from the command line or else from the recipe."""
+    """The values of the named options, from the command line or otherwise from the recipe."""
     settings = {name: recipe.get(name) for name in names}
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -282,20 +287,20 @@ def settings_of(arguments: Sequence[str], recipe: Mapping[str, Any], names: Iter
 
 
 def check_paths(arguments: Sequence[str], recipe: Mapping[str, Any], options: Iterable[str] = _LOADED) -> None:
-    """Refuse models and datasets that are meant as files or folders and do not exist.
+    """Refuse paths of models and datasets that do not exist.
 
-    A name is meant as a path if it starts with `/`, `.` or `~`, has more than one `/`, or ends as a data file does. A
-    name with one `/` is not, even beside a folder of its first part: `Qwen/Qwen3-32B` may be on the Hub while a folder
-    `Qwen` holds another model.
+    A name counts as a path if it starts with `/`, `.` or `~`, has more than one `/`, or has the suffix of a data file.
+    A name with one `/` does not, even if a folder with the name of its first part exists: `Qwen/Qwen3-32B` may be on
+    the Hub while a folder `Qwen` holds another model.
 
     Args:
         arguments: the command line, from [`split_config`].
-        recipe: from [`check_arguments`].
-        options: those that are looked at.
+        recipe: the recipe, from [`check_arguments`].
+        options: names of the options to check.
 
     Raises:
-        ConfigError: for a name such as `demo:studnet`, which is none of the demo's.
-        DataError: names the option and the path.
+        ConfigError: for an unknown part of the demo, such as `demo:studnet`.
+        DataError: for a path that does not exist.
     """
     settings = settings_of(arguments, recipe, options)
     named = list(settings.items())
@@ -323,10 +328,10 @@ def _is_path(name: str, kind: str) -> bool:
 
 
 def resolve_demo_name(name: Any) -> Any:
-    """The folder that `demo:student`, `demo:teacher`, `demo:teacher_shared` or `demo:problems` stands for.
+    """The path of `demo:student`, `demo:teacher`, `demo:teacher_shared` or `demo:problems`.
 
     Args:
-        name: the value of an option. Anything but a text that starts with `demo:` is returned as it is.
+        name: value of an option. Anything but a string that starts with `demo:` is returned unchanged.
 
     Raises:
         ConfigError: when the demo has no such part.
@@ -343,5 +348,5 @@ def resolve_demo_name(name: Any) -> Any:
 
 
 def apply_env(recipe: Mapping[str, Any]) -> None:
-    """Set the environment variables of a recipe. Before torch is imported, those that it reads count as well."""
+    """Set the environment variables of a recipe. Call it before torch is imported, which reads some of them."""
     os.environ.update({str(key): str(value) for key, value in recipe.get("env", {}).items()})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe: the parser of its options, and its datasets. What needs no import of TRL is in [`options`]."""
+"""Parse a recipe and load its datasets. The checks that do not import TRL are in [`options`]."""
 
 import argparse
 import inspect
@@ -26,28 +26,28 @@ class OmniOPDScriptArguments(ScriptArguments):
 
     Args:
         prompt_template (`str`, *optional*):
-            How a `question` or `problem` column becomes a prompt: a built-in name (`"math"`, the paper's Table 7), or
-            a text that holds `{question}` once. Without it the question itself is the prompt.
+            Template that turns a `question` or `problem` column into a prompt: `"math"` (the paper's Table 7), or a
+            string that contains `{question}` once. By default, the question itself is the prompt.
         evaluate_teacher (`bool`, *optional*, defaults to `False`):
-            Whether to measure the teacher's pass@1 on the evaluation set, too, after training.
+            Whether to measure the teacher's pass@1 on the evaluation set after training.
     """
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Id of a dataset on the Hub, or a local .json, .jsonl or .parquet file, or a folder of such files."
+            "help": "Id of a dataset on the Hub, or path of a .json, .jsonl or .parquet file or of a folder of these."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "How a `question` or `problem` column becomes a prompt: a built-in name ('math', the paper's "
-            "Table 7), or a text that holds {question} once. Without it the question itself is the prompt."
+            "help": "Template that turns a `question` or `problem` column into a prompt: 'math' (the paper's Table "
+            "7), or a string that contains {question} once. By default, the question itself is the prompt."
         },
     )
     evaluate_teacher: bool = field(
         default=False,
-        metadata={"help": "Whether to measure the teacher's pass@1 on the evaluation set, too, after training."},
+        metadata={"help": "Whether to measure the teacher's pass@1 on the evaluation set after training."},
     )
 
 
@@ -61,13 +61,13 @@ def dataclass_types() -> tuple[type, ...]:
 def make_parser(
     subparsers: "argparse._SubParsersAction[Any] | None" = None, prog: str | None = None
 ) -> argparse.ArgumentParser:
-    """The parser of the command, or of a subcommand `train`, by TRL's convention."""
+    """The parser of the training command, or of a subcommand `train` as in TRL."""
     prog = prog or "python -m omniopd_trl.train"
     settings: dict[str, Any] = {
         "description": "Distil a text-only teacher into a student with OmniOPD.",
         # The generated usage line would list some three hundred options, and every error prints it.
         "usage": f"{prog} --config RECIPE.yaml [--OPTION VALUE ...]",
-        # An abbreviated option is a mistyped one: `--num_chunk` must not pass for `--num_chunks`.
+        # An abbreviated option may be mistyped, so `--num_chunk` must not be read as `--num_chunks`.
         "allow_abbrev": False,
     }
     if subparsers is not None:
@@ -80,7 +80,8 @@ def make_parser(
     return parser
 
 
-# The first options of `--help`. `OmniOPDConfig` groups its own in its docstring; the rest follows by origin.
+# The first options of `--help`. Then come those of `OmniOPDConfig`, in the groups of its docstring, and the inherited
+# ones.
 _FIRST = {
     "Student, teacher and data": (
         *("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split"),
@@ -91,7 +92,7 @@ _ENTRY = re.compile(r"^ *(?:> (?P<group>Parameters that control .+)|(?P<name>\w+
 
 
 def option_groups() -> dict[str, list[str]]:
-    """The options by the titles of `--help`: those of this package first, then the inherited ones."""
+    """The option names by group title of `--help`: first those of this package, then the inherited ones."""
     groups = {title: list(names) for title, names in _FIRST.items()}
     script, config, model, mixture = dataclass_types()
     title = ""
@@ -107,7 +108,7 @@ def option_groups() -> dict[str, list[str]]:
 
 
 def _group_options(parser: argparse.ArgumentParser) -> None:
-    """Show the options by group. argparse has no public way to move one that was added already."""
+    """Move the options into groups. argparse has no public way to move an option that was already added."""
     options = parser._optionals._group_actions
     for title, names in option_groups().items():
         group = parser.add_argument_group(title)
@@ -118,17 +119,16 @@ def _group_options(parser: argparse.ArgumentParser) -> None:
 def parse_args(
     args: Sequence[str] | None = None,
 ) -> "tuple[OmniOPDScriptArguments, OmniOPDConfig, ModelConfig, DatasetMixtureConfig]":
-    """Parse the command line and the recipe that it names.
+    """Parse the command line and its recipe.
 
     Args:
-        args: the command line; `None` takes that of the process.
+        args: the command line; `None` uses that of the process.
 
     Returns:
         `(script_args, training_args, model_args, dataset_args)`.
 
     Raises:
-        ConfigError: for an option that does not exist, a value of the wrong type, or settings that contradict each
-            other.
+        ConfigError: for an unknown option, a value of the wrong type, or settings that contradict each other.
     """
     arguments = split_config(sys.argv[1:] if args is None else args)
     check_arguments(arguments)
@@ -138,7 +138,7 @@ def parse_args(
     except OmniOPDError:
         raise
     except (ValueError, TypeError) as error:
-        # The checks of the inherited configurations; their messages say what is wrong, the traceback would not.
+        # Errors from the checks of the inherited configurations. The message is enough without a traceback.
         raise ConfigError(str(error)) from error
     for part in parsed:
         for item in fields(part):
@@ -148,11 +148,11 @@ def parse_args(
 
 
 def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:
-    """Load the dataset, or the mixture of datasets, that the recipe names.
+    """Load the dataset or the mixture of datasets of the recipe.
 
     Raises:
-        ConfigError: when none is named, or both are.
-        DataError: when it cannot be loaded.
+        ConfigError: when neither or both are set.
+        DataError: when a dataset cannot be loaded.
     """
     from trl import get_dataset
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""`omniopd recipes`: the recipes that ship with the package. `omniopd demo`: the run of the smallest one."""
+"""`omniopd recipes` lists or copies the recipes that ship with the package; `omniopd demo` runs the smallest one."""
 
 import difflib
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omniopd_trl.errors import ConfigError
 
-# Within the package where it is installed from a wheel; in a clone, beside the package.
+# In a wheel, the recipes are inside the package; in a clone, they are beside it.
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
 FOLDER = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 
@@ -33,15 +33,18 @@ def recipe_files() -> dict[str, Path]:
 
 
 def describe(path: Path) -> str:
-    """What a recipe is for: the first line of its comment."""
+    """The description of a recipe: the first line of its comment."""
     return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def recipes(name: str | None) -> None:
-    """Without a name, list the recipes; with one, copy it into the current folder.
+    """List the recipes, or copy one into the current folder.
+
+    Args:
+        name: name of the recipe to copy; `None` lists all.
 
     Raises:
-        ConfigError: when there is no such recipe, or a file of that name in the current folder.
+        ConfigError: when there is no such recipe, or when a file of that name exists in the current folder.
     """
     files = recipe_files()
     if name is None:
@@ -69,7 +72,7 @@ def demo(arguments: Sequence[str]) -> int:
     """Run the recipe of the demo in this process.
 
     Args:
-        arguments: options that win over the recipe.
+        arguments: options that override the recipe.
 
     Returns:
         The exit code of the training.

@@ -6,8 +6,9 @@
     accelerate launch -m omniopd_trl.train --config recipes/demo.yaml
     python -m omniopd_trl.train --config recipes/demo.yaml --learning_rate 1e-4 --use_peft
 
-A recipe is a YAML file of options; the command line overrides it. Options are those of [`OmniOPDScriptArguments`],
-[`OmniOPDConfig`], [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`]: `--help` lists them.
+A recipe is a YAML file of options, which the command line overrides. The options are the fields of
+[`OmniOPDScriptArguments`], [`OmniOPDConfig`], [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`]. `--help` lists
+them.
 """
 
 import atexit
@@ -35,11 +36,14 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
     """The checkpoint to resume from.
 
     Args:
-        value: `True` or `"true"` for the last one in `output_dir`, the path of a checkpoint, or nothing.
-        output_dir: where earlier checkpoints are.
+        value: `True` or `"true"` for the last checkpoint in `output_dir`, the path of a checkpoint, or `None`.
+        output_dir: folder of the earlier checkpoints.
+
+    Returns:
+        The path of the checkpoint; `None` to start from the beginning.
 
     Raises:
-        DataError: when there is none.
+        DataError: when the checkpoint does not exist.
     """
     from omniopd_trl.trainer.checkpoints import last_checkpoint
 
@@ -65,15 +69,15 @@ def summarize(
     evaluates: bool = True,
     saved_to: str,
 ) -> str:
-    """What a run gained and cost, as a short table.
+    """A short table of the results and the cost of a run.
 
     Args:
-        log_history: `trainer.state.log_history`; `eval_pass@1` is looked for.
-        seconds: wall time of training.
+        log_history: `trainer.state.log_history`, whose `eval_pass@1` is shown.
+        seconds: wall time of training, in seconds.
         usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
-        teacher: metrics of the teacher, with `pass@1`, where it was evaluated.
+        teacher: metrics of the teacher, with `pass@1`; `None` when it was not evaluated.
         evaluates: whether the run has an evaluation set.
-        saved_to: where the model is.
+        saved_to: path of the saved model.
     """
     scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
     scores = [(step, score) for step, score in scores if score is not None]
@@ -110,10 +114,10 @@ def main(
     model_args: "ModelConfig",
     dataset_args: "DatasetMixtureConfig",
 ) -> None:
-    """Train, evaluate, save, push, and print what it gained.
+    """Train, evaluate, save and push the student, and print the results.
 
     Raises:
-        OmniOPDError: when the settings, the data or the teacher cannot be used as given.
+        OmniOPDError: when the settings, the data or the teacher cannot be used.
     """
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
@@ -121,8 +125,8 @@ def main(
         raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
     if training_args.hub_token is not None:
         raise ConfigError(
-            "`hub_token` is set, and settings are written in clear into every checkpoint (training_args.bin), which "
-            "may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
+            "`hub_token` is set, and settings are written in plain text into every checkpoint (training_args.bin), "
+            "which may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
         )
 
     from datasets import IterableDataset
@@ -155,8 +159,8 @@ def main(
         eval_dataset = prepare_prompts(eval_dataset, template)
     train_dataset = prepare_prompts(train_dataset, template)
 
-    # What the recipe says about a model's loading wins over what follows from its other options. Quantization is the
-    # student's alone, and goes to the trainer by itself; the teacher keeps the dtype that it was saved in.
+    # Keyword arguments in the recipe override those that follow from its other options. Quantization applies to the
+    # student only and is passed separately. The teacher keeps the dtype that it was saved in.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -187,10 +191,11 @@ def main(
     except KeyboardInterrupt as error:
         raise Interrupted(trainer.state.global_step) from error
     seconds = time.perf_counter() - start
-    # The teacher's tokens that training cost, before the teacher's own evaluation adds to them.
+    # The teacher's tokens for training, before the evaluation of the teacher adds to them.
     usage = trainer.teacher_usage
 
-    # Unless the last step was evaluated, or the weights are now those of an earlier one.
+    # Evaluate unless the last step was evaluated. `load_best_model_at_end` may have loaded the weights of an earlier
+    # step.
     evaluated = [entry.get("step") for entry in trainer.state.log_history if "eval_loss" in entry]
     if eval_dataset is not None and (
         training_args.load_best_model_at_end or trainer.state.global_step not in evaluated
@@ -202,7 +207,7 @@ def main(
     saved_to = str(training_args.output_dir)
     if training_args.push_to_hub:
         name = script_args.dataset_name
-        # A path of this machine says nothing to the readers of the model card.
+        # A local path is of no use in the model card.
         trainer.push_to_hub(dataset_name=None if name is None or os.path.exists(name) else name)
         saved_to += f", pushed to {trainer.hub_model_id}"
 
@@ -222,10 +227,10 @@ def main(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Control-C within the training.
+    """Control-C during training.
 
     Attributes:
-        step: optimizer steps that were finished.
+        step: number of finished optimizer steps.
     """
 
     def __init__(self, step: int):
@@ -234,10 +239,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ControlC:
-    """A handler of SIGINT that takes one Control-C for one, however often it is delivered.
+    """A handler of SIGINT that treats repeated deliveries of one Control-C as one.
 
-    The terminal sends it to every process, and a launcher hands it on to those that it has started. The second of the
-    two must not interrupt what the first one has begun to tidy up.
+    The terminal sends the signal to every process, and a launcher also forwards it to the processes that it started.
+    The second delivery must not interrupt the cleanup that the first one started.
     """
 
     def __init__(self) -> None:
@@ -250,18 +255,18 @@ class ControlC:
             raise KeyboardInterrupt
 
     def install(self) -> None:
-        """Handle SIGINT from now on, unless it is ignored, as in a job of the background."""
+        """Install the handler, unless SIGINT is ignored, as in a background job."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self)
 
 
 def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str:
-    """What is left of a run that was interrupted, and how to go on, in one line.
+    """A line on the state of an interrupted run and how to resume it.
 
     Args:
-        args: of the run; `None` when they were not read yet.
-        step: optimizer steps that were finished; `None` outside of the training.
+        args: configuration of the run; `None` when it was not read yet.
+        step: number of finished optimizer steps; `None` outside of training.
     """
     from omniopd_trl.trainer.checkpoints import last_checkpoint
 
@@ -272,14 +277,14 @@ def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str
         advice = "Resume with --resume_from_checkpoint true"
     except DataError:
         kept = "There is no checkpoint."
-        advice = "The same command begins again"
+        advice = "The same command starts over"
     if args.save_audits:
         advice += "; what the journal holds is replayed, and not paid for again"
     return f"Interrupted at step {step}. {kept} {advice}."
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here: a launcher ends the others, in mid-sentence, as soon as one has ended."""
+    """Wait for all processes: a launcher ends the others, even while they write, as soon as one has ended."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -291,16 +296,16 @@ def run(args: Sequence[str] | None = None) -> int:
     """The command: parse, train, and turn this package's errors into one line.
 
     Args:
-        args: the command line; `None` takes that of the process.
+        args: the command line; `None` uses that of the process.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot be used, 1 for anything else that this package refuses, 130 after
+        The exit code: 0 for success, 2 for invalid settings, 1 for any other error of this package, 130 after
         Control-C.
     """
     parsed = None
     try:
         arguments = split_config(sys.argv[1:] if args is None else args)
-        # What needs no import of torch and TRL comes first, since that takes many seconds.
+        # The checks without an import of torch and TRL come first, since these imports take many seconds.
         recipe = check_arguments(arguments)
         check_paths(arguments, recipe)
         apply_env(recipe)
@@ -317,7 +322,8 @@ def run(args: Sequence[str] | None = None) -> int:
             sys.stderr.flush()
         return 128 + signal.SIGINT
     except OmniOPDError as error:
-        # One line, as these messages say what to do. Where not all processes stop for it, whichever does says so.
+        # The message is enough, so print no traceback. It is printed once if all processes stop, and otherwise by the
+        # process that stops.
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not error.on_every_process:
             sys.stderr.write(f"{'' if rank == 0 else f'[rank {rank}] '}{type(error).__name__}: {error}\n")
@@ -329,17 +335,17 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def leave(code: int) -> typing.NoReturn:
-    """End this process like `sys.exit(code)`, but for the interpreter's teardown where there are several processes.
+    """End this process like `sys.exit(code)`, but with several processes skip the interpreter's teardown.
 
-    PyTorch's threads for communication outlive the process group there, and abort a process once in a while after
-    everything is done: its launcher would report that a run failed which did not.
+    PyTorch's communication threads outlive the process group and sometimes abort a process during the teardown. The
+    launcher would then report a finished run as failed.
 
     Args:
         code: the exit code.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
-    # What the interpreter does before its teardown: other threads come to their end, then what libraries registered.
+    # As the interpreter does before its teardown: wait for other threads, then run the registered exit functions.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of trajectories: as TRL hands them on, as the models see them, and dealt out into micro-batches."""
+"""Batches of trajectories: TRL's format, the packed format of the forward passes, and the split into micro-batches."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from trl.trainer.utils import flush_left
 
-# What the forward passes read of a batch of TRL's: prompts `(B, P)`, the others `(B, T)`.
+# Keys of TRL's batch that the forward passes read. Prompts are `(B, P)`, the others `(B, T)`.
 TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch with its padding moved to the right and cut, as the models see it.
+    """A batch with all padding on the right, cut to the longest row.
 
-    Prompts are padded on the left and completions on the right; joined, a row would start anywhere and hold padding
-    twice. Here every row starts at position 0, which is also where models with absolute positions expect it.
+    TRL pads prompts on the left and completions on the right. Concatenated, a row would start at any position and hold
+    padding twice. Here every row starts at position 0, where models with absolute positions expect it.
 
     Attributes:
         input_ids: `(B, L)`.
@@ -41,9 +41,9 @@ class PackedBatch:
         """Join prompts and completions.
 
         Args:
-            batch: holds `TOKEN_KEYS`.
-            pad_token_id: written where rows are made longer.
-            pad_to_multiple_of: the length of the rows is a multiple of it.
+            batch: a batch with the keys `TOKEN_KEYS`.
+            pad_token_id: token that pads rows to a multiple of `pad_to_multiple_of`.
+            pad_to_multiple_of: the rows are padded to a multiple of this length; `None` for no padding.
         """
         prompt_padding = torch.zeros_like(batch["prompt_mask"])
         mask, input_ids, completion, audited, weights = flush_left(
@@ -67,21 +67,21 @@ class PackedBatch:
         return self.completion & ~self.audited
 
     def select(self, rows: torch.Tensor) -> "PackedBatch":
-        """Some of the rows."""
+        """The selected rows as a batch."""
         return PackedBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def rows_by_length(batch: dict[str, Any], size: int) -> list[list[int]]:
-    """Indices of the rows in groups of like lengths, the longest first, so that no group pays for much padding."""
+    """Indices of the rows in groups of similar length, the longest first, which keeps padding small."""
     lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
     return [rows.tolist() for rows in lengths.argsort(descending=True).split(size)]
 
 
 def group_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all micro-batches with like lengths together, the longest first, so that none pays for much padding.
+    """Regroup the rows of all micro-batches by length, the longest first, which keeps padding small.
 
-    They all add to one optimizer step, in any order. The groups are those that were scored together, so that the
-    audits which a micro-batch waits for are also those that were sent together.
+    All micro-batches contribute to one optimizer step, so their order does not matter. Rows that were scored and sent
+    to the teacher together end up in the same micro-batch, which then waits for these audits only.
     """
     lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in batches])
     order: list[int] = lengths.argsort(descending=True, stable=True).tolist()
@@ -93,7 +93,7 @@ def group_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif isinstance(value, list):
             rows = [row for batch in batches for row in batch[key]]
             parts = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        else:  # of the whole generation batch
+        else:  # a value of the whole generation batch
             parts = [value] * len(batches)
         for batch, part in zip(grouped, parts, strict=True):
             batch[key] = part
@@ -101,7 +101,7 @@ def group_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def has_ended(batch: dict[str, Any], end_token_ids: list[int]) -> torch.Tensor:
-    """`(B, 1)`, true for completions whose last token is an end; the others were cut off."""
+    """`(B, 1)`, true for completions whose last token is an end token; the others were truncated."""
     ends = torch.tensor(end_token_ids, device=batch["completion_ids"].device)
     last = batch["completion_mask"].sum(1, keepdim=True) - 1  # no completion is empty
     return torch.isin(batch["completion_ids"].gather(1, last), ends)

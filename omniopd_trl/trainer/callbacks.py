@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The mean posterior of earlier batches, which checkpoints keep."""
+"""The moving average of the posterior, which is saved in checkpoints."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from transformers.trainer_callback import ExportableState
 
 
 class PosteriorAverage(TrainerCallback, ExportableState):
-    """Mean posterior of earlier batches, for `posterior_baseline="moving_average"`. Checkpoints keep it.
+    """Mean posterior of earlier batches, for `posterior_baseline="moving_average"`, saved in checkpoints.
 
-    An exponential average over generation batches in which the last ten count most.
+    An exponential moving average over generation batches with decay 0.9.
     """
 
     DECAY = 0.9
@@ -26,7 +26,7 @@ class PosteriorAverage(TrainerCallback, ExportableState):
         return self.total / self.weight if self.weight else None
 
     def update(self, posterior_sum: float, num_chunks: float) -> None:
-        """Count one more batch, unless nothing was audited in it."""
+        """Add a batch to the average, unless it has no audited chunk."""
         if num_chunks:
             self.total = self.DECAY * self.total + (1 - self.DECAY) * posterior_sum / num_chunks
             self.weight = self.DECAY * self.weight + (1 - self.DECAY)
@@ -35,8 +35,8 @@ class PosteriorAverage(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total, "weight": self.weight}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # `Trainer` saves the state of callbacks but, by default, restores none. A checkpoint of another baseline has
-        # none of this one, and `Trainer` looks for it when it saves.
+        # `Trainer` saves the state of callbacks but by default does not restore it. A checkpoint that was written with
+        # another baseline has no entry for this callback, and `Trainer` needs one when it saves.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)

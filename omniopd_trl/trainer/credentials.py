@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Keys, tokens and passwords have no place in the settings, which are pickled into every checkpoint."""
+"""Refuse keys, tokens and passwords in the settings, which are pickled into every checkpoint."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from omniopd_trl.errors import ConfigError
 
-# In lower case and with underscores. The end of a name decides, but for tokens: `pad_token` is no secret.
+# Matched against names in lower case with underscores. A prefix is allowed, except for `token`: `pad_token` is no
+# secret.
 _SECRET_NAME = re.compile(
     r"(.*_)?(api_?key|access_key|secret_key|private_key|password|passwd|secret|authorization|credentials"
     r"|(hf|hub|auth|access|api|bearer)_token)|token"
@@ -22,24 +23,24 @@ _VARIABLES = {
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a value of this name lets somebody in: `token`, `HF_TOKEN`, `x-api-key`, `client_secret`."""
+    """Whether a setting of this name holds a secret: `token`, `HF_TOKEN`, `x-api-key`, `client_secret`."""
     return _SECRET_NAME.fullmatch(re.sub(r"\W", "_", name).lower()) is not None
 
 
 def check_credentials(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that hold a secret. No message shows one.
+    """Refuse settings that hold a secret. The messages do not show it.
 
     Args:
-        settings: names and values; dictionaries and lists are looked through.
+        settings: values by name; nested dictionaries and lists are checked as well.
 
     Raises:
-        ConfigError: for an address with a user or a password in it, and for a text under a key such as `token`.
+        ConfigError: for a URL with a user name or a password in it, and for a string under a key such as `token`.
     """
     for name, value in settings.items():
         for path, key, text in _texts(name, value):
             if _has_user(text):
-                problem = f"`{path}` is an address with a user name or a password in it"
-                advice = "Leave out what stands before the @"
+                problem = f"`{path}` is a URL with a user name or a password in it"
+                advice = "Leave out the part before the @"
                 if name == "teacher_base_url":
                     advice += f", and set a key in the environment variable {_VARIABLES[name]}"
             elif path != name and is_secret_name(key) and text:
@@ -48,13 +49,13 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
             else:
                 continue
             raise ConfigError(
-                f"{problem}, and settings are written in clear into every checkpoint (training_args.bin), which may "
-                f"be pushed. {advice}."
+                f"{problem}, and settings are written in plain text into every checkpoint (training_args.bin), which "
+                f"may be pushed. {advice}."
             )
 
 
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str, str]]:
-    """Every text in a setting: where it stands, under which key, and itself."""
+    """Every string in a setting, as `(path, key, string)`."""
     pending = [(name, name, value)]
     while pending:
         path, key, item = pending.pop()
@@ -71,5 +72,5 @@ def _has_user(text: str) -> bool:
         return False
     try:
         return "@" in urlsplit(text).netloc
-    except ValueError:  # no address, and its reader says so
+    except ValueError:  # not a valid URL: the code that uses it reports that
         return False

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes: an error of one is told to all, and a warning says when fewer train together than asked for.
+"""Several processes: an error of one is raised on all, and a launch that starts fewer processes than asked warns.
 
-There are two launches that start fewer without a word:
+Two launches silently start fewer processes:
 
-- `accelerate launch --cpu --num_processes 2`, or a configuration of accelerate for CPUs that names several processes,
-  starts one process;
-- `torchrun --nproc_per_node 2`, without a GPU and without `use_cpu`, starts two that do not know of each other: each
-  trains alone, and writes over what the other has written.
+- `accelerate launch --cpu --num_processes 2`, or an accelerate configuration for CPUs with several processes, starts
+  one process.
+- `torchrun --nproc_per_node 2`, without a GPU and without `use_cpu`, starts two processes that are not connected: each
+  trains alone and overwrites the output of the other.
 """
 
 import logging
@@ -25,31 +25,31 @@ logger = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
-    """An error, in a form that travels between processes: errors of other packages need not survive pickling."""
+    """An error in a form that can be sent between processes. Errors of other packages may not survive pickling."""
 
     kind: type[OmniOPDError]
     text: str
-    is_ours: bool  # the message says all that there is to say; of other errors the traceback is needed
-    error: Exception | None = None  # what went wrong on this process itself; never sent
+    is_ours: bool  # raised by this package: the message is enough. Other errors need their traceback
+    error: Exception | None = None  # the error of this process itself; never sent
 
     @classmethod
     def of(cls, error: Exception, process: int) -> "Failure":
-        """How the other processes learn of an error of this one."""
+        """The failure that the other processes receive for an error of this one."""
         if isinstance(error, OmniOPDError):
             return cls(type(error), str(error), True)
         return cls(
             TeacherError,
-            f"process {process} met an unexpected {type(error).__name__} ({error}). Its traceback says where.",
+            f"process {process} raised an unexpected {type(error).__name__} ({error}). See its traceback.",
             False,
         )
 
 
 def first_failure(error: Exception | None, process: int) -> Failure | None:
-    """What went wrong, on whichever process; `None` when all is well. Every process has to ask, at the same point.
+    """The first failure of any process; `None` without one. Every process has to call it at the same point.
 
     Args:
-        error: what went wrong on this process.
-        process: its index.
+        error: the error of this process, if any.
+        process: index of this process.
     """
     gathered = gather_object([None if error is None else Failure.of(error, process)])
     failures = [failure for failure in gathered if failure is not None]
@@ -57,12 +57,15 @@ def first_failure(error: Exception | None, process: int) -> Failure | None:
 
 
 def stop(failure: Failure, message: str) -> Exception:
-    """What this process raises for a failure that all have learnt of.
+    """The exception to raise on this process for a failure that all processes know of.
 
     Args:
-        failure: from [`first_failure`]. An error of this process that is not ours is raised as it is, for its
-            traceback.
-        message: for the user.
+        failure: the failure, from [`first_failure`].
+        message: message for the user.
+
+    Returns:
+        An error of this package with the message. If the error of this process is another one, that error itself with
+        the message as a note, which keeps its traceback.
     """
     error = failure.error
     if error is not None and not isinstance(error, OmniOPDError):
@@ -75,11 +78,11 @@ def stop(failure: Failure, message: str) -> Exception:
 
 
 def raise_together(error: Exception | None, process: int) -> None:
-    """Raise on every process what went wrong on one of them. Every process has to come here.
+    """Raise the error of one process on every process. Every process has to call it at the same point.
 
     Args:
-        error: what went wrong on this process, if anything.
-        process: its index.
+        error: the error of this process, if any.
+        process: index of this process.
     """
     failure = first_failure(error, process)
     if failure is None:
@@ -93,26 +96,26 @@ def raise_together(error: Exception | None, process: int) -> None:
 
 # ---- Launches ----
 
-# Set by that launcher of accelerate which starts a single process, and not by the others.
+# Set only by the launcher of accelerate that starts a single process.
 _ONE_PROCESS = "ACCELERATE_USE_CPU"
-# Set by all of its launchers, and by nobody else.
+# Set by all launchers of accelerate, and by nothing else.
 _BY_ACCELERATE = "ACCELERATE_DYNAMO_MODE"
-# Where the processes find each other: a single one is told it only if more were asked for.
+# The rendezvous address of the processes. A single process gets it only if more were asked for.
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
 
 class Started(NamedTuple):
     """How a process was started."""
 
-    environment: Mapping[str, str]  # as it was then: not what the process has set since
+    environment: Mapping[str, str]  # at the start of the process, without later changes
     command: Sequence[str]
 
 
 def lineage() -> Iterator[Started]:
-    """How this process was started, its parent, that one's parent, and so on.
+    """How this process and each of its ancestors was started, from the process itself upwards.
 
     Raises:
-        psutil.Error: where the system does not say.
+        psutil.Error: when the system does not give access to a process.
     """
     import psutil
 
@@ -123,37 +126,37 @@ def lineage() -> Iterator[Started]:
 
 
 def lost_processes(started: Iterator[Started]) -> str | None:
-    """What went wrong in the launch of a process that trains alone.
+    """Detect a process that trains alone although its launch asked for several.
 
     Args:
-        started: from [`lineage`].
+        started: the ancestors of the process, from [`lineage`].
 
     Returns:
-        What happened and what to do instead; `None` when nothing says that there should be more than one process.
+        What happened and how to launch instead; `None` when there is no sign of more than one process.
     """
     environment = next(started).environment
     if int(environment.get("WORLD_SIZE", "1")) > 1:
         return (
-            f"{environment['WORLD_SIZE']} processes were started, and this one trains alone: without a GPU they find "
-            "each other only with `use_cpu: true` in the recipe, or `use_cpu=True` in `OmniOPDConfig`. Stop the run: "
-            "each of them writes over the output of the others."
+            f"{environment['WORLD_SIZE']} processes were started, and this one trains alone: without a GPU they "
+            "connect only with `use_cpu: true` in the recipe, or `use_cpu=True` in `OmniOPDConfig`. Stop the run: "
+            "each process overwrites the output of the others."
         )
     if not {_ONE_PROCESS, _BY_ACCELERATE, *_MEETING_POINT} <= environment.keys():
         return None
-    # A shell or a wrapper in between has the variables as well.
+    # A shell or a wrapper between the launcher and this process has the variables as well.
     launcher = next((process for process in started if _BY_ACCELERATE not in process.environment), None)
     if launcher is None:
         return None
     asked = _option(launcher.command, "num_processes")
-    # Whoever sets the meeting point for every run, as vLLM asks for, need not have asked for several processes.
+    # A user may set the rendezvous address for every run, as vLLM asks for, without asking for several processes.
     if launcher.environment.keys() >= set(_MEETING_POINT) and (asked is None or asked < 2):
         return None
     number = "more than one process" if asked is None else f"{asked} processes"
     return (
-        f"`accelerate launch` was asked for {number} and has started one: with `--cpu`, or where there is no GPU for "
-        "each, it starts no more, without a word. This run trains alone. For two processes on the CPU, with `use_cpu: "
+        f"`accelerate launch` was asked for {number} and has started one: with `--cpu`, or without a GPU for each "
+        "process, it silently starts no more. This run trains alone. For two processes on the CPU, with `use_cpu: "
         "true`: `omniopd train --accelerate_config cpu_2 ...`, `accelerate launch --multi_gpu --num_processes 2 ...` "
-        "(it does not need a GPU) or `torchrun --nproc_per_node 2 ...`. If one is what you want: `--num_processes 1`."
+        "(it does not need a GPU) or `torchrun --nproc_per_node 2 ...`. For one process: `--num_processes 1`."
     )
 
 
@@ -169,16 +172,16 @@ def _option(command: Sequence[str], name: str) -> int | None:
 
 @cache
 def warn_about_lost_processes(num_processes: int) -> None:
-    """Warn, once, when this process trains alone though the launch asked for more. It never fails.
+    """Warn once when this process trains alone although the launch asked for more. It never fails.
 
     Args:
-        num_processes: that train together, `args.world_size`.
+        num_processes: number of processes that train together, `args.world_size`.
     """
     if num_processes > 1:
         return
     try:
         message = lost_processes(lineage())
-    except Exception:  # What a system or a container does not show stays unsaid: this must never end a run.
+    except Exception:  # A system or a container may hide its processes. A missing warning must not end a run.
         return
     if message is not None:
         logger.warning(message)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""pass@1 of the student's samples, and of the teacher's."""
+"""pass@1 of the student and of the teacher."""
 
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
@@ -34,15 +34,15 @@ def student_scores(
     """Scores of an evaluation batch, over all processes.
 
     Args:
-        funcs: score samples; nothing is returned without any.
-        inputs: the dataset's row of each sample.
-        batch: holds `completion_ids` and `completion_mask`, `(B, T)`.
-        tokenizer: of the student.
-        accelerator: of the run.
-        state: passed to the functions.
+        funcs: functions that score samples; without any, nothing is returned.
+        inputs: dataset row of each sample.
+        batch: batch with `completion_ids` and `completion_mask`, `(B, T)`.
+        tokenizer: the student's tokenizer.
+        accelerator: accelerator of the run.
+        state: trainer state, passed to the functions.
 
     Returns:
-        For each function the metric's name, and the sum and number of the scores.
+        For each function, the name of the metric, the sum of the scores and their number.
     """
     if not funcs:
         return
@@ -51,7 +51,7 @@ def student_scores(
     ]
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     for name, rewards in score(funcs, inputs, texts, completion_ids, trainer_state=state):
-        # Per sample, so that the samples that pad the last batch of several processes are not counted.
+        # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
         gathered = accelerator.gather_for_metrics(rewards.to(accelerator.device, metric_dtype(accelerator.device)))
         scored = gathered[~gathered.isnan()]
         yield name, scored.sum().item(), scored.numel()
@@ -70,14 +70,14 @@ def teacher_scores(
     """Scores of the teacher's samples, `num_eval_generations` per problem.
 
     Args:
-        funcs: score samples.
-        dataset: holds each problem `num_eval_generations` times in a row.
-        teacher: who answers.
-        ask: runs a coroutine that asks the teacher.
-        ledger: where the teacher accounts for its requests.
-        accelerator: of the run.
-        args: of the run.
-        state: passed to the functions.
+        funcs: functions that score samples.
+        dataset: evaluation set with each problem `num_eval_generations` times in a row.
+        teacher: the teacher to evaluate.
+        ask: function that runs a coroutine of the teacher and returns its result.
+        ledger: ledger where the teacher's requests are counted.
+        accelerator: accelerator of the run.
+        args: configuration of the run.
+        state: trainer state, passed to the functions.
 
     Returns:
         The mean scores by name and the tokens used, both over all processes.

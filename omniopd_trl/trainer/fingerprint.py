@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What decides the trajectories and rollouts of a step: a run replays only what was recorded under the same.
+"""The settings that determine the trajectories and rollouts of a step. A run replays only records with the same key.
 
-Two mistakes are possible, and both cost. What is left out lets a run replay rollouts that it would not get now. What
-is in it and decides nothing makes a run that is resumed with another value pay for everything again.
+Two mistakes are possible, and both are expensive. If a setting that matters is missing, a run replays rollouts that it
+would not get now. If a setting that does not matter is included, a run that is resumed with another value pays for
+everything again.
 """
 
 import hashlib
@@ -24,8 +25,8 @@ from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.credentials import is_secret_name
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
-# Settings that neither the student's tokens nor the teacher's rollouts depend on, by their first letters: a run may be
-# resumed with others and still replays what was paid for.
+# Prefixes of settings that affect neither the student's tokens nor the teacher's rollouts. A run that is resumed with
+# other values still replays the journal.
 _IRRELEVANT_TO_AUDITS = (
     *("output_dir", "run_name", "project", "log", "report", "save", "push", "hub", "trackio", "eval", "do_"),
     *("load_best", "metric_for", "greater_is", "num_eval", "audit_eval", "per_device_eval", "batch_eval", "include_"),
@@ -33,19 +34,19 @@ _IRRELEVANT_TO_AUDITS = (
     *("teacher_max", "teacher_budget", "teacher_timeout", "teacher_requests", "teacher_tokens", "teacher_base_url"),
     *("teacher_input", "teacher_output", "teacher_cached", "max_failed", "full_determinism", "torch_empty"),
     *("skip_memory", "prediction_loss", "local_rank", "deepspeed", "fsdp", "accelerator", "parallelism"),
-    # What wrote a trajectory does not matter: all of them sample from the same student.
+    # The generation engine does not matter: all engines sample from the same student.
     *("use_vllm", "vllm_mode", "vllm_model", "vllm_enable", "vllm_server", "vllm_group", "vllm_gpu", "vllm_max"),
     *("vllm_tensor", "ref_model_offload"),
-    # Memory and speed: what a run that ran out of memory is resumed with.
+    # Memory and speed. A run that ran out of memory is resumed with other values of these.
     *("gradient_checkpointing", "activation_checkpointing", "torch_compile", "use_liger", "liger_", "use_cache"),
     *("cache_implementation", "pad_to_multiple", "ds3_gather", "auto_find", "bf16_full_eval", "fp16_full_eval"),
     *("enable_jit", "average_tokens", "debug"),
 )
-# One step has their product of trajectories, however it is divided.
+# The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# What a checkpoint holds besides its weights, under the same endings. A copy of the model alone is the same student.
+# Other files of a checkpoint with the same suffixes. A copy without them is the same student.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
@@ -57,19 +58,19 @@ def replay_key(
     similarity: Similarity,
     chunk_weights: WeightFunction | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides which trajectories and rollouts a step has, besides the checkpoint, by name.
+    """Everything besides the checkpoint that determines the trajectories and rollouts of a step, by name.
 
     Args:
-        args: the configuration. Limits, logging, where things are and what only saves memory are left out.
-        train_dataset: known by the fingerprint that `datasets` gives it; a stream has none.
-        model: the student. A saved one is known by its weight files, wherever they lie; one of the Hub by its commit;
-            one that was made in memory only by its size.
-        teacher: known by its name, and a local one by its weight files.
-        similarity: phi, as `get_similarity` returns it.
-        chunk_weights: a custom weight function, which takes the place of `posterior_baseline`.
+        args: the configuration. Limits, logging, paths and options that only save memory are left out.
+        train_dataset: the training set, identified by its `datasets` fingerprint. A stream has none.
+        model: the student. A saved model is identified by its weight files, wherever they are; a model on the Hub by
+            its commit; a model that was created in memory by its size only.
+        teacher: the teacher, identified by its name, and by its weight files if it is local.
+        similarity: the similarity function phi, as `get_similarity` returns it.
+        chunk_weights: custom weight function; replaces `posterior_baseline`.
 
     Returns:
-        Values that JSON can hold, without secrets.
+        Values that can be written as JSON, without secrets.
     """
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(_IRRELEVANT_TO_AUDITS) and k not in _BATCH}
     settings[" x ".join(_BATCH)] = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -80,7 +81,7 @@ def replay_key(
     settings["train_dataset"] = getattr(train_dataset, "_fingerprint", None)
     source = get_config_model_id(model.config)
     weights = _weights(source)
-    # Where a folder lies says nothing about the student in it: the run may have been copied to another machine.
+    # The path of a folder does not identify the student: the run may have been copied to another machine.
     settings["student"] = source if weights is None else None
     settings["student_weights"] = getattr(model.config, "_commit_hash", None) if weights is None else weights
     settings["student_parameters"] = model.num_parameters()
@@ -94,17 +95,17 @@ def replay_key(
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Of what [`replay_key`] returns."""
+    """The hash of the result of [`replay_key`]."""
     return _hash(settings)
 
 
 def identity_of(function: Any) -> str:
-    """What a function or another callable computes, as far as it can be seen: its name, and a hash.
+    """Identify a callable by its name and a hash of its code.
 
-    The hash is of the bytecode with its constants, of defaults, and of what it refers to: functions of its own module,
-    and values that cannot change. Of an object, it is of the code of `__call__` and of its plain attributes. Code that
-    is imported from elsewhere counts by its name. Comments and docstrings do not count; another version of Python
-    compiles to other bytecode.
+    The hash covers the bytecode with its constants, the defaults, and what the function refers to: functions of the
+    same module, and immutable values. For an object, it covers the code of `__call__` and the plain attributes. Code
+    that is imported from other modules counts by its name. Comments and docstrings do not count. Another version of
+    Python compiles to other bytecode and gives another hash.
     """
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__} ({_hash(_described(function, None, set()))[:12]})"
@@ -115,10 +116,10 @@ def _hash(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """The same on every run: sets in order, everything that JSON has no form for as text.
+    """A value for JSON that is the same on every run: sets are sorted, and other types become strings.
 
-    Secrets are left out, those among a model loader's keyword arguments for instance: they let somebody in and change
-    no answer, and the journal keeps what is in here.
+    Secrets are left out, such as those in the keyword arguments of a model loader: they change no answer, and the
+    journal stores the result.
     """
     if isinstance(value, Mapping):
         return {str(k): _as_json(v) for k, v in value.items() if not is_secret_name(str(k))}
@@ -136,10 +137,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _weights(source: str) -> str | None:
-    """A hash of the weight files of a folder; `None` where there are none.
+    """A hash of the weight files of a folder; `None` when there are none.
 
-    Of each file, its name, its size and samples from all over it, so that it takes no time: whatever trains a model
-    changes most of its numbers. Dates do not count, since copying a folder changes them.
+    It covers the name and size of each file and samples of its content, which is fast and sufficient, since training
+    changes most of the weights. Dates do not count, since copying a folder changes them.
     """
     folder = Path(source)
     if not source or not folder.is_dir():
@@ -149,7 +150,7 @@ def _weights(source: str) -> str | None:
 
 
 def _sampled(path: Path) -> str:
-    """A hash of the last MiB, and of 256 blocks of 4 KiB in equal distances."""
+    """A hash of the last MiB of a file, and of 256 evenly spaced blocks of 4 KiB before it."""
     size, end, block = path.stat().st_size, 2**20, 2**12
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -167,18 +168,19 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 
 
 def _described(value: Any, module: str | None, seen: set[int]) -> Any:
-    """A value as JSON that is the same on every run; of what may change while a run goes on, its type.
+    """A value as JSON that is the same on every run. Mutable values count by their type.
 
     Args:
-        value: anything.
-        module: whose functions are looked into; those of others count by name. `None` looks into any.
-        seen: functions that are described already, which may call each other.
+        value: any value.
+        module: name of the module whose functions are described by their code; functions of other modules count by
+            name. `None` describes any function by its code.
+        seen: ids of functions and objects that are described already, since functions may call each other.
     """
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, tuple):
         return [_described(v, module, seen) for v in value]
-    if isinstance(value, frozenset):  # a constant of `x in {"a", "b"}`, whose order is another one in each process
+    if isinstance(value, frozenset):  # the constant of `x in {"a", "b"}`, whose order differs between processes
         return sorted((_described(v, module, seen) for v in value), key=json.dumps)
     if isinstance(value, CodeType):
         return _code(value, module, seen)
@@ -194,7 +196,7 @@ def _described(value: Any, module: str | None, seen: set[int]) -> Any:
     if isinstance(value, BuiltinFunctionType | type):
         return [value.__module__, value.__qualname__]
     kind = type(value)
-    call = getattr(kind, "__call__", None)  # noqa: B004 (its code is looked at)
+    call = getattr(kind, "__call__", None)  # noqa: B004 (its code is read)
     if id(value) in seen or not isinstance(call, FunctionType):
         return [kind.__module__, kind.__qualname__]
     seen.add(id(value))
@@ -210,7 +212,7 @@ def _function(function: FunctionType, module: str | None, seen: set[int]) -> Any
     code = function.__code__
     used = {n: function.__globals__[n] for n in sorted(set(_names(code))) if n in function.__globals__}
     referred = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *_cells(function)]
-    # What a decorator wraps is in a cell, whatever module the decorator comes from.
+    # A decorator keeps the wrapped function in a cell, whatever module the decorator comes from.
     return [
         *name,
         _code(code, module, seen, function.__doc__),

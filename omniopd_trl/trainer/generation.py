@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How the student samples: from its own distribution and nothing else, and the same in a run that is resumed."""
+"""Sampling from the student: from its unmodified distribution, and reproducible in a resumed run."""
 
 import random
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 @contextmanager
 def on_policy(model: nn.Module, accelerator: Accelerator, args: OmniOPDConfig, step: int) -> Iterator[None]:
-    """Sample in this block without dropout, without what `generation_config.json` adds, and from a seed of the step.
+    """Context that samples without dropout, without `generation_config.json`, and with a seed per step.
 
     Args:
-        model: the student, in training mode while completions of training are sampled.
-        accelerator: of the run.
-        args: of the run.
-        step: the current optimizer step.
+        model: the student; in training mode for completions of a training step.
+        accelerator: accelerator of the run.
+        args: configuration of the run.
+        step: current optimizer step.
     """
     with _seeded(model, accelerator, args, step), evaluation_mode(model), without_generation_defaults(model):
         yield
@@ -31,11 +31,11 @@ def on_policy(model: nn.Module, accelerator: Accelerator, args: OmniOPDConfig, s
 
 @contextmanager
 def _seeded(model: nn.Module, accelerator: Accelerator, args: OmniOPDConfig, step: int) -> Iterator[None]:
-    """Sample completions of training from a seed of this step and process, and leave the generator as it was.
+    """Seed the sampling of a training step per step and process, and restore the generator afterwards.
 
-    A step is then the same whether the steps before it were generated or replayed, so that a resumed run continues
-    like one that was never interrupted. A colocated vLLM draws from the generators of its process, and processes
-    that share an engine have to draw alike; a server has generators of its own.
+    A step is then the same whether earlier steps were generated or replayed, so a resumed run continues like one that
+    was never interrupted. A colocated vLLM engine draws from the generators of its process, and processes that share
+    an engine need the same seed. A vLLM server has its own generators.
     """
     if not model.training or (args.use_vllm and args.vllm_mode == "server"):
         yield

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports: ratios of sums over processes and micro-batches, and warnings that are given once."""
+"""Metrics of a run, as ratios of sums over processes and micro-batches, and warnings that are logged once."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -18,32 +18,34 @@ from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
 
-# In nats per token, of a student from itself: rounding in bfloat16 makes some 1e-4.
+# In nats per token. Rounding in bfloat16 gives about 1e-4 for a student that equals its reference.
 LARGE_FIRST_KL = 0.05
 
 
 def metric_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that a device has: Apple's GPUs have no float64."""
+    """The widest float type of a device: Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each value, summed over processes. Every process has to come here, with as many values."""
+    """Each value, summed over processes. Every process has to call it with the same number of values."""
     local = torch.tensor([values], dtype=metric_dtype(accelerator.device), device=accelerator.device)
     return accelerator.gather(local).sum(0).tolist()
 
 
 class Metrics:
-    """What a run logs and warns about, of training and of evaluation. Most metrics are ratios of sums.
+    """Metrics and warnings of training and evaluation. Most metrics are ratios of sums.
+
+    Every process has to call each method at the same point.
 
     Args:
-        accelerator: of the run. Every process has to call each method at the same point.
-        args: of the run.
-        logged: TRL's lists of values by mode and name, which it averages when it logs.
-        step: the current optimizer step.
+        accelerator: accelerator of the run.
+        args: configuration of the run.
+        logged: TRL's lists of values by mode and name. TRL averages them when it logs.
+        step: function that returns the current optimizer step.
 
     Attributes:
-        prefix: what the names of evaluation metrics begin with: the name of the set, where there are several.
+        prefix: prefix of the names of evaluation metrics: the name of the evaluation set when there are several.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Metrics:
         self.prefix = ""
 
     def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
-        """Add numerators and denominators, summed over processes. Every process names the same metrics.
+        """Add numerators and denominators, summed over processes. Every process has to pass the same names.
 
         Returns:
             `others`, summed over processes in the same exchange.
@@ -78,16 +80,16 @@ class Metrics:
         return totals[:first]
 
     def add_global(self, mode: str, name: str, numerator: float, denominator: float) -> None:
-        """Add what is a sum over processes already."""
+        """Add a numerator and a denominator that are already summed over processes."""
         entry = self._sums[mode][self._named(mode, name)]
         entry[0] += numerator
         entry[1] += denominator
 
     def add_losses(self, mode: str, loss: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
-        """Add what [`Objective`] returns for a micro-batch.
+        """Add the loss and the sums that [`Objective`] returns for a micro-batch.
 
         Raises:
-            NonFiniteError: on every process, when the loss of one is not finite.
+            NonFiniteError: on every process, when the loss of one process is not finite.
         """
         names = ("kl/unaudited", "kl/audited", "entropy")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
@@ -99,10 +101,10 @@ class Metrics:
             self.warn_once(
                 "first kl",
                 f"Before the first update the student is {kl / count:.3g} nats per token away from its reference, "
-                "which should be itself. Dropout does that (set disable_dropout=True; attention dropout is set in the "
-                "model's configuration: model_init_kwargs={'attention_dropout': 0.0}), and so does a reference that "
-                "`ref_model_init_kwargs` makes another model. The anchor then pulls towards what the student never "
-                "was.",
+                "which should be the same model. One cause is dropout: set disable_dropout=True; attention dropout "
+                "is set in the model's configuration (model_init_kwargs={'attention_dropout': 0.0}). Another cause is "
+                "`ref_model_init_kwargs` that load a different model: the anchor then pulls towards that model "
+                "instead of the initial student.",
             )
 
     def add_audits(
@@ -119,14 +121,14 @@ class Metrics:
             self.warn_once(kind, message)
 
     def add_sampling(self, mode: str, sampled: list[list[float]], logprobs: list[torch.Tensor]) -> None:
-        """Add how well the student that vLLM runs is the one that is trained.
+        """Add how well the student that vLLM runs matches the trained student.
 
         Args:
             mode: `"train"` or `"eval"`.
-            sampled: what vLLM sampled with, per completion and token, in nats.
-            logprobs: the student's own, `(T,)` per completion, in nats.
+            sampled: log-probabilities of vLLM when it sampled, per completion and token, in nats.
+            logprobs: log-probabilities of the student, `(T,)` per completion, in nats.
         """
-        # A filter's probabilities are those of what it leaves: larger, and rightly so.
+        # With a filter, vLLM renormalizes over the remaining tokens, so its probabilities are larger by design.
         if self._args.sampling_filters:
             return
         difference = sampling_difference(sampled, logprobs)
@@ -143,19 +145,19 @@ class Metrics:
                 "sampling",
                 f"The log-probabilities that vLLM sampled with at step {self._step()} differ from the "
                 f"student's by {mean:.3g} nats per token on average, more than {LARGE_DIFFERENCE}: it does "
-                "not run the student that is trained. Its weights were not updated, or its precision, its sampling "
+                "not run the trained student. Its weights were not updated, or its precision, its sampling "
                 "settings (`generation_kwargs`) or, behind a server, `--logprobs-mode processed_logprobs` differ. "
                 "See docs/generation.md.",
             )
 
     def take(self, mode: str) -> dict[str, list[float]]:
-        """The ratios since the last time, as TRL logs them; those without a denominator are left out."""
+        """Return the ratios since the last call, as TRL logs them, without those whose denominator is 0."""
         taken = {name: [numerator / count] for name, (numerator, count) in self._sums[mode].items() if count}
         self._sums[mode].clear()
         return taken
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Log a warning unless one of its kind was."""
+        """Log a warning unless one of the same kind was logged before."""
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message)
@@ -165,7 +167,7 @@ class Metrics:
 
 
 def non_finite(what: str, step: int) -> NonFiniteError:
-    """What to raise when numbers of the student are NaN or infinite."""
+    """The error to raise when numbers of the student are NaN or infinite."""
     return NonFiniteError(
         f"{what[0].upper()}{what[1:]} at step {step} hold NaN or infinity. Training stops here, "
         "since one more update would destroy the student. Go back to the last checkpoint with a lower "
@@ -179,13 +181,12 @@ def audit_ratios(
     """Metrics of the audits of one process, as numerators and denominators.
 
     Args:
-        audits: of one batch or micro-batch.
-        scored: of the same trajectories, in nats.
-        waited: seconds that the audits were waited for.
-        steps: optimizer steps, or evaluation batches, that this is a part of; over all processes and micro-batches
-            they add up to one for each.
-        num_processes: how many wait at the same time.
-        is_remote: whether the teacher counts outcomes.
+        audits: audits of one batch or micro-batch.
+        scored: scores of the same trajectories, in nats.
+        waited: time spent waiting for the audits, in seconds.
+        steps: share of an optimizer step or evaluation batch, which adds up to 1 over all processes and micro-batches.
+        num_processes: number of processes that wait at the same time.
+        is_remote: whether the teacher is behind a service and counts the outcomes of requests.
     """
     chunks = [(s, chunk) for s, audit in zip(scored, audits, strict=True) for chunk in audit.chunks]
     num_chunks, num_tokens = len(chunks), sum(len(s.entropy) for s in scored)
@@ -193,7 +194,7 @@ def audit_ratios(
     num_dropped = sum(audit.num_dropped for audit in audits)
     usage = sum((audit.usage for audit in audits), Usage())
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
-    # The paper's form, whatever the baseline. The policy has not moved since, so it is that of the update.
+    # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
     return {
         "chunk_loss": (loss, num_audited),
@@ -215,13 +216,13 @@ def audit_ratios(
 
 
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
-    """What a user should know about the audits of a batch or micro-batch: a kind of warning, and its text."""
+    """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
     if not any(audit.chunks for audit in audits):
         yield (
             "no chunks",
             f"No chunk of a batch could be audited at step {step}: the completions are shorter than "
-            f"min_chunk_length={args.min_chunk_length} tokens, or all were cut off and mask_truncated_completions "
-            "leaves them out, or the teacher answered nothing. Such a batch trains on the KL anchor alone.",
+            f"min_chunk_length={args.min_chunk_length} tokens, or all were truncated and mask_truncated_completions "
+            "excludes them, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
         )
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)
     if num_short > 0.1 * num_rollouts:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The forward passes: scores of the policy, and Eq. 8 of a micro-batch with its gradient."""
+"""The forward passes: the scores of the policy, and the loss of a micro-batch (Eq. 8)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,22 +18,22 @@ from omniopd_trl.models.reference import Reference
 from omniopd_trl.trainer.batches import PackedBatch
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
-# Sums and counts of what is averaged over tokens, each `(2,)`, by the name of the metric.
+# The sum and the count of each metric that is averaged over tokens, `(2,)`, by name.
 Sums = dict[str, torch.Tensor]
 
 
 class Objective:
-    """Everything that is computed with the student and the reference, whatever back end shards them.
+    """The computations with the student and the reference, under any back end.
 
     Args:
-        reference: the frozen initial student, of the anchor and of `prior="reference"`.
-        temperature: sampling temperature of the student; all distributions are taken at it.
-        accelerator: of the run.
-        args: weights, normalization and prior.
-        pad_token_id: of the student's tokenizer.
-        redirect: TRL's forward redirection: calls a function inside the forward of a wrapped model.
+        reference: the frozen initial student, for the anchor and for `prior="reference"`.
+        temperature: sampling temperature of the student. All distributions are computed at this temperature.
+        accelerator: accelerator of the run.
+        args: configuration of the run.
+        pad_token_id: padding token of the student's tokenizer.
+        redirect: TRL's forward redirection, which calls a function inside the forward of a wrapped model.
         hidden_states: TRL's function from `(model, input_ids, attention_mask, length)` to the last `length` hidden
-            states, those that predict the next tokens, `(B, length, H)`.
+            states that predict a token, `(B, length, H)`.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Objective:
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> PolicyScores:
-        """Score completions under the policy that wrote them: no dropout, logits divided by the temperature.
+        """Score completions under the policy that sampled them, without dropout and at the sampling temperature.
 
         Args:
-            model: the student, as the back end wraps it.
-            batch: holds `TOKEN_KEYS`.
+            model: the student, wrapped by the back end.
+            batch: a batch with the keys `TOKEN_KEYS`.
 
         Returns:
-            `(B, T)` tensors, float32, 0 on padding.
+            The scores as float32 tensors `(B, T)`, with 0 on padding.
         """
         tokens = self._packed(batch)
         where = batch["completion_mask"].bool()
@@ -92,15 +92,17 @@ class Objective:
         return PolicyScores(*scores)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
-        """Eq. 8 of one micro-batch, scaled so that micro-batches and processes add up to that of the global batch.
+        """The loss of one micro-batch (Eq. 8), scaled so that it adds up to the loss of the global batch.
 
         Args:
-            model: the student, as the back end wraps it; in training mode for a training batch, which holds
-                `num_items_in_batch`. An evaluation batch is normalized by its own counts.
-            batch: holds `TOKEN_KEYS`, and what the trainer has counted over the global batch.
+            model: the student, wrapped by the back end. Its training mode tells a training batch from an evaluation
+                batch.
+            batch: a batch with the keys `TOKEN_KEYS`. A training batch also holds `num_items_in_batch` and the other
+                counts over the global batch; an evaluation batch is normalized by its own counts.
 
         Returns:
-            A scalar tensor with its graph, and the sums behind the metrics `kl/unaudited`, `kl/audited`, `entropy`.
+            The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited` and
+            `entropy`.
         """
         is_train = model.training
         tokens = self._packed(batch)
@@ -113,20 +115,23 @@ class Objective:
             return loss
 
         loss = self._inside_forward(model, body)
-        # FSDP2 has rounded the result to bf16. The gradient is that of the result, and the value the one before.
+        # FSDP2 rounds the result to bf16. Take the gradient from the result, and the value from before the rounding.
         return loss + (kept[0] - loss.detach()), sums
 
     def evaluate(
         self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any], is_train: bool, sums: Sums
     ) -> torch.Tensor:
-        """What `loss` computes inside the student's forward.
+        """The part of [`loss`] that runs inside the student's forward.
 
         Args:
             student: the unwrapped student.
-            tokens: the micro-batch.
-            batch: the same, as TRL passes it.
-            is_train: whether it is part of an optimizer step.
-            sums: filled in.
+            tokens: the packed micro-batch.
+            batch: the same micro-batch in TRL's format.
+            is_train: whether the micro-batch is part of an optimizer step.
+            sums: sums of the metrics; filled by this method.
+
+        Returns:
+            The loss, a scalar tensor.
         """
         hidden = self._hidden_states(student, tokens)
         with lm_head_of(student) as head:
@@ -139,7 +144,7 @@ class Objective:
             elif not is_train and not self._args.audit_eval:
                 _, entropy = self._project(hidden, head, tokens, tokens.completion)
                 sums["entropy"] = _sum_and_count(entropy)
-        # Generation hands out the micro-batches of one optimizer step; an evaluation batch stands for itself.
+        # A training micro-batch is part of a global batch; an evaluation batch is normalized by itself.
         num_processes = self._accelerator.num_processes if is_train else 1
         num_micro_batches = self._args.gradient_accumulation_steps if is_train else 1
         local = {"num_audited": tokens.audited.sum(), "num_unaudited": tokens.unaudited.sum()}
@@ -154,15 +159,15 @@ class Objective:
             num_sequences=batch.get("num_sequences", num_sequences),
             **counts,
         )
-        # Gradients are averaged over processes, so that each one's share is scaled up by their number.
+        # The back end averages gradients over processes, so each share is multiplied by their number.
         return loss * num_processes
 
     def run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
         """Run `body(reference model)` without gradients and dropout.
 
         Args:
-            student: the unwrapped student, inside its forward: under PEFT it is the reference with other adapters.
-            body: leaves its results in a closure.
+            student: the unwrapped student, inside its forward. Under PEFT, it is the reference with other adapters.
+            body: function of the reference model; it stores its results in a closure.
         """
         reference = self.reference
         with torch.no_grad():
@@ -174,10 +179,10 @@ class Objective:
                 body(student)
 
     def _inside_forward(self, model: nn.Module, body: Callable[[PreTrainedModel], Any]) -> Any:
-        """Run `body(unwrapped model)` inside the wrapper's forward, where sharded parameters are whole.
+        """Run `body(unwrapped model)` inside the wrapper's forward, where sharded parameters are gathered.
 
-        Mixed precision has to be entered here: the redirection replaces the forward that accelerate wrapped. Tensors
-        travel in and out through closures, since FSDP2 rounds every float that it sees as an argument or a result.
+        Mixed precision has to be entered here, since the redirection replaces the forward that accelerate wrapped.
+        Tensors are passed through closures, since FSDP2 rounds every float among the arguments and results.
         """
         unwrapped = self._accelerator.unwrap_model(model)
 
@@ -185,20 +190,20 @@ class Objective:
             with self._accelerator.autocast():
                 return body(unwrapped)
 
-        # On a GPU, FSDP2 of torch before 2.13 fails when it is called without any argument.
+        # On a GPU, FSDP2 of torch before 2.13 fails when it is called without an argument.
         return self._redirect(model, unwrapped, run, None)
 
     def _packed(self, batch: dict[str, Any]) -> PackedBatch:
         return PackedBatch.of(batch, self._pad_token_id, self._args.pad_to_multiple_of)
 
     def _hidden_states(self, model: PreTrainedModel, tokens: PackedBatch) -> torch.Tensor:
-        """States that predict `tokens.targets`, `(B, L - 1, H)`."""
+        """Hidden states that predict `tokens.targets`, `(B, L - 1, H)`."""
         return self._last_hidden_states(model, tokens.input_ids, tokens.attention_mask, tokens.input_ids.size(1) - 1)
 
     def _project(
         self, hidden: torch.Tensor, head: LMHead, tokens: PackedBatch, where: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies, `(N,)`, of the N targets at `where`; `hidden` holds the same rows."""
+        """Log-probabilities and entropies of the N targets at `where`, `(N,)`; `hidden` is `(B, L - 1, H)`."""
         return logprobs_of(
             hidden[where].to(head.weight.device),
             head,
@@ -215,9 +220,12 @@ class Objective:
         logprobs: torch.Tensor,
         sums: Sums,
     ) -> torch.Tensor:
-        """Sum of the exact `KL(ref || theta)` on un-audited tokens; `logprobs` are the student's on audited ones."""
+        """Sum of the exact `KL(ref || theta)` over un-audited tokens, in nats.
+
+        `logprobs` are the student's log-probabilities on audited tokens, for the metric `kl/audited`.
+        """
         unaudited = tokens.unaudited
-        # A trajectory without un-audited tokens needs no reference. Sharded models run it all the same, since every
+        # A trajectory without un-audited tokens needs no reference. Sharded models run it nevertheless, since every
         # process has to take part.
         has_unaudited = unaudited.any(1)
         if self._is_sharded:
@@ -248,7 +256,7 @@ class Objective:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off: the policy that samples, the one that is scored and the reference have none."""
+    """Context without dropout, for sampling, for scoring and for the reference."""
     was_training = model.training
     model.eval()
     try:
@@ -262,7 +270,7 @@ def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
 
 
 def _sampled_kl(log_ratio: torch.Tensor) -> torch.Tensor:
-    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`.
+    """An estimate of `KL(ref || theta)` at each token that theta sampled, `(N,)`, in nats.
 
     With `r = ref / theta` at the sampled token, `E_theta[r log r - r + 1] = KL(ref || theta)`, and no term is
     negative. The exact value would project the student's audited tokens a second time.

@@ -21,16 +21,16 @@ from omniopd_trl.trainer.credentials import check_credentials
 
 logger = logging.get_logger(__name__)
 
-# Keys of `generation_kwargs` that are refused, with the field of the configuration to use: None where it has that very
-# name, "" where there is none. Other ends than the trainer's would leave padding in what is trained; other searches
-# write what the student never would.
+# Keys of `generation_kwargs` that are refused, with the field of the configuration to use instead: None for a field of
+# the same name, "" for no field. Other end tokens than the trainer's would leave padding among the trained tokens.
+# Search methods do not sample from the student's distribution.
 _REFUSED_GENERATION_KWARGS = {
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), None),
     **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens", "max_time"), "max_completion_length"),
     **dict.fromkeys(("do_sample", "num_beams", "num_return_sequences", "n", "best_of"), ""),
     **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "ignore_eos"), ""),
 }
-# What it may hold without changing the distribution that is sampled from.
+# Keys that do not change the sampling distribution.
 _HARMLESS_GENERATION_KWARGS = {
     *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile", "compile_config"),
     *("logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stop"),
@@ -56,7 +56,7 @@ _COUNTS = (
 
 _SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval")
 
-# Numbers and the least that each may be; those of `_POSITIVE` must be above 0.
+# Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
     *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p"),
@@ -84,126 +84,138 @@ class OmniOPDConfig(DistillationConfig):
         > Parameters that control the audits
 
         num_chunks (`int`, *optional*, defaults to `10`):
-            Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them.
+            Number of audited chunks per trajectory, M in the paper. A trajectory has fewer if it is too short for that
+            many.
         chunk_length (`int`, *optional*, defaults to `50`):
-            Student tokens per chunk, C in the paper. At most `max_completion_length`.
+            Number of student tokens per chunk, C in the paper. Must not exceed `max_completion_length`.
         min_chunk_length (`int`, *optional*, defaults to `8`):
-            A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter than this.
+            Minimum length of an audited trajectory in tokens. A trajectory that is shorter than `chunk_length` gives
+            one chunk of its own length. A trajectory that is shorter than this value is not audited.
         num_rollouts (`int`, *optional*, defaults to `10`):
-            Teacher continuations per chunk, N in the paper.
+            Number of teacher continuations (rollouts) per chunk, N in the paper.
         similarity (`str`, *optional*, defaults to `"edit"`):
-            Similarity of a chunk and a rollout in [0, 1], phi in the paper: `"edit"`, `"rouge1"`, `"rougeL"`,
-            `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. A function of one's own is passed to the
-            trainer as `similarity`.
+            Similarity of a chunk and a rollout, with values in [0, 1], phi in the paper. One of `"edit"`, `"rouge1"`,
+            `"rougeL"`, `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. To use a custom function, pass
+            it to the trainer as `similarity`.
         prior_strength (`float`, *optional*, defaults to `1.0`):
             Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist estimator.
         prior (`str`, *optional*, defaults to `"policy"`):
-            Whose probabilities make the prior of Eq. 4: the current `"policy"`, as in the paper's equations, or the
-            `"reference"`, as in its prose. `"reference"` costs a forward pass of the reference per trajectory.
+            Model whose probabilities form the prior of Eq. 4. `"policy"` is the current student, as in the paper's
+            equations; `"reference"` is the initial student, as in the paper's text, and costs one forward pass of the
+            reference model per trajectory.
         chunk_overlap (`str`, *optional*, defaults to `"resample"`):
-            What happens to a chunk that overlaps a chosen one: `"resample"` skips it for the next-highest entropy;
-            `"merge"` takes exactly `num_chunks` tokens and merges windows that overlap or touch.
+            How to handle a chunk that overlaps a selected one. `"resample"` skips it and takes the next-highest
+            entropy; `"merge"` selects exactly `num_chunks` anchor tokens and merges windows that overlap or touch.
         chunk_placement (`str`, *optional*, defaults to `"start"`):
-            Whether a chunk starts at its anchor (`"start"`) or holds it in the middle (`"center"`).
+            Position of a chunk relative to its anchor token. `"start"` begins the chunk at the anchor; `"center"`
+            places the anchor in the middle.
         chunk_selection (`str`, *optional*, defaults to `"entropy"`):
-            `"entropy"` audits where the student is least certain; `"uniform"` draws positions at random (the paper's
-            ablation).
+            How to select the anchor tokens. `"entropy"` selects those with the highest entropy of the student;
+            `"uniform"` draws them at random (the paper's ablation).
 
         > Parameters that control the loss
 
         beta (`float`, *optional*, defaults to `0.1`):
-            Weight of the anchor, `KL(ref || theta)` on un-audited tokens. It is the paper's beta and, as in
-            [`~trl.GRPOConfig`], the weight of a KL to a reference model; values above 1 are legal. It is not the
-            interpolation coefficient that [`~trl.DistillationConfig`] has under this name. `0` loads no reference.
+            Weight of the anchor, `KL(ref || theta)` on un-audited tokens, beta in the paper. As in
+            [`~trl.GRPOConfig`], it is the coefficient of a KL to a reference model, and values above 1 are allowed. It
+            is not the interpolation coefficient that has this name in [`~trl.DistillationConfig`]. If `0`, the
+            reference model is not loaded.
         loss_normalization (`str`, *optional*, defaults to `"tokens"`):
-            `"tokens"` divides the whole of Eq. 8 by the completion tokens of the global batch; `"sum"` is Eq. 8 per
-            sequence, averaged over sequences; `"components"` averages each of its two terms over its own tokens.
+            How to normalize the loss of Eq. 8. `"tokens"` divides the whole loss by the number of completion tokens in
+            the global batch; `"sum"` computes Eq. 8 per sequence and averages over sequences; `"components"` averages
+            each of the two terms over its own tokens.
         posterior_baseline (`str`, *optional*, defaults to `"none"`):
-            What is subtracted from the posterior means before they weight the chunk loss. `"none"` is the paper;
-            `"batch"` the mean over the global batch; `"trajectory"` the mean of the other chunks of the same
-            trajectory; `"moving_average"` that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for
-            `"none"` only. Two controls put something in the posteriors' place: `"shuffled"` permutes them among the
-            chunks of the global batch, `"constant"` gives every chunk their mean. A custom function is passed to the
-            trainer as `chunk_weights`.
+            Baseline that is subtracted from the posterior means before they weight the chunk loss. `"none"` is the
+            paper's method. `"batch"` subtracts the mean over the global batch; `"trajectory"` subtracts the mean of
+            the other chunks of the same trajectory; `"moving_average"` subtracts the mean of earlier batches. The
+            guarantees of Theorem 4.1 (a, b) hold for `"none"` only. Two controls replace the posteriors: `"shuffled"`
+            permutes them among the chunks of the global batch, and `"constant"` gives every chunk their mean. To use a
+            custom function, pass it to the trainer as `chunk_weights`.
         ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in addition to
-            `model_init_kwargs`. With these, a student that was passed as an instance has its reference loaded from
-            the student's path or id instead of copied.
+            Keyword arguments for `AutoModelForCausalLM.from_pretrained` when loading the reference model, in addition
+            to `model_init_kwargs`. If set, and the student is passed as an instance, the reference model is loaded
+            from the student's path or id instead of copied.
         ref_model_offload (`bool`, *optional*, defaults to `False`):
-            Keep the reference in the CPU's memory between uses. Each of its layers is then on the device only while it
-            computes, and is copied there once per micro-batch. Without effect with LoRA, which has no copy.
+            Whether to keep the reference model in CPU memory between uses. Each layer is on the device only while it
+            computes, and is copied there once per micro-batch. It has no effect with LoRA, which needs no copy of the
+            model.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Leave a completion that was cut at `max_completion_length` out of the training: it is neither audited nor
-            anchored, and its tokens do not count in `loss_normalization`. By default it is trained on like any other:
-            the audits judge its chunks, not its end.
+            Whether to exclude completions that were truncated at `max_completion_length` from training. An excluded
+            completion is neither audited nor anchored, and its tokens do not count in `loss_normalization`. By
+            default, truncated completions are trained on like any other, since the audits judge chunks and not the
+            end.
 
         > Parameters that control the teacher
 
         teacher_temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal.
+            Sampling temperature of the teacher. `0` is greedy decoding, which makes all rollouts of a chunk equal.
         teacher_top_p (`float`, *optional*, defaults to `1.0`):
-            Nucleus sampling mass of the teacher.
+            Top-p (nucleus) sampling parameter of the teacher.
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, for a local
-            model and a server of one's own; closed services get none. `{}` passes none.
+            Keyword arguments for the teacher's chat template. A local model and your own server default to the
+            student's `chat_template_kwargs`; closed services get none. `{}` passes none.
         min_rollouts (`int`, *optional*, defaults to `1`):
-            A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited.
+            Minimum number of rollouts per chunk. A chunk with fewer is dropped, and its tokens count as un-audited.
         max_failed_chunks (`float`, *optional*, defaults to `0.2`):
-            Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint and stops.
+            Maximum fraction of the chunks of a batch that may be dropped. If more are dropped, the run saves a
+            checkpoint and stops.
 
         > Parameters that control a teacher behind a service
 
         teacher_base_url (`str`, *optional*):
-            Where the service is, for `vllm:` and `openai:` teachers, for example `http://127.0.0.1:8000/v1`. Defaults
-            to the SDK's own.
+            Base URL of the service for `vllm:` and `openai:` teachers, for example `http://127.0.0.1:8000/v1`.
+            Defaults to the SDK's own.
         teacher_tokenizer_name_or_path (`str`, *optional*):
             Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the teacher's name.
         teacher_continuation (`str`, *optional*):
-            How the student's text becomes the beginning of the teacher's answer: `"raw"`, `"continue_final"`,
-            `"prefill"`, `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to take.
+            How to ask the teacher to continue the student's text: `"raw"`, `"continue_final"`, `"prefill"`,
+            `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to support.
         teacher_max_concurrency (`int`, *optional*, defaults to `64`):
-            Requests in flight at once. This and the next two are for the whole job and divided over its processes.
+            Maximum number of requests in flight, over all processes of the job.
         teacher_requests_per_minute (`float`, *optional*):
-            Requests per minute. No limit by default.
+            Maximum number of requests per minute, over all processes of the job. No limit by default.
         teacher_tokens_per_minute (`float`, *optional*):
-            Prompt and completion tokens per minute. No limit by default.
+            Maximum number of prompt and completion tokens per minute, over all processes of the job. No limit by
+            default.
         teacher_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that one attempt of a request may take.
+            Timeout of one attempt of a request, in seconds.
         teacher_max_attempts (`int`, *optional*):
-            Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has room for, of
-            which six may be ones that the service may charge for: no answer, or one that cannot be read.
+            Maximum number of attempts per request, including the first. Defaults to as many as fit into
+            `teacher_max_seconds`, of which at most six may be ones that the service may charge for (no answer, or an
+            answer that cannot be read).
         teacher_max_seconds (`float`, *optional*, defaults to `600.0`):
-            Seconds that all attempts of a request, and the waits between them, may take together: how long a failing
-            service is waited for.
+            Maximum time for all attempts of a request, including the waits between them, in seconds.
         teacher_max_retry_after (`float`, *optional*, defaults to `120.0`):
-            The longest wait in seconds that the service may ask for; a longer one stops the run.
+            Longest wait that the service may ask for, in seconds. A longer one stops the run.
         teacher_budget_usd (`float`, *optional*):
-            US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is sent
-            whose worst case does not fit; docs/money.md says what that does not cover, such as a service that uses
-            more than it was asked for, or a change of prices.
+            Maximum amount that the job may spend, in US dollars, including earlier runs with the same `output_dir`. A
+            request is sent only if its worst case fits into the budget. See docs/money.md for what the budget does not
+            cover, such as a service that uses more tokens than requested, or a change of prices.
         teacher_budget_tokens (`int`, *optional*):
-            Prompt and completion tokens that the job may use, likewise.
+            Maximum number of prompt and completion tokens that the job may use, including earlier runs with the same
+            `output_dir`. A request is sent only if its worst case fits into the budget (see docs/money.md).
         teacher_input_price (`float`, *optional*):
-            US dollars per million prompt tokens. The three prices default to those that genai-prices knows.
+            Price of prompt tokens, in US dollars per million. Defaults to the price in genai-prices.
         teacher_output_price (`float`, *optional*):
-            US dollars per million completion tokens.
+            Price of completion tokens, in US dollars per million. Defaults to the price in genai-prices.
         teacher_cached_price (`float`, *optional*):
-            US dollars per million prompt tokens that a cache served.
+            Price of prompt tokens that are read from a cache, in US dollars per million. Defaults to
+            `teacher_input_price` if that is set, and to the price in genai-prices otherwise.
         save_audits (`bool`, *optional*, defaults to `True`):
-            Whether trajectories and audits are written to a journal under `output_dir` before they are used, so that
-            a run that is resumed asks for nothing that was paid for.
+            Whether to write trajectories and audits to a journal in `output_dir` before they are used. A resumed run
+            replays the journal and does not pay for them again.
 
         > Parameters that control the evaluation
 
         audit_eval (`bool`, *optional*, defaults to `False`):
-            Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, where the
-            evaluation set has a `solution` or `answer` column, pass@1.
+            Whether to ask the teacher for audits during evaluation as well. By default, evaluation reports the KL, the
+            entropy and, if the evaluation set has a `solution` or `answer` column, pass@1.
         num_eval_generations (`int`, *optional*, defaults to `1`):
-            Samples per evaluation problem, over which pass@1 is averaged.
+            Number of samples per evaluation problem. pass@1 is averaged over them.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
-    > - `beta`: Defaults to `0.1` instead of `1.0`, and means something else.
+    > - `beta`: Defaults to `0.1` instead of `1.0`, and has another meaning.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 (as the base class declares it; an annotation would make it a field)
@@ -216,30 +228,34 @@ class OmniOPDConfig(DistillationConfig):
     num_chunks: int = field(
         default=10,
         metadata={
-            "help": "Audited chunks per trajectory, M in the paper. Fewer on a trajectory that has no room for them."
+            "help": "Number of audited chunks per trajectory, M in the paper. A trajectory has fewer if it is too "
+            "short for that many."
         },
     )
     chunk_length: int = field(
         default=50,
-        metadata={"help": "Student tokens per chunk, C in the paper. At most `max_completion_length`."},
+        metadata={
+            "help": "Number of student tokens per chunk, C in the paper. Must not exceed `max_completion_length`."
+        },
     )
     min_chunk_length: int = field(
         default=8,
         metadata={
-            "help": "A trajectory shorter than `chunk_length` gives one chunk of its own length, unless it is shorter "
-            "than this."
+            "help": "Minimum length of an audited trajectory in tokens. A trajectory that is shorter than "
+            "`chunk_length` gives one chunk of its own length. A trajectory that is shorter than this value is not "
+            "audited."
         },
     )
     num_rollouts: int = field(
         default=10,
-        metadata={"help": "Teacher continuations per chunk, N in the paper."},
+        metadata={"help": "Number of teacher continuations (rollouts) per chunk, N in the paper."},
     )
     similarity: str = field(
         default="edit",
         metadata={
-            "help": "Similarity of a chunk and a rollout in [0, 1], phi in the paper: 'edit', 'rouge1', 'rougeL', "
-            "'jaccard', 'bleu1', 'bleu2', 'exact' or 'embedding'. A function of one's own is passed to the trainer as "
-            "`similarity`."
+            "help": "Similarity of a chunk and a rollout, with values in [0, 1], phi in the paper. One of 'edit', "
+            "'rouge1', 'rougeL', 'jaccard', 'bleu1', 'bleu2', 'exact' or 'embedding'. To use a custom function, pass "
+            "it to the trainer as `similarity`."
         },
     )
     prior_strength: float = field(
@@ -252,26 +268,31 @@ class OmniOPDConfig(DistillationConfig):
     prior: str = field(
         default="policy",
         metadata={
-            "help": "Whose probabilities make the prior of Eq. 4: the current 'policy', as in the paper's equations, "
-            "or the 'reference', as in its prose. 'reference' costs a forward pass of the reference per trajectory."
+            "help": "Model whose probabilities form the prior of Eq. 4. 'policy' is the current student, as in the "
+            "paper's equations; 'reference' is the initial student, as in the paper's text, and costs one forward "
+            "pass of the reference model per trajectory."
         },
     )
     chunk_overlap: str = field(
         default="resample",
         metadata={
-            "help": "What happens to a chunk that overlaps a chosen one: 'resample' skips it for the next-highest "
-            "entropy; 'merge' takes exactly `num_chunks` tokens and merges windows that overlap or touch."
+            "help": "How to handle a chunk that overlaps a selected one. 'resample' skips it and takes the "
+            "next-highest entropy; 'merge' selects exactly `num_chunks` anchor tokens and merges windows that "
+            "overlap or touch."
         },
     )
     chunk_placement: str = field(
         default="start",
-        metadata={"help": "Whether a chunk starts at its anchor ('start') or holds it in the middle ('center')."},
+        metadata={
+            "help": "Position of a chunk relative to its anchor token. 'start' begins the chunk at the anchor; "
+            "'center' places the anchor in the middle."
+        },
     )
     chunk_selection: str = field(
         default="entropy",
         metadata={
-            "help": "'entropy' audits where the student is least certain; 'uniform' draws positions at random (the "
-            "paper's ablation)."
+            "help": "How to select the anchor tokens. 'entropy' selects those with the highest entropy of the "
+            "student; 'uniform' draws them at random (the paper's ablation)."
         },
     )
 
@@ -279,51 +300,54 @@ class OmniOPDConfig(DistillationConfig):
     beta: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the anchor, KL(ref || theta) on un-audited tokens. It is the paper's beta and, as in "
-            "`GRPOConfig`, the weight of a KL to a reference model; values above 1 are legal. It is not the "
-            "interpolation coefficient that `DistillationConfig` has under this name. `0` loads no reference."
+            "help": "Weight of the anchor, KL(ref || theta) on un-audited tokens, beta in the paper. As in "
+            "`GRPOConfig`, it is the coefficient of a KL to a reference model, and values above 1 are allowed. It is "
+            "not the interpolation coefficient that has this name in `DistillationConfig`. If `0`, the reference "
+            "model is not loaded."
         },
     )
     loss_normalization: str = field(
         default="tokens",
         metadata={
-            "help": "'tokens' divides the whole of Eq. 8 by the completion tokens of the global batch; 'sum' is Eq. 8 "
-            "per sequence, averaged over sequences; 'components' averages each of its two terms over its own tokens."
+            "help": "How to normalize the loss of Eq. 8. 'tokens' divides the whole loss by the number of completion "
+            "tokens in the global batch; 'sum' computes Eq. 8 per sequence and averages over sequences; 'components' "
+            "averages each of the two terms over its own tokens."
         },
     )
     posterior_baseline: str = field(
         default="none",
         metadata={
-            "help": "What is subtracted from the posterior means before they weight the chunk loss. 'none' is the "
-            "paper; 'batch' the mean over the global batch; 'trajectory' the mean of the other chunks of the same "
-            "trajectory; 'moving_average' that of earlier batches. The guarantees of Theorem 4.1 (a, b) hold for "
-            "'none' only. Two controls put something in the posteriors' place: 'shuffled' permutes them among the "
-            "chunks of the global batch, 'constant' gives every chunk their mean. A custom function is passed to the "
-            "trainer as `chunk_weights`."
+            "help": "Baseline that is subtracted from the posterior means before they weight the chunk loss. 'none' "
+            "is the paper's method. 'batch' subtracts the mean over the global batch; 'trajectory' subtracts the "
+            "mean of the other chunks of the same trajectory; 'moving_average' subtracts the mean of earlier "
+            "batches. The guarantees of Theorem 4.1 (a, b) hold for 'none' only. Two controls replace the "
+            "posteriors: 'shuffled' permutes them among the chunks of the global batch, and 'constant' gives every "
+            "chunk their mean. To use a custom function, pass it to the trainer as `chunk_weights`."
         },
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the reference is loaded, in "
-            "addition to `model_init_kwargs`. With these, a student that was passed as an instance has its reference "
-            "loaded from the student's path or id instead of copied."
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when loading the reference model, "
+            "in addition to `model_init_kwargs`. If set, and the student is passed as an instance, the reference "
+            "model is loaded from the student's path or id instead of copied."
         },
     )
     ref_model_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep the reference in the CPU's memory between uses. Each of its layers is then on the device "
-            "only while it computes, and is copied there once per micro-batch. Without effect with LoRA, which has no "
-            "copy."
+            "help": "Whether to keep the reference model in CPU memory between uses. Each layer is on the device only "
+            "while it computes, and is copied there once per micro-batch. It has no effect with LoRA, which needs no "
+            "copy of the model."
         },
     )
     mask_truncated_completions: bool = field(
         default=False,
         metadata={
-            "help": "Leave a completion that was cut at `max_completion_length` out of the training: it is neither "
-            "audited nor anchored, and its tokens do not count in `loss_normalization`. By default it is trained on "
-            "like any other: the audits judge its chunks, not its end."
+            "help": "Whether to exclude completions that were truncated at `max_completion_length` from training. An "
+            "excluded completion is neither audited nor anchored, and its tokens do not count in "
+            "`loss_normalization`. By default, truncated completions are trained on like any other, since the audits "
+            "judge chunks and not the end."
         },
     )
 
@@ -331,30 +355,34 @@ class OmniOPDConfig(DistillationConfig):
     teacher_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Sampling temperature of the teacher. `0` is greedy: all rollouts of a chunk are then equal."
+            "help": "Sampling temperature of the teacher. `0` is greedy decoding, which makes all rollouts of a chunk "
+            "equal."
         },
     )
     teacher_top_p: float = field(
         default=1.0,
-        metadata={"help": "Nucleus sampling mass of the teacher."},
+        metadata={"help": "Top-p (nucleus) sampling parameter of the teacher."},
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments for the teacher's chat template. Defaults to `chat_template_kwargs`, the student's, "
-            "for a local model and a server of one's own; closed services get none. `{}` passes none."
+            "help": "Keyword arguments for the teacher's chat template. A local model and your own server default to "
+            "the student's `chat_template_kwargs`; closed services get none. `{}` passes none."
         },
     )
 
     min_rollouts: int = field(
         default=1,
-        metadata={"help": "A chunk for which fewer rollouts came back is dropped; its tokens count as un-audited."},
+        metadata={
+            "help": "Minimum number of rollouts per chunk. A chunk with fewer is dropped, and its tokens count as "
+            "un-audited."
+        },
     )
     max_failed_chunks: float = field(
         default=0.2,
         metadata={
-            "help": "Share of the chunks of a batch that may be dropped. When more are, the run saves a checkpoint "
-            "and stops."
+            "help": "Maximum fraction of the chunks of a batch that may be dropped. If more are dropped, the run "
+            "saves a checkpoint and stops."
         },
     )
 
@@ -362,7 +390,7 @@ class OmniOPDConfig(DistillationConfig):
     teacher_base_url: str | None = field(
         default=None,
         metadata={
-            "help": "Where the service is, for `vllm:` and `openai:` teachers, for example "
+            "help": "Base URL of the service for `vllm:` and `openai:` teachers, for example "
             "`http://127.0.0.1:8000/v1`. Defaults to the SDK's own."
         },
     )
@@ -376,82 +404,86 @@ class OmniOPDConfig(DistillationConfig):
     teacher_continuation: str | None = field(
         default=None,
         metadata={
-            "help": "How the student's text becomes the beginning of the teacher's answer: 'raw', 'continue_final', "
-            "'prefill', 'prefix_flag' or 'instruct'. Defaults to what the model is known to take."
+            "help": "How to ask the teacher to continue the student's text: 'raw', 'continue_final', 'prefill', "
+            "'prefix_flag' or 'instruct'. Defaults to what the model is known to support."
         },
     )
     teacher_max_concurrency: int = field(
         default=64,
-        metadata={
-            "help": "Requests in flight at once. This and the next two are for the whole job and divided over its "
-            "processes."
-        },
+        metadata={"help": "Maximum number of requests in flight, over all processes of the job."},
     )
     teacher_requests_per_minute: float | None = field(
         default=None,
-        metadata={"help": "Requests per minute. No limit by default."},
+        metadata={
+            "help": "Maximum number of requests per minute, over all processes of the job. No limit by default."
+        },
     )
     teacher_tokens_per_minute: float | None = field(
         default=None,
-        metadata={"help": "Prompt and completion tokens per minute. No limit by default."},
+        metadata={
+            "help": "Maximum number of prompt and completion tokens per minute, over all processes of the job. No "
+            "limit by default."
+        },
     )
     teacher_timeout: float = field(
         default=120.0,
-        metadata={"help": "Seconds that one attempt of a request may take."},
+        metadata={"help": "Timeout of one attempt of a request, in seconds."},
     )
     teacher_max_attempts: int | None = field(
         default=None,
         metadata={
-            "help": "Attempts per request, the first one included. Defaults to as many as `teacher_max_seconds` has "
-            "room for, of which six may be ones that the service may charge for: no answer, or one that cannot be "
-            "read."
+            "help": "Maximum number of attempts per request, including the first. Defaults to as many as fit into "
+            "`teacher_max_seconds`, of which at most six may be ones that the service may charge for (no answer, or "
+            "an answer that cannot be read)."
         },
     )
     teacher_max_seconds: float = field(
         default=600.0,
-        metadata={
-            "help": "Seconds that all attempts of a request, and the waits between them, may take together: how long "
-            "a failing service is waited for."
-        },
+        metadata={"help": "Maximum time for all attempts of a request, including the waits between them, in seconds."},
     )
     teacher_max_retry_after: float = field(
         default=120.0,
-        metadata={"help": "The longest wait in seconds that the service may ask for; a longer one stops the run."},
+        metadata={"help": "Longest wait that the service may ask for, in seconds. A longer one stops the run."},
     )
     teacher_budget_usd: float | None = field(
         default=None,
         metadata={
-            "help": "US dollars that the job may spend, earlier runs of the same `output_dir` included. No request is "
-            "sent whose worst case does not fit; docs/money.md says what that does not cover, such as a service that "
-            "uses more than it was asked for, or a change of prices."
+            "help": "Maximum amount that the job may spend, in US dollars, including earlier runs with the same "
+            "`output_dir`. A request is sent only if its worst case fits into the budget. See docs/money.md for what "
+            "the budget does not cover, such as a service that uses more tokens than requested, or a change of "
+            "prices."
         },
     )
     teacher_budget_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Prompt and completion tokens that the job may use, earlier runs of the same `output_dir` "
-            "included. No request is sent whose worst case does not fit (docs/money.md)."
+            "help": "Maximum number of prompt and completion tokens that the job may use, including earlier runs with "
+            "the same `output_dir`. A request is sent only if its worst case fits into the budget (see "
+            "docs/money.md)."
         },
     )
     teacher_input_price: float | None = field(
         default=None,
-        metadata={
-            "help": "US dollars per million prompt tokens. The three prices default to those that genai-prices knows."
-        },
+        metadata={"help": "Price of prompt tokens, in US dollars per million. Defaults to the price in genai-prices."},
     )
     teacher_output_price: float | None = field(
         default=None,
-        metadata={"help": "US dollars per million completion tokens."},
+        metadata={
+            "help": "Price of completion tokens, in US dollars per million. Defaults to the price in genai-prices."
+        },
     )
     teacher_cached_price: float | None = field(
         default=None,
-        metadata={"help": "US dollars per million prompt tokens that a cache served."},
+        metadata={
+            "help": "Price of prompt tokens that are read from a cache, in US dollars per million. Defaults to "
+            "`teacher_input_price` if that is set, and to the price in genai-prices otherwise."
+        },
     )
     save_audits: bool = field(
         default=True,
         metadata={
-            "help": "Whether trajectories and audits are written to a journal under `output_dir` before they are "
-            "used, so that a run that is resumed asks for nothing that was paid for."
+            "help": "Whether to write trajectories and audits to a journal in `output_dir` before they are used. A "
+            "resumed run replays the journal and does not pay for them again."
         },
     )
 
@@ -459,32 +491,33 @@ class OmniOPDConfig(DistillationConfig):
     audit_eval: bool = field(
         default=False,
         metadata={
-            "help": "Whether evaluation asks the teacher as well. By default it reports the KL, the entropy and, "
-            "where the evaluation set has a `solution` or `answer` column, pass@1."
+            "help": "Whether to ask the teacher for audits during evaluation as well. By default, evaluation reports "
+            "the KL, the entropy and, if the evaluation set has a `solution` or `answer` column, pass@1."
         },
     )
     num_eval_generations: int = field(
         default=1,
-        metadata={"help": "Samples per evaluation problem, over which pass@1 is averaged."},
+        metadata={"help": "Number of samples per evaluation problem. pass@1 is averaged over them."},
     )
 
     def __post_init__(self):
         self._check_numbers()
-        # The base class knows `beta` as an interpolation coefficient in [0, 1] and refuses others.
+        # In the base class, `beta` is an interpolation coefficient, and values outside of [0, 1] are refused.
         beta, self.beta = self.beta, 0.0
         super().__post_init__()
         self.beta = beta
-        # The Trainer's own option for a token keeps the Trainer's meaning; the command refuses it.
+        # `hub_token` is an option of the Trainer and works as there. The training command refuses it.
         check_credentials({f.name: getattr(self, f.name) for f in fields(self) if f.name != "hub_token"})
         self._check_choices()
         self._check_inherited()
         self._warn_about_policy()
         if self.ddp_find_unused_parameters is None and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # Reentrant checkpointing fails with the search, which transformers has on for LoRA. Nothing is unused.
+            # transformers turns on the search for unused parameters for LoRA. Reentrant checkpointing fails with it,
+            # and no parameter is unused.
             self.ddp_find_unused_parameters = False
 
     def _check_numbers(self) -> None:
-        # YAML values arrive as they are written: a quoted number is a string, and YAML 1.1 reads 1e-6 as one.
+        # YAML keeps a quoted number as a string, and YAML 1.1 reads 1e-6 as a string as well.
         for name in ("learning_rate", *_AT_LEAST_ZERO, *_POSITIVE):
             value = getattr(self, name)
             if value is None and type(self).__dataclass_fields__[name].default is None:
@@ -507,17 +540,17 @@ class OmniOPDConfig(DistillationConfig):
         for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
             if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
-        # For no limit, vLLM takes -1 as well.
+        # vLLM accepts -1 for no limit as well.
         least = -1 if self.use_vllm else 0
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < least:
             raise ConfigError(f"top_k={self.top_k!r} must be a whole number of at least 1, or 0 for no limit.")
         for name in _SWITCHES:
-            # A text such as "no" would count as true.
+            # A string such as "no" would count as true.
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.min_rollouts > self.num_rollouts:
             raise ConfigError(
-                f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so that every chunk "
+                f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so every chunk "
                 "would be dropped. Lower it."
             )
         if (self.teacher_input_price is None) != (self.teacher_output_price is None):
@@ -537,17 +570,17 @@ class OmniOPDConfig(DistillationConfig):
                 f"similarity={self.similarity!r} is not a name. Pass a function to the trainer instead: "
                 "OmniOPDTrainer(..., similarity=function)."
             )
-        if self.similarity != "embedding":  # which would load a model here
+        if self.similarity != "embedding":  # the embedding similarity would load a model here
             get_similarity(self.similarity)
         if isinstance(self.max_completion_length, bool) or not isinstance(self.max_completion_length, int):
             raise ConfigError(
                 f"max_completion_length={self.max_completion_length!r} must be a whole number of tokens: generation "
-                "and the memory for it need a bound."
+                "and its memory need a bound."
             )
         if self.chunk_length > self.max_completion_length:
             raise ConfigError(
                 f"chunk_length={self.chunk_length} is larger than max_completion_length={self.max_completion_length}, "
-                "so that no trajectory could hold a whole chunk. Lower `chunk_length` or raise "
+                "so no trajectory could hold a whole chunk. Lower `chunk_length` or raise "
                 "`max_completion_length`."
             )
         if self.min_chunk_length > self.chunk_length:
@@ -562,7 +595,7 @@ class OmniOPDConfig(DistillationConfig):
             )
 
     def _check_inherited(self) -> None:
-        """An inherited option that has no meaning here is refused rather than ignored."""
+        """Refuse inherited options that have no effect here, or a wrong one."""
         self._check_generation_kwargs()
         if self.use_vllm and self.temperature > 2:
             raise ConfigError(
@@ -571,8 +604,8 @@ class OmniOPDConfig(DistillationConfig):
             )
         if self.use_vllm and "seed" in (self.generation_kwargs or {}):
             raise ConfigError(
-                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM starts from for every prompt "
-                "and every step anew: samples of the same prompt would be equal. Leave it out."
+                f"generation_kwargs={self.generation_kwargs!r} sets 'seed', which vLLM would use for every prompt "
+                "and every step: samples of the same prompt would be equal. Leave it out."
             )
         if self.max_tool_calling_iterations is not None:
             raise ConfigError(
@@ -591,8 +624,7 @@ class OmniOPDConfig(DistillationConfig):
             )
         if self.remove_unused_columns:
             raise ConfigError(
-                "remove_unused_columns=True would remove the columns that evaluation scores against. Leave it at "
-                "False."
+                "remove_unused_columns=True would remove the columns that evaluation scores against. Set it to False."
             )
         if self.auto_find_batch_size:
             raise ConfigError(
@@ -605,7 +637,7 @@ class OmniOPDConfig(DistillationConfig):
                 raise ConfigError(
                     f"load_best_model_at_end=True with metric_for_best_model={self.metric_for_best_model!r}: without "
                     "audit_eval the evaluation loss is the distance from the initial student, and the best model "
-                    "would be the one that has learnt least. Set metric_for_best_model='eval_pass@1' with "
+                    "would be the one that has learned least. Set metric_for_best_model='eval_pass@1' with "
                     "greater_is_better=True, or another metric."
                 )
 
@@ -615,15 +647,15 @@ class OmniOPDConfig(DistillationConfig):
             field_name = _REFUSED_GENERATION_KWARGS[key]
             use = f"Use the field `{field_name or key}` of the configuration" if field_name != "" else "Leave it out"
             raise ConfigError(
-                f"generation_kwargs={kwargs!r} sets {key!r}, which would sample other text than the one whose "
-                f"log-probabilities are trained, or mistake where it ends. {use}."
+                f"generation_kwargs={kwargs!r} sets {key!r}, which would change the sampled text or its end, "
+                f"while the trained log-probabilities stay those of the plain student. {use}."
             )
-        if self.use_vllm:  # which knows its own
+        if self.use_vllm:  # vLLM refuses unknown keys itself
             return
         unknown = kwargs.keys() - vars(GenerationConfig()).keys()
         if unknown:
             raise ConfigError(
-                f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is no field of transformers' "
+                f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is not a field of transformers' "
                 "GenerationConfig and would be ignored. Correct its name, or leave it out."
             )
 
@@ -632,7 +664,7 @@ class OmniOPDConfig(DistillationConfig):
         """The settings in use that change the student's distribution beyond its temperature, as `name=value`."""
         filters = {
             "top_p": self.top_p < 1,
-            "top_k": self.top_k > 0,  # vLLM's -1 is no limit, too
+            "top_k": self.top_k > 0,  # -1 means no limit in vLLM
             "min_p": bool(self.min_p),
             "repetition_penalty": self.repetition_penalty != 1,
             "vllm_structured_outputs_regex": self.use_vllm and self.vllm_structured_outputs_regex is not None,
@@ -647,7 +679,7 @@ class OmniOPDConfig(DistillationConfig):
         if used:
             logger.warning(
                 f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
-                "log-probabilities are those of the full one at `temperature`. The training is then not exactly "
+                "log-probabilities are those of the full distribution at `temperature`. Training is then not exactly "
                 "on-policy."
             )
         if self.teacher_temperature == 0 and self.num_rollouts > 1:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer: TRL's on-policy loop around the functions of this package."""
+"""The trainer: TRL's on-policy distillation loop with the audits and the loss of OmniOPD."""
 
 import copy
 import math
@@ -50,11 +50,11 @@ from omniopd_trl.trainer.validation import check_inputs, make_auditor, prepare_t
 
 class OmniOPDTrainer(DistillationTrainer):
     """
-    Trainer for OmniOPD, logit-free on-policy distillation. The student writes its own solution; at its most uncertain
-    places a teacher that returns nothing but text writes what it would have said next; the similarity of the two
-    weights the student's own tokens there, and a KL to the initial student holds everything else in place. The method
-    was introduced in [OmniOPD: Logit-Free On-Policy Distillation via Speculative
-    Verification](https://huggingface.co/papers/2606.01476).
+    Trainer for OmniOPD, a logit-free on-policy distillation method. The student samples its own solutions. At the
+    tokens where the student is most uncertain, a teacher that returns only text samples continuations. The similarity
+    between these and the student's text weights the student's tokens in the loss, and a KL penalty keeps all other
+    tokens close to the initial student. The method was introduced in [OmniOPD: Logit-Free On-Policy Distillation via
+    Speculative Verification](https://huggingface.co/papers/2606.01476).
 
     Example:
 
@@ -78,15 +78,16 @@ class OmniOPDTrainer(DistillationTrainer):
             Student to be trained, as in [`~trl.DistillationTrainer`]. The reference of the KL anchor is its initial
             state: a frozen copy, or, with LoRA, the base model with adapters off.
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~omniopd_trl.teachers.Teacher`], *optional*):
-            Who continues the student's text: a path or *model id* (loaded with `args.teacher_model_init_kwargs`), an
-            instantiated model, `"vllm:MODEL"`, `"openai:MODEL"`, `"anthropic:MODEL"`, `"gemini:MODEL"`, `"scripted"`,
-            or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to `args.teacher_model_name_or_path`.
+            Teacher that continues the student's text: a path or *model id* (loaded with
+            `args.teacher_model_init_kwargs`), an instantiated model, `"vllm:MODEL"`, `"openai:MODEL"`, `"anthropic:MODEL"`, `"gemini:MODEL"`, `"scripted"`,
+            or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to
+            `args.teacher_model_name_or_path`.
         args ([`OmniOPDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Dataset to use for training. It must include a column `"prompt"`, plain text or conversational.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
-            Dataset to use for evaluation. Where it has a `"solution"` or `"answer"` column, pass@1 is reported.
+            Dataset to use for evaluation. If it has a `"solution"` or `"answer"` column, pass@1 is reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer. If `None`, it is loaded from the model's name, with padding on the left.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
@@ -101,13 +102,14 @@ class OmniOPDTrainer(DistillationTrainer):
         tools (`None`):
             Tools are not supported yet.
         similarity (`Callable[[str, str], float]`, *optional*):
-            A custom similarity of a chunk and a rollout in [0, 1], instead of `args.similarity`.
+            Custom similarity of a chunk and a rollout, with values in [0, 1]. Replaces `args.similarity`.
         chunk_weights (`Callable[[StepChunks], torch.Tensor]`, *optional*):
-            A custom function from the audited chunks of a step to their weights in the loss, `(K,)`, instead of
-            `args.posterior_baseline`. [`~omniopd_trl.method.StepChunks`] says what it gets.
+            Custom function from the K audited chunks of a step to their weights in the loss, `(K,)`. Replaces
+            `args.posterior_baseline`. See [`~omniopd_trl.method.StepChunks`] for its argument.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Functions that score evaluation samples, in the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`, instead
-            of math-verify. With one function its mean is `pass@1`; with several, each is `pass@1/<name>`.
+            Functions that score evaluation samples, with the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`.
+            Replace math-verify. The mean of a single function is logged as `pass@1`; with several functions, each mean
+            is logged as `pass@1/<name>`.
     """  # noqa: E501
 
     _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
@@ -152,10 +154,12 @@ class OmniOPDTrainer(DistillationTrainer):
             model, args, train_dataset, eval_dataset, processing_class, quantization_config
         )
         if isinstance(train_dataset, IterableDataset):
-            # One long pass: what transformers would begin anew, a run that is resumed in a later pass could not find.
+            # One endless epoch. transformers would restart the stream for each epoch, and a run that is resumed in a
+            # later epoch would not find its position.
             train_dataset = train_dataset.repeat(None)
         phi = get_similarity(similarity if similarity is not None else args.similarity)
-        get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)  # or an error now
+        # Raise an error of `chunk_weights` before models are loaded.
+        get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -170,11 +174,11 @@ class OmniOPDTrainer(DistillationTrainer):
         try:
             datasets = named_datasets(train_dataset, eval_dataset)
             self.teacher = prepare_teacher(teacher_model, args, self._recorder, datasets)
-        except Exception as caught:  # a key may be missing on one machine only: the others must not wait for it
+        except Exception as caught:  # a key may be missing on one machine only: the other processes must not wait
             error = caught
         raise_together(error, args.process_index)
 
-        # The reference is the student before anything happens to it, so an instance is copied here.
+        # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
         super().__init__(
@@ -191,8 +195,8 @@ class OmniOPDTrainer(DistillationTrainer):
         )
 
         for module in self.model.modules():
-            # On some CPUs, bitsandbytes repacks the weights of a layer that is evaluated into a form without a
-            # gradient, for good: everything below it would never be trained again.
+            # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
+            # without a gradient. The layers below it would no longer be trained.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
 
@@ -211,8 +215,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if self.use_vllm:
             self.sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
         if self.use_vllm and self.vllm_mode == "colocate":
-            # The engine draws from this process's generators, and has seeded them with its own number alone: all runs
-            # would draw alike, whatever their `seed`. The processes that share an engine have to draw alike.
+            # The engine draws from this process's generators and has seeded them with a constant: all runs would draw
+            # the same samples, whatever their `seed`. Processes that share an engine need the same seed.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
 
         self.auditor = make_auditor(self.teacher, processing_class, args, phi)
@@ -233,15 +237,15 @@ class OmniOPDTrainer(DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self._begin_anew(resume_from_checkpoint or None)
+        self._reset_step(resume_from_checkpoint or None)
         try:
             with self._recording():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.step_audits.release()
 
-    def _begin_anew(self, checkpoint: str | None) -> None:
-        """Forget what a run that was interrupted in this process left in the middle of a step."""
+    def _reset_step(self, checkpoint: str | None) -> None:
+        """Reset the state within a step, since an earlier run in this process may have been interrupted."""
         self._step = 0
         self._buffered_inputs: Any = None
         self.step_audits.start()
@@ -249,7 +253,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
 
     def _save_checkpoint(self, model, trial):
-        """The trainer's state is written last, and says that a checkpoint is whole: one of an earlier run must not."""
+        """Save a checkpoint. The trainer's state is written last and marks it as complete: remove an old one first."""
         folder = self._checkpoint_folder()
         if self.args.should_save:
             unmark(folder)
@@ -258,7 +262,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._whole_checkpoint = folder.resolve()
 
     def _save_rng_state(self, output_dir):
-        """Of what each process writes this is the last; the state follows, and older checkpoints are deleted."""
+        """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -273,7 +277,7 @@ class OmniOPDTrainer(DistillationTrainer):
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Keep trajectories and audits in this block, where the configuration says so."""
+        """Context with an open journal, if `save_audits` is set."""
         if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
@@ -298,13 +302,13 @@ class OmniOPDTrainer(DistillationTrainer):
             try:
                 yield
             finally:
-                self.step_audits.cancel()  # before the journal that they write to is closed
+                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         replayed = self.step_audits.replay(prompt_ids) if self.model.training else None
         if replayed is not None:
             if self.sampling_logprobs is not None:
-                self.sampling_logprobs.take()  # of an evaluation
+                self.sampling_logprobs.take()  # discard those of an evaluation
             return replayed
         try:
             with on_policy(self.model, self.accelerator, self.args, self.state.global_step):
@@ -313,7 +317,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
             raise
-        # An engine may return no token at all, while the base class looks at each completion's last one.
+        # An engine may return an empty completion, but the base class reads the last token of each.
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
 
     def _generate_and_score_completions(self, inputs):
@@ -343,7 +347,7 @@ class OmniOPDTrainer(DistillationTrainer):
         return batch
 
     def _mask_truncated(self, batch: dict[str, Any]) -> None:
-        """Take completions that did not come to their end out of the batch, and out of what it is divided by."""
+        """Exclude truncated completions from the loss and from the counts that normalize it."""
         ended = has_ended(batch, [*self.eos_token_ids, self._tokenizer.pad_token_id])
         batch["completion_mask"] = batch["completion_mask"] * ended
         counts = torch.stack([batch["completion_mask"].sum(), ended.sum()])
@@ -352,13 +356,13 @@ class OmniOPDTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not before:  # there is a new generation batch
+        if self._buffered_inputs is not before:  # a new generation batch
             self._buffered_inputs = group_by_length(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         if "audits" in inputs:
             position = self._step % self.args.gradient_accumulation_steps
             ready = self.step_audits.first_ready([batch["audits"] for batch in self._buffered_inputs[position:]])
-            # They all add to one optimizer step, in any order.
+            # All micro-batches contribute to one optimizer step, so their order does not matter.
             batches = self._buffered_inputs
             batches[position], batches[position + ready] = batches[position + ready], batches[position]
             inputs = batches[position]
@@ -366,10 +370,10 @@ class OmniOPDTrainer(DistillationTrainer):
         return inputs
 
     def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
-        """Score the completions, and send each trajectory to the teacher as soon as its chunks are known.
+        """Score the completions, and start the audit of each trajectory as soon as its chunks are known.
 
         Raises:
-            NonFiniteError: when a log-probability or an entropy is not a finite number.
+            NonFiniteError: when a log-probability or an entropy is not finite.
         """
         trajectories = self.step_audits.trajectories(prompts, batch, mode)
         lengths = [len(trajectory.completion_ids) for trajectory in trajectories]
@@ -397,12 +401,12 @@ class OmniOPDTrainer(DistillationTrainer):
         """Wait for the audits of a batch or micro-batch, and fill in `weights` and `audited_mask`, both `(B, T)`.
 
         Args:
-            batch: holds its `audits`, which are taken out.
+            batch: batch with the key `audits`, which is removed.
             mode: `"train"` or `"eval"`.
-            is_last: whether this ends the generation batch.
+            is_last: whether this is the end of the generation batch.
 
         Raises:
-            TeacherError: on every process, when one of them got a final error, or when too many chunks were dropped.
+            TeacherError: on every process, when one of them got a permanent error or too many chunks were dropped.
         """
         device, length = batch["weights"].device, batch["weights"].size(1)
         collected = self.step_audits.collect(batch.pop("audits"), length, mode, is_last=is_last)
@@ -415,16 +419,16 @@ class OmniOPDTrainer(DistillationTrainer):
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
 
     def _stop(self, failure: Failure) -> Exception:
-        """What to raise when a process cannot go on: all come here, so that none waits for a dead one."""
-        self.step_audits.cancel()  # nothing more is spent
+        """Save a checkpoint and return the error to raise. Every process has to call it, or the others would wait."""
+        self.step_audits.cancel()  # spend nothing more
         where = ""
         if self.is_in_train:
-            # One that is there already is not put at risk.
+            # Do not overwrite a complete checkpoint of this step.
             if self._whole_checkpoint != self._checkpoint_folder().resolve():
                 self._save_checkpoint(self.model, trial=None)
-            # As soon as one process has ended, a launcher ends the others: one of them may still be writing.
+            # A launcher ends all processes as soon as one has ended, and another may still be writing.
             self.accelerator.wait_for_everyone()
-            where = f" A checkpoint is in {self.args.output_dir}; mend the cause and resume from it."
+            where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
         return stop(failure, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
 
     # ---- Loss and metrics ----
@@ -435,10 +439,10 @@ class OmniOPDTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # A finite loss may have a gradient that is not: it is seen before it is applied, or, where DeepSpeed has
-        # applied it, before a checkpoint of the result takes the place of a good one.
+        # A finite loss may have a gradient that is not finite. Check it before the update. DeepSpeed has already
+        # applied it here; the check then comes before a checkpoint of the result could replace a good one.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm) and not self.args.fp16:  # whose scaler skips such a step
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:  # the fp16 scaler skips such a step
             raise non_finite("the gradients", self.state.global_step)
         return norm
 
@@ -450,15 +454,15 @@ class OmniOPDTrainer(DistillationTrainer):
     # ---- Evaluation ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # With several evaluation sets, the base class calls this once for each with a prefix of its own, while metrics
-        # that are recorded on the way would all be called `eval_...`.
+        # With several evaluation sets, the base class calls this once per set, each with its own prefix. Without the
+        # prefix below, the metrics recorded during evaluation would all be named `eval_...`.
         name = metric_key_prefix.removeprefix("eval").removeprefix("_")
         self.step_metrics.prefix = f"{name}_" if name else ""
         if not self.is_in_train:
-            # The base class gives vLLM the weights once per step. Outside of training they change without one: a user
-            # loads others, or `load_best_model_at_end` does after the last evaluation.
+            # The base class sends the weights to vLLM once per step. Outside of training, they may change without a
+            # step: a user loads others, or `load_best_model_at_end` does after the last evaluation.
             self._last_loaded_step = -1
-        # A name stands for a set that is repeated already, and a dictionary comes back here one set at a time.
+        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
         if not isinstance(eval_dataset, (str, dict)):
             eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         try:
@@ -467,10 +471,10 @@ class OmniOPDTrainer(DistillationTrainer):
             self.step_metrics.prefix = ""
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """pass@1 of the teacher on the trainer's evaluation set, from `num_eval_generations` samples per problem.
+        """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
 
         Returns:
-            The scores by name, `"pass@1"` among them, equal on all processes.
+            The scores by name, including `"pass@1"`, the same on all processes.
 
         Raises:
             DataError: when there is nothing to score against.

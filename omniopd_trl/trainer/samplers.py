@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The order of the prompts, one for each epoch."""
+"""The order of the prompts in each epoch."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,17 +9,17 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler[int]):
-    """A sampler whose shuffling depends on nothing but the seed and the epoch.
+    """A sampler whose order depends on the seed and the epoch only.
 
-    TRL's sampler draws the order of each epoch from a generator that goes on from one to the next, and that no
-    checkpoint keeps: a run that is resumed after the first epoch would begin with the first one's order again.
-    The first epoch's order is TRL's own.
+    TRL's sampler draws the orders of all epochs from one generator, which is not saved in checkpoints: a run that is
+    resumed after the first epoch would repeat the order of the first. The first epoch has the same order as with TRL.
+
+    The epoch is a function, since with several processes accelerate does not call `set_epoch` in a resumed epoch.
 
     Args:
-        sampler: shuffles with a `generator` of its own, each time that it is iterated over.
-        seed: of the first epoch; each following one has the next.
-        epoch: which epoch it is, asked for as an epoch begins. Not `set_epoch`: in a resumed epoch, with several
-            processes, accelerate does not hand it on to the sampler.
+        sampler: sampler with its own `generator`, which shuffles each time it is iterated over.
+        seed: seed of the first epoch. The seed of epoch k, counted from 0, is `seed + k`.
+        epoch: function that returns the index of the current epoch; called at the start of each epoch.
     """
 
     def __init__(self, sampler: Sampler[int], seed: int, epoch: Callable[[], int]):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The audits of a step: sent to the teacher, waited for, and turned into the weight of each token."""
+"""The audits of a step: send them to the teacher, wait for them, and compute the weight of each token."""
 
 import random
 import time
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PendingAudit:
-    """A trajectory whose audit was started."""
+    """A trajectory whose audit is in flight, with its scores."""
 
     scores: PolicyScores
     future: "Future[Audit]"
@@ -40,14 +40,14 @@ class PendingAudit:
 
 @dataclass(frozen=True)
 class Collected:
-    """The audits of a batch or micro-batch, and what the loss needs of them.
+    """The audits of a batch or micro-batch, with the tensors that the loss needs.
 
     Attributes:
-        audits: in the order of the rows.
-        scores: of the rows.
-        weights: `(B, T)`, float32, the weight of its chunk on each audited token and 0 elsewhere.
+        audits: audits in the order of the rows.
+        scores: scores of the rows.
+        weights: `(B, T)`, float32, the weight of the chunk on audited tokens and 0 elsewhere.
         audited: `(B, T)`, true on audited tokens.
-        waited: seconds that the audits were waited for.
+        waited: time spent waiting for the audits, in seconds.
     """
 
     audits: list[Audit]
@@ -58,21 +58,23 @@ class Collected:
 
 
 class StepAudits:
-    """Audits in flight, from trajectories to weights. It raises no error of a teacher, and saves nothing.
+    """The audits in flight, from trajectories to weights.
+
+    An error of a teacher is returned, not raised, and no checkpoint is saved here: both are left to the trainer.
 
     Args:
-        auditor: asks the teacher.
-        recorder: keeps what is paid for.
-        accelerator: knows the other processes.
-        args: `min_rollouts`, below which a chunk is dropped; `max_failed_chunks`, the share of dropped chunks of a
-            generation batch above which the run stops; the baseline, the seed and the normalization.
-        callbacks: of the trainer; it gets the one that keeps the moving average in checkpoints.
-        step: the current optimizer step.
-        chunk_weights: a custom function, instead of `args.posterior_baseline`.
+        auditor: auditor that asks the teacher.
+        recorder: recorder of the journal.
+        accelerator: accelerator of the run.
+        args: configuration of the run. A generation batch fails when more than `max_failed_chunks` of its chunks have
+            fewer than `min_rollouts` rollouts.
+        callbacks: callbacks of the trainer; [`PosteriorAverage`] is added if the weights need a moving average.
+        step: function that returns the current optimizer step.
+        chunk_weights: custom weight function; `None` uses `args.posterior_baseline`.
 
     Attributes:
-        custom_weights: `chunk_weights`, as it was passed.
-        chunk_weights: the function in use.
+        custom_weights: the argument `chunk_weights`.
+        chunk_weights: the weight function in use.
     """
 
     def __init__(
@@ -99,14 +101,14 @@ class StepAudits:
         self._loop = EventLoopThread()
         weakref.finalize(self, self._loop.close)
         if accelerator.device.type in ("cuda", "xpu"):
-            # Each thread has a current device of its own, and the kernels of a teacher in this process go to it.
-            # Without a launcher the accelerator's device has no index: it is the current one of this thread.
+            # The current device is set per thread, and the kernels of a teacher in this process run on it. Without a
+            # launcher, the accelerator's device has no index and is the current device of this thread.
             index = accelerator.device.index
             self._loop.run(_compute_on(torch.accelerator.current_device_index() if index is None else index))
         self.start()
 
     def start(self) -> None:
-        """Begin a generation batch: forget what was counted of one that was interrupted."""
+        """Reset the counts, since an earlier generation batch may have been interrupted."""
         self._asked = self._dropped = 0
         self._failures: list[str] = []
         self._posteriors = (0.0, 0.0)  # sum and number
@@ -115,16 +117,16 @@ class StepAudits:
 
     @property
     def overlap(self) -> bool:
-        """Whether a micro-batch waits for its own audits only, while those of later ones are in flight."""
+        """Whether a micro-batch waits for its own audits only, while later ones are still in flight."""
         needs_whole_step = self.chunk_weights.needs_whole_step or self._args.loss_normalization == "components"
         return self._auditor.teacher.is_remote and not needs_whole_step
 
     # ---- Trajectories ----
 
     def replay(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
-        """Completions of the current step that the journal holds for these prompts.
+        """Completions of the current step that the journal holds for these prompts; `None` to generate instead.
 
-        Every process has to call it: generation is collective, so either each replays its part of the step, or none.
+        Every process has to call it: generation is collective, so either all processes replay the step or none does.
         """
         if self._recorder.journal is None:
             return None
@@ -134,11 +136,11 @@ class StepAudits:
         return [trajectory.completion_ids for trajectory in stored or ()] if self._replays else None
 
     def trajectories(self, prompts: list[Any], batch: dict[str, torch.Tensor], mode: str) -> list[Trajectory]:
-        """The trajectories of a batch of TRL's, each with a seed of its own.
+        """The trajectories of a batch of TRL, each with its own seed.
 
         Args:
-            prompts: as they are in the dataset.
-            batch: holds ids and masks of prompts and completions.
+            prompts: prompts as in the dataset.
+            batch: batch with the ids and masks of prompts and completions.
             mode: `"train"` or `"eval"`.
         """
         prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
@@ -154,7 +156,7 @@ class StepAudits:
         ]
 
     def record(self, trajectories: list[Trajectory]) -> None:
-        """Keep the trajectories of a step before any of them is audited: what is paid for is paid for these."""
+        """Write the trajectories of a step to the journal before they are audited, unless they come from it."""
         if self._recorder.journal is not None and not self._replays:
             self._recorder.journal.record_trajectories(self._step(), trajectories)
 
@@ -163,12 +165,15 @@ class StepAudits:
     def submit(
         self, trajectories: Sequence[Trajectory], scores: Mapping[int, PolicyScores], mode: str
     ) -> dict[int, PendingAudit]:
-        """Start audits in one turn of the event loop.
+        """Start audits together in one iteration of the event loop.
 
         Args:
-            trajectories: of the generation batch of this process.
-            scores: of those trajectories that are sent now, by index, each `(T,)` on the CPU.
-            mode: `"train"`, or `"eval"`, of which no audit is kept or replayed.
+            trajectories: all trajectories of this process's generation batch.
+            scores: scores of the trajectories to audit now, by index, each `(T,)` on the CPU.
+            mode: `"train"` or `"eval"`. Audits of evaluation are neither recorded nor replayed.
+
+        Returns:
+            The audits in flight, by index.
         """
         step, journal = self._step(), self._recorder.journal
         if mode == "train":
@@ -183,11 +188,11 @@ class StepAudits:
         return {index: PendingAudit(scores[index], future) for index, future in zip(scores, futures, strict=True)}
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run what asks the teacher outside of an audit, and wait for it."""
+        """Run a coroutine that asks the teacher outside of an audit, and return its result."""
         return self._loop.run(coroutine)
 
     def first_ready(self, batches: Sequence[Sequence[PendingAudit]]) -> int:
-        """Index of the first batch whose audits have all come back; waits until there is one."""
+        """Wait until all audits of a batch are done, and return the index of the first such batch."""
         start = time.perf_counter()
         while True:
             for index, audits in enumerate(batches):
@@ -198,14 +203,14 @@ class StepAudits:
             wait(open_futures, return_when=FIRST_COMPLETED)
 
     def cancel(self) -> None:
-        """Cancel what is in flight and wait until it has ended."""
+        """Cancel the audits in flight and wait until they have ended."""
         self._loop.cancel()
 
     def release(self) -> None:
-        """Cancel what is in flight, and close the teacher's connections. It can be asked again afterwards."""
+        """Cancel the audits in flight and close the teacher's connections. It can be asked again afterwards."""
         release(self._auditor.teacher, self._loop)
 
-    # ---- Back ----
+    # ---- Results ----
 
     def collect(
         self, rows: Sequence[PendingAudit], length: int, mode: str, *, is_last: bool = True
@@ -213,14 +218,14 @@ class StepAudits:
         """Wait for the audits of a batch or micro-batch. Every process has to call it at the same point.
 
         Args:
-            rows: the B audits.
-            length: T, tokens of the padded completions.
+            rows: the B audits in flight.
+            length: length T of the padded completions.
             mode: `"train"` or `"eval"`.
-            is_last: whether they end the generation batch, of which dropped chunks are then judged as a whole.
+            is_last: whether this is the end of the generation batch. The fraction of dropped chunks is checked then.
 
         Returns:
-            The audits with their weights, or why the run has to stop: the same on every process, when one of them got
-            a final error or too many chunks were dropped.
+            The audits with their weights. When a process got a permanent error, or when too many chunks were dropped,
+            the failure instead, the same on every process.
 
         Raises:
             ConfigError: when a custom weight function returns anything but one finite number for each chunk.
@@ -231,7 +236,7 @@ class StepAudits:
         try:
             for row in rows:
                 audits.append(row.future.result())
-        except Exception as caught:  # the others learn of it first, whatever it is: none may wait for this one
+        except Exception as caught:  # tell the other processes before raising, or they would wait for this one
             error = caught
         waited, self._waited = self._waited + time.perf_counter() - start, 0.0
         failure = self._count(audits, error, is_last)
@@ -274,10 +279,10 @@ class StepAudits:
         if self.chunk_weights.needs_whole_step and self._accelerator.num_processes > 1:
             tables = gather_object([table])
             first = sum(len(other) for other in tables[: self._accelerator.process_index])
-        # Trajectories have numbers of their own on each process.
+        # Number the trajectories uniquely over all processes.
         number = torch.cat([other[:, 0] * len(tables) + process for process, other in enumerate(tables)]).long()
         posteriors, similarities, priors, entropies, lengths = torch.cat(tables)[:, 1:].float().T.contiguous()
-        # `Trainer` may replace the callback when it restores a checkpoint, so it is looked up each time.
+        # `Trainer` may replace the callback when it restores a checkpoint, so look it up each time.
         average = next((c for c in self._callbacks.callbacks if isinstance(c, PosteriorAverage)), None)
         step = self._step()
         chunks = StepChunks(
@@ -293,8 +298,8 @@ class StepAudits:
         )
         weights = self.chunk_weights(chunks)[first : first + count]
         if average is not None and mode == "train":
-            # Counted after use, and for the whole generation batch at once: what a batch is measured against must not
-            # depend on it. An evaluation changes nothing.
+            # Update the average after use, and once per generation batch: the baseline of a batch must not depend on
+            # the batch. Evaluation does not change it.
             own = posteriors[first : first + count]
             self._posteriors = (self._posteriors[0] + own.sum().item(), self._posteriors[1] + count)
             if is_last:
@@ -304,7 +309,7 @@ class StepAudits:
 
 
 def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:
-    """Of each chunk: its trajectory, posterior, similarity, prior, entropy at the anchor, and length."""
+    """For each chunk: its trajectory, posterior, similarity, prior, entropy at the anchor, and length."""
     for index, (audit, row) in enumerate(zip(audits, rows, strict=True)):
         for chunk in audit.chunks:
             span = chunk.chunk

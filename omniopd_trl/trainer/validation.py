@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer is made of, and what is looked at before anything expensive starts."""
+"""Checks of the inputs before a model is loaded, and the parts of a trainer."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -33,13 +33,13 @@ def check_inputs(
     processing_class: PreTrainedTokenizerBase | None,
     quantization_config: Any,
 ) -> PreTrainedTokenizerBase:
-    """Look at everything that can be wrong before a model is loaded.
+    """Check the settings, the data and the student's configuration before a model is loaded.
 
     Returns:
-        The student's tokenizer, loaded when it is `None`.
+        The student's tokenizer, which is loaded when `processing_class` is `None`.
 
     Raises:
-        ConfigError: when settings contradict each other, the data or the student.
+        ConfigError: when settings contradict each other, or do not fit the data or the student.
         DataError: when the data cannot be used.
         MissingExtraError: when an optional dependency is not installed.
     """
@@ -78,16 +78,16 @@ def check_inputs(
 def make_auditor(
     teacher: Teacher, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig, similarity: Similarity
 ) -> Auditor:
-    """The auditor that the configuration asks for; `similarity` is what `get_similarity` returns."""
+    """The auditor with the settings of the configuration; `similarity` is a result of `get_similarity`."""
     settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
     return Auditor(teacher, tokenizer, settings, similarity)
 
 
 def repeated(dataset: Any, num_samples: int) -> Any:
-    """Each example `num_samples` times in a row.
+    """The dataset, or each of a `dict` of datasets, with each example `num_samples` times in a row.
 
-    The dataset is repeated and not the sampler: how many samples of the last batch are padding, with several
-    processes, is reckoned from the length of the dataset.
+    The dataset is repeated and not the sampler, since accelerate computes from the length of the dataset how many
+    samples of the last batch are padding.
     """
     if num_samples == 1 or dataset is None:
         return dataset
@@ -126,16 +126,16 @@ def _config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
 
 
 def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
-    """Positions that the student was made for; `None` when its configuration does not say."""
+    """Maximum number of positions of the student; `None` when its configuration does not state it."""
     return getattr(_config_of(model, args).get_text_config(), "max_position_embeddings", None)
 
 
 def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: Any) -> None:
-    """Whether vLLM can be given the weights of the student after each step.
+    """Check that the student's weights can be sent to vLLM after each step.
 
     Raises:
-        ConfigError: when the student is quantized. Merged into 4 bits, most of what a step changes is rounded away,
-            and the base model, which is the reference, moves with each transfer.
+        ConfigError: when the student is quantized. Merging adapters into 4-bit weights rounds most of an update away,
+            and each transfer would change the base model, which is the reference.
     """
     if not args.use_vllm:
         return
@@ -143,27 +143,27 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
     if quantization_config is not None or held is not None:
         raise ConfigError(
             "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
-            "transfer, which loses what was learnt and moves the reference. Set use_vllm=False, or train LoRA on a "
-            "student that is not quantized."
+            "transfer, which loses most of the update and changes the reference. Set use_vllm=False, or train LoRA on "
+            "a student that is not quantized."
         )
 
 
 def prepare_teacher(
     teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
 ) -> Teacher:
-    """The teacher of a run, after it has answered one question.
+    """Load the teacher of a run and send it one question as a check.
 
     Args:
         teacher: a name, a model or a teacher.
-        args: the configuration; `omniopd_trl/teachers/options.py` says which teacher reads which of its options.
-        ledger: where the question is counted, and what is in flight.
-        datasets: the first one has the question.
+        args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
+        ledger: ledger of the requests, paid and in flight.
+        datasets: names and datasets; the question is the first prompt of the first dataset.
 
     Raises:
-        ConfigError: when an option cannot be kept by this teacher.
+        ConfigError: when an option has no effect with this teacher.
         DataError: when a model cannot be loaded, or cannot render the question.
-        JournalError: when it cannot be read what earlier runs have spent.
-        TeacherError: when it does not answer.
+        JournalError: when the spending of earlier runs cannot be read from the journal.
+        TeacherError: when the teacher does not answer.
     """
     paid = spent(args.output_dir) if is_service(teacher) else None
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)

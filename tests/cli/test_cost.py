@@ -237,7 +237,7 @@ class TestCost:
         """What the forecast leaves out is said where the recipe asks for it."""
         assert main(["cost", "--config", recipe(audit_eval=True, chunk_overlap="merge")]) == 0
         printed = capsys.readouterr().out
-        assert "Evaluation asks the teacher too" in printed
+        assert "requests during evaluation (audit_eval, evaluate_teacher) come on top" in printed
         assert "chunk_overlap='merge'" in printed
         given = ["--chunks_per_trajectory", "6", "--rollout_tokens", "120"]
         assert main(["cost", "--config", recipe(chunk_overlap="merge"), *given]) == 0
@@ -262,7 +262,7 @@ class TestErrors:
             ({"teacher_model_name_or_path": None}, [], 2, "does not set `teacher_model_name_or_path`"),
             ({"model_name_or_path": "./none"}, [], 1, "no model folder './none' (`model_name_or_path`; looked in"),
             ({"model_name_or_path": "no/model"}, [], 1, "tokenizer 'no/model' could not be loaded"),
-            ({"model_name_or_path": "no/model"}, [], 1, "or `--prompt_length` says how long"),
+            ({"model_name_or_path": "no/model"}, [], 1, "length of a prompt with `--prompt_length`"),
             ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
             ({"dataset_name": None}, [], 2, "No dataset is named"),
             ({"dataset_train_split": "none"}, [], 1, "no split 'none'"),

@@ -266,7 +266,7 @@ class TestConfigs:
     def test_no_gpu(self, recipe, launched, monkeypatch):
         """A configuration for GPUs says so where there are none, unless the number of processes is given."""
         monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
-        with pytest.raises(ConfigError, match=r"'multi_gpu'.*this machine shows none.*cpu_2"):
+        with pytest.raises(ConfigError, match=r"'multi_gpu'.*this machine has none.*cpu_2"):
             launch.train(["--accelerate_config", "multi_gpu", "--config", recipe()])
         assert launch.train(["--accelerate_config", "multi_gpu", "--num_processes=3", "--config", recipe()]) == 0
         assert launched[0].num_processes == 3

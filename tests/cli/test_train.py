@@ -337,7 +337,7 @@ class TestResolveCheckpoint:
         (tmp_path / "checkpoint-4" / "model.safetensors").touch()
         if state is not None:
             (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(state)
-        with pytest.raises(DataError, match=r"no checkpoint in .* was written to its end"):
+        with pytest.raises(DataError, match=r"no checkpoint in .* is complete"):
             resolve_checkpoint("true", str(tmp_path))
         (tmp_path / "checkpoint-2").mkdir()
         (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")

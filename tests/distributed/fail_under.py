@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
-"""Runs the training command under one back end, with a teacher that fails on the second process.
+"""Run the training command under one back end, with a teacher that fails on the second process.
 
     python fail_under.py BACK_END RECIPE FOLDER KIND
 
-KIND says what fails: `final`, an error of the teacher in the middle of a step; `unexpected`, a mistake in its code;
-`probe`, its first question; `evaluation`, its own one after the training; `nothing`. Each process writes the command's
-exit code to `FOLDER/KIND-RANK`. The process whose number is in `SLOW`, a variable of the environment, is late to save
-the end of its part of a checkpoint.
+KIND is the failure: `final`, an error of the teacher within a step; `unexpected`, a bug in the teacher's code;
+`probe`, the first question; `evaluation`, the evaluation of the teacher after training; or `nothing`. Each process
+writes the exit code of the command to `FOLDER/KIND-RANK`. The process whose rank is in the environment variable `SLOW`
+finishes its part of a checkpoint late.
 """
 
 import asyncio

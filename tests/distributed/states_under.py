@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
-"""Trains three steps of two micro-batches under one back end and counts the bytes that a process holds and sends.
+"""Train three steps of two micro-batches under one back end, and count the bytes that a process holds and sends.
 
     python states_under.py BACK_END RESULT.json MODEL KIND
 
-KIND: empty, `lora`, or `sync_each_batch`, which sends gradients after each micro-batch. The result holds, in bytes of
-the first process:
+KIND is empty, `lora`, or `sync_each_batch`, which sends gradients after each micro-batch. The result holds, in bytes
+of the first process:
 
-- `student`: its weights, gradients and optimizer states, the most between two micro-batches and before the update.
-  Everything that is alive then is counted, and what is no part of the student taken off: a list of what DeepSpeed
-  keeps could forget something.
-- `reference`: its weights.
+- `student`: the peak of the student's weights, gradients and optimizer states between two micro-batches and before the
+  update. All live tensors are counted, minus those that are not part of the student, since a list of what DeepSpeed
+  keeps could be incomplete.
+- `reference`: the weights of the reference.
 - `copies`: copies of the student's weights in bf16 that are alive at the end of a forward.
-- `gathered`, `gathered_reference`: weights that are whole while a layer computes (FSDP2).
-- `sent`: what it sends to the others in the last step, other than to generate. Of DeepSpeed: it learns in the first
-  what comes when. Nothing else is counted in this step, since a tensor that is watched can be reached, too.
+- `gathered`, `gathered_reference`: weights that are gathered while a layer computes (FSDP2).
+- `sent`: the bytes sent to the other processes in the last step, except for generation. DeepSpeed records the order of
+  the parameters in the first step. Nothing else is counted in this step, since watching a tensor keeps it alive.
 """
 
 import gc

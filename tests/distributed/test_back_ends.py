@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One objective under every back end: what is trained is what one process trains, and a run that is resumed goes on.
+"""Every back end trains the same as one process, and resumes exactly.
 
-Each back end is launched once for all kinds of student, and once more, in new processes, to go on from checkpoints:
-most of the time goes into imports.
+Each back end is launched once for all kinds of student, and once more in new processes to resume from checkpoints,
+since imports take most of the time.
 """
 
 import importlib.util

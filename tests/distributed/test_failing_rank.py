@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher that fails on one process ends all of them, with one message and a checkpoint to go on from."""
+"""A teacher that fails on one process stops all processes, with one message and a checkpoint to resume from."""
 
 import json
 import signal
@@ -151,7 +151,7 @@ def test_a_mistake_in_the_teacher_on_one_rank(back_end, slow, write_recipe, unin
     code, output, codes = launch(back_end, recipe, "unexpected", SLOW=slow)
     assert code != 0
     assert codes == ["1"], "the first process returns, the second raises"
-    assert "TeacherError: Stopped at step 2: process 1 met an unexpected RuntimeError (a mistake in the" in output
+    assert "TeacherError: Stopped at step 2: process 1 raised an unexpected RuntimeError (a mistake in the" in output
     assert output.count("RuntimeError: a mistake in the teacher") == 1
     # Written last, by the first process: a checkpoint with it is whole.
     written = {path.name: path.stat().st_mtime for path in (tmp_path / "out" / "checkpoint-2").iterdir()}

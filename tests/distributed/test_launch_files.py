@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""`omniopd train --accelerate_config zero2`, `zero3` and `fsdp2`: the files that ship, and training that follows them.
+"""`omniopd train --accelerate_config zero2`, `zero3` and `fsdp2`: training with the files that ship.
 
-The files are used as they are. What a machine without GPUs needs is said on the command line: `--num_processes 2`,
-which would be the number of GPUs; a free port; and `--use_cpu` for ZeRO. FSDP2 gets the device of `fsdp2_on_cpu`
-instead, since accelerate would fall back to DDP. Communication is by gloo.
+The files are used unchanged. The command line adds what a machine without GPUs needs: `--num_processes 2`, since the
+default is the number of GPUs; a free port; and `--use_cpu` for ZeRO. For FSDP2, `fsdp2_on_cpu` sets the device
+instead, since accelerate would fall back to DDP. The communication backend is gloo.
 """
 
 import json

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of docs/scaling.md: what a process holds between passes and in them is what the formulas say."""
+"""The memory of a process, between and within passes, matches the formulas of docs/scaling.md."""
 
 import importlib.util
 import shutil

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The training of a recipe, as `omniopd train` launches it, once for each kind of student, with notes about it.
+"""Train a recipe as `omniopd train` launches it, once for each kind of student, and write facts about the runs.
 
     FACTS=FOLDER python -m train_from_file --config RECIPE.yaml --output_dir OUT
 
-stands where `python -m omniopd_trl.train` would. Students are saved in `OUT/full` and `OUT/lora`, notes in
-`FOLDER/RANK.json`. Settings come from the recipe, and from what accelerate's launcher put into the environment.
+replaces `python -m omniopd_trl.train`. Students are saved in `OUT/full` and `OUT/lora`, and facts in
+`FOLDER/RANK.json`. Settings come from the recipe, and from the environment that accelerate's launcher sets.
 """
 
 import json

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the device that makes FSDP2 shard on a CPU comes before anything that makes a state)
-"""Trains the same steps under one back end, for each kind of student, and writes down what came out.
+"""Train the same steps under one back end for each kind of student, and write the results.
 
     python train_under.py BACK_END RESULT.json MODELS.json
 
-MODELS.json names what to train: a list of `{"name", "path"}`, each with other arguments of `train` and further
-settings of the configuration. The weights are written beside the result, as `NAME.safetensors`.
+MODELS.json is a list of `{"name", "path"}`, each with optional arguments of `train` and settings of the configuration.
+The weights are written to `NAME.safetensors` beside the result.
 """
 
 import json

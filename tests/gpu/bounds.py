@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Measured errors and their bounds, in the test report."""
+"""Add measured errors and their bounds to the test report."""
 
 import math
 from collections.abc import Callable

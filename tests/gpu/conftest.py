@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tests on a GPU of what has its CPU form in the other tests. Without a GPU they are skipped, with a reason."""
+"""GPU versions of tests that also run on the CPU. Without a GPU, they are skipped with a reason."""
 
 import os
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trains under one back end in this process alone; the arguments are those of `train_under`."""
+"""Train under one back end in a single process, with the arguments of `train_under`."""
 
 import sys
 from types import ModuleType

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The projections through the LM head, values and gradients, against a dense float64 reference on the same device."""
+"""Values and gradients of the LM head projections, against a dense float64 reference on the same device."""
 
 from dataclasses import dataclass, replace
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A local teacher on the GPU: its cache changes nothing, and it shares the card with the student that is trained."""
+"""A local teacher on the GPU: its KV cache does not change results, and it shares the GPU with the trained student."""
 
 import math
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's loss, metrics and gradient on the GPU, against the dense float64 reference on the CPU."""
+"""Loss, metrics and gradient of the trainer on the GPU, against the dense float64 reference on the CPU."""
 
 import copy
 from pathlib import Path

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3 and FSDP2 with one process, on the device: the step of a plain run, with a model that is really sharded."""
+"""ZeRO-3 and FSDP2 with one process on the GPU: the same step as a plain run, with a sharded model."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What several test modules share, and the scripts that they start."""
+"""Code that several test modules share, and the scripts that they start."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a test starts a script under each back end: one process, DDP, ZeRO-1, 2 and 3, FSDP2, two processes each."""
+"""Start a script under each back end: one process, or two processes with DDP, ZeRO-1, 2 and 3, or FSDP2."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ import pytest
 
 from tests.support import ROOT
 
-if TYPE_CHECKING:  # the processes under a back end import these only when their device is chosen
+if TYPE_CHECKING:  # scripts must choose their device before they import torch
     import torch
 
 SCRIPTS = ROOT / "tests" / "distributed"
 BACK_ENDS = ("one", "ddp", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
-# The steps that are compared, as settings of `OmniOPDConfig`.
+# Settings of `OmniOPDConfig` for the steps that are compared.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "num_chunks": 2,
@@ -32,14 +32,14 @@ STEPS: dict[str, Any] = {
     "min_chunk_length": 6,
     "num_rollouts": 3,
     "beta": 0.5,
-    # The likeliest token each time: what is sampled must not depend on the number of processes.
+    # Greedy sampling: the samples must not depend on the number of processes.
     "top_k": 1,
-    # Adam divides by the root of the second moment: without this, rounding noise in gradients near zero would become
-    # whole steps.
+    # Adam divides by the root of the second moment. With the default, rounding noise in gradients near zero would
+    # become full steps.
     "adam_epsilon": 1e-2,
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.5,
-    # In bf16 rounding would hide a mistake.
+    # Rounding in bf16 would hide a mistake.
     "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 1,
@@ -47,12 +47,12 @@ STEPS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-# What is compared of each step, by the names of the log.
+# The logged metrics that are compared for each step.
 LOGGED = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
 
 
 def needs(back_end: str) -> None:
-    """Skip the test where the back end cannot run."""
+    """Skip the test if the back end cannot run."""
     if back_end.startswith("zero"):
         if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
             pytest.skip("needs DeepSpeed and a C++ compiler")
@@ -61,9 +61,9 @@ def needs(back_end: str) -> None:
 
 @cache
 def _build_deepspeed() -> None:
-    """DeepSpeed builds an operator for communication on a CPU the first time: not on the time that a run has."""
-    # Of this environment alone: what is built for another PyTorch is built anew, and a build that was killed leaves a
-    # lock, which the next one would wait for without end.
+    """Build DeepSpeed's communication operator for CPUs in advance, since a run has a time limit."""
+    # One folder per environment: a build for another PyTorch cannot be used, and a build that was killed leaves a lock
+    # that the next one would wait for forever.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
     try:
@@ -74,7 +74,7 @@ def _build_deepspeed() -> None:
 
 
 def training_arguments(back_end: str) -> dict[str, Any]:
-    """What a configuration needs for a back end, on a machine without a GPU."""
+    """Settings of `OmniOPDConfig` for a back end on a machine without a GPU."""
     if back_end == "fsdp2":
         config = {
             "version": 2,
@@ -89,10 +89,10 @@ def training_arguments(back_end: str) -> dict[str, Any]:
 
 
 def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
-    """A DeepSpeed configuration. At stage 3 no parameter is small enough to stay whole: tiny models hide bugs so.
+    """A DeepSpeed configuration. At stage 3, even the smallest parameters are sharded: tiny models would hide bugs.
 
-    With `offload` the optimizer stays PyTorch's: DeepSpeed's own for the CPU would have to be built first, and does
-    not go on exactly after a resumption.
+    With `offload`, the optimizer is still PyTorch's. DeepSpeed's CPU optimizer would have to be built first, and does
+    not continue exactly after a resumption.
     """
     settings: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
@@ -114,7 +114,7 @@ def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
 
 
 def _accelerate_config(back_end: str, folder: Path) -> Path:
-    """The files that `accelerate launch` wants for a stage of ZeRO."""
+    """Write the configuration files of `accelerate launch` for a ZeRO stage, and return the path of the YAML file."""
     stage = int(back_end[4])
     deepspeed, path = folder / f"{back_end}.json", folder / f"{back_end}.yaml"
     deepspeed.write_text(json.dumps(zero(stage, offload=back_end.endswith("offload"))))
@@ -141,7 +141,7 @@ def _accelerate_config(back_end: str, folder: Path) -> Path:
 def start(
     back_end: str, script: Path, folder: Path, *arguments: str, num_processes: int = 2, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start a script under a back end, in a process group of its own; `folder` is for configurations."""
+    """Start a script under a back end in a new process group; configuration files are written to `folder`."""
     command = [sys.executable]
     if back_end.startswith("zero"):
         _build_deepspeed()
@@ -168,33 +168,33 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
-    """Wait for a script; its exit code and what it said. After `seconds` it and all that it started are killed."""
+    """Wait for a script and return its exit code and output. After `seconds`, kill it and all its children."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # A launcher's processes have groups of their own. One that is left would also keep what it says open.
+        # A launcher starts its processes in new groups. A process that is left would also keep the output open.
         launcher = psutil.Process(process.pid)
         started = launcher.children(recursive=True)
         for each in [launcher, *started]:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         output, _ = process.communicate()
-        # A killed process closes its files, which ends the wait above, a moment before it is gone itself.
+        # A killed process closes its files, which ends the wait above, shortly before it is gone.
         psutil.wait_procs(started, timeout=10)
         raise AssertionError(f"not finished after {seconds:.0f} s:\n{output[-5000:]}") from None
     return process.returncode, output
 
 
 def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: float = 280.0, **kwargs: Any) -> Any:
-    """Run a script to its end, and read the JSON file that it leaves in `result`."""
+    """Run a script to its end, and return the content of the JSON file `result` that it writes."""
     code, output = finish(start(back_end, script, result.parent, str(result), *arguments, **kwargs), seconds)
-    # A process of DeepSpeed may abort once in a while after everything is done: the result decides.
+    # A process of DeepSpeed sometimes aborts after it has finished, so check the result instead of the exit code.
     assert result.exists(), f"{back_end} ended with {code} and no result:\n{output[-8000:]}"
     return json.loads(result.read_text())
 
 
 def whole(parameter: "torch.nn.Parameter") -> "torch.Tensor":
-    """A copy of all of a parameter, whichever back end sharded it: all processes have to ask for it."""
+    """A full copy of a parameter under any back end. Every process has to call it."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 

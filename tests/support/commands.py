@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Commands in processes of their own."""
+"""Run commands in new processes."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ENVIRONMENT = {
 
 
 def run_process(*command, cwd, env=None):
-    """Run a command and return it, finished; a hang ends the test with what was printed so far."""
+    """Run a command and return the finished process. A hang fails the test and shows the output so far."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

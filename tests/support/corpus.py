@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny models of the tests were made to read."""
+"""The text that the tokenizers of the tiny models are trained on."""
 
-# Merges are learned from these lines, so that a word such as "Answer" is a few tokens and not one per byte.
+# Merges are learned from these lines: a word such as "Answer" is a few tokens and not one per byte.
 STUDENT_LINES = [
     "Solve the following math problem step by step.",
     "The last line of your response should be of the form Answer: 12",

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Makes accelerate shard with FSDP2 on a machine without a GPU: import it before anything makes a state.
+"""Make accelerate use FSDP2 on a machine without a GPU. Import it before accelerate creates its state.
 
-Accelerate falls back to DDP on a CPU without a word, although torch's FSDP2 works there over gloo. For tests only.
+On a CPU, accelerate silently falls back to DDP, although torch's FSDP2 works there with gloo. For tests only.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Hub on the loopback interface: what creating a repository and pushing files to it needs, no more.
+"""A minimal Hugging Face Hub on the loopback interface: enough to create a repository and push files to it.
 
 with serve() as hub:
     subprocess.run(..., env={**os.environ, **hub.environment})
@@ -25,14 +25,14 @@ _LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
 
 @dataclass
 class Repo:
-    """One repository: its files byte for byte, and the messages of its commits."""
+    """One repository: the content of its files, and the messages of its commits."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
 
 class Hub(ThreadingHTTPServer):
-    """The server, and what was pushed to it."""
+    """The server, with the pushed repositories."""
 
     daemon_threads = True
 
@@ -49,7 +49,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Points huggingface_hub here, and allows it to go online."""
+        """Variables that point huggingface_hub to this server and switch its offline mode off."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
@@ -61,7 +61,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """Run a hub in a thread of its own, on a free port."""
+    """Run a hub in a thread, on a free port."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         with self.server.lock:
             if self.command != "GET" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                # The addresses for large files are signed by a real hub, and carry no token.
+                # A real hub signs the URLs of large files, so their requests have no token.
                 if not path.startswith("/lfs/"):
                     self.server.unauthorized.append(path)
                     self._send({"error": "Invalid credentials"}, 401)
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the output belongs to the test."""
+        """Log nothing, since the output belongs to the test."""
 
 
 def _whoami(hub: Hub, body: bytes) -> tuple[Any, ...]:

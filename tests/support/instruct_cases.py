@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What instructed models write, case by case, and solutions to split at any point."""
+"""Example answers of instructed models, and solutions that tests split at any point."""
 
 from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """One answer.
+    """One answer and its expected repair.
 
     Attributes:
-        name: what the model did.
-        prefix: the student's text.
-        output: the model's answer.
-        text: what the repair has to return.
-        outcome: what the repair has to call it.
-        prompt: the problem, where it matters.
+        name: short description of the answer.
+        prefix: text of the student.
+        output: answer of the model.
+        text: expected text after the repair.
+        outcome: expected outcome of the repair.
+        prompt: the problem, if it matters.
     """
 
     name: str
@@ -45,7 +45,7 @@ CASES = [
     Case("exact, new line", "x = 4", "\ny = 5", "\ny = 5"),
     Case("exact, second half of a blank line", "So x = 4.\n", "\nNow y.", "\nNow y."),
     Case("exact, apostrophe", "Tom", "'s apples", "'s apples"),
-    # Beginnings that equal the prefix's end and are meant.
+    # Beginnings that equal the end of the prefix but are not repetitions.
     Case("same digit goes on", "The result is 1", "1 apples", "1 apples"),
     Case("same number starts the answer", "x = 4", "4 + 2", "4 + 2"),
     Case("same word is meant", "It is very very", " very large.", " very large."),
@@ -137,7 +137,7 @@ CASES = [
     Case("tag of its own", "The sum of the ang", "<continuation>\nles is 180.\n</continuation>", "les is 180."),
     Case("closing tag only", "The sum of the ang", "les is 180.</partial_solution>", "les is 180."),
     Case("a tag of the solution", "<output>4</output>\n", "<output>5</output>", "<output>5</output>"),
-    # White space at the joint stays as it came.
+    # White space between the prefix and the continuation is kept.
     Case("no space is added", "The value of the", "answer is 4.", "answer is 4."),
     Case("one space too many", "The sum is ", " 42.", " 42."),
     Case("newline after a space", "The sum is: ", "\n42", "\n42"),
@@ -211,7 +211,7 @@ CASES = [
     Case("emoji repeated with words", "This is the end 🎉", "This is the end 🎉 of it.", " of it."),
 ]
 
-# Solutions in many styles. Whatever follows a split is a true continuation.
+# Solutions in many styles. The text after a split is a true continuation of the text before it.
 SOLUTIONS = {
     "word problem": (
         "Natalia sold 48/2 = 24 clips in May.\n"

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed: a driver that starts a training run, kills it at a random moment, and resumes it, many times.
+"""A driver that many times starts a training run, kills it at a random moment and resumes it.
 
     python tests/support/killed_runs.py FOLDER MODEL KILLS
 
-Children are forked from a parent that has imported everything once, so that a run starts in a second. The parent
-itself never trains and starts no thread. It prints what happened as JSON.
+Children are forked from a parent that has imported everything, so a run starts in a second. The parent itself never
+trains and starts no thread. It prints the results as JSON.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ STEPS = 5
 
 
 class Recording(Teacher):
-    """Answers after a moment, and writes each request to a file before it answers."""
+    """A teacher that writes each request to a file before it answers, after a short delay."""
 
     name = "recording"
     is_remote = True
@@ -56,7 +56,7 @@ def key(prefix: Prefix) -> list[str]:
 
 
 def train(folder: Path, model: Path) -> None:
-    """One run, from the last checkpoint where there is one."""
+    """Train, from the last checkpoint if there is one."""
     out = folder / "out"
     trainer = make_trainer(
         out,
@@ -82,7 +82,7 @@ def train(folder: Path, model: Path) -> None:
 
 
 def start(folder: Path, model: Path) -> int:
-    """Fork a run; returns the child's process id."""
+    """Fork a run and return the child's process id."""
     child = os.fork()
     if child:
         return child
@@ -98,7 +98,7 @@ def start(folder: Path, model: Path) -> int:
 
 
 def journaled(folder: Path) -> set[tuple[str, str]]:
-    """The prefixes of the audits that a resumed run replays, from a journal that opens clean."""
+    """The prefixes of the audits that a resumed run replays. The journal must open without an error."""
     path = journal_path(folder / "out", 0)
     if not path.exists():
         return set()
@@ -135,7 +135,7 @@ def main(folder: Path, model: Path, kills: int) -> None:
             child = start(here, model)
             if killed < kills:
                 time.sleep(rng.uniform(0.0, 3.0))
-                os.kill(child, signal.SIGKILL)  # nothing happens to one that has finished
+                os.kill(child, signal.SIGKILL)  # has no effect on a finished process
             _, status = os.waitpid(child, 0)
             again += [request for request in requests(here)[asked:] if request in known]
             if os.WIFSIGNALED(status):

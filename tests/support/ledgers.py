@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ledgers that remember what they were called with."""
+"""A ledger that keeps its calls in memory."""
 
 from omniopd_trl.accounting.usage import Ledger, Usage
 
 
 class MemoryLedger(Ledger):
-    """Remembers each call.
+    """A ledger that keeps its calls in memory.
 
     Attributes:
         payments: usage and dollars of each request.
-        peaks: tokens and dollars, each time that the peak in flight changed.
+        peaks: tokens and dollars of each new peak in flight.
     """
 
     def __init__(self) -> None:

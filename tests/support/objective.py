@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A step of the trainer beside the dense reference."""
+"""Compare a step of the trainer with the dense reference."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def load(path: Path) -> torch.nn.Module:
 
 
 def check(trainer, initial: Path, tokenizer, weight_of=None) -> dict[str, float]:
-    """One step of the trainer equals one step down the dense gradient; returns the logged metrics."""
+    """Check that one step of the trainer equals one step along the dense gradient; return the logged metrics."""
     perturb(trainer.model)
     gradient, student = step_and_gradient(trainer)
     arguments = () if weight_of is None else (weight_of,)

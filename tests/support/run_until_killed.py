@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A run that asks a service, for a test to kill.
+"""A run that asks a service and is killed by a test.
 
 python tests/support/run_until_killed.py FOLDER MODEL URL [SETTINGS]
 
-SETTINGS is JSON, and wins over what stands here.
+SETTINGS is JSON and overrides the settings below.
 """
 
 import json

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A service inside of the test's process, behind the engine of remote teachers."""
+"""A remote teacher whose service runs in the test's process."""
 
 import asyncio
 
@@ -25,14 +25,14 @@ FINAL = Failure("final", "the key was refused")
 
 
 class FailedError(Exception):
-    """What the SDK of the scripted service raises."""
+    """The error of the scripted service's SDK."""
 
     def __init__(self, failure):
         self.failure = failure
 
 
 class Scripted(RemoteTeacher):
-    """A service in this process: each request is answered after `delay`, or fails as `fault(number, prefix)` says."""
+    """A service in this process: a request is answered after `delay`, or fails with `fault(number, prefix)`."""
 
     def __init__(self, *, fault=None, delay=0.0, most=8, price=None, max_tokens=None, capabilities=None, **settings):
         self.fault = fault

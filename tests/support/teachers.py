@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers that take their time, fail, or must not be asked."""
+"""Teachers that are slow, that fail, or that must not be asked."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from tests.support.training import script
 
 
 class Remote(Teacher):
-    """Answers from the tests' script after a while, later for later calls, and keeps what happened when."""
+    """A slow teacher with the tests' script, which records when its calls finished or were cancelled."""
 
     name = "remote"
     is_remote = True
@@ -27,7 +27,7 @@ class Remote(Teacher):
     async def sample(self, prefixes, request):
         call, self.calls = self.calls, self.calls + 1
         try:
-            # The first comes last, so that nothing depends on the order of answers.
+            # The first call takes longest: results must not depend on the order of answers.
             await asyncio.sleep(self.delay * (1 + (7 - call) % 8))
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -42,13 +42,13 @@ class Remote(Teacher):
 
 
 class Here(Remote):
-    """The same, but the trainer waits for all of it before it trains."""
+    """The same teacher as a local one: the trainer waits for all answers before it trains."""
 
     is_remote = False
 
 
 class Silent(Teacher):
-    """Must not be asked."""
+    """A teacher that must not be asked: any request fails."""
 
     name = "remote"
 

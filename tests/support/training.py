@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trainers of tiny students, and the objective of one generation batch computed the slow and obvious way."""
+"""Trainers of tiny students, and a dense reference implementation of the objective."""
 
 import copy
 import math
@@ -29,16 +29,14 @@ def questions(count: int = NUM_PROMPTS) -> Dataset:
 
 
 def script(prefix: Prefix, index: int) -> str:
-    """Rollouts that depend on the question, on how far the student has come, and on the sample."""
+    """A rollout that depends on the question, on the length of the student's text, and on the index of the sample."""
     question = prefix.prompt[-1]["content"]
     words = ["First we add", "Tom has", question, "apples. So", "Answer: 12"]
     return " ".join(words[(len(prefix.completion) + index + k * len(question)) % 5] for k in range(3))
 
 
-# Random weights seldom end a turn. Completions are cut to these lengths, so that there is padding, a trajectory
-# without room for two chunks, one shorter than a chunk, and two shorter than the shortest chunk.
 FOUR_MICRO_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-# Two checkpoints on the way.
+# A run with two checkpoints.
 FOUR_STEPS = {
     "max_steps": 4,
     "save_strategy": "steps",
@@ -47,11 +45,13 @@ FOUR_STEPS = {
     "dataset": questions(32),
     **FOUR_MICRO_BATCHES,
 }
+# Random weights rarely end a turn, so completions are cut to these lengths. They give padding, a trajectory without
+# room for two chunks, one shorter than a chunk, and two shorter than the shortest chunk.
 LENGTHS = (40, 31, 5, 17, 9, 40, 24, 1)
 
 
 class RecordingTrainer(OmniOPDTrainer):
-    """Keeps each generation batch as it is before TRL shuffles and splits it."""
+    """A trainer that keeps each generation batch as it was before TRL shuffles and splits it."""
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         completion_ids = super()._generate_single_turn(*args, **kwargs)
@@ -76,9 +76,9 @@ class RecordingTrainer(OmniOPDTrainer):
 def make_trainer(
     path: Path, model: Any, *, teacher: Any = None, dataset: Dataset | None = None, **overrides: Any
 ) -> RecordingTrainer:
-    """A trainer with plain SGD and learning rate 1: the step that it takes is minus the gradient.
+    """A trainer with plain SGD and learning rate 1, whose step is minus the gradient.
 
-    Keyword arguments that are fields of the configuration go there, the others to the trainer.
+    Keyword arguments that are fields of the configuration are passed to it, the others to the trainer.
     """
     settings: dict[str, Any] = {
         "output_dir": str(path),
@@ -116,7 +116,7 @@ def make_trainer(
 
 
 def within(owner: Any, method: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Make everything that a public method of an object does happen inside a context."""
+    """Wrap a method of an object in a context."""
     original = getattr(owner, method)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -127,7 +127,7 @@ def within(owner: Any, method: str, context: Callable[[], AbstractContextManager
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.02) -> None:
-    """Move the trainable weights, so that the student differs from its reference."""
+    """Add noise to the trainable weights, which moves the student away from its reference."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,7 +142,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def similarity(chunk: str, rollout: str) -> float:
-    """The default phi, written down once more."""
+    """The default phi, implemented independently."""
     chunk, rollout = chunk.strip(), rollout.strip()
     longest = max(len(chunk), len(rollout))
     return 1.0 - Levenshtein.distance(chunk, rollout) / longest if longest else 1.0
@@ -156,9 +156,9 @@ def dense_objective(
     args: OmniOPDConfig,
     weight_of: Callable[[float], float] = lambda posterior: posterior,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Eq. 3 to 8 for one generation batch, one row at a time, with whole logits in float64.
+    """Eq. 3 to 8 for one generation batch, one row at a time, with all logits in float64.
 
-    Nothing of the package's own computation is used: entropies, chunks (the greedy walk, chunks start at their
+    It shares no code with the package: entropies, chunks (the greedy selection, with chunks that start at their
     anchors), texts, rollouts, similarities, priors, posteriors and both terms of the loss are computed here.
 
     Returns:
@@ -192,8 +192,8 @@ def dense_objective(
             end = start + chunk_length
             before = tokenizer.decode(completion[:start], skip_special_tokens=True).rstrip("\ufffd")
             text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
-            # A rollout is cut as if the white space before it were the chunk's. These students' tokens are random, so
-            # that a chunk's text by itself has no tokens in common with the chunk.
+            # A rollout is cut as if the white space before it were the chunk's. The tokens of these students are
+            # random, so the tokens of a chunk's text differ from those of the chunk.
             space = text[: len(text) - len(text.lstrip())] if text.strip() else None
             rollouts = []
             for i in range(args.num_rollouts):
@@ -233,7 +233,7 @@ def dense_objective(
 
 
 def step_and_gradient(trainer: RecordingTrainer) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
-    """Take one step; returns minus the step, which is the gradient, and the student as it was before."""
+    """Take one step and return the gradient, which is minus the step, and a copy of the student before the step."""
     before = copy.deepcopy(trainer.model)
     weights = trainable(trainer.model)
     trainer.train()

@@ -142,7 +142,7 @@ def test_a_mistake_in_a_teacher_saves_and_shows_its_traceback(tmp_path, tiny_mod
     )
     with pytest.raises(KeyError, match="choices") as caught:
         trainer.train()
-    assert "Stopped at step 1: process 0 met an unexpected KeyError ('choices')" in caught.value.__notes__[0]
+    assert "Stopped at step 1: process 0 raised an unexpected KeyError ('choices')" in caught.value.__notes__[0]
     assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
 
 

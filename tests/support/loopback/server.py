@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One HTTP server for all wire formats: it records its requests, answers by a function, and can be told to fail."""
+"""An HTTP server for all wire formats that records its requests, answers with a function and injects failures."""
 
 import json
 import socket
@@ -20,11 +20,11 @@ class Fault:
     """How one request fails.
 
     Attributes:
-        status: of the response; 200 with a `body` is an answer of one's own.
-        body: of the response, JSON or text.
-        headers: of the response.
+        status: status of the response. 200 with a `body` is a custom answer.
+        body: body of the response, JSON or text.
+        headers: headers of the response.
         how: `"answer"`, `"drop"` (the connection is reset), `"hang"` (no answer until the server closes), or `"cut"`
-            (a whole response whose JSON ends in the middle).
+            (a complete response with truncated JSON).
     """
 
     status: int = 200
@@ -35,7 +35,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request, as it arrived."""
+    """One received request."""
 
     path: str
     headers: dict[str, str]
@@ -47,15 +47,15 @@ class Loopback:
     """A server bound to 127.0.0.1.
 
     Args:
-        answer: a function of path and body that returns the JSON of an answer.
-        fault: a function of the request's number (from 0, in order of arrival) and its body that returns how it fails,
-            or `None`; or a list of those, for the first requests.
-        delay: seconds that an answer takes.
+        answer: function of path and body that returns the JSON of an answer.
+        fault: function of the request's number (from 0, in order of arrival) and its body that returns a fault or
+            `None`; or a list of faults for the first requests.
+        delay: time that an answer takes, in seconds.
 
     Attributes:
-        requests: what arrived, in order.
-        active: requests that are under way.
-        most: the most that were at once.
+        requests: received requests, in order.
+        active: number of requests in flight.
+        most: peak of `active`.
     """
 
     def __init__(self, answer: Answer, fault: Any = None, delay: float = 0.0):
@@ -84,7 +84,7 @@ class Loopback:
             request_queue_size = 256
 
             def handle_error(self, *args: Any) -> None:
-                pass  # clients that do not wait for an answer are part of the tests
+                pass  # some tests have clients that do not wait for an answer
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

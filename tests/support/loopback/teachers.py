@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers whose services are loopback servers, with the keys that they ask for."""
+"""Remote teachers with loopback servers as services, and their keys."""
 
 import asyncio
 from collections.abc import Callable
@@ -26,14 +26,14 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Service:
-    """One provider, as the tests of all of them need it.
+    """One provider, for tests of all providers.
 
     Attributes:
-        name: of the teacher.
-        answer: what its service answers.
-        error: the JSON of an error, from status and message.
-        path: what is appended to the server's address.
-        key: the variable that holds its key.
+        name: name of the teacher.
+        answer: function that returns the answers of the service.
+        error: function from status and message to the JSON of an error.
+        path: path that is appended to the server's URL.
+        key: environment variable of the key.
     """
 
     name: str
@@ -53,7 +53,7 @@ SERVICES = [
 
 @pytest.fixture
 def services(monkeypatch) -> None:
-    """Keys that lead nowhere, no proxy, and backoff in milliseconds: every retry happens, none is waited for."""
+    """Set invalid keys, no proxy, and a backoff in milliseconds: retries happen without long waits."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -66,7 +66,7 @@ def services(monkeypatch) -> None:
 
 
 def teacher_of(service: Service, server: Loopback, **kwargs: Any) -> RemoteTeacher:
-    """A service's teacher behind a server."""
+    """The teacher of a service, connected to a loopback server."""
     kwargs.setdefault("settings", EngineSettings(timeout=5.0))
     return remote_teacher(service.name, base_url=server.url + service.path, **kwargs)
 
@@ -74,7 +74,7 @@ def teacher_of(service: Service, server: Loopback, **kwargs: Any) -> RemoteTeach
 def ask(
     teacher: RemoteTeacher, *prefixes: Prefix, num_samples: int = 1, max_tokens: int = 70, **kwargs: Any
 ) -> list[TeacherReply]:
-    """Sample in a loop of its own, and close."""
+    """Sample in a new event loop, and close the teacher."""
     request = SamplingRequest(num_samples, max_tokens, **kwargs)
 
     async def run() -> list[TeacherReply]:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Answers in the providers' own formats. What is written is a function of the prompt and the sample's index."""
+"""Answers in the formats of the providers. Their text is a function of the prompt and the index of the sample."""
 
 import zlib
 from typing import Any
