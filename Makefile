@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST_ARGS ?=
 
-.PHONY: venv test test-slow test-vllm check format demo docs constraints clean
+.PHONY: venv test test-slow test-exhaustive test-vllm check format demo docs constraints clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -45,14 +45,19 @@ $(STAMP): pyproject.toml constraints.txt
 
 # One thread: more threads only slow down the tests' tiny models. `loadscope` runs each file or class in one process,
 # since its tests share trained models.
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-exhaustive: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(PYTEST_ARGS)
 
 # The slow tests train models and have a longer timeout. The longest test is first, and reordering would change that.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout 2400 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'slow and not exhaustive' --timeout 2400 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+# More seeds and back ends than CI has time for. Run it before a release.
+test-exhaustive: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 -n 2 --dist loadscope --ignore tests/real_servers $(PYTEST_ARGS)
+	$(VLLM_BIN)/python -m pytest -m exhaustive tests/real_servers $(PYTEST_ARGS)
 
 # vLLM installs the uninstalled packages. They are built for another torch and fail on import. The .gitignore hides the
 # environment from git and the linter.

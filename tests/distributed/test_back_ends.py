@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.back_ends import BACK_ENDS, SCRIPTS, needs, run
+from tests.support.back_ends import BACK_ENDS, SCRIPTS, back_ends, needs, run
 
 SCRIPT = SCRIPTS / "train_under.py"
 TOLERANCE = 1e-4
@@ -117,7 +117,7 @@ def assert_same_weights(folder: Path, name: str, other_folder: Path, other: str,
         torch.testing.assert_close(weights[key], value, rtol=0, atol=tolerance, msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS[1:])
+@back_ends(*BACK_ENDS[1:])
 def test_agrees_with_one_process(back_end, trained):
     """Within 1e-4, over steps that move the weights by a hundred times as much, clipped gradients among them."""
     results, folder = trained(back_end)
@@ -142,7 +142,7 @@ def test_agrees_with_one_process(back_end, trained):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@back_ends(*BACK_ENDS)
 def test_bf16_computes_in_bf16(back_end, kind, trained):
     """The layers do; the chunks' weights and the loss are not rounded, nor is what the optimizer updates."""
     result = trained(back_end)[0][f"bf16_{kind}"]
@@ -181,7 +181,7 @@ def test_a_head_is_gathered_no_more_than_it_has_to_be(back_end, kind, trained):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["checkpointing", "checkpointing_reentrant"])
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@back_ends(*BACK_ENDS)
 def test_gradient_checkpointing_changes_nothing(back_end, checkpointing, kind, trained):
     """Losses and gradient norms are those without it, to 1e-4."""
     results = trained(back_end)[0]
@@ -196,7 +196,7 @@ def test_gradient_checkpointing_changes_nothing(back_end, checkpointing, kind, t
 
 
 @pytest.mark.skipif(not QUANTIZES, reason="needs bitsandbytes")
-@pytest.mark.parametrize("back_end", BACK_ENDS[1:])
+@back_ends(*BACK_ENDS[1:])
 def test_qlora(back_end, trained):
     """A 4-bit student is trained as in one process, as near as adapters in bf16 can be."""
     result, expected = (trained(name)[0]["quantized_lora"] for name in (back_end, "one"))
@@ -209,7 +209,7 @@ def test_qlora(back_end, trained):
             assert here[key] == pytest.approx(there[key], rel=2e-2), key
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@back_ends(*BACK_ENDS)
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(back_end, trained, tmp_path):
     """From within an epoch and from its end, with the journal and without: the same completions, steps and weights."""
     results, folder = trained(back_end)

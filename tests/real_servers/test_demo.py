@@ -18,6 +18,7 @@ def server(tmp_path_factory):
 
 
 # Two training runs of two to four minutes.
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_the_demo_gains_as_much_over_the_wire(tmp_path, server, capsys):
     """Same student, same seed: pass@1 before is the same, and after 40 steps it differs by no more than noise."""

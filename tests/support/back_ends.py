@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # scripts must choose their device before they import torch
 
 SCRIPTS = ROOT / "tests" / "distributed"
 BACK_ENDS = ("one", "ddp", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+# They share their code with others: CI has time for those.
+EXHAUSTIVE = ("zero1", "zero1_offload", "zero2_offload")
 # Settings of `OmniOPDConfig` for the steps that are compared.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -49,6 +51,12 @@ STEPS: dict[str, Any] = {
 }
 # The logged metrics that are compared for each step.
 LOGGED = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
+
+
+def back_ends(*names: str) -> pytest.MarkDecorator:
+    """Run a test for each of these back ends."""
+    exhaustive = {name: [pytest.mark.exhaustive] for name in EXHAUSTIVE}
+    return pytest.mark.parametrize("back_end", [pytest.param(name, marks=exhaustive.get(name, [])) for name in names])
 
 
 def needs(back_end: str) -> None:
