@@ -174,7 +174,7 @@ def _measure_prompts(
     """Lengths of the training prompts in student tokens, as the trainer renders them."""
     from datasets import Dataset
 
-    from omniopd_trl.data.checks import check_dataset, prompt_lengths
+    from omniopd_trl.data.checks import check_dataset, prompt_ids
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
@@ -187,7 +187,7 @@ def _measure_prompts(
         dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
-    return _Prompts([*prompt_lengths(dataset, tokenizer, template_kwargs)], total)
+    return _Prompts([len(ids) for ids in prompt_ids(dataset, tokenizer, template_kwargs)], total)
 
 
 def _describe_prompts(prompts: _Prompts, given: float | None) -> str:

@@ -286,7 +286,9 @@ def _check_size(root: Any, path: str) -> None:
         if id(node) not in sizes:
             sizes[id(node)] = math.inf  # of a node inside itself
             parts = [] if isinstance(node.value, str) else node.value
-            sizes[id(node)] = 1 + sum(size(n) for part in parts for n in (part if isinstance(part, tuple) else (part,)))
+            sizes[id(node)] = 1 + sum(
+                size(n) for part in parts for n in (part if isinstance(part, tuple) else (part,))
+            )
         return sizes[id(node)]
 
     if root is not None and size(root) > _MAX_NODES:

@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
+from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
 from omniopd_trl.journal.file import journal_path
@@ -145,7 +146,7 @@ class OmniOPDTrainer(DistillationTrainer):
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = get_config_model_id(model.config) if hasattr(model, "config") else str(model)
             args = OmniOPDConfig(f"{name.split('/')[-1]}-OmniOPD")
         if tools:
             raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
@@ -303,6 +304,13 @@ class OmniOPDTrainer(DistillationTrainer):
                 yield
             finally:
                 self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
+
+    def _tokenize_prompts(self, prompts):
+        # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style
+        # datasets were checked at the start; those of streams are checked here, before the student answers them.
+        for prompt in prompts:
+            self.teacher.check_prompt(prompt)
+        return encode_prompts(prompts, self._tokenizer, self.chat_template_kwargs), None, {}
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         replayed = self.step_audits.replay(prompt_ids) if self.model.training else None

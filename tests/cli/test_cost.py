@@ -293,7 +293,6 @@ class TestErrors:
         [
             ([], "COMMAND"),
             (["costs"], "invalid choice"),
-            (["cost"], "--config"),
             (["cost", "--config", "x", "--trajectory_length", "0"], "must be a number above 0"),
             (["cost", "--config", "x", "--trajectory_length", "nan"], "must be a number above 0"),
             (["cost", "--config", "x", "--max_prompts", "1.5"], "must be a whole number"),

@@ -184,7 +184,7 @@ class TestWords:
         ],
     )
     def test_keys(self, name, variables):
-        """An option that would hold a key leads to the environment variable, never to an option with a similar name."""
+        """An option that would hold a key leads to the environment variable, not to an option with a similar name."""
         with pytest.raises(ConfigError, match="read from the environment, never from an option") as error:
             check_arguments([f"--{name}", "secret"])
         assert f"set {variables}" in str(error.value)
@@ -209,15 +209,11 @@ class TestWords:
     def test_cost_without_recipe(self, capsys):
         """The forecast needs a recipe, and says so in one line."""
         assert main(["cost", "--num_chunks", "5"]) == 2
-        assert capsys.readouterr().err == (
-            "ConfigError: `omniopd cost` needs a recipe: add `--config RECIPE.yaml`.\n"
-        )
+        assert capsys.readouterr().err == ("ConfigError: `omniopd cost` needs a recipe: add `--config RECIPE.yaml`.\n")
 
 
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))
-MERGED = "a0: &a0 {x0: 1, y0: 1}\n" + "".join(
-    f"a{n + 1}: &a{n + 1}\n  <<: [*a{n}, *a{n}]\n" for n in range(40)
-)
+MERGED = "a0: &a0 {x0: 1, y0: 1}\n" + "".join(f"a{n + 1}: &a{n + 1}\n  <<: [*a{n}, *a{n}]\n" for n in range(40))
 
 
 @pytest.mark.case("U11")

@@ -1,0 +1,39 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Why a model cannot be loaded from its name."""
+
+import difflib
+from pathlib import Path
+
+from omniopd_trl.errors import first_line
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    """One line on why a model cannot be loaded: what is in the folder of its name, or else near it, and what to do.
+
+    Args:
+        name: path of a folder, or id of a model on the Hub.
+        error: the error of `transformers`, of which the first line is quoted.
+    """
+    folder, reason = Path(name), first_line(error)
+    if folder.is_dir():
+        checkpoints = sorted(path.parent.name for path in folder.glob("checkpoint-*/config.json"))
+        if (folder / "adapter_config.json").is_file():
+            return (
+                "the folder holds a LoRA adapter and no model. Merge it and name the result: "
+                f"`AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)`. Or "
+                f"pass the trainer `AutoPeftModelForCausalLM.from_pretrained({name!r}, is_trainable=True)`."
+            )
+        if not (folder / "config.json").is_file():
+            advice = f"Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else "Check the path."
+            return f"the folder holds no model (no config.json). {advice}"
+        return f"{reason} Check that the folder is a complete model."
+    parent = folder.parent
+    if parent != Path() and parent.is_dir():
+        similar = difflib.get_close_matches(folder.name, [path.name for path in parent.iterdir()], n=1)
+        advice = f"Did you mean {str(parent / similar[0])!r}? " if similar else ""
+        return (
+            f"the folder {str(parent)!r} is here and has no {folder.name!r}, so the name was looked up on the Hub "
+            f"({reason}). {advice}Check the path or the id."
+        )
+    return f"there is no such folder, so the name was looked up on the Hub ({reason}). Check the path or the id."
