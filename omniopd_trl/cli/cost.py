@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 # A stream has no length; this many of its first prompts are measured.
 _STREAMED_PROMPTS = 1000
 
+_WITHOUT = (
+    "Without a network, student and dataset must be local or in the cache; or give the mean length of a prompt with "
+    "`--prompt_length`, and the steps with `--max_steps`."
+)
+
 # An average of English prose, for when no tokenizer is loaded.
 _LETTERS_PER_TOKEN = 4
 
@@ -73,7 +78,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     tokenizer = None
     if options.prompt_length is None:
         tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
-        splits = load_splits(script_args, dataset_args)
+        try:
+            splits = load_splits(script_args, dataset_args)
+        except DataError as error:
+            raise DataError(f"{error} {_WITHOUT}") from error
         prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
     elif args.max_steps > 0:
         prompts = _Prompts([options.prompt_length], None)
@@ -158,13 +166,14 @@ def _asked_per_token() -> float:
 def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    from omniopd_trl.models.loading import why_not_loaded
+
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
-            f"({str(error).splitlines()[0]}). Check `model_name_or_path`. Without a network, the tokenizer must be in "
-            "a local folder or in the cache, or pass the mean length of a prompt with `--prompt_length`."
+            f"Prompts are measured with the tokenizer of the student {name!r}, which cannot be loaded: "
+            f"{why_not_loaded(name, error)} {_WITHOUT}"
         ) from error
 
 

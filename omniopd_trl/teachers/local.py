@@ -28,7 +28,7 @@ from transformers.integrations import deepspeed
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
-from omniopd_trl.models.names import why_not_loaded
+from omniopd_trl.models.loading import loading, why_not_loaded
 from omniopd_trl.teachers.base import (
     Prefix,
     Prompt,
@@ -135,7 +135,7 @@ class LocalTeacher(Teacher):
                 **(model_init_kwargs or {}),
             }
             try:
-                with _whole():
+                with _whole(), loading("teacher"):
                     model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(

@@ -32,6 +32,7 @@ from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
+from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
@@ -66,8 +67,8 @@ class OmniOPDTrainer(DistillationTrainer):
     >>> dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
 
     >>> trainer = OmniOPDTrainer(
-    ...     model="Qwen/Qwen3-4B",
-    ...     teacher_model="Qwen/Qwen3-32B",
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     teacher_model="Qwen/Qwen3-8B",
     ...     args=OmniOPDConfig(max_completion_length=4096),
     ...     train_dataset=dataset,
     ... )
@@ -182,18 +183,19 @@ class OmniOPDTrainer(DistillationTrainer):
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=repeated(eval_dataset, args.num_eval_generations),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with loading("student"):
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=repeated(eval_dataset, args.num_eval_generations),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
 
         for module in self.model.modules():
             # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form

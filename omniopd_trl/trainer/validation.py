@@ -21,7 +21,7 @@ from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, first_line
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.method.similarity import Similarity
-from omniopd_trl.models.names import why_not_loaded
+from omniopd_trl.models.loading import why_not_loaded
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import warn_about_lost_processes

@@ -63,6 +63,7 @@ class TestSources:
 class TestQuick:
     """Mistakes are refused without a heavy import, in less than two seconds."""
 
+    @pytest.mark.case("U9")
     @pytest.mark.parametrize(
         ("command", "recipe", "code", "message"),
         [

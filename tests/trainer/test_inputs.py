@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is refused, in one line, when a trainer is made: before a model is loaded, or the teacher is asked."""
 
-import logging
 from copy import deepcopy
+from logging import getLogger
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
@@ -150,6 +151,24 @@ class TestStudents:
             monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{package}_available", lambda: False)
         refused(ConfigError, rf"report_to=\['{name}'\] cannot be used: ", tmp_path, tiny_model_dir, report_to=name)
 
+    @pytest.mark.case("U9")
+    def test_bars_name_the_model(self, tmp_path, tiny_model_dir, tiny_teacher_dir):
+        """Three bars of loading, each with the model that it is about; other bars keep their names."""
+        names = []
+
+        def noted(factory, args, kwargs):
+            names.append(kwargs.get("desc"))
+            return factory(*args, **kwargs)
+
+        before = logging.set_tqdm_hook(noted)
+        try:
+            make_trainer(tmp_path, tiny_model_dir, teacher=str(tiny_teacher_dir))
+            logging.tqdm([], desc="Loading weights")
+        finally:
+            assert logging.set_tqdm_hook(before) is noted
+        models = ["teacher", "student", "reference"]
+        assert names == [*(f"Loading weights of the {model}" for model in models), "Loading weights"]
+
     @pytest.mark.case("R12")
     @pytest.mark.usefixtures("not_loaded")
     @pytest.mark.parametrize(
@@ -178,8 +197,8 @@ class TestStudents:
     def test_marks_of_reasoning(self, tmp_path, make_tiny_model, tiny_tokenizer, caplog, monkeypatch, keep):
         """The start of a run says which special tokens the teacher does not get, unless they are kept."""
         tokenizer = channels(tiny_tokenizer)
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-        monkeypatch.setattr(logging.getLogger("omniopd_trl"), "propagate", True)
+        monkeypatch.setattr(getLogger("transformers"), "propagate", True)
+        monkeypatch.setattr(getLogger("omniopd_trl"), "propagate", True)
         make_trainer(tmp_path, make_tiny_model(tokenizer=tokenizer), keep_special_tokens=keep)
         assert ("special tokens <|channel|>, <|message|> into answers" in caplog.text) != keep
 

@@ -1,11 +1,32 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Why a model cannot be loaded from its name."""
+"""Loading a model: a progress bar that names it, and why it cannot be loaded."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
 
 from omniopd_trl.errors import first_line
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Context in which the bar "Loading weights" of `transformers` names the model: student, teacher or reference."""
+
+    def named(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == "Loading weights":
+            kwargs = {**kwargs, "desc": f"Loading weights of the {what}"}
+        return factory(*args, **kwargs) if previous is None else previous(factory, args, kwargs)
+
+    previous = logging.set_tqdm_hook(named)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
