@@ -10,6 +10,7 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from omniopd_trl.errors import DataError, first_line
+from omniopd_trl.models.loading import what_is_beside
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
@@ -89,6 +90,8 @@ def load_dataset_or_files(
                 "It is neither a local file nor a local folder, so it was looked up on the Hub: check the name, the "
                 "configuration and, without a network, whether it is in the cache."
             )
+            nearby = what_is_beside(str(path)).strip()
+            advice += f" {nearby[:1].upper()}{nearby[1:]}" if nearby else ""
         raise DataError(f"The dataset {name!r} could not be loaded ({reason}). {advice}") from error
 
 

@@ -49,12 +49,15 @@ def why_not_loaded(name: str, error: Exception) -> str:
             advice = f"Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else "Check the path."
             return f"the folder holds no model (no config.json). {advice}"
         return f"{reason} Check that the folder is a complete model."
-    parent = folder.parent
-    if parent != Path() and parent.is_dir():
-        similar = difflib.get_close_matches(folder.name, [path.name for path in parent.iterdir()], n=1)
-        advice = f"Did you mean {str(parent / similar[0])!r}? " if similar else ""
-        return (
-            f"the folder {str(parent)!r} is here and has no {folder.name!r}, so the name was looked up on the Hub "
-            f"({reason}). {advice}Check the path or the id."
-        )
-    return f"there is no such folder, so the name was looked up on the Hub ({reason}). Check the path or the id."
+    nearby = what_is_beside(name) or "there is no such folder. "
+    return f"{nearby}The name was looked up on the Hub ({reason}). Check the path or the id."
+
+
+def what_is_beside(name: str) -> str:
+    """A sentence on the folder that a name points into, if that is here: what it lacks, and a similar name in it."""
+    path = Path(name)
+    if path.parent == Path() or not path.parent.is_dir():
+        return ""
+    similar = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    advice = f"Did you mean {str(path.parent / similar[0])!r}? " if similar else ""
+    return f"the folder {str(path.parent)!r} is here and has no {path.name!r}. {advice}"

@@ -120,6 +120,16 @@ class TestLoading:
             check_dataset(load_dataset_or_files(str(path), streaming=True)["train"])
 
     @pytest.mark.case("U4")
+    def test_beside(self, tmp_path, monkeypatch):
+        """A name of a folder that is here, but lacks the part after it, is looked up on the Hub; both are said."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+        with pytest.raises(
+            DataError, match=r"looked up on the Hub.*The folder 'data' is here and has no 'gsm8'.*Did you mean"
+        ):
+            load_dataset_or_files("data/gsm8")
+
+    @pytest.mark.case("U4")
     @pytest.mark.parametrize("text", ['"text"\n', "text\n"])
     def test_stream_of_other_lines(self, tmp_path, text):
         """Lines that are no objects are refused when a stream is read, as when a file is prepared."""

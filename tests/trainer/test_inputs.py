@@ -117,7 +117,7 @@ class TestStudents:
     @pytest.mark.parametrize(
         ("files", "name", "message"),
         [
-            ([], "runs/student", "no such folder, so the name was looked up on the Hub"),
+            ([], "runs/student", "no such folder. The name was looked up on the Hub"),
             (["runs/demo/config.json"], "runs/demos", "'runs' is here and has no 'demos'.*Did you mean 'runs/demo'"),
             (["runs/a/notes.txt"], "runs/a", "holds no model"),
             (["runs/checkpoint-4/config.json"], "runs", "Name one of its checkpoints: checkpoint-4"),
