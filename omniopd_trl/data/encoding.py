@@ -46,6 +46,13 @@ def encode_prompts(
             raise PromptError(problem, index)
     if isinstance(prompts[0], str):
         return encode_text(tokenizer, prompts)
+    for index, prompt in enumerate(prompts):
+        parts = [str(message["content"]) for message in prompt if isinstance(message["content"], list)]
+        if parts and any(
+            part in render_chat(tokenizer, prompt, chat_template_kwargs, "the student") for part in parts
+        ):
+            problem = "the student's chat template writes a message of parts as a list. Make its content a text."
+            raise PromptError(problem, index)
     try:
         token_ids: list[list[int]] = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})

@@ -130,6 +130,24 @@ class TestPrompts:
             assert not is_blank(text)
         check_dataset(Dataset.from_list([{"prompt": [{"role": "system", "content": ""}, USER]}]))
 
+    @pytest.mark.case("U11")
+    def test_parts(self, tiny_tokenizer, with_template):
+        """A template that knows no parts would write them as a Python list, which is refused."""
+        parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "1 + 1?"}]
+        with pytest.raises(DataError, match="writes a message of parts as a list") as error:
+            encode_prompts([[USER], [{"role": "user", "content": parts}]], tiny_tokenizer, None)
+        assert error.value.index == 1
+        knows = CHATML.replace(
+            "{{ message['content'] }}",
+            "{% if message['content'] is string %}{{ message['content'] }}"
+            "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}",
+        )
+        tokenizer = with_template(knows)
+        first, second = encode_prompts(
+            [[{"role": "user", "content": "What is1 + 1?"}], [{"role": "user", "content": parts}]], tokenizer, None
+        )
+        assert first == second
+
 
 class TestMessages:
     """Data of whole conversations."""
