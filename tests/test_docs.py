@@ -12,11 +12,13 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
+from omniopd_trl.method.posterior import posterior_mean
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
@@ -126,6 +128,18 @@ def test_examples_fit_a_gpu(page):
         if student:
             gigabytes += float(student[1]) * (LORA if "LoraConfig" in text or "use_peft: true" in text else FULL)
         assert gigabytes < 80, text
+
+
+@pytest.mark.case("U2")
+def test_which_way_a_posterior_moves():
+    """The bounds of a posterior that the pages explain a run with are those of the function."""
+    none, every = posterior_mean(torch.tensor([0.0, 10.0]), 10, 0.95).tolist()
+    page = " ".join((ROOT / "docs/no_improvement.md").read_text(encoding="utf-8").split())
+    assert f"a prior of 0.95 it is {none:.2f}" in page
+    assert f"Here it is {every:.3f}" in page
+    assert none < 0.95 < every
+    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert "near `audit/prior` and near 1, the similarity is high whatever the teacher writes" in metrics
 
 
 def test_pages_train():

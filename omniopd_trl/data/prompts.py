@@ -92,7 +92,9 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
                 "has no effect on them.",
                 stacklevel=2,
             )
-        return dataset.map(_without_answer)
+        if not isinstance(dataset, Dataset):
+            return dataset.map(_without_answer)
+        return dataset.map(_without_answer, new_fingerprint=Hasher.hash(["messages", dataset._fingerprint]))
     if not questions:
         return dataset
 

@@ -152,7 +152,7 @@ def config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
         if not isinstance(getattr(model, "config", None), PretrainedConfig):
             raise ConfigError(
                 f"model={model!r:.100} is a {type(model).__name__}; it must be the path of a model, an id on the Hub, "
-                "or an instance of a `transformers` model. Of a `Path`, pass `str(path)`."
+                "or an instance of a `transformers` model. For a `Path`, pass `str(path)`."
             )
         return model.config
     try:

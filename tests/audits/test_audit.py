@@ -27,7 +27,7 @@ from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 from tests.support.corpus import STUDENT_LINES
-from tests.support.tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
+from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 
 SETTINGS = {
     "num_chunks": 2,

@@ -12,7 +12,7 @@ from omniopd_trl.data import check_dataset, check_prompt_lengths, prepare_prompt
 from omniopd_trl.data.encoding import encode_prompts, encode_text, is_blank, special_tokens_of_answers
 from omniopd_trl.errors import DataError
 from tests.conftest import CHATML
-from tests.support.tokenizers import appending, channels, llama_2, word_piece
+from tests.support.other_tokenizers import appending, channels, llama_2, word_piece
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -17,7 +17,7 @@ from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, ScriptedTeacher
 from tests.conftest import CHATML
-from tests.support.tokenizers import appending, channels
+from tests.support.other_tokenizers import appending, channels
 from tests.support.training import make_trainer, questions
 
 SYSTEM = {"role": "system", "content": "Be brief."}
