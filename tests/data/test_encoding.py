@@ -87,9 +87,9 @@ class TestTemplates:
     def test_time(self, tiny_tokenizer):
         """10,000 conversations are rendered and tokenized in seconds."""
         rows = Dataset.from_list([{"prompt": [SYSTEM, {"role": "user", "content": f"{n}?"}]} for n in range(10_000)])
-        start = time.monotonic()
+        start = time.process_time()  # the machine may be busy
         check_prompt_lengths(rows, tiny_tokenizer, None, 256, 4)
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 10
 
 
 class TestPrompts:
