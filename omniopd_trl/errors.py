@@ -45,6 +45,11 @@ class MissingExtraError(OmniOPDError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none. Others' messages may have many lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class WarnOnce:
     """Logs each warning once.
 

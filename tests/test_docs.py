@@ -12,11 +12,13 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
+from omniopd_trl.method.posterior import posterior_mean
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
@@ -96,6 +98,48 @@ def test_python_runs(page, tmp_path, monkeypatch, make_tiny_model, tiny_teacher_
     # A run without a step ends without an error, too, and shows a reader nothing.
     assert len(trained) == sum(block.text.count(".train()") for block in blocks_of(page, "python"))
     assert all(steps >= 1 and tokens > 0 for steps, tokens in trained), trained
+
+
+@pytest.mark.case("U10")
+@pytest.mark.parametrize("page", [*pages_with("bash"), *RECIPES], ids=page_id)
+def test_commands_end_cleanly(page):
+    """What is shown to be pasted is `omniopd train`: `accelerate launch` ends every Control-C in its own traceback."""
+    if page.parent.name != "accelerate_configs":  # the page about it
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"^(?:#\s+)?accelerate launch -m omniopd_trl.train.*", text, re.MULTILINE)
+
+
+# Bytes per parameter: weights, gradient, two moments and the reference in float32; with LoRA the weights; the teacher
+# in bf16.
+FULL, LORA, TEACHER = 20, 4, 2
+
+
+@pytest.mark.case("U8")
+@pytest.mark.parametrize("page", [*pages_with("python"), ROOT / "omniopd_trl/trainer/omniopd_trainer.py"], ids=page_id)
+def test_examples_fit_a_gpu(page):
+    """Models that an example loads in one process fit on a GPU with 80 GB, by their parameters."""
+    blocks = [block.text for block in blocks_of(page, "python") + blocks_of(page, "yaml")]
+    if page.suffix == ".py":
+        blocks = [page.read_text(encoding="utf-8")]
+    for text in blocks:
+        student = re.search(r"\bmodel(?:_name_or_path)?[=:] ?\"?Qwen/Qwen3-([\d.]+)B", text)
+        teacher = re.search(r"teacher_model(?:_name_or_path)?[=:] ?\"?Qwen/Qwen3-([\d.]+)B", text)
+        gigabytes = TEACHER * float(teacher[1]) if teacher else 0
+        if student:
+            gigabytes += float(student[1]) * (LORA if "LoraConfig" in text or "use_peft: true" in text else FULL)
+        assert gigabytes < 80, text
+
+
+@pytest.mark.case("U2")
+def test_which_way_a_posterior_moves():
+    """The bounds of a posterior that the pages explain a run with are those of the function."""
+    none, every = posterior_mean(torch.tensor([0.0, 10.0]), 10, 0.95).tolist()
+    page = " ".join((ROOT / "docs/no_improvement.md").read_text(encoding="utf-8").split())
+    assert f"a prior of 0.95 it is {none:.2f}" in page
+    assert f"Here it is {every:.3f}" in page
+    assert none < 0.95 < every
+    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert "near `audit/prior` and near 1, the similarity is high whatever the teacher writes" in metrics
 
 
 def test_pages_train():

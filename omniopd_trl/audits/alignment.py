@@ -28,12 +28,16 @@ class Alignment:
 
     Args:
         tokenizer: the student's tokenizer.
+        keep_special_tokens: whether the text before a chunk keeps the special tokens that the student wrote.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, keep_special_tokens: bool = False):
         self.tokenizer = tokenizer
+        self.keep_special_tokens = keep_special_tokens
 
-    def split_texts(self, token_ids: list[int], chunks: Sequence[Chunk]) -> list[tuple[str, str]]:
+    def split_texts(
+        self, token_ids: list[int], chunks: Sequence[Chunk], prompt_ids: Sequence[int] = ()
+    ) -> list[tuple[str, str]]:
         """The text before each chunk, and the text of the chunk.
 
         A chunk may begin or end inside a character of several bytes, and a part of a character decodes to a
@@ -43,17 +47,26 @@ class Alignment:
         Args:
             token_ids: the completion.
             chunks: where the chunks are in it.
+            prompt_ids: the prompt before it. The first token of a text loses its space with the tokenizers of Llama 2
+                and Mistral, so the completion is decoded after the last tokens of the prompt.
         """
         # An array, because transformers checks the type of each token of a list.
-        texts = self._texts_up_to(
-            np.asarray(token_ids), sorted({end for chunk in chunks for end in (chunk.start, chunk.end)})
-        )
+        before = list(prompt_ids[-DECODING_CONTEXT:])
+        ids, first = np.asarray([*before, *token_ids]), len(before)
+        texts = self._texts_up_to(ids, sorted({first + end for chunk in chunks for end in (chunk.start, chunk.end)}))
+        prompt = self._decode(before) if before else ""
+        if not all(text.startswith(prompt) for text in texts.values()):
+            return self.split_texts(token_ids, chunks)
         pairs = []
         for chunk in chunks:
-            prefix, whole = texts[chunk.start], texts[chunk.end]
+            prefix, whole = (texts[first + end][len(prompt) :] for end in (chunk.start, chunk.end))
             if not whole.startswith(prefix):  # tokenizers whose decoding depends on what follows
                 prefix = prefix[: common_prefix_length(prefix, whole)]
-            pairs.append((prefix, whole[len(prefix) :]))
+            text = whole[len(prefix) :]
+            if self.keep_special_tokens:
+                marked = self._decode(ids[: first + chunk.start], special=True)
+                prefix = marked.removeprefix(self._decode(before, special=True))
+            pairs.append((prefix, text))
         return pairs
 
     def _texts_up_to(self, token_ids: np.ndarray, ends: Sequence[int]) -> dict[int, str]:
@@ -129,9 +142,11 @@ class Alignment:
                 kept[-1].append(text)
         return kept, num_short
 
-    def _decode(self, token_ids: list[int] | np.ndarray, strip: bool = True) -> str:
+    def _decode(self, token_ids: list[int] | np.ndarray, strip: bool = True, special: bool = False) -> str:
         """Text of tokens. With `strip`, an incomplete character at the end is removed."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            token_ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
         return text.rstrip(PARTIAL_CHARACTER) if strip else text
 
 

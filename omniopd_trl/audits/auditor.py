@@ -40,7 +40,7 @@ class Auditor:
         similarity: Callable[[str, str], float],
     ):
         self.teacher = teacher
-        self.alignment = Alignment(tokenizer)
+        self.alignment = Alignment(tokenizer, settings.keep_special_tokens)
         self.settings = settings
         self.similarity = similarity
 
@@ -73,7 +73,7 @@ class Auditor:
         chunks = self.select(trajectory, scores)
         if not chunks:
             return Audit()
-        texts = self.alignment.split_texts(trajectory.completion_ids, chunks)
+        texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
         request = SamplingRequest(
             num_samples=self.settings.num_rollouts,
             max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),

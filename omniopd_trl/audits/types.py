@@ -39,6 +39,7 @@ class AuditSettings:
     chunk_selection: Selection
     teacher_temperature: float
     teacher_top_p: float
+    keep_special_tokens: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, split_config
+from omniopd_trl.cli.options import check_arguments, check_paths, split_config, stray_word
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # A stream has no length; this many of its first prompts are measured.
 _STREAMED_PROMPTS = 1000
+
+_WITHOUT = (
+    "Without a network, student and dataset must be local or in the cache; or give the mean length of a prompt with "
+    "`--prompt_length`, and the steps with `--max_steps`."
+)
 
 # An average of English prose, for when no tokenizer is loaded.
 _LETTERS_PER_TOKEN = 4
@@ -42,6 +47,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
     """
+    if options.config is None:
+        if rest and not rest[0].startswith("-"):
+            raise stray_word(rest[0])
+        raise ConfigError("`omniopd cost` needs a recipe: add `--config RECIPE.yaml`.")
     # This machine may not be the one that trains, and may have no GPU with bf16.
     arguments = split_config(["--config", options.config, *rest, "--use_cpu", "true"])
     recipe = check_arguments(arguments)
@@ -69,7 +78,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     tokenizer = None
     if options.prompt_length is None:
         tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
-        splits = load_splits(script_args, dataset_args)
+        try:
+            splits = load_splits(script_args, dataset_args)
+        except DataError as error:
+            raise DataError(f"{error} {_WITHOUT}") from error
         prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
     elif args.max_steps > 0:
         prompts = _Prompts([options.prompt_length], None)
@@ -154,13 +166,14 @@ def _asked_per_token() -> float:
 def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    from omniopd_trl.models.loading import why_not_loaded
+
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The student's tokenizer {name!r} could not be loaded, and prompts are measured with it "
-            f"({str(error).splitlines()[0]}). Check `model_name_or_path`. Without a network, the tokenizer must be in "
-            "a local folder or in the cache, or pass the mean length of a prompt with `--prompt_length`."
+            f"Prompts are measured with the tokenizer of the student {name!r}, which cannot be loaded: "
+            f"{why_not_loaded(name, error)} {_WITHOUT}"
         ) from error
 
 
@@ -170,7 +183,7 @@ def _measure_prompts(
     """Lengths of the training prompts in student tokens, as the trainer renders them."""
     from datasets import Dataset
 
-    from omniopd_trl.data.checks import check_dataset, prompt_lengths
+    from omniopd_trl.data.checks import check_dataset, prompt_ids
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
@@ -183,7 +196,7 @@ def _measure_prompts(
         dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
-    return _Prompts([*prompt_lengths(dataset, tokenizer, template_kwargs)], total)
+    return _Prompts([len(ids) for ids in prompt_ids(dataset, tokenizer, template_kwargs)], total)
 
 
 def _describe_prompts(prompts: _Prompts, given: float | None) -> str:

@@ -30,6 +30,7 @@ from omniopd_trl.cli.options import (
     option_names,
     package_tree,
     split_config,
+    stray_word,
 )
 from omniopd_trl.cli.recipes import FOLDER
 from omniopd_trl.errors import ConfigError, import_extra
@@ -229,7 +230,7 @@ def _check_training(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], 
     position = training.index("--config") if "--config" in training else len(training)
     _, strays = parser.parse_known_args([*training[:position], *training[position + 2 :]])
     if strays:
-        raise ConfigError(f"`{strays[0]}` belongs to no option (in the command line). See `omniopd train --help`.")
+        raise stray_word(strays[0])
 
 
 def _load(path: Path) -> Any:

@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
         allow_abbrev=False,
     )
-    cost.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
+    cost.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
     cost.add_argument(
         "--trajectory_length",
         type=_positive_number,

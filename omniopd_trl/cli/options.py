@@ -9,6 +9,7 @@ refused in less than a second (an import of TRL takes many), and the check alway
 import ast
 import difflib
 import importlib.util
+import math
 import os
 import re
 import types
@@ -39,6 +40,17 @@ _PARSED = ("OmniOPDScriptArguments", "OmniOPDConfig", "ModelConfig", "DatasetMix
 _LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
 _DATA_FILES = (".json", ".jsonl", ".parquet")
 _DEMO = "demo:"
+
+# YAML nodes of a recipe, each alias counted with what it stands for. The recipes that ship have fewer than a hundred.
+_MAX_NODES = 10_000
+
+# Option names that a key would have, and the environment variable that holds it.
+_KEYS = {
+    "ANTHROPIC_API_KEY": ("anthropic", "claude"),
+    "OPENAI_API_KEY": ("openai",),
+    "GEMINI_API_KEY": ("gemini", "google"),
+    "HF_TOKEN": ("hf", "hub", "huggingface"),
+}
 
 _BOOLEANS = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # as TRL's parser reads them
 
@@ -167,9 +179,7 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     """
     hints = option_hints()
     if arguments and not arguments[0].startswith("-"):
-        advice = f"Name the recipe with `--config {arguments[0]}`." if arguments[0].endswith((".yaml", ".yml")) else ""
-        advice = advice or "`--help` lists the options."
-        raise ConfigError(f"`{arguments[0]}` belongs to no option (in the command line). {advice}")
+        raise stray_word(arguments[0])
     options = [argument for argument in arguments if argument.startswith("--")]
     check_names(map(option_name, options), option_names(hints), "the command line")
     if "--config" not in arguments:
@@ -178,6 +188,13 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     if position == len(arguments):
         raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
     return check_recipe(arguments[position], hints)
+
+
+def stray_word(word: str) -> ConfigError:
+    """The error about a word of the command line that belongs to no option."""
+    is_recipe = word.lower().endswith((".yaml", ".yml"))
+    advice = f"Name the recipe with `--config {word}`." if is_recipe else "`--help` lists the options."
+    return ConfigError(f"`{word}` belongs to no option (in the command line). {advice}")
 
 
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -195,8 +212,12 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)
             advice = f"Did you mean `{similar[0]}`?" if similar else "`--help` lists the options."
-            if name.endswith(("api_key", "api_token")):
-                advice = "Keys are read from the environment (docs/teachers.md), never from an option."
+            if re.search(r"(api_?|secret_?|access_?|teacher_)key$|(?<!max)_token$|secret$", name.lower()):
+                named = [key for key, words in _KEYS.items() if set(words) & set(name.lower().split("_"))]
+                advice = (
+                    f"Keys are read from the environment, never from an option: set {', '.join(named or _KEYS)} "
+                    "(docs/teachers.md)."
+                )
             raise ConfigError(f"There is no option `{name}` (in {where}). {advice}")
 
 
@@ -218,7 +239,11 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _check_size(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        recipe = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"The recipe {path!r} is nested too deeply. A recipe maps options to values.") from error
     except OSError as error:
         raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -238,9 +263,38 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, bool):
                 advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
             raise ConfigError(
-                f"`{key}` is {value!r} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
+                f"`{key}` is {value!r:.200} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
             )
     return recipe
+
+
+def _check_size(root: Any, path: str) -> None:
+    """Refuse a recipe whose aliases stand for more nodes than a recipe can need, or contain themselves.
+
+    Aliases share one node, so such a file loads at once, but would be written out by whatever walks through it.
+
+    Args:
+        root: the node graph of the recipe, from `yaml.compose`.
+        path: path of the recipe, for the message.
+
+    Raises:
+        ConfigError: for more than `_MAX_NODES` nodes.
+    """
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # of a node inside itself
+            parts = [] if isinstance(node.value, str) else node.value
+            sizes[id(node)] = 1 + sum(
+                size(n) for part in parts for n in (part if isinstance(part, tuple) else (part,))
+            )
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MAX_NODES:
+        raise ConfigError(
+            f"The recipe {path!r} has aliases that multiply to more than {_MAX_NODES:,} values. Write the values out."
+        )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -328,16 +382,18 @@ def _is_path(name: str, kind: str) -> bool:
 
 
 def resolve_demo_name(name: Any) -> Any:
-    """The path of `demo:student`, `demo:teacher`, `demo:teacher_shared` or `demo:problems`.
+    """The path of `demo:student`, `demo:teacher`, `demo:teacher_shared`, `demo:problems`, or of a name with `~`.
 
     Args:
-        name: value of an option. Anything but a string that starts with `demo:` is returned unchanged.
+        name: value of an option. Anything but a string that starts with `demo:` or `~` is returned unchanged.
 
     Raises:
         ConfigError: when the demo has no such part.
     """
-    if not isinstance(name, str) or not name.startswith(_DEMO):
+    if not isinstance(name, str):
         return name
+    if not name.startswith(_DEMO):
+        return os.path.expanduser(name)
     part = name.removeprefix(_DEMO)
     if part not in ASSETS:
         known = [_DEMO + asset for asset in ASSETS]

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from omniopd_trl.data.datasets import column_names
-from omniopd_trl.data.prompts import QUESTION_COLUMNS
+from omniopd_trl.data.encoding import PromptError, encode_prompts, prompt_problem
+from omniopd_trl.data.prompts import MESSAGES_COLUMN, QUESTION_COLUMNS
 from omniopd_trl.errors import DataError
 
 _UNSUPPORTED_COLUMNS = ("image", "images", "tools")
@@ -23,28 +24,34 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
     Every prompt of a map-style dataset is checked, and only the first one of a streaming dataset.
 
     Args:
-        dataset: a dataset, or a mapping of them (the evaluation sets).
+        dataset: a dataset.
         name: name of the dataset in messages.
 
     Raises:
-        DataError: when the dataset is empty, has no `prompt` column, holds images or tools, or a prompt is neither
-            text nor a list of messages that a model can answer.
+        DataError: when it is no dataset or several, is empty, has no `prompt` column, holds images or tools, or a
+            prompt is neither text nor a list of messages that a model can answer.
     """
     if isinstance(dataset, Mapping):
-        for split, part in dataset.items():
-            check_dataset(part, f"{name}[{split!r}]")
-        return
+        split = next(iter(dataset), "train")
+        raise DataError(
+            f"`{name}` holds several datasets ({', '.join(map(repr, dataset))}), and one is needed. Pass one of them: "
+            f"`{name}=splits[{split!r}]`."
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise DataError(
+            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. "
+            f"Make one from a list of rows: `{name}=datasets.Dataset.from_list(rows)`."
+        )
 
     columns = column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(f"`{name}` is empty. Training and evaluation need at least one row with a `prompt`.")
     if "prompt" not in columns:
-        questions = [column for column in QUESTION_COLUMNS if column in columns]
-        if questions:
-            advice = (
-                f"It has `{questions[0]}`: turn it into prompts with `omniopd_trl.data.prepare_prompts(dataset, "
-                "'math')`."
-            )
+        usable = [column for column in (*QUESTION_COLUMNS, MESSAGES_COLUMN) if column in columns]
+        if usable:
+            template = "" if usable[0] == MESSAGES_COLUMN else ", 'math'"
+            call = f"omniopd_trl.data.prepare_prompts(dataset{template})"
+            advice = f"It has `{usable[0]}`: turn it into prompts with `{call}`."
         else:
             advice = "Rename the column that holds the question to `prompt` (text, or a list of messages)."
         raise DataError(f"`{name}` has no `prompt` column (it has: {', '.join(columns)}). {advice}")
@@ -61,7 +68,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
     else:
         rows = islice(dataset, 1)
     for index, row in enumerate(rows):
-        problem = _prompt_problem(row["prompt"])
+        problem = prompt_problem(row["prompt"])
         if problem is not None:
             raise DataError(f"Row {index} of `{name}`: {problem}")
 
@@ -94,57 +101,53 @@ def check_prompt_lengths(
     context_length: int | None,
     max_completion_length: int | None,
     name: str = "train_dataset",
+    vocab_size: int | None = None,
 ) -> None:
-    """Refuse prompts that do not fit the student's context, and chats that its tokenizer cannot render.
+    """Refuse prompts that the student cannot read: its template cannot render them, they do not fit its context, or
+    they hold tokens beyond its embedding.
 
-    Prompts are tokenized as the trainer tokenizes them. Streaming datasets are not read through: only their first
-    prompt is checked for a missing chat template.
+    Prompts are tokenized as the trainer tokenizes them. Of a streaming dataset, only the first prompt is checked here.
 
     Args:
-        dataset: a dataset that passed [`check_dataset`], or a mapping of them.
+        dataset: a dataset that passed [`check_dataset`].
         tokenizer: tokenizer of the student.
         chat_template_kwargs: arguments that the trainer passes to the chat template.
         context_length: positions of the student. `None` if unknown: no length is checked then.
         max_completion_length: maximum tokens of a completion. `None` for no limit.
         name: name of the dataset in messages.
+        vocab_size: rows of the student's embedding. `None` if unknown: no token is checked then.
 
     Raises:
-        DataError: when a prompt leaves no room for a completion token, or is conversational and the tokenizer has no
-            chat template.
+        DataError: when a prompt leaves no room for a completion token, cannot be rendered, or holds a token beyond the
+            embedding.
 
     Warns:
         UserWarning: when a prompt and a completion of full length do not fit together.
     """
-    if isinstance(dataset, Mapping):
-        for split, part in dataset.items():
-            check_prompt_lengths(
-                part,
-                tokenizer,
-                chat_template_kwargs,
-                context_length,
-                max_completion_length,
-                f"{name}[{split!r}]",
+    longest, over, count = 0, 0, 0
+    for index, ids in enumerate(prompt_ids(dataset, tokenizer, chat_template_kwargs, name)):
+        length, count = len(ids), index + 1
+        if vocab_size is not None and length and max(ids) >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"Row {index} of `{name}`: the prompt holds the token {token!r} ({max(ids)}), and the student's "
+                f"embedding has {vocab_size} rows. Resize it with `model.resize_token_embeddings(len(tokenizer))`, or "
+                "use the model's own tokenizer and template."
             )
-        return
-
-    if not isinstance(dataset, Dataset) or context_length is None:
-        for row in islice(dataset, 1):
-            _check_template(row["prompt"], tokenizer, name)
-        return
-
-    longest, over = 0, 0
-    for index, length in enumerate(prompt_lengths(dataset, tokenizer, chat_template_kwargs, name)):
-        if length >= context_length:
+        if context_length is not None and length >= context_length:
             raise DataError(
                 f"Row {index} of `{name}`: the prompt has {length} tokens, and the student's context holds "
                 f"{context_length}, the completion included. Remove or shorten the row, or use a student with a "
                 "longer context."
             )
         longest = max(longest, length)
-        over += max_completion_length is not None and length + max_completion_length > context_length
-    if over:
+        if context_length is not None and max_completion_length is not None:
+            over += length + max_completion_length > context_length
+        if not isinstance(dataset, Dataset):
+            return  # a stream may be endless
+    if over and context_length is not None:
         warnings.warn(
-            f"`{name}`: {over} of {len(dataset)} prompts (the longest has {longest} tokens) do not fit the student's "
+            f"`{name}`: {over} of {count} prompts (the longest has {longest} tokens) do not fit the student's "
             f"context of {context_length} tokens together with a completion of `max_completion_length="
             f"{max_completion_length}`. Lower `max_completion_length` to {context_length - longest} or less, or "
             "remove these rows.",
@@ -152,13 +155,13 @@ def check_prompt_lengths(
         )
 
 
-def prompt_lengths(
+def prompt_ids(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
     name: str = "train_dataset",
-) -> Iterator[int]:
-    """Tokens of each prompt, as the trainer tokenizes it.
+) -> Iterator[list[int]]:
+    """Token ids of each prompt, as the trainer tokenizes it.
 
     Args:
         dataset: a map-style or streaming dataset that passed [`check_dataset`].
@@ -167,50 +170,13 @@ def prompt_lengths(
         name: name of the dataset in messages.
 
     Raises:
-        DataError: when the prompts are conversational and the tokenizer has no chat template.
+        DataError: when the chat template of the student cannot render a prompt. The message names the row.
     """
-    for batch in dataset.select_columns("prompt").iter(batch_size=1000):
-        prompts = list(batch["prompt"])
-        _check_template(prompts[0], tokenizer, name)
-        if isinstance(prompts[0], list):
-            encoded = tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-            )
-        else:
-            encoded = tokenizer(text=prompts)
-        yield from map(len, encoded["input_ids"])
-
-
-def _check_template(prompt: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if isinstance(prompt, list) and tokenizer.chat_template is None:
-        raise DataError(
-            f"`{name}` is conversational (its prompts are lists of messages), but the student's tokenizer has no chat "
-            "template. Set `tokenizer.chat_template`, use a chat model, or make the prompts plain text."
-        )
-
-
-def _prompt_problem(prompt: Any) -> str | None:
-    """A message about the problem of one prompt, or `None`."""
-    if isinstance(prompt, str):
-        return None if prompt else "the prompt is empty. Remove the row."
-    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
-        return f"`prompt` must be text or a list of messages, got {prompt!r}. Fix or remove the row."
-    if not prompt:
-        return "the prompt has no message. Remove the row."
-    for message in prompt:
-        if "role" not in message or "content" not in message:
-            return f"a message needs `role` and `content`, got {message!r}."
-        if message["role"] == "tool" or message.get("tool_calls"):
-            return "a message calls or answers a tool: tools are not supported yet. Remove the row."
-        content = message["content"]
-        if isinstance(content, list):
-            kinds = sorted({str(part.get("type")) if isinstance(part, dict) else repr(part) for part in content})
-            if kinds != ["text"]:
-                return f"a message holds parts of type {', '.join(kinds)}: only text is supported yet. Remove the row."
-            if not all(isinstance(part.get("text"), str) for part in content):
-                return f"a part of a message has no text, got {content!r:.200}. Fix or remove the row."
-        elif not isinstance(content, str):
-            return f"the content of a message must be text, got {content!r}."
-    if prompt[-1]["role"] == "assistant":
-        return "the last message is the assistant's, so nothing is left to answer. End the prompt with a user message."
-    return None
+    rows = 0
+    # The first rows of a stream may be all that is read.
+    for batch in dataset.select_columns("prompt").iter(batch_size=1000 if isinstance(dataset, Dataset) else 1):
+        try:
+            yield from encode_prompts(list(batch["prompt"]), tokenizer, chat_template_kwargs)
+        except PromptError as error:
+            raise DataError(f"Row {rows + error.index} of `{name}`: {error}") from error
+        rows += len(batch["prompt"])

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from omniopd_trl.errors import DataError
+from omniopd_trl.errors import DataError, first_line
+from omniopd_trl.models.loading import what_is_beside
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
@@ -73,9 +74,11 @@ def load_dataset_or_files(
         if builder is not None:
             return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
         return datasets.load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         # `datasets` wraps the actual error in a generic one ("An error occurred while generating the dataset").
-        reason = error.__cause__ or error
+        reason = first_line(error.__cause__ or error)
+        if isinstance(error, StopIteration) or "corresponds to no data" in reason:
+            reason = "it has no rows"
         if builder is not None:
             advice = "Check that every line is one JSON object and that all have the same fields."
             if builder == "parquet":
@@ -87,6 +90,8 @@ def load_dataset_or_files(
                 "It is neither a local file nor a local folder, so it was looked up on the Hub: check the name, the "
                 "configuration and, without a network, whether it is in the cache."
             )
+            nearby = what_is_beside(str(path)).strip()
+            advice += f" {nearby[:1].upper()}{nearby[1:]}" if nearby else ""
         raise DataError(f"The dataset {name!r} could not be loaded ({reason}). {advice}") from error
 
 
@@ -110,10 +115,20 @@ def get_split(splits: Mapping[str, Any], split: str, option: str) -> Any:
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """The column names. A stream without declared columns is read up to its first row; an empty one gives `[]`."""
+    """The column names. A stream without declared columns is read up to its first row; an empty one gives `[]`.
+
+    Raises:
+        DataError: when the first row of a stream cannot be read.
+    """
     if dataset.column_names is not None:
         return list(dataset.column_names)
-    return list(next(iter(dataset), {}))
+    try:
+        return list(next(iter(dataset), {}))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"The first row of the stream cannot be read ({first_line(error.__cause__ or error)}). Check that every "
+            "line of the file is one JSON object."
+        ) from error
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from datasets.fingerprint import Hasher
 
 from omniopd_trl.data.datasets import AnyDataset, column_names
+from omniopd_trl.data.encoding import is_blank
 from omniopd_trl.errors import ConfigError, DataError
 
 # Table 7 of the paper, used for training and evaluation alike. The backslashes are the paper's.
@@ -21,6 +22,9 @@ PROMPT_TEMPLATES: dict[str, str] = {
 
 # Columns that may hold the question, in order of precedence.
 QUESTION_COLUMNS = ("question", "problem")
+
+# Column with whole conversations, as for supervised training.
+MESSAGES_COLUMN = "messages"
 
 _PLACEHOLDER = "{question}"
 
@@ -49,8 +53,9 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     """Give a dataset of questions a `prompt` column, one user message per row.
 
     The question is read from the column `question`, or else from `problem`. A dataset with a `prompt` column is
-    returned unchanged, unless its prompts are plain text and a template is given: the text is the question then. A
-    dataset without a question is returned unchanged too, and `check_dataset` reports it. All other columns are kept.
+    returned unchanged, unless its prompts are plain text and a template is given: the text is the question then. Of a
+    dataset with nothing but `messages`, the prompt is the conversation without the answer that it ends with. A dataset
+    without a question is returned unchanged too, and `check_dataset` reports it. All other columns are kept.
 
     Args:
         dataset: a dataset, or splits by name. Streaming datasets are supported.
@@ -80,16 +85,26 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
             )
             return dataset
         questions = ["prompt"]
+    if not questions and MESSAGES_COLUMN in columns:
+        if template is not None:
+            warnings.warn(
+                f"The column `{MESSAGES_COLUMN}` holds conversations, which are used as they are: `prompt_template` "
+                "has no effect on them.",
+                stacklevel=2,
+            )
+        if not isinstance(dataset, Dataset):
+            return dataset.map(_without_answer)
+        return dataset.map(_without_answer, new_fingerprint=Hasher.hash(["messages", dataset._fingerprint]))
     if not questions:
         return dataset
 
     def add_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
         # In a mixture of datasets, some rows may have `question` and others `problem`. The other column is None.
         question = next((row[column] for column in questions if row[column] is not None), None)
-        if not isinstance(question, str):
+        if not isinstance(question, str) or is_blank(question):
             raise DataError(
-                f"Row {index} has no question: {' and '.join(f'`{c}`' for c in questions)} must be text, got "
-                f"{question!r}. Remove or fix the row."
+                f"Row {index} has no question: {' and '.join(f'`{c}`' for c in questions)} must be text that is not "
+                f"blank, got {question!r}. Remove or fix the row."
             )
         # Not str.format: braces in the template or the question are usually LaTeX.
         return {"prompt": [{"role": "user", "content": text.replace(_PLACEHOLDER, question)}]}
@@ -100,3 +115,9 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     # including its messages and file name, and any edit would invalidate the answers recorded for the same prompts.
     identity = Hasher.hash(["prompts", dataset._fingerprint, questions, text])
     return dataset.map(add_prompt, with_indices=True, new_fingerprint=identity)
+
+
+def _without_answer(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row[MESSAGES_COLUMN]
+    has_answer = bool(messages) and messages[-1].get("role") == "assistant"
+    return {"prompt": messages[:-1] if has_answer else messages}

@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.models.lm_head import LMHead
+from omniopd_trl.models.loading import loading
 from omniopd_trl.models.offloading import Offloaded, layers_of, zero3_on_cpu
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def _load(
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     kwargs.setdefault("dtype", student.dtype)
     kwargs.setdefault("attn_implementation", student.config._attn_implementation)
-    return create_model_from_path(get_config_model_id(student.config), **kwargs)
+    with loading("reference"):
+        return create_model_from_path(get_config_model_id(student.config), **kwargs)
 
 
 def _prepare(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

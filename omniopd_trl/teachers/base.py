@@ -164,6 +164,16 @@ class Teacher(ABC):
             TeacherError: when asking again will not help.
         """
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Check that the teacher can render `prompt`, without a request.
+
+        Called for every prompt of a map-style dataset before training, and for each prompt before the student answers
+        it.
+
+        Raises:
+            DataError: when it cannot render the prompt.
+        """
+
     def probe(self, prompt: Prompt) -> None:
         """Check, before anything expensive starts, that the teacher can continue an answer to `prompt`.
 

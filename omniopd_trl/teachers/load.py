@@ -260,6 +260,12 @@ def _kind_of(teacher: "str | PreTrainedModel | Teacher") -> tuple[str, str]:
     if isinstance(teacher, Teacher):
         return "own", getattr(teacher, "name", type(teacher).__name__)
     if not isinstance(teacher, str):
+        if not callable(getattr(teacher, "generate", None)) or not hasattr(teacher, "config"):
+            raise ConfigError(
+                f"teacher_model={teacher!r:.100} ({type(teacher).__name__}) is no teacher. Pass a name such as "
+                "'anthropic:claude-haiku-4-5', the path of a model as a string, a `transformers` model, or an "
+                "instance of a subclass of `omniopd_trl.teachers.Teacher` (docs/customize.md)."
+            )
         return "local", getattr(teacher.config, "_name_or_path", "")
     parts = split_name(teacher)
     if parts is not None:

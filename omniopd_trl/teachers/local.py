@@ -26,7 +26,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.errors import DataError, WarnOnce
+from omniopd_trl.data.encoding import encode_text, render_chat
+from omniopd_trl.errors import DataError, WarnOnce, first_line
+from omniopd_trl.models.loading import loading, why_not_loaded
 from omniopd_trl.teachers.base import (
     Prefix,
     Prompt,
@@ -133,12 +135,11 @@ class LocalTeacher(Teacher):
                 **(model_init_kwargs or {}),
             }
             try:
-                with _whole():
+                with _whole(), loading("teacher"):
                     model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id "
-                    f"of a causal language model on the Hub. Check the path or the id. ({error})"
+                    f"The teacher {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
                 ) from error
             revision = kwargs["revision"]
         else:
@@ -156,7 +157,7 @@ class LocalTeacher(Teacher):
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"No tokenizer can be loaded for the teacher {self.name!r}. Pass "
-                    f"`teacher_model=LocalTeacher(model, tokenizer)`. ({error})"
+                    f"`teacher_model=LocalTeacher(model, tokenizer)`. ({first_line(error)})"
                 ) from error
         if device is not None and not hasattr(model, "hf_device_map"):
             model = model.to(device)
@@ -169,11 +170,18 @@ class LocalTeacher(Teacher):
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
             eos_ids.append(tokenizer.eos_token_id)
         self.eos_token_ids: list[int] = eos_ids
+        # The model reads it in masked columns and after the end of a row: any token of its embedding will do.
+        pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
+        self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
         self._context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        if not isinstance(prompt, str):
+            self._render(Prefix(prompt))
 
     def probe(self, prompt: Prompt) -> None:
         self.encode(Prefix(prompt))
@@ -182,24 +190,22 @@ class LocalTeacher(Teacher):
         """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
 
         Raises:
-            DataError: when the prompt is a conversation and the teacher has no chat template.
+            DataError: when the prompt is a conversation and the teacher has no chat template, or its template cannot
+                render it.
         """
         token_ids: list[int]
         if isinstance(prefix.prompt, str):
-            token_ids = self.tokenizer(prefix.prompt + prefix.completion)["input_ids"]
+            (token_ids,) = encode_text(self.tokenizer, [prefix.prompt + prefix.completion])
         else:
-            if self.tokenizer.chat_template is None:
-                raise DataError(
-                    f"The prompts are conversations, but the tokenizer of the teacher {self.name!r} has no chat "
-                    "template. Use an instruction-tuned teacher, or plain-text prompts."
-                )
-            rendered = self.tokenizer.apply_chat_template(
-                prefix.prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-            )
+            rendered = self._render(prefix)
             token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
         if not token_ids:
             raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
         return token_ids
+
+    def _render(self, prefix: Prefix) -> str:
+        assert not isinstance(prefix.prompt, str)
+        return render_chat(self.tokenizer, prefix.prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
         # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
@@ -349,8 +355,7 @@ class LocalTeacher(Teacher):
         device = self.model.device
         lengths = torch.tensor([len(ids) for _, ids, _ in rows], device=device)
         width = int(lengths.max())
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_ids[0]
-        input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for _, ids, _ in rows], device=device)
+        input_ids = torch.tensor([[self._pad_id] * (width - len(ids)) + ids for _, ids, _ in rows], device=device)
         position = torch.arange(width, device=device) - (width - lengths)[:, None]  # (rows, width), < 0 on padding
         attention_mask = (position >= 0).long()
         # All rows end in the same column, so they recompute the same number of last columns.
@@ -384,9 +389,7 @@ class LocalTeacher(Teacher):
             top_k=0,
             repetition_penalty=1.0,
             eos_token_id=self.eos_token_ids or None,
-            pad_token_id=self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.eos_token_ids[0],
+            pad_token_id=self._pad_id,
             disable_compile=True,
         )
         with without_generation_defaults(self.model):

@@ -34,7 +34,7 @@ _REFUSED_GENERATION_KWARGS = {
 _HARMLESS_GENERATION_KWARGS = {
     *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile", "compile_config"),
     *("logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "stop"),
-    *("include_stop_str_in_output", "output_kind", "skip_reading_prefix_cache"),
+    *("include_stop_str_in_output", "output_kind", "skip_reading_prefix_cache", "do_sample"),
 }
 
 _CHOICES = {
@@ -54,7 +54,7 @@ _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
-_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval")
+_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "keep_special_tokens")
 
 # Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
@@ -154,6 +154,9 @@ class OmniOPDConfig(DistillationConfig):
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for the teacher's chat template. A local model and your own server default to the
             student's `chat_template_kwargs`; closed services get none. `{}` passes none.
+        keep_special_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the teacher's prefix keeps the special tokens inside the student's text, such as gpt-oss's
+            `<|channel|>`. By default they are left out, since they mean nothing to a teacher of another family.
         min_rollouts (`int`, *optional*, defaults to `1`):
             Minimum number of rollouts per chunk. A chunk with fewer is dropped, and its tokens count as un-audited.
         max_failed_chunks (`float`, *optional*, defaults to `0.2`):
@@ -371,6 +374,14 @@ class OmniOPDConfig(DistillationConfig):
         },
     )
 
+    keep_special_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the teacher's prefix keeps the special tokens inside the student's text, such as "
+            "gpt-oss's `<|channel|>`. By default they are left out, since they mean nothing to a teacher of another "
+            "family."
+        },
+    )
     min_rollouts: int = field(
         default=1,
         metadata={
@@ -504,7 +515,16 @@ class OmniOPDConfig(DistillationConfig):
         self._check_numbers()
         # In the base class, `beta` is an interpolation coefficient, and values outside of [0, 1] are refused.
         beta, self.beta = self.beta, 0.0
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16/gpu" in str(error):
+                name = "bf16" if self.bf16 else "bf16_full_eval"
+                raise ConfigError(
+                    f"{name}=True needs a GPU with bf16, and this machine has none (`bf16` is on by default). For a "
+                    "small student on the CPU, set use_cpu=True and bf16=False."
+                ) from error
+            raise ConfigError(" ".join(str(error).split())) from error
         self.beta = beta
         # `hub_token` is an option of the Trainer and works as there. The training command refuses it.
         check_credentials({f.name: getattr(self, f.name) for f in fields(self) if f.name != "hub_token"})
@@ -626,6 +646,16 @@ class OmniOPDConfig(DistillationConfig):
             raise ConfigError(
                 "remove_unused_columns=True would remove the columns that evaluation scores against. Set it to False."
             )
+        if "inputs" in (self.include_for_metrics or []):
+            raise ConfigError(
+                f"include_for_metrics={self.include_for_metrics!r} passes the inputs to `compute_metrics`, and this "
+                "trainer has none. Leave it out; `eval_reward_funcs` gets prompts, completions and all columns."
+            )
+        if self.include_num_input_tokens_seen not in (False, "no"):
+            raise ConfigError(
+                f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} has no effect: the tokens seen "
+                "are logged as `num_tokens`. Leave it out."
+            )
         if self.auto_find_batch_size:
             raise ConfigError(
                 "auto_find_batch_size=True would run a step again, and pay the teacher for it again, after an "
@@ -644,6 +674,8 @@ class OmniOPDConfig(DistillationConfig):
     def _check_generation_kwargs(self) -> None:
         kwargs: dict[str, Any] = self.generation_kwargs or {}
         for key in kwargs.keys() & _REFUSED_GENERATION_KWARGS.keys():
+            if key == "do_sample" and kwargs[key] is True and not self.use_vllm:
+                continue  # as the base class samples
             field_name = _REFUSED_GENERATION_KWARGS[key]
             use = f"Use the field `{field_name or key}` of the configuration" if field_name != "" else "Leave it out"
             raise ConfigError(

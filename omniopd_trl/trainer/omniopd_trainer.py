@@ -26,11 +26,13 @@ from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
+from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
+from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
@@ -65,8 +67,8 @@ class OmniOPDTrainer(DistillationTrainer):
     >>> dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
 
     >>> trainer = OmniOPDTrainer(
-    ...     model="Qwen/Qwen3-4B",
-    ...     teacher_model="Qwen/Qwen3-32B",
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     teacher_model="Qwen/Qwen3-8B",
     ...     args=OmniOPDConfig(max_completion_length=4096),
     ...     train_dataset=dataset,
     ... )
@@ -145,7 +147,7 @@ class OmniOPDTrainer(DistillationTrainer):
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = get_config_model_id(model.config) if hasattr(model, "config") else str(model)
             args = OmniOPDConfig(f"{name.split('/')[-1]}-OmniOPD")
         if tools:
             raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
@@ -181,18 +183,19 @@ class OmniOPDTrainer(DistillationTrainer):
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=repeated(eval_dataset, args.num_eval_generations),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with loading("student"):
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=repeated(eval_dataset, args.num_eval_generations),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
 
         for module in self.model.modules():
             # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
@@ -303,6 +306,13 @@ class OmniOPDTrainer(DistillationTrainer):
                 yield
             finally:
                 self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
+
+    def _tokenize_prompts(self, prompts):
+        # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style
+        # datasets were checked at the start; those of streams are checked here, before the student answers them.
+        for prompt in prompts:
+            self.teacher.check_prompt(prompt)
+        return encode_prompts(prompts, self._tokenizer, self.chat_template_kwargs), None, {}
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         replayed = self.step_audits.replay(prompt_ids) if self.model.training else None

@@ -4,11 +4,12 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
-from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from omniopd_trl.accounting.usage import Ledger
@@ -16,13 +17,17 @@ from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.data.encoding import special_tokens_of_answers
+from omniopd_trl.errors import ConfigError, DataError, first_line
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.method.similarity import Similarity
+from omniopd_trl.models.loading import why_not_loaded
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
 
 
 def check_inputs(
@@ -44,16 +49,21 @@ def check_inputs(
         MissingExtraError: when an optional dependency is not installed.
     """
     warn_about_lost_processes(args.world_size)
+    check_reporting(args)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_dataset(dataset, name)
+    config = config_of(model, args)
     processing_class = processing_class or load_tokenizer(model, args)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ConfigError(
             f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
             "tokenizer."
         )
-    check_vllm_can_follow(model, args, quantization_config)
-    context_length = context_length_of(model, args)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    check_tokenizer(processing_class, vocab_size)
+    warn_about_special_tokens(processing_class, args)
+    check_vllm_can_follow(config, args, quantization_config)
+    context_length = context_length_of(config)
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length is not None:
         context_length = min(args.vllm_max_model_length, context_length or args.vllm_max_model_length)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
@@ -64,6 +74,7 @@ def check_inputs(
             chat_template_kwargs=args.chat_template_kwargs,
             context_length=context_length,
             max_completion_length=args.max_completion_length,
+            vocab_size=vocab_size,
         )
     if isinstance(train_dataset, Dataset):
         check_step_is_filled(
@@ -98,6 +109,21 @@ def repeated(dataset: Any, num_samples: int) -> Any:
     return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
 
 
+def check_reporting(args: OmniOPDConfig) -> None:
+    """Create the integrations that `report_to` names once, as the base class does after it has loaded the student.
+
+    Raises:
+        ConfigError: when there is no such integration, or its package is not installed.
+    """
+    try:
+        for integration in get_reporting_integration_callbacks(args.report_to):
+            integration()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"report_to={args.report_to!r} cannot be used: {first_line(error)} Otherwise leave it out of `report_to`."
+        ) from error
+
+
 def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     try:
@@ -110,27 +136,81 @@ def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            f"No tokenizer can be loaded for the student {name!r}: it must be a folder with a saved model, or the id "
-            f"of a model on the Hub. Check the path or the id, or pass `processing_class`. ({error})"
+            f"No tokenizer can be loaded for the student {name!r}: {why_not_loaded(name, error)} Or pass "
+            "`processing_class`."
         ) from error
 
 
-def _config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
+def config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
+    """Configuration of the student, without its weights.
+
+    Raises:
+        ConfigError: when the student is neither a name nor a model.
+        DataError: when there is no model of this name.
+    """
     if not isinstance(model, str):
+        if not isinstance(getattr(model, "config", None), PretrainedConfig):
+            raise ConfigError(
+                f"model={model!r:.100} is a {type(model).__name__}; it must be the path of a model, an id on the Hub, "
+                "or an instance of a `transformers` model. For a `Path`, pass `str(path)`."
+            )
         return model.config
-    return AutoConfig.from_pretrained(
-        model,
-        revision=(args.model_init_kwargs or {}).get("revision"),
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        return AutoConfig.from_pretrained(
+            model,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"The student {model!r} cannot be loaded: {why_not_loaded(model, error)}") from error
 
 
-def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
+def context_length_of(config: PretrainedConfig) -> int | None:
     """Maximum number of positions of the student; `None` when its configuration does not state it."""
-    return getattr(_config_of(model, args).get_text_config(), "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: Any) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    """Check that completions can end, and that the student has embeddings of the special tokens.
+
+    Args:
+        tokenizer: tokenizer of the student.
+        vocab_size: rows of the student's embedding; `None` if unknown.
+
+    Raises:
+        DataError: when the tokenizer has no end of sequence, or a special token has no embedding.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "The student's tokenizer has no end-of-sequence token, so no completion could end. Set "
+            "`tokenizer.eos_token` to the token that ends an answer, and pass the tokenizer as `processing_class` or "
+            "save it with `tokenizer.save_pretrained`."
+        )
+    for name in ("eos", "pad"):
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is not None and vocab_size is not None and not 0 <= token_id < vocab_size:
+            advice = "`tokenizer.pad_token = tokenizer.eos_token`, or " if name == "pad" else ""
+            raise DataError(
+                f"The student's tokenizer has {name}_token={getattr(tokenizer, f'{name}_token')!r} with the id "
+                f"{token_id}, and the student's embedding has {vocab_size} rows. Set {advice}a token of the model's "
+                "vocabulary, or resize the embedding with `model.resize_token_embeddings(len(tokenizer))`."
+            )
+
+
+def warn_about_special_tokens(tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig) -> None:
+    """Say that the teacher does not get special tokens that the student writes into its answers."""
+    if args.keep_special_tokens or tokenizer.chat_template is None or args.process_index != 0:
+        return
+    tokens = special_tokens_of_answers(tokenizer, args.chat_template_kwargs)
+    if tokens:
+        logger.warning(
+            f"The student's chat template puts the special tokens {', '.join(tokens)} into answers, and the teacher "
+            "gets the student's text without them. Set keep_special_tokens=True if the teacher is of the same family "
+            "and knows them."
+        )
+
+
+def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantization_config: Any) -> None:
     """Check that the student's weights can be sent to vLLM after each step.
 
     Raises:
@@ -139,7 +219,7 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
     """
     if not args.use_vllm:
         return
-    held = getattr(_config_of(model, args), "quantization_config", None)
+    held = getattr(config, "quantization_config", None)
     if quantization_config is not None or held is not None:
         raise ConfigError(
             "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
@@ -151,17 +231,17 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
 def prepare_teacher(
     teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
 ) -> Teacher:
-    """Load the teacher of a run and send it one question as a check.
+    """Load the teacher of a run, and check that it can render every prompt and answers one.
 
     Args:
         teacher: a name, a model or a teacher.
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
-        datasets: names and datasets; the question is the first prompt of the first dataset.
+        datasets: names and datasets. The first prompt of the first one is sent to a service.
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
-        DataError: when a model cannot be loaded, or cannot render the question.
+        DataError: when a model cannot be loaded, or cannot render a prompt of a map-style dataset.
         JournalError: when the spending of earlier runs cannot be read from the journal.
         TeacherError: when the teacher does not answer.
     """
@@ -169,6 +249,15 @@ def prepare_teacher(
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
     if prepared.budget is not None:
         prepared.budget.ledger = ledger
-    for _, dataset in islice(datasets, 1):
+    named = list(datasets)
+    if type(prepared).check_prompt is not Teacher.check_prompt:
+        for name, dataset in named:
+            if isinstance(dataset, Dataset):
+                for index, row in enumerate(dataset.select_columns("prompt")):
+                    try:
+                        prepared.check_prompt(row["prompt"])
+                    except DataError as error:
+                        raise DataError(f"Row {index} of `{name}`: {error}") from error
+    for _, dataset in named[:1]:
         prepared.probe(next(iter(dataset))["prompt"])
     return prepared

@@ -5,7 +5,6 @@
 import asyncio
 import functools
 import itertools
-import json
 import math
 import threading
 import time
@@ -16,8 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
@@ -29,6 +27,7 @@ from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 from tests.support.corpus import STUDENT_LINES
+from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 
 SETTINGS = {
     "num_chunks": 2,
@@ -117,37 +116,6 @@ def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
 
 
 LINES = " ".join(STUDENT_LINES)
-
-
-def llama_style_tokenizer(normalizer):
-    """BPE over "▁", where a space is prepended to every text by the normalizer, as in Llama 2, or by the splitting.
-
-    Characters that it does not know are bytes.
-    """
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.normalizer, trained.pre_tokenizer = normalizer, metaspace
-    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(
-        STUDENT_LINES, trainers.BpeTrainer(vocab_size=556, special_tokens=special, show_progress=False)
-    )
-    model = json.loads(trained.to_str())["model"]
-    # Built again: the trainer's special tokens would be found in texts, and skipped when they are decoded.
-    merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, metaspace
-    if normalizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    # As these tokenizers decode: the first space is taken away, whether somebody wrote it or not.
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-
-
-def llama_2():
-    """`llama_style_tokenizer` with the normalizer of Llama 2."""
-    return llama_style_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
 
 
 @pytest.mark.parametrize(
@@ -289,21 +257,6 @@ class Counting:
     def decode(self, token_ids, **kwargs):
         self.decoded.append(len(token_ids))
         return self.tokenizer.decode(token_ids, **kwargs)
-
-
-def word_piece():
-    """As BERT's: a space before each token that does not begin with "##", and none before a full stop."""
-    words = ["[UNK]", "[SEP]", "the", "angle", "##s", "are", "##n", "'", "t", ".", ",", "12", "##0", "é", "漢", "##字"]
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", sep_token="[SEP]")
-
-
-def metaspace():
-    """As T5's: the decoder takes away the first space."""
-    tokenizer = llama_style_tokenizer(None)
-    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
 
 
 TOKENIZERS = {"llama-2": llama_2, "metaspace": metaspace, "word-piece": word_piece}
@@ -516,3 +469,63 @@ def test_a_teacher_that_is_not_async(tiny_tokenizer):
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
     with pytest.raises(TeacherError, match=r"'Own' \(Own\).*Write it as `async def sample`"):
         asyncio.run(auditor(tiny_tokenizer, Own()).audit(*path))
+
+
+@pytest.mark.case("R10")
+@pytest.mark.parametrize(
+    ("make", "prompt", "completion"),
+    [
+        (llama_2, "The capital of France is", " Paris."),
+        (llama_2, "Tom has", "12"),
+        (lambda: llama_style_tokenizer(None), "Tom has", " 7 apples"),
+        (metaspace, "Tom has", " 7 apples"),
+        (word_piece, "the angle", "s are"),
+        (word_piece, "the", " angles, 12"),
+        (None, "Tom has", " 7 apples"),
+        (None, "Tom has 漢字", "字 and"),
+    ],
+)
+def test_the_students_own_text_after_a_prompt(make, prompt, completion, tiny_tokenizer):
+    """The teacher gets the space, or its absence, between prompt and completion as the student wrote it."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt_ids)] == prompt_ids, "the completion would begin within a token"
+    written, alignment = ids[len(prompt_ids) :], Alignment(tokenizer)
+    for cut in range(len(written)):
+        ((prefix, text),) = alignment.split_texts(written, [Chunk(cut, len(written), cut)], prompt_ids)
+        assert prefix + text == completion
+        assert (prompt + completion).startswith(prompt + prefix)
+
+
+@pytest.mark.case("R10")
+def test_the_teacher_is_asked_for_the_students_own_text():
+    """The auditor passes the prompt's tokens on."""
+    tokenizer, teacher = llama_2(), Recorder(["x"])
+    prompt_ids = tokenizer("Tom has", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("Tom has 7 apples and 7 more", add_special_tokens=False)["input_ids"][len(prompt_ids) :]
+    entropy = torch.full((len(ids),), 0.1)
+    entropy[1] = 1.0
+    scores = PolicyScores(torch.zeros(len(ids)), entropy, torch.zeros(len(ids)))
+    judge = auditor(tokenizer, teacher, num_chunks=1)
+    asyncio.run(judge.audit(Trajectory("Tom has", prompt_ids, ids), scores))
+    [([prefix], _)] = teacher.calls
+    assert prefix.prompt + prefix.completion == tokenizer.decode([*prompt_ids, *ids[:1]]) == "Tom has 7"
+
+
+@pytest.mark.case("R9")
+def test_special_tokens_inside_an_answer(tiny_tokenizer):
+    """The teacher gets the marks between thoughts and answer if they are kept; chunks are compared without them."""
+    tokenizer = channels(tiny_tokenizer)
+    text = "<|channel|>analysis<|message|>漢 3 + 4<|end|><|start|>assistant<|channel|>final<|message|>7"
+    prompt_ids = tokenizer("<|start|>user<|message|>3 + 4?<|end|><|start|>assistant")["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    chunks = [Chunk(start, start + 6, start) for start in range(0, len(ids) - 6, 3)]
+    plain = Alignment(tokenizer).split_texts(ids, chunks, prompt_ids)
+    kept = Alignment(tokenizer, keep_special_tokens=True).split_texts(ids, chunks, prompt_ids)
+    assert [chunk for _, chunk in kept] == [chunk for _, chunk in plain]
+    for chunk, (prefix, _), (without, _) in zip(chunks, kept, plain, strict=True):
+        assert prefix == tokenizer.decode(ids[: chunk.start]).rstrip("\ufffd")
+        assert text.startswith(prefix)
+        assert "<|" not in without
+    assert kept[-1][0].count("<|") > 3

@@ -261,7 +261,7 @@ class TestErrors:
             ({"model_name_or_path": None}, [], 2, "does not set `model_name_or_path`"),
             ({"teacher_model_name_or_path": None}, [], 2, "does not set `teacher_model_name_or_path`"),
             ({"model_name_or_path": "./none"}, [], 1, "no model folder './none' (`model_name_or_path`; looked in"),
-            ({"model_name_or_path": "no/model"}, [], 1, "tokenizer 'no/model' could not be loaded"),
+            ({"model_name_or_path": "no/model"}, [], 1, "tokenizer of the student 'no/model', which cannot be loaded"),
             ({"model_name_or_path": "no/model"}, [], 1, "length of a prompt with `--prompt_length`"),
             ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
             ({"dataset_name": None}, [], 2, "No dataset is named"),
@@ -288,12 +288,21 @@ class TestErrors:
         assert message in captured.err
         assert captured.out == ""
 
+    @pytest.mark.case("U5")
+    @pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name"])
+    def test_without_a_network(self, recipe, capsys, missing):
+        """A student or a dataset of the Hub that is not in the cache: the option that needs neither is named."""
+        assert main(["cost", "--config", recipe(**{missing: "Nobody/nothing"})]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("DataError: ")
+        assert "'Nobody/nothing'" in line
+        assert "give the mean length of a prompt with `--prompt_length`, and the steps with `--max_steps`" in line
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ([], "COMMAND"),
             (["costs"], "invalid choice"),
-            (["cost"], "--config"),
             (["cost", "--config", "x", "--trajectory_length", "0"], "must be a number above 0"),
             (["cost", "--config", "x", "--trajectory_length", "nan"], "must be a number above 0"),
             (["cost", "--config", "x", "--max_prompts", "1.5"], "must be a whole number"),

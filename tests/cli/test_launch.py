@@ -103,6 +103,7 @@ class TestProcesses:
         assert "accelerate" not in process.stderr
         assert "Traceback" not in process.stderr
 
+    @pytest.mark.case("U10")
     @pytest.mark.parametrize(
         ("options", "to_all"),
         [([], True), ([], False), (["--accelerate_config", "cpu_2"], True)],

@@ -12,6 +12,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from omniopd_trl.cli import launch, options
+from omniopd_trl.cli.main import main
 from omniopd_trl.cli.options import check_arguments, check_paths, describe_type, option_hints, resolve_demo_name
 from omniopd_trl.cli.recipe import dataclass_types, parse_args
 from omniopd_trl.demo import asset_path
@@ -62,6 +63,7 @@ class TestSources:
 class TestQuick:
     """Mistakes are refused without a heavy import, in less than two seconds."""
 
+    @pytest.mark.case("U9")
     @pytest.mark.parametrize(
         ("command", "recipe", "code", "message"),
         [
@@ -166,3 +168,82 @@ def test_env(tmp_path, env):
     path.write_text(f"env: {env}")
     with pytest.raises(ConfigError, match=r"`env` is .*must be a mapping"):
         check_arguments(["--config", str(path)])
+
+
+class TestWords:
+    """Words of the command line that are no options."""
+
+    @pytest.mark.case("U5")
+    @pytest.mark.parametrize(
+        ("name", "variables"),
+        [
+            ("teacher_api_key", "ANTHROPIC_API_KEY, OPENAI_API_KEY, GEMINI_API_KEY"),
+            ("anthropic_api_key", "ANTHROPIC_API_KEY"),
+            ("OPENAI_API_KEY", "OPENAI_API_KEY"),
+            ("teacher_key", "ANTHROPIC_API_KEY, OPENAI_API_KEY, GEMINI_API_KEY"),
+            ("hf_token", "HF_TOKEN"),
+        ],
+    )
+    def test_keys(self, name, variables):
+        """An option that would hold a key leads to the environment variable, not to an option with a similar name."""
+        with pytest.raises(ConfigError, match="read from the environment, never from an option") as error:
+            check_arguments([f"--{name}", "secret"])
+        assert f"set {variables}" in str(error.value)
+        assert "Did you mean" not in str(error.value)
+
+    @pytest.mark.case("U5")
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["train", "base.yaml"],
+            ["train", "--accelerate_config", "cpu_2", "base.yaml"],
+            ["cost", "base.yaml"],
+            ["cost", "--max_prompts", "5", "base.yaml"],
+            ["train", "base.YML"],
+        ],
+    )
+    def test_recipe_without_its_option(self, command, capsys):
+        """A recipe that is named without `--config` is recognized."""
+        assert main(command) == 2
+        assert f"Name the recipe with `--config {command[-1]}`." in capsys.readouterr().err
+
+    def test_cost_without_recipe(self, capsys):
+        """The forecast needs a recipe, and says so in one line."""
+        assert main(["cost", "--num_chunks", "5"]) == 2
+        assert capsys.readouterr().err == ("ConfigError: `omniopd cost` needs a recipe: add `--config RECIPE.yaml`.\n")
+
+
+BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))
+MERGED = "a0: &a0 {x0: 1, y0: 1}\n" + "".join(f"a{n + 1}: &a{n + 1}\n  <<: [*a{n}, *a{n}]\n" for n in range(40))
+
+
+@pytest.mark.case("U11")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases that multiply"),
+        (MERGED, "aliases that multiply"),
+        ("beta: &a [*a]", "aliases that multiply"),
+        ("generation_kwargs: &a {b: {c: *a}}", "aliases that multiply"),
+        ("beta: " + "[" * 1500, "nested too deeply"),
+    ],
+)
+def test_recipe_that_explodes(tmp_path, text, message):
+    """A small file that stands for billions of values, or for infinitely many, is refused at once."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    start = time.process_time()  # the machine may be busy
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(["--config", str(path)])
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.case("U11")
+def test_recipe_with_aliases(tmp_path):
+    """Ordinary anchors, aliases and merges are read."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto}")
+    assert check_arguments(["--config", str(path)]) == {
+        "model_init_kwargs": {"revision": "a"},
+        "teacher_model_init_kwargs": {"revision": "a", "dtype": "auto"},
+    }

@@ -66,6 +66,7 @@ class TestDemo:
         assert calls == [["--config", str(recipe_files()["demo"]), "--seed", "1"]]
         assert capsys.readouterr().out.startswith("Training the student of the demo on the CPU")
 
+    @pytest.mark.case("U9")
     def test_runs_in_any_folder(self):
         """The recipe names nothing by a path of the clone, and writes into the current folder."""
         recipe = yaml.safe_load(recipe_files()["demo"].read_text())
@@ -75,6 +76,7 @@ class TestDemo:
         assert recipe["env"] == {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.case("U9")
 def test_version(capsys):
     """`omniopd --version`."""
     with pytest.raises(SystemExit) as exit_info:
@@ -148,6 +150,7 @@ class TestNoise:
         assert all(others)
         return len(caught), sum(map(bool, records))
 
+    @pytest.mark.case("U9")
     def test_left_out(self):
         """Those messages, and no other of the same loggers and of the same kind; filters are added once."""
         warnings.simplefilter("always")

@@ -106,6 +106,40 @@ class TestLoading:
         with pytest.raises(DataError, match="the file is complete"):
             load_dataset_or_files(str(path))
 
+    @pytest.mark.case("U4")
+    @pytest.mark.parametrize(
+        ("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", ""), ("a.json", "[]"), ("a.json", "{}")]
+    )
+    def test_no_rows(self, tmp_path, name, text):
+        """A file without rows says so, read at once or as a stream."""
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"'.*' could not be loaded \(it has no rows\)"):
+            load_dataset_or_files(str(path))
+        with pytest.raises(DataError, match=r"it has no rows|`train_dataset` is empty"):
+            check_dataset(load_dataset_or_files(str(path), streaming=True)["train"])
+
+    @pytest.mark.case("U4")
+    def test_beside(self, tmp_path, monkeypatch):
+        """A name of a folder that is here, but lacks the part after it, is looked up on the Hub; both are said."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+        with pytest.raises(
+            DataError, match=r"looked up on the Hub.*The folder 'data' is here and has no 'gsm8'.*Did you mean"
+        ):
+            load_dataset_or_files("data/gsm8")
+
+    @pytest.mark.case("U4")
+    @pytest.mark.parametrize("text", ['"text"\n', "text\n"])
+    def test_stream_of_other_lines(self, tmp_path, text):
+        """Lines that are no objects are refused when a stream is read, as when a file is prepared."""
+        path = tmp_path / "a.jsonl"
+        path.write_text(text)
+        with pytest.raises(DataError, match="JSON"):
+            load_dataset_or_files(str(path))
+        with pytest.raises(DataError, match="one JSON object"):
+            check_dataset(load_dataset_or_files(str(path), streaming=True)["train"])
+
     def test_other_kind(self, tmp_path):
         """A file of a kind that is not read names the kinds that are."""
         path = tmp_path / "sums.csv"
@@ -236,11 +270,10 @@ class TestCheckDataset:
 
     @pytest.mark.parametrize("prompt", ["1 + 1?", CHAT, [{"role": "system", "content": "Be brief."}, *CHAT]])
     def test_good(self, prompt):
-        """Text and messages pass, in a dataset, in a stream, and in splits."""
+        """Text and messages pass, in a dataset and in a stream."""
         rows = [{"prompt": prompt, "answer": "2"}]
         check_dataset(Dataset.from_list(rows))
         check_dataset(generated(rows))
-        check_dataset({"a": Dataset.from_list(rows), "b": generated(rows)}, "eval_dataset")
 
     def test_empty(self):
         """No rows is an error, in whatever form."""
@@ -288,6 +321,21 @@ class TestCheckDataset:
         dataset = Dataset.from_list([{"prompt": "x"}] * 20 + [{"prompt": ""}])
         with pytest.raises(DataError, match="Row 20"):
             check_dataset(dataset)
+
+    @pytest.mark.case("R18")
+    @pytest.mark.parametrize("rows", [[{"prompt": "x"}], ({"prompt": "x"},), "rows.jsonl", 3])
+    def test_no_dataset(self, rows):
+        """A list, a text or anything else that is no dataset is refused, with the call that makes one."""
+        with pytest.raises(DataError, match=r"is a \w+; it must be a `datasets.Dataset`.*Dataset.from_list"):
+            check_dataset(rows)
+
+    @pytest.mark.case("R18")
+    def test_splits(self):
+        """All splits together are refused, with the way to pass one."""
+        splits = DatasetDict(train=Dataset.from_list([{"prompt": "x"}]), test=Dataset.from_list([{"prompt": "y"}]))
+        for several in (splits, dict(splits), IterableDatasetDict(train=generated([{"prompt": "x"}]))):
+            with pytest.raises(DataError, match=r"holds several datasets.*`train_dataset=splits\['train'\]`"):
+                check_dataset(several)
 
     def test_text_parts_pass(self):
         """A message whose content is a list of text parts is text."""
@@ -344,7 +392,7 @@ class TestCheckPromptLengths:
         try:
             for dataset in (Dataset.from_list([{"prompt": CHAT}]), generated([{"prompt": CHAT}])):
                 with pytest.raises(DataError, match="no chat template"):
-                    check_prompt_lengths({"a": dataset}, tiny_teacher_tokenizer, {}, None, 4, "eval_dataset")
+                    check_prompt_lengths(dataset, tiny_teacher_tokenizer, {}, None, 4, "eval_dataset")
             self.check([{"prompt": "x"}], tiny_teacher_tokenizer, 100)
         finally:
             tiny_teacher_tokenizer.chat_template = template

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.data.encoding import render_chat
 from omniopd_trl.errors import DataError, import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import Prefix, Prompt, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.instruct.repair import repair
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
@@ -149,6 +150,10 @@ class OpenAITeacher(RemoteTeacher):
             turn["prefix"] = True
         return [*messages, turn], {}
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        if self.capabilities.continuation == "raw" and not isinstance(prompt, str):
+            self._render(Prefix(prompt))
+
     def _render(self, prefix: Prefix) -> tuple[str, dict[str, Any]]:
         """The text of a raw continuation, and the field that keeps the server from adding special tokens to it."""
         adds_none = {"add_special_tokens": False} if self.name.startswith("vllm:") else {}
@@ -156,7 +161,7 @@ class OpenAITeacher(RemoteTeacher):
             return prefix.prompt + prefix.completion, {}
         tokenizer = self._load_tokenizer()
         kwargs = {**self.capabilities.reasoning_off.get("chat_template_kwargs", {}), **self.chat_template_kwargs}
-        text: str = tokenizer.apply_chat_template(prefix.prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+        text = render_chat(tokenizer, prefix.prompt, kwargs, f"the teacher {self.name}")
         bos = tokenizer.bos_token
         if (
             not adds_none
@@ -180,11 +185,6 @@ class OpenAITeacher(RemoteTeacher):
                     "Set `teacher_tokenizer_name_or_path` to the teacher's path or id, or "
                     f"`teacher_continuation: continue_final` to let the server render them. ({error})"
                 ) from error
-        if self._tokenizer.chat_template is None:
-            raise DataError(
-                f"The prompts are conversations, but the tokenizer of the teacher {self.name} has no chat template. "
-                "Use an instruction-tuned teacher, or plain-text prompts."
-            )
         return self._tokenizer
 
     # ---- Errors ----
