@@ -133,7 +133,7 @@ def _teacher_code(teacher: Teacher) -> str | None:
     named = set(inspect.signature(type(teacher).__init__).parameters)
     attributes = {
         name: _configured(value)
-        for name, value in sorted(vars(teacher).items())
+        for name, value in sorted(getattr(teacher, "__dict__", {}).items())
         if (name.lstrip("_") in named or hasattr(type(teacher), name)) and not is_secret_name(name.lstrip("_"))
     }
     kind = type(teacher)
