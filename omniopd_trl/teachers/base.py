@@ -136,9 +136,9 @@ class Teacher(ABC):
     A custom teacher subclasses it and implements `sample`. The trainer takes an instance as `teacher_model`.
 
     Attributes:
-        name: name of the teacher in logs and in the model card. It also identifies recorded answers: a run that is
-            started again in the same folder replays the answers of a teacher of the same name. Change the name when
-            the answers change (another model, prompt or script).
+        name: name of the teacher in logs and in the model card. It also identifies recorded answers, together with the
+            code of the class and the attributes that are named like parameters of `__init__`: a resumed run replays
+            the answers of the same teacher. Change the name when something else changes the answers.
         is_remote: whether the teacher computes outside this process, so audits may overlap with training. A model in
             this process shares the student's device and random numbers.
         budget: what the teacher may still spend and has in flight; `None` for a teacher without a budget.

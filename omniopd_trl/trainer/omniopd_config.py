@@ -205,8 +205,8 @@ class OmniOPDConfig(DistillationConfig):
             Price of prompt tokens that are read from a cache, in US dollars per million. Defaults to
             `teacher_input_price` if that is set, and to the price in genai-prices otherwise.
         save_audits (`bool`, *optional*, defaults to `True`):
-            Whether to write trajectories and audits to a journal in `output_dir` before they are used. A resumed run
-            replays the journal and does not pay for them again.
+            Whether to write trajectories and audits to a journal in `output_dir` before they are used. A run with
+            `resume_from_checkpoint` replays the journal and does not pay for them again.
 
         > Parameters that control the evaluation
 
@@ -494,7 +494,7 @@ class OmniOPDConfig(DistillationConfig):
         default=True,
         metadata={
             "help": "Whether to write trajectories and audits to a journal in `output_dir` before they are used. A "
-            "resumed run replays the journal and does not pay for them again."
+            "run with `resume_from_checkpoint` replays the journal and does not pay for them again."
         },
     )
 

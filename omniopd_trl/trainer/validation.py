@@ -12,19 +12,19 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from omniopd_trl.accounting.usage import Ledger
+from omniopd_trl.accounting.usage import Ledger, Usage
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, first_line
-from omniopd_trl.journal.reader import spent
+from omniopd_trl.journal.reader import merge, spent_by_journal
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
-from omniopd_trl.trainer.distributed import warn_about_lost_processes
+from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -228,8 +228,39 @@ def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantiz
         )
 
 
+def spent_before(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> tuple[Usage, float] | None:
+    """What all processes of earlier runs have paid, also when each machine has a folder of its own.
+
+    Every process has to call it at the same point.
+
+    Returns:
+        Tokens and US dollars; `None` when the teacher is not a service. Journals of an earlier run may be missing,
+        on a machine that takes no part: a warning says so.
+
+    Raises:
+        JournalError: on every process, when the journal of one cannot be read.
+    """
+    if not is_service(teacher):
+        return None
+    paid = merge(on_every_process(lambda: spent_by_journal(args.output_dir), args.process_index))
+    expected = max((one.num_processes for one in paid), default=0)
+    missing = sorted(set(range(expected)) - {one.rank for one in paid})
+    if missing and args.process_index == 0:
+        logger.warning(
+            f"An earlier run of {expected} processes has written to output_dir={str(args.output_dir)!r}, and the "
+            f"journals of processes {', '.join(map(str, missing))} are not there: what these paid is not counted in a "
+            "budget. Put `output_dir` on a file system that all machines share, or copy `_audits` from the other "
+            "machines."
+        )
+    return sum((one.usage for one in paid), Usage()), sum(one.usd for one in paid)
+
+
 def prepare_teacher(
-    teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
+    teacher: str | PreTrainedModel | Teacher,
+    args: OmniOPDConfig,
+    ledger: Ledger,
+    datasets: Iterable[tuple[str, Any]],
+    paid: tuple[Usage, float] | None = None,
 ) -> Teacher:
     """Load the teacher of a run, and check that it can render every prompt and answers one.
 
@@ -238,14 +269,13 @@ def prepare_teacher(
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
         datasets: names and datasets. The first prompt of the first one is sent to a service.
+        paid: what earlier runs have paid, from [`spent_before`].
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
         DataError: when a model cannot be loaded, or cannot render a prompt of a map-style dataset.
-        JournalError: when the spending of earlier runs cannot be read from the journal.
         TeacherError: when the teacher does not answer.
     """
-    paid = spent(args.output_dir) if is_service(teacher) else None
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
     if prepared.budget is not None:
         prepared.budget.ledger = ledger

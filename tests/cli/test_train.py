@@ -62,12 +62,32 @@ class TestRun:
         process = succeeded(train("--config", path, "--resume_from_checkpoint", "true", cwd=tmp_path))
         state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
         assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
-        # It went on rather than starting again: only two steps are reported.
+        # It went on rather than starting again: only two steps are reported, and what is replayed is said.
         assert len(re.findall(r"'loss':", process.stdout)) == 2
+        assert [
+            int(step) for step in re.findall(r"step (\d): \d+ of \d+ audits from the journal", process.stderr)
+        ] == [2, 3]
+        assert "starts over" not in process.stderr
         resumed = load_file(tmp_path / "out" / "model.safetensors")
         whole = load_file(tmp_path / "whole" / "model.safetensors")
         for name in whole:
             assert (resumed[name] - whole[name]).abs().max() < 1e-5, name
+
+    @pytest.mark.case("U1")
+    def test_the_same_command_again_starts_over(self, recipe, tmp_path, monkeypatch, caplog):
+        """It says so, and that of the message's advice replays."""
+        monkeypatch.chdir(tmp_path)
+        path = recipe(max_steps=1, save_strategy="no", evaluate_teacher=False)
+        assert run(["--config", path]) == 0
+        assert "starts over" not in caplog.text
+        assert run(["--config", path]) == 0
+        (line,) = re.findall(
+            r"This run starts over\. 1 recorded step of an earlier run in out/_audits is .*", caplog.text
+        )
+        assert "audits from the journal" not in caplog.text
+        option = re.search(r"`(--resume_from_checkpoint true)`", line)[1].split()
+        assert run(["--config", path, *option]) == 0
+        assert re.search(r"step 0: (\d+) of \1 audits from the journal", caplog.text)
 
     def test_lora_and_push(self, recipe, tmp_path):
         """The LoRA flags train an adapter, which reaches the Hub byte for byte, without the token or a local path."""
@@ -303,7 +323,7 @@ class TestMain:
             ({"datasets": [{"path": "x"}]}, ConfigError, "Both `datasets` and `dataset_name`"),
             ({"dataset_name": ..., "datasets": [{"path": "x.jsonl"}]}, DataError, "no dataset file 'x.jsonl'"),
             ({"prompt_template": "maths"}, ConfigError, "`prompt_template` is 'maths'"),
-            ({"resume_from_checkpoint": True}, DataError, "there is no checkpoint in 'out'"),
+            ({"resume_from_checkpoint": True}, DataError, "'out' holds neither a complete checkpoint nor"),
             ({"dataset_train_split": "training"}, DataError, "no split 'training'.*`dataset_train_split`"),
             ({"do_eval": True, "dataset_test_split": "dev"}, DataError, "no split 'dev'.*`dataset_test_split`"),
             ({"dataset_streaming": True, "max_steps": -1}, ConfigError, "Set `max_steps`"),
@@ -332,13 +352,16 @@ class TestResolveCheckpoint:
 
     @pytest.mark.parametrize("state", [None, "", '{"global_step": 4'])
     def test_cut_off(self, tmp_path, state):
-        """A run that was killed while it saved goes on from the checkpoint before; without one, it says what to do."""
+        """A run that was killed while it saved resumes from the checkpoint before; without one, from step 0."""
         (tmp_path / "checkpoint-4").mkdir()
         (tmp_path / "checkpoint-4" / "model.safetensors").touch()
         if state is not None:
             (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(state)
-        with pytest.raises(DataError, match=r"no checkpoint in .* is complete"):
+        with pytest.raises(DataError, match="neither a complete checkpoint nor a journal"):
             resolve_checkpoint("true", str(tmp_path))
+        (tmp_path / "_audits").mkdir()
+        (tmp_path / "_audits" / "rank-0.sqlite").touch()
+        assert resolve_checkpoint("true", str(tmp_path)) is True
         (tmp_path / "checkpoint-2").mkdir()
         (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
         assert resolve_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
@@ -346,11 +369,11 @@ class TestResolveCheckpoint:
     def test_none(self, tmp_path):
         """Nothing and `false` start from the beginning."""
         for value in (None, False, "false", "none", ""):
-            assert resolve_checkpoint(value, str(tmp_path)) is None
+            assert resolve_checkpoint(value, str(tmp_path)) is False
 
     def test_missing(self, tmp_path):
         """A checkpoint that is not there is an error, not a new run."""
-        with pytest.raises(DataError, match="there is no checkpoint"):
+        with pytest.raises(DataError, match="neither a complete checkpoint nor a journal"):
             resolve_checkpoint("true", str(tmp_path))
         with pytest.raises(DataError, match="no such folder"):
             resolve_checkpoint("checkpoint-7", str(tmp_path))
