@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -78,6 +79,17 @@ def _whole() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
+def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a model by its architecture. A vision-language model is no `AutoModelForCausalLM`, but continues text."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        try:
+            return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+        except ValueError:
+            raise error from None
+
+
 # A waiting call of `sample`, and the future of its replies.
 _Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
 
@@ -96,7 +108,7 @@ class _Job:
 
 
 class LocalTeacher(Teacher):
-    """A causal language model of `transformers`, loaded in this process.
+    """A causal or vision-language model of `transformers`, loaded in this process.
 
     Args:
         model: path, Hub id, or an instance.
@@ -134,11 +146,12 @@ class LocalTeacher(Teacher):
             }
             try:
                 with _whole():
-                    model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+                    model = _load(model, kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"The teacher {self.name!r} cannot be loaded: it must be a folder with a saved model, or the id "
-                    f"of a causal language model on the Hub. Check the path or the id. ({error})"
+                    "of a model on the Hub, which continues text. Check the path, the id and the kind of model. "
+                    f"({error})"
                 ) from error
             revision = kwargs["revision"]
         else:
