@@ -238,6 +238,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self._reset_step(resume_from_checkpoint or None)
+        if resume_from_checkpoint:
+            self.objective.reference.load(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
         try:
             with self._recording():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -257,9 +259,15 @@ class OmniOPDTrainer(DistillationTrainer):
         folder = self._checkpoint_folder()
         if self.args.should_save:
             unmark(folder)
+            if not self.args.save_only_model:
+                self.objective.reference.save(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self._whole_checkpoint = folder.resolve()
+
+    def _save(self, output_dir=None, state_dict=None):
+        with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
         """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
