@@ -6,7 +6,7 @@ import copy
 import math
 import textwrap
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -37,7 +37,7 @@ from omniopd_trl.teachers import Teacher, TeacherReply, Usage
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.checkpoints import last_checkpoint, unmark
 from omniopd_trl.trainer.distributed import Failure, raise_together, stop
-from omniopd_trl.trainer.evaluation import student_scores, teacher_scores
+from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.generation import on_policy
 from omniopd_trl.trainer.metrics import Metrics, non_finite
@@ -181,18 +181,19 @@ class OmniOPDTrainer(DistillationTrainer):
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=repeated(eval_dataset, args.num_eval_generations),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with uncast(args):
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=repeated(eval_dataset, args.num_eval_generations),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
 
         for module in self.model.modules():
             # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
@@ -460,6 +461,13 @@ class OmniOPDTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with uncast(self.args) as dtype:
+            # As `Trainer`: not for the evaluations during training.
+            is_cast = dtype is not None and not self.is_in_train
+            with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
+                return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # With several evaluation sets, the base class calls this once per set, each with its own prefix. Without the

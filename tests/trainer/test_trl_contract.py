@@ -43,6 +43,7 @@ HOOKS = {
     "_save_rng_state": ["self", "output_dir"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "evaluation_loop": ["self", "dataloader", "description"],
     "log": ["self", "logs", "start_time"],
 }
 
