@@ -12,6 +12,7 @@ Two launches silently start fewer processes:
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -92,6 +93,21 @@ def raise_together(error: Exception | None, process: int) -> None:
     if error is not None:
         raise error
     raise stop(failure, failure.text)
+
+
+@contextmanager
+def together(process: int) -> Iterator[None]:
+    """Context whose error on one process is raised on every process. No process may wait for others inside.
+
+    Args:
+        process: index of this process.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error, process)
 
 
 # ---- Launches ----

@@ -23,6 +23,7 @@ from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.startup import check_student_config, check_tokenizer
 
 
 def check_inputs(
@@ -52,8 +53,11 @@ def check_inputs(
             f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
             "tokenizer."
         )
-    check_vllm_can_follow(model, args, quantization_config)
-    context_length = context_length_of(model, args)
+    config = _config_of(model, args)
+    check_student_config(model, config, args)
+    check_tokenizer(processing_class, config)
+    check_vllm_can_follow(config, args, quantization_config)
+    context_length = context_length_of(config)
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length is not None:
         context_length = min(args.vllm_max_model_length, context_length or args.vllm_max_model_length)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
@@ -64,6 +68,11 @@ def check_inputs(
             chat_template_kwargs=args.chat_template_kwargs,
             context_length=context_length,
             max_completion_length=args.max_completion_length,
+        )
+    if isinstance(train_dataset, IterableDataset) and args.data_seed is not None:
+        raise ConfigError(
+            f"data_seed={args.data_seed} has no effect on a streaming dataset, which is shuffled with `seed`. Leave "
+            "it out."
         )
     if isinstance(train_dataset, Dataset):
         check_step_is_filled(
@@ -125,12 +134,12 @@ def _config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:
     )
 
 
-def context_length_of(model: Any, args: OmniOPDConfig) -> int | None:
+def context_length_of(config: PretrainedConfig) -> int | None:
     """Maximum number of positions of the student; `None` when its configuration does not state it."""
-    return getattr(_config_of(model, args).get_text_config(), "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: Any) -> None:
+def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantization_config: Any) -> None:
     """Check that the student's weights can be sent to vLLM after each step.
 
     Raises:
@@ -139,7 +148,7 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
     """
     if not args.use_vllm:
         return
-    held = getattr(_config_of(model, args), "quantization_config", None)
+    held = getattr(config, "quantization_config", None)
     if quantization_config is not None or held is not None:
         raise ConfigError(
             "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
@@ -148,27 +157,32 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
         )
 
 
-def prepare_teacher(
-    teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
-) -> Teacher:
-    """Load the teacher of a run and send it one question as a check.
+def prepare_teacher(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger) -> Teacher:
+    """Load the teacher of a run. Sends no request.
 
     Args:
         teacher: a name, a model or a teacher.
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
-        datasets: names and datasets; the question is the first prompt of the first dataset.
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
-        DataError: when a model cannot be loaded, or cannot render the question.
+        DataError: when a model cannot be loaded.
         JournalError: when the spending of earlier runs cannot be read from the journal.
-        TeacherError: when the teacher does not answer.
     """
     paid = spent(args.output_dir) if is_service(teacher) else None
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
     if prepared.budget is not None:
         prepared.budget.ledger = ledger
-    for _, dataset in islice(datasets, 1):
-        prepared.probe(next(iter(dataset))["prompt"])
     return prepared
+
+
+def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
+    """Send the teacher one question as a check: the first prompt of the first dataset.
+
+    Raises:
+        DataError: when the teacher cannot render the question.
+        TeacherError: when the teacher does not answer.
+    """
+    for _, dataset in islice(datasets, 1):
+        teacher.probe(next(iter(dataset))["prompt"])

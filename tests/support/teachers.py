@@ -54,3 +54,12 @@ class Silent(Teacher):
 
     async def sample(self, prefixes, request):
         raise TeacherError("the teacher was asked again")
+
+
+class Unasked(Silent):
+    """A teacher that must not even be probed."""
+
+    name = "unasked"
+
+    def probe(self, prompt):
+        raise AssertionError("the teacher was asked")
