@@ -51,13 +51,14 @@ def lm_head_of(model: PreTrainedModel) -> Iterator[LMHead]:
     compute with either. Inside this context the weight is complete.
     """
     head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
+    # PEFT's wrapper of a head with trainable tokens has no `bias`, and computes without the one of the layer inside.
+    weight, bias = head.weight, getattr(head, "bias", None)
     with maybe_gather_lm_head_ctx(weight, bias):
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
             bias = bias.full_tensor() if bias is not None else None
         config = model.config.get_text_config()
-        yield LMHead(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        yield LMHead(weight, bias, logit_scale(config), softcap(config))
 
 
 def logit_scale(config: PretrainedConfig) -> float:
@@ -71,6 +72,12 @@ def logit_scale(config: PretrainedConfig) -> float:
         return 1.0
     # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide.
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def softcap(config: PretrainedConfig) -> float | None:
+    """The soft cap of the logits of a model, `None` without one."""
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))  # RecurrentGemma
+    return next((float(cap) for cap in caps if cap is not None), None)
 
 
 def logprobs_of(

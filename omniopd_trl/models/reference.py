@@ -6,10 +6,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 REFERENCE_ADAPTER = "ref"
+# The frozen copy of an adapter within a checkpoint. It is no adapter folder, which a push would publish.
+REFERENCE_FILE = "reference.pt"
 
 
 class Reference:
@@ -61,12 +67,14 @@ class Reference:
         self.offloaded: Offloaded | None = None
         self.adapter: str | None = None
         self._fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        # The frozen copy of the adapter in CPU memory, before the back end shards it, by parameter.
+        self._copied: dict[str, torch.Tensor] = {}
         if args.beta == 0:
             return
         if is_peft_model(student):
             _check_bias(student)
             if not _adds_nothing(student):
-                self.adapter = _copied_adapter(student)
+                self.adapter, self._copied = _copied_adapter(student)
             return
         moves_shards = args.ref_model_offload and is_deepspeed_zero3_enabled()
         with zero3_on_cpu(accelerator) if moves_shards else nullcontext():
@@ -99,6 +107,40 @@ class Reference:
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
 
+    @contextmanager
+    def left_out(self, student: PreTrainedModel) -> Iterator[None]:
+        """Under PEFT: saving the student in this block does not save the frozen copy of its adapter."""
+        if self.adapter is None:
+            yield
+            return
+        config = student.peft_config.pop(self.adapter)
+        try:
+            yield
+        finally:
+            student.peft_config[self.adapter] = config
+
+    def save(self, checkpoint: Path) -> None:
+        """Save the frozen copy of the adapter, since a new process may begin with another adapter."""
+        if self._copied:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            torch.save(self._copied, checkpoint / REFERENCE_FILE)
+
+    def load(self, checkpoint: Path, student: PreTrainedModel) -> None:
+        """Continue with the frozen copy of the adapter that a checkpoint holds, if it holds one.
+
+        Args:
+            checkpoint: folder of the checkpoint.
+            student: the student, before the back end shards it.
+        """
+        if not self._copied or not (checkpoint / REFERENCE_FILE).is_file():
+            return
+        saved = torch.load(checkpoint / REFERENCE_FILE, map_location="cpu", weights_only=True)
+        parameters = dict(student.named_parameters())
+        for name, value in saved.items():
+            if not torch.equal(value, self._copied[name]):
+                parameters[name].data.copy_(value)
+        self._copied = saved
+
 
 def needs_copy(student: str | PreTrainedModel, args: "OmniOPDConfig", peft_config: object) -> bool:
     """Whether the reference has to be copied from the student before the student is prepared.
@@ -121,29 +163,59 @@ def _check_bias(student: "PeftModel") -> None:
 
 
 def _adds_nothing(student: "PeftModel") -> bool:
-    """Whether the adapter changes nothing yet: LoRA whose second factors are zero, its default initialization."""
-    if student.peft_config[student.active_adapter].peft_type != "LORA":
+    """Whether the adapter changes nothing yet, as a new LoRA adapter: its second factors are zero."""
+    active = student.active_adapter
+    if student.peft_config[active].peft_type != "LORA":
         return False
     seconds = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     # False for a trained adapter and for other initializations (`init_lora_weights="pissa"`, "olora", False).
-    return not any(p.any() for p in seconds)
+    if any(p.any() for p in seconds):
+        return False
+    for module in student.modules():
+        pairs: Any = ()
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            pairs = [(module.trainable_tokens_delta[active], module.trainable_tokens_original[active])]
+        elif isinstance(module, ModulesToSaveWrapper):
+            pairs = zip(module.modules_to_save[active].parameters(), module.original_module.parameters(), strict=True)
+        if not all(torch.equal(trained, original) for trained, original in pairs):
+            return False
+    return True
 
 
-def _copied_adapter(student: "PeftModel") -> str:
-    """Add a frozen copy of the student's adapter to the student, and return the name of the copy."""
+def _copied_adapter(student: "PeftModel") -> tuple[str, dict[str, torch.Tensor]]:
+    """Add a frozen copy of the student's adapter to the student.
+
+    Returns:
+        The name of the copy, and its parameters in CPU memory, by name.
+
+    Raises:
+        ConfigError: when PEFT cannot add a second adapter of this type.
+    """
     active = student.active_adapter
     config = copy.copy(student.peft_config[active])
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # some initializations would change the base model again
-    student.add_adapter(REFERENCE_ADAPTER, config)
+    name = REFERENCE_ADAPTER
+    while name in student.peft_config:
+        name += "_"
+    try:
+        student.add_adapter(name, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"The reference needs a frozen copy of the adapter {active!r}, and PEFT cannot add a second one of type "
+            f"{config.peft_type.value}: {error} Merge the adapter into the base model, or set beta=0."
+        ) from error
     parameters = dict(student.named_parameters())
-    for name, parameter in parameters.items():
-        path = name.split(".")
+    copied = {}
+    for source, parameter in parameters.items():
+        path = source.split(".")
         if active in path:  # whole parts only: an adapter's name may be a prefix of a module's
-            twin = parameters[".".join(REFERENCE_ADAPTER if part == active else part for part in path)]
+            target = ".".join(name if part == active else part for part in path)
+            twin = parameters[target]
             twin.data = parameter.data.clone()  # in the precision of the trained adapter
             twin.requires_grad_(False)
-    return REFERENCE_ADAPTER
+            copied[target] = twin.data.to("cpu", copy=True)
+    return name, copied
 
 
 def _load(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -80,6 +81,17 @@ def _whole() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
+def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a model by its architecture. A vision-language model is no `AutoModelForCausalLM`, but continues text."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        try:
+            return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+        except ValueError:
+            raise error from None
+
+
 # A waiting call of `sample`, and the future of its replies.
 _Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
 
@@ -98,7 +110,7 @@ class _Job:
 
 
 class LocalTeacher(Teacher):
-    """A causal language model of `transformers`, loaded in this process.
+    """A causal or vision-language model of `transformers`, loaded in this process.
 
     Args:
         model: path, Hub id, or an instance.
@@ -136,7 +148,7 @@ class LocalTeacher(Teacher):
             }
             try:
                 with _whole(), loading("teacher"):
-                    model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+                    model = _load(model, kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"The teacher {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"

@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The moving average of the posterior, which is saved in checkpoints."""
+"""Callbacks of the trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -40,3 +41,17 @@ class PosteriorAverage(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
+
+
+class OnTrainBegin(TrainerCallback):
+    """Calls a function at the start of training, when the back end has wrapped the student.
+
+    Args:
+        function: function without arguments.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()

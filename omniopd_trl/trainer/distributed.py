@@ -12,6 +12,7 @@ Two launches silently start fewer processes:
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -96,6 +97,21 @@ def raise_together(error: Exception | None, process: int) -> None:
     raise stop(failure, failure.text)
 
 
+@contextmanager
+def together(process: int) -> Iterator[None]:
+    """Context whose error on one process is raised on every process. No process may wait for others inside.
+
+    Args:
+        process: index of this process.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error, process)
+
+
 def on_every_process(function: Callable[[], T], process: int) -> list[T]:
     """Call a function on every process. Every process has to call it at the same point.
 
@@ -107,12 +123,8 @@ def on_every_process(function: Callable[[], T], process: int) -> list[T]:
         The results of all processes, in order. The error of one is raised on all.
     """
     result: list[T] = []
-    error: Exception | None = None
-    try:
+    with together(process):
         result = [function()]
-    except Exception as caught:  # tell the other processes before raising, or they would wait for this one
-        error = caught
-    raise_together(error, process)
     return gather_object(result)
 
 

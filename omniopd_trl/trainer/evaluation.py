@@ -4,6 +4,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,3 +123,18 @@ def teacher_scores(
             scores[name].append(reward)
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     return means, sum(gather_object([usage]), Usage())
+
+
+@contextmanager
+def uncast(args: OmniOPDConfig) -> Iterator[torch.dtype | None]:
+    """Context without `bf16_full_eval` and `fp16_full_eval`, which yields the precision that they ask for.
+
+    `Trainer` casts the student in place for them, and the run would then save the cast weights. It also leaves the
+    student on the CPU until the first evaluation.
+    """
+    before = args.bf16_full_eval, args.fp16_full_eval
+    args.bf16_full_eval = args.fp16_full_eval = False
+    try:
+        yield torch.float16 if before[1] else torch.bfloat16 if before[0] else None
+    finally:
+        args.bf16_full_eval, args.fp16_full_eval = before

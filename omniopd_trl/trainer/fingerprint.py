@@ -49,7 +49,7 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 # Other files of a checkpoint with the same suffixes. A copy without them is the same student.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "reference.")
 
 
 def replay_key(

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from omniopd_trl.audits.types import PolicyScores
+from omniopd_trl.errors import ConfigError
 from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
 from omniopd_trl.models.reference import Reference
@@ -55,7 +57,7 @@ class Objective:
         self._redirect = redirect
         self._last_hidden_states = hidden_states
         plugins = ("deepspeed_plugin", "fsdp_plugin")
-        self._is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
+        self.is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> PolicyScores:
@@ -90,6 +92,55 @@ class Objective:
         with evaluation_mode(self._accelerator.unwrap_model(model)):
             self._inside_forward(model, body)
         return PolicyScores(*scores)
+
+    def compare_with_forward(
+        self, model: nn.Module, input_ids: torch.Tensor, num_ranks: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities as the model's own forward computes them, and as this class does.
+
+        Args:
+            model: the student, wrapped by the back end.
+            input_ids: one sequence without padding, `(1, L)`.
+            num_ranks: number of tokens to compare per position. They are at evenly spaced ranks, from the most to the
+                least likely token of the model's own forward.
+
+        Returns:
+            Token ids, their log-probabilities by the model's own forward, and those by this class, each
+            `(L - 1, num_ranks)`. The last have a graph, except those of a sharded model.
+
+        Raises:
+            ConfigError: when the hidden states, the LM head and the logits do not fit together.
+        """
+        mask = torch.ones_like(input_ids)
+        found: list[torch.Tensor] = []
+
+        def body(student: PreTrainedModel) -> None:
+            plain = student.get_base_model() if is_peft_model(student) else student
+            with torch.no_grad():
+                # Not called as a module: the hooks of FSDP2 would run a second time.
+                own = plain.forward(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0, :-1].float()
+            own = (own / self.temperature).log_softmax(-1)
+            ranks = torch.linspace(0, own.size(-1) - 1, num_ranks, device=own.device).long()
+            tokens = own.argsort(descending=True)[:, ranks]
+            hidden = self._last_hidden_states(student, input_ids, mask, input_ids.size(1) - 1)[0]
+            with lm_head_of(student) as head:
+                expected = (own.size(-1), hidden.size(-1))
+                if head.weight.shape != expected:
+                    raise ConfigError(
+                        f"The LM head of the student, a {type(plain).__name__}, has a weight of shape "
+                        f"{tuple(head.weight.shape)}, but its hidden states and logits need {expected}: its forward "
+                        "changes them before or after the head, or the head is quantized, which the objective does "
+                        "not support. Use another student."
+                    )
+                hidden = hidden.repeat_interleave(num_ranks, 0).to(head.weight.device)
+                targets = tokens.flatten().to(head.weight.device)
+                ours, _ = logprobs_of(hidden, head, targets, self.temperature)
+            found.extend((tokens, own.gather(1, tokens), ours.view_as(tokens).to(own.device)))
+
+        with evaluation_mode(self._accelerator.unwrap_model(model)), torch.set_grad_enabled(not self.is_sharded):
+            self._inside_forward(model, body)
+        tokens, own, ours = found
+        return tokens, own, ours
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
         """The loss of one micro-batch (Eq. 8), scaled so that it adds up to the loss of the global batch.
@@ -228,7 +279,7 @@ class Objective:
         # A trajectory without un-audited tokens needs no reference. Sharded models run it nevertheless, since every
         # process has to take part.
         has_unaudited = unaudited.any(1)
-        if self._is_sharded:
+        if self.is_sharded:
             has_unaudited = torch.ones_like(has_unaudited)
         if not has_unaudited.any():
             return hidden.sum() * 0.0

@@ -3,6 +3,7 @@
 """Configuration of the [`OmniOPDTrainer`]."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -512,7 +513,13 @@ class OmniOPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        self._check_compilation()
         self._check_numbers()
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            # The names since transformers 5.23. TRL sets the old ones, for which transformers logs a warning.
+            renamed = name.replace("gradient", "activation")
+            if getattr(self, renamed, "") is None:
+                setattr(self, renamed, getattr(self, name))
         # In the base class, `beta` is an interpolation coefficient, and values outside of [0, 1] are refused.
         beta, self.beta = self.beta, 0.0
         try:
@@ -535,6 +542,17 @@ class OmniOPDConfig(DistillationConfig):
             # transformers turns on the search for unused parameters for LoRA. Reentrant checkpointing fails with it,
             # and no parameter is unused.
             self.ddp_find_unused_parameters = False
+
+    def _check_compilation(self) -> None:
+        """Checked before the base class, which sets environment variables for these options."""
+        by_launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode or by_launcher.lower() != "no":
+            raise ConfigError(
+                f"torch_compile={self.torch_compile}, torch_compile_backend={self.torch_compile_backend!r}, "
+                f"torch_compile_mode={self.torch_compile_mode!r}, `dynamo_backend` of accelerate {by_launcher!r}: the "
+                "compiled forward would never be called, since the loss is computed from the hidden states. Leave "
+                "them out."
+            )
 
     def _check_numbers(self) -> None:
         # YAML keeps a quoted number as a string, and YAML 1.1 reads 1e-6 as a string as well.
@@ -655,6 +673,12 @@ class OmniOPDConfig(DistillationConfig):
             raise ConfigError(
                 f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} has no effect: the tokens seen "
                 "are logged as `num_tokens`. Leave it out."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect: the trainer has its own "
+                "sampler, and groups the trajectories of a step by length. Leave it out; shuffle_dataset=False keeps "
+                "the order of the dataset."
             )
         if self.auto_find_batch_size:
             raise ConfigError(

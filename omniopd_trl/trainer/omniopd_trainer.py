@@ -6,7 +6,7 @@ import copy
 import math
 import textwrap
 from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
@@ -39,19 +39,32 @@ from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
+from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
-from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop
-from omniopd_trl.trainer.evaluation import student_scores, teacher_scores
+from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop, together
+from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.generation import on_policy
-from omniopd_trl.trainer.metrics import Metrics, non_finite
+from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.samplers import EpochSampler
+from omniopd_trl.trainer.startup import check_logits, check_student, no_gradient
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
-from omniopd_trl.trainer.validation import check_inputs, make_auditor, prepare_teacher, repeated, spent_before
+from omniopd_trl.trainer.validation import (
+    check_inputs,
+    check_prompts,
+    make_auditor,
+    prepare_teacher,
+    probe_teacher,
+    repeated,
+    spent_before,
+)
 
 logger = logging.get_logger(__name__)
+
+# Chunk weights up to this size may have a gradient that underflows: differences of equal posteriors, for example.
+NEGLIGIBLE_WEIGHT = 1e-6
 
 
 class OmniOPDTrainer(DistillationTrainer):
@@ -177,18 +190,14 @@ class OmniOPDTrainer(DistillationTrainer):
             import_extra("vllm", "vllm")
         self._recorder = Recorder(lambda: self.state.global_step)
         paid = spent_before(teacher_model, args)
-        error: Exception | None = None
-        try:
-            datasets = named_datasets(train_dataset, eval_dataset)
-            self.teacher = prepare_teacher(teacher_model, args, self._recorder, datasets, paid)
-        except Exception as caught:  # a key may be missing on one machine only: the other processes must not wait
-            error = caught
-        raise_together(error, args.process_index)
+        with together(args.process_index):  # a key may be missing on one machine only
+            self.teacher = prepare_teacher(teacher_model, args, self._recorder, paid)
+            check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset))
 
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
 
-        with loading("student"):
+        with uncast(args), loading("student"):
             super().__init__(
                 model=model,
                 teacher_model=None,
@@ -202,6 +211,8 @@ class OmniOPDTrainer(DistillationTrainer):
                 peft_config=peft_config,
             )
 
+        with together(args.process_index):
+            check_student(self.model, args, self.accelerator)
         for module in self.model.modules():
             # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
             # without a gradient. The layers below it would no longer be trained.
@@ -218,6 +229,12 @@ class OmniOPDTrainer(DistillationTrainer):
             hidden_states=self._get_last_hidden_state,
         )
         self.ref_model = self.objective.reference.model
+        if self.objective.is_sharded:  # the back end wraps the student when training begins
+            self.add_callback(OnTrainBegin(self._check_logits))
+        else:
+            self._check_logits()
+        with together(args.process_index):
+            probe_teacher(self.teacher, named_datasets(train_dataset, eval_dataset))
 
         self.sampling_logprobs: SamplingLogprobs | None = None
         if self.use_vllm:
@@ -240,6 +257,10 @@ class OmniOPDTrainer(DistillationTrainer):
         )
         self.step_metrics = Metrics(self.accelerator, args, self._metrics, lambda: self.state.global_step)
 
+    def _check_logits(self) -> None:
+        with together(self.args.process_index):
+            check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)
+
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -255,6 +276,8 @@ class OmniOPDTrainer(DistillationTrainer):
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
         self._reset_step(checkpoint)
+        if checkpoint:
+            self.objective.reference.load(Path(checkpoint), self.accelerator.unwrap_model(self.model))
         try:
             with self._recording(replay=bool(resume_from_checkpoint)):
                 self._warn_about_separate_folders()
@@ -302,6 +325,8 @@ class OmniOPDTrainer(DistillationTrainer):
         """Reset the state within a step, since an earlier run in this process may have been interrupted."""
         self._step = 0
         self._buffered_inputs: Any = None
+        self._is_weighted = False  # whether a chunk of the run has had a weight other than 0
+        self._has_gradient = False
         self.step_audits.start()
         self._last_loaded_step = -1  # see `evaluate`
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
@@ -311,9 +336,15 @@ class OmniOPDTrainer(DistillationTrainer):
         folder = self._checkpoint_folder()
         if self.args.should_save:
             unmark(folder)
+            if not self.args.save_only_model:
+                self.objective.reference.save(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self._whole_checkpoint = folder.resolve()
+
+    def _save(self, output_dir=None, state_dict=None):
+        with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
         """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
@@ -327,7 +358,8 @@ class OmniOPDTrainer(DistillationTrainer):
         sampler = super()._get_train_sampler(dataset)
         if not self.shuffle_dataset:
             return sampler
-        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
     @contextmanager
     def _recording(self, replay: bool = False) -> Iterator[None]:
@@ -496,6 +528,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if isinstance(collected, Failure):
             raise self._stop(collected)
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
+        if mode == "train" and (batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any():
+            self._is_weighted = True
         audits = collected.audits
         self.step_metrics.add_audits(mode, audits, collected.scores, collected.waited, self.teacher.is_remote)
         usage = sum((audit.usage for audit in audits), Usage())
@@ -518,6 +552,8 @@ class OmniOPDTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, sums = self.objective.loss(model, inputs)
+        if self.model.training and not loss.requires_grad:
+            raise no_gradient(self.state.global_step)
         self.step_metrics.add_losses("train" if self.model.training else "eval", loss, sums)
         return (loss, None) if return_outputs else loss
 
@@ -525,8 +561,18 @@ class OmniOPDTrainer(DistillationTrainer):
         # A finite loss may have a gradient that is not finite. Check it before the update. DeepSpeed has already
         # applied it here; the check then comes before a checkpoint of the result could replace a good one.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(norm) and not self.args.fp16:  # the fp16 scaler skips such a step
+        if norm is None or self.args.fp16:  # the fp16 scaler skips steps, and DeepSpeed then reports a norm of 0
+            return norm
+        if not math.isfinite(norm):
             raise non_finite("the gradients", self.state.global_step)
+        if norm:
+            self._has_gradient = True
+        elif not self._has_gradient:
+            # Without a chunk weight, as when no chunk could be audited, the gradient of the first step is 0: the
+            # student still equals its reference.
+            (num_weighted,) = sum_over_processes(self.accelerator, float(self._is_weighted))
+            if num_weighted:
+                raise no_gradient(self.state.global_step)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -535,6 +581,13 @@ class OmniOPDTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with uncast(self.args) as dtype:
+            # As `Trainer`: not for the evaluations during training.
+            is_cast = dtype is not None and not self.is_in_train
+            with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
+                return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # With several evaluation sets, the base class calls this once per set, each with its own prefix. Without the

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -26,6 +27,7 @@ from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.startup import check_student_config, check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -59,8 +61,8 @@ def check_inputs(
             f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
             "tokenizer."
         )
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
-    check_tokenizer(processing_class, vocab_size)
+    check_student_config(model, config, args)
+    check_tokenizer(processing_class, config)
     warn_about_special_tokens(processing_class, args)
     check_vllm_can_follow(config, args, quantization_config)
     context_length = context_length_of(config)
@@ -74,7 +76,12 @@ def check_inputs(
             chat_template_kwargs=args.chat_template_kwargs,
             context_length=context_length,
             max_completion_length=args.max_completion_length,
-            vocab_size=vocab_size,
+            vocab_size=getattr(config.get_text_config(), "vocab_size", None),
+        )
+    if isinstance(train_dataset, IterableDataset) and args.data_seed is not None:
+        raise ConfigError(
+            f"data_seed={args.data_seed} has no effect on a streaming dataset, which is shuffled with `seed`. Leave "
+            "it out."
         )
     if isinstance(train_dataset, Dataset):
         check_step_is_filled(
@@ -170,33 +177,6 @@ def context_length_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
-    """Check that completions can end, and that the student has embeddings of the special tokens.
-
-    Args:
-        tokenizer: tokenizer of the student.
-        vocab_size: rows of the student's embedding; `None` if unknown.
-
-    Raises:
-        DataError: when the tokenizer has no end of sequence, or a special token has no embedding.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The student's tokenizer has no end-of-sequence token, so no completion could end. Set "
-            "`tokenizer.eos_token` to the token that ends an answer, and pass the tokenizer as `processing_class` or "
-            "save it with `tokenizer.save_pretrained`."
-        )
-    for name in ("eos", "pad"):
-        token_id = getattr(tokenizer, f"{name}_token_id")
-        if token_id is not None and vocab_size is not None and not 0 <= token_id < vocab_size:
-            advice = "`tokenizer.pad_token = tokenizer.eos_token`, or " if name == "pad" else ""
-            raise DataError(
-                f"The student's tokenizer has {name}_token={getattr(tokenizer, f'{name}_token')!r} with the id "
-                f"{token_id}, and the student's embedding has {vocab_size} rows. Set {advice}a token of the model's "
-                "vocabulary, or resize the embedding with `model.resize_token_embeddings(len(tokenizer))`."
-            )
-
-
 def warn_about_special_tokens(tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig) -> None:
     """Say that the teacher does not get special tokens that the student writes into its answers."""
     if args.keep_special_tokens or tokenizer.chat_template is None or args.process_index != 0:
@@ -259,35 +239,49 @@ def prepare_teacher(
     teacher: str | PreTrainedModel | Teacher,
     args: OmniOPDConfig,
     ledger: Ledger,
-    datasets: Iterable[tuple[str, Any]],
     paid: tuple[Usage, float] | None = None,
 ) -> Teacher:
-    """Load the teacher of a run, and check that it can render every prompt and answers one.
+    """Load the teacher of a run. Sends no request.
 
     Args:
         teacher: a name, a model or a teacher.
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
-        datasets: names and datasets. The first prompt of the first one is sent to a service.
         paid: what earlier runs have paid, from [`spent_before`].
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
-        DataError: when a model cannot be loaded, or cannot render a prompt of a map-style dataset.
-        TeacherError: when the teacher does not answer.
+        DataError: when a model cannot be loaded.
     """
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
     if prepared.budget is not None:
         prepared.budget.ledger = ledger
-    named = list(datasets)
-    if type(prepared).check_prompt is not Teacher.check_prompt:
-        for name, dataset in named:
-            if isinstance(dataset, Dataset):
-                for index, row in enumerate(dataset.select_columns("prompt")):
-                    try:
-                        prepared.check_prompt(row["prompt"])
-                    except DataError as error:
-                        raise DataError(f"Row {index} of `{name}`: {error}") from error
-    for _, dataset in named[:1]:
-        prepared.probe(next(iter(dataset))["prompt"])
     return prepared
+
+
+def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
+    """Check that a teacher can render every prompt of the map-style datasets, without asking it.
+
+    Raises:
+        DataError: when it cannot, with the row.
+    """
+    if type(teacher).check_prompt is Teacher.check_prompt:
+        return
+    for name, dataset in datasets:
+        if isinstance(dataset, Dataset):
+            for index, row in enumerate(dataset.select_columns("prompt")):
+                try:
+                    teacher.check_prompt(row["prompt"])
+                except DataError as error:
+                    raise DataError(f"Row {index} of `{name}`: {error}") from error
+
+
+def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
+    """Send the teacher one question as a check: the first prompt of the first dataset.
+
+    Raises:
+        DataError: when the teacher cannot render the question.
+        TeacherError: when the teacher does not answer.
+    """
+    for _, dataset in islice(datasets, 1):
+        teacher.probe(next(iter(dataset))["prompt"])

@@ -134,6 +134,9 @@ def test_agrees_with_one_process(back_end, trained):
         assert other["moved"] > 100 * TOLERANCE
         limit = CLIPPED.get(name, UNCLIPPED)
         assert any(step["grad_norm"] > limit for step in other["steps"]) == (name in CLIPPED)
+        # The student's own forward, too, on weights that are gathered for it.
+        assert result["compared"] < TOLERANCE
+        assert result["checks"] == (back_end != "ddp"), "checked when the trainer is made, or when training begins"
         # It is what it says it is, and LoRA pays for no second copy.
         assert result["sharded"] == shards(back_end)
         assert result["optimizer"] == (back_end if back_end.startswith("zero") else None)

@@ -196,13 +196,18 @@ def train(
         be_away_between_uses(trainer)
     if observed:
         trainer.observe()
+    compare, checks = trainer.objective.compare_with_forward, []
+    trainer.objective.compare_with_forward = lambda *arguments: checks.append(compare(*arguments)) or checks[-1]
     before = weights(trainer)
     trainer.train(resume_from_checkpoint=resume)
     after = weights(trainer)
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    _, own, ours = compare(trainer.model_wrapped, torch.arange(5, 21, device=args.device)[None], 8)
     return {
+        "checks": len(checks),
+        "compared": (own - ours).abs().max().item(),
         "steps": [{key: float(entry[key]) for key in LOGGED if key in entry} for entry in logs],
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,
         "completions": sorted(map(str, gather_object(trainer.completions))),

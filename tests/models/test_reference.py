@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.models.lm_head import LMHead
 from omniopd_trl.models.reference import REFERENCE_ADAPTER, Reference
+from tests.support.objective import check, load
 from tests.support.training import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -143,3 +144,55 @@ def test_the_reference_has_no_dropout(tmp_path, tiny_model_dir, tiny_tokenizer, 
     trainer.objective.run_reference(trainer.model, lambda reference: logits.append(reference(input_ids).logits))
     torch.testing.assert_close(logits, [expected], rtol=0, atol=1e-6)
     assert trainer.model.training
+
+
+@pytest.mark.case("R4")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_trainable_tokens(tmp_path, make_tiny_model, tiny_tokenizer, tied):
+    """Loss and gradients of an adapter that also trains some tokens' rows, in the embedding and in the tied head."""
+    path = make_tiny_model(seed=5, tie_word_embeddings=tied)
+    peft_config = LoraConfig(**LORA, trainable_token_indices=[tiny_tokenizer.eos_token_id, 70, 71])
+    trainer = make_trainer(tmp_path, path, peft_config=peft_config)
+    check(trainer, path, tiny_tokenizer)
+    assert any("trainable_tokens_delta" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.case("R4")
+@pytest.mark.parametrize("kind", ["tokens", "head"])
+def test_the_reference_has_the_trained_tokens_and_modules(tmp_path, make_tiny_model, tiny_tokenizer, kind):
+    """An adapter whose LoRA factors add nothing may still have trained rows, or a trained head."""
+    more = {"trainable_token_indices": [70, 71]} if kind == "tokens" else {"modules_to_save": ["lm_head"]}
+    path = make_tiny_model(seed=5, tie_word_embeddings=kind == "tokens")
+    model = get_peft_model(load(path), LoraConfig(**LORA, **more)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora" not in name:
+                parameter.mul_(1.5)
+        expected = model(torch.arange(60, 80)[None]).logits
+    trainer = make_trainer(tmp_path, model, processing_class=tiny_tokenizer)
+    perturb(trainer.model)
+    logits: list[torch.Tensor] = []
+    ids = torch.arange(60, 80)[None]
+    trainer.objective.run_reference(trainer.model, lambda reference: logits.append(reference(ids).logits))
+    torch.testing.assert_close(logits, [expected], rtol=0, atol=1e-6)
+
+
+@pytest.mark.case("R13")
+@pytest.mark.parametrize("name", ["default", "ref"])
+def test_only_the_adapter_is_saved(tmp_path, tiny_model_dir, tiny_tokenizer, name):
+    """In a checkpoint and by `save_model`: no folder of the reference, also if the adapter has its name."""
+    model = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA), adapter_name=name)
+    perturb(model, 0.1)
+    trainer = make_trainer(tmp_path, model, processing_class=tiny_tokenizer, save_strategy="steps", save_steps=1)
+    assert trainer.objective.reference.adapter not in (None, name)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "saved"):
+        found = {path.parent.relative_to(folder).name for path in folder.rglob("adapter_config.json")}
+        assert found == {"" if name == "default" else name}
+        saved = PeftModel.from_pretrained(load(tiny_model_dir), folder if name == "default" else folder / name)
+        ids = torch.arange(5, 20)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(saved(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=1e-5)
+    assert (tmp_path / "checkpoint-1" / "reference.pt").exists()
+    assert not (tmp_path / "saved" / "reference.pt").exists()

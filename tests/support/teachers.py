@@ -55,3 +55,21 @@ class Here(Remote):
     """The same teacher as a local one: the trainer waits for all answers before it trains."""
 
     is_remote = False
+
+
+class Silent(Teacher):
+    """A teacher that must not be asked: any request fails."""
+
+    name = "remote"
+
+    async def sample(self, prefixes, request):
+        raise TeacherError("the teacher was asked again")
+
+
+class Unasked(Silent):
+    """A teacher that must not even be probed."""
+
+    name = "unasked"
+
+    def probe(self, prompt):
+        raise AssertionError("the teacher was asked")

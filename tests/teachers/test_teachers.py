@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    T5Config,
+)
 
 from omniopd_trl.errors import DataError, OmniOPDError
 from omniopd_trl.teachers import (
@@ -72,6 +80,49 @@ def test_greedy_decoding_equals_plain_generation(teacher):
     for prefixes, replies in zip((PREFIXES, others), asyncio.run(both()), strict=True):
         for prefix, reply in zip(prefixes, replies, strict=True):
             assert [r.text for r in reply.rollouts] == [greedy(teacher, prefix, 12)] * 3
+
+
+TEXT = {
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_key_value_heads"), 2),
+    **{"vocab_size": 330, "num_attention_heads": 4, "head_dim": 8, "initializer_range": 0.3, "eos_token_id": 5},
+}
+VISION = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "projection_dim"), 32),
+    **{"depth": 1, "num_hidden_layers": 2, "patch_size": 4, "image_size": 16, "deepstack_visual_indexes": [0]},
+    **dict.fromkeys(("num_heads", "num_attention_heads"), 2),
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+MULTIMODAL = {
+    "qwen3_vl": {"text_config": {**TEXT, "rope_parameters": ROPE}, "image_token_id": 6, "video_token_id": 7},
+    "mistral3": {"text_config": {**TEXT, "model_type": "mistral"}, "image_token_index": 6},
+    "llava": {"text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 6},
+    "gemma3": {"text_config": {**TEXT, "sliding_window": 16}, "image_token_index": 6},
+}
+
+
+@pytest.mark.case("R15")
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_a_vision_language_model_by_its_path(tmp_path, tiny_teacher_tokenizer, kind):
+    """Loaded by its architecture, in its own precision; it continues text like a plain model of that class."""
+    torch.manual_seed(0)
+    vision = CONFIG_MAPPING[kind]().vision_config
+    sizes = {name: size for name, size in VISION.items() if hasattr(vision, name)}
+    config = CONFIG_MAPPING[kind](**MULTIMODAL[kind], vision_config=sizes)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tiny_teacher_tokenizer.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    assert type(teacher.model).__name__ == config.architectures[0]
+    prefixes = PREFIXES[1::2]
+    for prefix, reply in zip(prefixes, sample(teacher, prefixes, temperature=0), strict=True):
+        assert [rollout.text for rollout in reply.rollouts] == [greedy(teacher, prefix, 12)]
+
+
+@pytest.mark.case("R15")
+def test_a_model_that_does_not_continue_text_is_refused(tmp_path, tiny_teacher_tokenizer):
+    T5Config(**{"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "vocab_size": 330}).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"which continues text.*kind of model.*T5Config"):
+        load_teacher(str(tmp_path))
 
 
 def test_teacher_forced_logprobs_equal_plain_forward(teacher):

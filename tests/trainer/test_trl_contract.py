@@ -38,11 +38,13 @@ HOOKS = {
     "_get_train_sampler": ["self", "dataset"],
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_rng_state": ["self", "output_dir"],
     "_tokenize_prompts": ["self", "prompts"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "evaluation_loop": ["self", "dataloader", "description"],
     "log": ["self", "logs", "start_time"],
 }
 

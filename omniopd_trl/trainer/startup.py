@@ -1,0 +1,308 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the student, all before the teacher is asked: a run that cannot train must not pay for audits.
+
+The order is from cheap to expensive: the student's configuration and tokenizer (`check_student_config`, before a model
+is loaded), its parameters (`check_student`), and one forward pass (`check_logits`).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from peft import PeftMixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.trainer.objective import Objective
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
+
+# The text of the forward pass, its maximum number of tokens, and the tokens that are compared at each of
+# them. A text and not random ids, since some ids make a multimodal model look for an image.
+_TEXT = "Tom has 12 apples and buys 30 more. How many apples does he have now? Answer: 42."
+_NUM_TOKENS = 16
+_NUM_RANKS = 8
+
+# Largest difference of a log-probability from the model's own, as a share of the range between the log-probabilities
+# of the most and the least likely token. Both come from the same hidden states, up to rounding. In 16 bits the model
+# rounds its logits to 2^-9 of their size, and the objective does not: 0.003 at most over the architectures of
+# transformers. In float32 the difference is 2e-6 on a CPU, and TF32 rounds to 2^-11.
+_TOLERANCE_16_BIT = 0.02
+_TOLERANCE = 0.002
+
+# Sampled weights per parameter for `_share_that_moves`.
+_SAMPLES = 1000
+
+
+def check_student_config(model: Any, config: PretrainedConfig, args: OmniOPDConfig) -> None:
+    """Check what the student is, before a model is loaded.
+
+    Args:
+        model: name, path or instance of the student.
+        config: configuration of the student.
+        args: the configuration of the run.
+
+    Raises:
+        ConfigError: when the student is not a causal language model, or asks for a loss of its routers.
+    """
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"The student is an encoder-decoder ({config.model_type}), but its completions have to continue its "
+            "prompts. Use a decoder-only model."
+        )
+    if isinstance(model, str):
+        if not config.architectures:
+            raise ConfigError(
+                f"The configuration of the student {model!r} names no architecture. Save the model again with "
+                "`save_pretrained`, or add `architectures` to its config.json."
+            )
+        kind = getattr(transformers, config.architectures[0], None)  # `None` for custom code
+    else:
+        kind = type(model.get_base_model() if is_peft_model(model) else model)
+    if kind is not None and hasattr(kind, "can_generate") and not kind.can_generate():
+        raise ConfigError(
+            f"The student, a {kind.__name__}, cannot generate: it has no LM head, or is no GenerationMixin. Use a "
+            "causal language model, such as the ...ForCausalLM of the same family."
+        )
+    text, asked = config.get_text_config(), args.model_init_kwargs or {}
+    routed = asked.get("output_router_logits", getattr(text, "output_router_logits", False))
+    coefficient = asked.get("router_aux_loss_coef", getattr(text, "router_aux_loss_coef", 0.0) if routed else 0.0)
+    if coefficient:
+        raise ConfigError(
+            f"router_aux_loss_coef={coefficient}: the loss of Eq. 8 has no load-balancing loss of the routers, so it "
+            "has no effect. Leave it out of `model_init_kwargs`, and set output_router_logits=False there."
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Check that the student has an embedding for the tokens of its tokenizer, before a model is loaded.
+
+    Raises:
+        ConfigError: when there is no end token, or the padding or end token has no embedding.
+    """
+    num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "The student's tokenizer has no end token, so no completion could end. Set `tokenizer.eos_token`, and "
+            "pass the tokenizer as `processing_class`."
+        )
+    if num_embeddings is None:
+        return
+    for name in ("eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= num_embeddings:
+            raise ConfigError(
+                f"The tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token_id}, but the student's "
+                f"embedding has {num_embeddings} rows. Choose a token with an embedding, or save the student after "
+                "`model.resize_token_embeddings(len(tokenizer))`."
+            )
+    if len(tokenizer) > num_embeddings:
+        # No error: some models have tokens for images in the tokenizer only.
+        logger.warning(
+            f"The student's tokenizer has {len(tokenizer)} tokens, and its embedding {num_embeddings} rows: a prompt "
+            f"with the token {tokenizer.convert_ids_to_tokens(num_embeddings)!r} or a later one will fail. If you "
+            "added tokens, save the student after `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def check_student(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerator) -> None:
+    """Check the student as loaded and wrapped by PEFT, without a forward pass.
+
+    Args:
+        model: the student.
+        args: the configuration.
+        accelerator: accelerator of the run.
+
+    Raises:
+        ConfigError: when the student's adapters are not supported, nothing is trainable, or the student has no
+            backbone and LM head.
+    """
+    _check_adapters(model)
+    _check_trainable(model)
+    _check_layout(model, accelerator)
+    if accelerator.is_main_process:
+        _warn_about_rounding(model, args, accelerator)
+        if args.beta == 0:
+            logger.warning(
+                "beta=0 turns off the KL anchor: nothing keeps the un-audited tokens close to the initial student. "
+                "`beta` is the weight of the anchor here, 0.1 by default, and not the interpolation coefficient of "
+                "TRL's DistillationConfig."
+            )
+
+
+def check_logits(
+    objective: Objective, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig
+) -> None:
+    """Compare the log-probabilities that the objective computes with those of the model's own forward.
+
+    The objective never calls the student's forward: it multiplies the last hidden states with the LM head, and applies
+    a factor and a soft cap. A model that does anything else would sample from one policy and train another.
+
+    Args:
+        objective: the objective of the run.
+        model: the student, wrapped by the back end. Every process has to call this, since sharded models are gathered.
+        tokenizer: tokenizer of the student.
+        args: the configuration.
+
+    Raises:
+        ConfigError: when the log-probabilities differ, or no trainable parameter affects them.
+    """
+    token_ids = tokenizer(_TEXT)["input_ids"][:_NUM_TOKENS]
+    input_ids = torch.tensor([token_ids], device=args.device)
+    tokens, own, ours = objective.compare_with_forward(model, input_ids, _NUM_RANKS)
+    if not objective.is_sharded and not _depends_on_a_parameter(ours):
+        raise ConfigError(
+            "No trainable parameter affects the student's log-probabilities, so nothing would be trained. Trainable "
+            f"are {_shown(name for name, p in model.named_parameters() if p.requires_grad)}. {_advice(model)}"
+        )
+    spread = (own[:, :1] - own[:, -1:]).clamp(min=torch.finfo(own.dtype).eps)
+    difference = (ours.detach() - own).abs() / spread
+    is_32_bit = args.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
+    if not difference.max() <= (_TOLERANCE if is_32_bit else _TOLERANCE_16_BIT):  # NaN too
+        row, rank = divmod(int(difference.argmax()), _NUM_RANKS)
+        raise ConfigError(
+            "The student computes other logits than its LM head gives: after "
+            f"{tokenizer.decode(token_ids[: row + 1])!r}, its own forward gives the token "
+            f"{tokenizer.decode(tokens[row, rank])!r} a log-probability of {own[row, rank]:.4f} nats, and its last "
+            f"hidden states and LM head, which the objective uses, {ours[row, rank]:.4f}. Training would follow "
+            "another policy than the one that samples. Use a student whose logits are a multiple of "
+            "`lm_head(hidden_states)`, with a soft cap or without."
+        )
+
+
+def no_gradient(step: int) -> ConfigError:
+    """The error to raise when a step has chunk weights, but no trainable parameter has a gradient."""
+    error = ConfigError(
+        f"The teacher has judged chunks at step {step}, but the gradient of every trainable parameter is zero: "
+        "nothing is trained, and each further step would be paid. Check which parameters are trainable "
+        "(`requires_grad`), and that they affect the student's logits."
+    )
+    error.on_every_process = True
+    return error
+
+
+def _check_adapters(model: Any) -> None:
+    if isinstance(model, PeftMixedModel):
+        raise ConfigError(
+            "The student is a PeftMixedModel, whose adapters of several types cannot be trained here. Use a PeftModel "
+            "with one adapter."
+        )
+    if not is_peft_model(model):
+        return
+    active = model.active_adapters
+    if len(active) > 1:
+        raise ConfigError(
+            f"The student has {len(active)} active adapters ({', '.join(map(repr, active))}), but only one can be "
+            "trained: the reference is the student with a copy of its adapter, or without one. Merge the others into "
+            "the base model, or activate one with `model.set_adapter(name)`."
+        )
+    if any(model.peft_config[name].peft_type == "ADALORA" for name in active):
+        raise ConfigError(
+            "The student has an AdaLoRA adapter, whose ranks are never reallocated here, since nothing calls its "
+            "`update_and_allocate` after a step. Use LoRA."
+        )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"The student has no trainable parameter: every audit would be paid, and nothing trained. {_advice(model)}"
+        )
+
+
+def _check_layout(model: Any, accelerator: Accelerator) -> None:
+    plain: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
+    head = plain.get_output_embeddings()
+    if head is None or plain.base_model is plain:
+        missing = "no LM head" if head is None else "no backbone (`base_model` is the model itself)"
+        raise ConfigError(
+            f"The student, a {type(plain).__name__}, has {missing}, which the objective needs to compute "
+            "log-probabilities. Use a causal language model of transformers."
+        )
+    if isinstance(head, BaseTunerLayer):
+        raise ConfigError(
+            "The LM head has an adapter, which would not be trained: the objective reads the head's weight alone. "
+            "Leave the LM head out of `target_modules`, or train it whole with `modules_to_save`."
+        )
+    is_sharded = is_deepspeed_zero3_enabled() or getattr(accelerator.state, "fsdp_plugin", None) is not None
+    if isinstance(head, TrainableTokensWrapper) and is_sharded:
+        raise ConfigError(
+            "trainable_token_indices with tied embeddings does not work with ZeRO-3 or FSDP: PEFT replaces rows of a "
+            "weight that is not gathered there. Use ZeRO-2 or DDP, or leave `trainable_token_indices` out."
+        )
+
+
+def _depends_on_a_parameter(output: torch.Tensor) -> bool:
+    """Whether the graph of a tensor has a trainable parameter.
+
+    `requires_grad` alone is also true with gradient checkpointing under PEFT, which makes the embedded inputs require
+    gradients.
+    """
+    nodes: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):  # the accumulation of a leaf's gradient
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _advice(model: nn.Module) -> str:
+    if getattr(model, "peft_config", None):
+        return "Load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`, and leave it enabled."
+    return "Set `requires_grad_(True)` on the parameters to train, or pass a `peft_config`."
+
+
+def _shown(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first!r}" + (f" and {len(others)} more" if others else "")
+
+
+def _warn_about_rounding(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerator) -> None:
+    """Warn if most of the weights would stay the same when `learning_rate` is added to them.
+
+    The weights of an instance are left in the precision that the caller chose: float32 would double their memory, and
+    some optimizers compensate for the rounding. DeepSpeed and FSDP with mixed precision keep weights in float32
+    themselves.
+    """
+    deepspeed, fsdp = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("deepspeed", "fsdp"))
+    if deepspeed is not None or (fsdp is not None and args.mixed_precision != "no") or args.learning_rate == 0:
+        return
+    share, dtype = _share_that_moves(model, args.learning_rate)
+    if share < 0.5:
+        logger.warning(
+            f"The student's trainable weights are {dtype}: rounded to it, {share:.0%} of them change when "
+            f"learning_rate={args.learning_rate:g}, about the step of Adam, is added, and the others stay the same. "
+            "Load the student in float32 (pass its path, or dtype=torch.float32; bf16=True then still computes in "
+            "bfloat16), train LoRA, or raise the learning rate."
+        )
+
+
+def _share_that_moves(model: nn.Module, rate: float) -> tuple[float, torch.dtype]:
+    """The share of the trainable weights that change when `rate` is added or subtracted, and their lowest precision.
+
+    A weight of a small precision does not change if `rate` is less than half of its distance to the next value.
+    """
+    moved, total, dtype = 0.0, 0, torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and not parameter.is_meta:
+            weights = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLES)]
+            changes = torch.stack([weights + rate != weights, weights - rate != weights])
+            moved += changes.double().mean().item() * parameter.numel()
+            total += parameter.numel()
+            dtype = min(dtype, parameter.dtype, key=lambda d: -torch.finfo(d).eps)
+    return (moved / total if total else 1.0), dtype
