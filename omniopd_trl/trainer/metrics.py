@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a run, as ratios of sums over processes and micro-batches, and warnings that are logged once."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
@@ -43,9 +44,6 @@ class Metrics:
         args: configuration of the run.
         logged: TRL's lists of values by mode and name. TRL averages them when it logs.
         step: function that returns the current optimizer step.
-
-    Attributes:
-        prefix: prefix of the names of evaluation metrics: the name of the evaluation set when there are several.
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class Metrics:
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
         self._warned: set[str] = set()
-        self.prefix = ""
 
     def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
         """Add numerators and denominators, summed over processes. Every process has to pass the same names.
@@ -81,7 +78,7 @@ class Metrics:
 
     def add_global(self, mode: str, name: str, numerator: float, denominator: float) -> None:
         """Add a numerator and a denominator that are already summed over processes."""
-        entry = self._sums[mode][self._named(mode, name)]
+        entry = self._sums[mode][name]
         entry[0] += numerator
         entry[1] += denominator
 
@@ -137,7 +134,7 @@ class Metrics:
             return
         largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self._accelerator.device)
         mean = total / count
-        name = self._named(mode, "sampling/sampling_logp_difference")
+        name = "sampling/sampling_logp_difference"
         self._logged[mode][f"{name}/mean"].append(mean)
         self._logged[mode][f"{name}/max"].append(self._accelerator.gather(largest).max().item())
         if not mean <= LARGE_DIFFERENCE:  # NaN too
@@ -150,20 +147,29 @@ class Metrics:
                 "See docs/generation.md.",
             )
 
-    def take(self, mode: str) -> dict[str, list[float]]:
-        """Return the ratios since the last call, as TRL logs them, without those whose denominator is 0."""
-        taken = {name: [numerator / count] for name, (numerator, count) in self._sums[mode].items() if count}
-        self._sums[mode].clear()
+    def take(self, mode: str) -> dict[str, float | None]:
+        """The metrics since the last call, TRL's own included, and start again.
+
+        Ratios whose denominator is 0 are left out. A metric of TRL without a value is `None`, as TRL logs it.
+        """
+        taken: dict[str, float | None] = {}
+        for name, values in self._logged[mode].items():
+            numbers = [value for value in values if not math.isnan(value)]
+            taken[name] = sum(numbers) / len(numbers) if numbers else None
+        taken |= {name: numerator / count for name, (numerator, count) in self._sums[mode].items() if count}
+        self.discard(mode)
         return taken
+
+    def discard(self, mode: str) -> None:
+        """Remove what an earlier evaluation, prediction or training has left."""
+        self._logged[mode].clear()
+        self._sums[mode].clear()
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log a warning unless one of the same kind was logged before."""
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message)
-
-    def _named(self, mode: str, name: str) -> str:
-        return self.prefix + name if mode == "eval" else name
 
 
 def non_finite(what: str, step: int) -> NonFiniteError:

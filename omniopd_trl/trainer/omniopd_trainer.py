@@ -242,14 +242,17 @@ class OmniOPDTrainer(DistillationTrainer):
             with self._recording():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.is_in_train = False  # `Trainer` leaves it set when training is interrupted
             self.step_audits.release()
 
     def _reset_step(self, checkpoint: str | None) -> None:
         """Reset the state within a step, since an earlier run in this process may have been interrupted."""
         self._step = 0
         self._buffered_inputs: Any = None
+        self._current_train_step_time = 0.0
+        self.step_metrics.discard("train")
         self.step_audits.start()
-        self._last_loaded_step = -1  # see `evaluate`
+        self._last_loaded_step = -1  # see `evaluation_loop`
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
 
     def _save_checkpoint(self, model, trial):
@@ -447,28 +450,48 @@ class OmniOPDTrainer(DistillationTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode].update(self.step_metrics.take(mode))
+        if self.model.training:
+            logs.update(self.step_metrics.take("train"))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # With several evaluation sets, the base class calls this once per set, each with its own prefix. Without the
-        # prefix below, the metrics recorded during evaluation would all be named `eval_...`.
-        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
-        self.step_metrics.prefix = f"{name}_" if name else ""
+        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
+        if not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        return super().predict(
+            repeated(test_dataset, self.args.num_eval_generations), ignore_keys, metric_key_prefix
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Evaluate or predict, and return the metrics of exactly these samples, under `metric_key_prefix`.
+
+        TRL adds them when it logs: under `eval_` whatever the prefix, and only after `evaluate`. Those of a prediction
+        or of an interrupted evaluation would count in the next evaluation.
+        """
         if not self.is_in_train:
             # The base class sends the weights to vLLM once per step. Outside of training, they may change without a
             # step: a user loads others, or `load_best_model_at_end` does after the last evaluation.
             self._last_loaded_step = -1
-        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
-        if not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
+        self.step_audits.start()
+        self.step_metrics.discard("eval")
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            metrics = self.step_metrics.take("eval")
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            return output
         finally:
-            self.step_metrics.prefix = ""
+            self.step_metrics.discard("eval")
+            if not self.is_in_train:
+                self.step_audits.cancel()  # nothing unless the evaluation was interrupted
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
