@@ -5,6 +5,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -147,12 +148,12 @@ class Metrics:
                 "See docs/generation.md.",
             )
 
-    def take(self, mode: str) -> dict[str, float | None]:
+    def take(self, mode: str) -> dict[str, Any]:
         """The metrics since the last call, TRL's own included, and start again.
 
         Ratios whose denominator is 0 are left out. A metric of TRL without a value is `None`, as TRL logs it.
         """
-        taken: dict[str, float | None] = {}
+        taken: dict[str, Any] = {}
         for name, values in self._logged[mode].items():
             numbers = [value for value in values if not math.isnan(value)]
             taken[name] = sum(numbers) / len(numbers) if numbers else None

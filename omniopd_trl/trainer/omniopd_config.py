@@ -54,7 +54,9 @@ _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
-_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval")
+_SWITCHES = (
+    *("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "eval_lenient_answers"),
+)
 
 # Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
@@ -212,6 +214,9 @@ class OmniOPDConfig(DistillationConfig):
             entropy and, if the evaluation set has a `solution` or `answer` column, pass@1.
         num_eval_generations (`int`, *optional*, defaults to `1`):
             Number of samples per evaluation problem. pass@1 is averaged over them.
+        eval_lenient_answers (`bool`, *optional*, defaults to `False`):
+            Whether an answer that is not a plain number can be right where the right answer is one. By default
+            `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
@@ -498,6 +503,13 @@ class OmniOPDConfig(DistillationConfig):
     num_eval_generations: int = field(
         default=1,
         metadata={"help": "Number of samples per evaluation problem. pass@1 is averaged over them."},
+    )
+    eval_lenient_answers: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an answer that is not a plain number can be right where the right answer is one. By "
+            "default `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question."
+        },
     )
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, import_extra
-from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
+from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
@@ -106,10 +106,11 @@ class OmniOPDTrainer(DistillationTrainer):
         chunk_weights (`Callable[[StepChunks], torch.Tensor]`, *optional*):
             Custom function from the K audited chunks of a step to their weights in the loss, `(K,)`. Replaces
             `args.posterior_baseline`. See [`~omniopd_trl.method.StepChunks`] for its argument.
-        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Functions that score evaluation samples, with the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`.
-            Replace math-verify. The mean of a single function is logged as `pass@1`; with several functions, each mean
-            is logged as `pass@1/<name>`.
+        eval_reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], or a list of them, *optional*):
+            Functions that score evaluation samples, as [`~trl.GRPOTrainer`]'s `reward_funcs`: synchronous or
+            asynchronous functions, or sequence classification models with one label, by path, *model id* or instance.
+            A function may call its arguments `log_metric` and `log_extra`. Replace math-verify. The mean of a single
+            function is logged as `pass@1`; with several functions, each mean is logged as `pass@1/<name>`.
     """  # noqa: E501
 
     _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
@@ -142,7 +143,7 @@ class OmniOPDTrainer(DistillationTrainer):
         tools: None = None,
         similarity: Similarity | None = None,
         chunk_weights: WeightFunction | None = None,
-        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -160,7 +161,14 @@ class OmniOPDTrainer(DistillationTrainer):
         phi = get_similarity(similarity if similarity is not None else args.similarity)
         # Raise an error of `chunk_weights` before models are loaded.
         get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
-        self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
+        self._rewards = Rewards(
+            eval_reward_funcs,
+            eval_dataset,
+            device=args.device,
+            lenient=args.eval_lenient_answers,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
@@ -230,6 +238,7 @@ class OmniOPDTrainer(DistillationTrainer):
             step=lambda: self.state.global_step,
             chunk_weights=chunk_weights,
         )
+        self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
         self.step_metrics = Metrics(self.accelerator, args, self._metrics, lambda: self.state.global_step)
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
@@ -335,7 +344,14 @@ class OmniOPDTrainer(DistillationTrainer):
                 self._mask_truncated(batch)
         else:
             scores = student_scores(
-                self._eval_reward_funcs, inputs, batch, self._tokenizer, self.accelerator, self.state
+                self._rewards,
+                inputs,
+                batch,
+                self._tokenizer,
+                self.accelerator,
+                self.state,
+                run=self.step_audits.ask,
+                table=self._eval_samples if self.log_completions else None,
             )
             for name, total, count in scores:
                 self.step_metrics.add_global(mode, name, total, count)
@@ -463,9 +479,7 @@ class OmniOPDTrainer(DistillationTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        return super().predict(
-            repeated(test_dataset, self.args.num_eval_generations), ignore_keys, metric_key_prefix
-        )
+        return super().predict(repeated(test_dataset, self.args.num_eval_generations), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -481,12 +495,17 @@ class OmniOPDTrainer(DistillationTrainer):
             self._last_loaded_step = -1
         self.step_audits.start()
         self.step_metrics.discard("eval")
+        self._eval_samples.clear()
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             metrics = self.step_metrics.take("eval")
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            if self._eval_samples and self.accelerator.is_main_process:
+                folder = Path(self.args.output_dir, "completions")
+                path = folder / f"{metric_key_prefix}_{self.state.global_step:05d}.parquet"
+                Dataset.from_list(self._eval_samples).to_parquet(path)
             return output
         finally:
             self.step_metrics.discard("eval")
@@ -512,10 +531,11 @@ class OmniOPDTrainer(DistillationTrainer):
                     self.step_audits.release()
 
         scores, usage = teacher_scores(
-            self._eval_reward_funcs,
+            self._rewards,
             self.eval_dataset,
             self.teacher,
             ask,
+            self.step_audits.ask,
             self._recorder,
             self.accelerator,
             self.args,
