@@ -4,13 +4,14 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
+from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.errors import NonFiniteError
@@ -22,6 +23,21 @@ logger = logging.get_logger(__name__)
 
 # In nats per token. Rounding in bfloat16 gives about 1e-4 for a student that equals its reference.
 LARGE_FIRST_KL = 0.05
+
+# A warning is logged after this many steps in a row without a signal.
+STEPS_WITHOUT_SIGNAL = 5
+# A step has no signal when the posteriors of its chunks have a smaller standard deviation than this: the prior alone
+# gives about 0.02 with ten rollouts.
+LEAST_SPREAD = 0.02
+# Without a baseline also when it is smaller than this share of their mean. The update is then the mean weight times
+# the score of the student's own tokens, which is noise, with more than 40 times the variance of the rest. In the demo,
+# the share is 0.56 with a similarity that learns and 0.10 with one that needs a baseline.
+LEAST_RELATIVE_SPREAD = 0.15
+
+# Rollouts of at least this many characters. Equal shorter ones may be the only way to continue.
+LONG_ROLLOUT = 64
+# A warning is logged when more of the long rollouts of a batch are duplicates.
+MANY_DUPLICATES = 0.8
 
 
 def metric_dtype(device: torch.device) -> torch.dtype:
@@ -45,6 +61,8 @@ class Metrics:
         args: configuration of the run.
         logged: TRL's lists of values by mode and name. TRL averages them when it logs.
         step: function that returns the current optimizer step.
+        budget: budget of the teacher; `None` if it has none.
+        custom_weights: whether a custom function turns the posteriors into weights.
     """
 
     def __init__(
@@ -53,6 +71,8 @@ class Metrics:
         args: OmniOPDConfig,
         logged: dict[str, defaultdict[str, list[float]]],
         step: Callable[[], int],
+        budget: Budget | None = None,
+        custom_weights: bool = False,
     ):
         self._accelerator = accelerator
         self._args = args
@@ -63,6 +83,12 @@ class Metrics:
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
         self._warned: set[str] = set()
+        # Number, sum and sum of squares of the posteriors of the current step or evaluation batch, over all processes.
+        self._posteriors = [0.0, 0.0, 0.0]
+        self._without_signal = 0  # steps in a row
+        self._is_plain = args.posterior_baseline == "none" and not custom_weights
+        self._budget = budget if budget is not None and budget.price is not None else None
+        self._usd_counted = self._usd_spent()
 
     def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
         """Add numerators and denominators, summed over processes. Every process has to pass the same names.
@@ -106,17 +132,76 @@ class Metrics:
             )
 
     def add_audits(
-        self, mode: str, audits: list[Audit], scores: list[PolicyScores], waited: float, is_remote: bool
+        self,
+        mode: str,
+        audits: list[Audit],
+        scores: list[PolicyScores],
+        waited: float,
+        is_remote: bool,
+        is_last: bool = True,
     ) -> None:
-        """Add the audits of a batch or micro-batch; see [`audit_ratios`]."""
+        """Add the audits of a batch or micro-batch; see [`audit_ratios`].
+
+        `is_last` tells whether this is the end of the generation batch.
+        """
         num_processes = self._accelerator.num_processes
         per_step = len(audits)
         if mode == "train":
             per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         steps = len(audits) / per_step / num_processes
-        self.add(mode, audit_ratios(audits, scores, waited, steps, num_processes, is_remote))
+        ratios = audit_ratios(audits, scores, waited, steps, num_processes, is_remote)
+        spent = self._usd_spent()
+        if self._budget is not None:
+            ratios["teacher/usd"] = (spent - self._usd_counted, steps)
+        self._usd_counted = spent
+        posteriors = [chunk.posterior for audit in audits for chunk in audit.chunks]
+        moments = (len(posteriors), sum(posteriors), sum(p * p for p in posteriors))
+        usd, *totals = self.add(mode, ratios, spent, *moments)
+        if self._budget is not None and mode == "train":
+            self._logged[mode]["teacher/usd_total"] = [self._budget.usd_before + usd]
+        self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
+        if is_last:
+            self._add_spread(mode)
         for kind, message in audit_warnings(audits, self._step(), self._args):
             self.warn_once(kind, message)
+
+    def _add_spread(self, mode: str) -> None:
+        """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from."""
+        (count, total, squares), self._posteriors = self._posteriors, [0.0, 0.0, 0.0]
+        if count < 2:
+            return
+        mean = total / count
+        spread = math.sqrt(max(squares / count - mean * mean, 0.0))
+        self.add_global(mode, "audit/posterior_std", spread, 1)
+        if mode != "train":
+            return
+        least = max(LEAST_SPREAD, LEAST_RELATIVE_SPREAD * mean if self._is_plain else 0.0)
+        self._without_signal = self._without_signal + 1 if spread < least else 0
+        if self._without_signal < STEPS_WITHOUT_SIGNAL:
+            return
+        baseline = "posterior_baseline='batch', " if self._is_plain and spread >= LEAST_SPREAD else ""
+        self.warn_once(
+            "no signal",
+            f"For {STEPS_WITHOUT_SIGNAL} steps the posteriors of the chunks have hardly differed: at step "
+            f"{self._step()} their standard deviation is {spread:.3g} around a mean of {mean:.3g}. All chunks get "
+            "almost the same weight, and the student learns little. Inspect the rollouts, and try the following: "
+            f"{baseline}another `similarity` or `chunk_length`, or a teacher whose style is closer to the student's. "
+            "See docs/metrics.md.",
+        )
+
+    def _usd_spent(self) -> float:
+        """US dollars that this process has spent in this run; 0 without a price."""
+        return 0.0 if self._budget is None else self._budget.usd_spent - self._budget.usd_before
+
+    def dollars(self) -> tuple[float, float] | None:
+        """US dollars that this run has spent, and with all earlier runs in its folder, over all processes.
+
+        `None` without a price. Every process has to call it at the same point.
+        """
+        if self._budget is None:
+            return None
+        (usd,) = sum_over_processes(self._accelerator, self._usd_spent())
+        return usd, self._budget.usd_before + usd
 
     def add_sampling(self, mode: str, sampled: list[list[float]], logprobs: list[torch.Tensor]) -> None:
         """Add how well the student that vLLM runs matches the trained student.
@@ -165,6 +250,7 @@ class Metrics:
         """Remove what an earlier evaluation, prediction or training has left."""
         self._logged[mode].clear()
         self._sums[mode].clear()
+        self._posteriors = [0.0, 0.0, 0.0]
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log a warning unless one of the same kind was logged before."""
@@ -201,6 +287,7 @@ def audit_ratios(
     num_dropped = sum(audit.num_dropped for audit in audits)
     usage = sum((audit.usage for audit in audits), Usage())
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
+    num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
     return {
@@ -208,6 +295,9 @@ def audit_ratios(
         "entropy": (sum(s.entropy.double().sum().item() for s in scored), num_tokens),
         "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
         "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
+        "audit/frac_similarity_zero": (sum(max(c.similarities) <= 0.0 for _, c in chunks), num_chunks),
+        "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
+        "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
         "audit/anchor_entropy": (sum(s.entropy[c.chunk.anchor].item() for s, c in chunks), num_chunks),
         "audit/num_chunks": (num_chunks, len(audits)),
@@ -220,6 +310,16 @@ def audit_ratios(
         "teacher/completion_tokens": (usage.completion_tokens, steps),
         **{f"teacher/{name}": (outcomes[name], steps) for name in OUTCOMES if is_remote},
     }
+
+
+def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
+    """The number of long rollouts that equal an earlier one of their chunk, and of those that could."""
+    repeated = repeatable = 0
+    for rollouts in chunks:
+        long = [text for text in rollouts if len(text) >= LONG_ROLLOUT]
+        repeated += len(long) - len(set(long))
+        repeatable += max(len(long) - 1, 0)
+    return repeated, repeatable
 
 
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
@@ -238,6 +338,15 @@ def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Itera
             f"{num_short} of {num_rollouts} rollouts were cut off before they filled their chunk: the teacher's "
             f"tokens are shorter than {1 / TEACHER_TOKENS_PER_STUDENT_TOKEN:.2f} of a student token. Similarities are "
             "lower than they should be.",
+        )
+    repeated, repeatable = _duplicates(chunk.rollouts for audit in audits for chunk in audit.chunks)
+    if args.teacher_temperature > 0 and repeatable >= 10 and repeated > MANY_DUPLICATES * repeatable:
+        yield (
+            "duplicates",
+            f"{repeated} of {repeatable} longer rollouts equal an earlier one of their chunk, although "
+            f"teacher_temperature={args.teacher_temperature:g}: {args.num_rollouts} rollouts count as many "
+            "observations, and are one. Switch off the cache of the service or of a gateway before it, check that it "
+            "samples and follows `seed`, or set num_rollouts=1 to pay for one.",
         )
     failures = [failure for audit in audits for failure in audit.failures]
     if failures:

@@ -239,7 +239,14 @@ class OmniOPDTrainer(DistillationTrainer):
             chunk_weights=chunk_weights,
         )
         self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
-        self.step_metrics = Metrics(self.accelerator, args, self._metrics, lambda: self.state.global_step)
+        self.step_metrics = Metrics(
+            self.accelerator,
+            args,
+            self._metrics,
+            lambda: self.state.global_step,
+            budget=self.teacher.budget,
+            custom_weights=chunk_weights is not None,
+        )
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
@@ -433,7 +440,9 @@ class OmniOPDTrainer(DistillationTrainer):
             raise self._stop(collected)
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
         audits = collected.audits
-        self.step_metrics.add_audits(mode, audits, collected.scores, collected.waited, self.teacher.is_remote)
+        self.step_metrics.add_audits(
+            mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
+        )
         usage = sum((audit.usage for audit in audits), Usage())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
 
