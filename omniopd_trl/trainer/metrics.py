@@ -115,7 +115,7 @@ class Metrics:
         Raises:
             NonFiniteError: on every process, when the loss of one process is not finite.
         """
-        names = ("kl/unaudited", "kl/audited", "entropy")
+        names = ("kl/unaudited", "kl/audited", "entropy", "sampling/importance_sampling_ratio/mean")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
         (failed,) = self.add(mode, ratios, float(not loss.isfinite()))
         if failed:
@@ -203,13 +203,13 @@ class Metrics:
         (usd,) = sum_over_processes(self._accelerator, self._usd_spent())
         return usd, self._budget.usd_before + usd
 
-    def add_sampling(self, mode: str, sampled: list[list[float]], logprobs: list[torch.Tensor]) -> None:
+    def add_sampling(self, mode: str, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Add how well the student that vLLM runs matches the trained student.
 
         Args:
             mode: `"train"` or `"eval"`.
-            sampled: log-probabilities of vLLM when it sampled, per completion and token, in nats.
-            logprobs: log-probabilities of the student, `(T,)` per completion, in nats.
+            sampled: `(B, T)`, log-probabilities of vLLM when it sampled, in nats, NaN where there are none.
+            logprobs: `(B, T)`, log-probabilities of the student, in nats, NaN where there are none.
         """
         # With a filter, vLLM renormalizes over the remaining tokens, so its probabilities are larger by design.
         if self._args.sampling_filters:
@@ -232,6 +232,10 @@ class Metrics:
                 "settings (`generation_kwargs`) or, behind a server, `--logprobs-mode processed_logprobs` differ. "
                 "See docs/generation.md.",
             )
+
+    def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
+        """Add truncated importance weights, `(N,)`."""
+        self.add(mode, {"sampling/importance_sampling_ratio/mean": (ratio.sum().item(), len(ratio))})
 
     def take(self, mode: str) -> dict[str, Any]:
         """The metrics since the last call, TRL's own included, and start again.

@@ -30,9 +30,9 @@ from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder
-from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
+from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.models.reference import Reference, needs_copy
-from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
+from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.checkpoints import last_checkpoint, unmark
@@ -220,6 +220,8 @@ class OmniOPDTrainer(DistillationTrainer):
         self.ref_model = self.objective.reference.model
 
         self.sampling_logprobs: SamplingLogprobs | None = None
+        # Log-probabilities that the last completions were sampled with, if another model than the policy sampled them.
+        self._sampled: Any = None
         if self.use_vllm:
             self.sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
         if self.use_vllm and self.vllm_mode == "colocate":
@@ -328,7 +330,9 @@ class OmniOPDTrainer(DistillationTrainer):
         if replayed is not None:
             if self.sampling_logprobs is not None:
                 self.sampling_logprobs.take()  # discard those of an evaluation
-            return replayed
+            known = [trajectory.sampling_logprobs for trajectory in replayed]
+            self._sampled = None if any(row is None for row in known) else known
+            return [trajectory.completion_ids for trajectory in replayed]
         try:
             with on_policy(self.model, self.accelerator, self.args, self.state.global_step):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -336,6 +340,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
             raise
+        self._sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
         # An engine may return an empty completion, but the base class reads the last token of each.
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
 
@@ -346,7 +351,7 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         prompts = [example["prompt"] for example in inputs]
         if mode == "train":
-            self.step_audits.record(self.step_audits.trajectories(prompts, batch, mode))
+            self.step_audits.record(self.step_audits.trajectories(prompts, batch, mode, self._sampled))
             if self.args.mask_truncated_completions:
                 self._mask_truncated(batch)
         else:
@@ -418,9 +423,15 @@ class OmniOPDTrainer(DistillationTrainer):
                 unsent = {}
         pending |= self.step_audits.submit(trajectories, unsent, mode)
         in_order = range(len(prompts))
-        sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
-        if sampled is not None:
-            self.step_metrics.add_sampling(mode, sampled, [scores[b].logprobs for b in in_order])
+        if self._sampled is not None:
+            logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
+            sampled = padded_logprobs(self._sampled, lengths)
+            self.step_metrics.add_sampling(mode, sampled, logprobs)
+            if self.args.importance_sampling_correction:
+                ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
+                self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])
+                batch["importance"] = torch.ones_like(batch["weights"])
+                batch["importance"][:, : ratio.size(1)] = ratio.to(batch["weights"])
         return [pending[b] for b in in_order]
 
     def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool = True) -> None:
@@ -439,6 +450,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if isinstance(collected, Failure):
             raise self._stop(collected)
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
+        if "importance" in batch:
+            batch["weights"] *= batch["importance"]
         audits = collected.audits
         self.step_metrics.add_audits(
             mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
