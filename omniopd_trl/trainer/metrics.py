@@ -35,7 +35,7 @@ LEAST_SPREAD = 0.02
 LEAST_RELATIVE_SPREAD = 0.15
 
 # Rollouts of at least this many characters. Equal shorter ones may be the only way to continue.
-LONG_ROLLOUT = 64
+LONG_ROLLOUT = 40
 # A warning is logged when more of the long rollouts of a batch are duplicates.
 MANY_DUPLICATES = 0.8
 
@@ -320,7 +320,7 @@ def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     """The number of long rollouts that equal an earlier one of their chunk, and of those that could."""
     repeated = repeatable = 0
     for rollouts in chunks:
-        long = [text for text in rollouts if len(text) >= LONG_ROLLOUT]
+        long = [text for text in map(str.strip, rollouts) if len(text) >= LONG_ROLLOUT]
         repeated += len(long) - len(set(long))
         repeatable += max(len(long) - 1, 0)
     return repeated, repeatable

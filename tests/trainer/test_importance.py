@@ -9,7 +9,7 @@ from transformers.utils import logging
 from omniopd_trl.method import SamplingFilters, kept_log_mass, lowest_kept_logit
 from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, log_kept_mass
-from omniopd_trl.teachers import ScriptedTeacher, Usage
+from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
 from tests.support.objective import check, load
 from tests.support.teachers import Remote
@@ -67,11 +67,11 @@ def test_known_log_probabilities_of_the_sampler(tmp_path, tiny_model_dir, tiny_t
 
 def test_a_replayed_step_has_the_weights_of_the_first(tmp_path, tiny_model_dir):
     """The journal keeps the log-probabilities of the sampler, since a replay generates nothing."""
-    first = other_sampler(tmp_path, tiny_model_dir)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dataset": questions(16)}
+    first = other_sampler(tmp_path, tiny_model_dir, learning_rate=0.05, **settings)
     first.train()
-    again = make_trainer(tmp_path, tiny_model_dir)
-    again.train()
-    assert again.teacher_usage == Usage(), "the step was not replayed"
+    again = make_trainer(tmp_path, tiny_model_dir, learning_rate=0.05, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     after, expected = trainable(again.model), trainable(first.model)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
 
