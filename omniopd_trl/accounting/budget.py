@@ -69,6 +69,7 @@ class Budget:
     Attributes:
         ledger: its `in_flight` is called with the peak in-flight cost since the queue was last empty, before a
             request is admitted. Requests outside audits, such as a probe's, are included.
+        usd_before: dollars that earlier runs of the same job have spent.
 
     Raises:
         BudgetError: when there is a limit in dollars and the price is not known.
@@ -107,7 +108,8 @@ class Budget:
         self.forfeited_usd = forfeited_usd
         self.num_processes = num_processes
         # The limits of this process. The remaining budget is divided, rounded down. A deficit is not divided.
-        before, before_usd = self.tokens_spent, self.usd_spent
+        before = self.tokens_spent
+        self.usd_before = before_usd = self.usd_spent
         self._token_limit = None if max_tokens is None else before + max(max_tokens - before, 0) // num_processes
         self._usd_limit = max_usd
         if max_usd is not None and num_processes > 1:

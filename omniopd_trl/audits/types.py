@@ -52,6 +52,9 @@ class Trajectory:
         completion_ids: the completion, `T` tokens, without padding.
         mask: `(T,)`, true where the student wrote the token; `None` when it wrote all of them.
         seed: seed of the selection, when it is random, and of the teacher's sampling, when the teacher accepts one.
+        sampling_logprobs: log-probabilities that the tokens were sampled with, in nats, `None` for a token where it is
+            not known. `None` if the policy itself sampled. It may be shorter or longer than the completion, when an
+            end was added or when the completion is excluded.
     """
 
     prompt: Prompt
@@ -59,6 +62,7 @@ class Trajectory:
     completion_ids: list[int]
     mask: torch.Tensor | None = None
     seed: int = 0
+    sampling_logprobs: list[float | None] | None = None
 
 
 @dataclass(frozen=True)

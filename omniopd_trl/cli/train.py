@@ -64,6 +64,8 @@ def summarize(
     usage: Any = None,
     teacher: Mapping[str, float] | None = None,
     evaluates: bool = True,
+    lenient: bool = False,
+    dollars: tuple[float, float] | None = None,
     saved_to: str,
 ) -> str:
     """A short table of the results and the cost of a run.
@@ -74,6 +76,9 @@ def summarize(
         usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
         teacher: metrics of the teacher, with `pass@1`; `None` when it was not evaluated.
         evaluates: whether the run has an evaluation set.
+        lenient: whether answers were read leniently (`eval_lenient_answers`).
+        dollars: US dollars that the teacher has cost, of this run and with all earlier runs in the folder; `None`
+            without a price.
         saved_to: path of the saved model.
     """
     scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
@@ -96,10 +101,15 @@ def summarize(
         )
     if teacher is not None:
         rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
+    if scores or teacher is not None:
+        rows.append(("reading of answers", "lenient" if lenient else "strict"))
     minutes, rest = divmod(round(seconds), 60)
     rows.append(("wall time of training", f"{minutes} min {rest} s"))
     if usage is not None:
         rows.append(("teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"))
+    if dollars is not None:
+        run, job = dollars
+        rows.append(("teacher cost", f"${run:.4f}" + (f", ${job:.4f} with earlier runs" if job > run else "")))
     rows.append(("model saved to", saved_to))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -188,8 +198,8 @@ def main(
     except KeyboardInterrupt as error:
         raise Interrupted(trainer.state.global_step) from error
     seconds = time.perf_counter() - start
-    # The teacher's tokens for training, before the evaluation of the teacher adds to them.
-    usage = trainer.teacher_usage
+    # The teacher's tokens and dollars for training, before the evaluation of the teacher adds to them.
+    usage, dollars = trainer.teacher_usage, trainer.step_metrics.dollars()
 
     # Evaluate unless the last step was evaluated. `load_best_model_at_end` may have loaded the weights of an earlier
     # step.
@@ -216,6 +226,8 @@ def main(
             usage=usage,
             teacher=teacher,
             evaluates=evaluates,
+            lenient=training_args.eval_lenient_answers,
+            dollars=dollars,
             saved_to=saved_to,
         )
     )

@@ -8,10 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from omniopd_trl.errors import DataError, import_extra
+from omniopd_trl.evals.numbers import PlainNumber, plain_number
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ def math_accuracy(
     completions: Sequence[str | list[dict[str, Any]]],
     solution: Sequence[Any] | None = None,
     answer: Sequence[Any] | None = None,
+    *,
+    lenient: bool = False,
     **kwargs: Any,
 ) -> list[float | None]:
     r"""Score whether each completion gives the right answer, with math-verify.
@@ -40,10 +44,16 @@ def math_accuracy(
     The answer is the text after the last `Answer:`, the form that the paper's prompt requests, or else the whole
     completion. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
 
+    Where the right answer is a plain number, the answer must be one too. `Answer: 12 + 30 - 5` has the value 37 but
+    repeats the question, and `Answer: 37 or 38` does not decide. Formatting does not count: thousands separators,
+    trailing zeros, units, `\boxed{}`, scientific notation, a fraction in lowest terms, and what precedes an equals
+    sign.
+
     Args:
         completions: plain texts, or conversational completions. The last message of a conversation is scored.
         solution: the dataset's column of worked solutions or answers. Used if `answer` is missing or not parsable.
         answer: the dataset's column of answers. Takes precedence, since a worked solution holds other numbers too.
+        lenient: whether anything with the value of the right answer is right, calculations included.
         **kwargs: other columns that TRL passes. Not used.
 
     Returns:
@@ -76,7 +86,7 @@ def math_accuracy(
             _warn_unreadable(*map(repr, golds))
             rewards.append(None)
         else:
-            rewards.append(float(_is_correct(_text_of(completion), gold)))
+            rewards.append(float(_is_correct(_text_of(completion), gold, lenient)))
     return rewards
 
 
@@ -86,21 +96,55 @@ def _text_of(completion: str | list[dict[str, Any]]) -> str:
     return (completion[-1].get("content") or "") if completion else ""
 
 
-def _is_correct(completion: str, gold: tuple[Any, ...]) -> bool:
+@dataclass(frozen=True)
+class _Gold:
+    """A right answer: the expressions that math-verify finds, and the number if it is a plain one."""
+
+    parsed: tuple[Any, ...]
+    number: PlainNumber | None
+
+
+def _is_correct(completion: str, gold: _Gold, lenient: bool) -> bool:
+    if gold.number is not None and not lenient:
+        number = _number_of(completion)
+        return number is not None and gold.number.equals(number)
     parsed = _parse(completion)
     if not parsed:
         return False
     # Equal strings have equal values. Most right answers need no algebra.
-    if {part for part in parsed if isinstance(part, str)} & {part for part in gold if isinstance(part, str)}:
+    if {part for part in parsed if isinstance(part, str)} & {part for part in gold.parsed if isinstance(part, str)}:
         return True
     verify = partial(import_extra("math_verify", "eval").verify, timeout_seconds=None)
-    return _limited(verify, list(gold), list(parsed), otherwise=False)
+    return _limited(verify, list(gold.parsed), list(parsed), otherwise=False)
+
+
+def _number_of(text: str) -> PlainNumber | None:
+    """The plain number that a completion or a right answer gives; `None` if it gives anything else."""
+    marked = _marked(text)
+    if marked is not None:
+        text = marked.split("\n", 1)[0]
+    # A line that consists of one number. A line without a mark may hold other numbers, and a mark may be followed by a
+    # displayed formula: what math-verify finds there must be a number.
+    if len(text) <= _MAX_CHARACTERS and (number := plain_number(text)) is not None:
+        # A letter beside a number is a unit or a variable: `37 m`, `37x`.
+        return number if not number.has_words or _is_constant(_parse_marked(text)) else None
+    if marked is not None and re.search(r"\d", text):
+        return None
+    source = next((part for part in _parse(text if marked is None else marked) if isinstance(part, str)), "")
+    return plain_number(source)
+
+
+def _is_constant(parsed: tuple[Any, ...]) -> bool:
+    """Whether no expression has a variable, apart from the one that it defines (`x = 37`)."""
+    sides = (getattr(part, "rhs", part) for part in parsed)
+    return not any(getattr(side, "free_symbols", None) for side in sides)
 
 
 # The same right answers are parsed at every evaluation and for every sample of a prompt.
 @lru_cache(maxsize=65536)
-def _parse_gold(text: Any) -> tuple[Any, ...]:
-    return () if text is None else _parse(str(text))
+def _parse_gold(text: Any) -> _Gold | None:
+    parsed = () if text is None else _parse(str(text))
+    return _Gold(parsed, _number_of(str(text))) if parsed else None
 
 
 @lru_cache(maxsize=65536)
@@ -116,15 +160,20 @@ def _warn_unreadable(answer: str, solution: str) -> None:
 
 def _parse(text: str) -> tuple[Any, ...]:
     """The expressions that math-verify finds in a text, each with its source string. Empty if there are none."""
-    marks = list(_ANSWER_MARK.finditer(text))
-    if not marks:
+    tail = _marked(text)
+    if tail is None:
         # A right answer alone is short. A longer text is parsed as prose.
         return _parse_marked(text) if len(text) <= 100 else _parse_raw(text[-_MAX_CHARACTERS:])
-    tail = text[marks[-1].end() :].strip()[:_MAX_CHARACTERS]
     # The prompt requests the answer on one line, and later lines are ignored. A line that cannot be parsed alone (the
     # opening of a displayed formula) is parsed together with the rest.
     head = tail.split("\n", 1)[0]
     return _parse_marked(head) or _parse_marked(tail)
+
+
+def _marked(text: str) -> str | None:
+    """The text after the last mark of an answer; `None` without a mark."""
+    marks = list(_ANSWER_MARK.finditer(text))
+    return text[marks[-1].end() :].strip()[:_MAX_CHARACTERS] if marks else None
 
 
 def _parse_marked(text: str) -> tuple[Any, ...]:

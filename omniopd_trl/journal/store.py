@@ -204,7 +204,10 @@ class Journal:
         Raises:
             JournalError: when they cannot be written.
         """
-        payloads = [_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed]) for t in trajectories]
+        payloads = []
+        for t in trajectories:
+            sampled = [] if t.sampling_logprobs is None else [t.sampling_logprobs]
+            payloads.append(_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *sampled]))
         # One commit per generation batch waits for the disk, and makes everything before it durable.
         with self._transaction(synchronous="FULL") as db:
             number = _insert_numbered(db, "attempts", self._session, step)
@@ -226,8 +229,8 @@ class Journal:
             self._check_records(db, attempt)
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
         # In the order in which `record_trajectories` writes them.
-        names = ("prompt", "prompt_ids", "completion_ids", "seed")
-        return [Trajectory(**dict(zip(names, _decode(self.path, row), strict=True))) for row in rows]
+        names = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs")
+        return [Trajectory(**dict(zip(names, _decode(self.path, row), strict=False))) for row in rows]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
         """Write a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.

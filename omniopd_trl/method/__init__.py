@@ -4,6 +4,7 @@
 
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.entropy import token_entropy
+from omniopd_trl.method.importance import SamplingFilters, importance_weights, kept_log_mass, lowest_kept_logit
 from omniopd_trl.method.loss import NORMALIZATIONS, anchor_kl, chunk_loss, combine
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import Similarity, get_similarity, similarity_matrix
@@ -13,6 +14,7 @@ __all__ = [
     "BASELINES",
     "NORMALIZATIONS",
     "Chunk",
+    "SamplingFilters",
     "Similarity",
     "StepChunks",
     "WeightFunction",
@@ -22,6 +24,9 @@ __all__ = [
     "combine",
     "get_chunk_weights",
     "get_similarity",
+    "importance_weights",
+    "kept_log_mass",
+    "lowest_kept_logit",
     "posterior_mean",
     "select_chunks",
     "similarity_matrix",

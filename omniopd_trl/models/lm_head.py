@@ -17,6 +17,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from omniopd_trl.method.importance import SamplingFilters, kept_log_mass, lowest_kept_logit
+
 # Width of a tile in vocabulary entries. With the kernel's 4,096 tokens a tile is 64 MiB in float32.
 VOCAB_TILE = 4096
 
@@ -142,3 +144,96 @@ def kl_to_reference(
     parts = [divergence(*pair) for pair in pairs]
     kl, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return kl, entropy
+
+
+# Logits per block in the function below, which needs whole rows of the vocabulary: 64 MiB in float32, and four times
+# that with its temporaries.
+_BLOCK_LOGITS = 2**24
+
+
+def log_kept_mass(
+    hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, temperature: float, filters: SamplingFilters
+) -> torch.Tensor:
+    """`log Z` of each token: the probability that the sampling filters keep; see `method.importance.kept_log_mass`.
+
+    Args:
+        hidden: `(N, H)`, the states that predict the targets; the gradient flows through them and through `head`.
+        head: the model's LM head.
+        targets: `(N,)`, the sampled tokens. They count as kept even if rounding puts them below the threshold.
+        temperature: sampling temperature, above 0.
+        filters: filters of the sampler.
+
+    Returns:
+        `(N,)`, float32, in nats, at most 0.
+    """
+    scales = (head.logit_scale, head.softcap, temperature)
+    result: torch.Tensor = _LogKeptMass.apply(hidden, head.weight, head.bias, targets, scales, filters)
+    return result
+
+
+class _LogKeptMass(torch.autograd.Function):
+    """Blocks of tokens, whose logits are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scales, filters):
+        is_cast = torch.is_autocast_enabled(hidden.device.type)
+        ctx.dtype = torch.get_autocast_dtype(hidden.device.type) if is_cast else hidden.dtype
+        ctx.scales = scales
+        lowest, mass = torch.zeros(2, len(hidden), device=hidden.device)
+        for rows in _blocks(hidden, weight):
+            logits, _ = _logits(hidden[rows], weight, bias, ctx.dtype, *scales)
+            sampled = logits.gather(1, targets[rows, None])[:, 0]
+            threshold = torch.minimum(lowest_kept_logit(logits, filters), sampled)
+            # In the backward the logits may be rounded differently.
+            lowest[rows] = threshold - 1e-6 * (1 + threshold.abs())
+            mass[rows] = kept_log_mass(logits, lowest[rows])
+        ctx.save_for_backward(hidden, weight, bias, lowest)
+        return mass
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, lowest = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with maybe_gather_lm_head_ctx(weight, bias):  # under ZeRO-3 the head was released after the forward
+            grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+            for rows in _blocks(hidden, weight):
+                logits, slope = _logits(hidden[rows], weight, bias, ctx.dtype, *ctx.scales)
+                kept = logits.masked_fill(logits < lowest[rows, None], float("-inf"))
+                # d log Z / d logits = softmax over the kept tokens - softmax over all
+                grad_product = (kept.softmax(-1) - logits.softmax(-1)) * slope * grad[rows, None]
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad_product @ weight.float()
+                if grad_weight is not None:
+                    grad_weight += grad_product.T @ hidden[rows].float()
+                if grad_bias is not None:
+                    grad_bias += grad_product.sum(0)
+        grads = zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
+        return (*(None if g is None else g.to(x.dtype) for g, x in grads), None, None, None)
+
+
+def _blocks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    size = max(1, _BLOCK_LOGITS // weight.size(0))
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+def _logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Logits at the sampling temperature, `(n, V)` in float32, and their derivative by the projection."""
+    product = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        product = product + bias.to(dtype)
+    logits = product.float() * logit_scale
+    slope: torch.Tensor | float = logit_scale / temperature
+    if softcap is not None:
+        bent = torch.tanh(logits / softcap)
+        logits, slope = softcap * bent, slope * (1 - bent * bent)
+    return logits / temperature, slope

@@ -15,54 +15,111 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.errors import DataError
-from omniopd_trl.evals.rewards import RewardFunc, score
+from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import replies_of
 from omniopd_trl.trainer.distributed import raise_together
-from omniopd_trl.trainer.metrics import metric_dtype
+from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+class Logged:
+    """What reward functions log themselves, through the arguments `log_metric` and `log_extra` of TRL.
+
+    Attributes:
+        metrics: values by name. The mean over all calls is a metric of the evaluation.
+        extra: columns of the table of completions, one value per sample.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.extra: dict[str, list[Any]] = defaultdict(list)
+
+    def arguments(self) -> dict[str, Any]:
+        """The two arguments."""
+        return {
+            "log_metric": lambda name, value: self.metrics[name].append(float(value)),
+            "log_extra": lambda column, values: self.extra[column].extend(values),
+        }
 
 
 def student_scores(
-    funcs: list[RewardFunc],
+    rewards: Rewards,
     inputs: list[dict[str, Any]],
     batch: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     state: TrainerState,
+    run: Run,
+    table: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[str, float, int]]:
     """Scores of an evaluation batch, over all processes.
 
     Args:
-        funcs: functions that score samples; without any, nothing is returned.
+        rewards: functions that score samples; without any, nothing is returned.
         inputs: dataset row of each sample.
-        batch: batch with `completion_ids` and `completion_mask`, `(B, T)`.
+        batch: batch with `prompt_ids`, `(B, P)`, and `completion_ids` and `completion_mask`, `(B, T)`.
         tokenizer: the student's tokenizer.
         accelerator: accelerator of the run.
         state: trainer state, passed to the functions.
+        run: function that runs a coroutine and returns its result.
+        table: rows of the table of completions, to which the samples of all processes are added.
 
     Returns:
-        For each function, the name of the metric, the sum of the scores and their number.
+        For each function, and for each metric that a function logs: the name, the sum of the values and their number.
+
+    Raises:
+        ConfigError: when a function does not return one score for each sample.
     """
-    if not funcs:
+    if not rewards:
         return
     completion_ids = [
         ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
     ]
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    for name, rewards in score(funcs, inputs, texts, completion_ids, trainer_state=state):
+    logged = Logged()
+    scores: list[tuple[str, torch.Tensor]] = []
+    error: Exception | None = None
+    try:
+        scores = list(rewards.score(inputs, texts, completion_ids, run=run, trainer_state=state, **logged.arguments()))
+        for column, values in logged.extra.items():
+            if len(values) != len(texts):
+                raise ConfigError(
+                    f"A reward function called log_extra({column!r}, ...) with {len(values)} values for {len(texts)} "
+                    "samples. It must pass one per sample."
+                )
+    except Exception as caught:  # the other processes must not wait for this one
+        error = caught
+    raise_together(error, accelerator.process_index)
+    for name, rewarded in scores:
         # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
-        gathered = accelerator.gather_for_metrics(rewards.to(accelerator.device, metric_dtype(accelerator.device)))
+        gathered = accelerator.gather_for_metrics(rewarded.to(accelerator.device, metric_dtype(accelerator.device)))
         scored = gathered[~gathered.isnan()]
         yield name, scored.sum().item(), scored.numel()
+    for name in sorted(set(gather_object([*logged.metrics]))):
+        values = logged.metrics[name]
+        total, count = sum_over_processes(accelerator, sum(values), len(values))
+        yield name, total, int(count)
+    if table is not None:
+        columns = {
+            "prompt": tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True),
+            "completion": texts,
+            **{name: rewarded.tolist() for name, rewarded in scores},
+            **logged.extra,
+        }
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        table += accelerator.gather_for_metrics(rows, use_gather_object=True)
 
 
 def teacher_scores(
-    funcs: list[RewardFunc],
+    rewards: Rewards,
     dataset: Any,
     teacher: Teacher,
-    ask: Callable[[Coroutine[Any, Any, list[TeacherReply]]], list[TeacherReply]],
+    ask: Run,
+    run: Run,
     ledger: Ledger,
     accelerator: Accelerator,
     args: OmniOPDConfig,
@@ -71,10 +128,11 @@ def teacher_scores(
     """Scores of the teacher's samples, `num_eval_generations` per problem.
 
     Args:
-        funcs: functions that score samples.
+        rewards: functions that score samples.
         dataset: evaluation set with each problem `num_eval_generations` times in a row.
         teacher: the teacher to evaluate.
         ask: function that runs a coroutine of the teacher and returns its result.
+        run: function that runs a coroutine of a reward function and returns its result.
         ledger: ledger where the teacher's requests are counted.
         accelerator: accelerator of the run.
         args: configuration of the run.
@@ -86,7 +144,7 @@ def teacher_scores(
     Raises:
         DataError: when there is nothing to score against.
     """
-    if not isinstance(dataset, Dataset) or not funcs:
+    if not isinstance(dataset, Dataset) or not rewards:
         raise DataError(
             "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
             f"`eval_reward_funcs`. Got {type(dataset).__name__}."
@@ -105,17 +163,19 @@ def teacher_scores(
     error: Exception | None = None
     mine = range(accelerator.process_index, len(dataset) // repeats, accelerator.num_processes)
     examples = [dataset[problem * repeats] for problem in mine]
-    if examples:
-        try:
+    logged = Logged()
+    try:
+        if examples:
             replies = ask(replies_of(teacher, [Prefix(example["prompt"]) for example in examples], request))
-        except Exception as caught:
-            error = caught
+        pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
+        if pairs:
+            inputs, texts = (list(column) for column in zip(*pairs, strict=True))
+            for name, values in rewards.score(inputs, texts, run=run, trainer_state=state, **logged.arguments()):
+                samples.extend((name, value) for value in values.tolist())
+            samples.extend((name, value) for name, values in logged.metrics.items() for value in values)
+    except Exception as caught:  # the other processes must not wait for this one
+        error = caught
     raise_together(error, accelerator.process_index)
-    pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
-    if pairs:
-        inputs, texts = (list(column) for column in zip(*pairs, strict=True))
-        for name, rewards in score(funcs, inputs, texts, trainer_state=state):
-            samples.extend((name, reward) for reward in rewards.tolist())
     usage = sum((reply.usage for reply in replies), Usage())
     scores: dict[str, list[float]] = defaultdict(list)
     for name, reward in gather_object(samples):

@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a run, as ratios of sums over processes and micro-batches, and warnings that are logged once."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
+from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.errors import NonFiniteError
@@ -20,6 +23,21 @@ logger = logging.get_logger(__name__)
 
 # In nats per token. Rounding in bfloat16 gives about 1e-4 for a student that equals its reference.
 LARGE_FIRST_KL = 0.05
+
+# A warning is logged after this many steps in a row without a signal.
+STEPS_WITHOUT_SIGNAL = 5
+# A step has no signal when the posteriors of its chunks have a smaller standard deviation than this: the prior alone
+# gives about 0.02 with ten rollouts.
+LEAST_SPREAD = 0.02
+# Without a baseline also when it is smaller than this share of their mean. The update is then the mean weight times
+# the score of the student's own tokens, which is noise, with more than 40 times the variance of the rest. In the demo,
+# the share is 0.56 with a similarity that learns and 0.10 with one that needs a baseline.
+LEAST_RELATIVE_SPREAD = 0.15
+
+# Rollouts of at least this many characters. Equal shorter ones may be the only way to continue.
+LONG_ROLLOUT = 40
+# A warning is logged when more of the long rollouts of a batch are duplicates.
+MANY_DUPLICATES = 0.8
 
 
 def metric_dtype(device: torch.device) -> torch.dtype:
@@ -43,9 +61,8 @@ class Metrics:
         args: configuration of the run.
         logged: TRL's lists of values by mode and name. TRL averages them when it logs.
         step: function that returns the current optimizer step.
-
-    Attributes:
-        prefix: prefix of the names of evaluation metrics: the name of the evaluation set when there are several.
+        budget: budget of the teacher; `None` if it has none.
+        custom_weights: whether a custom function turns the posteriors into weights.
     """
 
     def __init__(
@@ -54,6 +71,8 @@ class Metrics:
         args: OmniOPDConfig,
         logged: dict[str, defaultdict[str, list[float]]],
         step: Callable[[], int],
+        budget: Budget | None = None,
+        custom_weights: bool = False,
     ):
         self._accelerator = accelerator
         self._args = args
@@ -64,7 +83,12 @@ class Metrics:
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
         self._warned: set[str] = set()
-        self.prefix = ""
+        # Number, sum and sum of squares of the posteriors of the current step or evaluation batch, over all processes.
+        self._posteriors = [0.0, 0.0, 0.0]
+        self._without_signal = 0  # steps in a row
+        self._is_plain = args.posterior_baseline == "none" and not custom_weights
+        self._budget = budget if budget is not None and budget.price is not None else None
+        self._usd_counted = self._usd_spent()
 
     def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
         """Add numerators and denominators, summed over processes. Every process has to pass the same names.
@@ -81,7 +105,7 @@ class Metrics:
 
     def add_global(self, mode: str, name: str, numerator: float, denominator: float) -> None:
         """Add a numerator and a denominator that are already summed over processes."""
-        entry = self._sums[mode][self._named(mode, name)]
+        entry = self._sums[mode][name]
         entry[0] += numerator
         entry[1] += denominator
 
@@ -91,7 +115,7 @@ class Metrics:
         Raises:
             NonFiniteError: on every process, when the loss of one process is not finite.
         """
-        names = ("kl/unaudited", "kl/audited", "entropy")
+        names = ("kl/unaudited", "kl/audited", "entropy", "sampling/importance_sampling_ratio/mean")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
         (failed,) = self.add(mode, ratios, float(not loss.isfinite()))
         if failed:
@@ -108,25 +132,84 @@ class Metrics:
             )
 
     def add_audits(
-        self, mode: str, audits: list[Audit], scores: list[PolicyScores], waited: float, is_remote: bool
+        self,
+        mode: str,
+        audits: list[Audit],
+        scores: list[PolicyScores],
+        waited: float,
+        is_remote: bool,
+        is_last: bool = True,
     ) -> None:
-        """Add the audits of a batch or micro-batch; see [`audit_ratios`]."""
+        """Add the audits of a batch or micro-batch; see [`audit_ratios`].
+
+        `is_last` tells whether this is the end of the generation batch.
+        """
         num_processes = self._accelerator.num_processes
         per_step = len(audits)
         if mode == "train":
             per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         steps = len(audits) / per_step / num_processes
-        self.add(mode, audit_ratios(audits, scores, waited, steps, num_processes, is_remote))
+        ratios = audit_ratios(audits, scores, waited, steps, num_processes, is_remote)
+        spent = self._usd_spent()
+        if self._budget is not None:
+            ratios["teacher/usd"] = (spent - self._usd_counted, steps)
+        self._usd_counted = spent
+        posteriors = [chunk.posterior for audit in audits for chunk in audit.chunks]
+        moments = (len(posteriors), sum(posteriors), sum(p * p for p in posteriors))
+        usd, *totals = self.add(mode, ratios, spent, *moments)
+        if self._budget is not None and mode == "train":
+            self._logged[mode]["teacher/usd_total"] = [self._budget.usd_before + usd]
+        self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
+        if is_last:
+            self._add_spread(mode)
         for kind, message in audit_warnings(audits, self._step(), self._args):
             self.warn_once(kind, message)
 
-    def add_sampling(self, mode: str, sampled: list[list[float]], logprobs: list[torch.Tensor]) -> None:
+    def _add_spread(self, mode: str) -> None:
+        """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from."""
+        (count, total, squares), self._posteriors = self._posteriors, [0.0, 0.0, 0.0]
+        if count < 2:
+            return
+        mean = total / count
+        spread = math.sqrt(max(squares / count - mean * mean, 0.0))
+        self.add_global(mode, "audit/posterior_std", spread, 1)
+        if mode != "train":
+            return
+        least = max(LEAST_SPREAD, LEAST_RELATIVE_SPREAD * mean if self._is_plain else 0.0)
+        self._without_signal = self._without_signal + 1 if spread < least else 0
+        if self._without_signal < STEPS_WITHOUT_SIGNAL:
+            return
+        baseline = "posterior_baseline='batch', " if self._is_plain and spread >= LEAST_SPREAD else ""
+        self.warn_once(
+            "no signal",
+            f"For {STEPS_WITHOUT_SIGNAL} steps the posteriors of the chunks have hardly differed: at step "
+            f"{self._step()} their standard deviation is {spread:.3g} around a mean of {mean:.3g}. All chunks get "
+            "almost the same weight, and the student learns little. Inspect the rollouts, and try the following: "
+            f"{baseline}another `similarity` or `chunk_length`, or a teacher whose style is closer to the student's. "
+            "See docs/metrics.md.",
+        )
+
+    def _usd_spent(self) -> float:
+        """US dollars that this process has spent in this run; 0 without a price."""
+        return 0.0 if self._budget is None else self._budget.usd_spent - self._budget.usd_before
+
+    def dollars(self) -> tuple[float, float] | None:
+        """US dollars that this run has spent, and with all earlier runs in its folder, over all processes.
+
+        `None` without a price. Every process has to call it at the same point.
+        """
+        if self._budget is None:
+            return None
+        (usd,) = sum_over_processes(self._accelerator, self._usd_spent())
+        return usd, self._budget.usd_before + usd
+
+    def add_sampling(self, mode: str, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Add how well the student that vLLM runs matches the trained student.
 
         Args:
             mode: `"train"` or `"eval"`.
-            sampled: log-probabilities of vLLM when it sampled, per completion and token, in nats.
-            logprobs: log-probabilities of the student, `(T,)` per completion, in nats.
+            sampled: `(B, T)`, log-probabilities of vLLM when it sampled, in nats, NaN where there are none.
+            logprobs: `(B, T)`, log-probabilities of the student, in nats, NaN where there are none.
         """
         # With a filter, vLLM renormalizes over the remaining tokens, so its probabilities are larger by design.
         if self._args.sampling_filters:
@@ -134,13 +217,18 @@ class Metrics:
         difference = sampling_difference(sampled, logprobs)
         total, count = sum_over_processes(self._accelerator, difference.sum().item(), len(difference))
         if not count:
+            self.warn_once(
+                "no logprobs",
+                f"vLLM returned no log-probabilities at step {self._step()}: nothing shows whether it runs the "
+                "trained student, and importance_sampling_correction has no effect. See docs/generation.md.",
+            )
             return
         largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self._accelerator.device)
         mean = total / count
-        name = self._named(mode, "sampling/sampling_logp_difference")
+        name = "sampling/sampling_logp_difference"
         self._logged[mode][f"{name}/mean"].append(mean)
         self._logged[mode][f"{name}/max"].append(self._accelerator.gather(largest).max().item())
-        if not mean <= LARGE_DIFFERENCE:  # NaN too
+        if mean > LARGE_DIFFERENCE:
             self.warn_once(
                 "sampling",
                 f"The log-probabilities that vLLM sampled with at step {self._step()} differ from the "
@@ -150,20 +238,34 @@ class Metrics:
                 "See docs/generation.md.",
             )
 
-    def take(self, mode: str) -> dict[str, list[float]]:
-        """Return the ratios since the last call, as TRL logs them, without those whose denominator is 0."""
-        taken = {name: [numerator / count] for name, (numerator, count) in self._sums[mode].items() if count}
-        self._sums[mode].clear()
+    def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
+        """Add truncated importance weights, `(N,)`."""
+        self.add(mode, {"sampling/importance_sampling_ratio/mean": (ratio.sum().item(), len(ratio))})
+
+    def take(self, mode: str) -> dict[str, Any]:
+        """The metrics since the last call, TRL's own included, and start again.
+
+        Ratios whose denominator is 0 are left out. A metric of TRL without a value is `None`, as TRL logs it.
+        """
+        taken: dict[str, Any] = {}
+        for name, values in self._logged[mode].items():
+            numbers = [value for value in values if not math.isnan(value)]
+            taken[name] = sum(numbers) / len(numbers) if numbers else None
+        taken |= {name: numerator / count for name, (numerator, count) in self._sums[mode].items() if count}
+        self.discard(mode)
         return taken
+
+    def discard(self, mode: str) -> None:
+        """Remove what an earlier evaluation, prediction or training has left."""
+        self._logged[mode].clear()
+        self._sums[mode].clear()
+        self._posteriors = [0.0, 0.0, 0.0]
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log a warning unless one of the same kind was logged before."""
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message)
-
-    def _named(self, mode: str, name: str) -> str:
-        return self.prefix + name if mode == "eval" else name
 
 
 def non_finite(what: str, step: int) -> NonFiniteError:
@@ -194,6 +296,7 @@ def audit_ratios(
     num_dropped = sum(audit.num_dropped for audit in audits)
     usage = sum((audit.usage for audit in audits), Usage())
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
+    num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
     return {
@@ -201,6 +304,9 @@ def audit_ratios(
         "entropy": (sum(s.entropy.double().sum().item() for s in scored), num_tokens),
         "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
         "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
+        "audit/frac_similarity_zero": (sum(max(c.similarities) <= 0.0 for _, c in chunks), num_chunks),
+        "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
+        "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
         "audit/anchor_entropy": (sum(s.entropy[c.chunk.anchor].item() for s, c in chunks), num_chunks),
         "audit/num_chunks": (num_chunks, len(audits)),
@@ -214,6 +320,16 @@ def audit_ratios(
         "teacher/completion_tokens": (usage.completion_tokens, steps),
         **{f"teacher/{name}": (outcomes[name], steps) for name in OUTCOMES if is_remote},
     }
+
+
+def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
+    """The number of long rollouts that equal an earlier one of their chunk, and of those that could."""
+    repeated = repeatable = 0
+    for rollouts in chunks:
+        long = [text for text in map(str.strip, rollouts) if len(text) >= LONG_ROLLOUT]
+        repeated += len(long) - len(set(long))
+        repeatable += max(len(long) - 1, 0)
+    return repeated, repeatable
 
 
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
@@ -232,6 +348,15 @@ def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Itera
             f"{num_short} of {num_rollouts} rollouts were cut off before they filled their chunk: the teacher's "
             f"tokens are shorter than {1 / TEACHER_TOKENS_PER_STUDENT_TOKEN:.2f} of a student token. Similarities are "
             "lower than they should be.",
+        )
+    repeated, repeatable = _duplicates(chunk.rollouts for audit in audits for chunk in audit.chunks)
+    if args.teacher_temperature > 0 and repeatable >= 10 and repeated > MANY_DUPLICATES * repeatable:
+        yield (
+            "duplicates",
+            f"{repeated} of {repeatable} longer rollouts equal an earlier one of their chunk, although "
+            f"teacher_temperature={args.teacher_temperature:g}: {args.num_rollouts} rollouts count as many "
+            "observations, and are one. Switch off the cache of the service or of a gateway before it, check that it "
+            "samples and follows `seed`, or set num_rollouts=1 to pay for one.",
         )
     failures = [failure for audit in audits for failure in audit.failures]
     if failures:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.method.loss import chunk_loss, combine
-from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, logprobs_of
+from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, log_kept_mass, logprobs_of
 from omniopd_trl.models.reference import Reference
 from omniopd_trl.trainer.batches import PackedBatch
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -53,6 +53,7 @@ class Objective:
         self.temperature = temperature
         self._accelerator = accelerator
         self._args = args
+        self._filters = args.corrected_filters
         self._pad_token_id = pad_token_id
         self._redirect = redirect
         self._last_hidden_states = hidden_states
@@ -149,11 +150,12 @@ class Objective:
             model: the student, wrapped by the back end. Its training mode tells a training batch from an evaluation
                 batch.
             batch: a batch with the keys `TOKEN_KEYS`. A training batch also holds `num_items_in_batch` and the other
-                counts over the global batch; an evaluation batch is normalized by its own counts.
+                counts over the global batch; an evaluation batch is normalized by its own counts. With the key
+                `importance`, its `weights` hold importance weights.
 
         Returns:
-            The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited` and
-            `entropy`.
+            The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited`,
+            `entropy`, and with filters `sampling/importance_sampling_ratio/mean`.
         """
         is_train = model.training
         tokens = self._packed(batch)
@@ -188,7 +190,7 @@ class Objective:
         with lm_head_of(student) as head:
             hidden = hidden.to(head.weight.device)
             logprobs, _ = self._project(hidden, head, tokens, tokens.audited)
-            chunk_sum = chunk_loss(logprobs, tokens.weights[tokens.audited].to(hidden.device))
+            chunk_sum = self._chunk_loss(hidden, head, tokens, logprobs, "importance" in batch, sums)
             kl_sum = torch.zeros_like(chunk_sum)
             if self._args.beta > 0:
                 kl_sum = self._anchor(student, tokens, hidden, head, logprobs.detach(), sums)
@@ -212,6 +214,31 @@ class Objective:
         )
         # The back end averages gradients over processes, so each share is multiplied by their number.
         return loss * num_processes
+
+    def _chunk_loss(
+        self,
+        hidden: torch.Tensor,
+        head: LMHead,
+        tokens: PackedBatch,
+        logprobs: torch.Tensor,
+        is_weighted: bool,
+        sums: Sums,
+    ) -> torch.Tensor:
+        """The first term of Eq. 8. With sampling filters, it is that of the filtered policy.
+
+        `is_weighted` tells whether the weights hold the importance weights already. They are known otherwise when the
+        policy itself is filtered: the ratio of its probability to the sampler's is the probability that is kept.
+        """
+        weights = tokens.weights[tokens.audited].to(hidden.device)
+        if self._filters is None:
+            return chunk_loss(logprobs, weights)
+        targets = tokens.targets[tokens.audited].to(hidden.device)
+        log_mass = log_kept_mass(hidden[tokens.audited], head, targets, self.temperature, self._filters)
+        if not is_weighted:
+            ratio = log_mass.detach().exp()  # at most 1, so nothing to truncate
+            sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio)
+            weights = weights * ratio
+        return chunk_loss(logprobs - log_mass, weights)
 
     def run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
         """Run `body(reference model)` without gradients and dropout.

@@ -13,6 +13,7 @@ from trl import DistillationConfig
 
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.method.chunks import Overlap, Placement, Selection
+from omniopd_trl.method.importance import SamplingFilters
 from omniopd_trl.method.loss import NORMALIZATIONS
 from omniopd_trl.method.posterior import Prior
 from omniopd_trl.method.similarity import get_similarity
@@ -55,7 +56,10 @@ _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
-_SWITCHES = ("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "keep_special_tokens")
+_SWITCHES = (
+    *("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "keep_special_tokens"),
+    *("eval_lenient_answers", "importance_sampling_correction"),
+)
 
 # Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
@@ -65,6 +69,7 @@ _AT_LEAST_ZERO = (
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
     *("teacher_requests_per_minute", "teacher_tokens_per_minute", "repetition_penalty"),
+    "importance_sampling_clip_max",
 )
 
 
@@ -132,6 +137,14 @@ class OmniOPDConfig(DistillationConfig):
             guarantees of Theorem 4.1 (a, b) hold for `"none"` only. Two controls replace the posteriors: `"shuffled"`
             permutes them among the chunks of the global batch, and `"constant"` gives every chunk their mean. To use a
             custom function, pass it to the trainer as `chunk_weights`.
+        importance_sampling_correction (`bool`, *optional*, defaults to `True`):
+            Whether to correct the chunk loss where the student's tokens were not sampled from the policy that is
+            trained: with `top_p`, `top_k` or `min_p`, and with vLLM, whose log-probabilities differ slightly. Each
+            audited token is weighted by the truncated ratio of the two probabilities, as
+            `vllm_importance_sampling_correction` does in [`~trl.GRPOConfig`], and with the three filters its
+            log-probability is that of the filtered policy. Otherwise the sampler is the policy, and nothing changes.
+        importance_sampling_clip_max (`float`, *optional*, defaults to `3.0`):
+            Upper bound of the ratio, as `vllm_importance_sampling_clip_max` in [`~trl.GRPOConfig`].
         ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` when loading the reference model, in addition
             to `model_init_kwargs`. If set, and the student is passed as an instance, the reference model is loaded
@@ -216,6 +229,9 @@ class OmniOPDConfig(DistillationConfig):
             entropy and, if the evaluation set has a `solution` or `answer` column, pass@1.
         num_eval_generations (`int`, *optional*, defaults to `1`):
             Number of samples per evaluation problem. pass@1 is averaged over them.
+        eval_lenient_answers (`bool`, *optional*, defaults to `False`):
+            Whether an answer that is not a plain number can be right where the right answer is one. By default
+            `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
@@ -328,6 +344,18 @@ class OmniOPDConfig(DistillationConfig):
             "posteriors: 'shuffled' permutes them among the chunks of the global batch, and 'constant' gives every "
             "chunk their mean. To use a custom function, pass it to the trainer as `chunk_weights`."
         },
+    )
+    importance_sampling_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to correct the chunk loss where the student's tokens were not sampled from the policy "
+            "that is trained: with `top_p`, `top_k` or `min_p`, and with vLLM, whose log-probabilities differ "
+            "slightly. Otherwise nothing changes."
+        },
+    )
+    importance_sampling_clip_max: float = field(
+        default=3.0,
+        metadata={"help": "Upper bound of the ratio of the policy's probability of a token to the sampler's."},
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -510,6 +538,13 @@ class OmniOPDConfig(DistillationConfig):
     num_eval_generations: int = field(
         default=1,
         metadata={"help": "Number of samples per evaluation problem. pass@1 is averaged over them."},
+    )
+    eval_lenient_answers: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an answer that is not a plain number can be right where the right answer is one. By "
+            "default `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question."
+        },
     )
 
     def __post_init__(self):
@@ -730,13 +765,28 @@ class OmniOPDConfig(DistillationConfig):
         others = {k: v for k, v in kwargs.items() if k not in _HARMLESS_GENERATION_KWARGS and v is not None}
         return used + ([f"generation_kwargs={others!r}"] if others else [])
 
+    @property
+    def corrected_filters(self) -> SamplingFilters | None:
+        """The filters whose effect on the chunk loss is corrected; `None` when there are none, or others besides."""
+        if not self.importance_sampling_correction:
+            return None
+        names = [used.partition("=")[0] for used in self.sampling_filters]
+        if not names or not set(names) <= {"top_k", "top_p", "min_p"}:
+            return None
+        return SamplingFilters(max(self.top_k, 0), self.top_p, self.min_p or 0.0)
+
     def _warn_about_policy(self) -> None:
         used = self.sampling_filters
         if used:
+            correction = (
+                "The chunk loss is corrected for it (importance_sampling_correction)"
+                if self.corrected_filters is not None
+                else "Nothing corrects this, and the student drifts towards what the filter keeps"
+            )
             logger.warning(
                 f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
                 "log-probabilities are those of the full distribution at `temperature`. Training is then not exactly "
-                "on-policy."
+                f"on-policy. {correction}. posterior_baseline='batch' also removes most of this drift."
             )
         if self.teacher_temperature == 0 and self.num_rollouts > 1:
             logger.warning(

@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
@@ -29,14 +29,14 @@ from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, DataError, import_extra
-from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
+from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
 from omniopd_trl.journal.recorder import Recorder
-from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
+from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
-from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
+from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
@@ -125,10 +125,11 @@ class OmniOPDTrainer(DistillationTrainer):
         chunk_weights (`Callable[[StepChunks], torch.Tensor]`, *optional*):
             Custom function from the K audited chunks of a step to their weights in the loss, `(K,)`. Replaces
             `args.posterior_baseline`. See [`~omniopd_trl.method.StepChunks`] for its argument.
-        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Functions that score evaluation samples, with the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`.
-            Replace math-verify. The mean of a single function is logged as `pass@1`; with several functions, each mean
-            is logged as `pass@1/<name>`.
+        eval_reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], or a list of them, *optional*):
+            Functions that score evaluation samples, as [`~trl.GRPOTrainer`]'s `reward_funcs`: synchronous or
+            asynchronous functions, or sequence classification models with one label, by path, *model id* or instance.
+            A function may call its arguments `log_metric` and `log_extra`. Replace math-verify. The mean of a single
+            function is logged as `pass@1`; with several functions, each mean is logged as `pass@1/<name>`.
     """  # noqa: E501
 
     _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
@@ -161,7 +162,7 @@ class OmniOPDTrainer(DistillationTrainer):
         tools: None = None,
         similarity: Similarity | None = None,
         chunk_weights: WeightFunction | None = None,
-        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
     ):
         if args is None:
             name = get_config_model_id(model.config) if hasattr(model, "config") else str(model)
@@ -179,7 +180,14 @@ class OmniOPDTrainer(DistillationTrainer):
         phi = get_similarity(similarity if similarity is not None else args.similarity)
         # Raise an error of `chunk_weights` before models are loaded.
         get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
-        self._eval_reward_funcs = reward_funcs_of(eval_reward_funcs, eval_dataset)
+        self._rewards = Rewards(
+            eval_reward_funcs,
+            eval_dataset,
+            device=args.device,
+            lenient=args.eval_lenient_answers,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
@@ -237,6 +245,8 @@ class OmniOPDTrainer(DistillationTrainer):
             probe_teacher(self.teacher, named_datasets(train_dataset, eval_dataset))
 
         self.sampling_logprobs: SamplingLogprobs | None = None
+        # Log-probabilities that the last completions were sampled with, if another model than the policy sampled them.
+        self._sampled: Any = None
         if self.use_vllm:
             self.sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
         if self.use_vllm and self.vllm_mode == "colocate":
@@ -255,7 +265,15 @@ class OmniOPDTrainer(DistillationTrainer):
             step=lambda: self.state.global_step,
             chunk_weights=chunk_weights,
         )
-        self.step_metrics = Metrics(self.accelerator, args, self._metrics, lambda: self.state.global_step)
+        self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
+        self.step_metrics = Metrics(
+            self.accelerator,
+            args,
+            self._metrics,
+            lambda: self.state.global_step,
+            budget=self.teacher.budget,
+            custom_weights=chunk_weights is not None,
+        )
 
     def _check_logits(self) -> None:
         with together(self.args.process_index):
@@ -283,6 +301,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 self._warn_about_separate_folders()
                 return super().train(checkpoint, *args, **kwargs)
         finally:
+            self.is_in_train = False  # `Trainer` leaves it set when training is interrupted
             self.step_audits.release()
 
     def _checkpoint_to_resume(self, value: str | bool) -> str | None:
@@ -327,8 +346,10 @@ class OmniOPDTrainer(DistillationTrainer):
         self._buffered_inputs: Any = None
         self._is_weighted = False  # whether a chunk of the run has had a weight other than 0
         self._has_gradient = False
+        self._current_train_step_time = 0.0
+        self.step_metrics.discard("train")
         self.step_audits.start()
-        self._last_loaded_step = -1  # see `evaluate`
+        self._last_loaded_step = -1  # see `evaluation_loop`
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
 
     def _save_checkpoint(self, model, trial):
@@ -424,7 +445,9 @@ class OmniOPDTrainer(DistillationTrainer):
         if replayed is not None:
             if self.sampling_logprobs is not None:
                 self.sampling_logprobs.take()  # discard those of an evaluation
-            return replayed
+            known = [trajectory.sampling_logprobs for trajectory in replayed]
+            self._sampled = None if any(row is None for row in known) else known
+            return [trajectory.completion_ids for trajectory in replayed]
         try:
             with on_policy(self.model, self.accelerator, self.args, self.state.global_step):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -432,6 +455,7 @@ class OmniOPDTrainer(DistillationTrainer):
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
             raise
+        self._sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
         # An engine may return an empty completion, but the base class reads the last token of each.
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
 
@@ -442,12 +466,19 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         prompts = [example["prompt"] for example in inputs]
         if mode == "train":
-            self.step_audits.record(self.step_audits.trajectories(prompts, batch, mode))
+            self.step_audits.record(self.step_audits.trajectories(prompts, batch, mode, self._sampled))
             if self.args.mask_truncated_completions:
                 self._mask_truncated(batch)
         else:
             scores = student_scores(
-                self._eval_reward_funcs, inputs, batch, self._tokenizer, self.accelerator, self.state
+                self._rewards,
+                inputs,
+                batch,
+                self._tokenizer,
+                self.accelerator,
+                self.state,
+                run=self.step_audits.ask,
+                table=self._eval_samples if self.log_completions else None,
             )
             for name, total, count in scores:
                 self.step_metrics.add_global(mode, name, total, count)
@@ -507,9 +538,15 @@ class OmniOPDTrainer(DistillationTrainer):
                 unsent = {}
         pending |= self.step_audits.submit(trajectories, unsent, mode)
         in_order = range(len(prompts))
-        sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
-        if sampled is not None:
-            self.step_metrics.add_sampling(mode, sampled, [scores[b].logprobs for b in in_order])
+        if self._sampled is not None:
+            logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
+            sampled = padded_logprobs(self._sampled, lengths)
+            self.step_metrics.add_sampling(mode, sampled, logprobs)
+            if self.args.importance_sampling_correction:
+                ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
+                self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])
+                batch["importance"] = torch.ones_like(batch["weights"])
+                batch["importance"][:, : ratio.size(1)] = ratio.to(batch["weights"])
         return [pending[b] for b in in_order]
 
     def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool = True) -> None:
@@ -528,10 +565,14 @@ class OmniOPDTrainer(DistillationTrainer):
         if isinstance(collected, Failure):
             raise self._stop(collected)
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
+        if "importance" in batch:
+            batch["weights"] *= batch["importance"]
         if mode == "train" and (batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any():
             self._is_weighted = True
         audits = collected.audits
-        self.step_metrics.add_audits(mode, audits, collected.scores, collected.waited, self.teacher.is_remote)
+        self.step_metrics.add_audits(
+            mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
+        )
         usage = sum((audit.usage for audit in audits), Usage())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
 
@@ -576,35 +617,55 @@ class OmniOPDTrainer(DistillationTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode].update(self.step_metrics.take(mode))
+        if self.model.training:
+            logs.update(self.step_metrics.take("train"))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        with uncast(self.args) as dtype:
-            # As `Trainer`: not for the evaluations during training.
-            is_cast = dtype is not None and not self.is_in_train
-            with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
-                return super().evaluation_loop(*args, **kwargs)
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # With several evaluation sets, the base class calls this once per set, each with its own prefix. Without the
-        # prefix below, the metrics recorded during evaluation would all be named `eval_...`.
-        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
-        self.step_metrics.prefix = f"{name}_" if name else ""
+        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
+        if not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        return super().predict(repeated(test_dataset, self.args.num_eval_generations), ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Evaluate or predict, and return the metrics of exactly these samples, under `metric_key_prefix`.
+
+        TRL adds them when it logs: under `eval_` whatever the prefix, and only after `evaluate`. Those of a prediction
+        or of an interrupted evaluation would count in the next evaluation.
+        """
         if not self.is_in_train:
             # The base class sends the weights to vLLM once per step. Outside of training, they may change without a
             # step: a user loads others, or `load_best_model_at_end` does after the last evaluation.
             self._last_loaded_step = -1
-        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
-        if not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
+        self.step_audits.start()
+        self.step_metrics.discard("eval")
+        self._eval_samples.clear()
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with uncast(self.args) as dtype:
+                # As `Trainer`: not for the evaluations during training.
+                is_cast = dtype is not None and not self.is_in_train
+                with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
+                    output = super().evaluation_loop(
+                        dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                    )
+            metrics = self.step_metrics.take("eval")
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            if self._eval_samples and self.accelerator.is_main_process:
+                folder = Path(self.args.output_dir, "completions")
+                path = folder / f"{metric_key_prefix}_{self.state.global_step:05d}.parquet"
+                Dataset.from_list(self._eval_samples).to_parquet(path)
+            return output
         finally:
-            self.step_metrics.prefix = ""
+            self.step_metrics.discard("eval")
+            if not self.is_in_train:
+                self.step_audits.cancel()  # nothing unless the evaluation was interrupted
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
@@ -625,10 +686,11 @@ class OmniOPDTrainer(DistillationTrainer):
                     self.step_audits.release()
 
         scores, usage = teacher_scores(
-            self._eval_reward_funcs,
+            self._rewards,
             self.eval_dataset,
             self.teacher,
             ask,
+            self.step_audits.ask,
             self._recorder,
             self.accelerator,
             self.args,

@@ -129,8 +129,8 @@ class StepAudits:
 
     # ---- Trajectories ----
 
-    def replay(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
-        """Completions of the current step that the journal holds for these prompts; `None` to generate instead.
+    def replay(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
+        """Trajectories of the current step that the journal holds for these prompts; `None` to generate instead.
 
         Every process has to call it: generation is collective, so either all processes replay the step or none does.
 
@@ -154,15 +154,22 @@ class StepAudits:
         self._replays = num_stored == accelerator.num_processes
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
-        return [trajectory.completion_ids for trajectory in stored or ()] if self._replays else None
+        return stored if self._replays else None
 
-    def trajectories(self, prompts: list[Any], batch: dict[str, torch.Tensor], mode: str) -> list[Trajectory]:
+    def trajectories(
+        self,
+        prompts: list[Any],
+        batch: dict[str, torch.Tensor],
+        mode: str,
+        sampling_logprobs: list[list[float | None]] | None = None,
+    ) -> list[Trajectory]:
         """The trajectories of a batch of TRL, each with its own seed.
 
         Args:
             prompts: prompts as in the dataset.
             batch: batch with the ids and masks of prompts and completions.
             mode: `"train"` or `"eval"`.
+            sampling_logprobs: log-probabilities that each completion was sampled with; see [`Trajectory`].
         """
         prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
         key = (self._args.seed, mode, self._step(), self._accelerator.process_index)
@@ -172,6 +179,7 @@ class StepAudits:
                 prompt_ids=batch["prompt_ids"][b][prompt_masks[b]].tolist(),
                 completion_ids=batch["completion_ids"][b][completion_masks[b]].tolist(),
                 seed=random.Random(repr((*key, b))).getrandbits(31),
+                sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs[b],
             )
             for b, prompt in enumerate(prompts)
         ]

@@ -29,15 +29,16 @@ class TestRun:
             eval_on_start=True, evaluate_teacher=True, prompt_template="Solve: {question}", num_eval_generations=2
         )
         process = succeeded(train("--config", path, cwd=tmp_path))
-        table = process.stdout.strip().splitlines()[-6:]
+        table = process.stdout.strip().splitlines()[-7:]
         assert re.fullmatch(r"student before, pass@1  \d\.\d{3}", table[0])
         assert re.fullmatch(r"student after, pass@1   \d\.\d{3} \(step 2\)", table[1])
         assert re.fullmatch(r"teacher, pass@1         \d\.\d{3}", table[2])
-        assert re.fullmatch(r"wall time of training   \d+ min \d+ s", table[3])
-        read, written = re.fullmatch(r"teacher tokens          ([\d,]+) read, ([\d,]+) written", table[4]).groups()
+        assert table[3] == "reading of answers      strict"
+        assert re.fullmatch(r"wall time of training   \d+ min \d+ s", table[4])
+        read, written = re.fullmatch(r"teacher tokens          ([\d,]+) read, ([\d,]+) written", table[5]).groups()
         assert int(read.replace(",", "")) > 0
         assert int(written.replace(",", "")) > 0
-        assert table[5] == "model saved to          out"
+        assert table[6] == "model saved to          out"
         before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
         assert any((after[name] != before[name]).any() for name in before)
@@ -397,12 +398,30 @@ class TestSummarize:
             "student before, pass@1  0.000",
             "student after, pass@1   0.800 (step 8)",
             "teacher, pass@1         0.950",
+            "reading of answers      strict",
             "wall time of training   2 min 3 s",
             "teacher tokens          1,234,567 read, 89 written",
             "model saved to          out",
         ]
         assert "before" not in summarize([middle, end], seconds=1, saved_to="out")
         assert "after" not in summarize([start], seconds=1, saved_to="out")
+
+    @pytest.mark.case("U6", "R21")
+    @pytest.mark.parametrize(
+        ("dollars", "row"),
+        [
+            ((0.1234, 0.1234), "teacher cost             $0.1234"),
+            ((0.5, 12.25), "teacher cost             $0.5000, $12.2500 with earlier runs"),
+            ((0.0, 0.0), "teacher cost             $0.0000"),
+        ],
+    )
+    def test_dollars_and_reading(self, dollars, row):
+        """What the teacher has cost, and how answers were read."""
+        end = {"step": 8, "eval_pass@1": 0.8}
+        lines = summarize([end], seconds=1, dollars=dollars, lenient=True, saved_to="out").splitlines()
+        assert [" ".join(row.split())] == [" ".join(line.split()) for line in lines if "cost" in line]
+        assert any(re.fullmatch("reading of answers +lenient", line) for line in lines)
+        assert "cost" not in summarize([end], seconds=1, saved_to="out")
 
     def test_nothing_measured(self):
         """Without a score it says why there is none."""

@@ -12,10 +12,11 @@ import pytest
 
 from omniopd_trl.errors import DataError, MissingExtraError
 from omniopd_trl.evals import math, math_accuracy
+from omniopd_trl.evals.numbers import plain_number
 
 
-def score(completion, gold):
-    (reward,) = math_accuracy([completion], answer=[gold])
+def score(completion, gold, **options):
+    (reward,) = math_accuracy([completion], answer=[gold], **options)
     return reward
 
 
@@ -41,7 +42,7 @@ def score(completion, gold):
         (r"so we get \boxed{\frac{1}{3}}.", r"\frac{1}{3}"),
         (r"Answer: \sqrt{2}", r"$\sqrt{2}$"),
         (r"Answer: $2\sqrt{3}$", r"\sqrt{12}"),
-        (r"Answer: 2^{10}", "1024"),
+        (r"Answer: 2^{10}", "2^{10}"),
         (r"Answer: 3 \times 10^4", "30000"),
         ("Answer: (1, 2)", "(1,2)"),
         ("Answer: 3x + 2", "2 + 3x"),
@@ -90,6 +91,98 @@ def test_right(completion, gold):
 def test_wrong(completion, gold):
     """Wrong, empty and unreadable completions are 0.0, without an exception."""
     assert score(completion, gold) == 0.0
+
+
+@pytest.mark.case("R21")
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *((form, "1234") for form in ("1234", "1,234", "1 234", "1_234", "1234.00", "$1,234", r"\$1,234.00", "+1234")),
+        *((form, "1234") for form in (r"1{,}234", r"1\,234", r"$1234$", r"\(1234\)", r"\[1234\]", r"\boxed{1234}")),
+        *(
+            (form, "1234")
+            for form in (r"\text{1234}", r"\boxed{\text{1234 m}}", r"\mathbf{1{,}234}", "**1234**", "`1234`")
+        ),
+        *(
+            (form, "1234")
+            for form in ("1234 apples", "1234 m", "1234 km/h", "1234 m²", r"1234\text{ cm}^2", "1234-page")
+        ),
+        *(
+            (form, "1234")
+            for form in ("1234%", r"1234\%", "1234°", r"1234^{\circ}", "1234 °C", "1234 (apples)", "1234?")
+        ),
+        *((form, "1234") for form in ("x = 1234", "N = 1{,}234", r"\approx 1234", "1000 + 234 = 1234", "about 1234.")),
+        *((form, "1234") for form in ("1.234e3", r"1.234 \times 10^{3}", "1.234*10^3", r"1000 + 234 = \boxed{1234}")),
+        *((form, "0.5") for form in ("1/2", r"\frac12", r"\dfrac{1}{2}", ".5", "0.50", "50%", "50 percent", "5e-1")),
+        *((form, "1/2") for form in ("2/4", r"\frac{50}{100}", "0.5")),
+        *((form, "-3") for form in ("-3", "\u22123", "- 3", "-3.0")),
+        *((form, "1.5") for form in ("3/2", "1 1/2", r"1\frac{1}{2}")),
+        *((form, "16") for form in ("16 m^3", "16 cm^2", "a total of 16 a day")),
+        *((form, "50%") for form in ("50", "0.5", "50 percent")),
+        ("5", "$x = 5$"),
+        ("37 pears", "37 apples"),
+        ("37", "She has 12 + 30 - 5 of them.\n#### 37"),
+    ],
+)
+def test_a_number_in_any_form_is_right(answer, gold):
+    """Thousands separators, trailing zeros, units, LaTeX and scientific notation do not count."""
+    assert score(f"Answer: {answer}", gold) == 1.0
+
+
+@pytest.mark.case("R21")
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *(
+            (form, "37")
+            for form in ("12 + 30 - 5", "$12 + 30 - 5$", r"\boxed{12 + 30 - 5}", "12+30-5 apples", "37 + 0")
+        ),
+        *(
+            (form, "37")
+            for form in ("74/2", r"\frac{74}{2}", "37/1", "37 * 1", r"37 \times 1", r"37 \cdot 1", "37 x 1")
+        ),
+        *((form, "37") for form in ("37 - 0", "37 = 12 + 30 - 5", "40 minus 3", "37^1", r"\sqrt{1369}", "sqrt(1369)")),
+        *(
+            (form, "37")
+            for form in ("37 or 38", "38 or 37", "36, 37", "12, 30, 5, 37", "the sum of 12, 30 and 37", "37 7")
+        ),
+        *(
+            (form, "37")
+            for form in ("37x", "x + 37", "37 - x", r"37\pi", "minus 37", "37!", "half of 37", "37 (12 + 30 - 5)")
+        ),
+        *((form, "1024") for form in (r"2^{10}", "2^10", "2**10", r"4 \cdot 2^8", "10.24 * 10^2")),
+        *((form, "0.5") for form in ("2/4", "1 - 0.5", "1:2", "0,5")),
+        ("3", "-3"),
+        ("9e999999999", "37"),
+        ("1/0", "37"),
+    ],
+)
+def test_a_calculation_is_no_number(answer, gold):
+    """Where the right answer is a plain number, repeating the question or naming several numbers is wrong."""
+    assert score(f"Answer: {answer}", gold) == 0.0
+
+
+@pytest.mark.case("R21")
+def test_the_lenient_reading_is_an_option():
+    """It compares values, as math-verify does."""
+    assert score("Answer: 12 + 30 - 5", "37") == 0.0
+    assert score("Answer: 12 + 30 - 5", "37", lenient=True) == 1.0
+    assert score("Answer: 37 or 38", "38", lenient=True) == 1.0
+    assert score(r"Answer: 2^{10}", "1024", lenient=True) == 1.0
+    # Without a mark, the number that math-verify finds counts, if it is one.
+    assert score("First 12, then 30, then 5 less: 37.", "37") == 1.0
+    assert score("It is 12 + 30 - 5.", "37") == 0.0
+
+
+@pytest.mark.case("R21")
+@pytest.mark.parametrize(
+    "text", ["1," * 500, "1 " * 500, "\\frac" * 200, "{" * 500, "1/" * 500, "\\text{" * 200, "a^" * 400]
+)
+def test_reading_a_number_is_fast(text):
+    """Every form is read in time proportional to its length."""
+    start = time.monotonic()
+    assert plain_number(text) is None
+    assert time.monotonic() - start < 0.5
 
 
 class TestColumns:
@@ -165,7 +258,7 @@ class TestTime:
 
         monkeypatch.setattr("math_verify.grader.sympy_expr_eq", forever)
         start = time.monotonic()
-        assert score("Answer: 8", "7") == 0.0
+        assert score("Answer: 8", r"\sqrt{50}") == 0.0
         assert asked
         assert time.monotonic() - start < 5
 
@@ -185,7 +278,7 @@ class TestTime:
 
         monkeypatch.setattr("math_verify.grader.sympy_expr_eq", stubborn)
         start = time.monotonic()
-        assert score("Answer: 8", "7") == 0.0
+        assert score("Answer: 8", r"\sqrt{50}") == 0.0
         assert len(swallowed) == 2
         assert time.monotonic() - start < 4
 

@@ -5,7 +5,6 @@
 import copy
 import importlib.util
 import json
-import math
 import shutil
 
 import pytest
@@ -15,7 +14,7 @@ from transformers.utils import logging
 from trl.generation.vllm_generation import VLLMGeneration
 
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
-from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, sampling_difference
+from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs, sampling_difference
 from omniopd_trl.teachers import ScriptedTeacher, Usage
 from omniopd_trl.trainer.fingerprint import replay_key
 from tests.support.training import make_trainer
@@ -34,14 +33,14 @@ class Engine(VLLMGeneration):
 
 
 def test_the_sampled_tokens_own_logprob_is_kept():
-    """Not that of the likeliest candidate; what is no number is NaN; each generation is handed out once."""
+    """Not that of the likeliest candidate; what is no number is None; each generation is handed out once."""
     engine = Engine([[[-0.5, -2.0], [-1.0, None]], []], [[[3, 7], [3, 8]], []])
     kept = SamplingLogprobs(engine, [2])
     assert kept.take() is None
     assert engine.generate(prompts=[[1], [2]]) == engine._output
     (first, second), empty = kept.take()
     assert first == -2.0
-    assert math.isnan(second)
+    assert second is None
     assert empty == []
     assert kept.take() is None
 
@@ -69,8 +68,9 @@ def test_the_engine_is_told_what_to_return_and_where_to_stop():
 
 def test_differences_are_absolute_and_of_every_sampled_token():
     """By hand; the end that an empty completion was given was not sampled, and what is left out is not scored."""
-    logprobs = [torch.tensor([-1.0, -2.5]), torch.tensor([-9.0]), torch.tensor([])]
-    assert sampling_difference([[-1.25, -2.0], [], [-3.0]], logprobs).tolist() == [0.25, 0.5]
+    logprobs = padded_logprobs([torch.tensor([-1.0, -2.5]), torch.tensor([-9.0]), torch.tensor([])], [2, 1, 0])
+    sampled = padded_logprobs([[-1.25, -2.0], [], [-3.0]], [2, 1, 0])
+    assert sampling_difference(sampled, logprobs).tolist() == [0.25, 0.5]
 
 
 @pytest.mark.parametrize(("settings", "is_logged"), [({}, True), ({"top_p": 0.9}, False)])
@@ -82,8 +82,8 @@ def test_the_metric_and_its_warning(tmp_path, tiny_model_dir, caplog, settings, 
     sampling = SamplingLogprobs(engine, [2])
     for _ in range(2):
         engine.generate()
-        logprobs = [torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])]
-        trainer.step_metrics.add_sampling("train", sampling.take(), logprobs)
+        logprobs = padded_logprobs([torch.tensor([-1.0, -1.5]), torch.tensor([-3.0])], [2, 1])
+        trainer.step_metrics.add_sampling("train", padded_logprobs(sampling.take(), [2, 1]), logprobs)
     metrics = {name: values for name, values in trainer._metrics["train"].items() if "sampling" in name}
     name = "sampling/sampling_logp_difference"
     assert metrics == ({f"{name}/mean": [0.25, 0.25], f"{name}/max": [0.5, 0.5]} if is_logged else {})

@@ -18,12 +18,14 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def check(trainer, initial: Path, tokenizer, weight_of=None) -> dict[str, float]:
+def check(trainer, initial: Path, tokenizer, weight_of=None, sampled=None) -> dict[str, float]:
     """Check that one step of the trainer equals one step along the dense gradient; return the logged metrics."""
     perturb(trainer.model)
     gradient, student = step_and_gradient(trainer)
-    arguments = () if weight_of is None else (weight_of,)
-    loss, metrics = dense_objective(student, load(initial), trainer.batches[0], tokenizer, trainer.args, *arguments)
+    options = {} if weight_of is None else {"weight_of": weight_of}
+    if sampled is not None:
+        options["sampled"] = sampled
+    loss, metrics = dense_objective(student, load(initial), trainer.batches[0], tokenizer, trainer.args, **options)
     loss.backward()
     dense = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
     assert max(g.abs().max() for g in dense.values()) > 1e-3, "the reference has no gradient to compare with"

@@ -148,6 +148,27 @@ def similarity(chunk: str, rollout: str) -> float:
     return 1.0 - Levenshtein.distance(chunk, rollout) / longest if longest else 1.0
 
 
+def kept_log_mass(logp: torch.Tensor, token: int, args: OmniOPDConfig) -> torch.Tensor:
+    """The log-probability that transformers' filters keep, in the order in which it applies them, token by token.
+
+    `token` is kept with all that are likelier: the tests end completions with a token that was not sampled.
+    """
+    order = logp.argsort(descending=True).tolist()
+    probabilities = logp.detach().exp().tolist()
+    kept = order[: args.top_k] if args.top_k > 0 else order
+    if args.top_p < 1:
+        total, mass, nucleus = sum(probabilities[v] for v in kept), 0.0, []
+        for v in kept:
+            if mass >= args.top_p * total:
+                break
+            nucleus.append(v)
+            mass += probabilities[v]
+        kept = nucleus
+    if args.min_p:
+        kept = [v for v in kept if probabilities[v] >= args.min_p * probabilities[order[0]]]
+    return logp[sorted({*kept, *(v for v in order if probabilities[v] >= probabilities[token])})].logsumexp(0)
+
+
 def dense_objective(
     student: torch.nn.Module,
     reference: torch.nn.Module,
@@ -155,11 +176,13 @@ def dense_objective(
     tokenizer: Any,
     args: OmniOPDConfig,
     weight_of: Callable[[float], float] = lambda posterior: posterior,
+    sampled: list[list[float]] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Eq. 3 to 8 for one generation batch, one row at a time, with all logits in float64.
 
     It shares no code with the package: entropies, chunks (the greedy selection, with chunks that start at their
-    anchors), texts, rollouts, similarities, priors, posteriors and both terms of the loss are computed here.
+    anchors), texts, rollouts, similarities, priors, posteriors, importance weights and both terms of the loss are
+    computed here. `sampled` are log-probabilities of another sampler, one per token.
 
     Returns:
         The loss, with its graph to the weights of `student`, and the metrics that the trainer logs.
@@ -205,7 +228,14 @@ def dense_objective(
             k_sem = sum(similarity(text, rollout) for rollout in rollouts)
             posterior = (k_sem + args.prior_strength * prior) / (args.num_rollouts + args.prior_strength)
             posteriors.append(posterior)
-            chunk_sum = chunk_sum - weight_of(posterior) * token_logp[start:end].sum()
+            scored = token_logp[start:end]
+            if sampled is not None:
+                other = torch.tensor(sampled[b], dtype=torch.float64)[start:end]
+                ratio = (scored.detach() - other).exp().clamp(max=args.importance_sampling_clip_max)
+            else:
+                log_mass = torch.stack([kept_log_mass(logp[t], completion[t].item(), args) for t in range(start, end)])
+                scored, ratio = scored - log_mass, log_mass.detach().exp()
+            chunk_sum = chunk_sum - weight_of(posterior) * (ratio * scored).sum()
             plain_chunk_sum -= posterior * token_logp[start:end].sum().item()
             audited[start:end] = True
         kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()

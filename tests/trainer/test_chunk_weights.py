@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of chunks in a run: the controls, functions of the user's, and several processes."""
 
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -15,6 +14,7 @@ from omniopd_trl.trainer import step_audits
 from omniopd_trl.trainer.checkpoints import last_checkpoint
 from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.step_audits import PendingAudit
+from tests.support.ranks import Ranks
 from tests.support.teachers import Here, Remote
 from tests.support.training import FOUR_MICRO_BATCHES, make_trainer, questions
 
@@ -134,32 +134,6 @@ def test_a_function_decides_what_is_replayed(tmp_path, tiny_model_dir):
     assert plain == key(None)
     assert {name for name in plain if plain[name] != half[name]} == {"posterior_baseline"}
     assert half != key(lambda chunks: chunks.posteriors / 3)
-
-
-class Ranks:
-    """Two processes that exchange values, as threads."""
-
-    def __init__(self):
-        self.barrier, self.values, self.local = threading.Barrier(2, timeout=30), [None, None], threading.local()
-
-    def exchanged(self, value):
-        self.values[self.local.rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-    def gather(self, tensor):
-        return torch.cat(self.exchanged(tensor))
-
-    def gather_object(self, values):
-        return [value for rank in self.exchanged(values) for value in rank]
-
-    num_processes, device = 2, torch.device("cpu")
-
-    @property
-    def process_index(self):
-        return self.local.rank
 
 
 @pytest.mark.parametrize("baseline", ["batch", "constant", "shuffled", "trajectory"])

@@ -44,8 +44,11 @@ HOOKS = {
     "_tokenize_prompts": ["self", "prompts"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
-    "evaluation_loop": ["self", "dataloader", "description"],
+    "evaluation_loop": [
+        *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    ],
     "log": ["self", "logs", "start_time"],
+    "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
 }
 
 KERNELS = {

@@ -1,0 +1,142 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that are written as numbers, and not as a calculation.
+
+A text that repeats the question (`12 + 30 - 5`) has the value of the right answer (`37`) without answering it.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd
+
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# Formatting that is removed, in this order, before the number is read.
+_FORMATTING = (
+    (re.compile(r"[\u2212\u2013]"), "-"),
+    (re.compile(r"[\u00a0\u2007\u2009\u202f]|\\[ ;:,!]|~"), " "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\(?:left|right|displaystyle|textstyle|quad|qquad|circ|degree)\b|\\[()\[\]]"), " "),
+    (re.compile(r"(?<=\d)_(?=\d{3})"), ""),
+    (re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)"), r" \1\3/\2\4 "),
+    (re.compile(r"\\times\b|\\cdot\b|[\u00d7\u00b7]"), "*"),
+    (re.compile(r"\\approx\b|\u2248"), "="),
+    (re.compile(r"\\[%$€£]|[$€£]|\*\*"), lambda found: "%" if "%" in found[0] else " "),
+    # The exponent of a unit, and indices.
+    (
+        re.compile(
+            r"(?<=[^\W\d_])\s*\^\s*\{?-?[1-4]\}?|\^\s*\{?\s*\}?(?=\s|$)|[\u00b2\u00b3\u00b0]|(?<=[^\W\d_])_\{?\w+\}?"
+        ),
+        " ",
+    ),
+)
+_INTEGER = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d{1,3}(?:[ ]\d{3})+|\d+)"
+_NUMBER = re.compile(
+    rf"""(?P<sign>[+-]\s?)?
+    (?:(?P<whole>\d+)\s+(?P<part>\d+)\s?/\s?(?P<parts>\d+)           # 1 1/2
+      |(?P<numerator>{_INTEGER})\s?/\s?(?P<denominator>{_INTEGER})   # 1/2
+      |(?P<decimal>{_INTEGER}(?:\.\d*)?|\.\d+)
+       (?:(?:\s?[*x]\s?10\s?\^\s?\{{?|[eE])(?P<exponent>[+-]?\d{{1,3}})\}}?)?
+    )(?!\d)(?:\s?(?P<percent>%|percent\b))?""",
+    re.VERBOSE,
+)
+# What a text may not hold beside its number: other numbers, operators, commands, and words that calculate.
+_CALCULATES = re.compile(
+    r"[\d+*^=<>!|\\√÷]"
+    r"|\b(?:sqrt|log|ln|exp|sin|cos|tan|abs|mod|half|double|twice|squared|cubed|factorial|minus|plus|times|negative)\b",
+    re.IGNORECASE,
+)
+# Units that math-verify takes for variables when they have an exponent.
+_UNITS = re.compile(r"\b[mgshlLNJWVK]\b")
+
+
+@dataclass(frozen=True)
+class PlainNumber:
+    """A number that is written as one.
+
+    Attributes:
+        values: its value; for a percentage also the value without its sign, since both are written.
+        is_fraction: whether it is written as `a/b`.
+        is_reduced: whether it is a decimal, a mixed number, or a fraction in lowest terms that is not an integer.
+        has_words: whether letters stand beside it that are not a unit of one letter. They may name a variable.
+    """
+
+    values: frozenset[Fraction]
+    is_fraction: bool
+    is_reduced: bool
+    has_words: bool
+
+    def equals(self, answer: "PlainNumber") -> bool:
+        """Whether an answer gives this number, to six decimals.
+
+        `74/2` is a calculation where the number is 37 or 0.5, and a number where it is itself written as a fraction.
+        """
+        is_number = answer.is_reduced or self.is_fraction
+        return is_number and bool(
+            {round(value, 6) for value in self.values} & {round(value, 6) for value in answer.values}
+        )
+
+
+def plain_number(text: str) -> PlainNumber | None:
+    r"""The number that a text consists of, apart from its formatting and words without a number.
+
+    Formatting is a thousands separator, a trailing zero, a unit, a currency, a percent sign, `\boxed{}`, `\text{}`,
+    `$...$` and the like, scientific notation, and everything before the last equals sign (`x = 37`).
+
+    Returns:
+        The number; `None` if the text has none, several, or a calculation.
+
+    Example:
+        ```python
+        plain_number(r"\boxed{1{,}234.50\text{ cm}^2}")  # 1234.5
+        plain_number("12 + 30 - 5")  # None
+        ```
+    """
+    boxed = _BOXED.findall(text)
+    text = boxed[-1] if boxed else text
+    for pattern, replacement in _FORMATTING:
+        text = pattern.sub(replacement, text)
+    text = text.rpartition("=")[2]
+    found = _NUMBER.search(text)
+    if found is None:
+        return None
+    before, after = text[: found.start()], text[found.end() :]
+    if _CALCULATES.search(before) or _CALCULATES.search(after) or re.match(r"\s*[/-](?!\s?[^\W\d_])", after):
+        return None
+    number = _value(found)
+    if number is None:
+        return None
+    value, is_reduced = number
+    return PlainNumber(
+        frozenset({value, value / 100} if found["percent"] else {value}),
+        is_fraction=found["numerator"] is not None,
+        is_reduced=is_reduced,
+        has_words=bool(re.search(r"[^\W\d_]", _UNITS.sub("", f"{before}|{after}"))),
+    )
+
+
+def _value(found: re.Match[str]) -> tuple[Fraction, bool] | None:
+    """The value and whether it is in lowest terms; `None` for a division by zero or an unusual exponent."""
+
+    def integer(name: str) -> int:
+        return int(re.sub(r"[ ,]", "", found[name]))
+
+    sign = -1 if (found["sign"] or "").startswith("-") else 1
+    if found["parts"] is not None:
+        return (
+            (sign * (integer("whole") + Fraction(integer("part"), integer("parts"))), True)
+            if integer("parts")
+            else None
+        )
+    if found["denominator"] is not None:
+        numerator, denominator = integer("numerator"), integer("denominator")
+        if not denominator:
+            return None
+        return sign * Fraction(numerator, denominator), denominator > 1 and gcd(numerator, denominator) == 1
+    value = Fraction(re.sub(r"[ ,]", "", found["decimal"]).rstrip(".") or "0")
+    if found["exponent"] is not None:
+        if not 1 <= value < 10:
+            return None  # a product, and not scientific notation
+        value *= Fraction(10) ** int(found["exponent"])
+    return sign * value, True
