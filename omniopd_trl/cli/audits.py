@@ -46,6 +46,10 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     report.add_argument("-o", "--output", metavar="FILE", help="the file (default: report.html in the first RUN_DIR)")
     report.add_argument("--figures", metavar="DIR", help="also write the figures as PNG and SVG to this folder")
     report.add_argument(
+        "--live", action="store_true", help="serve the page on this machine, and update it while the run writes"
+    )
+    report.add_argument("--port", type=int, default=8642, metavar="P", help="port of --live (default: 8642; 0: any)")
+    report.add_argument(
         "--max_mib",
         type=float,
         default=20.0,
@@ -116,10 +120,14 @@ def write_report(options: argparse.Namespace) -> None:
     """Write the page, and the figures if asked.
 
     Raises:
+        ConfigError: when the port of `--live` cannot be used.
         DataError: when a folder holds no audits.
         JournalError: when a journal cannot be read.
         MissingExtraError: when matplotlib is not installed.
     """
+    if options.live:
+        serve(options)
+        return
     from omniopd_trl.report.figures import Figure
     from omniopd_trl.report.page import write_page
     from omniopd_trl.report.runs import Run
@@ -134,3 +142,16 @@ def write_report(options: argparse.Namespace) -> None:
         for figure in Figure.all(runs):
             figure.write(folder)
         sys.stdout.write(f"Wrote the figures to {folder}.\n")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from omniopd_trl.report.live import LiveReport, make_server
+    from omniopd_trl.report.runs import Run
+
+    for folder in options.folders:
+        Run(folder)  # refuses a folder without audits
+    with make_server(LiveReport(options.folders, options.max_mib), options.port) as server:
+        sys.stdout.write(f"The report is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.\n")
+        sys.stdout.flush()
+        server.serve_forever()
