@@ -72,7 +72,7 @@ def show_audits(options: argparse.Namespace) -> None:
         DataError: when there are none.
         JournalError: when the journal cannot be read.
     """
-    from omniopd_trl.journal.reader import read_audits
+    from omniopd_trl.journal.browse import read_audits
     from omniopd_trl.report.runs import Run, text_of_prompt
     from omniopd_trl.report.terminal import AuditedChunk, as_json, chunks_of, print_audits
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from omniopd_trl.journal.reader import AuditedTrajectory, read_audits
+from omniopd_trl.journal.browse import AuditedTrajectory, read_audits
 from omniopd_trl.report.figures import Figure
 from omniopd_trl.report.runs import Run, text_of_prompt
 

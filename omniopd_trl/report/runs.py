@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from omniopd_trl.errors import DataError
-from omniopd_trl.journal.reader import AuditedTrajectory, AuditPlace, list_audits, read_logs, read_settings, spent
+from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, list_audits, read_logs, read_settings
+from omniopd_trl.journal.reader import spent
 
 
 class Run:

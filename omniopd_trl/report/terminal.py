@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from omniopd_trl.journal.reader import AuditedTrajectory, ShownChunk
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
 from omniopd_trl.report.runs import Run, text_of_prompt
 
 # Characters of the student's text that are shown before a chunk, and of the prompt.
