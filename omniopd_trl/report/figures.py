@@ -45,8 +45,8 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "share",
         {
             "audit/dropped_chunks": "dropped chunks",
-            "audit/zero_similarity": "chunks with similarity 0",
-            "audit/full_similarity": "chunks with similarity 1",
+            "audit/frac_similarity_zero": "chunks with similarity 0",
+            "audit/frac_similarity_one": "chunks with similarity 1",
             "audit/duplicate_rollouts": "duplicate rollouts",
             "audit/short_rollouts": "short rollouts",
         },
@@ -73,7 +73,7 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             "teacher/completion_tokens": "written",
         },
     ),
-    ("dollars", "Cost so far", "US dollars", {"teacher/total_usd": "dollars"}),
+    ("dollars", "Cost so far", "US dollars", {"teacher/usd_total": "dollars"}),
     ("waiting", "Waiting for the teacher", "seconds per step", {"teacher/wait_seconds": "waiting"}),
     ("length", "Length of completions", "tokens", {"completions/mean_length": "mean"}),
 )

@@ -92,8 +92,9 @@ def training_section(
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
     terms = f"\n\n{TERMS}" if is_remote else ""
     return (
-        "### Distillation\n\nThe student wrote its own solutions. At its most uncertain places, the teacher wrote what "
-        f"it would have said next, as text, and their similarity was the training signal.\n\n{table}{terms}\n\n"
+        "### Distillation\n\nThe student wrote its own solutions. At its most uncertain places, the teacher wrote "
+        "what it would have said next, as text, and their similarity was the training signal.\n\n"
+        f"{table}{terms}\n\n"
     )
 
 
