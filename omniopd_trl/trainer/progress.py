@@ -26,7 +26,7 @@ def describe(logs: Mapping[str, Any], step: int, num_steps: int) -> str | None:
     if "train_runtime" in logs:
         return None
     scores = {name: value for name, value in logs.items() if name.startswith("eval_") and "pass@1" in name}
-    is_evaluation = "eval_runtime" in logs or "eval_loss" in logs
+    is_evaluation = any(name.startswith("eval_") for name in logs)
     parts = [f"evaluation at step {step}" if is_evaluation else f"step {step} of {num_steps}"]
     # A name of an evaluation set, or of a function, is a part of the metric's name.
     parts += [
