@@ -5,21 +5,35 @@
 This module works on text and numbers only and does not depend on the trainer.
 """
 
+import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.alignment import Alignment
 from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
+from omniopd_trl.errors import OmniOPDError, WarnOnce
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
-from omniopd_trl.teachers.base import Prefix, SamplingRequest, Teacher, TeacherReply, replies_of
+from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, replies_of
 
 # The teacher has its own tokenizer. Rollouts are requested with this many times the chunk's length, and are then cut
 # to the chunk's length in student tokens.
 TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
+
+
+class Answered(NamedTuple):
+    """A trajectory with its chunks, the texts before and in each chunk, and the teacher's reply for each."""
+
+    trajectory: Trajectory
+    scores: PolicyScores
+    chunks: list[Chunk]
+    texts: list[tuple[str, str]]
+    replies: list[TeacherReply]
 
 
 class Auditor:
@@ -43,6 +57,10 @@ class Auditor:
         self.alignment = Alignment(tokenizer)
         self.settings = settings
         self.similarity = similarity
+        # A slow similarity must not delay the event loop, whose requests have time limits. One thread scores one
+        # trajectory at a time, since a custom similarity may not be thread-safe.
+        self.scoring = ThreadPoolExecutor(1, thread_name_prefix="omniopd-scoring")
+        self._warn_once = WarnOnce(__name__)
 
     def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
         """The chunks of a trajectory (Eq. 7)."""
@@ -69,10 +87,15 @@ class Auditor:
 
         Raises:
             TeacherError: when the teacher cannot answer and asking again will not help.
+            Exception: the similarity's own, as [`score`] says.
         """
+        return await self.score_later(await self.ask(trajectory, scores, ledger))
+
+    async def ask(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Answered:
+        """Ask the teacher for the rollouts of one trajectory; see [`audit`]."""
         chunks = self.select(trajectory, scores)
         if not chunks:
-            return Audit()
+            return Answered(trajectory, scores, [], [], [])
         texts = self.alignment.split_texts(trajectory.completion_ids, chunks)
         request = SamplingRequest(
             num_samples=self.settings.num_rollouts,
@@ -83,22 +106,30 @@ class Auditor:
             ledger=ledger,
         )
         replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
-        return self.score(trajectory, scores, chunks, texts, replies)
+        return Answered(trajectory, scores, chunks, texts, replies)
 
-    def score(
-        self,
-        trajectory: Trajectory,
-        scores: PolicyScores,
-        chunks: list[Chunk],
-        texts: list[tuple[str, str]],
-        replies: list[TeacherReply],
-    ) -> Audit:
-        """Compute posteriors from the teacher's replies (Eq. 3, 4, 5). A chunk with too few rollouts is dropped."""
+    async def score_later(self, answered: Answered) -> Audit:
+        """Score a trajectory in the thread for it; see [`score`]."""
+        return await asyncio.get_running_loop().run_in_executor(self.scoring, self.score, answered)
+
+    def score(self, answered: Answered) -> Audit:
+        """Compute posteriors from the teacher's replies (Eq. 3, 4, 5). A chunk with too few rollouts is dropped.
+
+        A rollout that cannot be encoded, or for which the similarity raises an error, is set aside: it is counted as
+        missing, and a warning quotes it. A similarity that raises an error for each of several rollouts, or returns
+        no number in [0, 1], is a bug, and its error is raised.
+        """
+        trajectory, scores, chunks, texts, replies = answered
         chunk_texts = [text for _, text in texts]
-        rollouts, num_short = self.alignment.cut(
-            trajectory.completion_ids, chunks, chunk_texts, [reply.rollouts for reply in replies]
-        )
-        matrix = similarity_matrix(chunk_texts, rollouts, self.similarity)
+        given = [reply.rollouts for reply in replies]
+        set_aside: list[str] = []
+        try:
+            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
+        except OmniOPDError:
+            raise
+        except Exception as error:
+            given, set_aside = self._set_aside(trajectory, chunks, chunk_texts, given, error)
+            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
         audits = []
         for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
             if len(answers) < self.settings.min_rollouts:
@@ -114,6 +145,60 @@ class Auditor:
             num_rollouts=sum(map(len, rollouts)),
             num_short=num_short,
             usage=sum((reply.usage for reply in replies), Usage()),
-            failures=tuple(reply.failure for reply in replies if reply.failure is not None),
+            num_set_aside=len(set_aside),
+            failures=(*(reply.failure for reply in replies if reply.failure is not None), *set_aside),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
         )
+
+    def _compare(
+        self, trajectory: Trajectory, chunks: list[Chunk], texts: list[str], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[str]], int, list[list[float]]]:
+        """The cut rollouts of each chunk, the number of short ones, and their similarities.
+
+        Without any rollout, the chunks' own texts are not encoded: they are of no use then.
+        """
+        if not any(rollouts):
+            return [[] for _ in chunks], 0, [[] for _ in chunks]
+        cut, num_short = self.alignment.cut(trajectory.completion_ids, chunks, texts, rollouts)
+        return cut, num_short, similarity_matrix(texts, cut, self.similarity)
+
+    def _set_aside(
+        self,
+        trajectory: Trajectory,
+        chunks: list[Chunk],
+        texts: list[str],
+        rollouts: Sequence[Sequence[Rollout]],
+        error: Exception,
+    ) -> tuple[list[tuple[Rollout, ...]], list[str]]:
+        """The rollouts that can be scored, each tried alone, and the reason for each of the others.
+
+        Raises:
+            Exception: `error`, when the similarity fails for each of several rollouts.
+        """
+        kept, reasons, num_encoded, num_failed = [], [], 0, 0
+        for chunk, text, of_chunk in zip(chunks, texts, rollouts, strict=True):
+            scored = []
+            for rollout in of_chunk:
+                what = "encoded with the student's tokenizer"
+                try:
+                    ((cut,),), _ = self.alignment.cut(trajectory.completion_ids, [chunk], [text], [[rollout]])
+                    what = "scored by the similarity"
+                    num_encoded += 1
+                    similarity_matrix([text], [[cut]], self.similarity)
+                except OmniOPDError:
+                    raise
+                except Exception as caught:
+                    num_failed += what.startswith("scored")
+                    why = f"a rollout cannot be {what} ({type(caught).__name__}: {caught})"
+                    reasons.append(why)
+                    self._warn_once(
+                        f"{why[0].upper()}{why[1:]}, and is set aside, like others of this kind. It is "
+                        f"{rollout.text!r:.200}, and its chunk is {text!r:.200}.",
+                        f"{what} {type(caught).__name__}",
+                    )
+                else:
+                    scored.append(rollout)
+            kept.append(tuple(scored))
+        if num_failed == num_encoded > 1:
+            raise error
+        return kept, reasons

@@ -122,6 +122,7 @@ class Audit:
         num_rollouts: rollouts that the teacher returned.
         num_short: rollouts that ended at the teacher's token limit before they filled their chunk. The teacher's
             tokens are shorter than expected, and the similarity is less accurate.
+        num_set_aside: rollouts that could not be encoded or scored. They are not part of `num_rollouts`.
         usage: tokens used.
         failures: reasons for missing rollouts, as the teacher reports them.
         outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
@@ -131,6 +132,7 @@ class Audit:
     num_dropped: int = 0
     num_rollouts: int = 0
     num_short: int = 0
+    num_set_aside: int = 0
     usage: Usage = field(default_factory=Usage)
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)

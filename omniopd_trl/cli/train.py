@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.noise import filter_noise
 from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, split_config
-from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+from omniopd_trl.errors import ConfigError, OmniOPDError
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -32,32 +32,29 @@ if TYPE_CHECKING:
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 
-def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from.
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool:
+    """What to resume from, as `trainer.train` takes it.
 
     Args:
         value: `True` or `"true"` for the last checkpoint in `output_dir`, the path of a checkpoint, or `None`.
         output_dir: folder of the earlier checkpoints.
 
     Returns:
-        The path of the checkpoint; `None` to start from the beginning.
+        The path of the checkpoint; `True` to replay the journal from step 0; `False` to start over. With several
+        processes, `True` stands for the last checkpoint as well: the trainer compares what they find.
 
     Raises:
-        DataError: when the checkpoint does not exist.
+        DataError: when there is nothing to resume from.
     """
-    from omniopd_trl.trainer.checkpoints import last_checkpoint
+    from omniopd_trl.trainer.checkpoints import resume_point
 
     text = str(value).lower()
     if value is None or text in ("false", "none", ""):
-        return None
-    if text == "true":
-        return last_checkpoint(output_dir)
-    if not os.path.isdir(str(value)):
-        raise DataError(
-            f"`resume_from_checkpoint` is {value!r}, and there is no such folder. Give the path of a checkpoint-N "
-            "folder, or `true` for the last one in `output_dir`."
-        )
-    return str(value)
+        return False
+    wanted = True if text == "true" else str(value)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return wanted
+    return resume_point(wanted, output_dir) or True
 
 
 def summarize(
@@ -272,12 +269,11 @@ def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str
 
     if args is None or step is None:
         return "Interrupted outside of the training's steps."
-    try:
-        kept = f"The last checkpoint is {last_checkpoint(str(args.output_dir))}."
-        advice = "Resume with --resume_from_checkpoint true"
-    except DataError:
-        kept = "There is no checkpoint."
-        advice = "The same command starts over"
+    checkpoint = last_checkpoint(str(args.output_dir))
+    kept = "There is no checkpoint." if checkpoint is None else f"The last checkpoint is {checkpoint}."
+    if checkpoint is None and not args.save_audits:
+        return f"Interrupted at step {step}. {kept} The same command starts over."
+    advice = "Resume with --resume_from_checkpoint true"
     if args.save_audits:
         advice += "; what the journal holds is replayed, and not paid for again"
     return f"Interrupted at step {step}. {kept} {advice}."

@@ -12,7 +12,7 @@ from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.journal.file import check_version, connect, explained, journal_path
-from omniopd_trl.journal.records import decode, restore_chunks
+from omniopd_trl.journal.records import ENTROPY_UNIT, decode, restore_chunks
 from omniopd_trl.journal.schema import TOKENS
 
 
@@ -134,7 +134,12 @@ def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics that the runs in a folder logged, in order."""
-    return []
+    return [
+        decode(path, row)
+        for rank, path, db in _journals(output_dir)
+        if rank == 0 and _has(db, "logs")
+        for row in db.execute("SELECT * FROM logs ORDER BY id")
+    ]
 
 
 def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTrajectory:
@@ -149,6 +154,12 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         f"SELECT {', '.join(TOKENS)}, usd FROM usage WHERE session = ? AND step = ? AND idx = ?",
         (session, place.step, place.index),
     ).fetchone() or (*astuple(Usage()), None)
+    entropies: list[float] = []
+    weights: list[float | None] = [None] * len(values["chunks"])
+    shown = _has(db, "shown") and db.execute("SELECT * FROM shown WHERE attempt = ? AND idx = ?", key).fetchone()
+    if shown:
+        steps, weights = decode(path, shown)
+        entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = restore_chunks(values["chunks"])
     return AuditedTrajectory(
         place.step,
@@ -157,13 +168,19 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         teacher,
         prompt,
         tuple(completion_ids),
-        tuple(ShownChunk(*span, *rest) for span, *rest in chunks),
+        tuple(ShownChunk(*span, *rest, weight) for (span, *rest), weight in zip(chunks, weights, strict=True)),
+        tuple(entropies),
         usage=Usage(*tokens),
         usd=usd,
         num_dropped=values["num_dropped"],
         failures=tuple(values["failures"]),
         outcomes=values["outcomes"],
     )
+
+
+def _has(db: sqlite3.Connection, table: str) -> bool:
+    """Whether a journal has this table, which earlier versions do not have."""
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
 
 def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:

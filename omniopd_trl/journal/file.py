@@ -11,12 +11,29 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.journal.schema import APPLICATION_ID, SCHEMA_VERSION, SCHEMAS, JournalError, ProcessCountError
+from omniopd_trl.journal.schema import (
+    APPLICATION_ID,
+    COUNTS,
+    READ_IN_PART,
+    SCHEMA_VERSION,
+    SCHEMAS,
+    JournalError,
+    ProcessCountError,
+)
 
 
 def journal_path(output_dir: str | os.PathLike[str], rank: int) -> Path:
     """The journal of a process. A push to the Hub skips names that begin with an underscore."""
     return Path(output_dir) / "_audits" / f"rank-{rank}.sqlite"
+
+
+def journals_of(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The journals of all processes in a folder."""
+    return sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite"))
+
+
+def lock_path(path: Path) -> Path:
+    return Path(f"{path}.lock")
 
 
 def hold_lock(path: Path) -> sqlite3.Connection:
@@ -26,11 +43,13 @@ def hold_lock(path: Path) -> sqlite3.Connection:
     their process and are not inherited by its children: a data loader's worker that outlives a killed run does not
     hold them.
     """
-    lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+    lock = sqlite3.connect(lock_path(path), timeout=0, isolation_level=None, check_same_thread=False)
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         lock.close()
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # such as a full disk
+            raise
         raise JournalError(
             f"The journal {path} is in use by another process ({error}), and two runs cannot share one. Wait for it "
             "to end or stop it, or choose another output folder."
@@ -89,24 +108,52 @@ def damage_error(path: Path, what: object) -> JournalError:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Add the missing tables to a journal of the previous version."""
+    """Add the missing tables to a journal of an earlier version."""
     there = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for table, statement in SCHEMAS[SCHEMA_VERSION].items():
         if table not in there:
             db.execute(statement)
+    if "progress" not in there:
+        for row in db.execute(COUNTS).fetchall():
+            db.execute("INSERT INTO progress VALUES (?, ?, ?, ?, ?)", (*row, checksum_of(row)))
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def check(db: sqlite3.Connection, path: Path) -> None:
-    schema = SCHEMAS[check_version(db, path)]
+    """Check a journal for damage before it is used, in a time that does not depend on the number of audits.
+
+    The small tables are checked here. `Journal` checks the records of a step before the step is replayed, and usage
+    before it is summed. A file of an earlier version has no counts to compare with, so all of it is checked once.
+    """
+    version = check_version(db, path)
+    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != SCHEMAS[version]:
+        raise damage_error(path, "its tables are not those of a journal")
+    for table in SCHEMAS[version]:
+        if table not in READ_IN_PART or version < SCHEMA_VERSION:
+            check_table(db, path, table)
+
+
+def check_table(db: sqlite3.Connection, path: Path, table: str) -> None:
+    """Check the pages, the index and the checksums of one table."""
     # Not `quick_check`: it does not check that an index covers every row.
-    (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    (result,) = db.execute(f"PRAGMA integrity_check('{table}')").fetchone()
     if result != "ok":
         raise damage_error(path, " ".join(result.split()))
-    if dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")) != schema:
-        raise damage_error(path, "its tables are not those of a journal")
-    for table in schema:
-        check_values(db, path, table)
+    for *values, checksum in db.execute(f"SELECT * FROM {table}"):
+        if checksum != checksum_of(values):
+            raise damage_error(path, f"the checksum of a row of {table!r} does not match")
+
+
+def check_size(path: Path) -> None:
+    """Check that the end of the file is there. With a log, it may be shorter: its last pages are in the log."""
+    log = Path(f"{path}-wal")
+    if log.exists() and log.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        header = file.read(32).ljust(32, b"\0")
+    page_size, pages = struct.unpack(">16xH10xI", header)
+    if path.stat().st_size < max(page_size, 1) * pages:
+        raise damage_error(path, "its end is missing")
 
 
 def check_version(db: sqlite3.Connection, path: Path) -> int:
@@ -164,12 +211,6 @@ def _log_checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, 
         first = (first + a + second) & 0xFFFFFFFF
         second = (second + b + first) & 0xFFFFFFFF
     return first, second
-
-
-def check_values(db: sqlite3.Connection, path: Path, table: str) -> None:
-    for *values, checksum in db.execute(f"SELECT * FROM {table}"):
-        if checksum != checksum_of(values):
-            raise damage_error(path, f"the checksum of a row of {table!r} does not match")
 
 
 def check_num_processes(db: sqlite3.Connection, path: Path, num_processes: int) -> None:

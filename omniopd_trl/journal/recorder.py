@@ -3,7 +3,7 @@
 """Records of a run on disk: trajectories, audits, and every paid request."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Ledger, Usage
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import WarnOnce
-from omniopd_trl.journal.schema import NotReplayed, ProcessCountError
+from omniopd_trl.journal.schema import JournalError, NotReplayed, ProcessCountError, Shown
 from omniopd_trl.journal.store import Journal
 
 logger = logging.getLogger(__name__)
@@ -34,29 +34,31 @@ class Recorder(Ledger):
         # Usage and cost while no journal was open: the probe, and an evaluation after training.
         self._unrecorded: list[tuple[Usage, float | None]] = []
         self._begun = False
+        self._replay = False
         self._warns = True
         self._warn_once = WarnOnce(__name__)
 
     @contextmanager
-    def open(self, path: Path, budget: Budget | None, **settings: Any) -> Iterator[None]:
+    def open(self, path: Path, budget: Budget | None, *, replay: bool, **settings: Any) -> Iterator[None]:
         """Write to the journal at `path` inside this block. After it, other processes may use the folder.
 
         Args:
             path: the journal of this process.
             budget: budget of the teacher, if it has one. Its requests in flight are recorded before they are sent.
-            **settings: keyword arguments of `Journal`.
+            replay: whether earlier records are replayed.
+            **settings: other keyword arguments of `Journal`.
 
         Raises:
             JournalError: as `Journal`.
         """
         try:
-            journal = Journal(path, **settings)
+            journal = Journal(path, **settings, replay=replay)
         except ProcessCountError as error:
             logger.warning("%s What it holds is not replayed: the teacher is asked again.", error)
             journal = Journal(path, **settings, replay=False)
         with journal:
             self.journal = journal
-            self._begun, self._warn_once = False, WarnOnce(__name__)
+            self._begun, self._replay, self._warn_once = False, replay, WarnOnce(__name__)
             self._warns = settings["rank"] == 0  # the journals of the others hold the same steps
             while self._unrecorded:
                 self.paid(*self._unrecorded.pop())
@@ -68,6 +70,23 @@ class Recorder(Ledger):
                 yield
             finally:
                 self.journal = None
+
+    def show(self, shown: Iterable[Shown]) -> None:
+        """Write what people want to see of the current step's audits, if a journal is open."""
+        if self.journal is not None:
+            self._write_for_people(lambda journal: journal.record_shown(self._step(), shown), self.journal)
+
+    def log(self, logs: Mapping[str, Any]) -> None:
+        """Write an entry of the trainer's log, if a journal is open."""
+        if self.journal is not None:
+            self._write_for_people(lambda journal: journal.record_log(logs), self.journal)
+
+    def _write_for_people(self, write: Callable[[Journal], None], journal: Journal) -> None:
+        """Write what no run reads again. If it cannot be written, the run continues: the next audit will tell."""
+        try:
+            write(journal)
+        except JournalError as error:
+            self._warn_once(f"`omniopd audits` and `omniopd report` will be incomplete: {error}", "for people")
 
     def paid(self, usage: Usage, usd: float | None) -> None:
         if self.journal is None:
@@ -85,9 +104,7 @@ class Recorder(Ledger):
             return None
         if not self._begun:  # the number of the first step is not known earlier
             self._begun = True
-            not_replayed = self.journal.begin(self._step())
-            if not_replayed is not None and self._warns:
-                _warn_about_steps_that_are_paid_for_again(not_replayed)
+            self._begin(self.journal)
         trajectories = self.journal.trajectories(self._step())
         if trajectories is None:
             return None
@@ -101,6 +118,38 @@ class Recorder(Ledger):
                 )
             return None
         return trajectories
+
+    def _begin(self, journal: Journal) -> None:
+        """Say what the first step of a run means for the records of earlier runs."""
+        step = self._step()
+        not_replayed = journal.begin(step)
+        if not self._warns:
+            return
+        if not_replayed is not None:
+            _warn_about_steps_that_are_paid_for_again(not_replayed)
+        if not self._replay and (earlier := journal.num_earlier_steps()):
+            logger.warning(
+                "This run starts over. %s of an earlier run in %s not replayed: the teacher is asked and paid again, "
+                "and what was spent counts. To replay, stop this run now and start it with "
+                "resume_from_checkpoint=True (`--resume_from_checkpoint true`).",
+                "1 recorded step" if earlier == 1 else f"{earlier} recorded steps",
+                f"{journal.path.parent} {'is' if earlier == 1 else 'are'}",
+            )
+        if self._replay and (last := journal.last_step) is not None and last < step - 1:
+            logger.warning(
+                "The checkpoint of step %s is not of the newest run in this folder, which has recorded steps up to "
+                "%s. To continue that run, set resume_from_checkpoint to the path of its last checkpoint.",
+                step,
+                last,
+            )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a fast tokenizer beside the journals, for the texts of single tokens in `omniopd report`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    path = folder / "tokenizer.json"
+    if backend is not None and not path.exists():
+        path.write_text(backend.to_str(), "utf-8")
 
 
 def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:
@@ -130,8 +179,8 @@ def _warn_about_steps_that_are_paid_for_again(what: NotReplayed) -> None:
     if what.superseded:
         logger.warning(
             "%s recorded %s not replayed, since a run with other settings has trained in this folder after it was "
-            "recorded, and the checkpoint may be from that run: the teacher is asked again and paid again. A run that "
-            "starts from the beginning, without resume_from_checkpoint, replays what these settings have recorded.",
+            "recorded, and the checkpoint may be from that run: the teacher is asked again and paid again. Without "
+            "checkpoints in the folder, resume_from_checkpoint=True replays from step 0 what these settings recorded.",
             what.superseded,
             "step is" if what.superseded == 1 else "steps are",
         )

@@ -11,6 +11,9 @@ from typing import Any
 from omniopd_trl.journal.file import checksum_of, damage_error
 from omniopd_trl.journal.schema import JournalError
 
+# Entropies are recorded as multiples of this, in nats.
+ENTROPY_UNIT = 0.02
+
 
 def encode(value: Any) -> bytes:
     try:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audits that are paid for once: replayed from the journal if recorded, otherwise requested."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,10 @@ from typing import Any
 from omniopd_trl.accounting.usage import KeptAnswers, Ledger, Usage
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.journal.store import Journal
+
+logger = logging.getLogger(__name__)
 
 
 class AuditLedger(Ledger):
@@ -23,6 +27,7 @@ class AuditLedger(Ledger):
 
     Attributes:
         usage: usage counted so far.
+        num_kept: number of requests whose answers the journal holds.
     """
 
     def __init__(self, journal: Journal, step: int, index: int):
@@ -31,6 +36,7 @@ class AuditLedger(Ledger):
         self._step = step
         self._index = index
         self._kept = journal.answers(step, index)
+        self.num_kept = len(self._kept)
         self._times = Counter[str]()
 
     def paid(self, usage: Usage, usd: float | None) -> None:
@@ -59,7 +65,8 @@ async def audit_or_replay(
 
     Each request is counted as soon as it is answered. A teacher behind a service records the answer together with its
     cost. The finished audit is recorded before it is returned, in place of its answers. When a run is killed, no
-    answer is lost and none is paid for twice.
+    answer is lost and none is paid for twice. Answers of an earlier run that raise an error when they are read are set
+    aside.
 
     Args:
         auditor: auditor that sends requests to the teacher.
@@ -83,7 +90,26 @@ async def audit_or_replay(
     if stored is not None:
         return replace(stored, usage=Usage(), outcomes={})
     ledger = AuditLedger(journal, step, index)
-    audit = await auditor.audit(trajectory, scores, ledger)
+    try:
+        answered = await auditor.ask(trajectory, scores, ledger)
+    except OmniOPDError:
+        raise
+    except Exception as error:
+        if not ledger.num_kept:
+            raise
+        # Otherwise each resumed run would read the same answers and end here.
+        logger.warning(
+            "%s answers that the journal holds for trajectory %s of step %s cannot be used (%s: %s). They are set "
+            "aside, and the teacher is asked again.",
+            journal.set_aside(step, index),
+            index,
+            step,
+            type(error).__name__,
+            error,
+        )
+        ledger = AuditLedger(journal, step, index)
+        answered = await auditor.ask(trajectory, scores, ledger)
+    audit = await auditor.score_later(answered)
     if ledger.usage == Usage():  # a teacher that does not account for its requests
         ledger.paid(audit.usage, None)
     journal.record(step, index, audit)

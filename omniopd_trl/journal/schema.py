@@ -8,7 +8,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import OmniOPDError
 
 APPLICATION_ID = 0x4F4D4E49  # "OMNI", in the header of the file
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 TOKENS = [field.name for field in fields(Usage)]
 
@@ -25,17 +25,33 @@ TABLES = {
     # At most one row: of the session that writes, while it has requests in flight.
     "under_way": "session INTEGER PRIMARY KEY, step, tokens, usd, checksum",
 }
-# Tables that the current version added. A file of the previous version gets them when it is opened.
+# Tables that each later version added. A file of an earlier version gets them when it is opened.
 ADDED = {
-    # The settings from which the fingerprint of a session is computed.
-    "settings": "session INTEGER PRIMARY KEY, payload, checksum",
-    # Answers for audits that are not finished.
-    "answers": "attempt, idx, request, start, payload, checksum, PRIMARY KEY (attempt, idx, request, start)",
+    3: {
+        # The settings from which the fingerprint of a session is computed.
+        "settings": "session INTEGER PRIMARY KEY, payload, checksum",
+        # Answers for audits that are not finished. The `idx` of an answer that was set aside is negative.
+        "answers": "attempt, idx, request, start, payload, checksum, PRIMARY KEY (attempt, idx, request, start)",
+    },
+    4: {
+        # How many trajectories and audits an attempt has, and for how many audits the teacher was asked, since a
+        # trajectory may have no chunk. A record that damage hides is missed when it is replayed.
+        "progress": "attempt INTEGER PRIMARY KEY, num_trajectories, num_audits, num_asked, checksum",
+        # For people, never replayed: the lowest and the highest posterior of an audit; entropies and chunk weights.
+        "shown": "attempt, idx, low, high, payload, checksum, PRIMARY KEY (attempt, idx)",
+        "logs": "id INTEGER PRIMARY KEY, session, payload, checksum",
+    },
 }
 SCHEMAS = {
-    version: {table: f"CREATE TABLE {table} ({columns})" for table, columns in tables.items()}
-    for version, tables in ((SCHEMA_VERSION - 1, TABLES), (SCHEMA_VERSION, {**TABLES, **ADDED}))
+    version: {
+        table: f"CREATE TABLE {table} ({columns})"
+        for tables in (TABLES, *(added for since, added in ADDED.items() if since <= version))
+        for table, columns in tables.items()
+    }
+    for version in range(2, SCHEMA_VERSION + 1)
 }
+# The largest tables: they grow with each audit and hold the texts. They are verified when they are read.
+READ_IN_PART = ("trajectories", "audits", "usage", "shown", "logs")
 
 
 class JournalError(OmniOPDError, RuntimeError):
@@ -68,6 +84,25 @@ class LedgerRow:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What people want to see of an audit, besides the audit itself.
+
+    Attributes:
+        index: index of the trajectory in the generation batch of the process.
+        low: lowest posterior of its chunks; `None` without chunks.
+        high: highest posterior.
+        entropies: entropy of each token of the completion, in nats.
+        weights: weight of each chunk in the loss.
+    """
+
+    index: int
+    low: float | None
+    high: float | None
+    entropies: list[float]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
 class NotReplayed:
     """Recorded steps that a run requests again.
 
@@ -96,10 +131,14 @@ LEDGER = f"""
     ) JOIN sessions ON sessions.id = session
     GROUP BY run, step, teacher ORDER BY min(session), step
 """
+COUNTS = """
+    SELECT id, (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = attempts.id)
+    FROM attempts
+"""
 ATTEMPTS = """
     SELECT attempts.id, step, session, fingerprint, num_processes,
-        (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
-        (SELECT count(*) FROM audits WHERE attempt = attempts.id),
-        EXISTS (SELECT * FROM answers WHERE attempt = attempts.id)
-    FROM attempts JOIN sessions ON sessions.id = session ORDER BY attempts.id
+        num_trajectories, num_audits, num_asked OR EXISTS (SELECT * FROM answers WHERE attempt = attempts.id)
+    FROM attempts JOIN sessions ON sessions.id = session JOIN progress ON attempt = attempts.id ORDER BY attempts.id
 """

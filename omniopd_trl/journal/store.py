@@ -18,7 +18,18 @@ attempts at `s` and at later steps, because those came from another student. Sup
 in the ledger, but are not replayed. Attempts of another fingerprint or number of processes are not replayed either.
 The settings of a fingerprint are stored to report differences. An attempt of another fingerprint supersedes others
 only when all its audits are finished: before that, no student has learned from it. It supersedes nothing for a run
-that begins at step 0 with the fingerprint's initial student, so restoring the settings restores the records.
+that begins at step 0 with the fingerprint's initial student, so restoring the settings restores the records. An
+attempt for which nothing was paid does not supersede one of the same fingerprint for which something was.
+
+A run that starts over (`replay=False`) replays nothing, and its attempts supersede those of earlier runs like any
+others. A run that resumes it replays its records.
+
+**Damage.** Opening a journal checks its small tables. The records of a step are checked against their checksums and
+their number when the step is replayed, and usage when it is summed. So no damaged record is used, and the time that a
+resumed run needs depends on the steps that it replays, not on the size of the file.
+
+**A lost file.** When the file is deleted while it is open, the next record restores it: the process still holds its
+contents.
 
 **Durability.** When a method returns, its transaction is committed: the record survives `kill -9`. Against a power
 failure, the file is synchronized once per generation batch. Records written since then may be lost, but the file stays
@@ -26,13 +37,16 @@ intact.
 """
 
 import json
+import logging
 import math
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +56,23 @@ from omniopd_trl.journal.file import (
     check,
     check_log,
     check_num_processes,
+    check_size,
+    check_table,
     checksum_of,
     connect,
     create,
+    damage_error,
     explained,
     hold_lock,
+    lock_path,
     upgrade,
 )
-from omniopd_trl.journal.records import decode, encode, restore_chunks
-from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed
+from omniopd_trl.journal.records import ENTROPY_UNIT, decode, encode, restore_chunks
+from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed, Shown
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers.base import common_prefix_length
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -68,8 +88,8 @@ class Journal:
             They are stored in plain text and must hold no secret.
         rank: index of this process.
         num_processes: number of processes. The records of another number belong to other prompts.
-        replay: whether earlier records are replayed. `False` opens a journal of any number of processes, for the
-            ledger and for new records.
+        replay: whether earlier records are replayed. `False` starts over: it opens a journal of any number of
+            processes, for the ledger and for new records.
 
     Raises:
         JournalError: when the file is damaged, in use by another process, or of another version.
@@ -98,22 +118,22 @@ class Journal:
         self._replay = replay
         self._key = (fingerprint, num_processes)
         self._mutex = threading.Lock()
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._checked: set[int] = set()  # attempts whose records are known to be whole
         with ExitStack() as stack:  # closes everything after an error
-            stack.enter_context(closing(hold_lock(path)))
             with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = hold_lock(path)
+                stack.callback(lambda: self._lock.close())
                 if not path.exists():
                     create(path)
                 check_log(path)
+                check_size(path)
                 with closing(connect(path, "ro")) as db:  # a damaged file is not written to
                     check(db, path)
                     if replay:
                         check_num_processes(db, path, num_processes)
-                self._db = stack.enter_context(closing(connect(path, "rw")))
-                # `check_log` relies on a log of this process alone, to which whole transactions are appended.
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._db.execute("PRAGMA cache_spill = OFF")
+                self._connect()
+                stack.callback(lambda: self._db.close())
             with self._transaction() as db:
                 values = (run, teacher, fingerprint, rank, num_processes, time.time())
                 upgrade(db)
@@ -121,8 +141,16 @@ class Journal:
                 if settings is not None:
                     _insert(db, "settings", self._session, encode(settings))
                 self.lost = _count_lost(db)
-            self._attempts = _current(self._valid(self._db))
+            with explained(path):
+                self._attempts = _current(self._valid(self._db))
             self._stack = stack.pop_all()
+
+    def _connect(self) -> None:
+        self._db = connect(self.path, "rw")
+        self._file = self.path.stat()
+        # `check_log` relies on a log of this process alone, to which whole transactions are appended.
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.execute("PRAGMA cache_spill = OFF")
 
     # ---- Trajectories and audits ----
 
@@ -144,9 +172,7 @@ class Journal:
             lost = [
                 attempt
                 for attempt in {*_current(everything).values(), *_current(ours).values()}
-                if attempt.step >= step
-                and (attempt.num_audits or attempt.has_answers)
-                and self._attempt(attempt.step) is None
+                if attempt.step >= step and attempt.is_paid and self._attempt(attempt.step) is None
             ]
             others = [attempt for attempt in lost if not attempt.ours]
             superseded = [attempt for attempt in lost if attempt.ours]
@@ -182,10 +208,11 @@ class Journal:
         # One commit per generation batch waits for the disk, and makes everything before it durable.
         with self._transaction(synchronous="FULL") as db:
             number = _insert_numbered(db, "attempts", self._session, step)
+            _insert(db, "progress", number, len(payloads), 0, 0)
             for index, payload in enumerate(payloads):
                 _insert(db, "trajectories", number, index, payload)
-        attempt = _Attempt(number, step, self._session, True, len(payloads), 0, False)
-        self._attempts = _current([*self._attempts.values(), attempt])
+        self._checked.add(number)
+        _supersede(self._attempts, _Attempt(number, step, self._session, True, len(payloads), 0, False))
 
     def trajectories(self, step: int) -> list[Trajectory] | None:
         """The trajectories of the current attempt at a step; `None` when there is none to replay.
@@ -196,6 +223,7 @@ class Journal:
             attempt = self._attempt(step)
             if attempt is None:
                 return None
+            self._check_records(db, attempt)
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
         # In the order in which `record_trajectories` writes them.
         names = ("prompt", "prompt_ids", "completion_ids", "seed")
@@ -210,16 +238,82 @@ class Journal:
         payload = encode(_audit_to_json(audit))
         with self._transaction() as db:
             attempt = self._attempt_to_add_to(step)
+            if not db.execute("SELECT 1 FROM audits WHERE attempt = ? AND idx = ?", (attempt, index)).fetchone():
+                trajectories, audits, asked = self._progress(db, attempt)
+                was_asked = bool(audit.chunks or audit.num_dropped)
+                _insert(db, "progress", attempt, trajectories, audits + 1, asked + was_asked)
             _insert(db, "audits", attempt, index, self._session, payload)
             db.execute("DELETE FROM answers WHERE attempt = ? AND idx = ?", (attempt, index))
 
     def audit(self, step: int, index: int) -> Audit | None:
         """The audit of a trajectory of the current attempt; `None` when it was not finished."""
         with self._reading() as db:
-            row = db.execute(
-                "SELECT * FROM audits WHERE attempt = ? AND idx = ?", (self._attempt(step), index)
-            ).fetchone()
+            attempt = self._attempt(step)
+            if attempt is None:
+                return None
+            self._check_records(db, attempt)
+            row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", (attempt, index)).fetchone()
         return None if row is None else _audit_from_json(decode(self.path, row))
+
+    def record_shown(self, step: int, shown: Iterable[Shown]) -> None:
+        """Write what people want to see of audits of the current attempt, besides the audits themselves.
+
+        Raises:
+            JournalError: as `record`.
+        """
+        with self._transaction() as db:
+            attempt = self._attempt_to_add_to(step)
+            for one in shown:
+                payload = encode([[round(entropy / ENTROPY_UNIT) for entropy in one.entropies], one.weights])
+                _insert(db, "shown", attempt, one.index, one.low, one.high, payload)
+
+    def record_log(self, logs: Mapping[str, Any]) -> None:
+        """Write an entry of the trainer's log. Values that are no finite numbers are left out."""
+        finite = {
+            name: value for name, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        with self._transaction() as db:
+            _insert_numbered(db, "logs", self._session, encode(finite))
+
+    def num_audits(self, step: int) -> int:
+        """The number of finished audits of the current attempt at a step."""
+        with self._reading() as db:
+            attempt = self._attempt(step)
+            return 0 if attempt is None else self._progress(db, attempt)[1]
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step with a current attempt, of any fingerprint; `None` when there is none."""
+        return next(reversed(self._attempts), None)
+
+    def num_earlier_steps(self) -> int:
+        """The number of steps for which an earlier process that wrote the file has paid."""
+        with self._reading() as db:
+            return len({a.step for a in self._all(db) if a.is_paid and a.session != self._session})
+
+    def _progress(self, db: sqlite3.Connection, attempt: int) -> tuple[int, int, int]:
+        """The numbers of trajectories, of finished audits, and of those for which the teacher was asked."""
+        row = db.execute("SELECT * FROM progress WHERE attempt = ?", (attempt,)).fetchone()
+        if row is None or row[-1] != checksum_of(row[:-1]):
+            raise damage_error(self.path, "the number of records of a step is not known")
+        return row[1], row[2], row[3]
+
+    def _check_records(self, db: sqlite3.Connection, attempt: int) -> None:
+        """Check the records of an attempt before the first one is replayed: each checksum, and that none is missing.
+
+        Damage to an index may hide a record, and its audit would silently be paid for again.
+        """
+        if attempt in self._checked:
+            return
+        for table, count in zip(("trajectories", "audits"), self._progress(db, attempt), strict=False):
+            there = set()
+            for *values, checksum in db.execute(f"SELECT * FROM {table} WHERE attempt = ?", (attempt,)):
+                if checksum != checksum_of(values) or values[0] != attempt:
+                    raise damage_error(self.path, f"the checksum of a row of {table!r} does not match")
+                there.add(values[1])
+            if len(there) != count or (table == "trajectories" and there != set(range(count))):
+                raise damage_error(self.path, f"{len(there)} of {count} rows of {table!r} of a step can be read")
+        self._checked.add(attempt)
 
     def record_answer(
         self, step: int, index: int, request: str, start: int, answer: Any, usage: Usage, usd: float | None = None
@@ -254,6 +348,20 @@ class Journal:
         for row in rows:
             answers.setdefault(row[2], {})[row[3]] = decode(self.path, row)
         return answers
+
+    def set_aside(self, step: int, index: int) -> int:
+        """Keep the answers for the unfinished audit of a trajectory in the file, but never replay them.
+
+        Returns:
+            The number of answers.
+        """
+        with self._transaction() as db:
+            key = (self._attempt(step), index)
+            rows = db.execute("SELECT * FROM answers WHERE attempt = ? AND idx = ?", key).fetchall()
+            for attempt, _, *values, _ in rows:
+                _insert(db, "answers", attempt, ~index, *values)
+            db.execute("DELETE FROM answers WHERE attempt = ? AND idx = ?", key)
+        return len(rows)
 
     def _attempt_to_add_to(self, step: int) -> int:
         attempt = self._attempt(step)
@@ -316,12 +424,14 @@ class Journal:
     def usage(self) -> Usage:
         """Total usage, superseded attempts included."""
         with self._reading() as db:
+            check_table(db, self.path, "usage")
             *tokens, _ = db.execute(TOTALS).fetchone()
         return Usage(*tokens)
 
     def ledger(self) -> list[LedgerRow]:
         """Usage and cost by run, step and teacher, in the order of their first appearance."""
         with self._reading() as db:
+            check_table(db, self.path, "usage")
             rows = db.execute(LEDGER).fetchall()
         return [
             LedgerRow(run, step, teacher, Usage(*tokens), usd, num_audits)
@@ -349,6 +459,7 @@ class Journal:
     @contextmanager
     def _transaction(self, synchronous: str = "NORMAL") -> Iterator[sqlite3.Connection]:
         with self._mutex, explained(self.path):
+            self._restore_if_lost()
             self._db.execute(f"PRAGMA synchronous = {synchronous}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -358,6 +469,35 @@ class Journal:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _restore_if_lost(self) -> None:
+        """Write the file again if it was deleted. The open connection still reads all of it."""
+        try:
+            there = os.path.samestat(self.path.stat(), self._file)
+        except FileNotFoundError:
+            pass
+        else:
+            if there:
+                return
+            raise JournalError(
+                f"The journal {self.path} was replaced by another file while this run was writing it, and is left as "
+                "it is. Two runs cannot share a folder: stop the other one, or choose another output folder."
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not lock_path(self.path).exists():
+            self._lock.close()
+            self._lock = hold_lock(self.path)
+        copy = self.path.with_suffix(".new")
+        copy.unlink(missing_ok=True)
+        with closing(sqlite3.connect(copy)) as target:
+            self._db.backup(target)
+            target.execute("PRAGMA journal_mode = WAL")
+        self._db.close()  # before there is a new file: it deletes the log by its name
+        copy.replace(self.path)
+        self._connect()
+        logger.warning(
+            f"The journal {self.path} was deleted while this run was writing it. It is restored with all its records."
+        )
 
 
 @dataclass(frozen=True)
@@ -370,17 +510,30 @@ class _Attempt:
     ours: bool  # of this fingerprint and number of processes
     num_trajectories: int
     num_audits: int
-    has_answers: bool  # of unfinished audits
+    was_answered: bool  # at least in part
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether it cost something, or a student has learned from it. An audit without chunks costs nothing."""
+        return bool(self.was_answered or self.num_audits >= self.num_trajectories)
 
 
 def _current(attempts: Iterable[_Attempt]) -> dict[int, _Attempt]:
     """The attempt that counts for each step. Each one supersedes earlier ones at its step and at later steps."""
     current: dict[int, _Attempt] = {}
     for attempt in attempts:
-        while current and next(reversed(current)) >= attempt.step:  # steps are in order
-            current.popitem()
-        current[attempt.step] = attempt
+        later = [current[step] for step in takewhile(attempt.step.__le__, reversed(current))]
+        # A run that starts over by mistake and is stopped at once leaves trajectories that cost nothing.
+        if attempt.is_paid or not any(other.is_paid and other.ours and attempt.ours for other in later):
+            _supersede(current, attempt)
     return current
+
+
+def _supersede(current: dict[int, _Attempt], attempt: _Attempt) -> None:
+    """Replace the attempts at the step and at later steps. The steps in `current` are in order."""
+    while current and next(reversed(current)) >= attempt.step:
+        current.popitem()
+    current[attempt.step] = attempt
 
 
 # ---- Values ----

@@ -32,20 +32,20 @@ class ScriptedTeacher(Teacher):
 
     def __init__(self, script: Script | Sequence[str] | None = None):
         if script is None:
-            self._script: Script = _words_of_prompt
+            self.script: Script = _words_of_prompt
         elif callable(script):
-            self._script = script
+            self.script = script
         else:
-            texts = list(script)
+            texts = tuple(script)
             if not texts:
                 raise ValueError("`script` is empty; give at least one text, or no script for the default one.")
-            self._script = lambda prefix, index: texts[index % len(texts)]
+            self.script = lambda prefix, index: texts[index % len(texts)]
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
         return [self._reply(prefix, request.num_samples) for prefix in prefixes]
 
     def _reply(self, prefix: Prefix, num_samples: int) -> TeacherReply:
-        texts = [self._script(prefix, index) for index in range(num_samples)]
+        texts = [self.script(prefix, index) for index in range(num_samples)]
         written = [text for text in texts if text is not None]
         refused = len(texts) - len(written)
         return TeacherReply(

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from omniopd_trl.errors import DataError
+from omniopd_trl.journal.file import journals_of
 
 logger = logging.get_logger(__name__)
 
@@ -32,37 +33,49 @@ def state_of(checkpoint: Path) -> dict[str, Any] | None:
     return state
 
 
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> str:
-    """The newest complete checkpoint in a folder.
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint in a folder, by step; `None` without one.
 
     A run that is killed while it saves leaves an incomplete folder. The trainer's state is written last, so a folder
     without it is skipped, with a warning. The resumed run writes it again.
 
     Args:
         output_dir: the run's `output_dir`.
+    """
+    checkpoints = checkpoints_of(output_dir)
+    complete = next((checkpoint for checkpoint in checkpoints if state_of(checkpoint) is not None), None)
+    if checkpoints and complete is not checkpoints[0]:
+        logger.warning(f"{checkpoints[0]} is incomplete: the run resumes from {complete or 'step 0'}.")
+    return None if complete is None else str(complete)
+
+
+def resume_point(resume_from_checkpoint: str | bool, output_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint that a run resumes from.
+
+    Args:
+        resume_from_checkpoint: `True` for the newest complete checkpoint in `output_dir`, or the path of a checkpoint.
+        output_dir: the run's `output_dir`.
 
     Returns:
-        The checkpoint's path.
+        The path of the checkpoint; `None` for step 0, from which the journal is replayed.
 
     Raises:
-        DataError: when there is none.
+        DataError: when there is no such checkpoint, and for `True`, when there is no journal either.
     """
-    folder = Path(output_dir)
-    checkpoints = checkpoints_of(folder)
-    if not checkpoints:
+    if resume_from_checkpoint is not True:
+        if not os.path.isdir(resume_from_checkpoint):
+            raise DataError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, and there is no such folder. Give the path "
+                "of a checkpoint-N folder, or `true` for the last one in `output_dir`."
+            )
+        return str(resume_from_checkpoint)
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None and not journals_of(output_dir):
         raise DataError(
-            f"`resume_from_checkpoint` is true, and there is no checkpoint in {str(folder)!r}. Leave it out to start "
-            "from the beginning, or set `output_dir` to that of the run to resume."
+            f"`resume_from_checkpoint` is true, and {str(output_dir)!r} holds neither a complete checkpoint nor a "
+            "journal. Leave it out to start from the beginning, or set `output_dir` to that of the run to resume."
         )
-    for checkpoint in checkpoints:
-        if state_of(checkpoint) is not None:
-            if checkpoint is not checkpoints[0]:
-                logger.warning(f"{checkpoints[0]} is incomplete: the run resumes from {checkpoint}.")
-            return str(checkpoint)
-    raise DataError(
-        f"`resume_from_checkpoint` is true, and no checkpoint in {str(folder)!r} is complete. Leave it out "
-        "to start from the beginning: steps that the journal holds are not paid for again."
-    )
+    return checkpoint
 
 
 def unmark(checkpoint: Path) -> None:

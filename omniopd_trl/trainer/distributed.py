@@ -11,15 +11,17 @@ Two launches silently start fewer processes:
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from accelerate.utils import gather_object
 
 from omniopd_trl.errors import OmniOPDError, TeacherError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # ---- Errors ----
 
@@ -92,6 +94,26 @@ def raise_together(error: Exception | None, process: int) -> None:
     if error is not None:
         raise error
     raise stop(failure, failure.text)
+
+
+def on_every_process(function: Callable[[], T], process: int) -> list[T]:
+    """Call a function on every process. Every process has to call it at the same point.
+
+    Args:
+        function: function of this process, for example one that reads its files.
+        process: index of this process.
+
+    Returns:
+        The results of all processes, in order. The error of one is raised on all.
+    """
+    result: list[T] = []
+    error: Exception | None = None
+    try:
+        result = [function()]
+    except Exception as caught:  # tell the other processes before raising, or they would wait for this one
+        error = caught
+    raise_together(error, process)
+    return gather_object(result)
 
 
 # ---- Launches ----

@@ -8,6 +8,7 @@ everything again.
 """
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.method.similarity import Similarity, name_or_function
 from omniopd_trl.method.weights import WeightFunction
-from omniopd_trl.teachers import Teacher
+from omniopd_trl.teachers import ScriptedTeacher, Teacher
 from omniopd_trl.trainer.credentials import is_secret_name
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -65,7 +67,8 @@ def replay_key(
         train_dataset: the training set, identified by its `datasets` fingerprint. A stream has none.
         model: the student. A saved model is identified by its weight files, wherever they are; a model on the Hub by
             its commit; a model that was created in memory by its size only.
-        teacher: the teacher, identified by its name, and by its weight files if it is local.
+        teacher: the teacher, identified by its name; by its address if it is a service; by its weight files if it is
+            local; by its code and configuration if its class is a custom one.
         similarity: the similarity function phi, as `get_similarity` returns it.
         chunk_weights: custom weight function; replaces `posterior_baseline`.
 
@@ -91,6 +94,8 @@ def replay_key(
     }
     settings["teacher"] = teacher.name
     settings["teacher_weights"] = _weights(teacher.name)
+    settings["teacher_base_url"] = _address(teacher)
+    settings["teacher_code"] = _teacher_code(teacher)
     return {name: _as_json(value) for name, value in sorted(settings.items())}
 
 
@@ -109,6 +114,68 @@ def identity_of(function: Any) -> str:
     """
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__} ({_hash(_described(function, None, set()))[:12]})"
+
+
+def _teacher_code(teacher: Teacher) -> str | None:
+    """Identify a custom teacher by its class and a hash of its code and configuration; `None` for one of this package.
+
+    The code is that of all methods, as in [`identity_of`], and the values of class attributes. The configuration is
+    the attributes that are named like a parameter of `__init__`, with or without an underscore before it, or like a
+    class attribute. Other attributes, such as counters and clients, are the teacher's state and do not count.
+    """
+    if type(teacher) is ScriptedTeacher:
+        return identity_of(teacher.script)
+    custom = [
+        cls for cls in type(teacher).__mro__ if not cls.__module__.startswith(("omniopd_trl.", "abc", "builtins"))
+    ]
+    if not custom:
+        return None
+    named = set(inspect.signature(type(teacher).__init__).parameters)
+    attributes = {
+        name: _configured(value)
+        for name, value in sorted(vars(teacher).items())
+        if (name.lstrip("_") in named or hasattr(type(teacher), name)) and not is_secret_name(name.lstrip("_"))
+    }
+    kind = type(teacher)
+    return f"{kind.__module__}.{kind.__qualname__} ({_hash([*map(_class, custom), attributes])[:12]})"
+
+
+def _class(cls: type) -> Any:
+    members = {}
+    for name, value in sorted(vars(cls).items()):
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        functions = [value.fget, value.fset] if isinstance(value, property) else [value]
+        # Other names with two underscores are the interpreter's, such as the docstring and the line number.
+        if isinstance(value, FunctionType) or not name.startswith("__"):
+            members[name] = [_described(function, cls.__module__, set()) for function in functions]
+    return [cls.__module__, cls.__qualname__, members]
+
+
+def _configured(value: Any) -> Any:
+    """An attribute of a teacher as JSON that is the same on every run."""
+    if isinstance(value, Mapping):
+        return {str(k): _configured(v) for k, v in value.items() if not is_secret_name(str(k))}
+    if isinstance(value, list | tuple):
+        return [_configured(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Teacher):
+        return [value.name, _address(value), _teacher_code(value)]
+    return _described(value, None, set())
+
+
+def _address(teacher: Teacher) -> str | None:
+    """The address of a service, without what may be a secret in it; `None` for the provider's own."""
+    url = getattr(teacher, "base_url", None)
+    if not url:
+        return None
+    try:
+        parts = urlsplit(str(url).strip())
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:  # not a valid URL: the code that uses it reports that
+        return str(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
 
 
 def _hash(value: Any) -> str:

@@ -207,6 +207,7 @@ def audit_ratios(
         "audit/audited_fraction": (num_audited, num_tokens),
         "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
         "audit/short_rollouts": (sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)),
+        "audit/set_aside_rollouts": (sum(a.num_set_aside for a in audits), steps),
         "teacher/wait_seconds": (waited, steps * num_processes),
         "teacher/prompt_tokens": (usage.prompt_tokens, steps),
         "teacher/cached_tokens": (usage.cached_tokens, steps),

@@ -6,7 +6,7 @@ import copy
 import math
 import textwrap
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,22 +21,24 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
-from omniopd_trl.errors import ConfigError, import_extra
+from omniopd_trl.errors import ConfigError, DataError, import_extra
 from omniopd_trl.evals.rewards import RewardFunc, reward_funcs_of
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.recorder import Recorder
+from omniopd_trl.journal.reader import identity_of_first
+from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
-from omniopd_trl.trainer.checkpoints import last_checkpoint, unmark
-from omniopd_trl.trainer.distributed import Failure, raise_together, stop
+from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
+from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop
 from omniopd_trl.trainer.evaluation import student_scores, teacher_scores
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.generation import on_policy
@@ -45,7 +47,9 @@ from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
-from omniopd_trl.trainer.validation import check_inputs, make_auditor, prepare_teacher, repeated
+from omniopd_trl.trainer.validation import check_inputs, make_auditor, prepare_teacher, repeated, spent_before
+
+logger = logging.get_logger(__name__)
 
 
 class OmniOPDTrainer(DistillationTrainer):
@@ -170,10 +174,11 @@ class OmniOPDTrainer(DistillationTrainer):
         if args.use_vllm:
             import_extra("vllm", "vllm")
         self._recorder = Recorder(lambda: self.state.global_step)
+        paid = spent_before(teacher_model, args)
         error: Exception | None = None
         try:
             datasets = named_datasets(train_dataset, eval_dataset)
-            self.teacher = prepare_teacher(teacher_model, args, self._recorder, datasets)
+            self.teacher = prepare_teacher(teacher_model, args, self._recorder, datasets, paid)
         except Exception as caught:  # a key may be missing on one machine only: the other processes must not wait
             error = caught
         raise_together(error, args.process_index)
@@ -235,14 +240,60 @@ class OmniOPDTrainer(DistillationTrainer):
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self._reset_step(resume_from_checkpoint or None)
+        """Train the student, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint: `True` continues from the last checkpoint in `output_dir`, or from step 0 if there
+                is none yet; a path continues from that checkpoint. Both replay what the journal holds from there on.
+                Otherwise the run starts over: it replays nothing, and what was spent before counts.
+
+        Raises:
+            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._reset_step(checkpoint)
         try:
-            with self._recording():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._recording(replay=bool(resume_from_checkpoint)):
+                self._warn_about_separate_folders()
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             self.step_audits.release()
+
+    def _checkpoint_to_resume(self, value: str | bool) -> str | None:
+        """The checkpoint to resume from; `None` for step 0. Every process has to call it, and finds the same.
+
+        Raises:
+            DataError: when there is nothing to resume, or when processes find different checkpoints.
+        """
+        process = self.accelerator.process_index
+        error: DataError | None = None
+        checkpoint = None
+        try:
+            checkpoint = resume_point(value, str(self.args.output_dir))
+        except DataError as caught:
+            error = caught
+        found = "nothing" if error is not None else "step 0"
+        if checkpoint is not None:
+            found = Path(checkpoint).name + (" (incomplete)" if state_of(Path(checkpoint)) is None else "")
+        everywhere = gather_object([found])
+        if len(set(everywhere)) > 1:
+            other = next(index for index, there in enumerate(everywhere) if there != everywhere[0])
+            different = DataError(
+                f"resume_from_checkpoint={value!r}: process 0 finds {everywhere[0]} in its output_dir, and process "
+                f"{other} finds {everywhere[other]}. Put `output_dir` on a file system that all machines share, or "
+                "save every checkpoint on each machine with `save_on_each_node: true`."
+            )
+            different.on_every_process = True
+            raise different
+        raise_together(error, process)
+        if checkpoint is not None and self.accelerator.num_processes > 1:
+            own = gather_object([(Path(checkpoint) / f"rng_state_{process}.pth").exists()])
+            if 0 < sum(own) < len(own) and process == 0:
+                logger.warning(
+                    f"{checkpoint} holds the random state of {sum(own)} of {len(own)} processes: files of it are "
+                    "missing, or it was saved by another number of processes. The run continues, but not exactly."
+                )
+        return checkpoint
 
     def _reset_step(self, checkpoint: str | None) -> None:
         """Reset the state within a step, since an earlier run in this process may have been interrupted."""
@@ -276,8 +327,12 @@ class OmniOPDTrainer(DistillationTrainer):
         return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Context with an open journal, if `save_audits` is set."""
+    def _recording(self, replay: bool = False) -> Iterator[None]:
+        """Context with an open journal, if `save_audits` is set. Every process has to enter it at the same point.
+
+        Args:
+            replay: whether records of earlier runs are replayed.
+        """
         if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
@@ -298,11 +353,28 @@ class OmniOPDTrainer(DistillationTrainer):
             "rank": rank,
             "num_processes": self.accelerator.num_processes,
         }
-        with self._recorder.open(journal_path(self.args.output_dir, rank), self.teacher.budget, **settings):
-            try:
-                yield
-            finally:
-                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
+        path = journal_path(self.args.output_dir, rank)
+        with ExitStack() as stack:
+            opened = self._recorder.open(path, self.teacher.budget, replay=replay, **settings)
+            on_every_process(lambda: stack.enter_context(opened), rank)
+            # Audits write to the journal, so cancel them before it is closed.
+            stack.callback(self.step_audits.cancel)
+            if self.accelerator.is_main_process:
+                save_tokenizer(self._tokenizer, path.parent)
+            yield
+
+    def _warn_about_separate_folders(self) -> None:
+        """Warn when machines do not share `output_dir`: process 0 alone has the checkpoints."""
+        if self.args.save_on_each_node or self.args.save_strategy == "no":
+            return
+        first = on_every_process(lambda: identity_of_first(self.args.output_dir), self.accelerator.process_index)
+        other = next((process for process, seen in enumerate(first) if seen != first[0]), None)
+        if other is not None and self.accelerator.is_main_process:
+            logger.warning(
+                f"Process {other} does not see the files of process 0 in output_dir={str(self.args.output_dir)!r}: "
+                "checkpoints are saved on the machine of process 0 only, and no run on these machines can resume from "
+                "them. Put `output_dir` on a file system that all machines share, or set `save_on_each_node: true`."
+            )
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         replayed = self.step_audits.replay(prompt_ids) if self.model.training else None
@@ -450,6 +522,8 @@ class OmniOPDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].update(self.step_metrics.take(mode))
         super().log(logs, start_time)
+        if self.accelerator.is_main_process and self.state.log_history:
+            self._recorder.log(self.state.log_history[-1])
 
     # ---- Evaluation ----
 

@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread, release
@@ -21,11 +23,14 @@ from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
+from omniopd_trl.journal.schema import JournalError, Shown
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
-from omniopd_trl.trainer.distributed import Failure, first_failure
+from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -34,6 +39,7 @@ T = TypeVar("T")
 class PendingAudit:
     """A trajectory whose audit is in flight, with its scores."""
 
+    index: int
     scores: PolicyScores
     future: "Future[Audit]"
 
@@ -104,7 +110,9 @@ class StepAudits:
             # The current device is set per thread, and the kernels of a teacher in this process run on it. Without a
             # launcher, the accelerator's device has no index and is the current device of this thread.
             index = accelerator.device.index
-            self._loop.run(_compute_on(torch.accelerator.current_device_index() if index is None else index))
+            index = torch.accelerator.current_device_index() if index is None else index
+            self._loop.run(_compute_on(index))
+            auditor.scoring.submit(torch.accelerator.set_device_index, index).result()
         self.start()
 
     def start(self) -> None:
@@ -127,12 +135,27 @@ class StepAudits:
         """Completions of the current step that the journal holds for these prompts; `None` to generate instead.
 
         Every process has to call it: generation is collective, so either all processes replay the step or none does.
+
+        Raises:
+            JournalError: on every process, when the records of one are damaged.
         """
-        if self._recorder.journal is None:
+        journal, accelerator, step = self._recorder.journal, self._accelerator, self._step()
+        if journal is None:
             return None
-        stored = self._recorder.stored(prompt_ids)
-        num_stored = sum_over_processes(self._accelerator, stored is not None)[0]
-        self._replays = num_stored == self._accelerator.num_processes
+        stored: list[Trajectory] | None = None
+        num_audits, error = 0, None
+        try:
+            stored = self._recorder.stored(prompt_ids)
+            num_audits = journal.num_audits(step)
+        except JournalError as caught:  # tell the other processes before raising, or they would wait for this one
+            error = caught
+        counts = (stored is not None, error is not None, num_audits, len(stored or ()))
+        num_stored, failed, num_audits, num_trajectories = map(int, sum_over_processes(accelerator, *counts))
+        if failed:
+            raise_together(error, accelerator.process_index)
+        self._replays = num_stored == accelerator.num_processes
+        if self._replays and accelerator.is_main_process:
+            logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return [trajectory.completion_ids for trajectory in stored or ()] if self._replays else None
 
     def trajectories(self, prompts: list[Any], batch: dict[str, torch.Tensor], mode: str) -> list[Trajectory]:
@@ -185,7 +208,8 @@ class StepAudits:
             ledger = self._recorder
             audits = [self._auditor.audit(trajectories[index], row, ledger) for index, row in scores.items()]
         futures = self._loop.submit(*audits)
-        return {index: PendingAudit(scores[index], future) for index, future in zip(scores, futures, strict=True)}
+        pairs = zip(scores, futures, strict=True)
+        return {index: PendingAudit(index, scores[index], future) for index, future in pairs}
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that asks the teacher outside of an audit, and return its result."""
@@ -224,11 +248,8 @@ class StepAudits:
             is_last: whether this is the end of the generation batch. The fraction of dropped chunks is checked then.
 
         Returns:
-            The audits with their weights. When a process got a permanent error, or when too many chunks were dropped,
-            the failure instead, the same on every process.
-
-        Raises:
-            ConfigError: when a custom weight function returns anything but one finite number for each chunk.
+            The audits with their weights. When a process got a permanent error, when too many chunks were dropped, or
+            when a custom weight function failed, the failure instead, the same on every process.
         """
         start = time.perf_counter()
         audits: list[Audit] = []
@@ -245,9 +266,14 @@ class StepAudits:
         weights = torch.zeros(len(rows), length)
         audited = torch.zeros(len(rows), length, dtype=torch.bool)
         spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
-        for (b, chunk), weight in zip(spans, self._weigh(audits, rows, mode, is_last).tolist(), strict=True):
+        of_chunks = self._weigh(audits, rows, mode, is_last)
+        if isinstance(of_chunks, Failure):
+            return of_chunks
+        for (b, chunk), weight in zip(spans, of_chunks.tolist(), strict=True):
             weights[b, chunk.start : chunk.end] = weight
             audited[b, chunk.start : chunk.end] = True
+        if mode == "train":
+            self._recorder.show(_shown(audits, rows, of_chunks.tolist()))
         return Collected(audits, [row.scores for row in rows], weights, audited, waited)
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
@@ -272,7 +298,9 @@ class StepAudits:
         )
         return Failure(TeacherError, reason, is_ours=True)
 
-    def _weigh(self, audits: list[Audit], rows: Sequence[PendingAudit], mode: str, is_last: bool) -> torch.Tensor:
+    def _weigh(
+        self, audits: list[Audit], rows: Sequence[PendingAudit], mode: str, is_last: bool
+    ) -> torch.Tensor | Failure:
         """The weights of this process's chunks, `(K,)`."""
         table = torch.tensor([*_columns(audits, rows)], dtype=torch.float64).reshape(-1, 6)
         tables, first, count = [table], 0, len(table)
@@ -296,7 +324,17 @@ class StepAudits:
             seed=random.Random(repr((self._args.seed, "weights", mode, step))).getrandbits(31),
             moving_average=None if average is None else average.value,
         )
-        weights = self.chunk_weights(chunks)[first : first + count]
+        weights, error = torch.zeros(count), None
+        try:
+            weights = self.chunk_weights(chunks)[first : first + count]
+        except Exception as caught:
+            if self.custom_weights is None:
+                raise
+            error = caught
+        if self.custom_weights is not None:
+            failure = first_failure(error, self._accelerator.process_index)
+            if failure is not None:
+                return failure
         if average is not None and mode == "train":
             # Update the average after use, and once per generation batch: the baseline of a batch must not depend on
             # the batch. Evaluation does not change it.
@@ -306,6 +344,15 @@ class StepAudits:
                 average.update(*sum_over_processes(self._accelerator, *self._posteriors))
                 self._posteriors = (0.0, 0.0)
         return weights
+
+
+def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[float]) -> Iterator[Shown]:
+    rest = iter(weights)
+    for audit, row in zip(audits, rows, strict=True):
+        posteriors = [chunk.posterior for chunk in audit.chunks]
+        own = list(islice(rest, len(posteriors)))
+        entropies = row.scores.entropy.tolist()
+        yield Shown(row.index, min(posteriors, default=None), max(posteriors, default=None), entropies, own)
 
 
 def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:

@@ -11,17 +11,17 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from omniopd_trl.accounting.usage import Ledger
+from omniopd_trl.accounting.usage import Ledger, Usage
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, DataError
-from omniopd_trl.journal.reader import spent
+from omniopd_trl.journal.reader import spent_by_journal, total
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
-from omniopd_trl.trainer.distributed import warn_about_lost_processes
+from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 
@@ -148,8 +148,28 @@ def check_vllm_can_follow(model: Any, args: OmniOPDConfig, quantization_config: 
         )
 
 
+def spent_before(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> tuple[Usage, float] | None:
+    """What all processes of earlier runs have paid, also when each machine has a folder of its own.
+
+    Every process has to call it at the same point.
+
+    Returns:
+        Tokens and US dollars; `None` when the teacher is not a service.
+
+    Raises:
+        JournalError: on every process, when the journal of one cannot be read.
+    """
+    if not is_service(teacher):
+        return None
+    return total(*on_every_process(lambda: spent_by_journal(args.output_dir), args.process_index))
+
+
 def prepare_teacher(
-    teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig, ledger: Ledger, datasets: Iterable[tuple[str, Any]]
+    teacher: str | PreTrainedModel | Teacher,
+    args: OmniOPDConfig,
+    ledger: Ledger,
+    datasets: Iterable[tuple[str, Any]],
+    paid: tuple[Usage, float] | None = None,
 ) -> Teacher:
     """Load the teacher of a run and send it one question as a check.
 
@@ -158,14 +178,13 @@ def prepare_teacher(
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
         datasets: names and datasets; the question is the first prompt of the first dataset.
+        paid: what earlier runs have paid, from [`spent_before`].
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
         DataError: when a model cannot be loaded, or cannot render the question.
-        JournalError: when the spending of earlier runs cannot be read from the journal.
         TeacherError: when the teacher does not answer.
     """
-    paid = spent(args.output_dir) if is_service(teacher) else None
     prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
     if prepared.budget is not None:
         prepared.budget.ledger = ledger

@@ -24,11 +24,13 @@ from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.audits.types import Audit, AuditSettings, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
-from omniopd_trl.errors import TeacherError
+from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.remote.engine import Sample
 from tests.support.corpus import STUDENT_LINES
+from tests.support.services import Scripted
 
 SETTINGS = {
     "num_chunks": 2,
@@ -102,6 +104,111 @@ def test_one_audit_by_hand(tiny_tokenizer):
     assert second.posterior == pytest.approx(0.5 / 4)
     assert first.mean_similarity == pytest.approx(0.5)
     assert (audit.num_dropped, audit.num_rollouts, audit.num_short, audit.failures) == (0, 6, 0, ())
+
+
+class Timed(Scripted):
+    """A service whose answers take a while, with a time limit."""
+
+    async def request(self, prefix, num_samples, request):
+        response = await super().request(prefix, num_samples, request)
+        return response._replace(samples=tuple(Sample("defg") for _ in response.samples))
+
+
+@pytest.mark.case("A4")
+def test_a_slow_similarity_does_not_delay_requests(tiny_tokenizer):
+    """While one trajectory is scored, the answers for others arrive: none times out, and none is requested twice."""
+    threads = []
+
+    def similarity(chunk, rollout):
+        threads.append(threading.current_thread().name)
+        time.sleep(0.25)  # 1.5 s for a trajectory
+        return 0.5
+
+    teacher = Timed(delay=lambda prefix: 0.02 * len(prefix.prompt), timeout=1.0, max_attempts=3)
+    judge = Auditor(teacher, tiny_tokenizer, AuditSettings(**SETTINGS), get_similarity(similarity))
+    paths = [trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}) for _ in range(2)]
+    # The second one is answered after the first one has begun to be scored.
+    paths = [(replace(path, prompt="What?" * (1 + 3 * i)), scores) for i, (path, scores) in enumerate(paths)]
+    loop = EventLoopThread()
+    audits = [future.result() for future in loop.submit(*(judge.audit(*path) for path in paths))]
+    loop.close()
+    assert len(teacher.seen) == 2 * 2
+    assert [[chunk.similarities for chunk in audit.chunks] for audit in audits] == [[(0.5, 0.5, 0.5)] * 2] * 2
+    assert {name.rpartition("_")[0] for name in threads} == {"omniopd-scoring"}
+    assert [len(set(audit.failures)) for audit in audits] == [0, 0]
+
+
+class FailsFor:
+    """A tokenizer that cannot encode some texts, like a fast tokenizer with a lone surrogate."""
+
+    def __init__(self, tokenizer, text):
+        self.tokenizer, self.text = tokenizer, text
+        self.decode = tokenizer.decode
+
+    def __call__(self, texts, **kwargs):
+        if any(self.text in text for text in texts):
+            raise TypeError("TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]")
+        return self.tokenizer(texts, **kwargs)
+
+
+def divides_by_words(chunk, rollout):
+    return 1.0 / len([word for word in rollout.split() if word.isalpha()])
+
+
+@pytest.mark.case("T9")
+@pytest.mark.parametrize(
+    ("bad", "fails_for", "phi", "what"),
+    [
+        ("\ud83d", None, "edit", "encoded with the student's tokenizer (TypeError: TextEncode"),
+        ("odd", "odd", "edit", "encoded with the student's tokenizer (TypeError: TextEncode"),
+        ("...", None, divides_by_words, "scored by the similarity (ZeroDivisionError: "),
+        ("\x00" * 9, None, divides_by_words, "scored by the similarity (ZeroDivisionError: "),
+    ],
+)
+def test_a_rollout_that_cannot_be_scored_is_set_aside(tiny_tokenizer, caplog, bad, fails_for, phi, what):
+    """The others count as they would without it; it is counted and quoted, and not a word of it reaches a number."""
+    tokenizer = tiny_tokenizer if fails_for is None else FailsFor(tiny_tokenizer, fails_for)
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}, seed=11)
+    audits = []
+    for script in (["defg", bad, "dexy"], ["defg", "dexy"]):
+        judge = Auditor(ScriptedTeacher(script), tokenizer, AuditSettings(**SETTINGS), get_similarity(phi))
+        judge.settings = replace(judge.settings, num_rollouts=len(script))
+        audits.append(asyncio.run(judge.audit(*path)))
+    assert audits[0].chunks == audits[1].chunks
+    assert [audit.num_set_aside for audit in audits] == [2, 0]
+    assert audits[0].num_rollouts == 4
+    assert what in audits[0].failures[0]
+    warnings = [record.getMessage() for record in caplog.records if "set aside" in record.getMessage()]
+    assert len(warnings) == 1
+    assert what in warnings[0]
+    assert repr(bad)[1:-1] in warnings[0]
+
+
+@pytest.mark.case("T9")
+def test_nothing_can_be_encoded(tiny_tokenizer):
+    """Chunks without a rollout are dropped: the run's own limit ends it, not a traceback at every resumption."""
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(["\udc00"])).audit(*path))
+    assert (audit.chunks, audit.num_dropped, audit.num_set_aside) == ((), 2, 6)
+    assert "TypeError" in audit.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("phi", "error"),
+    [
+        (lambda chunk, rollout: chunk.nonsense(), AttributeError),
+        (lambda chunk: 1.0, TypeError),
+        (lambda chunk, rollout: float("nan"), ConfigError),
+        (lambda chunk, rollout: 2.0 if rollout == "dexy" else 1.0, ConfigError),  # one is enough: it is no number
+    ],
+)
+def test_a_bug_in_a_similarity_is_raised(tiny_tokenizer, phi, error):
+    """One that fails for every rollout, or returns no similarity, is not a matter of a text."""
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["defg", "dexy"]))
+    judge.similarity = get_similarity(phi)
+    with pytest.raises(error):
+        asyncio.run(judge.audit(*path))
 
 
 def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):

@@ -303,7 +303,7 @@ class TestMain:
             ({"datasets": [{"path": "x"}]}, ConfigError, "Both `datasets` and `dataset_name`"),
             ({"dataset_name": ..., "datasets": [{"path": "x.jsonl"}]}, DataError, "no dataset file 'x.jsonl'"),
             ({"prompt_template": "maths"}, ConfigError, "`prompt_template` is 'maths'"),
-            ({"resume_from_checkpoint": True}, DataError, "there is no checkpoint in 'out'"),
+            ({"resume_from_checkpoint": True}, DataError, "'out' holds neither a complete checkpoint nor"),
             ({"dataset_train_split": "training"}, DataError, "no split 'training'.*`dataset_train_split`"),
             ({"do_eval": True, "dataset_test_split": "dev"}, DataError, "no split 'dev'.*`dataset_test_split`"),
             ({"dataset_streaming": True, "max_steps": -1}, ConfigError, "Set `max_steps`"),
@@ -332,13 +332,16 @@ class TestResolveCheckpoint:
 
     @pytest.mark.parametrize("state", [None, "", '{"global_step": 4'])
     def test_cut_off(self, tmp_path, state):
-        """A run that was killed while it saved goes on from the checkpoint before; without one, it says what to do."""
+        """A run that was killed while it saved resumes from the checkpoint before; without one, from step 0."""
         (tmp_path / "checkpoint-4").mkdir()
         (tmp_path / "checkpoint-4" / "model.safetensors").touch()
         if state is not None:
             (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(state)
-        with pytest.raises(DataError, match=r"no checkpoint in .* is complete"):
+        with pytest.raises(DataError, match="neither a complete checkpoint nor a journal"):
             resolve_checkpoint("true", str(tmp_path))
+        (tmp_path / "_audits").mkdir()
+        (tmp_path / "_audits" / "rank-0.sqlite").touch()
+        assert resolve_checkpoint("true", str(tmp_path)) is True
         (tmp_path / "checkpoint-2").mkdir()
         (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
         assert resolve_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
@@ -346,11 +349,11 @@ class TestResolveCheckpoint:
     def test_none(self, tmp_path):
         """Nothing and `false` start from the beginning."""
         for value in (None, False, "false", "none", ""):
-            assert resolve_checkpoint(value, str(tmp_path)) is None
+            assert resolve_checkpoint(value, str(tmp_path)) is False
 
     def test_missing(self, tmp_path):
         """A checkpoint that is not there is an error, not a new run."""
-        with pytest.raises(DataError, match="there is no checkpoint"):
+        with pytest.raises(DataError, match="neither a complete checkpoint nor a journal"):
             resolve_checkpoint("true", str(tmp_path))
         with pytest.raises(DataError, match="no such folder"):
             resolve_checkpoint("checkpoint-7", str(tmp_path))

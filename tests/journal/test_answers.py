@@ -44,12 +44,14 @@ class Service(Scripted):
 def asking(teacher, prefixes=PREFIXES, num_samples=NUM_SAMPLES):
     """An auditor that keeps the teacher's replies instead of scoring them."""
 
-    async def audit(trajectory, scores, ledger=NO_LEDGER):
+    async def ask(trajectory, scores, ledger=NO_LEDGER):
         replies.extend(await teacher.sample(prefixes, SamplingRequest(num_samples, 70, seed=7, ledger=ledger)))
+
+    async def score_later(answered):
         return Audit(usage=sum((reply.usage for reply in replies), Usage()))
 
     replies: list[TeacherReply] = []
-    return SimpleNamespace(audit=audit, replies=replies)
+    return SimpleNamespace(ask=ask, score_later=score_later, replies=replies)
 
 
 def run(folder, teacher, prefixes=PREFIXES):
@@ -131,7 +133,7 @@ def test_what_was_learned_does_not_matter(tmp_path):
 
 def _seeds():
     teacher = Service(ONE)
-    asyncio.run(asking(teacher).audit(None, None))
+    asyncio.run(asking(teacher).ask(None, None))
     seeds = [request.seed for _, _, request in teacher.seen]
     return [seeds[i : i + NUM_SAMPLES] for i in range(0, len(seeds), NUM_SAMPLES)]
 
@@ -219,6 +221,25 @@ def test_a_teacher_that_wraps_a_service(tmp_path):
     assert len(second.seen) == 3 * NUM_SAMPLES - 6
     assert audit.usage == second.budget.used
     assert paid.prompt_tokens + paid.completion_tokens == first.budget.tokens_spent + second.budget.tokens_spent
+
+
+@pytest.mark.case("T9", "T10")
+@pytest.mark.parametrize("kept", [[1, [["a", "b", "c", "d", "e", "f"]]], [1, 7], ["x"], {"size": 1}, [1, [None]]])
+def test_kept_answers_that_cannot_be_read(tmp_path, kept, caplog):
+    """A record of another form is set aside, and no resumed run ends at it again."""
+    with pytest.raises(TeacherError):
+        run(tmp_path, Service(ONE, fault=lambda number, _: FINAL if number >= 3 else None))
+    with journal(tmp_path) as j:
+        for request, answers in j.answers(0, 0).items():
+            for start in answers:
+                j.record_answer(0, 0, request, start, kept, Usage())
+    second = Service(ONE)
+    replies, _, _ = run(tmp_path, second)
+    assert texts(replies) == [[f" {n}" for n in seeds] for seeds in _seeds()]
+    # A request that was sent when the record was met is sent again.
+    assert len(second.seen) - 3 * NUM_SAMPLES in (0, 1)
+    if not isinstance(kept, list) or len(kept) < 2:
+        assert "3 answers that the journal holds for trajectory 0 of step 0 cannot be used" in caplog.text
 
 
 def test_answers_without_usage_are_kept(tmp_path):

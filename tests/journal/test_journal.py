@@ -5,6 +5,8 @@
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,7 +22,8 @@ from hypothesis import strategies as st
 
 from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.errors import OmniOPDError
-from omniopd_trl.journal.file import journal_path
+from omniopd_trl.journal import file, store
+from omniopd_trl.journal.file import journal_path, lock_path
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import (
     ADDED,
@@ -339,6 +342,23 @@ def test_answers(tmp_path):
     assert spent(tmp_path) == (Usage(4, 0, 4), 1.0)
 
 
+def test_answers_that_are_set_aside(tmp_path):
+    """They stay in the file, are never replayed, and new ones take their place."""
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(), trajectory()])
+        for index in (0, 1):
+            j.record_answer(0, index, "a", 0, ["x"], Usage(1, 0, 1))
+    for number in range(2):
+        with journal(tmp_path) as j:
+            assert j.set_aside(0, 0) == 1
+            assert j.answers(0, 0) == {}
+            assert j.answers(0, 1) == {"a": {0: ["x"]}}
+            j.record_answer(0, 0, "a", 0, [f"y{number}"], Usage(1, 0, 1))
+    with journal(tmp_path) as j:
+        assert j.answers(0, 0) == {"a": {0: ["y1"]}}
+    assert spent(tmp_path)[0] == Usage(4, 0, 4)
+
+
 def test_cost_must_be_finite(tmp_path):
     """A cost that is no number would make every sum of the ledger none."""
     with journal(tmp_path) as j:
@@ -362,17 +382,23 @@ def write(path, offset, data):
         file.write(data)
 
 
+def read_all(folder, steps):
+    with journal(folder) as j:
+        return [(j.trajectories(step), j.audit(step, 0), j.audit(step, 1)) for step in range(steps)], j.ledger()
+
+
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_garbage(tmp_path, where):
-    """Garbage anywhere is an error at start that names the file and the way out, and the file is left as it is."""
+    """Garbage anywhere is an error that names the file and the remedy, at the latest when the record is read."""
     fill(tmp_path)
     path = journal_path(tmp_path, 0)
     size = path.stat().st_size
     write(path, {"first": 0, "middle": size // 2, "last": size - 9000}[where], os.urandom(8192))
     before = main_files(tmp_path)
     with pytest.raises(JournalError, match=r"rank-0\.sqlite is damaged: .* Restore it from a copy"):
-        journal(tmp_path)
-    assert main_files(tmp_path) == before
+        read_all(tmp_path, 8)
+    if where == "first":  # found at the start: nothing was written
+        assert main_files(tmp_path) == before
 
 
 def test_single_bytes(tmp_path):
@@ -380,20 +406,17 @@ def test_single_bytes(tmp_path):
     fill(tmp_path, steps=12)
     path = journal_path(tmp_path, 0)
     good = path.read_bytes()
-
-    def contents():
-        with journal(tmp_path) as j:
-            return [(j.trajectories(step), j.audit(step, 0), j.audit(step, 1)) for step in range(12)], j.ledger()
-
-    expected = contents()
+    expected = read_all(tmp_path, 12)
     dice = random.Random(0)
     errors = 0
-    for _ in range(100):
-        offset = dice.randrange(len(good))
+    page = 16384
+    # Most bytes belong to texts. The first bytes of a page say where its records are, and where an index goes on.
+    starts = [number * page + dice.randrange(200) for number in range(len(good) // page) for _ in range(6)]
+    for offset in [*starts, *(dice.randrange(len(good)) for _ in range(100))]:
         path.write_bytes(good)
         write(path, offset, bytes([good[offset] ^ (1 << dice.randrange(8))]))
         try:
-            assert contents() == expected
+            assert read_all(tmp_path, 12) == expected
         except JournalError:
             errors += 1
     assert errors > 20
@@ -416,7 +439,10 @@ def test_truncated(tmp_path, share):
     [
         ("UPDATE usage SET prompt_tokens = 0 WHERE step = 3", "row of 'usage'"),
         ("UPDATE audits SET payload = zeroblob(9) WHERE attempt = 2 AND idx = 1", "row of 'audits'"),
-        ("UPDATE trajectories SET attempt = 77 WHERE attempt = 2", "row of 'trajectories'"),
+        ("UPDATE trajectories SET attempt = 77 WHERE attempt = 2", "0 of 2 rows of 'trajectories'"),
+        ("DELETE FROM audits WHERE attempt = 2 AND idx = 1", "1 of 2 rows of 'audits'"),
+        ("UPDATE audits SET idx = 5 WHERE attempt = 2 AND idx = 1", "row of 'audits'"),
+        ("UPDATE progress SET num_audits = 1 WHERE attempt = 2", "row of 'progress'"),
         ("UPDATE attempts SET step = 77 WHERE step = 1", "row of 'attempts'"),
         ("UPDATE sessions SET fingerprint = 'other'", "row of 'sessions'"),
         ("ALTER TABLE usage RENAME usd TO eur", "tables are not those"),
@@ -424,12 +450,12 @@ def test_truncated(tmp_path, share):
     ],
 )
 def test_changed_values(tmp_path, statement, message):
-    """What SQLite itself cannot see, such as a wrong number in the ledger, is an error at start, too."""
+    """What SQLite itself cannot see, such as a wrong number in the ledger, is an error before it is used, too."""
     fill(tmp_path)
     with closing(sqlite3.connect(journal_path(tmp_path, 0))) as db, db:
         db.execute(statement)
     with pytest.raises(JournalError, match=message):
-        journal(tmp_path)
+        read_all(tmp_path, 8)
 
 
 def test_not_a_journal(tmp_path):
@@ -456,24 +482,42 @@ def test_other_version(tmp_path):
             use(tmp_path)
 
 
-def test_the_version_before(tmp_path):
+def become(path, version) -> None:
+    """Make the file one of an earlier version."""
+    with closing(sqlite3.connect(path)) as db:
+        for since, tables in ADDED.items():
+            for table in tables if since > version else ():
+                db.execute(f"DROP TABLE {table}")
+        db.execute(f"PRAGMA user_version = {version}")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_version_before(tmp_path, version):
     """What was spent is read, what was recorded is replayed, and the file becomes one of this version."""
     fill(tmp_path, steps=1)
     path = journal_path(tmp_path, 0)
-    with closing(sqlite3.connect(path)) as db:
-        for table in ADDED:
-            db.execute(f"DROP TABLE {table}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+    become(path, version)
     before = main_files(tmp_path)
     assert spent(tmp_path) == (Usage(20, 2, 4, 0), 1.0)
     assert main_files(tmp_path) == before
     with journal(tmp_path, settings={"M": 10}) as j:
         assert j.trajectories(0) == [trajectory(0), trajectory(1)]
+        assert j.num_audits(0) == 2
         assert j.usage() == Usage(20, 2, 4, 0)
     with journal(tmp_path, fingerprint="M=5", settings={"M": 5}) as j:
         assert j.begin(0) == NotReplayed(1, {}, 0)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+def test_an_earlier_version_is_checked_as_a_whole(tmp_path):
+    """It has no counts, which would show later that a record is missing."""
+    fill(tmp_path, steps=1)
+    become(journal_path(tmp_path, 0), 3)
+    with closing(sqlite3.connect(journal_path(tmp_path, 0))) as db, db:
+        db.execute("UPDATE audits SET payload = zeroblob(9)")
+    with pytest.raises(JournalError, match="row of 'audits'"):
+        journal(tmp_path)
 
 
 def test_lost_file(tmp_path):
@@ -508,6 +552,109 @@ def test_error_types():
     assert issubclass(JournalError, OmniOPDError)
     assert issubclass(JournalError, RuntimeError)
     assert issubclass(ProcessCountError, JournalError)
+
+
+@pytest.mark.case("U11")
+@pytest.mark.parametrize("deleted", ["_audits", "_audits/rank-0.sqlite", "."])
+def test_deleted_while_it_is_open(tmp_path, caplog, deleted):
+    """It comes back with all records, old and new, and with its lock; the log says so, once."""
+    folder = tmp_path / "out"
+    with journal(folder) as j:
+        j.record_trajectories(0, [trajectory(), trajectory(1)])
+        j.record_usage(0, 0, Usage(10, 0, 5), 1.0)
+        j.record(0, 0, audit())
+        target = folder / deleted
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        j.record_usage(0, 1, Usage(10, 0, 5), 1.0)
+        j.record(0, 1, audit("after"))
+        assert caplog.text.count("It is restored with all its records") == 1
+        with pytest.raises(JournalError, match="in use by another process"):
+            journal(folder)
+    with journal(folder) as j:
+        assert [j.audit(0, 0), j.audit(0, 1)] == [audit(), audit("after")]
+        assert j.trajectories(0) == [trajectory(), trajectory(1)]
+    assert spent(folder) == (Usage(20, 0, 10), 2.0)
+
+
+@pytest.mark.case("U11")
+def test_replaced_while_it_is_open(tmp_path):
+    """Another run that started after the folder was deleted is not overwritten."""
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory()])
+        shutil.rmtree(tmp_path / "_audits")
+        with journal(tmp_path) as other:
+            other.record_trajectories(0, [trajectory(5)])
+            with pytest.raises(JournalError, match="was replaced by another file while this run was writing it"):
+                j.record(0, 0, audit())
+            assert other.trajectories(0) == [trajectory(5)]
+
+
+@pytest.mark.case("U11")
+@pytest.mark.parametrize("what", ["no room", "no files", "a folder"])
+def test_a_lock_that_cannot_be_written(tmp_path, what):
+    """A full disk is not "another process": the message says what to check."""
+    path = journal_path(tmp_path, 0)
+    path.parent.mkdir()
+    limit = {"no room": resource.RLIMIT_FSIZE, "no files": resource.RLIMIT_NOFILE}.get(what)
+    if limit is None:
+        lock_path(path).mkdir()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    else:  # as on a full disk, no byte can be written; or no file can be opened
+        limits = resource.getrlimit(limit)
+        resource.setrlimit(limit, (0, limits[1]))
+    try:
+        with pytest.raises(JournalError) as caught:
+            journal(tmp_path)
+    finally:
+        resource.setrlimit(limit or resource.RLIMIT_FSIZE, limits)
+    said = str(caught.value)
+    assert said.startswith(f"The journal {path} cannot be used: "), said
+    assert "Check that the disk has room" in said
+    assert "another process" not in said
+
+
+# ---- Size ----
+
+
+def bytes_read(action) -> int:
+    """Bytes that this process reads from files while it does something."""
+
+    def so_far() -> int:
+        with open("/proc/self/io") as file:
+            return int(file.readline().split()[1])
+
+    before = so_far()
+    action()
+    return so_far() - before
+
+
+@pytest.mark.case("U12")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_opening_reads_no_audits(tmp_path, monkeypatch):
+    """What is read does not grow with the audits; a step that is replayed costs the same in a large journal."""
+    checked = []
+    monkeypatch.setattr(store, "checksum_of", lambda values: checked.append(values) or file.checksum_of(values))
+
+    def opened(folder, per_step):
+        with journal(folder) as j:
+            for step in range(6):
+                j.record_trajectories(step, [trajectory(i) for i in range(per_step)])
+                for index in range(per_step):
+                    j.record(step, index, audit(os.urandom(20_000).hex()))
+        size = journal_path(folder, 0).stat().st_size
+        read = bytes_read(lambda: journal(folder).close())
+        with journal(folder) as j:
+            j.begin(5)
+            checked.clear()
+            replayed = bytes_read(lambda: (j.trajectories(5), [j.audit(5, index) for index in range(per_step)]))
+        return size, read, replayed, len(checked)
+
+    small, large = opened(tmp_path / "small", 2), opened(tmp_path / "large", 40)
+    assert large[0] > 10 * small[0]
+    assert large[1] < small[1] + 100_000
+    assert large[1] < large[0] / 20
+    assert large[2] < large[0] / 2  # one of six steps, read twice at most
+    assert large[3] <= 40 * 6
 
 
 # ---- Other processes and threads ----

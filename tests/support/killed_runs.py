@@ -20,11 +20,9 @@ import traceback
 from contextlib import closing
 from pathlib import Path
 
-from omniopd_trl.errors import DataError
-from omniopd_trl.journal.file import journal_path
+from omniopd_trl.journal.file import journal_path, journals_of
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Prefix, Rollout, Teacher, TeacherReply, Usage
-from omniopd_trl.trainer.checkpoints import last_checkpoint
 from tests.support.training import make_trainer, questions, script
 
 STEPS = 5
@@ -56,7 +54,7 @@ def key(prefix: Prefix) -> list[str]:
 
 
 def train(folder: Path, model: Path) -> None:
-    """Train, from the last checkpoint if there is one."""
+    """Train, and replay what an earlier run recorded."""
     out = folder / "out"
     trainer = make_trainer(
         out,
@@ -72,12 +70,7 @@ def train(folder: Path, model: Path) -> None:
         chunk_length=6,
         num_chunks=3,
     )
-    try:
-        last_checkpoint(out)
-        resume = True
-    except DataError:  # killed before the first one was written
-        resume = False
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=bool(journals_of(out)))
     assert trainer.state.global_step == STEPS
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from omniopd_trl.journal.file import journals_of
 from tests.support.training import make_trainer, questions
 
 SETTINGS = {
@@ -23,7 +24,8 @@ SETTINGS = {
 
 def main(folder, model, url, overrides="{}"):
     settings = {**SETTINGS, "teacher_base_url": url, "dataset": questions(16), **json.loads(overrides)}
-    make_trainer(Path(folder), Path(model), **settings).train()
+    trainer = make_trainer(Path(folder), Path(model), **settings)
+    trainer.train(resume_from_checkpoint=bool(journals_of(folder)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.method import Chunk, StepChunks
 from omniopd_trl.trainer import step_audits
+from omniopd_trl.trainer.checkpoints import last_checkpoint
 from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.step_audits import PendingAudit
 from tests.support.teachers import Here, Remote
@@ -94,6 +95,31 @@ def test_a_result_that_is_none(tmp_path, tiny_model_dir):
     assert trainer.state.global_step == 0
     with pytest.raises(ConfigError, match=r"`chunk_weights` is 0\.5, which is neither a name nor a function"):
         make_trainer(tmp_path, tiny_model_dir, chunk_weights=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "message"),
+    [
+        (lambda chunks: chunks.nonsense, AttributeError, None),
+        (lambda chunks: chunks.posteriors / 0 * 0, ConfigError, r"Stopped at step 1: .* that holds nan"),
+        (lambda chunks: chunks.posteriors[:-1], ConfigError, r"Stopped at step 1: .*a tensor of shape"),
+    ],
+    ids=["raises", "nan", "too few"],
+)
+def test_an_error_of_a_function_ends_the_run_with_a_checkpoint(tmp_path, tiny_model_dir, fails, error, message):
+    """Like an error of a teacher: the step that was paid for is in the journal, and the message says how to resume."""
+
+    def weigh(chunks):
+        return chunks.posteriors if chunks.step == 0 else fails(chunks)
+
+    settings = {"max_steps": 3, "dataset": questions(24), "chunk_weights": weigh}
+    trainer = make_trainer(tmp_path, tiny_model_dir, **settings)
+    with pytest.raises(error, match=message) as caught:
+        trainer.train()
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])][-1]
+    assert said.startswith("Stopped at step 1: ")
+    assert f"A checkpoint is in {tmp_path}" in said
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_a_function_decides_what_is_replayed(tmp_path, tiny_model_dir):

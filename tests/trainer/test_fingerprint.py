@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import ScriptedTeacher
+from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.trainer.fingerprint import fingerprint, identity_of, replay_key
 from tests.support import ROOT
-from tests.support.teachers import Here, Silent
+from tests.support.teachers import Here
 from tests.support.training import FOUR_STEPS, make_trainer, trainable
 
 HALF = 0.5
@@ -140,10 +141,11 @@ def test_another_similarity_is_asked_for_anew(tmp_path, tiny_model_dir):
     settings = {**FOUR_STEPS, "max_steps": 1, "save_strategy": "no"}
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings).train()
     other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), similarity=constant, **settings)
-    other.train()
+    other.train(resume_from_checkpoint=True)
     assert other.teacher.calls > 0
     assert other.state.log_history[0]["audit/similarity"] == pytest.approx(0.5)
-    make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), similarity=constant, **settings).train()
+    same = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), similarity=constant, **settings)
+    same.train(resume_from_checkpoint=True)
 
 
 # ---- The student ----
@@ -220,8 +222,8 @@ def test_smaller_micro_batches_replay(tmp_path, tiny_model_dir):
     whole = {**settings, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **whole)
     first.train()
-    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **settings)
-    again.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **settings)
+    again.train(resume_from_checkpoint=True)
     torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
 
 
@@ -240,12 +242,116 @@ def test_no_secrets(tmp_path, tiny_model_dir):
 
 
 def test_a_teacher_is_known_by_its_name(tmp_path, tiny_model_dir):
-    """The only thing that is known of one of the user's own."""
+    """Another name is another teacher, and so is another script."""
     teacher = ScriptedTeacher(["x"])
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher)
     before = settings_of(trainer)
     teacher.name = "scripted, another prompt"
     assert settings_of(trainer) != before
+    assert teacher_key(trainer, ScriptedTeacher(["x"])) != teacher_key(trainer, ScriptedTeacher(["y"]))
+
+
+def teacher_key(trainer, teacher):
+    trainer.teacher = teacher
+    settings = settings_of(trainer)
+    return {name: settings[name] for name in ("teacher", "teacher_base_url", "teacher_code")}
+
+
+# Each defines `Own` anew, as a cell of a notebook does.
+BASE = """
+from omniopd_trl.teachers import Rollout, Teacher, TeacherReply
+WORDS = 3
+def words(text): return text.split()[:WORDS]
+class Own(Teacher):
+    name = "own"
+    style = "short"
+    def __init__(self, prompt="Go on.", key=None, examples=()):
+        self.prompt, self._examples, self.key = prompt, examples, key
+        self.calls = 0
+    async def sample(self, prefixes, request):
+        return [TeacherReply(tuple(map(Rollout, words(self.prompt)))) for _ in prefixes]
+"""
+
+
+def own(source=BASE, call="Own()"):
+    namespace = {"__name__": "notebook"}
+    exec(source, namespace)
+    return eval(call, namespace)
+
+
+@pytest.mark.case("U1")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        own(BASE.replace("words(self.prompt)", "words(self.prompt)[::-1]")),  # the method
+        own(BASE.replace("WORDS = 3", "WORDS = 4")),  # a number of its module
+        own(BASE.replace(".split()", ".split(' ')")),  # a function of its module
+        own(BASE.replace('style = "short"', 'style = "long"')),  # an attribute of the class
+        own(call="Own('Continue.')"),
+        own(call="Own(examples=['2 + 2 = 4'])"),
+        own(call="type('Own', (Own,), {'style': 'short'})()"),
+    ],
+)
+def test_a_custom_teacher_is_known_by_its_code_and_configuration(tmp_path, tiny_model_dir, changed):
+    """What is edited in a notebook is another teacher, under the same name."""
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    before = teacher_key(trainer, own())
+    assert teacher_key(trainer, own()) == before
+    assert before["teacher_code"].startswith("notebook.Own (")
+    after = teacher_key(trainer, changed)
+    assert {name for name in before if before[name] != after[name]} == {"teacher_code"}
+
+
+@pytest.mark.case("U1")
+def test_the_state_of_a_custom_teacher_does_not_count(tmp_path, tiny_model_dir):
+    """Counters, keys and comments change no answer: a run that is resumed in the same process replays."""
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    before = teacher_key(trainer, own())
+    teacher = own(BASE.replace("async def", "# a comment\n    async def"), "Own()")
+    teacher.calls = 7
+    teacher.api_key = "another"
+    assert teacher_key(trainer, teacher) == before
+    teacher.style = "long"  # replaces the attribute of the class
+    assert teacher_key(trainer, teacher) != before
+
+
+@pytest.mark.case("U1")
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        ("openai:model", "OPENAI_BASE_URL"),
+        ("anthropic:model", "ANTHROPIC_BASE_URL"),
+        ("gemini:model", "GOOGLE_GEMINI_BASE_URL"),
+        ("vllm:model", None),
+    ],
+)
+def test_a_service_is_known_by_its_address(tmp_path, tiny_model_dir, monkeypatch, name, variable):
+    """From the setting or the environment, without what may be a secret in it."""
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+
+    def address(url=None):
+        return teacher_key(trainer, remote_teacher(name, base_url=url, continuation="instruct"))["teacher_base_url"]
+
+    here = address("http://127.0.0.1:8000/v1")
+    assert here == "http://127.0.0.1:8000/v1"
+    assert address("http://127.0.0.1:8000/v1/") == here
+    assert address("http://user:secret@127.0.0.1:8000/v1?key=secret#secret") == here
+    assert len({here, address(), address("http://127.0.0.1:8001/v1"), address("http://127.0.0.1:8000/v2")}) == 4
+    if variable is not None:
+        monkeypatch.setenv(variable, "http://127.0.0.1:8000/v1")
+        assert address() == here
+
+
+@pytest.mark.case("U1")
+def test_a_teacher_in_a_teacher_counts(tmp_path, tiny_model_dir):
+    """A wrapper is known by what it wraps."""
+    source = BASE.replace("prompt=", "service, prompt=").replace("self.calls = 0", "self.service = service")
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    keys = []
+    for url in ("http://127.0.0.1:8000", "http://127.0.0.1:8000", "http://127.0.0.1:8001"):
+        wrapper = own(source, "Own")(remote_teacher("openai:gpt-6-luna", base_url=url))
+        keys.append(teacher_key(trainer, wrapper)["teacher_code"])
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_named_similarities(tmp_path, tiny_model_dir):

@@ -4,23 +4,28 @@
 
 import json
 import os
+import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from omniopd_trl.errors import BudgetError, TeacherError
+from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import JournalError
 from omniopd_trl.journal.store import Journal
-from omniopd_trl.teachers import Usage
+from omniopd_trl.teachers import Rollout, Usage
 from omniopd_trl.trainer.checkpoints import last_checkpoint
 from tests.support import ROOT
-from tests.support.teachers import Here, Remote, Silent
+from tests.support.teachers import Here, Remote
 from tests.support.training import FOUR_STEPS, make_trainer, questions, trainable
 
 
@@ -36,13 +41,115 @@ def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir
     assert paid[0] == first.teacher_usage
     assert paid[0].completion_tokens > 0
 
-    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "ref_model_offload": True})
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=teacher.silent(), **{**settings, "ref_model_offload": True})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
     assert again.state.log_history[3]["loss"] == pytest.approx(first.state.log_history[3]["loss"], abs=1e-5)
     assert again.state.log_history[3]["teacher/completion_tokens"] == 0
     assert again.teacher_usage == Usage()
     assert spent(tmp_path) == paid
+
+
+ONE_STEP = {**FOUR_STEPS, "max_steps": 1, "save_strategy": "no"}
+
+
+class Versioned(Here):
+    """Answers that depend on state which nothing tells the trainer about: what is behind a service may change."""
+
+    async def sample(self, prefixes, request):
+        replies = await super().sample(prefixes, request)
+        if not hasattr(self, "version"):
+            return replies
+        rollouts = tuple(Rollout(self.version) for _ in range(request.num_samples))
+        return [replace(reply, rollouts=rollouts) for reply in replies]
+
+
+@pytest.mark.case("U1")
+def test_a_run_that_does_not_resume_starts_over(tmp_path, tiny_model_dir, caplog):
+    """It asks for everything and says so; the ledger and the old records stay; resuming it replays its own records."""
+    logging.enable_propagation()
+    old = make_trainer(tmp_path, tiny_model_dir, teacher=Versioned(), **ONE_STEP)
+    old.train()
+    assert "This run starts over" not in caplog.text
+    paid, _ = spent(tmp_path)
+
+    teacher = Versioned()
+    teacher.version = "something else"
+    fresh = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **ONE_STEP)
+    fresh.train()
+    (line,) = re.findall(r"This run starts over\. .*", caplog.text)
+    assert f"1 recorded step of an earlier run in {tmp_path / '_audits'} is not replayed" in line
+    assert "--resume_from_checkpoint true" in line
+    assert "from the journal" not in caplog.text
+    assert fresh.teacher_usage == old.teacher_usage
+    assert spent(tmp_path)[0] == paid + paid
+    similarity = [trainer.state.log_history[0]["audit/similarity"] for trainer in (old, fresh)]
+    assert similarity[0] != similarity[1]
+
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Versioned.silent(), **ONE_STEP)
+    again.train(resume_from_checkpoint=True)
+    assert "step 0: 8 of 8 audits from the journal" in caplog.text
+    assert again.state.log_history[0]["audit/similarity"] == pytest.approx(similarity[1])
+    with closing(sqlite3.connect(journal_path(tmp_path, 0))) as db:
+        assert db.execute("SELECT count(*) FROM audits").fetchone() == (16,)
+
+
+@pytest.mark.case("U1")
+def test_a_run_that_starts_over_by_mistake(tmp_path, tiny_model_dir, caplog):
+    """Stopped before the teacher has answered, as its message advises, it takes nothing from the earlier run."""
+    logging.enable_propagation()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **ONE_STEP).train()
+    with pytest.raises(TeacherError, match="asked again"):
+        make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **ONE_STEP).train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **ONE_STEP)
+    again.train(resume_from_checkpoint=True)
+    assert "step 0: 8 of 8 audits from the journal" in caplog.text
+
+
+@pytest.mark.case("U1")
+def test_a_checkpoint_that_is_not_of_the_newest_run(tmp_path, tiny_model_dir, caplog):
+    """A folder in which a run was started over holds checkpoints of both, and the later step may be the older one."""
+    logging.enable_propagation()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), callbacks=[StopAt(1)], **FOUR_STEPS).train()
+    assert "newest run" not in caplog.text
+    older = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), callbacks=[StopAt(3)], **FOUR_STEPS)
+    older.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (
+        "checkpoint of step 2 is not of the newest run in this folder, which has recorded steps up to 0" in caplog.text
+    )
+    assert older.teacher.calls > 0
+
+
+def test_nothing_to_resume(tmp_path, tiny_model_dir):
+    """A folder without checkpoint and journal is probably not the one that was meant."""
+    trainer = make_trainer(tmp_path / "other", tiny_model_dir, teacher=Here.silent(), **ONE_STEP)
+    with pytest.raises(DataError, match="neither a complete checkpoint nor a journal"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(DataError, match="there is no such folder"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+class DeleteAudits(TrainerCallback):
+    """Deletes the journal's folder after the first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            shutil.rmtree(journal_path(args.output_dir, 0).parent)
+
+
+@pytest.mark.case("U11")
+def test_the_journal_is_deleted_during_a_run(tmp_path, tiny_model_dir, caplog):
+    """It is restored with everything that was in it, and the log says so: nothing is paid twice or forgotten."""
+    logging.enable_propagation()
+    settings = {**FOUR_STEPS, "max_steps": 2, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), callbacks=[DeleteAudits()], **settings)
+    trainer.train()
+    assert caplog.text.count("was deleted while this run was writing it") == 1
+    assert spent(tmp_path)[0] == trainer.teacher_usage
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
 
 
 class StopAt(TrainerCallback):
@@ -99,17 +206,18 @@ def test_settings_that_are_put_back_replay(tmp_path, tiny_model_dir, caplog):
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings).train()
 
     with pytest.raises(TeacherError, match="asked again"):
-        make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**settings, "max_steps": 3}).train()
+        other = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **{**settings, "max_steps": 3})
+        other.train(resume_from_checkpoint=True)
     assert "2 recorded steps are not replayed, since max_steps was 2 and is 3:" in caplog.text
     caplog.clear()
-    make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **settings).train()
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **settings).train(resume_from_checkpoint=True)
     assert "not replayed" not in caplog.text
 
     shuffled = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings)
     rows = shuffled.train_dataset._fingerprint
     shuffled.train_dataset = shuffled.train_dataset.select(range(31, -1, -1))
     shuffled.train_dataset._fingerprint = rows  # as a stream, which has none
-    shuffled.train()
+    shuffled.train(resume_from_checkpoint=True)
     assert caplog.text.count("was recorded with other prompts") == 1
 
 
@@ -120,7 +228,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, t
     first.train()
     for name in ("model.safetensors", "trainer_state.json"):  # as a kill in the middle of saving leaves it
         (tmp_path / "checkpoint-4" / name).unlink()
-    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **FOUR_STEPS)
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **FOUR_STEPS)
     again.train(resume_from_checkpoint=True)
     assert "checkpoint-4 is incomplete" in caplog.text
     torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-5)
@@ -210,7 +318,7 @@ def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
     """Other timeouts or another log interval do not invalidate what was paid for."""
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
     changed = {"teacher_timeout": 7.0, "teacher_max_seconds": 9.0, "logging_steps": 3, "max_failed_chunks": 0.5}
-    again = make_trainer(tmp_path, tiny_model_dir, teacher=Silent(), **{**FOUR_STEPS, **changed})
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **{**FOUR_STEPS, **changed})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 4
 
@@ -221,7 +329,7 @@ def test_another_number_of_processes_asks_again_and_says_so(tmp_path, tiny_model
     path = journal_path(tmp_path, 0)
     Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=2).close()
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
     assert "Resume with 2 to replay it" in caplog.text
     assert "asked again" in caplog.text
     assert trainer.teacher_usage.completion_tokens > 0
@@ -232,7 +340,7 @@ def test_a_damaged_journal_stops_the_run_before_anything_is_asked(tmp_path, tiny
     path = journal_path(tmp_path, 0)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a journal" * 1000)
-    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent())
     with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
         trainer.train()
 
@@ -241,7 +349,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path, tiny_model_dir):
     """The second one is refused at its start."""
     path = journal_path(tmp_path, 0)
     with Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=1):
-        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Silent())
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent())
         with pytest.raises(JournalError, match=r"rank-0\.sqlite"):
             trainer.train()
 
@@ -252,22 +360,26 @@ def test_without_save_audits_nothing_is_written(tmp_path, tiny_model_dir):
     assert not (tmp_path / "_audits").exists()
 
 
-def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir):
+@pytest.mark.case("U1")
+def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir, caplog):
     """A BudgetError of the teacher ends the run like any final error, and a resumed run replays what was paid."""
 
     class Poor(Here):
         async def sample(self, prefixes, request):
-            if self.calls >= 11:
+            if self.calls >= 11 and not hasattr(self, "is_rich"):
                 raise BudgetError("The budget is used up. Raise the budget and resume from the last checkpoint.")
             return await super().sample(prefixes, request)
 
     poor = make_trainer(tmp_path, tiny_model_dir, teacher=Poor(), **FOUR_STEPS)
     with pytest.raises(TeacherError, match=r"Stopped at step 1: The budget is used up"):
         poor.train()
-    rich = Here()
+    rich = Poor()
+    rich.is_rich = True
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=rich, **FOUR_STEPS)
+    logging.enable_propagation()
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
+    assert re.findall(r"step (\d): \d of 8 audits from the journal", caplog.text) == ["1"]
     # At most six of the eight trajectories of a step have chunks; five audits of step 1 were there already.
     assert 2 * 5 < rich.calls <= 1 + 2 * 6
 

@@ -3,6 +3,7 @@
 """Gemini as a teacher, through the Gemini Developer API."""
 
 import json
+import os
 import re
 from typing import Any
 
@@ -50,7 +51,7 @@ class GeminiTeacher(RemoteTeacher):
     ):
         super().__init__(f"gemini:{model}", capabilities, settings, budget)
         self.model = model
-        self.base_url = base_url
+        self.base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL") or None
 
     def connect(self) -> Any:
         genai = import_extra("google.genai", "gemini")

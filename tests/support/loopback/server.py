@@ -51,6 +51,7 @@ class Loopback:
         fault: function of the request's number (from 0, in order of arrival) and its body that returns a fault or
             `None`; or a list of faults for the first requests.
         delay: time that an answer takes, in seconds.
+        port: port to listen at; 0 for a free one. A resumed run finds its records only at the same address.
 
     Attributes:
         requests: received requests, in order.
@@ -58,7 +59,7 @@ class Loopback:
         most: peak of `active`.
     """
 
-    def __init__(self, answer: Answer, fault: Any = None, delay: float = 0.0):
+    def __init__(self, answer: Answer, fault: Any = None, delay: float = 0.0, port: int = 0):
         self.answer = answer
         self.fault = fault
         self.delay = delay
@@ -86,8 +87,9 @@ class Loopback:
             def handle_error(self, *args: Any) -> None:
                 pass  # some tests have clients that do not wait for an answer
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = Server(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> "Loopback":
