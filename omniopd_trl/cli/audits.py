@@ -92,10 +92,16 @@ def show_audits(options: argparse.Namespace) -> None:
         )
     if options.random:
         random.shuffle(chosen)
+    number = selection or 5
+    if options.prompt is None and not options.random and all(place.low is not None for place in chosen):
+        # The chunks are in the trajectories whose own lowest or highest posteriors are the lowest or highest.
+        if options.best:
+            chosen = heapq.nlargest(number, chosen, key=lambda place: place.high or 0.0)
+        else:
+            chosen = heapq.nsmallest(number, chosen, key=lambda place: place.low or 0.0)
     chunks: Iterable[AuditedChunk] = chunks_of(read_audits(run.folder, chosen))
     if options.prompt is not None:
         chunks = (c for c in chunks if options.prompt.lower() in text_of_prompt(c.trajectory.prompt).lower())
-    number = selection or 5
     posterior: Callable[[AuditedChunk], float] = lambda audited: audited.chunk.posterior  # noqa: E731
     if options.best:
         found = heapq.nlargest(number, chunks, key=posterior)

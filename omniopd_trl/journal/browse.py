@@ -6,7 +6,7 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,25 @@ class AuditedTrajectory:
 
 @dataclass(frozen=True, order=True)
 class AuditPlace:
-    """Where an audit is recorded: its step, process, attempt and index, and its size in bytes."""
+    """Where an audit is recorded.
+
+    Attributes:
+        step: optimizer step.
+        rank: index of the process.
+        attempt: number of the attempt at the step, in the journal of the process.
+        index: index of the trajectory in the step's batch of the process.
+        size: size of the record in bytes.
+        low: lowest posterior of the chunks; `None` without chunks, or when it was not recorded.
+        high: highest posterior of the chunks.
+    """
 
     step: int
     rank: int
     attempt: int
     index: int
-    size: int
+    size: int = field(compare=False)
+    low: float | None = field(default=None, compare=False)
+    high: float | None = field(default=None, compare=False)
 
 
 def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> list[AuditPlace]:
@@ -97,16 +109,17 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
     """
     # The newest attempt at a step counts, and supersedes all earlier ones at later steps.
     query = """
-        SELECT a.step, audits.attempt, audits.idx, length(audits.payload)
-        FROM audits JOIN attempts AS a ON a.id = audits.attempt
+        SELECT a.step, audits.attempt, audits.idx, length(audits.payload){columns}
+        FROM audits JOIN attempts AS a ON a.id = audits.attempt{join}
         WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
     """
-    places = [
-        AuditPlace(at, rank, *rest)
-        for rank, _, db in _journals(output_dir)
-        for at, *rest in db.execute(query)
-        if step is None or at == step
-    ]
+    join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
+    places = []
+    for rank, _, db in _journals(output_dir):
+        with_shown = {"columns": ", low, high", "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
+        for at, *rest in db.execute(query.format(**with_shown)):
+            if step is None or at == step:
+                places.append(AuditPlace(at, rank, *rest))
     return sorted(places)
 
 
@@ -160,7 +173,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     if shown:
         steps, weights = decode(path, shown)
         entropies = [step * ENTROPY_UNIT for step in steps]
-    chunks = restore_chunks(values["chunks"])
+    chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
     return AuditedTrajectory(
         place.step,
         place.rank,
@@ -168,7 +181,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         teacher,
         prompt,
         tuple(completion_ids),
-        tuple(ShownChunk(*span, *rest, weight) for (span, *rest), weight in zip(chunks, weights, strict=True)),
+        tuple(replace(chunk, weight=weight) for chunk, weight in zip(chunks, weights, strict=True)),
         tuple(entropies),
         usage=Usage(*tokens),
         usd=usd,
