@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
+from omniopd_trl.cli import audits
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
+    audits.add_parsers(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",
@@ -150,12 +152,14 @@ def main(args: Sequence[str] | None = None) -> int:
             return demo(arguments[1:])
         parser = make_parser()
         options, rest = parser.parse_known_args(arguments)
-        if options.command == "recipes":
-            if rest:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if options.command == "cost":
+            cost(options, rest)
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        elif options.command == "recipes":
             recipes(options.name)
         else:
-            cost(options, rest)
+            options.call(options)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 128 + signal.SIGINT

@@ -3,7 +3,7 @@
 """Records of a run on disk: trajectories, audits, and every paid request."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Ledger, Usage
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import WarnOnce
-from omniopd_trl.journal.schema import NotReplayed, ProcessCountError
+from omniopd_trl.journal.schema import JournalError, NotReplayed, ProcessCountError, Shown
 from omniopd_trl.journal.store import Journal
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,23 @@ class Recorder(Ledger):
             finally:
                 self.journal = None
 
+    def show(self, shown: Iterable[Shown]) -> None:
+        """Write what people want to see of the current step's audits, if a journal is open."""
+        if self.journal is not None:
+            self._write_for_people(lambda journal: journal.record_shown(self._step(), shown), self.journal)
+
+    def log(self, logs: Mapping[str, Any]) -> None:
+        """Write an entry of the trainer's log, if a journal is open."""
+        if self.journal is not None:
+            self._write_for_people(lambda journal: journal.record_log(logs), self.journal)
+
+    def _write_for_people(self, write: Callable[[Journal], None], journal: Journal) -> None:
+        """Write what no run reads again. If it cannot be written, the run continues: the next audit will tell."""
+        try:
+            write(journal)
+        except JournalError as error:
+            self._warn_once(f"`omniopd audits` and `omniopd report` will be incomplete: {error}", "for people")
+
     def paid(self, usage: Usage, usd: float | None) -> None:
         if self.journal is None:
             self._unrecorded.append((usage, usd))
@@ -125,6 +142,14 @@ class Recorder(Ledger):
                 step,
                 last,
             )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a fast tokenizer beside the journals, for the texts of single tokens in `omniopd report`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    path = folder / "tokenizer.json"
+    if backend is not None and not path.exists():
+        path.write_text(backend.to_str(), "utf-8")
 
 
 def _warn_about_lost_requests(tokens: int, usd: float | None) -> None:

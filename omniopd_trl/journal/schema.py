@@ -37,6 +37,9 @@ ADDED = {
         # How many trajectories and audits an attempt has, and for how many audits the teacher was asked, since a
         # trajectory may have no chunk. A record that damage hides is missed when it is replayed.
         "progress": "attempt INTEGER PRIMARY KEY, num_trajectories, num_audits, num_asked, checksum",
+        # For people, never replayed: the lowest and the highest posterior of an audit; entropies and chunk weights.
+        "shown": "attempt, idx, low, high, payload, checksum, PRIMARY KEY (attempt, idx)",
+        "logs": "id INTEGER PRIMARY KEY, session, payload, checksum",
     },
 }
 SCHEMAS = {
@@ -48,7 +51,7 @@ SCHEMAS = {
     for version in range(2, SCHEMA_VERSION + 1)
 }
 # The largest tables: they grow with each audit and hold the texts. They are verified when they are read.
-READ_IN_PART = ("trajectories", "audits", "usage")
+READ_IN_PART = ("trajectories", "audits", "usage", "shown", "logs")
 
 
 class JournalError(OmniOPDError, RuntimeError):
@@ -78,6 +81,25 @@ class LedgerRow:
     usage: Usage
     usd: float | None
     num_audits: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What people want to see of an audit, besides the audit itself.
+
+    Attributes:
+        index: index of the trajectory in the generation batch of the process.
+        low: lowest posterior of its chunks; `None` without chunks.
+        high: highest posterior.
+        entropies: entropy of each token of the completion, in nats.
+        weights: weight of each chunk in the loss.
+    """
+
+    index: int
+    low: float | None
+    high: float | None
+    entropies: list[float]
+    weights: list[float]
 
 
 @dataclass(frozen=True)

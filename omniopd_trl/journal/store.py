@@ -43,7 +43,6 @@ import os
 import sqlite3
 import threading
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -68,7 +67,8 @@ from omniopd_trl.journal.file import (
     lock_path,
     upgrade,
 )
-from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed
+from omniopd_trl.journal.records import ENTROPY_UNIT, decode, encode, restore_chunks
+from omniopd_trl.journal.schema import ATTEMPTS, LEDGER, TOTALS, JournalError, LedgerRow, NotReplayed, Shown
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers.base import common_prefix_length
 
@@ -139,7 +139,7 @@ class Journal:
                 upgrade(db)
                 self._session = _insert_numbered(db, "sessions", *values)
                 if settings is not None:
-                    _insert(db, "settings", self._session, _encode(settings))
+                    _insert(db, "settings", self._session, encode(settings))
                 self.lost = _count_lost(db)
             with explained(path):
                 self._attempts = _current(self._valid(self._db))
@@ -190,7 +190,7 @@ class Journal:
         was, now = (
             {
                 name: json.dumps(value, ensure_ascii=False, sort_keys=True)
-                for name, value in _decode(self.path, row).items()
+                for name, value in decode(self.path, row).items()
             }
             for row in rows
         )
@@ -207,7 +207,7 @@ class Journal:
         payloads = []
         for t in trajectories:
             sampled = [] if t.sampling_logprobs is None else [t.sampling_logprobs]
-            payloads.append(_encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *sampled]))
+            payloads.append(encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *sampled]))
         # One commit per generation batch waits for the disk, and makes everything before it durable.
         with self._transaction(synchronous="FULL") as db:
             number = _insert_numbered(db, "attempts", self._session, step)
@@ -230,7 +230,7 @@ class Journal:
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
         # In the order in which `record_trajectories` writes them.
         names = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs")
-        return [Trajectory(**dict(zip(names, _decode(self.path, row), strict=False))) for row in rows]
+        return [Trajectory(**dict(zip(names, decode(self.path, row), strict=False))) for row in rows]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
         """Write a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
@@ -238,7 +238,7 @@ class Journal:
         Raises:
             JournalError: when it cannot be written, holds NaN or infinity, or has no recorded trajectories.
         """
-        payload = _encode(_audit_to_json(audit))
+        payload = encode(_audit_to_json(audit))
         with self._transaction() as db:
             attempt = self._attempt_to_add_to(step)
             if not db.execute("SELECT 1 FROM audits WHERE attempt = ? AND idx = ?", (attempt, index)).fetchone():
@@ -256,7 +256,27 @@ class Journal:
                 return None
             self._check_records(db, attempt)
             row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", (attempt, index)).fetchone()
-        return None if row is None else _audit_from_json(_decode(self.path, row))
+        return None if row is None else _audit_from_json(decode(self.path, row))
+
+    def record_shown(self, step: int, shown: Iterable[Shown]) -> None:
+        """Write what people want to see of audits of the current attempt, besides the audits themselves.
+
+        Raises:
+            JournalError: as `record`.
+        """
+        with self._transaction() as db:
+            attempt = self._attempt_to_add_to(step)
+            for one in shown:
+                payload = encode([[round(entropy / ENTROPY_UNIT) for entropy in one.entropies], one.weights])
+                _insert(db, "shown", attempt, one.index, one.low, one.high, payload)
+
+    def record_log(self, logs: Mapping[str, Any]) -> None:
+        """Write an entry of the trainer's log. Values that are no finite numbers are left out."""
+        finite = {
+            name: value for name, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        with self._transaction() as db:
+            _insert_numbered(db, "logs", self._session, encode(finite))
 
     def num_audits(self, step: int) -> int:
         """The number of finished audits of the current attempt at a step."""
@@ -315,7 +335,7 @@ class Journal:
         Raises:
             JournalError: as `record` and `record_usage`.
         """
-        payload = _encode(answer)
+        payload = encode(answer)
         _check_amount(step, usd)
         with self._transaction() as db:
             _insert(db, "answers", self._attempt_to_add_to(step), index, request, start, payload)
@@ -329,7 +349,7 @@ class Journal:
             ).fetchall()
         answers: dict[str, dict[int, Any]] = {}
         for row in rows:
-            answers.setdefault(row[2], {})[row[3]] = _decode(self.path, row)
+            answers.setdefault(row[2], {})[row[3]] = decode(self.path, row)
         return answers
 
     def set_aside(self, step: int, index: int) -> int:
@@ -562,22 +582,6 @@ def _insert_numbered(db: sqlite3.Connection, table: str, *values: Any) -> int:
     return number
 
 
-def _encode(value: Any) -> bytes:
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
-        raise JournalError(f"A record is invalid: {error}. It may hold text and finite numbers only.") from error
-    # A teacher may be cut off in the middle of a surrogate pair. Plain UTF-8 cannot encode the half.
-    return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
-
-
-def _decode(path: Path, row: tuple[Any, ...]) -> Any:
-    *values, checksum = row
-    if checksum != checksum_of(values):
-        raise damage_error(path, "the checksum of a record does not match")
-    return json.loads(zlib.decompress(values[-1]).decode("utf-8", "surrogatepass"))
-
-
 def _audit_to_json(audit: Audit) -> dict[str, Any]:
     # A prefix usually begins with the prefix and the text of the chunk before it. It is written as the number of
     # characters that it shares with them, and the rest. So the text of a trajectory is written once, not once per
@@ -595,12 +599,7 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
 
 
 def _audit_from_json(values: dict[str, Any]) -> Audit:
-    chunks, before = [], ""
-    for start, end, anchor, shared, added, text, rollouts, similarities, prior, posterior in values.pop("chunks"):
-        prefix = before[:shared] + added
-        before = prefix + text
-        span = Chunk(start, end, anchor)
-        chunks.append(ChunkAudit(span, prefix, text, tuple(rollouts), tuple(similarities), prior, posterior))
+    chunks = [ChunkAudit(Chunk(*span), *rest) for span, *rest in restore_chunks(values.pop("chunks"))]
     usage = Usage(*values.pop("usage"))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Audit(chunks=tuple(chunks), usage=usage, **values)

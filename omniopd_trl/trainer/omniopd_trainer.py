@@ -32,7 +32,7 @@ from omniopd_trl.errors import ConfigError, DataError, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
-from omniopd_trl.journal.recorder import Recorder
+from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
@@ -415,6 +415,8 @@ class OmniOPDTrainer(DistillationTrainer):
             on_every_process(lambda: stack.enter_context(opened), rank)
             # Audits write to the journal, so cancel them before it is closed.
             stack.callback(self.step_audits.cancel)
+            if self.accelerator.is_main_process:
+                save_tokenizer(self._tokenizer, path.parent)
             yield
 
     def _warn_about_separate_folders(self) -> None:
@@ -620,6 +622,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if self.model.training:
             logs.update(self.step_metrics.take("train"))
         super().log(logs, start_time)
+        if self.accelerator.is_main_process and self.state.log_history:
+            self._recorder.log(self.state.log_history[-1])
 
     # ---- Evaluation ----
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
-from omniopd_trl.journal.schema import JournalError
+from omniopd_trl.journal.schema import JournalError, Shown
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together
@@ -38,6 +39,7 @@ T = TypeVar("T")
 class PendingAudit:
     """A trajectory whose audit is in flight, with its scores."""
 
+    index: int
     scores: PolicyScores
     future: "Future[Audit]"
 
@@ -214,7 +216,8 @@ class StepAudits:
             ledger = self._recorder
             audits = [self._auditor.audit(trajectories[index], row, ledger) for index, row in scores.items()]
         futures = self._loop.submit(*audits)
-        return {index: PendingAudit(scores[index], future) for index, future in zip(scores, futures, strict=True)}
+        pairs = zip(scores, futures, strict=True)
+        return {index: PendingAudit(index, scores[index], future) for index, future in pairs}
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that asks the teacher outside of an audit, and return its result."""
@@ -277,6 +280,8 @@ class StepAudits:
         for (b, chunk), weight in zip(spans, of_chunks.tolist(), strict=True):
             weights[b, chunk.start : chunk.end] = weight
             audited[b, chunk.start : chunk.end] = True
+        if mode == "train":
+            self._recorder.show(_shown(audits, rows, of_chunks.tolist()))
         return Collected(audits, [row.scores for row in rows], weights, audited, waited)
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
@@ -347,6 +352,15 @@ class StepAudits:
                 average.update(*sum_over_processes(self._accelerator, *self._posteriors))
                 self._posteriors = (0.0, 0.0)
         return weights
+
+
+def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[float]) -> Iterator[Shown]:
+    rest = iter(weights)
+    for audit, row in zip(audits, rows, strict=True):
+        posteriors = [chunk.posterior for chunk in audit.chunks]
+        own = list(islice(rest, len(posteriors)))
+        entropies = row.scores.entropy.tolist()
+        yield Shown(row.index, min(posteriors, default=None), max(posteriors, default=None), entropies, own)
 
 
 def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:

@@ -1,0 +1,163 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd audits` and `omniopd report`: what the teacher said, in the terminal and as a page."""
+
+import argparse
+import heapq
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from omniopd_trl.errors import DataError
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add both commands to the parser of `omniopd`."""
+    audits = commands.add_parser(
+        "audits",
+        help="show chunks beside what the teacher wrote in their place",
+        description="Show audited chunks: the student's text, each distinct rollout of the teacher with its count and "
+        "similarity, and the posterior. Without a selection: the five chunks with the lowest posterior of the last "
+        "step. Also while the run writes.",
+        allow_abbrev=False,
+    )
+    audits.add_argument("folder", metavar="RUN_DIR", help="the `output_dir` of a run")
+    audits.add_argument("--step", type=int, metavar="N", help="only audits of this optimizer step")
+    audits.add_argument("--prompt", metavar="TEXT", help="only audits whose prompt contains this text")
+    choice = audits.add_mutually_exclusive_group()
+    choice.add_argument("--worst", type=_count, metavar="K", help="the K chunks with the lowest posterior")
+    choice.add_argument("--best", type=_count, metavar="K", help="the K chunks with the highest posterior")
+    choice.add_argument("--random", type=_count, metavar="K", help="K random chunks")
+    form = audits.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON list")
+    form.add_argument("--jsonl", action="store_true", help="print one JSON object per line")
+    audits.set_defaults(call=show_audits)
+
+    report = commands.add_parser(
+        "report",
+        help="write a run's settings, dynamics and audits to one HTML file",
+        description="Write a page with a run's settings, its dynamics and a browser of its audits. The file needs no "
+        "network. With two runs, the page compares them. Also while the run writes.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", nargs="+", metavar="RUN_DIR", help="the `output_dir` of one run, or of several")
+    report.add_argument("-o", "--output", metavar="FILE", help="the file (default: report.html in the first RUN_DIR)")
+    report.add_argument("--figures", metavar="DIR", help="also write the figures as PNG and SVG to this folder")
+    report.add_argument(
+        "--live", action="store_true", help="serve the page on this machine, and update it while the run writes"
+    )
+    report.add_argument("--port", type=int, default=8642, metavar="P", help="port of --live (default: 8642; 0: any)")
+    report.add_argument(
+        "--max_mib",
+        type=float,
+        default=20.0,
+        metavar="M",
+        help="limit of the embedded audits in MiB (default: 20); evenly spaced trajectories are kept",
+    )
+    report.set_defaults(call=write_report)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def show_audits(options: argparse.Namespace) -> None:
+    """Print the selected chunks.
+
+    Raises:
+        DataError: when there are none.
+        JournalError: when the journal cannot be read.
+    """
+    from omniopd_trl.journal.browse import read_audits
+    from omniopd_trl.report.runs import Run, text_of_prompt
+    from omniopd_trl.report.terminal import AuditedChunk, as_json, chunks_of, print_audits
+
+    run = Run(options.folder)
+    places = run.places
+    if not places:
+        raise DataError(f"{options.folder} holds no finished audit yet.")
+    selection = options.worst or options.best or options.random
+    step = options.step
+    if step is None and selection is None and options.prompt is None:
+        step = places[-1].step
+    chosen = [place for place in places if step is None or place.step == step]
+    if not chosen:
+        raise DataError(
+            f"No audit of step {step} is recorded in {options.folder}; there are steps {places[0].step} to "
+            f"{places[-1].step}."
+        )
+    if options.random:
+        random.shuffle(chosen)
+    number = selection or 5
+    if options.prompt is None and not options.random and all(place.low is not None for place in chosen):
+        # The chunks are in the trajectories whose own lowest or highest posteriors are the lowest or highest.
+        if options.best:
+            chosen = heapq.nlargest(number, chosen, key=lambda place: place.high or 0.0)
+        else:
+            chosen = heapq.nsmallest(number, chosen, key=lambda place: place.low or 0.0)
+    chunks: Iterable[AuditedChunk] = chunks_of(read_audits(run.folder, chosen))
+    if options.prompt is not None:
+        chunks = (c for c in chunks if options.prompt.lower() in text_of_prompt(c.trajectory.prompt).lower())
+    posterior: Callable[[AuditedChunk], float] = lambda audited: audited.chunk.posterior  # noqa: E731
+    if options.best:
+        found = heapq.nlargest(number, chunks, key=posterior)
+    elif options.random:
+        found = [chunk for chunk, _ in zip(chunks, range(number), strict=False)]
+    else:
+        found = heapq.nsmallest(number, chunks, key=posterior)
+    if not found:
+        raise DataError("No audited chunk matches. Try another --step or --prompt.")
+    if options.json:
+        sys.stdout.write(json.dumps([as_json(chunk) for chunk in found], indent=2) + "\n")
+    elif options.jsonl:
+        for chunk in found:
+            sys.stdout.write(json.dumps(as_json(chunk)) + "\n")
+    else:
+        from rich.console import Console
+
+        print_audits(run, found, Console())
+
+
+def write_report(options: argparse.Namespace) -> None:
+    """Write the page, and the figures if asked.
+
+    Raises:
+        ConfigError: when the port of `--live` cannot be used.
+        DataError: when a folder holds no audits.
+        JournalError: when a journal cannot be read.
+        MissingExtraError: when matplotlib is not installed.
+    """
+    if options.live:
+        serve(options)
+        return
+    from omniopd_trl.report.figures import Figure
+    from omniopd_trl.report.page import write_page
+    from omniopd_trl.report.runs import Run
+
+    runs = [Run(folder) for folder in options.folders]
+    path = Path(options.output or runs[0].folder / "report.html")
+    path.write_text(write_page(runs, max_mib=options.max_mib), "utf-8")
+    sys.stdout.write(f"Wrote {path}. Open it in a browser.\n")
+    if options.figures:
+        folder = Path(options.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in Figure.all(runs):
+            figure.write(folder)
+        sys.stdout.write(f"Wrote the figures to {folder}.\n")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from omniopd_trl.report.live import LiveReport, make_server
+    from omniopd_trl.report.runs import Run
+
+    for folder in options.folders:
+        Run(folder)  # refuses a folder without audits
+    with make_server(LiveReport(options.folders, options.max_mib), options.port) as server:
+        sys.stdout.write(f"The report is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.\n")
+        sys.stdout.flush()
+        server.serve_forever()

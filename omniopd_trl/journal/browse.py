@@ -1,0 +1,219 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Browse the audits of a run, also while it writes. Without torch: a command that only reads starts in a moment."""
+
+import os
+import sqlite3
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.journal.file import check_version, connect, explained, journal_path
+from omniopd_trl.journal.records import ENTROPY_UNIT, decode, restore_chunks
+from omniopd_trl.journal.schema import TOKENS
+
+
+@dataclass(frozen=True)
+class ShownChunk:
+    """One audited chunk, as a journal holds it; see `ChunkAudit` for most fields.
+
+    Attributes:
+        start: position of the first token in the completion.
+        end: position after the last token.
+        anchor: position of the token with the highest entropy.
+        weight: weight of the chunk in the loss; `None` when the step was interrupted before it was known.
+    """
+
+    start: int
+    end: int
+    anchor: int
+    prefix: str
+    text: str
+    rollouts: tuple[str, ...]
+    similarities: tuple[float, ...]
+    prior: float
+    posterior: float
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class AuditedTrajectory:
+    """A trajectory and its audit, as a journal holds them.
+
+    Attributes:
+        step: optimizer step.
+        rank: index of the process.
+        index: index of the trajectory in the step's batch of that process.
+        teacher: name of the teacher.
+        prompt: prompt, as in the dataset.
+        completion_ids: the student's completion, `T` tokens.
+        chunks: audited chunks in ascending order.
+        entropies: entropy of each token in nats, rounded; empty when they were not recorded.
+        usage: tokens of all requests of the audit.
+        usd: their cost in US dollars; `None` without a price.
+        num_dropped: chunks with too few rollouts.
+        failures: reasons for missing rollouts.
+        outcomes: counts of the teacher.
+    """
+
+    step: int
+    rank: int
+    index: int
+    teacher: str
+    prompt: Any
+    completion_ids: tuple[int, ...]
+    chunks: tuple[ShownChunk, ...]
+    entropies: tuple[float, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    usd: float | None = None
+    num_dropped: int = 0
+    failures: tuple[str, ...] = ()
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, order=True)
+class AuditPlace:
+    """Where an audit is recorded.
+
+    Attributes:
+        step: optimizer step.
+        rank: index of the process.
+        attempt: number of the attempt at the step, in the journal of the process.
+        index: index of the trajectory in the step's batch of the process.
+        size: size of the record in bytes.
+        low: lowest posterior of the chunks; `None` without chunks, or when it was not recorded.
+        high: highest posterior of the chunks.
+    """
+
+    step: int
+    rank: int
+    attempt: int
+    index: int
+    size: int = field(compare=False)
+    low: float | None = field(default=None, compare=False)
+    high: float | None = field(default=None, compare=False)
+
+
+def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> list[AuditPlace]:
+    """The finished audits by step, process and index. Those of superseded attempts are left out.
+
+    Args:
+        output_dir: folder of the run.
+        step: only this step; `None` for all.
+
+    Raises:
+        JournalError: when a journal cannot be read.
+    """
+    # The newest attempt at a step counts, and supersedes all earlier ones at later steps.
+    query = """
+        SELECT a.step, audits.attempt, audits.idx, length(audits.payload){columns}
+        FROM audits JOIN attempts AS a ON a.id = audits.attempt{join}
+        WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
+    """
+    join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
+    places = []
+    for rank, _, db in _journals(output_dir):
+        with_shown = {"columns": ", low, high", "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
+        for at, *rest in db.execute(query.format(**with_shown)):
+            if step is None or at == step:
+                places.append(AuditPlace(at, rank, *rest))
+    return sorted(places)
+
+
+def read_audits(output_dir: str | os.PathLike[str], places: Collection[AuditPlace]) -> Iterator[AuditedTrajectory]:
+    """Read the audits at these places, in their order.
+
+    Raises:
+        JournalError: when a journal cannot be read, or a record is damaged.
+    """
+    with _opened(output_dir) as journals:
+        for place in places:
+            path, db = journals[place.rank]
+            with explained(path):
+                yield _read(path, db, place)
+
+
+def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that the last run in a folder recorded, by name; empty when there are none."""
+    for _, path, db in _journals(output_dir):
+        row = db.execute("SELECT * FROM settings ORDER BY session DESC LIMIT 1").fetchone()
+        if row is not None:
+            return dict(decode(path, row))
+    return {}
+
+
+def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The metrics that the runs in a folder logged, in order."""
+    return [
+        decode(path, row)
+        for rank, path, db in _journals(output_dir)
+        if rank == 0 and _has(db, "logs")
+        for row in db.execute("SELECT * FROM logs ORDER BY id")
+    ]
+
+
+def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTrajectory:
+    key = (place.attempt, place.index)
+    row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", key).fetchone()
+    session, values = row[2], decode(path, row)
+    prompt, _, completion_ids, _ = decode(
+        path, db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
+    )
+    (teacher,) = db.execute("SELECT teacher FROM sessions WHERE id = ?", (session,)).fetchone()
+    *tokens, usd = db.execute(
+        f"SELECT {', '.join(TOKENS)}, usd FROM usage WHERE session = ? AND step = ? AND idx = ?",
+        (session, place.step, place.index),
+    ).fetchone() or (*astuple(Usage()), None)
+    entropies: list[float] = []
+    weights: list[float | None] = [None] * len(values["chunks"])
+    shown = _has(db, "shown") and db.execute("SELECT * FROM shown WHERE attempt = ? AND idx = ?", key).fetchone()
+    if shown:
+        steps, weights = decode(path, shown)
+        entropies = [step * ENTROPY_UNIT for step in steps]
+    chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
+    return AuditedTrajectory(
+        place.step,
+        place.rank,
+        place.index,
+        teacher,
+        prompt,
+        tuple(completion_ids),
+        tuple(replace(chunk, weight=weight) for chunk, weight in zip(chunks, weights, strict=True)),
+        tuple(entropies),
+        usage=Usage(*tokens),
+        usd=usd,
+        num_dropped=values["num_dropped"],
+        failures=tuple(values["failures"]),
+        outcomes=values["outcomes"],
+    )
+
+
+def _has(db: sqlite3.Connection, table: str) -> bool:
+    """Whether a journal has this table, which earlier versions do not have."""
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+
+
+def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:
+    """Rank, path and connection of each process's journal."""
+    for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
+        with explained(path), closing(connect(path, "ro")) as db:
+            check_version(db, path)
+            yield int(path.stem.removeprefix("rank-")), path, db
+
+
+@contextmanager
+def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path, sqlite3.Connection]]]:
+    journals = {}
+    try:
+        for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
+            with explained(path):
+                db = connect(path, "ro")
+                check_version(db, path)
+            journals[int(path.stem.removeprefix("rank-"))] = path, db
+        yield journals
+    finally:
+        for _, db in journals.values():
+            db.close()

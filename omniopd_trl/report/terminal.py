@@ -1,0 +1,136 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Audits in the terminal: what the student wrote, and what the teacher wrote in the same place."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
+from omniopd_trl.report.runs import Run, text_of_prompt
+
+# Characters of the student's text that are shown before a chunk, and of the prompt.
+CONTEXT, PROMPT = 240, 600
+
+
+@dataclass(frozen=True)
+class AuditedChunk:
+    """A chunk, with the trajectory that it is a part of.
+
+    Attributes:
+        trajectory: the trajectory.
+        number: index of the chunk in it.
+    """
+
+    trajectory: AuditedTrajectory
+    number: int
+
+    @property
+    def chunk(self) -> ShownChunk:
+        return self.trajectory.chunks[self.number]
+
+    def distinct_rollouts(self) -> list[tuple[str, int, float]]:
+        """Text, count and similarity of each distinct rollout, the most frequent first."""
+        counts = Counter(zip(self.chunk.rollouts, self.chunk.similarities, strict=True))
+        return [(text, count, similarity) for (text, similarity), count in counts.most_common()]
+
+
+def chunks_of(trajectories: Iterable[AuditedTrajectory]) -> Iterator[AuditedChunk]:
+    """All chunks of the trajectories."""
+    for trajectory in trajectories:
+        for number in range(len(trajectory.chunks)):
+            yield AuditedChunk(trajectory, number)
+
+
+def as_json(audited: AuditedChunk) -> dict[str, Any]:
+    """A chunk as plain data, for `--json` and `--jsonl`."""
+    trajectory, chunk = audited.trajectory, audited.chunk
+    return {
+        "step": trajectory.step,
+        "rank": trajectory.rank,
+        "index": trajectory.index,
+        "chunk": audited.number,
+        "teacher": trajectory.teacher,
+        "prompt": trajectory.prompt,
+        "context": chunk.prefix,
+        "student": chunk.text,
+        "start": chunk.start,
+        "end": chunk.end,
+        "anchor": chunk.anchor,
+        "rollouts": [
+            {"text": text, "count": count, "similarity": similarity}
+            for text, count, similarity in audited.distinct_rollouts()
+        ],
+        "k_sem": sum(chunk.similarities),
+        "num_rollouts": len(chunk.similarities),
+        "prior": chunk.prior,
+        "posterior": chunk.posterior,
+        "weight": chunk.weight,
+        "trajectory_usage": asdict(trajectory.usage),
+        "trajectory_usd": trajectory.usd,
+    }
+
+
+def print_audits(run: Run, chunks: Iterable[AuditedChunk], console: Console) -> None:
+    """Print one panel per chunk.
+
+    Texts of models may hold control characters, which a terminal would obey. They are escaped.
+    """
+    for audited in chunks:
+        console.print(_panel(run, audited))
+
+
+def _panel(run: Run, audited: AuditedChunk) -> Panel:
+    trajectory, chunk = audited.trajectory, audited.chunk
+    fork = len("".join(run.pieces(trajectory)[chunk.start : chunk.anchor]))
+    context = Text(_end(chunk.prefix, CONTEXT), style="dim")
+    student = Text.assemble(
+        (_visible(chunk.text[:fork]), "bold"), ("▏", "cyan"), (_visible(chunk.text[fork:]), "bold")
+    )
+    rollouts = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (("times", "right"), ("similarity", "right"), ("the teacher wrote", "left")):
+        rollouts.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for text, count, similarity in audited.distinct_rollouts():
+        style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
+        rollouts.add_row(str(count), f"{similarity:.3f}", Text(_visible(text), style=style))
+    weight = "" if chunk.weight is None else f"   weight {chunk.weight:+.3f}"
+    usage = trajectory.usage
+    cost = "" if trajectory.usd is None else f", {trajectory.usd:.5f} dollars"
+    numbers = (
+        f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   prior {chunk.prior:.3f}   "
+        f"posterior {chunk.posterior:.3f}{weight}"
+    )
+    whole = (
+        f"its trajectory: {len(trajectory.chunks)} chunks, {usage.prompt_tokens:,} tokens read and "
+        f"{usage.completion_tokens:,} written{cost}"
+    )
+    body = Group(
+        Text(_end(text_of_prompt(trajectory.prompt), PROMPT), style="italic"),
+        Text(),
+        Text.assemble(context, student),
+        Text(),
+        rollouts,
+        Text(),
+        Text(numbers),
+        Text(whole, style="dim"),
+    )
+    title = (
+        f"step {trajectory.step}, process {trajectory.rank}, trajectory {trajectory.index}, chunk {audited.number + 1}"
+    )
+    return Panel(body, title=title, title_align="left")
+
+
+def _end(text: str, length: int) -> str:
+    text = _visible(text)
+    return text if len(text) <= length else f"…{text[-length:]}"
+
+
+def _visible(text: str) -> str:
+    """A text without control characters other than line breaks and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,63 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd report --live` serves the current state of a run on this machine only."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+from omniopd_trl.cli.main import main
+from tests.support.journals import audit, journal, trajectory
+from tests.support.recorded_runs import record_run
+
+
+@contextmanager
+def served(folder):
+    """The address of the server, while it runs."""
+    command = [sys.executable, "-m", "omniopd_trl.cli.main", "report", "--live", "--port", "0", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+        finally:
+            os.kill(process.pid, signal.SIGINT)
+            assert (process.wait(10), process.stderr.read()) == (130, "Interrupted.\n")
+
+
+def get(address, **headers):
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_the_page_follows_the_run(tmp_path):
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(), trajectory()])
+        with served(tmp_path) as address:
+            first = get(address)
+            version = get(f"{address}version")
+            assert "Nothing has been audited yet" in first
+            assert "connect-src 'self'" in first
+            assert get(f"{address}version") == version
+            j.record(0, 0, audit())
+            assert get(f"{address}version") != version
+            assert "Nothing has been audited yet" not in get(address)
+
+
+def test_other_sites_and_paths_are_refused(tmp_path):
+    with served(record_run(tmp_path, 1)) as address:
+        for path, headers, status in (("", {"Host": "evil.example"}, 403), ("../training_args.bin", {}, 404)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                get(address + path, **headers)
+            assert refused.value.code == status
+            refused.value.close()
+
+
+def test_a_folder_without_audits(tmp_path, capsys):
+    assert main(["report", "--live", str(tmp_path)]) == 1
+    assert "holds no audits" in capsys.readouterr().err

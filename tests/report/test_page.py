@@ -1,0 +1,262 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The report in a real browser: the audit browser, the keyboard, small screens, accessibility, hostile texts."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+from omniopd_trl.cli.main import main
+from omniopd_trl.demo import asset_path
+from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs with logged metrics; the second one has more steps."""
+    folders = [record_run(tmp_path_factory.mktemp(name), steps) for name, steps in (("first", 3), ("second", 5))]
+    for folder in folders:
+        history = [
+            {"step": step, "chunk_loss": 1 / (step + 1), "kl/unaudited": 0.01 * step, "eval_pass@1": 0.1 * step}
+            for step in range(4)
+        ]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folders
+
+
+def write(folder, *runs, options=()):
+    path = folder / "report.html"
+    assert main(["report", *map(str, runs), "-o", str(path), *options]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the page did not change in time"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture
+def page(browser):
+    """A function that opens a page, and checks at the end that it logged no error and asked nothing of a network."""
+    browser.get_log("browser")
+    browser.get_log("performance")
+
+    def visit(path, fragment=""):
+        browser.get("about:blank")
+        browser.get(f"{path.as_uri()}{fragment}")
+        until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+        return browser
+
+    yield visit
+    assert browser.get_log("browser") == []
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    addresses = [each["params"]["request"]["url"] for each in sent if each["method"] == "Network.requestWillBeSent"]
+    assert [address for address in addresses if not address.startswith(("file:", "data:", "about:"))] == []
+
+
+def texts(browser, selector):
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)", selector
+    )
+
+
+def put(browser, name, value):
+    browser.execute_script(
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
+        "e.dispatchEvent(new Event('input', {bubbles: true}));",
+        name,
+        value,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report"), runs[0])
+
+
+def test_a_click_shows_the_rollouts_of_a_chunk(report, page):
+    browser = page(report)
+    browser.find_elements("css selector", "#list a")[1].click()
+    until(lambda: texts(browser, "article .text"))
+    assert texts(browser, "article > .text")[0].endswith(RIGHT)
+    links = browser.find_elements("css selector", "article .chunk")
+    assert [link.text.strip() for link in links][1] == RIGHT
+    links[1].click()
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
+    rows = [re.sub(r"\s+", " ", row) for row in texts(browser, ".rollouts tbody tr")]
+    assert rows[0].startswith(RIGHT)
+    assert rows[0].endswith("31.000")  # three times, similarity 1
+    assert texts(browser, ".rollouts del") == ["51,", "51"]
+    assert texts(browser, ".rollouts ins") == ["61,", "61"]
+    facts = dict(zip(texts(browser, ".panel th[scope=row]"), texts(browser, ".panel th[scope=row] + td"), strict=True))
+    assert facts["similarities, sum of n"] == "3.250 of 4"
+    assert facts["posterior"] == "0.700"
+
+
+def test_a_link_leads_to_a_chunk(report, page):
+    browser = page(report, "#t=4&c=1")
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
+    assert texts(browser, "article > h3") == ["step 1"]
+    (current,) = browser.find_elements("css selector", ".chunk[aria-current]")
+    assert current.text.strip() == WRONG
+
+
+def test_the_fork_is_marked(report, page):
+    browser = page(report, "#t=0")
+    until(lambda: texts(browser, "article .chunk"))
+    tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
+    tokens = tokenizer(STUDENT)["input_ids"]
+    assert texts(browser, ".chunk")[0] == tokenizer.decode(tokens[3:8])
+    assert texts(browser, ".chunk:first-of-type .fork") == [tokenizer.decode(tokens[5:8])]
+
+
+@pytest.mark.parametrize(
+    ("filters", "number"),
+    [
+        ({"step": "1"}, 4),
+        ({"prompt": "HOW MANY"}, 6),
+        ({"low": "0.4"}, 6),
+        ({"high": "0.3"}, 6),
+        ({"outcome": "3"}, 12),
+        ({"outcome": "0"}, 0),
+        ({"step": "2", "prompt": "script"}, 2),
+    ],
+)
+def test_filters(report, page, filters, number):
+    browser = page(report)
+    for name, value in filters.items():
+        put(browser, name, value)
+    assert texts(browser, "#count") == [f"{number} of 12 trajectories."]
+    assert len(texts(browser, "#list li")) == number
+
+
+def test_order(report, page):
+    browser = page(report)
+    put(browser, "order", "best")
+    assert "0.440" in texts(browser, "#list li")[0]
+
+
+def test_the_keyboard(report, page):
+    browser = page(report)
+    body = browser.find_element("tag name", "body")
+    for key, step in (("j", 0), ("n", 0), ("j", 0), ("j", 0), ("j", 0), ("j", 1)):
+        before = browser.execute_script("return location.hash")
+        body.send_keys(key)
+        until(lambda before=before: browser.execute_script("return location.hash") != before)
+        until(lambda step=step: texts(browser, "article > h3") == [f"step {step}"])
+    body.send_keys("k")
+    until(lambda: texts(browser, "article > h3") == ["step 0"])
+    # Every chunk can be reached with the tabulator, and followed.
+    links = browser.find_elements("css selector", "article .chunk")
+    browser.execute_script("arguments[0].focus()", links[1])
+    links[1].send_keys("\ue007")
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
+
+
+def test_the_same_prompt_at_two_steps(report, page):
+    browser = page(report, "#t=0")
+    until(lambda: browser.find_elements("id", "compare"))
+    other = browser.find_elements("css selector", "#compare option")[-1]
+    browser.execute_script(
+        "const e = document.getElementById('compare'); e.value = arguments[0]; e.dispatchEvent(new Event('change'));",
+        other.get_attribute("value"),
+    )
+    until(lambda: len(texts(browser, "article")) == 2)
+    assert texts(browser, "article > h3") == ["step 0", "step 2"]
+
+
+def test_two_runs_side_by_side(runs, tmp_path, page):
+    browser = page(write(tmp_path, *runs))
+    assert len(texts(browser, "#summary > h3")) == 2
+    put(browser, "run", "1")
+    assert texts(browser, "#count") == ["20 of 32 trajectories."]
+    names = [folder.name for folder in runs]
+    browser.execute_script("location.hash = '#t=0&with=12'")
+    until(lambda: len(texts(browser, "article")) == 2)
+    assert texts(browser, "article > h3") == [f"{name}, step 0" for name in names]
+
+
+def test_texts_of_models_are_not_markup(report, page):
+    browser = page(report, "#t=2&c=0")
+    until(lambda: texts(browser, ".panel h3"))
+    assert browser.title == "OmniOPD: " + browser.title.removeprefix("OmniOPD: ")
+    assert browser.title != "hacked"
+    assert any("onerror=" in row for row in texts(browser, ".rollouts .words"))
+    assert "<script>" in texts(browser, ".prompt")[0]
+    assert browser.find_elements("css selector", "#details img, #details script, #list img, #list script") == []
+
+
+def test_the_policy_stops_injected_scripts(report, browser):
+    """Even if a text became markup, it could not run."""
+    browser.get(report.as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    browser.execute_script(
+        "document.body.insertAdjacentHTML('beforeend', arguments[0]);"
+        "const script = document.createElement('script');"
+        "script.textContent = \"document.title = 'hacked'\"; document.body.append(script);",
+        HOSTILE,
+    )
+    time.sleep(0.3)
+    assert browser.title != "hacked"
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def test_nothing_scrolls_sideways_on_a_phone(runs, tmp_path, page):
+    browser = page(write(tmp_path, *runs), "#t=2")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        until(lambda: texts(browser, ".panel h3"))
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+        assert width <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessibility(report, page, theme):
+    """axe-core finds no violation, with a chunk open."""
+    axe = pytest.importorskip("axe_core_python.selenium", reason="needs axe-core-python")
+    browser = page(report, "#t=1&c=1")
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
+    until(lambda: texts(browser, ".panel h3"))
+    # As a debugger's code, since the page's policy allows no other script.
+    violations = axe.Axe().run(browser)["violations"]
+    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == []
+
+
+def test_figures(runs, tmp_path, page):
+    browser = page(write(tmp_path, runs[0], options=["--figures", str(tmp_path / "figures")]))
+    descriptions = [image.get_attribute("alt") for image in browser.find_elements("css selector", "figure img")]
+    assert descriptions[0] == "Chunk loss over 3 steps: chunk loss from 1 to 0.25."
+    widths = browser.execute_script("return [...document.querySelectorAll('figure img')].map((i) => i.naturalWidth)")
+    assert all(widths)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {f"{name}.{kind}" for name in ("chunk_loss", "kl", "pass_at_1") for kind in ("svg", "png")}

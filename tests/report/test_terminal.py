@@ -1,0 +1,123 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd audits` shows the chunks that were asked for, also while the run writes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from omniopd_trl.cli.main import main
+from omniopd_trl.teachers import Usage
+from tests.support.journals import audit, journal, trajectory
+from tests.support.recorded_runs import RIGHT, WRONG, record_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("run"))
+
+
+def shown(capsys, *arguments):
+    assert main(["audits", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def chunks(capsys, *arguments):
+    return json.loads(shown(capsys, *arguments, "--json"))
+
+
+def test_a_chunk_beside_its_rollouts(run, capsys):
+    text = shown(capsys, run, "--best", 1)
+    for part in ("step 0", RIGHT, "k_sem 3.250 of 4", "posterior 0.700", "100 tokens read", "0.00100 dollars"):
+        assert part in text
+    assert "Leo wins 9: 42 + 9 = ▏51, so Leo" in text  # the fork is marked
+    assert text.count(WRONG) == 1
+
+
+def test_control_characters_are_escaped(run, capsys):
+    text = shown(capsys, run, "--worst", 1)
+    assert "\x1b" not in text
+    assert r"\x1b[2J" in text
+
+
+def test_the_last_step_is_the_default(run, capsys):
+    assert {chunk["step"] for chunk in chunks(capsys, run)} == {2}
+
+
+@pytest.mark.parametrize(
+    ("selection", "posteriors"),
+    [(("--worst", 12), {0.18}), (("--best", 6), {0.7}), (("--random", 24), {0.18, 0.7, 0.325})],
+)
+def test_selections(run, capsys, selection, posteriors):
+    found = chunks(capsys, run, *selection)
+    assert len(found) == selection[1]
+    assert {chunk["posterior"] for chunk in found} == posteriors
+
+
+def test_filters(run, capsys):
+    found = chunks(capsys, run, "--step", 1, "--prompt", "STICKERS", "--random", 99)
+    assert [(chunk["step"], chunk["index"]) for chunk in sorted(found, key=lambda c: c["index"])] == [
+        (1, index) for index in (0, 0, 1, 1)
+    ]
+
+
+def test_lines_of_json(run, capsys):
+    lines = shown(capsys, run, "--jsonl").splitlines()
+    assert len(lines) == 5
+    first = json.loads(lines[0])
+    assert sum(rollout["count"] for rollout in first["rollouts"]) == first["num_rollouts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere holds no audits"),
+        (["{run}", "--step", "7"], "there are steps 0 to 2"),
+        (["{run}", "--prompt", "Bob"], "No audited chunk matches"),
+    ],
+)
+def test_what_is_not_there(run, capsys, arguments, message):
+    assert main(["audits", *(argument.format(run=run) for argument in arguments)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_superseded_audits_are_left_out(tmp_path, capsys):
+    """A step that was run again counts once, and what followed it does not count."""
+    with journal(tmp_path) as j:
+        for step, text in ((0, "old"), (1, "old"), (2, "old"), (1, "new")):
+            j.record_trajectories(step, [trajectory()])
+            j.record(step, 0, audit(text))
+    found = chunks(capsys, tmp_path, "--random", 9)
+    assert sorted((chunk["step"], chunk["student"]) for chunk in found) == [(0, "old"), (1, "new")]
+
+
+def test_beside_a_run_that_writes(tmp_path, capsys):
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(), trajectory()])
+        j.record(0, 0, audit())
+        assert len(chunks(capsys, tmp_path)) == 1
+        j.record_usage(0, 1, Usage(1), 0.5)
+        j.record(0, 1, audit())
+        assert {chunk["trajectory_usd"] for chunk in chunks(capsys, tmp_path)} == {None, 0.5}
+
+
+def test_it_starts_without_torch(run):
+    code = "import sys; from omniopd_trl.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code, "audits", str(run)], capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def test_ten_thousand_audits(tmp_path, capsys):
+    with journal(tmp_path) as j:
+        for step in range(10):
+            j.record_trajectories(step, [trajectory()] * 1000)
+            for index in range(1000):
+                j.record(step, index, audit())
+    start = time.process_time()
+    assert len(chunks(capsys, tmp_path, "--worst", 3)) == 3
+    assert time.process_time() - start < 1
