@@ -159,7 +159,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     key = (place.attempt, place.index)
     row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", key).fetchone()
     session, values = row[2], decode(path, row)
-    prompt, _, completion_ids, _ = decode(
+    prompt, _, completion_ids, *_ = decode(
         path, db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
     )
     (teacher,) = db.execute("SELECT teacher FROM sessions WHERE id = ?", (session,)).fetchone()

@@ -60,7 +60,6 @@ def training_section(
     served: Sequence[str],
     is_remote: bool,
     usage: Usage,
-    usd: float,
     log_history: Sequence[Mapping[str, Any]],
     num_steps: int,
 ) -> str:
@@ -72,8 +71,7 @@ def training_section(
         served: names of the models that the service says it served.
         is_remote: whether the teacher is behind a service.
         usage: tokens of all requests.
-        usd: US dollars of all requests with a price.
-        log_history: the logged metrics, whose `eval_pass@1` is reported.
+        log_history: the logged metrics, whose `eval_pass@1` and `teacher/usd_total` are reported.
         num_steps: number of optimizer steps.
     """
     rows = [("teacher", f"`{_basename(teacher)}`" + (f", served as {', '.join(served)}" if served else ""))]
@@ -87,8 +85,9 @@ def training_section(
     if scores:
         rows.append(("pass@1", " → ".join(f"{score:.3f} (step {step})" for step, score in (scores[0], scores[-1]))))
     rows.append(("teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"))
-    if usd:
-        rows.append(("cost", f"{usd:,.2f} US dollars"))
+    dollars = [entry["teacher/usd_total"] for entry in log_history if "teacher/usd_total" in entry]
+    if dollars:
+        rows.append(("cost", f"{dollars[-1]:,.2f} US dollars"))
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
     terms = f"\n\n{TERMS}" if is_remote else ""
     return (

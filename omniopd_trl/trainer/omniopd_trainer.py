@@ -46,8 +46,10 @@ from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncas
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.generation import on_policy
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
+from omniopd_trl.trainer.model_card import base_model_of, complete_card, training_section
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.progress import use_readable_lines
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.startup import check_logits, check_student, no_gradient
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
@@ -274,6 +276,7 @@ class OmniOPDTrainer(DistillationTrainer):
             budget=self.teacher.budget,
             custom_weights=chunk_weights is not None,
         )
+        use_readable_lines(self)
 
     def _check_logits(self) -> None:
         with together(self.args.process_index):
@@ -624,6 +627,22 @@ class OmniOPDTrainer(DistillationTrainer):
         super().log(logs, start_time)
         if self.accelerator.is_main_process and self.state.log_history:
             self._recorder.log(self.state.log_history[-1])
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            served = getattr(self.teacher, "served_model", None)
+            section = training_section(
+                self.args,
+                teacher=self.teacher.name,
+                served=[served] if served else [],
+                is_remote=self.teacher.is_remote,
+                usage=self.teacher_usage,
+                log_history=self.state.log_history,
+                num_steps=self.state.global_step,
+            )
+            base_model = base_model_of(get_config_model_id(self.model.config))
+            complete_card(Path(self.args.output_dir, "README.md"), base_model, section)
 
     # ---- Evaluation ----
 

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -97,7 +98,9 @@ class RunProgress(_Described, ProgressCallback):
             bar.write(line)
 
 
-REPLACED: tuple[tuple[type[TrainerCallback], type[TrainerCallback]], ...] = (
-    (ProgressCallback, RunProgress),
-    (PrinterCallback, RunPrinter),
-)
+def use_readable_lines(trainer: Trainer) -> None:
+    """Replace transformers' callbacks that print the logs. Those of notebooks show a table, and stay."""
+    for theirs, ours in ((ProgressCallback, RunProgress), (PrinterCallback, RunPrinter)):
+        if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(theirs)
+            trainer.add_callback(ours())
