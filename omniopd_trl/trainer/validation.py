@@ -209,7 +209,7 @@ def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantiz
 
 
 def spent_before(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> tuple[Usage, float] | None:
-    """What all processes of earlier runs have paid, also when each machine has a folder of its own.
+    """What all processes of earlier runs have paid, also when machines share no folder.
 
     Every process has to call it at the same point.
 

@@ -413,7 +413,7 @@ def test_single_bytes(tmp_path):
     dice = random.Random(0)
     errors = 0
     page = 16384
-    # Most bytes belong to texts. The first bytes of a page say where its records are, and where an index goes on.
+    # Most bytes belong to texts. The first bytes of a page say where its records are, and which pages follow.
     starts = [number * page + dice.randrange(200) for number in range(len(good) // page) for _ in range(6)]
     for offset in [*starts, *(dice.randrange(len(good)) for _ in range(100))]:
         path.write_bytes(good)

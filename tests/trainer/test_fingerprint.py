@@ -257,7 +257,7 @@ def teacher_key(trainer, teacher):
     return {name: settings[name] for name in ("teacher", "teacher_base_url", "teacher_code")}
 
 
-# Each defines `Own` anew, as a cell of a notebook does.
+# Each defines `Own` again, as a cell of a notebook does.
 BASE = """
 from omniopd_trl.teachers import Rollout, Teacher, TeacherReply
 WORDS = 3
