@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -88,23 +88,25 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
     """Check that the student has an embedding for the tokens of its tokenizer, before a model is loaded.
 
     Raises:
-        ConfigError: when there is no end token, or the padding or end token has no embedding.
+        DataError: when there is no end-of-sequence token, or it or the padding token has no embedding.
     """
     num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "The student's tokenizer has no end token, so no completion could end. Set `tokenizer.eos_token`, and "
-            "pass the tokenizer as `processing_class`."
+        raise DataError(
+            "The student's tokenizer has no end-of-sequence token, so no completion could end. Set "
+            "`tokenizer.eos_token` to the token that ends an answer, and pass the tokenizer as `processing_class` or "
+            "save it with `tokenizer.save_pretrained`."
         )
     if num_embeddings is None:
         return
     for name in ("eos_token", "pad_token"):
         token_id = getattr(tokenizer, f"{name}_id")
-        if token_id is not None and token_id >= num_embeddings:
-            raise ConfigError(
-                f"The tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token_id}, but the student's "
-                f"embedding has {num_embeddings} rows. Choose a token with an embedding, or save the student after "
-                "`model.resize_token_embeddings(len(tokenizer))`."
+        if token_id is not None and not 0 <= token_id < num_embeddings:
+            advice = "`tokenizer.pad_token = tokenizer.eos_token`, or " if name == "pad_token" else ""
+            raise DataError(
+                f"The student's tokenizer has {name}={getattr(tokenizer, name)!r} with the id {token_id}, and the "
+                f"student's embedding has {num_embeddings} rows. Set {advice}a token of the model's vocabulary, or "
+                "resize the embedding with `model.resize_token_embeddings(len(tokenizer))`."
             )
     if len(tokenizer) > num_embeddings:
         # No error: some models have tokens for images in the tokenizer only.
