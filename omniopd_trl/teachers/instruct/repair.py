@@ -64,7 +64,19 @@ _REFUSAL = re.compile(
     r"(?(sorry)\w|(?:assist|help|comply|fulfil)\b)",
     re.IGNORECASE,
 )
+# A refusal to answer at all, which a continuation does not contain by chance.
+_DECLINES = re.compile(
+    r"\s*+(?:(?:I['’]?m|I am) (?:very |so |really )?sorry|sorry|I apologi[sz]e)[,.;]?\s+(?:but )?"
+    r"I(?:['’]m| am|) ?(?:can['’]?t|can ?not|won['’]t|(?:not able|unable) to) (?:assist|help|comply|fulfil)\b",
+    re.IGNORECASE,
+)
 _ELLIPSES = re.compile(r"\s*+(?:(?:\.\.\.|…)\s*+){2,}")
+
+
+def declines(text: str) -> bool:
+    """Whether a continuation that no instruction asked for refuses to answer, as in "I'm sorry, but I can't help"."""
+    return _DECLINES.match(text) is not None
+
 
 # -- Wrappers --
 
