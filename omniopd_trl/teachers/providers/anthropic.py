@@ -11,6 +11,7 @@ from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
+    Asked,
     Response,
     counts,
     member,
@@ -78,12 +79,7 @@ class AnthropicTeacher(RemoteTeacher):
             **_distinct(request),
             extra_body={**self.capabilities.reasoning_off, **self._sampling(request)},
         )
-        answer = parse(response.http_response.content)
-        usage = _usage(answer.get("usage"))
-        reasoned = usage is not None and usage.reasoning_tokens > 0
-        blocks, finish = members(answer, "content"), member(answer, "stop_reason", str)
-        sample = read_sample(asked, blocks, finish, reasoned=reasoned)
-        return Response((sample,), usage, served_model(answer.get("model")))
+        return read_answer(response.http_response.content, asked)
 
     # ---- Requests ----
 
@@ -160,6 +156,19 @@ def _distinct(request: SamplingRequest) -> dict[str, Any]:
     The service takes no seed. This field is not part of the prompt, so the prompt cache is not affected.
     """
     return {} if request.seed is None else {"metadata": {"user_id": f"omniopd-{request.seed}"}}
+
+
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/messages`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    sample = read_sample(asked, members(answer, "content"), member(answer, "stop_reason", str), reasoned=reasoned)
+    return Response((sample,), usage, served_model(answer.get("model")))
 
 
 def _usage(usage: Any) -> Usage | None:

@@ -104,20 +104,7 @@ class GeminiTeacher(RemoteTeacher):
         if self.capabilities.takes_temperature:
             config |= {"temperature": request.temperature, "top_p": request.top_p}
         response = await self.client[0].aio.models.generate_content(model=self.model, contents=contents, config=config)
-        answer = parse(response.sdk_http_response.body or "")
-        usage = _usage(answer.get("usageMetadata"))
-        feedback = member(answer, "promptFeedback", dict)
-        if answer.get("candidates"):
-            reasoned = usage is not None and usage.reasoning_tokens > 0
-            found = members(answer, "candidates")[:num_samples]
-            samples = tuple(_sample(candidate, asked, reasoned) for candidate in found)
-        elif feedback is not None or answer.get("usageMetadata") is not None:
-            # All samples share the prompt that was blocked.
-            blocked = feedback is not None and feedback.get("blockReason") is not None
-            samples = (Sample("", "stop", "filtered" if blocked else "empty"),) * num_samples
-        else:
-            raise MalformedResponseError("neither candidates nor feedback on the prompt in it", answer)
-        return Response(samples, usage, served_model(answer.get("modelVersion")))
+        return read_answer(response.sdk_http_response.body or "", asked)
 
     # ---- Requests ----
 
@@ -198,6 +185,28 @@ def _unsupported(detail: str) -> FailureKind | None:
     if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
         return "no_prefill"
     return None
+
+
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `generateContent`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usageMetadata"))
+    feedback = member(answer, "promptFeedback", dict)
+    if answer.get("candidates"):
+        reasoned = usage is not None and usage.reasoning_tokens > 0
+        candidates = members(answer, "candidates")[: asked.num_samples]
+        samples = tuple(_sample(candidate, asked, reasoned) for candidate in candidates)
+    elif feedback is not None or answer.get("usageMetadata") is not None:
+        # All samples share the prompt that was blocked.
+        blocked = feedback is not None and feedback.get("blockReason") is not None
+        samples = (Sample("", "stop", "filtered" if blocked else "empty"),) * asked.num_samples
+    else:
+        raise MalformedResponseError("neither candidates nor feedback on the prompt in it", answer)
+    return Response(samples, usage, served_model(answer.get("modelVersion")))
 
 
 def _sample(candidate: Any, asked: Asked, reasoned: bool) -> Sample:

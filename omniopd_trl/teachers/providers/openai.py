@@ -96,9 +96,9 @@ class OpenAITeacher(RemoteTeacher):
         )
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        asked = self._asked(prefix, num_samples, request)
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
+        asked = self._asked(prefix, num_samples // copies, request)
         fields, extra = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
@@ -116,12 +116,8 @@ class OpenAITeacher(RemoteTeacher):
             response = await self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **fields, extra_body={**extra, **payload, **continuing}
             )
-        answer = parse(response.http_response.content)
-        usage = _usage(answer.get("usage"))
-        reasoned = usage is not None and usage.reasoning_tokens > 0
-        choices = members(answer, "choices")[: num_samples // copies]
-        samples = tuple(_sample(choice, asked, reasoned) for choice in choices)
-        return Response(samples * copies, usage, served_model(answer.get("model")))
+        answer = read_answer(response.http_response.content, asked)
+        return answer._replace(samples=answer.samples * copies)
 
     # ---- Requests ----
 
@@ -287,6 +283,20 @@ def _unsupported(param: str | None, detail: str) -> Any:
     if param in ("reasoning_effort", "reasoning"):
         return "always_reasons"
     return None
+
+
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/completions` or `/v1/chat/completions`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    choices = members(answer, "choices")[: asked.num_samples]
+    samples = tuple(_sample(choice, asked, reasoned) for choice in choices)
+    return Response(samples, usage, served_model(answer.get("model")))
 
 
 def _sample(choice: Any, asked: Asked, reasoned: bool) -> Sample:
