@@ -72,6 +72,7 @@ class GeminiTeacher(RemoteTeacher):
         http = httpx2.AsyncClient(
             follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
         )
+        http.event_hooks["response"].append(_read_as_utf8)
         options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
         if self.base_url is not None:
             options["base_url"] = self.base_url
@@ -103,7 +104,11 @@ class GeminiTeacher(RemoteTeacher):
         }
         if self.capabilities.takes_temperature:
             config |= {"temperature": request.temperature, "top_p": request.top_p}
-        response = await self.client[0].aio.models.generate_content(model=self.model, contents=contents, config=config)
+        models, httpx2 = self.client[0].aio.models, import_extra("httpx2", "gemini")
+        try:
+            response = await models.generate_content(model=self.model, contents=contents, config=config)
+        except (httpx2.DecodingError, UnicodeDecodeError, RecursionError) as error:  # the SDK parses bodies of errors
+            raise MalformedResponseError(f"a damaged body, {type(error).__name__}") from error
         return read_answer(response.sdk_http_response.body or "", asked)
 
     # ---- Requests ----
@@ -185,6 +190,11 @@ def _unsupported(detail: str) -> FailureKind | None:
     if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
         return "no_prefill"
     return None
+
+
+async def _read_as_utf8(response: Any) -> None:
+    """Ignore the encoding in a response's headers, by which the SDK would decode it. JSON is in UTF-8."""
+    response.encoding = "utf-8"
 
 
 def read_answer(body: bytes | str, asked: Asked) -> Response:

@@ -337,8 +337,8 @@ class RemoteTeacher(Teacher):
             if sample.outcome != "ok":
                 tally.counts[sample.outcome] += 1
                 if sample.outcome != "restarted":
-                    words = f": {sample.text!r}" if sample.text else ", of reasoning only" if sample.reasoned else ""
-                    tally.problems.append(f"a sample was {sample.outcome}{words}")
+                    words = "reasoning only" if sample.outcome == "empty" and sample.reasoned else sample.text
+                    tally.problems.append(f"a sample was {sample.outcome}{f' ({words})' if words else ''}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses if response.usage is not None), Usage())
         failure = None
