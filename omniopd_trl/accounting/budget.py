@@ -89,7 +89,7 @@ class Budget:
     ):
         for name, limit in (("teacher_budget_usd", max_usd), ("teacher_budget_tokens", max_tokens)):
             if limit is not None and not 0 < limit < float("inf"):  # NaN is no limit either
-                raise ConfigError(f"{name}={limit} must be a number above 0. Leave it out for no limit.")
+                raise ConfigError(f"{name}={limit} must be above 0, and finite. Leave it out for no limit.")
         if num_processes < 1:
             raise ConfigError(f"num_processes={num_processes} must be at least 1: the budget is divided by it.")
         if max_usd is not None and price is None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.errors import BudgetError, OmniOPDError, TeacherError
+from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.teachers import Rollout
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, clean_text
@@ -156,6 +156,7 @@ def test_malformed(read, body):
     with pytest.raises(MalformedResponseError) as caught:
         read(body, ASKED)
     assert 0 < len(str(caught.value)) < 300
+    assert not isinstance(caught.value.answer, bytes)
     assert "\n" not in str(caught.value)
 
 
@@ -400,15 +401,6 @@ def test_integers_of_other_libraries():
     usage = Usage(np.int64(10), completion_tokens=np.int32(3))
     assert usage == Usage(10, 0, 3)
     assert type(usage.prompt_tokens) is int
-
-
-@pytest.mark.case("T15")
-@pytest.mark.parametrize("limit", [math.nan, math.inf, -1.0, 0])
-@pytest.mark.parametrize("name", ["max_usd", "max_tokens"])
-def test_limits_that_are_none(name, limit):
-    """NaN and infinity are no limits."""
-    with pytest.raises(OmniOPDError):
-        Budget(**{name: limit}, price=Price(1.0, 1.0))
 
 
 # ---- Poor answers ----

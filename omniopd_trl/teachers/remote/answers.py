@@ -95,7 +95,9 @@ def parse(body: bytes | str) -> dict[str, Any]:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError, too
         reason = "JSON that is nested too deeply" if isinstance(error, RecursionError) else f"no JSON: {error}"
-        raise MalformedResponseError(reason, body[:1000]) from None
+        start = body[:1000]
+        quoted = start.decode("utf-8", "replace") if isinstance(start, bytes) else start
+        raise MalformedResponseError(reason, quoted) from None
     if not isinstance(answer, dict):
         raise MalformedResponseError(f"a JSON {type(answer).__name__} in place of an object", answer)
     return answer
