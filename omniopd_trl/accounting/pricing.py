@@ -65,10 +65,10 @@ def prompt_parts(usage: Usage) -> tuple[int, int, int]:
 
     Cached tokens are clipped to the prompt tokens if a service reports more.
     """
-    prompt = max(usage.prompt_tokens, 0)
-    read = min(max(usage.cached_tokens, 0), prompt)
+    prompt = usage.prompt_tokens
+    read = min(usage.cached_tokens, prompt)
     # Only services that charge for cache writes report these tokens. Others leave them at 0.
-    written = min(max(usage.cache_write_tokens, 0), prompt - read)
+    written = min(usage.cache_write_tokens, prompt - read)
     return prompt, read, written
 
 

@@ -11,11 +11,23 @@ from collections.abc import Callable
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.alignment import Alignment
-from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
+from omniopd_trl.audits.types import (
+    LONG_ROLLOUT,
+    Audit,
+    AuditSettings,
+    ChunkAudit,
+    PolicyScores,
+    Tokenizer,
+    Trajectory,
+)
+from omniopd_trl.errors import WarnOnce
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
 from omniopd_trl.teachers.base import Prefix, SamplingRequest, Teacher, TeacherReply, replies_of
+
+# Chunks with several long rollouts that are compared before a warning.
+COMPARED_CHUNKS = 20
 
 # The teacher has its own tokenizer. Rollouts are requested with this many times the chunk's length, and are then cut
 # to the chunk's length in student tokens.
@@ -43,6 +55,8 @@ class Auditor:
         self.alignment = Alignment(tokenizer)
         self.settings = settings
         self.similarity = similarity
+        self._warn_once = WarnOnce(__name__)
+        self._compared = self._all_equal = 0  # chunks with several long rollouts, and those where all are equal
 
     def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
         """The chunks of a trajectory (Eq. 7)."""
@@ -108,12 +122,36 @@ class Auditor:
             audits.append(
                 ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))
             )
+        longer = [texts for texts in map(_long, rollouts) if len(texts) > 1]
+        self._compare(longer)
         return Audit(
             chunks=tuple(audits),
             num_dropped=len(chunks) - len(audits),
             num_rollouts=sum(map(len, rollouts)),
             num_short=num_short,
+            num_long=sum(map(len, longer)),
+            num_duplicates=sum(len(texts) - len(set(texts)) for texts in longer),
             usage=sum((reply.usage for reply in replies), Usage()),
             failures=tuple(reply.failure for reply in replies if reply.failure is not None),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
+            models=tuple(sorted({name for reply in replies for name in reply.models})),
         )
+
+    def _compare(self, longer: list[list[str]]) -> None:
+        """Warn once when the long rollouts of most chunks are all equal although they are sampled."""
+        self._compared += len(longer)
+        self._all_equal += sum(len(set(texts)) == 1 for texts in longer)
+        is_sampled = self.settings.teacher_temperature > 0
+        if is_sampled and self._compared >= COMPARED_CHUNKS and self._all_equal > self._compared / 2:
+            self._warn_once(
+                f"All rollouts are equal in {self._all_equal} of {self._compared} chunks, although "
+                f"teacher_temperature={self.settings.teacher_temperature:g}: the teacher {self.teacher.name} or a "
+                "gateway before it returns one sample several times, so N rollouts count as N observations but are "
+                "one. Disable the gateway's cache of answers, check that the server samples and honours seeds, or "
+                "set num_rollouts=1.",
+                "duplicates",
+            )
+
+
+def _long(rollouts: list[str]) -> list[str]:
+    return [text for text in map(str.strip, rollouts) if len(text) >= LONG_ROLLOUT]

@@ -13,6 +13,9 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.method.chunks import Chunk, Overlap, Placement, Selection
 from omniopd_trl.teachers.base import Prompt
 
+# Rollouts from this length on, in characters, are compared with each other. Shorter ones may be equal by chance.
+LONG_ROLLOUT = 40
+
 
 class Tokenizer(Protocol):
     """The part of the student's tokenizer that audits use."""
@@ -122,15 +125,22 @@ class Audit:
         num_rollouts: rollouts that the teacher returned.
         num_short: rollouts that ended at the teacher's token limit before they filled their chunk. The teacher's
             tokens are shorter than expected, and the similarity is less accurate.
+        num_long: rollouts of at least `LONG_ROLLOUT` characters in chunks with several of them.
+        num_duplicates: how many of these equal an earlier one of their chunk. Independent samples of this length
+            rarely do, and equal ones are one observation.
         usage: tokens used.
         failures: reasons for missing rollouts, as the teacher reports them.
         outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
+        models: names of the models that answered, as the service reports them.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
     num_dropped: int = 0
     num_rollouts: int = 0
     num_short: int = 0
+    num_long: int = 0
+    num_duplicates: int = 0
     usage: Usage = field(default_factory=Usage)
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    models: tuple[str, ...] = ()

@@ -516,3 +516,63 @@ def test_a_teacher_that_is_not_async(tiny_tokenizer):
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
     with pytest.raises(TeacherError, match=r"'Own' \(Own\).*Write it as `async def sample`"):
         asyncio.run(auditor(tiny_tokenizer, Own()).audit(*path))
+
+
+# ---- Duplicates, and the models that answered ----
+
+LONG_TEXT = "First we add the apples of Tom to the pears of Ann, and then we divide by two. " * 4
+
+
+def audits_of(tokenizer, teacher, count, **overrides):
+    """Audits of equal trajectories with two chunks of 60 tokens each, by one auditor."""
+    judge = auditor(tokenizer, teacher, chunk_length=60, num_rollouts=4, **overrides)
+    one = trajectory(tokenizer, LONG_TEXT, {0: 2.0, 80: 2.0})
+    return [asyncio.run(judge.audit(*one)) for _ in range(count)]
+
+
+@pytest.mark.case("P3")
+@pytest.mark.parametrize(
+    ("different", "temperature", "duplicates", "warns"),
+    [(1, 1.0, 6, True), (2, 1.0, 4, False), (4, 1.0, 0, False), (1, 0.0, 6, False)],
+)
+def test_duplicate_rollouts(tiny_tokenizer, different, temperature, duplicates, warns, caplog):
+    """They are counted, and all equal ones in most chunks are warned about once, unless decoding is greedy."""
+    numbers = itertools.cycle(range(different))
+    teacher = Recorder(lambda prefix, index: f"{next(numbers)} {LONG_TEXT}")
+    audits = audits_of(tiny_tokenizer, teacher, 12, teacher_temperature=temperature)
+    assert {(audit.num_long, audit.num_duplicates) for audit in audits} == {(8, duplicates)}
+    assert sum("rollouts are equal" in message for message in caplog.messages) == warns
+
+
+@pytest.mark.case("P3")
+@pytest.mark.parametrize(
+    "script", [lambda prefix, index: "Answer: 42", lambda prefix, index: " " * 100], ids=["short", "blank"]
+)
+def test_short_rollouts_may_be_equal(tiny_tokenizer, script, caplog):
+    """Short texts are often equal by right: they are not compared."""
+    audits = audits_of(tiny_tokenizer, Recorder(script), 12)
+    assert {(audit.num_long, audit.num_duplicates) for audit in audits} == {(0, 0)}
+    assert "rollouts are equal" not in caplog.text
+
+
+@pytest.mark.case("P3")
+def test_few_chunks_with_equal_rollouts(tiny_tokenizer, caplog):
+    """A text that is copied leaves little choice: equal rollouts in half of the chunks are no sign."""
+    lines = {True: "the same " * 20}
+    teacher = Recorder(lambda prefix, index: lines.get(not prefix.completion, f"{index} " + LONG_TEXT))
+    audits = audits_of(tiny_tokenizer, teacher, 20)
+    assert {(audit.num_long, audit.num_duplicates) for audit in audits} == {(8, 3)}
+    assert "rollouts are equal" not in caplog.text
+
+
+@pytest.mark.case("P4")
+def test_the_models_of_an_audit(tiny_tokenizer):
+    """An audit names each model that answered once."""
+
+    class Routed(Recorder):
+        async def sample(self, prefixes, request):
+            replies = await super().sample(prefixes, request)
+            return [replace(reply, models=(f"model-{i % 2}", "model-0")) for i, reply in enumerate(replies)]
+
+    (audit,) = audits_of(tiny_tokenizer, Routed(lambda prefix, index: "7"), 1)
+    assert audit.models == ("model-0", "model-1")

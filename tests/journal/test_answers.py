@@ -15,7 +15,8 @@ from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import Rollout
-from omniopd_trl.teachers.remote.engine import Capabilities, Response, Sample
+from omniopd_trl.teachers.remote.answers import Response, Sample
+from omniopd_trl.teachers.remote.engine import Capabilities
 from omniopd_trl.teachers.remote.failures import Failure
 from tests.support.journals import journal, trajectory
 from tests.support.services import FINAL, TRANSIENT, FailedError, Scripted, short_waits

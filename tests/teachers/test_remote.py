@@ -16,7 +16,8 @@ from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote import retries
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, Response
+from omniopd_trl.teachers.remote.answers import Response
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,

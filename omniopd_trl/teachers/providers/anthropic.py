@@ -8,14 +8,22 @@ from typing import Any
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest, common_prefix_length
+from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.answers import (
+    Asked,
+    Response,
+    counts,
+    member,
+    members,
+    parse,
+    read_sample,
+    served_model,
+)
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     FailureKind,
-    MalformedResponseError,
     failure_of_status,
     out_of_range,
     retry_after,
@@ -60,18 +68,18 @@ class AnthropicTeacher(RemoteTeacher):
         )
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        instructed = self.capabilities.continuation == "instruct"
         # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
         cached = request.num_samples > 1 and self._fills_cache(prefix)
-        answer = await self.client.messages.create(
+        space = prefix.completion[len(prefix.completion.rstrip()) :]
+        asked = self._asked(prefix, 1, request, unsent=space)
+        response = await self.client.messages.with_raw_response.create(
             model=self.model,
             max_tokens=request.max_tokens,
             **self._prompt(prefix, cached),
+            **_distinct(request),
             extra_body={**self.capabilities.reasoning_off, **self._sampling(request)},
         )
-        if not isinstance(getattr(answer, "content", None), list):
-            raise MalformedResponseError("no list of content blocks in it")
-        return Response((_sample(answer, prefix, instructed),), _usage(getattr(answer, "usage", None)))
+        return read_answer(response.http_response.content, asked)
 
     # ---- Requests ----
 
@@ -142,47 +150,41 @@ def _unsupported(detail: str) -> FailureKind | None:
     return None
 
 
-def _sample(answer: Any, prefix: Prefix, instructed: bool) -> Sample:
-    if answer.stop_reason == "refusal":
-        return Sample("", "stop", "refused")
-    finish = "length" if answer.stop_reason == "max_tokens" else "stop"
-    text = "".join(block.text for block in answer.content if block.type == "text")
-    if not text:
-        return Sample("", finish, "empty")
-    if instructed:
-        repaired = repair(prefix.completion, text, prefix.prompt)
-        return Sample(repaired.text, finish, repaired.outcome)
-    text = without_common_space(prefix.completion, text)
-    return Sample(text, finish) if text else Sample("", finish, "empty")
+def _distinct(request: SamplingRequest) -> dict[str, Any]:
+    """A field that differs between the requests for one prefix, which a gateway that caches answers would equate.
 
-
-def without_common_space(prefix: str, text: str) -> str:
-    """Remove from a continuation the trailing white space of the prefix, where the model wrote it again.
-
-    Args:
-        prefix: the student's text.
-        text: the continuation of the prefix that was sent, without its trailing white space.
-
-    Example:
-        >>> without_common_space("First,\\n", "\\n\\nwe add")
-        '\\nwe add'
+    The service takes no seed. This field is not part of the prompt, so the prompt cache is not affected.
     """
-    space = prefix[len(prefix.rstrip()) :]
-    return text[common_prefix_length(space, text) :]
+    return {} if request.seed is None else {"metadata": {"user_id": f"omniopd-{request.seed}"}}
+
+
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/messages`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    sample = read_sample(asked, members(answer, "content"), member(answer, "stop_reason", str), reasoned=reasoned)
+    return Response((sample,), usage, served_model(answer.get("model")))
 
 
 def _usage(usage: Any) -> Usage | None:
     """The service's `input_tokens` exclude cache reads and cache writes."""
     # A compatible proxy may leave any of them out.
-    if getattr(usage, "input_tokens", None) is None or getattr(usage, "output_tokens", None) is None:
+    if not isinstance(usage, dict) or usage.get("input_tokens") is None or usage.get("output_tokens") is None:
         return None
-    read = usage.cache_read_input_tokens or 0
-    written = usage.cache_creation_input_tokens or 0
-    details = usage.output_tokens_details
-    return Usage(
-        prompt_tokens=usage.input_tokens + read + written,
-        cached_tokens=read,
-        completion_tokens=usage.output_tokens,
-        reasoning_tokens=details.thinking_tokens if details is not None else 0,
-        cache_write_tokens=written,
+    found = counts(
+        usage,
+        "input_tokens",
+        "cache_read_input_tokens",
+        "cache_creation_input_tokens",
+        "output_tokens",
+        "output_tokens_details.thinking_tokens",
     )
+    if found is None:
+        return None
+    plain, read, written, output, thinking = found
+    return Usage(plain + read + written, read, output, thinking, written)

@@ -11,8 +11,18 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.answers import (
+    Asked,
+    Response,
+    Sample,
+    counts,
+    member,
+    members,
+    parse,
+    read_sample,
+    served_model,
+)
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     FailureKind,
@@ -62,6 +72,7 @@ class GeminiTeacher(RemoteTeacher):
         http = httpx2.AsyncClient(
             follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
         )
+        http.event_hooks["response"].append(_read_as_utf8)
         options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
         if self.base_url is not None:
             options["base_url"] = self.base_url
@@ -77,7 +88,7 @@ class GeminiTeacher(RemoteTeacher):
         genai_client.close()
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        instructed = self.capabilities.continuation == "instruct"
+        asked = self._asked(prefix, num_samples, request)
         contents, system = self._contents(prefix)
         config: dict[str, Any] = {
             "max_output_tokens": request.max_tokens,
@@ -87,20 +98,18 @@ class GeminiTeacher(RemoteTeacher):
             # Each of these may turn one request into several.
             "automatic_continuation": False,
             "automatic_function_calling": {"disable": True},
+            # The body as it came: it is read here, as those of the other services.
+            "should_return_http_response": True,
             **self.capabilities.reasoning_off,
         }
         if self.capabilities.takes_temperature:
             config |= {"temperature": request.temperature, "top_p": request.top_p}
-        answer = await self.client[0].aio.models.generate_content(model=self.model, contents=contents, config=config)
-        if answer.candidates is None and answer.prompt_feedback is None and answer.usage_metadata is None:
-            raise MalformedResponseError("neither candidates nor feedback on the prompt in it")
-        if not answer.candidates:
-            # All samples share the prompt that was blocked.
-            blocked = answer.prompt_feedback is not None and answer.prompt_feedback.block_reason is not None
-            samples = (Sample("", "stop", "filtered" if blocked else "empty"),) * num_samples
-        else:
-            samples = tuple(_sample(candidate, prefix, instructed) for candidate in answer.candidates)
-        return Response(samples, _usage(answer.usage_metadata))
+        models, httpx2 = self.client[0].aio.models, import_extra("httpx2", "gemini")
+        try:
+            response = await models.generate_content(model=self.model, contents=contents, config=config)
+        except (httpx2.DecodingError, UnicodeDecodeError, RecursionError) as error:  # the SDK parses bodies of errors
+            raise MalformedResponseError(f"a damaged body, {type(error).__name__}") from error
+        return read_answer(response.sdk_http_response.body or "", asked)
 
     # ---- Requests ----
 
@@ -183,43 +192,43 @@ def _unsupported(detail: str) -> FailureKind | None:
     return None
 
 
-# Finish reasons of filtered samples.
-_FILTERED = {
-    "SAFETY",
-    "RECITATION",
-    "BLOCKLIST",
-    "PROHIBITED_CONTENT",
-    "SPII",
-    "LANGUAGE",
-    "MODEL_ARMOR",
-    "ESCALATION",
-    "PUP_LIMITED_DISABLED",
-}
+async def _read_as_utf8(response: Any) -> None:
+    """Ignore the encoding in a response's headers, by which the SDK would decode it. JSON is in UTF-8."""
+    response.encoding = "utf-8"
 
 
-def _sample(candidate: Any, prefix: Prefix, instructed: bool) -> Sample:
-    reason = candidate.finish_reason.value if candidate.finish_reason is not None else "STOP"
-    if reason in _FILTERED:
-        return Sample("", "stop", "filtered")
-    finish = "length" if reason in ("MAX_TOKENS", "CONTINUATION") else "stop"
-    parts = (candidate.content.parts if candidate.content is not None else None) or []
-    text = "".join(part.text for part in parts if part.text and not part.thought)
-    if not text:
-        return Sample("", finish, "empty")
-    if not instructed:
-        return Sample(text, finish)
-    repaired = repair(prefix.completion, text, prefix.prompt)
-    return Sample(repaired.text, finish, repaired.outcome)
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `generateContent`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usageMetadata"))
+    feedback = member(answer, "promptFeedback", dict)
+    if answer.get("candidates"):
+        reasoned = usage is not None and usage.reasoning_tokens > 0
+        candidates = members(answer, "candidates")[: asked.num_samples]
+        samples = tuple(_sample(candidate, asked, reasoned) for candidate in candidates)
+    elif feedback is not None or answer.get("usageMetadata") is not None:
+        # All samples share the prompt that was blocked.
+        blocked = feedback is not None and feedback.get("blockReason") is not None
+        samples = (Sample("", "stop", "filtered" if blocked else "empty"),) * asked.num_samples
+    else:
+        raise MalformedResponseError("neither candidates nor feedback on the prompt in it", answer)
+    return Response(samples, usage, served_model(answer.get("modelVersion")))
+
+
+def _sample(candidate: Any, asked: Asked, reasoned: bool) -> Sample:
+    content = member(candidate, "content", dict)
+    parts = member(content, "parts", list) if content is not None else None
+    return read_sample(asked, parts, member(candidate, "finishReason", str), reasoned=reasoned)
 
 
 def _usage(usage: Any) -> Usage | None:
-    if usage is None:
-        return None
-    thoughts = usage.thoughts_token_count or 0
     # A blocked prompt and an answer of thoughts only have no count of candidates.
-    return Usage(
-        prompt_tokens=usage.prompt_token_count or 0,
-        cached_tokens=usage.cached_content_token_count or 0,
-        completion_tokens=(usage.candidates_token_count or 0) + thoughts,
-        reasoning_tokens=thoughts,
-    )
+    found = counts(usage, "promptTokenCount", "cachedContentTokenCount", "candidatesTokenCount", "thoughtsTokenCount")
+    if found is None:
+        return None
+    prompt, cached, candidates, thoughts = found
+    return Usage(prompt, cached, candidates + thoughts, thoughts)

@@ -13,8 +13,19 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import DataError, import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.answers import (
+    Asked,
+    Response,
+    Sample,
+    counts,
+    member,
+    members,
+    parse,
+    read_sample,
+    refused_sample,
+    served_model,
+)
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
@@ -67,6 +78,15 @@ class OpenAITeacher(RemoteTeacher):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._tokenizer = tokenizer if tokenizer is not None else model
 
+    @property
+    def reasoning_switch(self) -> str:  # type: ignore[override]
+        if self.dialect in ("vllm", "transformers"):
+            return (
+                "set the switch of its chat template in teacher_chat_template_kwargs, which is {'enable_thinking': "
+                "False} for many models and {'thinking': False} for others, or name a model that does not reason"
+            )
+        return super().reasoning_switch
+
     def connect(self) -> Any:
         openai = import_extra("openai", "openai")
         # Self-hosted servers usually require no key, but the SDK does.
@@ -76,13 +96,13 @@ class OpenAITeacher(RemoteTeacher):
         )
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        instructed = self.capabilities.continuation == "instruct"
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
+        asked = self._asked(prefix, num_samples // copies, request)
         fields, extra = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
-            answer = await self.client.completions.create(
+            response = await self.client.completions.with_raw_response.create(
                 model=self.model, prompt=text, **fields, extra_body={**extra, **extra_tokens}
             )
         else:
@@ -93,14 +113,11 @@ class OpenAITeacher(RemoteTeacher):
                     **payload.get("chat_template_kwargs", {}),
                     **self.chat_template_kwargs,
                 }
-            answer = await self.client.chat.completions.create(
+            response = await self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **fields, extra_body={**extra, **payload, **continuing}
             )
-        choices = getattr(answer, "choices", None)
-        if not isinstance(choices, list):
-            raise MalformedResponseError("no list of choices in it")
-        samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
-        return Response(samples * copies, _usage(answer))
+        answer = read_answer(response.http_response.content, asked)
+        return answer._replace(samples=answer.samples * copies)
 
     # ---- Requests ----
 
@@ -268,33 +285,40 @@ def _unsupported(param: str | None, detail: str) -> Any:
     return None
 
 
-def _sample(choice: Any, prefix: Prefix, instructed: bool) -> Sample:
-    finish = choice.finish_reason or "stop"
-    message = getattr(choice, "message", None)
-    text = getattr(choice, "text", None) if message is None else message.content
-    if message is not None and getattr(message, "refusal", None):
-        return Sample("", finish, "refused")
-    if finish == "content_filter":
-        return Sample("", finish, "filtered")
-    if not text:
-        return Sample("", finish, "empty")
-    finish = "length" if finish == "length" else "stop"
-    if not instructed:
-        return Sample(text, finish)
-    repaired = repair(prefix.completion, text, prefix.prompt)
-    return Sample(repaired.text, finish, repaired.outcome)
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/completions` or `/v1/chat/completions`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    choices = members(answer, "choices")[: asked.num_samples]
+    samples = tuple(_sample(choice, asked, reasoned) for choice in choices)
+    return Response(samples, usage, served_model(answer.get("model")))
 
 
-def _usage(answer: Any) -> Usage | None:
-    usage = getattr(answer, "usage", None)
-    if usage is None:
-        return None
-    prompt_details = getattr(usage, "prompt_tokens_details", None)
-    completion_details = getattr(usage, "completion_tokens_details", None)
-    return Usage(
-        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
-        cached_tokens=getattr(prompt_details, "cached_tokens", None) or 0,
-        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
-        reasoning_tokens=getattr(completion_details, "reasoning_tokens", None) or 0,
-        cache_write_tokens=getattr(prompt_details, "cache_write_tokens", None) or 0,
+def _sample(choice: Any, asked: Asked, reasoned: bool) -> Sample:
+    finish = member(choice, "finish_reason", str)
+    message = member(choice, "message", dict)
+    if message is None:
+        if "text" not in choice:
+            raise MalformedResponseError("a choice without a text or a message", choice)
+        return read_sample(asked, choice["text"], finish, reasoned=reasoned)
+    if refusal := message.get("refusal"):
+        return refused_sample(refusal)
+    reasoned = reasoned or bool(message.get("reasoning_content") or message.get("reasoning"))
+    return read_sample(asked, message.get("content"), finish, reasoned=reasoned)
+
+
+def _usage(usage: Any) -> Usage | None:
+    found = counts(
+        usage,
+        "prompt_tokens",
+        "prompt_tokens_details.cached_tokens",
+        "completion_tokens",
+        "completion_tokens_details.reasoning_tokens",
+        "prompt_tokens_details.cache_write_tokens",
     )
+    return None if found is None else Usage(*found)

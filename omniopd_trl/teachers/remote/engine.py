@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from itertools import combinations
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from transformers.utils import logging
@@ -30,6 +31,7 @@ from omniopd_trl.accounting.usage import KeptAnswers, Usage
 from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
+from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
 from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
@@ -48,6 +50,8 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
+# A prefix that is longer by this many characters has more tokens, whatever they are.
+GROWN_CHARACTERS = 256
 
 Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
 
@@ -101,35 +105,6 @@ class EngineSettings:
     max_retry_after: float = 120.0
 
 
-SampleOutcome = Literal["ok", "refused", "filtered", "empty", "restarted"]
-
-
-class Sample(NamedTuple):
-    """One sample of one request, as the adapter reads it from the response.
-
-    Attributes:
-        text: what the model wrote next, repaired where the continuation is instructed.
-        finish_reason: `"stop"` or `"length"`.
-        outcome: `"ok"` and `"restarted"` are rollouts, the others are not.
-    """
-
-    text: str
-    finish_reason: str = "stop"
-    outcome: SampleOutcome = "ok"
-
-
-class Response(NamedTuple):
-    """The result of one request.
-
-    Attributes:
-        samples: the samples, in the service's order.
-        usage: tokens of all samples together; `None` when the service reports none.
-    """
-
-    samples: tuple[Sample, ...]
-    usage: Usage | None
-
-
 # Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
 _Keep = Callable[[Response, Usage, float | None], None]
 
@@ -140,6 +115,8 @@ class _Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    # Prompt tokens of a request, by its number of samples: some services count the prompt once per sample.
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
 
 
 class RemoteTeacher(Teacher):
@@ -155,6 +132,7 @@ class RemoteTeacher(Teacher):
 
     Attributes:
         key_variables: environment variables that may hold the key. The first one that is set is used.
+        served_model: name of the model that answered last, as the service reports it; `None` when it reports none.
     """
 
     is_remote = True
@@ -162,6 +140,9 @@ class RemoteTeacher(Teacher):
 
     # Tokens that a template may add to a prompt.
     prompt_overhead = 512
+
+    # How to disable the reasoning of a model that reasons, for a warning.
+    reasoning_switch = "name a teacher that does not reason, or whose reasoning can be disabled"
 
     def __init__(
         self,
@@ -181,14 +162,15 @@ class RemoteTeacher(Teacher):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warn_once = WarnOnce(__name__)
         self._said_repeated_at = float("-inf")
+        self.served_model: str | None = None
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         """Send one request for `num_samples` continuations of `prefix`, without retries.
 
         Each call reads `self.capabilities`, because they may have changed. The SDK's own retries are disabled.
-        Refused, filtered and empty samples are returned with their outcome. Any other error raises the SDK's
-        exception.
+        The answer is read with the functions of `answers`. Refused, filtered and empty samples are returned with their
+        outcome. Any other error raises the SDK's exception.
         """
 
     @abstractmethod
@@ -254,9 +236,9 @@ class RemoteTeacher(Teacher):
             )
         return placeholder
 
-    def warn_once(self, message: str) -> None:
-        """Log a warning the first time that it is given."""
-        self._warn_once(f"{self.name}: {message}")
+    def warn_once(self, message: str, kind: str | None = None) -> None:
+        """Log a warning the first time that it is given, or that one of its kind is."""
+        self._warn_once(f"{self.name}: {message}", kind)
 
     # ---- Many prefixes ----
 
@@ -269,7 +251,13 @@ class RemoteTeacher(Teacher):
         # Tasks start in order and get their slots in order. A prefix is sent before the longer one that begins with
         # it, so a prompt cache can serve the longer one.
         kept = [self._kept(prefix, request) for prefix in prefixes]
-        return await _all(self._continue(*asked, request) for asked in zip(prefixes, kept, strict=True))
+        tallies = [_Tally() for _ in prefixes]
+        replies = await _all(
+            self._continue(prefix, found, request, tally)
+            for prefix, found, tally in zip(prefixes, kept, tallies, strict=True)
+        )
+        self._compare_prompts(prefixes, tallies)
+        return replies
 
     def probe(self, prompt: Prompt) -> None:
         """Check key, model, continuation and samples per request with one tiny request, before any generation."""
@@ -292,20 +280,23 @@ class RemoteTeacher(Teacher):
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
         self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
         try:
-            return await self._continue(prefix, self._kept(prefix, request), request)
+            return await self._continue(prefix, self._kept(prefix, request), request, _Tally())
         finally:
             self._throttle, self.settings = throttle, settings
             await self.aclose()
 
     # ---- One prefix ----
 
-    async def _continue(self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest) -> TeacherReply:
-        tally = _Tally()
+    async def _continue(
+        self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest, tally: _Tally
+    ) -> TeacherReply:
         # By first sample. Answers of an earlier run cost nothing and are not counted again.
-        answers = {
-            start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
-            for start, size, samples in kept.found
-        }
+        answers: dict[int, tuple[int, list[Response]]] = {}
+        for start, size, answer in kept.found:
+            if (response := from_kept(answer)) is not None:
+                answers[start] = size, [response]
+            else:
+                self.warn_once("an answer of an earlier run cannot be read and is requested again.", "kept")
 
         async def ask(start: int, num_samples: int) -> list[Response]:
             try:
@@ -341,17 +332,51 @@ class RemoteTeacher(Teacher):
             tally.problems.append("a response without samples")
         samples = [sample for response in responses for sample in response.samples]
         for sample in samples:
+            if sample.reasoned:
+                tally.counts["reasoned"] += 1
             if sample.outcome != "ok":
                 tally.counts[sample.outcome] += 1
                 if sample.outcome != "restarted":
-                    tally.problems.append(f"a sample was {sample.outcome}")
+                    words = "reasoning only" if sample.outcome == "empty" and sample.reasoned else sample.text
+                    tally.problems.append(f"a sample was {sample.outcome}{f' ({words})' if words else ''}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses if response.usage is not None), Usage())
         failure = None
         if len(rollouts) < request.num_samples:
             reason = tally.problems[0] if tally.problems else "no reason"
             failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
-        return TeacherReply(rollouts, usage, failure, dict(tally.counts))
+        if tally.counts["reasoned"]:
+            self.warn_once(
+                f"the model reasons before it answers, in {tally.counts['reasoned']} of {len(samples)} samples of a "
+                "prefix. The reasoning is removed, and a sample of reasoning only is not a rollout: "
+                f"{self.reasoning_switch}.",
+                "reasoned",
+            )
+        models = tuple(sorted({response.model for response in responses if response.model is not None}))
+        return TeacherReply(rollouts, usage, failure, dict(tally.counts), models)
+
+    def _asked(self, prefix: Prefix, num_samples: int, request: SamplingRequest, unsent: str = "") -> Asked:
+        """What the answer to a request is read with; `unsent` as in `Asked`."""
+        instructed = self.capabilities.continuation == "instruct"
+        return Asked(prefix, num_samples, request.max_tokens, instructed, "" if instructed else unsent)
+
+    def _compare_prompts(self, prefixes: Sequence[Prefix], tallies: Sequence[_Tally]) -> None:
+        """Warn once when a much longer prefix of the same text has no more prompt tokens."""
+        for (short, few), (long, many) in combinations(zip(prefixes, tallies, strict=True), 2):
+            grown = len(long.completion.rstrip()) - len(short.completion.rstrip())
+            if grown < GROWN_CHARACTERS or not long.completion.startswith(short.completion.rstrip()):
+                continue
+            for num_samples in few.prompt_tokens.keys() & many.prompt_tokens.keys():
+                before, after = few.prompt_tokens[num_samples], many.prompt_tokens[num_samples]
+                if after <= before and short.prompt == long.prompt:
+                    self.warn_once(
+                        f"the service counts {after} prompt tokens for a prefix of {len(long.completion)} characters "
+                        f"and {before} for its first {len(short.completion)}: it cuts long prompts silently, so the "
+                        "teacher does not read the student's text. Raise the server's context length (`num_ctx`, "
+                        "`--max-model-len`), or choose a `raw` continuation if its template drops text.",
+                        "cut prompts",
+                    )
+                    return
 
     def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
         """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
@@ -413,7 +438,10 @@ class RemoteTeacher(Teacher):
                         tally.counts["retries"] += again
                         with clock:
                             left = clock.left(attempt.retry_state)
-                            return await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
+                            response = await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
+                        if response.usage is not None:
+                            tally.prompt_tokens[num_samples] = response.usage.prompt_tokens
+                        return response
         except RequestFailedError as error:
             if error.failure.kind == "one_sample":
                 raise
@@ -458,6 +486,9 @@ class RemoteTeacher(Teacher):
                 self._forfeit(reservation, request.ledger.paid)
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
+        # A sample that the service broke off is not kept, since it may be complete the next time.
+        broken = next((sample for sample in response.samples if sample.outcome == "interrupted"), None)
+        paid = partial(keep, response) if broken is None else request.ledger.paid
         if response.usage is None or not _is_counted(response):
             # An answer that counted as free would never use up a budget.
             self.warn_once(
@@ -465,14 +496,32 @@ class RemoteTeacher(Teacher):
                 "the budget, and the tokens in the log exclude such answers. Configure the server to report `usage`; "
                 "otherwise the budget ends early."
             )
-            self._forfeit(reservation, partial(keep, response))
+            self._forfeit(reservation, paid)
             response = response._replace(usage=None)
         else:
             usd = None if self.budget.price is None else self.budget.price.cost(response.usage)
-            keep(response, response.usage, usd)
+            paid(response.usage, usd)
             reservation.settle(response.usage)
+        if broken is not None:
+            message = f"the service broke off its answer, with the finish reason {broken.finish_reason!r}"
+            raise RequestFailedError(Failure("transient", message, may_be_billed=True))
+        self._note_model(response.model)
         self._throttle.succeeded()
         return response
+
+    def _note_model(self, model: str | None) -> None:
+        """Log which model answers, and warn when it changes."""
+        if model is None or model == self.served_model:
+            return
+        if self.served_model is None:
+            logger.info(f"{self.name}: the service answers with the model {model!r}.")
+        else:
+            self.warn_once(
+                f"the model that answers has changed from {self.served_model!r} to {model!r}, so rollouts of one run "
+                "come from several models. Name a fixed version of the model, or fix the route at a router.",
+                "served model",
+            )
+        self.served_model = model
 
     def _forfeit(self, reservation: Reservation, paid: Callable[[Usage, float | None], None]) -> None:
         """Count the worst case of a request as spent, because its cost is unknown."""
@@ -533,7 +582,7 @@ class RemoteTeacher(Teacher):
 def _is_counted(response: Response) -> bool:
     """Whether the service reported the usage of an answer. Some services that do not count report zeros."""
     usage = response.usage
-    if usage is None or usage.prompt_tokens <= 0 or usage.completion_tokens < 0:
+    if usage is None or not usage.prompt_tokens:
         return False
     return usage.completion_tokens > 0 or not any(sample.text for sample in response.samples)
 
@@ -542,8 +591,8 @@ def _keep(
     kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
 ) -> None:
     """Keep the answer to a request for `num_samples` samples from `start` on. An empty one counts for all."""
-    samples = response.samples[:num_samples]
-    kept.keep(start, len(samples) or num_samples, samples, usage, usd)
+    size = min(len(response.samples), num_samples) or num_samples
+    kept.keep(start, size, to_kept(response, num_samples), usage, usd)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

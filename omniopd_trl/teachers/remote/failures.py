@@ -51,7 +51,15 @@ class Failure:
 
 
 class MalformedResponseError(Exception):
-    """A response does not follow the service's own format."""
+    """A response does not follow the service's own format.
+
+    Attributes:
+        answer: what was received: JSON as Python objects, or the beginning of a body that is no JSON.
+    """
+
+    def __init__(self, problem: str = "", answer: Any = ""):
+        super().__init__(problem)
+        self.answer = answer
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:

@@ -21,7 +21,7 @@ class Fault:
 
     Attributes:
         status: status of the response. 200 with a `body` is a custom answer.
-        body: body of the response, JSON or text.
+        body: body of the response: JSON, text or bytes.
         headers: headers of the response.
         how: `"answer"`, `"drop"` (the connection is reset), `"hang"` (no answer until the server closes), or `"cut"`
             (a complete response with truncated JSON).
@@ -139,7 +139,9 @@ class Loopback:
             status, headers, content = 200, {}, self.answer(handler.path, body)
         else:
             status, headers, content = fault.status, fault.headers, fault.body
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        if not isinstance(content, bytes):
+            content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        data = content
         if how == "cut":
             data = data[: len(data) // 2]
         handler.send_response(status)
