@@ -14,14 +14,15 @@ from omniopd_trl.errors import DataError, import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.instruct.repair import repair
+from omniopd_trl.teachers.remote.delivery import trace_delivery
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
 from omniopd_trl.teachers.remote.failures import (
+    MAX_SEARCHED,
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
     out_of_range,
-    retry_after,
-    was_sent,
+    quote,
 )
 
 VLLM_URL = "http://localhost:8000/v1"
@@ -71,9 +72,11 @@ class OpenAITeacher(RemoteTeacher):
         openai = import_extra("openai", "openai")
         # Self-hosted servers usually require no key, but the SDK does.
         placeholder = None if self.dialect == "openai" else "none"
-        return openai.AsyncOpenAI(
+        client = openai.AsyncOpenAI(
             api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
         )
+        client._client.event_hooks["request"].append(trace_delivery)
+        return client
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         instructed = self.capabilities.continuation == "instruct"
@@ -98,7 +101,7 @@ class OpenAITeacher(RemoteTeacher):
             )
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
-            raise MalformedResponseError("no list of choices in it")
+            raise MalformedResponseError("no list of choices in it", getattr(answer, "to_dict", lambda: answer)())
         samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
         return Response(samples * copies, _usage(answer))
 
@@ -189,32 +192,12 @@ class OpenAITeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def classify(self, error: Exception) -> Failure | None:
-        openai = import_extra("openai", "openai")
-        if isinstance(error, openai.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, openai.APIConnectionError):
-            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", None, was_sent(error))
-        if isinstance(error, openai.APIResponseValidationError):
-            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
-        if not isinstance(error, openai.APIStatusError):
-            return None
-        body = error.body if isinstance(error.body, dict) else {}
-        detail = str(body.get("message") or body.get("detail") or error.message)
-        if error.status_code == 422 and re.search("Unexpected fields.*top_k", detail):
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        if said.status == 422 and re.search("Unexpected fields.*top_k", said.message):
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
-        kind = _unsupported(error.param, detail) if error.status_code in (400, 422) else None
-        if kind is not None:
-            return Failure(kind, f"{error.status_code}: {detail[:500]}")
-        return failure_of_status(
-            error.status_code,
-            detail,
-            model=self.model,
-            key=self.key_variables[0],
-            wait=retry_after(error.response.headers),
-            code=error.code or body.get("type"),
-        )
+        kind = _unsupported(said.param, said.message)
+        return None if kind is None else Failure(kind, quote(said))
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:
@@ -247,11 +230,6 @@ def _dialect(provider: str, base_url: str) -> str:
     return "vllm"
 
 
-def _cause(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
-
-
 def _unsupported(param: str | None, detail: str) -> Any:
     """The missing capability that a 400 reports, if any. Services report it in `param` or in the message."""
     text = detail.lower()
@@ -273,7 +251,7 @@ def _sample(choice: Any, prefix: Prefix, instructed: bool) -> Sample:
     message = getattr(choice, "message", None)
     text = getattr(choice, "text", None) if message is None else message.content
     if message is not None and getattr(message, "refusal", None):
-        return Sample("", finish, "refused")
+        return Sample(str(message.refusal)[:MAX_SEARCHED], finish, "refused")
     if finish == "content_filter":
         return Sample("", finish, "filtered")
     if not text:

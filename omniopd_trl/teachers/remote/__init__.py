@@ -13,7 +13,8 @@ from omniopd_trl.teachers.remote.engine import (
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
+    failure_of,
     redact,
     retry_after,
 )
@@ -27,7 +28,8 @@ __all__ = [
     "RemoteTeacher",
     "Response",
     "Sample",
-    "failure_of_status",
+    "ServiceError",
+    "failure_of",
     "redact",
     "retry_after",
 ]
