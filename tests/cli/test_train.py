@@ -318,6 +318,43 @@ class TestMain:
             main(*parse_args(["--config", recipe(**changes)]))
 
 
+class TestFromRecipeToTrainer:
+    """What `main` hands to the trainer."""
+
+    @pytest.mark.case("A9")
+    @pytest.mark.parametrize(
+        ("teacher", "changes", "expected"),
+        [
+            ("vllm:model", {}, None),
+            ("anthropic:claude-haiku-4-5", {}, None),
+            ("scripted", {}, None),
+            ("vllm:model", {"teacher_model_init_kwargs": {"dtype": "float32"}}, {"dtype": "float32"}),
+            ("./teacher", {}, {"attn_implementation": "eager"}),
+            (
+                "./teacher",
+                {"teacher_model_init_kwargs": {"attn_implementation": "sdpa"}},
+                {"attn_implementation": "sdpa"},
+            ),
+        ],
+    )
+    def test_attention_of_the_teacher(self, recipe, tmp_path, monkeypatch, teacher, changes, expected):
+        """The student's implementation is that of a local teacher. Other teachers get no option that nobody set."""
+        built = []
+
+        def build(**kwargs):
+            built.append(kwargs["args"])
+            raise InterruptedError
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr("omniopd_trl.trainer.omniopd_trainer.OmniOPDTrainer", build)
+        path = recipe(teacher_model_name_or_path=teacher, attn_implementation="eager", **changes)
+        with pytest.raises(InterruptedError):
+            main(*parse_args(["--config", path]))
+        assert built[0].teacher_model_init_kwargs == expected
+        assert built[0].model_init_kwargs["attn_implementation"] == "eager"
+
+
 class TestResolveCheckpoint:
     """`resume_from_checkpoint`, as YAML and the command line give it."""
 
