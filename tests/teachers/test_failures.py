@@ -4,6 +4,7 @@
 
 import base64
 import json
+import random
 import re
 import time
 from urllib.parse import quote as url_quote
@@ -12,6 +13,7 @@ import pytest
 
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers.base import Prefix
+from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from omniopd_trl.teachers.remote.failures import ServiceError, clean, failure_of, redact
 from tests.support.loopback import Fault, Loopback, wire
@@ -33,7 +35,7 @@ def meaning(status, body, *, has_answered=True, wait=None):
     """What a response with a status and a body means."""
 
     class Response:
-        status_code, headers = status, {} if wait is None else {"retry-after": str(wait)}
+        status_code, headers = status, {"location": "elsewhere"} | ({} if wait is None else {"retry-after": str(wait)})
         text = body if isinstance(body, str) else json.dumps(body)
 
     class SDKError(Exception):
@@ -315,6 +317,8 @@ FINAL = [
     ("A9", 404, "404 page not found", "not that of the service"),
     ("A9", 405, {"detail": "Method Not Allowed"}, "not that of the service"),
     ("A9", 404, {"detail": "Not Found"}, "Check teacher_base_url"),
+    ("A9", 403, "<html>Sorry, you have been blocked</html>", "not that of the service"),
+    ("A9", 307, "", "redirect to elsewhere"),
     ("A9", 400, of("temperature must be in [0, 2], got 3.0"), "refuses the request"),
 ]
 
@@ -344,6 +348,24 @@ def test_a_rate_limit_that_passes(status, body, wait):
     """Limits per minute are waited for, also in the words that others use for a spent quota."""
     failure = meaning(status, body, wait=wait)
     assert (failure.kind, failure.retry_after) == ("rate_limited", wait)
+
+
+@pytest.mark.case("T13")
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, '{"error": 7}', "null", '{"error": [1]}', '{"error": {"message": {"a": 1}}}']
+)
+def test_an_error_in_an_odd_form(service, body):
+    """Whatever form it has, one request is dropped, and its text is quoted."""
+    with Loopback(service.answer, lambda number, _: Fault(400, body) if number else None) as server:
+        teacher = teacher_of(service, server, settings=EngineSettings(timeout=5, max_attempts=1))
+        ask(teacher, PREFIX)
+        (reply,) = ask(teacher, PREFIX)
+    assert reply.rollouts == ()
+    assert any(
+        word in reply.failure for word in (f"400: {body[:9]}", "400: no text", "cannot be read (maximum recursion")
+    )
 
 
 @pytest.mark.case("A9")
@@ -444,6 +466,85 @@ def test_the_answer_of_another_server(service, content, kind):
 
 # ---- What is shown ----
 
+PIECES = [
+    "a",
+    "/",
+    "://",
+    "?key=",
+    "&",
+    "@",
+    ":",
+    "=",
+    "%41",
+    "\\u0041",
+    "****",
+    "...",
+    "sk-",
+    "bearer ",
+    "limit 9",
+    "model ",
+]
+PIECES += [
+    "requested 8",
+    "account",
+    "flagged",
+    "max_tokens",
+    "got -",
+    "inputs ",
+    "\x1b",
+    "\n",
+    "\ud83d",
+    "数",
+    "{",
+    "'",
+    " ",
+]
+NAMES = [
+    "error",
+    "message",
+    "code",
+    "type",
+    "status",
+    "detail",
+    "errors",
+    "metadata",
+    "raw",
+    "details",
+    "loc",
+    "retryDelay",
+]
+
+
+def odd(dice, depth):
+    """A random JSON value with the names of errors."""
+    if depth and dice.random() < 0.5:
+        return {dice.choice(NAMES): odd(dice, depth - 1) for _ in range(dice.randrange(6))}
+    if depth and dice.random() < 0.4:
+        return [odd(dice, depth - 1) for _ in range(dice.randrange(4))]
+    return dice.choice(
+        [None, 7, 429, 1e400, 2**70, "3.5s", "503", "".join(dice.choices(PIECES, k=dice.randrange(900)))]
+    )
+
+
+@pytest.mark.case("T17", "T20")
+def test_odd_errors():
+    """Every status and body has a meaning, found in a moment, in a line that can be shown."""
+    dice, slowest = random.Random(7), 0.0
+    for status in (*range(300, 600, 2), 200, 401, 403, 413, 429, 529):
+        body = odd(dice, 5)
+        start = time.process_time()
+        failure = meaning(status, body) if status != 200 else None
+        inside = ServiceError.inside(body)
+        failures = [failure] if failure else []
+        failures += [failure_of(inside, model="m", key="K", secrets=[SECRET])] if inside else []
+        slowest = max(slowest, time.process_time() - start)
+        for failure in failures:
+            line = clean(failure.message, [SECRET])
+            assert line.isprintable()
+            assert line.encode()
+            assert len(line) <= 2000
+    assert slowest < 0.5
+
 
 @pytest.mark.case("T17")
 @pytest.mark.usefixtures("services")
@@ -538,6 +639,19 @@ def test_keys_in_other_forms(form):
 def test_keys_in_addresses(text, expected):
     """Passwords and keys in an address go, whatever they hold; the address stays."""
     assert redact(text) == expected
+
+
+@pytest.mark.case("A5")
+@pytest.mark.usefixtures("services")
+def test_echoed_parts_of_an_address(caplog):
+    """A password and a key in the address are secrets wherever they appear."""
+    with Loopback(wire.openai, lambda *_: Fault(401, of("user 'me' with p@ssw0rd! and 4Fz8Qm is unknown"))) as server:
+        address = server.url.replace("://", "://me:p%40ssw0rd!@") + "/v1?key=4Fz8Qm"
+        with pytest.raises(TeacherError) as caught:
+            ask(remote_teacher(VLLM.name, base_url=address), PREFIX)
+    for text in (str(caught.value), caplog.text):
+        assert "ssw0rd" not in text
+        assert "4Fz8Qm" not in text
 
 
 @pytest.mark.case("A5")

@@ -17,6 +17,7 @@ from omniopd_trl.teachers.remote.failures import (
     FailureKind,
     MalformedResponseError,
     ServiceError,
+    failure_of_malformed,
     out_of_range,
     quote,
 )
@@ -124,6 +125,11 @@ class GeminiTeacher(RemoteTeacher):
         return contents, system or None
 
     # ---- Errors ----
+
+    def classify(self, error: Exception) -> Failure | None:
+        if isinstance(error, RecursionError | UnicodeDecodeError):  # the SDK reads the body of an error
+            return failure_of_malformed(error)
+        return super().classify(error)
 
     def unsupported(self, said: ServiceError) -> Failure | None:
         kind = _unsupported(said.message)

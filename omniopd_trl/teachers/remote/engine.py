@@ -42,6 +42,7 @@ from omniopd_trl.teachers.remote.failures import (
     failure_of_malformed,
     failure_without_answer,
     is_about_request,
+    secrets_in,
 )
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
@@ -595,7 +596,8 @@ class RemoteTeacher(Teacher):
         return None if failure is None else replace(failure, message=clean(failure.message, self._secrets()))
 
     def _secrets(self) -> list[str]:
-        return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        keys = [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        return keys + secrets_in(self.base_url or "")
 
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)

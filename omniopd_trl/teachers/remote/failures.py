@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any, Literal
+from urllib.parse import unquote
 
 FailureKind = Literal[
     "final",
@@ -264,7 +265,8 @@ _NO_QUOTA = _words(
     r"insufficient.?(user.?)?(quota|balance|credit|fund)|billing.?(not.?active|hard.?limit)|exceeded_current_quota",
     r"credit balance|balance is (too low|insufficient|not enough)|free.models.per.day|perday|arrearage",
     r"(have any|add( \d+)?|more|buy|out of|all available) credits|budget.?(has been )?exceeded|exceeded.{0,9}budget",
-    r"(specified|monthly) (api )?(usage|spend(ing)?) limit|account is not active|enable billing|余额不足|欠费",
+    r"(specified|monthly) (api )?(usage|spend(ing)?) limit|account is not active|enable billing",
+    r"daily.?limit.?exceeded|余额不足|欠费",
 )
 # The same words may stand for a limit per minute. The service then names a wait.
 _MAYBE_NO_QUOTA = _words(r"exceeded your (current )?quota|per.day|daily")
@@ -367,15 +369,14 @@ def failure_of(
         return Failure("transient", f"the response is no completion ({quoted}). Check teacher_base_url.", wait)
     # One refusal between many answers may be a fault of a gateway.
     denied: FailureKind = "denied" if has_answered else "final"
-    is_refused = status in (400, 422)
+    is_refused, is_page = status in (400, 422), said.message.startswith("<")
     if status == 401 or (is_refused and _KEY.search(text)):
         return Failure(denied, f"the key in {key} was refused ({quoted}). Set a valid one and start again.")
-    if status == 403:
+    if status == 403 and not is_page:
         return Failure(denied, f"the key in {key} may not use {model!r} ({quoted}). Request access, or name another.")
-    names_model = _MODEL.search(text) or "model" in text.lower()
-    if (status == 404 and names_model) or (is_refused and _MODEL.search(text)):
+    if (status == 404 and "model" in text.lower()) or (is_refused and _MODEL.search(text)):
         return Failure(denied, f"no model {model!r} at this address ({quoted}). Check teacher and base URL.")
-    if status in (404, 405) or 300 <= status < 400:
+    if status in (403, 404, 405) or 300 <= status < 400 or (is_page and is_refused and not has_answered):
         where = f"the address {address}" if address else "this address"
         return Failure(
             denied,
@@ -443,6 +444,10 @@ def escape_controls(text: str) -> str:
     )
 
 
+# A parameter in the query of an address that holds a secret.
+_QUERY_KEY = r"(?i:[?&][\w.-]*(?:key|token|secret|passw\w*|auth\w*|sig\w*|code)=)"
+
+
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Remove from a text what is, or looks like, a key or a part of one.
 
@@ -455,9 +460,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
         text = _forms(secret).sub("[key]", text)
     # User and password in an address. A password may hold an @, and a / that should be escaped; a port is no password.
     text = re.sub(r"(?<=://)(?:[^\s/@:]+:(?!\d+[/?#])\S*|[^\s/]+)@", "[key]@", text)
-    text = re.sub(
-        r"(?i)([?&][\w.\-]*(?:key|token|secret|passw\w*|auth\w*|sig\w*|code)=)[^\s&#'\"()]+", r"\1[key]", text
-    )
+    text = re.sub(rf"({_QUERY_KEY})[^\s&#'\"()]+", r"\1[key]", text)
     text = re.sub(r"(?i)\bbearer\s+\S+", "Bearer [key]", text)
     text = re.sub(r"\b(?:(?:sk|gsk|pk|rk)[-_]|AIza|AQ\.|ya29\.)[\w\-.*•…]{6,}", "[key]", text)
 
@@ -474,6 +477,12 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
         return match[0]
 
     return re.sub(r"[^\s'\"`,()\[\]{}]+", hide, text)
+
+
+def secrets_in(address: str) -> list[str]:
+    """The password and the keys in an address, as they are and decoded."""
+    found = re.findall(r"://[^\s/@:]+:(\S+)@", address) + re.findall(rf"{_QUERY_KEY}([^\s&#]+)", address)
+    return [secret for text in found for secret in {text, unquote(text)} if len(secret) >= 4]
 
 
 @lru_cache(maxsize=32)
