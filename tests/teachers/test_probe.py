@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The question at the start: it names a wrong address, has short time limits, and ends with Control-C."""
 
-import signal
-import threading
 import time
 
 import pytest
@@ -12,7 +10,7 @@ from omniopd_trl.errors import NoRolloutError, TeacherError
 from omniopd_trl.teachers.remote import engine, retries
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
-from tests.support.loopback.teachers import SERVICES, services, teacher_of  # noqa: F401 (a fixture)
+from tests.support.loopback.teachers import SERVICES, ControlC, services, teacher_of  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("services")
 
@@ -37,22 +35,6 @@ def test_a_wrong_address(how):
             teacher_of(VLLM, server).probe("3 + 4")
     assert "another" not in str(caught.value)
     assert not isinstance(caught.value, NoRolloutError)
-
-
-class ControlC(threading.Thread):
-    """Control-C, when a server has received a request. `at` is its time."""
-
-    def __init__(self, server):
-        super().__init__(daemon=True)
-        self.server = server
-        self.start()
-
-    def run(self):
-        while not self.server.requests:
-            time.sleep(0.02)
-        time.sleep(0.1)
-        self.at = time.monotonic()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 @pytest.mark.case("A3")
