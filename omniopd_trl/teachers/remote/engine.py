@@ -205,7 +205,7 @@ class RemoteTeacher(Teacher):
         self._warn_once = WarnOnce(__name__)
         self._said_repeated_at = float("-inf")
         self._has_answered = False
-        self._timeout_name = "teacher_timeout"
+        self._probes = False
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
@@ -224,8 +224,7 @@ class RemoteTeacher(Teacher):
         """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
         said = ServiceError.of(error)
         if said is None:
-            limit = f"{self._timeout_name}={self.settings.timeout:g} s"
-            return failure_without_answer(error, address=self.base_url, limit=limit)
+            return failure_without_answer(error, address=self.base_url, limit=self._limit_of_attempt())
         return self._meaning(said)
 
     def _meaning(self, said: ServiceError) -> Failure:
@@ -351,8 +350,7 @@ class RemoteTeacher(Teacher):
 
     async def _probe(self, prefix: Prefix, request: SamplingRequest, tally: _Tally) -> TeacherReply:
         throttle, self._throttle = self._throttle, Throttle(1)
-        if self.settings.timeout > PROBE_TIMEOUT:
-            self._timeout_name = "probe_timeout"
+        self._probes = True
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
         self.settings = replace(
             settings,
@@ -363,7 +361,7 @@ class RemoteTeacher(Teacher):
         try:
             return await self._continue(prefix, self._kept(prefix, request), request, tally)
         finally:
-            self._throttle, self.settings, self._timeout_name = throttle, settings, "teacher_timeout"
+            self._throttle, self.settings, self._probes = throttle, settings, False
             await self.aclose()
 
     # ---- One prefix ----
@@ -501,6 +499,10 @@ class RemoteTeacher(Teacher):
         """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
         now = time.monotonic()
         error = state.outcome.exception() if state.outcome is not None else None
+        if self._probes:
+            if isinstance(error, RequestFailedError) and error.failure.kind not in LEARNED:
+                logger.warning(f"{self.name}: the first question has no answer ({error}). It is asked again.")
+            return
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
             return
         self._said_repeated_at = now
@@ -586,14 +588,18 @@ class RemoteTeacher(Teacher):
             return None
         failure: Failure | None
         if isinstance(error, TimeoutError):
-            message = f"no answer within {self._timeout_name}={self.settings.timeout:g} s"
-            failure = Failure("transient", message, may_be_billed=True)
+            failure = Failure("transient", f"no answer within {self._limit_of_attempt()}", may_be_billed=True)
         elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
             said = ServiceError.inside(getattr(error, "answer", None))
             failure = failure_of_malformed(error, self._secrets()) if said is None else self._meaning(said)
         else:
             failure = self.classify(error)
         return None if failure is None else replace(failure, message=clean(failure.message, self._secrets()))
+
+    def _limit_of_attempt(self) -> str:
+        """Value and name of the limit of an attempt, for messages."""
+        seconds = self.settings.timeout
+        return f"{seconds:g} s, the probe's own limit" if self._probes else f"teacher_timeout={seconds:g} s"
 
     def _secrets(self) -> list[str]:
         keys = [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
