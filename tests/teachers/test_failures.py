@@ -363,9 +363,7 @@ def test_an_error_in_an_odd_form(service, body):
         ask(teacher, PREFIX)
         (reply,) = ask(teacher, PREFIX)
     assert reply.rollouts == ()
-    assert any(
-        word in reply.failure for word in (f"400: {body[:9]}", "400: no text", "cannot be read (maximum recursion")
-    )
+    assert any(word in reply.failure for word in (f"400: {body[:9]}", "400: no text", "cannot be read ("))
 
 
 @pytest.mark.case("A9")

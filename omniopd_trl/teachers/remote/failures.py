@@ -416,6 +416,8 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
 def failure_of_malformed(error: Exception, secrets: Iterable[str] = ()) -> Failure:
     """The meaning of an answer that cannot be read. The service may charge for it."""
     answer = error.doc if isinstance(error, json.JSONDecodeError) else getattr(error, "answer", "")
+    if isinstance(answer, bytes):
+        answer = answer.decode(errors="replace")
     text = answer if isinstance(answer, str) else _dump(answer)
     received = f"; it begins with {clean(text, secrets, 200)}" if text else ""
     message = f"the response cannot be read ({error}{received}). Check teacher_base_url"
