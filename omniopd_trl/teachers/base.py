@@ -190,6 +190,7 @@ class Teacher(ABC):
 
         Raises:
             DataError: when it cannot render the prompt.
+            NoRolloutError: when it returns nothing for this prompt. The trainer then tries other prompts.
             TeacherError: when it cannot answer at all.
         """
 

@@ -150,6 +150,15 @@ def is_service(teacher: "str | PreTrainedModel | Teacher") -> bool:
     return isinstance(teacher, str) and split_name(teacher) is not None
 
 
+def is_local(teacher: "str | PreTrainedModel | Teacher") -> bool:
+    """Whether a teacher is a language model in this process, by its name or as an instance.
+
+    Raises:
+        ConfigError: as `split_name`.
+    """
+    return _kind_of(teacher)[0] == "local"
+
+
 def load_teacher(
     teacher: "str | PreTrainedModel | Teacher",
     options: TeacherOptions | None = None,

@@ -429,7 +429,9 @@ class OmniOPDTrainer(DistillationTrainer):
             # A launcher ends all processes as soon as one has ended, and another may still be writing.
             self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
-        return stop(failure, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
+        text = failure.text.rstrip()
+        end = "" if text.endswith((".", "!", "?", "…")) else "."
+        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{end}{where}")
 
     # ---- Loss and metrics ----
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from omniopd_trl.accounting.usage import Ledger
@@ -16,13 +17,18 @@ from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.errors import ConfigError, DataError, NoRolloutError
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
+
+# Prompts that the teacher is asked with at the start, when it returns nothing for the ones before.
+PROBE_PROMPTS = 3
 
 
 def check_inputs(
@@ -157,7 +163,8 @@ def prepare_teacher(
         teacher: a name, a model or a teacher.
         args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
         ledger: ledger of the requests, paid and in flight.
-        datasets: names and datasets; the question is the first prompt of the first dataset.
+        datasets: names and datasets; the question is the first prompt of the first dataset. The next prompts are tried
+            if the teacher returns nothing for it.
 
     Raises:
         ConfigError: when an option has no effect with this teacher.
@@ -170,5 +177,16 @@ def prepare_teacher(
     if prepared.budget is not None:
         prepared.budget.ledger = ledger
     for _, dataset in islice(datasets, 1):
-        prepared.probe(next(iter(dataset))["prompt"])
+        _probe(prepared, [row["prompt"] for row in islice(dataset, PROBE_PROMPTS)])
     return prepared
+
+
+def _probe(teacher: Teacher, prompts: list[Any]) -> None:
+    """Ask the teacher one question. Where it refuses to continue a prompt, it is asked with the next one."""
+    for index, prompt in enumerate(prompts, start=1):
+        try:
+            return teacher.probe(prompt)
+        except NoRolloutError as error:
+            if index == len(prompts):
+                raise
+            logger.warning(f"{error} It is asked again, with another prompt of the dataset.")

@@ -20,14 +20,14 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.delivery import trace_delivery
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     FailureKind,
-    failure_of_status,
+    ServiceError,
     out_of_range,
-    retry_after,
-    was_sent,
+    quote,
 )
 
 
@@ -63,9 +63,11 @@ class AnthropicTeacher(RemoteTeacher):
 
     def connect(self) -> Any:
         anthropic = import_extra("anthropic", "anthropic")
-        return anthropic.AsyncAnthropic(
+        client = anthropic.AsyncAnthropic(
             api_key=self.key(), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
         )
+        client._client.event_hooks["request"].append(trace_delivery)
+        return client
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
@@ -113,29 +115,9 @@ class AnthropicTeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def classify(self, error: Exception) -> Failure | None:
-        anthropic = import_extra("anthropic", "anthropic")
-        if isinstance(error, anthropic.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, anthropic.APIConnectionError):
-            cause = error.__cause__ or error
-            return Failure("transient", f"no connection ({type(cause).__name__}: {cause})", None, was_sent(error))
-        if isinstance(error, anthropic.APIResponseValidationError):
-            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
-        if not isinstance(error, anthropic.APIStatusError):
-            return None
-        detail = str(error.api_message or error.message)
-        kind = _unsupported(detail) if error.status_code == 400 else None
-        if kind is not None:
-            return Failure(kind, f"{error.status_code}: {detail[:500]}")
-        return failure_of_status(
-            error.status_code,
-            detail,
-            model=self.model,
-            key=self.key_variables[0],
-            wait=retry_after(error.response.headers),
-            code="insufficient_quota" if "credit balance is too low" in detail else error.type,
-        )
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        kind = _unsupported(said.message)
+        return None if kind is None else Failure(kind, quote(said))
 
 
 def _unsupported(detail: str) -> FailureKind | None:

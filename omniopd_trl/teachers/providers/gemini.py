@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemini as a teacher, through the Gemini Developer API."""
 
-import json
-import re
 from typing import Any
 
 from omniopd_trl.accounting.budget import Budget
@@ -22,15 +20,16 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.delivery import trace_delivery
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     FailureKind,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
+    failure_of_malformed,
     out_of_range,
-    retry_after,
-    was_sent,
+    quote,
 )
 
 
@@ -70,7 +69,9 @@ class GeminiTeacher(RemoteTeacher):
         # With this client the SDK uses httpx even when aiohttp is installed, and the pool holds a connection for each
         # concurrent request. Without `retry_options` it does not retry.
         http = httpx2.AsyncClient(
-            follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
+            follow_redirects=True,
+            limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+            event_hooks={"request": [trace_delivery]},
         )
         http.event_hooks["response"].append(_read_as_utf8)
         options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
@@ -135,47 +136,13 @@ class GeminiTeacher(RemoteTeacher):
     # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
-        errors = import_extra("google.genai.errors", "gemini")
-        httpx2 = import_extra("httpx2", "gemini")
-        pydantic = import_extra("pydantic", "gemini")
-        if isinstance(error, httpx2.TimeoutException):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, httpx2.TransportError):
-            return Failure("transient", f"no connection ({type(error).__name__}: {error})", None, was_sent(error))
-        if isinstance(error, errors.UnknownApiResponseError | pydantic.ValidationError):
-            return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
-        if not isinstance(error, errors.APIError):
-            return None
-        detail = str(error.message or error.status)
-        facts = json.dumps(error.details, default=str)
-        code: str | None = error.status
-        status: int = error.code
-        if "API_KEY_INVALID" in facts:
-            status = 401  # the service answers 400
-        elif status == 429 and "PerDay" in facts:
-            code = "insufficient_quota"  # although the response names a shorter wait
-        kind = _unsupported(detail) if status == 400 else None
-        if kind is not None:
-            return Failure(kind, f"{status}: {detail[:500]}")
-        return failure_of_status(
-            status,
-            detail,
-            model=self.model,
-            key=" or ".join(self.key_variables),
-            wait=_retry_delay(error.details) or retry_after(getattr(error.response, "headers", None) or {}),
-            code=code,
-        )
+        if isinstance(error, RecursionError | UnicodeDecodeError):  # the SDK reads the body of an error
+            return failure_of_malformed(error)
+        return super().classify(error)
 
-
-def _retry_delay(details: Any) -> float | None:
-    """Seconds of `RetryInfo.retryDelay`, as in `"34.07s"`."""
-    error = details.get("error", details) if isinstance(details, dict) else {}
-    entries = error.get("details") if isinstance(error, dict) else None
-    for entry in entries if isinstance(entries, list) else ():
-        found = re.fullmatch(r"([\d.]+)s", str(entry.get("retryDelay", "")) if isinstance(entry, dict) else "")
-        if found:
-            return float(found[1])
-    return None
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        kind = _unsupported(said.message)
+        return None if kind is None else Failure(kind, quote(said))
 
 
 def _unsupported(detail: str) -> FailureKind | None:

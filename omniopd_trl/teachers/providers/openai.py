@@ -25,14 +25,14 @@ from omniopd_trl.teachers.remote.answers import (
     refused_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.delivery import trace_delivery
 from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
     out_of_range,
-    retry_after,
-    was_sent,
+    quote,
 )
 
 VLLM_URL = "http://localhost:8000/v1"
@@ -91,9 +91,11 @@ class OpenAITeacher(RemoteTeacher):
         openai = import_extra("openai", "openai")
         # Self-hosted servers usually require no key, but the SDK does.
         placeholder = None if self.dialect == "openai" else "none"
-        return openai.AsyncOpenAI(
+        client = openai.AsyncOpenAI(
             api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
         )
+        client._client.event_hooks["request"].append(trace_delivery)
+        return client
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
@@ -206,32 +208,12 @@ class OpenAITeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def classify(self, error: Exception) -> Failure | None:
-        openai = import_extra("openai", "openai")
-        if isinstance(error, openai.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, openai.APIConnectionError):
-            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", None, was_sent(error))
-        if isinstance(error, openai.APIResponseValidationError):
-            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
-        if not isinstance(error, openai.APIStatusError):
-            return None
-        body = error.body if isinstance(error.body, dict) else {}
-        detail = str(body.get("message") or body.get("detail") or error.message)
-        if error.status_code == 422 and re.search("Unexpected fields.*top_k", detail):
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        if said.status == 422 and re.search("Unexpected fields.*top_k", said.message):
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
-        kind = _unsupported(error.param, detail) if error.status_code in (400, 422) else None
-        if kind is not None:
-            return Failure(kind, f"{error.status_code}: {detail[:500]}")
-        return failure_of_status(
-            error.status_code,
-            detail,
-            model=self.model,
-            key=self.key_variables[0],
-            wait=retry_after(error.response.headers),
-            code=error.code or body.get("type"),
-        )
+        kind = _unsupported(said.param, said.message)
+        return None if kind is None else Failure(kind, quote(said))
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:
@@ -262,11 +244,6 @@ def _dialect(provider: str, base_url: str) -> str:
         if provider == "openai" and (host == known or host.endswith("." + known)):
             return dialect
     return "vllm"
-
-
-def _cause(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
 
 
 def _unsupported(param: str | None, detail: str) -> Any:

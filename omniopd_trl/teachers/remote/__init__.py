@@ -7,7 +7,8 @@ from omniopd_trl.teachers.remote.engine import Capabilities, Continuation, Engin
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
+    failure_of,
     redact,
     retry_after,
 )
@@ -21,7 +22,8 @@ __all__ = [
     "RemoteTeacher",
     "Response",
     "Sample",
-    "failure_of_status",
+    "ServiceError",
+    "failure_of",
     "redact",
     "retry_after",
 ]

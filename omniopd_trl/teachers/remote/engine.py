@@ -15,7 +15,7 @@ import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -28,17 +28,33 @@ from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
-from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
+from omniopd_trl.errors import NoRolloutError, OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
 from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
-from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
+from omniopd_trl.teachers.remote.delivery import Delivery
+from omniopd_trl.teachers.remote.failures import (
+    LEARNED,
+    MAX_QUOTED,
+    Failure,
+    MalformedResponseError,
+    ServiceError,
+    clean,
+    failure_of,
+    failure_of_malformed,
+    failure_without_answer,
+    is_about_request,
+    secrets_in,
+)
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
+    PROBE_SECONDS,
+    PROBE_TIMEOUT,
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
+    Denials,
     PaidAttempts,
     RequestFailedError,
     may_be_repeated,
@@ -111,12 +127,13 @@ _Keep = Callable[[Response, Usage, float | None], None]
 
 @dataclass
 class _Tally:
-    """Counts and problems of one prefix."""
+    """Counts and problems of one prefix, and the failures of requests that were given up."""
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     # Prompt tokens of a request, by its number of samples: some services count the prompt once per sample.
     prompt_tokens: dict[int, int] = field(default_factory=dict)
+    given_up: list[Failure] = field(default_factory=list)
 
 
 class RemoteTeacher(Teacher):
@@ -128,14 +145,19 @@ class RemoteTeacher(Teacher):
         settings: limits of this process.
         budget: budget of the teacher; `None` for no limit.
 
-    A subclass implements `request` and `classify`, and `connect` when it uses a client.
+    A subclass implements `request`, and `connect` when it uses a client. It implements `unsupported` when its models
+    differ in what they support.
 
     Attributes:
+        model: the service's name of the model.
+        base_url: address of the service; `None` for the default of its SDK.
         key_variables: environment variables that may hold the key. The first one that is set is used.
         served_model: name of the model that answered last, as the service reports it; `None` when it reports none.
     """
 
     is_remote = True
+    model: str = ""
+    base_url: str | None = None
     key_variables: tuple[str, ...] = ()
 
     # Tokens that a template may add to a prompt.
@@ -163,6 +185,8 @@ class RemoteTeacher(Teacher):
         self._warn_once = WarnOnce(__name__)
         self._said_repeated_at = float("-inf")
         self.served_model: str | None = None
+        self._has_answered = False
+        self._probes = False
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
@@ -173,9 +197,31 @@ class RemoteTeacher(Teacher):
         outcome. Any other error raises the SDK's exception.
         """
 
-    @abstractmethod
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        """The capability that the model lacks, by the service's refusal of a request; `None` for any other reason."""
+        return None
+
     def classify(self, error: Exception) -> Failure | None:
         """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
+        said = ServiceError.of(error)
+        if said is None:
+            return failure_without_answer(error, address=self.base_url, limit=self._limit_of_attempt())
+        return self._meaning(said)
+
+    def _meaning(self, said: ServiceError) -> Failure:
+        """What it means that a service reports an error."""
+        if said.status in (400, 422) and not is_about_request(said):
+            missing = self.unsupported(said)
+            if missing is not None:
+                return missing
+        return failure_of(
+            said,
+            model=self.model,
+            key=" or ".join(self.key_variables),
+            address=self.base_url,
+            has_answered=self._has_answered,
+            secrets=self._secrets(),
+        )
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
@@ -260,29 +306,49 @@ class RemoteTeacher(Teacher):
         return replies
 
     def probe(self, prompt: Prompt) -> None:
-        """Check key, model, continuation and samples per request with one tiny request, before any generation."""
+        """Check key, model, continuation and samples per request with one tiny request, before any generation.
+
+        Raises:
+            TeacherError: when the service cannot be used.
+            NoRolloutError: when it was reached, and returned no rollout for this prompt.
+        """
         wanted = min(2, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
+        tally = _Tally()
         # In a separate event loop. Client and throttle must not outlive it.
-        reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
+        reply = _run(self._probe(Prefix(prompt, "Let us think."), request, tally))
         if not reply.rollouts:
-            raise TeacherError(
-                f"The teacher {self.name} was asked one short question and returned nothing: {reply.failure}. "
-                "Try another prompt or model; nothing has been generated yet."
+            asked = f"The teacher {self.name} was asked one short question"
+            failed = [failure for failure in tally.given_up if failure.kind != "rejected"]
+            if failed:
+                message, advice = failed[0].message.rstrip("."), "Nothing has been generated yet."
+                if "teacher_base_url" not in message:
+                    advice = f"Check that the service runs and that teacher_base_url is right. {advice}"
+                times = tally.counts["requests"]
+                raise TeacherError(f"{asked} {times} times and did not answer: {message}. {advice}")
+            raise NoRolloutError(
+                f"{asked} and returned nothing: {str(reply.failure).rstrip('.')}. Try another model or other prompts. "
+                "Nothing has been generated yet."
             )
         logger.info(
             f"Teacher {self.name}: continuation {self.capabilities.continuation}, up to "
             f"{self.capabilities.samples_per_request} samples per request; the probe used {reply.usage}."
         )
 
-    async def _probe(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+    async def _probe(self, prefix: Prefix, request: SamplingRequest, tally: _Tally) -> TeacherReply:
         throttle, self._throttle = self._throttle, Throttle(1)
+        self._probes = True
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
-        self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
+        self.settings = replace(
+            settings,
+            max_attempts=min(most, PROBE_ATTEMPTS),
+            timeout=min(settings.timeout, PROBE_TIMEOUT),
+            max_seconds=min(settings.max_seconds, PROBE_SECONDS),
+        )
         try:
-            return await self._continue(prefix, self._kept(prefix, request), request, _Tally())
+            return await self._continue(prefix, self._kept(prefix, request), request, tally)
         finally:
-            self._throttle, self.settings = throttle, settings
+            self._throttle, self.settings, self._probes = throttle, settings, False
             await self.aclose()
 
     # ---- One prefix ----
@@ -337,7 +403,9 @@ class RemoteTeacher(Teacher):
             if sample.outcome != "ok":
                 tally.counts[sample.outcome] += 1
                 if sample.outcome != "restarted":
-                    words = "reasoning only" if sample.outcome == "empty" and sample.reasoned else sample.text
+                    words = clean(sample.text, self._secrets(), MAX_QUOTED)
+                    if sample.outcome == "empty" and sample.reasoned:
+                        words = "reasoning only"
                     tally.problems.append(f"a sample was {sample.outcome}{f' ({words})' if words else ''}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses if response.usage is not None), Usage())
@@ -419,7 +487,9 @@ class RemoteTeacher(Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most)) | clock,
+                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most))
+                | clock
+                | Denials(),
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -445,6 +515,9 @@ class RemoteTeacher(Teacher):
         except RequestFailedError as error:
             if error.failure.kind == "one_sample":
                 raise
+            if error.failure.kind == "denied":
+                raise TeacherError(f"{self.name}: {error.failure.message}") from None
+            tally.given_up.append(error.failure)
             tally.counts["failed_requests"] += 1
             tally.problems.append(f"a request was given up ({error})")
         return None
@@ -453,6 +526,10 @@ class RemoteTeacher(Teacher):
         """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
         now = time.monotonic()
         error = state.outcome.exception() if state.outcome is not None else None
+        if self._probes:
+            if isinstance(error, RequestFailedError) and error.failure.kind not in LEARNED:
+                logger.warning(f"{self.name}: the first question has no answer ({error}). It is asked again.")
+            return
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
             return
         self._said_repeated_at = now
@@ -471,19 +548,18 @@ class RemoteTeacher(Teacher):
         seconds: float,
         keep: _Keep,
     ) -> Response:
-        capabilities = self.capabilities
+        capabilities, delivery = self.capabilities, Delivery()
         try:
             async with asyncio.timeout(min(self.settings.timeout, seconds)):
                 response = await self.request(prefix, num_samples, request)
         except Exception as error:
             failure = self._failure(error)
-            if failure is None:
-                # The error may come before the request was sent, or from reading an answer that is charged.
-                if not isinstance(error, OmniOPDError) and was_sent(error):
-                    self._forfeit(reservation, request.ledger.paid)
-                raise
-            if failure.may_be_billed:
+            # A bug may come before the request was sent, or from reading an answer that is charged.
+            may_be_billed = not isinstance(error, OmniOPDError) if failure is None else failure.may_be_billed
+            if may_be_billed and delivery.may_have_arrived(error):
                 self._forfeit(reservation, request.ledger.paid)
+            if failure is None:
+                raise
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
             raise self._verdict(failure, capabilities, began) from None
         # A sample that the service broke off is not kept, since it may be complete the next time.
@@ -507,6 +583,7 @@ class RemoteTeacher(Teacher):
             raise RequestFailedError(Failure("transient", message, may_be_billed=True))
         self._note_model(response.model)
         self._throttle.succeeded()
+        self._has_answered = True
         return response
 
     def _note_model(self, model: str | None) -> None:
@@ -546,6 +623,12 @@ class RemoteTeacher(Teacher):
             )
         if failure.kind == "rate_limited":
             self._throttle.slow_down(failure.retry_after or 0.0, began)
+        if failure.unexplained:
+            self._warn_once(
+                f"{self.name}: {failure.message}. The rollouts of such requests are dropped, and "
+                "teacher/failed_requests counts them; max_failed_chunks limits them.",
+                "unexplained",
+            )
         return RequestFailedError(failure)
 
     def _failure(self, error: Exception) -> Failure | None:
@@ -553,19 +636,22 @@ class RemoteTeacher(Teacher):
             return None
         failure: Failure | None
         if isinstance(error, TimeoutError):
-            message = f"no answer within teacher_timeout={self.settings.timeout:g} s"
-            failure = Failure("transient", message, may_be_billed=True)
+            failure = Failure("transient", f"no answer within {self._limit_of_attempt()}", may_be_billed=True)
         elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
-            message = f"the response cannot be read ({type(error).__name__}: {error})"
-            failure = Failure("transient", message, may_be_billed=True)
+            said = ServiceError.inside(getattr(error, "answer", None))
+            failure = failure_of_malformed(error, self._secrets()) if said is None else self._meaning(said)
         else:
             failure = self.classify(error)
-        if failure is None:
-            return None
-        return replace(failure, message=redact(failure.message, self._secrets()))
+        return None if failure is None else replace(failure, message=clean(failure.message, self._secrets()))
+
+    def _limit_of_attempt(self) -> str:
+        """Value and name of the limit of an attempt, for messages."""
+        seconds = self.settings.timeout
+        return f"{seconds:g} s, the probe's own limit" if self._probes else f"teacher_timeout={seconds:g} s"
 
     def _secrets(self) -> list[str]:
-        return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        keys = [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        return keys + secrets_in(self.base_url or "")
 
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
@@ -617,6 +703,26 @@ def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingReque
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, coroutine).result()
+    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook).
+
+    An interruption (Control-C) cancels it and is raised at once.
+    """
+    started: Future[Callable[[], object]] = Future()
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        started.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await coroutine
+
+    executor = ThreadPoolExecutor(1)
+    running = executor.submit(asyncio.run, cancellable())
+    try:
+        return running.result()
+    except BaseException:
+        if not running.done():
+            started.result()()
+            wait([running], timeout=1.0)
+        raise
+    finally:
+        executor.shutdown(wait=False)
