@@ -405,7 +405,9 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
     cause = error.__cause__ or error
     if names & _TIMEOUTS:
         return Failure("transient", f"no answer within {limit}", may_be_billed=True)
-    if names & _UNREADABLE or type(cause).__name__ in _UNREADABLE:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    is_other_success = isinstance(status, int) and 200 <= status < 300  # an error for an SDK that expects a 200
+    if names & _UNREADABLE or type(cause).__name__ in _UNREADABLE or is_other_success:
         return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
     if names & _CONNECTIONS:
         where = f"no connection to {address}" if address else "no connection"
