@@ -389,7 +389,7 @@ def test_a_budget_with_wrong_usage(service, value, tmp_path):
 @pytest.mark.case("T15")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 10.5, "10", None, 2**63])
 def test_wrong_usage_of_a_custom_teacher(value):
-    """It is refused where it is made, in one line, so that neither budget nor journal can hold it."""
+    """It is refused where it is made, in one line: neither budget nor journal can hold it."""
     with pytest.raises(TeacherError, match=r"completion_tokens=.*not a whole number"):
         Usage(10, 0, value)
 
