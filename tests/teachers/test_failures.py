@@ -358,10 +358,10 @@ def test_a_rate_limit_that_passes(status, body, wait):
 )
 def test_an_error_in_an_odd_form(service, body):
     """Whatever form it has, one request is dropped, and its text is quoted."""
-    with Loopback(service.answer, lambda number, _: Fault(400, body) if number else None) as server:
-        teacher = teacher_of(service, server, settings=EngineSettings(timeout=5, max_attempts=1))
+    with Loopback(service.answer, lambda _, sent: Fault(400, body) if OTHER.prompt in str(sent) else None) as server:
+        teacher = teacher_of(service, server, settings=EngineSettings(timeout=30, max_attempts=1))
         ask(teacher, PREFIX)
-        (reply,) = ask(teacher, PREFIX)
+        (reply,) = ask(teacher, OTHER)
     assert reply.rollouts == ()
     assert any(word in reply.failure for word in (f"400: {body[:9]}", "400: no text", "cannot be read ("))
 
