@@ -353,6 +353,18 @@ def test_a_rate_limit_that_passes(status, body, wait):
 @pytest.mark.case("T13")
 @pytest.mark.usefixtures("services")
 @pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_another_status_of_success(service):
+    """It is an answer, or one that cannot be read, whatever the SDK makes of it."""
+    fault = Fault(206, service.answer("/completions", {"model": "m", "prompt": "", "messages": [], "contents": []}))
+    with Loopback(service.answer, [fault]) as server:
+        teacher = teacher_of(service, server, continuation={"vllm:teacher": "raw"}.get(service.name))
+        (reply,) = ask(teacher, PREFIX)
+    assert len(reply.rollouts) == 1
+
+
+@pytest.mark.case("T13")
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
 @pytest.mark.parametrize(
     "body", ["[" * 100_000, '{"error": 7}', "null", '{"error": [1]}', '{"error": {"message": {"a": 1}}}']
 )

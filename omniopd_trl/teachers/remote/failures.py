@@ -410,6 +410,8 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
     if names & _CONNECTIONS:
         where = f"no connection to {address}" if address else "no connection"
         return Failure("transient", f"{where} ({type(cause).__name__}: {cause})", may_be_billed=True)
+    if "APIError" in names:  # for the SDK of Gemini, 206 and other statuses of success are errors
+        return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
     return None
 
 
