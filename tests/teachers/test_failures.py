@@ -353,15 +353,27 @@ def test_a_rate_limit_that_passes(status, body, wait):
 @pytest.mark.case("T13")
 @pytest.mark.usefixtures("services")
 @pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_another_status_of_success(service):
+    """It is an answer, or one that cannot be read, whatever the SDK makes of it."""
+    fault = Fault(206, service.answer("/completions", {"model": "m", "prompt": "", "messages": [], "contents": []}))
+    with Loopback(service.answer, [fault]) as server:
+        teacher = teacher_of(service, server, continuation={"vllm:teacher": "raw"}.get(service.name))
+        (reply,) = ask(teacher, PREFIX)
+    assert len(reply.rollouts) == 1
+
+
+@pytest.mark.case("T13")
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
 @pytest.mark.parametrize(
     "body", ["[" * 100_000, '{"error": 7}', "null", '{"error": [1]}', '{"error": {"message": {"a": 1}}}']
 )
 def test_an_error_in_an_odd_form(service, body):
     """Whatever form it has, one request is dropped, and its text is quoted."""
-    with Loopback(service.answer, lambda number, _: Fault(400, body) if number else None) as server:
-        teacher = teacher_of(service, server, settings=EngineSettings(timeout=5, max_attempts=1))
+    with Loopback(service.answer, lambda _, sent: Fault(400, body) if OTHER.prompt in str(sent) else None) as server:
+        teacher = teacher_of(service, server, settings=EngineSettings(timeout=30, max_attempts=1))
         ask(teacher, PREFIX)
-        (reply,) = ask(teacher, PREFIX)
+        (reply,) = ask(teacher, OTHER)
     assert reply.rollouts == ()
     assert any(word in reply.failure for word in (f"400: {body[:9]}", "400: no text", "cannot be read ("))
 

@@ -402,7 +402,7 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
         limit: name and value of the limit of an attempt, for the message.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
-    cause = error.__cause__ or error
+    cause = error.__cause__ or error if "APIError" in names else error  # an SDK wraps the error of its client
     if names & _TIMEOUTS:
         return Failure("transient", f"no answer within {limit}", may_be_billed=True)
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -412,6 +412,8 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
     if names & _CONNECTIONS:
         where = f"no connection to {address}" if address else "no connection"
         return Failure("transient", f"{where} ({type(cause).__name__}: {cause})", may_be_billed=True)
+    if "APIError" in names:  # for the SDK of Gemini, 206 and other statuses of success are errors
+        return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
     return None
 
 
@@ -422,7 +424,7 @@ def failure_of_malformed(error: Exception, secrets: Iterable[str] = ()) -> Failu
         answer = answer.decode(errors="replace")
     text = answer if isinstance(answer, str) else _dump(answer)
     received = f"; it begins with {clean(text, secrets, 200)}" if text else ""
-    message = f"the response cannot be read ({error}{received}). Check teacher_base_url"
+    message = f"the response cannot be read ({type(error).__name__}: {error}{received}). Check teacher_base_url"
     return Failure("transient", message, may_be_billed=True)
 
 
