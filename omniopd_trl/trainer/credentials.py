@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.remote.failures import redact
 
 # Matched against names in lower case with underscores. A prefix is allowed, except for `token`: `pad_token` is no
 # secret.
@@ -16,10 +17,17 @@ _SECRET_NAME = re.compile(
     r"|(hf|hub|auth|access|api|bearer)_token)|token"
 )
 
+_KEYS = "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY"
 _VARIABLES = {
     "teacher_base_url": "VLLM_API_KEY or OPENAI_API_KEY",
-    "teacher_chat_template_kwargs": "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY",
+    "teacher_chat_template_kwargs": _KEYS,
+    "teacher_extra_body": _KEYS,
+    "teacher_extra_headers": _KEYS,
 }
+
+# Services take keys under more names in a request than loaders do in their options.
+_SENT = ("teacher_extra_body", "teacher_extra_headers")
+_SECRET_HEADER = re.compile(r"(.*[-_])?(key|token|cookie|secret)|.*auth.*", re.IGNORECASE)
 
 
 def is_secret_name(name: str) -> bool:
@@ -34,7 +42,8 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
         settings: values by name; nested dictionaries and lists are checked as well.
 
     Raises:
-        ConfigError: for a URL with a user name or a password in it, and for a string under a key such as `token`.
+        ConfigError: for a URL with a user name or a password in it, for a string under a key such as `token`, and for
+            an extra field or header of a request that looks like a key.
     """
     for name, value in settings.items():
         for path, key, text in _texts(name, value):
@@ -43,7 +52,7 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
                 advice = "Leave out the part before the @"
                 if name == "teacher_base_url":
                     advice += f", and set a key in the environment variable {_VARIABLES[name]}"
-            elif path != name and is_secret_name(key) and text:
+            elif path != name and text and (is_secret_name(key) or (name in _SENT and _is_sent_secret(key, text))):
                 problem = f"`{path}` looks like a secret"
                 advice = f"Leave it out, and set the environment variable {_VARIABLES.get(name, 'HF_TOKEN')} instead"
             else:
@@ -65,6 +74,10 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str, str]]:
             pending += [(f"{path}[{inner!r}]", str(inner), part) for inner, part in item.items()]
         elif isinstance(item, list | tuple):
             pending += [(path, key, part) for part in item]
+
+
+def _is_sent_secret(key: str, text: str) -> bool:
+    return _SECRET_HEADER.fullmatch(key) is not None or redact(text) != text
 
 
 def _has_user(text: str) -> bool:

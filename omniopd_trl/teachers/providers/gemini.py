@@ -1,27 +1,28 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gemini as a teacher, through the Gemini Developer API."""
+"""Gemini as a teacher, through the Gemini Developer API and on Vertex AI."""
 
 import json
+import os
 import re
+from dataclasses import replace
 from typing import Any
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher, Response, Sample
 from omniopd_trl.teachers.remote.failures import (
     Failure,
-    FailureKind,
     MalformedResponseError,
     failure_of_status,
-    out_of_range,
     retry_after,
     was_sent,
 )
+from omniopd_trl.teachers.remote.fields import refusal
+from omniopd_trl.teachers.remote.http import check_address, http_client
 
 
 class GeminiTeacher(RemoteTeacher):
@@ -32,43 +33,65 @@ class GeminiTeacher(RemoteTeacher):
     Args:
         model: the service's name of the model, for example `"gemini-2.5-flash"`.
         capabilities: capabilities of the model.
-        base_url: address of the service. Defaults to `GOOGLE_GEMINI_BASE_URL`, and then to Google itself.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        provider: `"gemini"` or `"vertex"`.
+        base_url: address of the service. Defaults to `GOOGLE_GEMINI_BASE_URL` (`GOOGLE_VERTEX_BASE_URL` for Vertex
+            AI), and then to Google itself.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
 
-    key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+    key_variables: tuple[str, ...] = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
 
     def __init__(
         self,
         model: str,
         capabilities: Capabilities,
         *,
+        provider: str = "gemini",
         base_url: str | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"gemini:{model}", capabilities, settings, budget)
+        # On Vertex AI a key is used only where there is no project.
+        if provider == "vertex":
+            self.key_variables = () if os.environ.get("GOOGLE_CLOUD_PROJECT") else ("GOOGLE_API_KEY",)
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
         self.base_url = base_url
+        variable = "GOOGLE_GEMINI_BASE_URL" if provider == "gemini" else "GOOGLE_VERTEX_BASE_URL"
+        if address := base_url or os.environ.get(variable):
+            check_address(address, "teacher_base_url" if base_url else variable)
 
     def connect(self) -> Any:
-        genai = import_extra("google.genai", "gemini")
-        httpx2 = import_extra("httpx2", "gemini")
-        key = self.key()
-        most = self.settings.max_concurrency
-        # With this client the SDK uses httpx even when aiohttp is installed, and the pool holds a connection for each
-        # concurrent request. Without `retry_options` it does not retry.
-        http = httpx2.AsyncClient(
-            follow_redirects=True, limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-        )
-        options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
+        genai = import_extra("google.genai", self.provider)
+        # `vertexai` overrides environment variables that switch the SDK to the other product with other credentials.
+        identity = {"vertexai": False, "api_key": self.key()} if self.provider == "gemini" else self._vertex_identity()
+        # With this client the SDK uses httpx even when aiohttp is installed. It has no `retry_options`: no retries.
+        http = http_client(self.settings.max_concurrency)
+        options: dict[str, Any] = {
+            "timeout": round(1000 * self.settings.timeout),
+            "httpx_async_client": http,
+            "headers": self.extra_headers,
+        }
         if self.base_url is not None:
             options["base_url"] = self.base_url
-        # `vertexai=False` overrides environment variables that switch the SDK to another product with other
-        # credentials.
-        client = genai.Client(api_key=key, vertexai=False, http_options=genai.types.HttpOptions(**options))
-        return client, http
+        if extra := self.body():
+            options["extra_body"] = extra
+        return genai.Client(**identity, http_options=genai.types.HttpOptions(**options)), http
+
+    def _vertex_identity(self) -> dict[str, Any]:
+        """Project and location, or a key of Vertex AI in express mode.
+
+        Raises:
+            TeacherError: when neither is set. The SDK would look for a project on the network.
+        """
+        if key := self.variable("key", *self.key_variables, default=""):
+            return {"vertexai": True, "api_key": key}
+        # Passed as arguments: with another address the SDK forgets those of the environment.
+        return {
+            "vertexai": True,
+            "project": self.variable("project", "GOOGLE_CLOUD_PROJECT"),
+            "location": self.variable("location", "GOOGLE_CLOUD_LOCATION", default="global"),
+        }
 
     async def disconnect(self, client: Any) -> None:
         genai_client, http = client
@@ -79,18 +102,19 @@ class GeminiTeacher(RemoteTeacher):
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         instructed = self.capabilities.continuation == "instruct"
         contents, system = self._contents(prefix)
-        config: dict[str, Any] = {
+        sampling: dict[str, Any] = {"seed": request.seed}
+        if self.capabilities.takes_temperature:
+            sampling |= {"temperature": request.temperature, "top_p": request.top_p}
+        config = {
             "max_output_tokens": request.max_tokens,
             "candidate_count": num_samples,
-            "seed": request.seed,
             "system_instruction": system,
             # Each of these may turn one request into several.
             "automatic_continuation": False,
             "automatic_function_calling": {"disable": True},
             **self.capabilities.reasoning_off,
+            **self.accepted(sampling),
         }
-        if self.capabilities.takes_temperature:
-            config |= {"temperature": request.temperature, "top_p": request.top_p}
         answer = await self.client[0].aio.models.generate_content(model=self.model, contents=contents, config=config)
         if answer.candidates is None and answer.prompt_feedback is None and answer.usage_metadata is None:
             raise MalformedResponseError("neither candidates nor feedback on the prompt in it")
@@ -135,6 +159,12 @@ class GeminiTeacher(RemoteTeacher):
             return Failure("transient", f"no connection ({type(error).__name__}: {error})", None, was_sent(error))
         if isinstance(error, errors.UnknownApiResponseError | pydantic.ValidationError):
             return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
+        if type(error).__module__.startswith("google.auth"):  # before a request is sent
+            return Failure(
+                "final",
+                f"no credentials ({type(error).__name__}: {' '.join(str(error).split())[:500]}). Run `gcloud auth "
+                "application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS.",
+            )
         if not isinstance(error, errors.APIError):
             return None
         detail = str(error.message or error.status)
@@ -145,17 +175,16 @@ class GeminiTeacher(RemoteTeacher):
             status = 401  # the service answers 400
         elif status == 429 and "PerDay" in facts:
             code = "insufficient_quota"  # although the response names a shorter wait
-        kind = _unsupported(detail) if status == 400 else None
-        if kind is not None:
-            return Failure(kind, f"{status}: {detail[:500]}")
-        return failure_of_status(
+        failure = failure_of_status(
             status,
             detail,
             model=self.model,
-            key=" or ".join(self.key_variables),
+            key=self.key_names,
             wait=_retry_delay(error.details) or retry_after(getattr(error.response, "headers", None) or {}),
             code=code,
         )
+        refused = refusal(status, detail)
+        return failure if refused is None else replace(refused, otherwise=failure)
 
 
 def _retry_delay(details: Any) -> float | None:
@@ -166,20 +195,6 @@ def _retry_delay(details: Any) -> float | None:
         found = re.fullmatch(r"([\d.]+)s", str(entry.get("retryDelay", "")) if isinstance(entry, dict) else "")
         if found:
             return float(found[1])
-    return None
-
-
-def _unsupported(detail: str) -> FailureKind | None:
-    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
-    text = detail.lower()
-    if "candidate" in text:
-        return "one_sample"
-    if "thinking" in text:
-        return "always_reasons"
-    if "temperature" in text or "top_p" in text or "topp" in text:
-        return None if out_of_range(text) else "no_temperature"
-    if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
-        return "no_prefill"
     return None
 
 

@@ -14,7 +14,7 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -22,7 +22,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
@@ -30,13 +30,23 @@ from omniopd_trl.accounting.usage import KeptAnswers, Usage
 from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
-from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
+from omniopd_trl.teachers.remote.failures import (
+    LEARNED,
+    Failure,
+    MalformedResponseError,
+    malformed_in,
+    redact,
+    was_sent,
+)
+from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, without
+from omniopd_trl.teachers.remote.http import check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
+    Attempts,
     PaidAttempts,
     RequestFailedError,
     may_be_repeated,
@@ -60,6 +70,7 @@ class Capabilities:
         continuation: how the student's text becomes the beginning of the teacher's answer.
         samples_per_request: maximum number of samples per request.
         takes_temperature: whether the service accepts and honours a temperature and `top_p`.
+        refused: optional fields that the service refused. They are left out.
         reasoning_off: fields of the request's body that disable hidden reasoning, or minimize it.
         reasoning_headroom: additional tokens per sample, for reasoning that cannot be disabled and counts against the
             limit.
@@ -70,6 +81,7 @@ class Capabilities:
     continuation: Continuation
     samples_per_request: int = 1
     takes_temperature: bool = True
+    refused: frozenset[str] = frozenset()
     reasoning_off: dict[str, Any] = field(default_factory=dict)
     reasoning_headroom: int = 0
     min_cached_prefix: int | None = None
@@ -90,6 +102,7 @@ class EngineSettings:
         max_seconds: limit of all attempts of a request and the waits between them, in seconds. Time in the queue does
             not count.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
+        probe_samples: samples that the probe asks for: those of a chunk, so it fails where the run would.
     """
 
     max_concurrency: int = 64
@@ -99,6 +112,7 @@ class EngineSettings:
     max_attempts: int | None = None
     max_seconds: float = 600.0
     max_retry_after: float = 120.0
+    probe_samples: int = 2
 
 
 SampleOutcome = Literal["ok", "refused", "filtered", "empty", "restarted"]
@@ -150,6 +164,11 @@ class RemoteTeacher(Teacher):
         capabilities: capabilities of the model.
         settings: limits of this process.
         budget: budget of the teacher; `None` for no limit.
+        extra_body: fields that are added to the body of each request. `None` as a value leaves a field out.
+        extra_headers: headers that are added to each request.
+
+    Raises:
+        ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
 
     A subclass implements `request` and `classify`, and `connect` when it uses a client.
 
@@ -169,8 +188,15 @@ class RemoteTeacher(Teacher):
         capabilities: Capabilities,
         settings: EngineSettings | None = None,
         budget: Budget | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
     ):
+        check_keys(self.key_variables)
+        check_proxies()
+        check_extra(extra_body, extra_headers)
         self.name = name
+        self.extra_body = dict(extra_body or {})
+        self.extra_headers = dict(extra_headers or {})
         self.capabilities = capabilities
         self.settings = settings or EngineSettings()
         self.budget: Budget = budget or Budget()
@@ -224,8 +250,27 @@ class RemoteTeacher(Teacher):
         """The SDK's client. It belongs to one event loop; another loop gets a new one."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
-            self._client, self._loop = self.connect(), loop
+            try:
+                self._client, self._loop = self.connect(), loop
+            except OmniOPDError:
+                raise
+            except Exception as error:  # SDKs raise several types, for example when a region is not set
+                said = redact(" ".join(str(error).split()), self._secrets())
+                raise TeacherError(
+                    f"{self.name}: its client cannot be created ({type(error).__name__}: {said}). Set what is missing "
+                    "in the environment; docs/teachers.md lists the variables of each provider."
+                ) from None
         return self._client
+
+    def accepted(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of `parts` that neither the service refused nor `extra_body` leaves out."""
+        nulls = {name for name, value in self.extra_body.items() if value is None}
+        left_out = (nulls | self.capabilities.refused) - OTHER_LIMIT.keys()  # no request is without a limit
+        return {name: value for part in parts for name, value in part.items() if name not in left_out}
+
+    def body(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields to send: the accepted ones of `parts`, and those of `extra_body`, which replace them."""
+        return self.accepted(*parts) | {name: value for name, value in self.extra_body.items() if value is not None}
 
     async def aclose(self) -> None:
         """Release connections. The next request opens new ones."""
@@ -243,16 +288,31 @@ class RemoteTeacher(Teacher):
         Raises:
             TeacherError: when a key is required and no variable holds one.
         """
-        for variable in self.key_variables:
-            if value := os.environ.get(variable, "").strip():
-                return value
-        if placeholder is None:
+        return self.variable("key", *self.key_variables, default=placeholder)
+
+    def variable(self, what: str, *names: str, default: str | None = None) -> str:
+        """The first of some environment variables that is set, without white space around its value.
+
+        Args:
+            what: what the variables hold, for the message.
+            names: names of the variables.
+            default: value to use when none is set; `None` when one is required.
+
+        Raises:
+            TeacherError: when one is required and none is set.
+        """
+        value = next((value for name in names if (value := os.environ.get(name, "").strip())), default)
+        if value is None:
             raise TeacherError(
-                f"{self.name} needs a key, and the environment holds none under {' or '.join(self.key_variables)}. "
-                f"Run `export {self.key_variables[0]}=...` in the shell that starts the run; keys are read from "
-                "nowhere else."
+                f"{self.name} needs a {what}, and the environment holds none under {' or '.join(names)}. Run `export "
+                f"{names[0]}=...` in the shell that starts the run."
             )
-        return placeholder
+        return value
+
+    @property
+    def key_names(self) -> str:
+        """Where the key is, for messages."""
+        return " or ".join(self.key_variables) or "the environment"
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time that it is given."""
@@ -273,7 +333,7 @@ class RemoteTeacher(Teacher):
 
     def probe(self, prompt: Prompt) -> None:
         """Check key, model, continuation and samples per request with one tiny request, before any generation."""
-        wanted = min(2, self.capabilities.samples_per_request)
+        wanted = min(self.settings.probe_samples, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
         # In a separate event loop. Client and throttle must not outlive it.
         reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
@@ -356,7 +416,8 @@ class RemoteTeacher(Teacher):
     def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
         """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
         how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
-        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how], default=str)
+        extra = [self.extra_body, self.extra_headers] if self.extra_body or self.extra_headers else []
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how, *extra], default=str)
         return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
@@ -394,7 +455,7 @@ class RemoteTeacher(Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most)) | clock,
+                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else Attempts(most)) | clock,
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -457,7 +518,7 @@ class RemoteTeacher(Teacher):
             if failure.may_be_billed:
                 self._forfeit(reservation, request.ledger.paid)
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
-            raise self._verdict(failure, capabilities, began) from None
+            raise self._verdict(failure, capabilities, request, began) from None
         if response.usage is None or not _is_counted(response):
             # An answer that counted as free would never use up a budget.
             self.warn_once(
@@ -479,15 +540,21 @@ class RemoteTeacher(Teacher):
         paid(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
-    def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
+    def _verdict(self, failure: Failure, sent_with: Capabilities, request: SamplingRequest, began: float) -> Exception:
         """The exception to raise for a failure. Adapts capabilities and throttle for later requests."""
         learned = LEARNED.get(failure.kind)
-        if learned is not None and replace(sent_with, **learned) != sent_with:
-            # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
-            if replace(self.capabilities, **learned) != self.capabilities:
-                self._learn(failure, learned)
-            return RequestFailedError(failure)
-        if failure.kind == "final" or learned is not None:
+        if learned is not None:
+            if failure.fields:
+                learned = {"refused": self.capabilities.refused.union(failure.fields)}
+            # Without a value that the user chose, the rollouts would not be those of the configuration.
+            chosen = failure.out_of_range and any(getattr(request, name, 1.0) != 1.0 for name in failure.fields)
+            if replace(sent_with, **learned) != sent_with and not chosen:
+                # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
+                if replace(self.capabilities, **learned) != self.capabilities:
+                    self._learn(failure, learned)
+                return RequestFailedError(failure)
+            failure = failure.otherwise or replace(failure, kind="final")
+        if failure.kind == "final":
             return TeacherError(f"{self.name}: {failure.message}")
         if (failure.retry_after or 0) > self.settings.max_retry_after:
             return TeacherError(
@@ -506,28 +573,39 @@ class RemoteTeacher(Teacher):
         if isinstance(error, TimeoutError):
             message = f"no answer within teacher_timeout={self.settings.timeout:g} s"
             failure = Failure("transient", message, may_be_billed=True)
-        elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
+        elif isinstance(error := malformed_in(error), MalformedResponseError | json.JSONDecodeError):
             message = f"the response cannot be read ({type(error).__name__}: {error})"
             failure = Failure("transient", message, may_be_billed=True)
         else:
             failure = self.classify(error)
         if failure is None:
             return None
-        return replace(failure, message=redact(failure.message, self._secrets()))
+        hidden = partial(redact, secrets=self._secrets())
+        if failure.otherwise is not None:
+            failure = replace(failure, otherwise=replace(failure.otherwise, message=hidden(failure.otherwise.message)))
+        return replace(failure, message=hidden(failure.message))
 
     def _secrets(self) -> list[str]:
         return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
 
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
+        if failure.fields:
+            self._warn_refused(failure)
+            return
         what = {
             "no_prefill": "it does not continue a prefill, and is instructed to write what comes next; set "
             'teacher_continuation="instruct" to skip this attempt',
-            "no_temperature": "it takes no temperature and no top_p, and none is sent",
             "one_sample": "it returns one sample per request, and prompts are paid for more often",
             "always_reasons": "its reasoning cannot be disabled, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
+
+    def _warn_refused(self, failure: Failure) -> None:
+        logger.warning(
+            f"{self.name} refused a request ({failure.message}). From now on {without(failure.fields)}. To send "
+            "another value, set it in teacher_extra_body; a value of null leaves a field out from the start."
+        )
 
 
 def _is_counted(response: Response) -> bool:

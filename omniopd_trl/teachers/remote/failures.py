@@ -15,7 +15,7 @@ FailureKind = Literal[
     "rate_limited",
     "rejected",
     "no_prefill",
-    "no_temperature",
+    "no_field",
     "one_sample",
     "always_reasons",
 ]
@@ -23,7 +23,7 @@ FailureKind = Literal[
 # The capabilities of a model after it refused a request for one of these reasons. The table may be outdated.
 LEARNED: dict[str, dict[str, Any]] = {
     "no_prefill": {"continuation": "instruct"},
-    "no_temperature": {"takes_temperature": False},
+    "no_field": {},  # the failure's `fields` are added to `refused`
     "one_sample": {"samples_per_request": 1},
     "always_reasons": {"reasoning_off": {}, "reasoning_headroom": 1024},
 }
@@ -36,22 +36,36 @@ class Failure:
     Attributes:
         kind: `"final"` (no request will be answered), `"transient"`, `"rate_limited"`, or `"rejected"` (only this
             request will not be answered, for example because it is longer than the model's context). The others name a
-            missing capability: `"no_prefill"`, `"no_temperature"`, `"one_sample"` (one sample per request),
-            `"always_reasons"` (reasoning cannot be disabled).
+            missing capability: `"no_prefill"`, `"no_field"` (optional fields are refused),
+            `"one_sample"` (one sample per request), `"always_reasons"` (reasoning cannot be disabled).
         message: cause and next step, without secrets.
         retry_after: wait that the service asked for, in seconds; `None` for none.
         may_be_billed: whether the service may charge for the request although no answer arrived, for example after a
             timeout. The budget then counts the worst case.
+        fields: the refused fields of a `"no_field"`.
+        out_of_range: whether the values of `fields` are refused, and not the fields.
+        otherwise: what a missing capability means when the request did not use it.
     """
 
     kind: FailureKind
     message: str
     retry_after: float | None = None
     may_be_billed: bool = False
+    fields: tuple[str, ...] = ()
+    out_of_range: bool = False
+    otherwise: "Failure | None" = None
 
 
 class MalformedResponseError(Exception):
     """A response does not follow the service's own format."""
+
+
+def malformed_in(error: Exception) -> Exception:
+    """The `MalformedResponseError` of our HTTP client, which the SDKs wrap in their own; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, MalformedResponseError):
+        cause = cause.__cause__
+    return cause or error
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -119,19 +133,6 @@ TOO_LONG = re.compile(
     r"|exceeds the maximum number of tokens",
     re.IGNORECASE,
 )
-
-_OUT_OF_RANGE = re.compile(
-    r"must be (in|between|at (least|most))|(above|below) (the )?(maximum|minimum)|"
-    r"\brange\b|(less|greater) than or equal"
-)
-
-
-def out_of_range(detail: str) -> bool:
-    """Whether a refusal is about a parameter's value, so the service has this parameter.
-
-    A request without the parameter would be answered, but sampled with the service's default.
-    """
-    return _OUT_OF_RANGE.search(detail.lower()) is not None
 
 
 def failure_of_status(
