@@ -180,7 +180,7 @@ class TestTeachers:
 
     @pytest.mark.case("U7")
     def test_haiku(self):
-        """The later Haiku is instructed and takes no temperature, which its recipe does not set, at a ninth of the cost."""
+        """The later Haiku is instructed, takes no temperature, and costs a ninth."""
         name = "math_qwen3_4b_haiku_5_5.yaml"
         capabilities = capabilities_of("anthropic", "claude-haiku-5-5")
         assert (capabilities.continuation, capabilities.takes_temperature) == ("instruct", False)
