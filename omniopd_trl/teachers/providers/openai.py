@@ -215,7 +215,7 @@ class OpenAITeacher(RemoteTeacher):
         detail = str(body.get("message") or body.get("detail") or error.message)
         if isinstance(error.body, str) and error.body:  # `{"error": "..."}`, as TGI writes it
             detail = error.body
-        if error.status_code == 422 and detail.startswith("Unexpected fields") and "top_k" in detail:
+        if error.status_code == 422 and "Unexpected fields" in detail and "top_k" in detail:
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
         failure = failure_of_status(
