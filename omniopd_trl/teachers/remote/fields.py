@@ -32,8 +32,10 @@ OPTIONAL = {
 # The two names of the limit on a sample's tokens. One of them is always sent.
 OTHER_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
-# Statuses of refused fields. Some servers answer 500 to a value that their own types reject.
-_STATUSES = (400, 404, 422, 500, 501)
+# Statuses of refused requests, and statuses with which some servers refuse a field, for example 500 for a value that
+# their own types reject.
+_REFUSALS = (400, 422)
+_STATUSES = (*_REFUSALS, 404, 500, 501)
 # Longer messages are cut before they are searched.
 _SEARCHED = 4000
 
@@ -45,7 +47,8 @@ _OUT_OF_RANGE = re.compile(
     r"must be (in|between|at (least|most)|[<>]|positive|strictly)|(above|below) (the )?(maximum|minimum)"
     r"|\brange\b|(less|greater) than\b"
 )
-_REFUSED = re.compile(rf"{_UNKNOWN.pattern}|{_OUT_OF_RANGE.pattern}|invalid|must|should|cannot|only|validation error")
+_VALIDATION = re.compile(rf"{_UNKNOWN.pattern}|{_OUT_OF_RANGE.pattern}|(must|should) be|validation error")
+_REFUSED = re.compile(rf"{_VALIDATION.pattern}|invalid|must|should|cannot|only")
 _SAMPLES = "(completion|choice|candidate|sample|sequence|generation)"
 _ONE_SAMPLE = re.compile(
     rf"\bn_cmpl\b|candidate_?count|(multiple|several) {_SAMPLES}s?\b|(only|exactly) (one|1|a single) (\w+ )?{_SAMPLES}"
@@ -93,7 +96,8 @@ def refusal(status: int, detail: str, param: str | None = None) -> Failure | Non
         return None
     said = f"{status}: {detail[:500]}"
     param = (param or "").rsplit(".", 1)[-1]
-    if _NO_PREFILL.search(text):
+    refused = (_REFUSED if status in _REFUSALS else _VALIDATION).search(text) is not None
+    if status in _REFUSALS and _NO_PREFILL.search(text):
         return Failure("no_prefill", said)
     if param == "n" or _ONE_SAMPLE.search(text):
         return Failure("one_sample", said)
@@ -105,11 +109,15 @@ def refusal(status: int, detail: str, param: str | None = None) -> Failure | Non
         fields = tuple(name for name in fields if name not in OTHER_LIMIT or (name == first and unknown))
     if {"temperature", "top_p"} <= set(fields) and "both" in text:
         fields = ("top_p",)  # the service accepts one of them
-    if "reasoning_effort" in fields and (_OTHER_EFFORT.search(text) or not unknown):
+    if status in _REFUSALS and "reasoning_effort" in fields and (_OTHER_EFFORT.search(text) or not unknown):
         return Failure("always_reasons", said)
-    if fields and (param in fields or _REFUSED.search(text)):
+    if fields and (param in fields or refused):
         return Failure("no_field", said, fields=fields, out_of_range=outside)
-    if _REASONING.search(f"{param} {text}") and (param in ("reasoning", "thinking") or _REFUSED.search(text)):
+    if (
+        status in _REFUSALS
+        and _REASONING.search(f"{param} {text}")
+        and (refused or param in ("reasoning", "thinking"))
+    ):
         return Failure("always_reasons", said)
     return None
 
