@@ -53,7 +53,7 @@ class _Client(httpx2.AsyncClient):
         except (httpx2.ConnectError, httpx2.ProxyError) as error:
             if not (hint := _proxy_hint(request.url)):
                 raise
-            raise type(error)(f"{error}.{hint}", request=request) from error
+            raise type(error)(f"{error}.{hint}", request=request) from None
         try:
             body = _redirect(response) if response.has_redirect_location else await _read(response)
         finally:
