@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.remote.failures import redact
 
 # Matched against names in lower case with underscores. A prefix is allowed, except for `token`: `pad_token` is no
 # secret.
@@ -28,10 +29,17 @@ _KEY = re.compile(
 # Shorter values of environment variables may be words.
 _SHORTEST_KEY = 12
 
+_KEYS = "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY"
 _VARIABLES = {
     "teacher_base_url": "VLLM_API_KEY or OPENAI_API_KEY",
-    "teacher_chat_template_kwargs": "VLLM_API_KEY, OPENAI_API_KEY, ANTHROPIC_API_KEY or GOOGLE_API_KEY",
+    "teacher_chat_template_kwargs": _KEYS,
+    "teacher_extra_body": _KEYS,
+    "teacher_extra_headers": _KEYS,
 }
+
+# Services take keys under more names in a request than loaders do in their options.
+_SENT = ("teacher_extra_body", "teacher_extra_headers")
+_SECRET_HEADER = re.compile(r"(.*[-_])?(key|token|cookie|secret)|.*auth.*", re.IGNORECASE)
 
 
 def is_secret_name(name: str) -> bool:
@@ -47,7 +55,8 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: for a URL with a user name, a password or a key in it, for a string under a key such as `token`,
-            and for a string that looks like a key, or that holds the key of an environment variable.
+            for a string that looks like a key or holds the key of an environment variable, and for an extra field or
+            header of a request that looks like a key.
     """
     keys = [
         (variable, value)
@@ -66,7 +75,7 @@ def check_credentials(settings: Mapping[str, Any]) -> None:
                 advice = "Leave it out"
                 if name in _VARIABLES:
                     advice += f", and set the environment variable {_VARIABLES[name]} instead"
-            elif (path != name and is_secret_name(key) and text) or _KEY.search(text):
+            elif (path != name and text and _is_secret(name, key, text)) or _KEY.search(text):
                 problem = f"`{path}` looks like a secret"
                 advice = f"Leave it out, and set the environment variable {_VARIABLES.get(name, 'HF_TOKEN')} instead"
             elif found := next((variable for variable, value in keys if value in text), None):
@@ -91,6 +100,13 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str, str]]:
             pending += [(f"{path}[{inner!r}]", str(inner), part) for inner, part in item.items()]
         elif isinstance(item, list | tuple):
             pending += [(path, key, part) for part in item]
+
+
+def _is_secret(option: str, key: str, text: str) -> bool:
+    """Whether an entry of a dictionary is a secret, by its key or its value."""
+    return is_secret_name(key) or (
+        option in _SENT and (_SECRET_HEADER.fullmatch(key) is not None or redact(text) != text)
+    )
 
 
 def _secret_in_query(text: str) -> str | None:

@@ -1,11 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Claude as a teacher, through Anthropic's Messages interface."""
+"""Claude as a teacher: Anthropic's Messages interface, at Anthropic, on Amazon Bedrock and on Vertex AI."""
 
 import os
 from typing import Any
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
@@ -20,15 +19,25 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.delivery import trace_delivery
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-    FailureKind,
-    ServiceError,
-    out_of_range,
-    quote,
-)
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.failures import Failure
+from omniopd_trl.teachers.remote.http import check_address, http_client
+
+# Where each provider's key and address are, besides the credentials that the cloud's own package reads.
+KEYS = {
+    "anthropic": ("ANTHROPIC_API_KEY",),
+    "bedrock": ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_BEARER_TOKEN_BEDROCK"),
+    "vertex": (),
+}
+_ADDRESSES = {
+    "anthropic": "ANTHROPIC_BASE_URL",
+    "bedrock": "ANTHROPIC_BEDROCK_BASE_URL",
+    "vertex": "ANTHROPIC_VERTEX_BASE_URL",
+}
+_NO_CREDENTIALS = {
+    "bedrock": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or AWS_BEARER_TOKEN_BEDROCK",
+    "vertex": "Run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+}
 
 
 class AnthropicTeacher(RemoteTeacher):
@@ -39,35 +48,54 @@ class AnthropicTeacher(RemoteTeacher):
     instructed.
 
     Args:
-        model: Anthropic's name of the model, for example `"claude-haiku-4-5"`.
+        model: the provider's name of the model, for example `"claude-haiku-4-5"`.
         capabilities: capabilities of the model.
-        base_url: address of the service. Defaults to `ANTHROPIC_BASE_URL`, and then to Anthropic itself.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        provider: `"anthropic"`, `"bedrock"` or `"vertex"`.
+        base_url: address of the service. Defaults to `ANTHROPIC_BASE_URL` (with `_BEDROCK` or `_VERTEX` before
+            `_BASE_URL` for the others), and then to the service itself.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
-
-    key_variables = ("ANTHROPIC_API_KEY",)
 
     def __init__(
         self,
         model: str,
         capabilities: Capabilities,
         *,
+        provider: str = "anthropic",
         base_url: str | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"anthropic:{model}", capabilities, settings, budget)
+        self.key_variables = KEYS[provider]
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
-        self.base_url = base_url or os.environ.get("ANTHROPIC_BASE_URL") or None
+        self.base_url = base_url
+        if base_url is not None:
+            check_address(base_url, "teacher_base_url")
+        elif address := os.environ.get(_ADDRESSES[provider]):
+            self.base_url = check_address(address, _ADDRESSES[provider])
 
     def connect(self) -> Any:
-        anthropic = import_extra("anthropic", "anthropic")
-        client = anthropic.AsyncAnthropic(
-            api_key=self.key(), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
-        )
-        client._client.event_hooks["request"].append(trace_delivery)
-        return client
+        anthropic = import_extra("anthropic", self.provider)
+        options: dict[str, Any] = {
+            "base_url": self.base_url,
+            "timeout": self.settings.timeout,
+            "max_retries": 0,
+            "default_headers": self.extra_headers,
+        }
+        if self.provider == "bedrock":
+            import_extra("boto3", "bedrock")
+            client, identity = anthropic.AsyncAnthropicBedrock, {}
+        elif self.provider == "vertex":
+            import_extra("google.auth", "vertex")
+            client = anthropic.AsyncAnthropicVertex
+            identity = {
+                "project_id": self.variable("project", "ANTHROPIC_VERTEX_PROJECT_ID", "GOOGLE_CLOUD_PROJECT"),
+                "region": self.variable("region", "CLOUD_ML_REGION", "GOOGLE_CLOUD_LOCATION"),
+            }
+        else:
+            client, identity = anthropic.AsyncAnthropic, {"api_key": self.key()}
+        return client(**identity, http_client=http_client(self.settings.max_concurrency), **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
@@ -78,8 +106,7 @@ class AnthropicTeacher(RemoteTeacher):
             model=self.model,
             max_tokens=request.max_tokens,
             **self._prompt(prefix, cached),
-            **_distinct(request),
-            extra_body={**self.capabilities.reasoning_off, **self._sampling(request)},
+            extra_body=self.body(self.capabilities.reasoning_off, self._sampling(request), self._distinct(request)),
         )
         return read_answer(response.http_response.content, asked)
 
@@ -98,6 +125,16 @@ class AnthropicTeacher(RemoteTeacher):
         )
         return {"temperature": request.temperature}
 
+    def _distinct(self, request: SamplingRequest) -> dict[str, Any]:
+        """A field that differs between the requests for one prefix, which a gateway that caches answers would equate.
+
+        The service takes no seed. This field is not part of the prompt, so the prompt cache is not affected. Bedrock
+        and Vertex AI do not have it.
+        """
+        if request.seed is None or self.provider != "anthropic":
+            return {}
+        return {"metadata": {"user_id": f"omniopd-{request.seed}"}}
+
     def _prompt(self, prefix: Prefix, cached: bool) -> dict[str, Any]:
         if self.capabilities.continuation == "instruct":
             messages = render_messages(prefix.prompt, prefix.completion)
@@ -115,29 +152,16 @@ class AnthropicTeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def unsupported(self, said: ServiceError) -> Failure | None:
-        kind = _unsupported(said.message)
-        return None if kind is None else Failure(kind, quote(said))
+    def classify(self, error: Exception) -> Failure | None:
+        return super().classify(error) or self._no_credentials(error)
 
-
-def _unsupported(detail: str) -> FailureKind | None:
-    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
-    text = detail.lower()
-    if "prefill" in text or "must end with a user message" in text:
-        return "no_prefill"
-    if "temperature" in text or "top_p" in text:
-        return None if out_of_range(text) else "no_temperature"
-    if "thinking" in text or "effort" in text:
-        return "always_reasons"
-    return None
-
-
-def _distinct(request: SamplingRequest) -> dict[str, Any]:
-    """A field that differs between the requests for one prefix, which a gateway that caches answers would equate.
-
-    The service takes no seed. This field is not part of the prompt, so the prompt cache is not affected.
-    """
-    return {} if request.seed is None else {"metadata": {"user_id": f"omniopd-{request.seed}"}}
+    def _no_credentials(self, error: Exception) -> Failure | None:
+        """The failure of a cloud's package to find, read or renew credentials before a request is sent."""
+        package = type(error).__module__.partition(".")[0]
+        if self.provider == "anthropic" or not (package in ("botocore", "google") or isinstance(error, RuntimeError)):
+            return None
+        said = " ".join(str(error).split())[:500]
+        return Failure("final", f"no credentials ({type(error).__name__}: {said}). {_NO_CREDENTIALS[self.provider]}.")
 
 
 def read_answer(body: bytes | str, asked: Asked) -> Response:

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gemini as a teacher, through the Gemini Developer API."""
+"""Gemini as a teacher, through the Gemini Developer API and on Vertex AI."""
 
+import os
 from typing import Any
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
@@ -20,17 +20,9 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.delivery import trace_delivery
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-    FailureKind,
-    MalformedResponseError,
-    ServiceError,
-    failure_of_malformed,
-    out_of_range,
-    quote,
-)
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError
+from omniopd_trl.teachers.remote.http import check_address, http_client
 
 
 class GeminiTeacher(RemoteTeacher):
@@ -41,46 +33,65 @@ class GeminiTeacher(RemoteTeacher):
     Args:
         model: the service's name of the model, for example `"gemini-2.5-flash"`.
         capabilities: capabilities of the model.
-        base_url: address of the service. Defaults to `GOOGLE_GEMINI_BASE_URL`, and then to Google itself.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        provider: `"gemini"` or `"vertex"`.
+        base_url: address of the service. Defaults to `GOOGLE_GEMINI_BASE_URL` (`GOOGLE_VERTEX_BASE_URL` for Vertex
+            AI), and then to Google itself.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
 
-    key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+    key_variables: tuple[str, ...] = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
 
     def __init__(
         self,
         model: str,
         capabilities: Capabilities,
         *,
+        provider: str = "gemini",
         base_url: str | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"gemini:{model}", capabilities, settings, budget)
+        # On Vertex AI a key is used only where there is no project.
+        if provider == "vertex":
+            self.key_variables = () if os.environ.get("GOOGLE_CLOUD_PROJECT") else ("GOOGLE_API_KEY",)
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
         self.base_url = base_url
+        variable = "GOOGLE_GEMINI_BASE_URL" if provider == "gemini" else "GOOGLE_VERTEX_BASE_URL"
+        if address := base_url or os.environ.get(variable):
+            check_address(address, "teacher_base_url" if base_url else variable)
 
     def connect(self) -> Any:
-        genai = import_extra("google.genai", "gemini")
-        httpx2 = import_extra("httpx2", "gemini")
-        key = self.key()
-        most = self.settings.max_concurrency
-        # With this client the SDK uses httpx even when aiohttp is installed, and the pool holds a connection for each
-        # concurrent request. Without `retry_options` it does not retry.
-        http = httpx2.AsyncClient(
-            follow_redirects=True,
-            limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
-            event_hooks={"request": [trace_delivery]},
-        )
-        http.event_hooks["response"].append(_read_as_utf8)
-        options: dict[str, Any] = {"timeout": round(1000 * self.settings.timeout), "httpx_async_client": http}
+        genai = import_extra("google.genai", self.provider)
+        # `vertexai` overrides environment variables that switch the SDK to the other product with other credentials.
+        identity = {"vertexai": False, "api_key": self.key()} if self.provider == "gemini" else self._vertex_identity()
+        # With this client the SDK uses httpx even when aiohttp is installed. It has no `retry_options`: no retries.
+        http = http_client(self.settings.max_concurrency)
+        options: dict[str, Any] = {
+            "timeout": round(1000 * self.settings.timeout),
+            "httpx_async_client": http,
+            "headers": self.extra_headers,
+        }
         if self.base_url is not None:
             options["base_url"] = self.base_url
-        # `vertexai=False` overrides environment variables that switch the SDK to another product with other
-        # credentials.
-        client = genai.Client(api_key=key, vertexai=False, http_options=genai.types.HttpOptions(**options))
-        return client, http
+        if extra := self.body():
+            options["extra_body"] = extra
+        return genai.Client(**identity, http_options=genai.types.HttpOptions(**options)), http
+
+    def _vertex_identity(self) -> dict[str, Any]:
+        """Project and location, or a key of Vertex AI in express mode.
+
+        Raises:
+            TeacherError: when neither is set. The SDK would look for a project on the network.
+        """
+        if key := self.variable("key", *self.key_variables, default=""):
+            return {"vertexai": True, "api_key": key}
+        # Passed as arguments: with another address the SDK forgets those of the environment.
+        return {
+            "vertexai": True,
+            "project": self.variable("project", "GOOGLE_CLOUD_PROJECT"),
+            "location": self.variable("location", "GOOGLE_CLOUD_LOCATION", default="global"),
+        }
 
     async def disconnect(self, client: Any) -> None:
         genai_client, http = client
@@ -91,10 +102,12 @@ class GeminiTeacher(RemoteTeacher):
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         asked = self._asked(prefix, num_samples, request)
         contents, system = self._contents(prefix)
-        config: dict[str, Any] = {
+        sampling: dict[str, Any] = {"seed": request.seed}
+        if self.capabilities.takes_temperature:
+            sampling |= {"temperature": request.temperature, "top_p": request.top_p}
+        config = {
             "max_output_tokens": request.max_tokens,
             "candidate_count": num_samples,
-            "seed": request.seed,
             "system_instruction": system,
             # Each of these may turn one request into several.
             "automatic_continuation": False,
@@ -102,13 +115,12 @@ class GeminiTeacher(RemoteTeacher):
             # The body as it came: it is read here, as those of the other services.
             "should_return_http_response": True,
             **self.capabilities.reasoning_off,
+            **self.accepted(sampling),
         }
-        if self.capabilities.takes_temperature:
-            config |= {"temperature": request.temperature, "top_p": request.top_p}
-        models, httpx2 = self.client[0].aio.models, import_extra("httpx2", "gemini")
+        models = self.client[0].aio.models
         try:
             response = await models.generate_content(model=self.model, contents=contents, config=config)
-        except (httpx2.DecodingError, UnicodeDecodeError, RecursionError) as error:  # the SDK parses bodies of errors
+        except (UnicodeDecodeError, RecursionError) as error:  # the SDK parses bodies of errors
             raise MalformedResponseError(f"a damaged body, {type(error).__name__}") from error
         return read_answer(response.sdk_http_response.body or "", asked)
 
@@ -136,32 +148,13 @@ class GeminiTeacher(RemoteTeacher):
     # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
-        if isinstance(error, RecursionError | UnicodeDecodeError):  # the SDK reads the body of an error
-            return failure_of_malformed(error)
+        if type(error).__module__.startswith("google.auth"):  # before a request is sent
+            return Failure(
+                "final",
+                f"no credentials ({type(error).__name__}: {' '.join(str(error).split())[:500]}). Run `gcloud auth "
+                "application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS.",
+            )
         return super().classify(error)
-
-    def unsupported(self, said: ServiceError) -> Failure | None:
-        kind = _unsupported(said.message)
-        return None if kind is None else Failure(kind, quote(said))
-
-
-def _unsupported(detail: str) -> FailureKind | None:
-    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
-    text = detail.lower()
-    if "candidate" in text:
-        return "one_sample"
-    if "thinking" in text:
-        return "always_reasons"
-    if "temperature" in text or "top_p" in text or "topp" in text:
-        return None if out_of_range(text) else "no_temperature"
-    if "prefill" in text or ("role" in text and ("last" in text or "end with" in text or "ends with" in text)):
-        return "no_prefill"
-    return None
-
-
-async def _read_as_utf8(response: Any) -> None:
-    """Ignore the encoding in a response's headers, by which the SDK would decode it. JSON is in UTF-8."""
-    response.encoding = "utf-8"
 
 
 def read_answer(body: bytes | str, asked: Asked) -> Response:

@@ -1,14 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers behind an OpenAI-compatible API: vLLM, OpenAI itself, and other servers."""
+"""Teachers behind an OpenAI-compatible API: vLLM, OpenAI itself, Azure, and other servers."""
 
 import json
 import os
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import DataError, import_extra
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
@@ -25,34 +23,38 @@ from omniopd_trl.teachers.remote.answers import (
     refused_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.delivery import trace_delivery
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
     ServiceError,
-    out_of_range,
-    quote,
 )
+from omniopd_trl.teachers.remote.fields import limit_field
+from omniopd_trl.teachers.remote.http import check_address, http_client
 
 VLLM_URL = "http://localhost:8000/v1"
 OPENAI_URL = "https://api.openai.com/v1"
+
+KEYS = {
+    "vllm": ("VLLM_API_KEY",),
+    "openai": ("OPENAI_API_KEY",),
+    "azure": ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
+}
 
 
 class OpenAITeacher(RemoteTeacher):
     """A teacher behind `/v1/completions` (`raw`) or `/v1/chat/completions` (all other continuations).
 
     Args:
-        provider: `"vllm"` or `"openai"`.
-        model: the server's name of the model.
+        provider: `"vllm"`, `"openai"` or `"azure"`.
+        model: the server's name of the model; the name of the deployment for `azure`.
         capabilities: capabilities of the model.
-        base_url: address of the server, with its `/v1`. Defaults to this machine for `vllm`, and to `OPENAI_BASE_URL`
-            and then OpenAI itself for `openai`.
+        base_url: address of the server, with its `/v1`. Defaults to this machine for `vllm`, to `OPENAI_BASE_URL` and
+            then OpenAI itself for `openai`, and to `AZURE_OPENAI_ENDPOINT` for `azure`.
         tokenizer: tokenizer of the teacher, or its path or id. Its chat template renders the prompts of a `raw`
             continuation. Defaults to `model`. Plain-text prompts need none.
         chat_template_kwargs: arguments for the chat template, here or on the server.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
 
     def __init__(
@@ -64,15 +66,12 @@ class OpenAITeacher(RemoteTeacher):
         base_url: str | None = None,
         tokenizer: Any = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"{provider}:{model}", capabilities, settings, budget)
+        self.key_variables = KEYS[provider]
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
-        if provider == "vllm":
-            self.key_variables = ("VLLM_API_KEY",)
-        else:
-            self.key_variables = ("OPENAI_API_KEY",)
         self.base_url = _address(provider, base_url)
         self.dialect = _dialect(provider, self.base_url)
         self.chat_template_kwargs = chat_template_kwargs or {}
@@ -89,23 +88,31 @@ class OpenAITeacher(RemoteTeacher):
 
     def connect(self) -> Any:
         openai = import_extra("openai", "openai")
+        options: dict[str, Any] = {
+            "timeout": self.settings.timeout,
+            "max_retries": 0,
+            "default_headers": self.extra_headers,
+        }
+        if self.provider == "azure":
+            self.key()  # the SDK reads it, and tells it from a token of Entra ID by its variable
+            endpoint = self.base_url or self.variable("teacher_base_url", "AZURE_OPENAI_ENDPOINT")
+            version = self.variable("version of the API", "OPENAI_API_VERSION")
+            http = http_client(self.settings.max_concurrency)
+            return openai.AsyncAzureOpenAI(azure_endpoint=endpoint, api_version=version, http_client=http, **options)
         # Self-hosted servers usually require no key, but the SDK does.
-        placeholder = None if self.dialect == "openai" else "none"
-        client = openai.AsyncOpenAI(
-            api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
-        )
-        client._client.event_hooks["request"].append(trace_delivery)
-        return client
+        key = self.key(None if self.dialect == "openai" else "none")
+        http = http_client(self.settings.max_concurrency)
+        return openai.AsyncOpenAI(api_key=key, base_url=self.base_url, http_client=http, **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
         asked = self._asked(prefix, num_samples // copies, request)
-        fields, extra = self._sampling(num_samples // copies, request)
+        sampling = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
             response = await self.client.completions.with_raw_response.create(
-                model=self.model, prompt=text, **fields, extra_body={**extra, **extra_tokens}
+                model=self.model, prompt=text, extra_body=self.body(sampling, extra_tokens)
             )
         else:
             messages, continuing = self._messages(prefix)
@@ -116,21 +123,19 @@ class OpenAITeacher(RemoteTeacher):
                     **self.chat_template_kwargs,
                 }
             response = await self.client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, **fields, extra_body={**extra, **payload, **continuing}
+                model=self.model, messages=messages, extra_body=self.body(sampling, payload, continuing)
             )
         answer = read_answer(response.http_response.content, asked)
         return answer._replace(samples=answer.samples * copies)
 
     # ---- Requests ----
 
-    def _sampling(self, num_samples: int, request: SamplingRequest) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fields of the SDK, and additional fields. Servers replace missing fields by their own defaults."""
+    def _sampling(self, num_samples: int, request: SamplingRequest) -> dict[str, Any]:
+        """Servers replace missing fields by their own defaults, so every one that they may know is set."""
         fields: dict[str, Any] = {}
-        extra: dict[str, Any] = {}
-        limit = "max_completion_tokens" if self.dialect == "openai" else "max_tokens"
-        if self.capabilities.continuation == "raw":
-            limit = "max_tokens"
-        fields[limit] = request.max_tokens
+        raw = self.capabilities.continuation == "raw"
+        limit = "max_completion_tokens" if self.dialect == "openai" and not raw else "max_tokens"
+        fields[limit_field(limit, self.capabilities.refused)] = request.max_tokens
         if self.capabilities.takes_temperature:
             fields["temperature"] = request.temperature
             fields["top_p"] = request.top_p
@@ -140,19 +145,20 @@ class OpenAITeacher(RemoteTeacher):
             fields["seed"] = request.seed
         if self.dialect == "mistral":
             if request.seed is not None:
-                extra["random_seed"] = request.seed
+                fields["random_seed"] = request.seed
         elif self.dialect == "openrouter":
-            extra = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+            fields |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         elif self.dialect == "transformers":
             # It refuses unknown fields, and samples only with `do_sample`.
             config = {"do_sample": request.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
             if request.temperature > 0:
                 config |= {"temperature": request.temperature, "top_p": request.top_p}
-            extra = {"generation_config": json.dumps(config)}
+            fields["generation_config"] = json.dumps(config)
         elif self.dialect == "vllm":
-            fields |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-            extra = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        return fields, extra
+            # Both mean all tokens to vLLM. SGLang knows only -1; llama.cpp and its Python server know only 0.
+            fields["top_k"] = -1 if self.provider == "vllm" else 0
+            fields |= {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        return fields
 
     def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if self.capabilities.continuation == "instruct":
@@ -170,7 +176,8 @@ class OpenAITeacher(RemoteTeacher):
 
     def _render(self, prefix: Prefix) -> tuple[str, dict[str, Any]]:
         """The text of a raw continuation, and the field that keeps the server from adding special tokens to it."""
-        adds_none = {"add_special_tokens": False} if self.name.startswith("vllm:") else {}
+        knows_field = self.provider == "vllm" and "add_special_tokens" not in self.capabilities.refused
+        adds_none = {"add_special_tokens": False} if knows_field else {}
         if isinstance(prefix.prompt, str):
             return prefix.prompt + prefix.completion, {}
         tokenizer = self._load_tokenizer()
@@ -208,32 +215,36 @@ class OpenAITeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def unsupported(self, said: ServiceError) -> Failure | None:
-        if said.status == 422 and re.search("Unexpected fields.*top_k", said.message):
+    def _meaning(self, said: ServiceError) -> Failure:
+        if said.status == 422 and "Unexpected fields" in said.message and "top_k" in said.message:
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
-        kind = _unsupported(said.param, said.message)
-        return None if kind is None else Failure(kind, quote(said))
+        return super()._meaning(said)
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:
     """Whether a `vllm:` or `openai:` teacher is on a self-hosted server, not on a service with different fields.
 
     Args:
-        provider: `"vllm"` or `"openai"`.
+        provider: `"vllm"`, `"openai"` or `"azure"`.
         base_url: as in `OpenAITeacher`.
     """
     return _dialect(provider, _address(provider, base_url)) == "vllm"
 
 
 def _address(provider: str, base_url: str | None) -> str:
-    if provider == "vllm":
-        return base_url or VLLM_URL
-    return base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    variables = {"openai": "OPENAI_BASE_URL", "azure": "AZURE_OPENAI_ENDPOINT"}
+    if base_url is None and (variable := variables.get(provider)) and (address := os.environ.get(variable)):
+        return check_address(address, variable)
+    if base_url is None:
+        return {"vllm": VLLM_URL, "openai": OPENAI_URL}.get(provider, "")
+    return check_address(base_url, "teacher_base_url")
 
 
 def _dialect(provider: str, base_url: str) -> str:
     """The fields that a server accepts. Services that refuse unknown fields are recognized by their address."""
+    if provider == "azure":
+        return "openai"
     host = urlsplit(base_url).hostname or ""
     for known, dialect in (
         ("api.openai.com", "openai"),
@@ -244,22 +255,6 @@ def _dialect(provider: str, base_url: str) -> str:
         if provider == "openai" and (host == known or host.endswith("." + known)):
             return dialect
     return "vllm"
-
-
-def _unsupported(param: str | None, detail: str) -> Any:
-    """The missing capability that a 400 reports, if any. Services report it in `param` or in the message."""
-    text = detail.lower()
-    if "prefill" in text or "continue_final_message" in text or "must end with a user message" in text:
-        return "no_prefill"
-    if "prefix" in text and "assistant" in text:
-        return "no_prefill"
-    if param in ("temperature", "top_p"):
-        return None if out_of_range(text) else "no_temperature"
-    if param == "n":
-        return "one_sample"
-    if param in ("reasoning_effort", "reasoning"):
-        return "always_reasons"
-    return None
 
 
 def read_answer(body: bytes | str, asked: Asked) -> Response:

@@ -14,7 +14,7 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -23,7 +23,7 @@ from itertools import combinations
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
@@ -43,9 +43,12 @@ from omniopd_trl.teachers.remote.failures import (
     failure_of,
     failure_of_malformed,
     failure_without_answer,
-    is_about_request,
+    malformed_in,
+    redact,
     secrets_in,
 )
+from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, refusal, without
+from omniopd_trl.teachers.remote.http import check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
@@ -54,6 +57,7 @@ from omniopd_trl.teachers.remote.retries import (
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
+    Attempts,
     Denials,
     PaidAttempts,
     RequestFailedError,
@@ -80,6 +84,7 @@ class Capabilities:
         continuation: how the student's text becomes the beginning of the teacher's answer.
         samples_per_request: maximum number of samples per request.
         takes_temperature: whether the service accepts and honours a temperature and `top_p`.
+        refused: optional fields that the service refused. They are left out.
         reasoning_off: fields of the request's body that disable hidden reasoning, or minimize it.
         reasoning_headroom: additional tokens per sample, for reasoning that cannot be disabled and counts against the
             limit.
@@ -90,6 +95,7 @@ class Capabilities:
     continuation: Continuation
     samples_per_request: int = 1
     takes_temperature: bool = True
+    refused: frozenset[str] = frozenset()
     reasoning_off: dict[str, Any] = field(default_factory=dict)
     reasoning_headroom: int = 0
     min_cached_prefix: int | None = None
@@ -110,6 +116,7 @@ class EngineSettings:
         max_seconds: limit of all attempts of a request and the waits between them, in seconds. Time in the queue does
             not count.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
+        probe_samples: samples that the probe asks for: those of a chunk, so it fails where the run would.
     """
 
     max_concurrency: int = 64
@@ -119,6 +126,7 @@ class EngineSettings:
     max_attempts: int | None = None
     max_seconds: float = 600.0
     max_retry_after: float = 120.0
+    probe_samples: int = 2
 
 
 # Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
@@ -144,9 +152,13 @@ class RemoteTeacher(Teacher):
         capabilities: capabilities of the model.
         settings: limits of this process.
         budget: budget of the teacher; `None` for no limit.
+        extra_body: fields that are added to the body of each request. `None` as a value leaves a field out.
+        extra_headers: headers that are added to each request.
 
-    A subclass implements `request`, and `connect` when it uses a client. It implements `unsupported` when its models
-    differ in what they support.
+    Raises:
+        ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
+
+    A subclass implements `request`, and `connect` when it uses a client.
 
     Attributes:
         model: the service's name of the model.
@@ -172,8 +184,15 @@ class RemoteTeacher(Teacher):
         capabilities: Capabilities,
         settings: EngineSettings | None = None,
         budget: Budget | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
     ):
+        check_keys(self.key_variables)
+        check_proxies()
+        check_extra(extra_body, extra_headers)
         self.name = name
+        self.extra_body = dict(extra_body or {})
+        self.extra_headers = dict(extra_headers or {})
         self.capabilities = capabilities
         self.settings = settings or EngineSettings()
         self.budget: Budget = budget or Budget()
@@ -197,10 +216,6 @@ class RemoteTeacher(Teacher):
         outcome. Any other error raises the SDK's exception.
         """
 
-    def unsupported(self, said: ServiceError) -> Failure | None:
-        """The capability that the model lacks, by the service's refusal of a request; `None` for any other reason."""
-        return None
-
     def classify(self, error: Exception) -> Failure | None:
         """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
         said = ServiceError.of(error)
@@ -210,18 +225,16 @@ class RemoteTeacher(Teacher):
 
     def _meaning(self, said: ServiceError) -> Failure:
         """What it means that a service reports an error."""
-        if said.status in (400, 422) and not is_about_request(said):
-            missing = self.unsupported(said)
-            if missing is not None:
-                return missing
-        return failure_of(
+        failure = failure_of(
             said,
             model=self.model,
-            key=" or ".join(self.key_variables),
+            key=self.key_names,
             address=self.base_url,
             has_answered=self._has_answered,
             secrets=self._secrets(),
         )
+        refused = refusal(said)
+        return failure if refused is None else replace(refused, otherwise=failure)
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
@@ -252,8 +265,27 @@ class RemoteTeacher(Teacher):
         """The SDK's client. It belongs to one event loop; another loop gets a new one."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
-            self._client, self._loop = self.connect(), loop
+            try:
+                self._client, self._loop = self.connect(), loop
+            except OmniOPDError:
+                raise
+            except Exception as error:  # SDKs raise several types, for example when a region is not set
+                said = redact(" ".join(str(error).split()), self._secrets())
+                raise TeacherError(
+                    f"{self.name}: its client cannot be created ({type(error).__name__}: {said}). Set what is missing "
+                    "in the environment; docs/teachers.md lists the variables of each provider."
+                ) from None
         return self._client
+
+    def accepted(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of `parts` that neither the service refused nor `extra_body` leaves out."""
+        nulls = {name for name, value in self.extra_body.items() if value is None}
+        left_out = (nulls | self.capabilities.refused) - OTHER_LIMIT.keys()  # no request is without a limit
+        return {name: value for part in parts for name, value in part.items() if name not in left_out}
+
+    def body(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields to send: the accepted ones of `parts`, and those of `extra_body`, which replace them."""
+        return self.accepted(*parts) | {name: value for name, value in self.extra_body.items() if value is not None}
 
     async def aclose(self) -> None:
         """Release connections. The next request opens new ones."""
@@ -271,16 +303,31 @@ class RemoteTeacher(Teacher):
         Raises:
             TeacherError: when a key is required and no variable holds one.
         """
-        for variable in self.key_variables:
-            if value := os.environ.get(variable, "").strip():
-                return value
-        if placeholder is None:
+        return self.variable("key", *self.key_variables, default=placeholder)
+
+    def variable(self, what: str, *names: str, default: str | None = None) -> str:
+        """The first of some environment variables that is set, without white space around its value.
+
+        Args:
+            what: what the variables hold, for the message.
+            names: names of the variables.
+            default: value to use when none is set; `None` when one is required.
+
+        Raises:
+            TeacherError: when one is required and none is set.
+        """
+        value = next((value for name in names if (value := os.environ.get(name, "").strip())), default)
+        if value is None:
             raise TeacherError(
-                f"{self.name} needs a key, and the environment holds none under {' or '.join(self.key_variables)}. "
-                f"Run `export {self.key_variables[0]}=...` in the shell that starts the run; keys are read from "
-                "nowhere else."
+                f"{self.name} needs a {what}, and the environment holds none under {' or '.join(names)}. Run `export "
+                f"{names[0]}=...` in the shell that starts the run."
             )
-        return placeholder
+        return value
+
+    @property
+    def key_names(self) -> str:
+        """Where the key is, for messages."""
+        return " or ".join(self.key_variables) or "the environment"
 
     def warn_once(self, message: str, kind: str | None = None) -> None:
         """Log a warning the first time that it is given, or that one of its kind is."""
@@ -312,7 +359,7 @@ class RemoteTeacher(Teacher):
             TeacherError: when the service cannot be used.
             NoRolloutError: when it was reached, and returned no rollout for this prompt.
         """
-        wanted = min(2, self.capabilities.samples_per_request)
+        wanted = min(self.settings.probe_samples, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
         tally = _Tally()
         # In a separate event loop. Client and throttle must not outlive it.
@@ -449,7 +496,8 @@ class RemoteTeacher(Teacher):
     def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
         """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
         how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
-        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how], default=str)
+        extra = [self.extra_body, self.extra_headers] if self.extra_body or self.extra_headers else []
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how, *extra], default=str)
         return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
@@ -487,9 +535,7 @@ class RemoteTeacher(Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most))
-                | clock
-                | Denials(),
+                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else Attempts(most)) | clock | Denials(),
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -561,7 +607,7 @@ class RemoteTeacher(Teacher):
             if failure is None:
                 raise
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
-            raise self._verdict(failure, capabilities, began) from None
+            raise self._verdict(failure, capabilities, request, began) from None
         # A sample that the service broke off is not kept, since it may be complete the next time.
         broken = next((sample for sample in response.samples if sample.outcome == "interrupted"), None)
         paid = partial(keep, response) if broken is None else request.ledger.paid
@@ -605,15 +651,21 @@ class RemoteTeacher(Teacher):
         paid(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
-    def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
+    def _verdict(self, failure: Failure, sent_with: Capabilities, request: SamplingRequest, began: float) -> Exception:
         """The exception to raise for a failure. Adapts capabilities and throttle for later requests."""
         learned = LEARNED.get(failure.kind)
-        if learned is not None and replace(sent_with, **learned) != sent_with:
-            # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
-            if replace(self.capabilities, **learned) != self.capabilities:
-                self._learn(failure, learned)
-            return RequestFailedError(failure)
-        if failure.kind == "final" or learned is not None:
+        if learned is not None:
+            if failure.fields:
+                learned = {"refused": self.capabilities.refused.union(failure.fields)}
+            # Without a value that the user chose, the rollouts would not be those of the configuration.
+            chosen = failure.out_of_range and any(getattr(request, name, 1.0) != 1.0 for name in failure.fields)
+            if replace(sent_with, **learned) != sent_with and not chosen:
+                # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
+                if replace(self.capabilities, **learned) != self.capabilities:
+                    self._learn(failure, learned)
+                return RequestFailedError(failure)
+            failure = failure.otherwise or replace(failure, kind="final")
+        if failure.kind == "final":
             return TeacherError(f"{self.name}: {failure.message}")
         if (failure.retry_after or 0) > self.settings.max_retry_after:
             return TeacherError(
@@ -637,12 +689,17 @@ class RemoteTeacher(Teacher):
         failure: Failure | None
         if isinstance(error, TimeoutError):
             failure = Failure("transient", f"no answer within {self._limit_of_attempt()}", may_be_billed=True)
-        elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
+        elif isinstance(error := malformed_in(error), MalformedResponseError | json.JSONDecodeError):
             said = ServiceError.inside(getattr(error, "answer", None))
             failure = failure_of_malformed(error, self._secrets()) if said is None else self._meaning(said)
         else:
             failure = self.classify(error)
-        return None if failure is None else replace(failure, message=clean(failure.message, self._secrets()))
+        if failure is None:
+            return None
+        hidden = partial(clean, secrets=self._secrets())
+        if failure.otherwise is not None:
+            failure = replace(failure, otherwise=replace(failure.otherwise, message=hidden(failure.otherwise.message)))
+        return replace(failure, message=hidden(failure.message))
 
     def _limit_of_attempt(self) -> str:
         """Value and name of the limit of an attempt, for messages."""
@@ -655,14 +712,22 @@ class RemoteTeacher(Teacher):
 
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
+        if failure.fields:
+            self._warn_refused(failure)
+            return
         what = {
             "no_prefill": "it does not continue a prefill, and is instructed to write what comes next; set "
             'teacher_continuation="instruct" to skip this attempt',
-            "no_temperature": "it takes no temperature and no top_p, and none is sent",
             "one_sample": "it returns one sample per request, and prompts are paid for more often",
             "always_reasons": "its reasoning cannot be disabled, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
+
+    def _warn_refused(self, failure: Failure) -> None:
+        logger.warning(
+            f"{self.name} refused a request ({failure.message}). From now on {without(failure.fields)}. To send "
+            "another value, set it in teacher_extra_body; a value of null leaves a field out from the start."
+        )
 
 
 def _is_counted(response: Response) -> bool:

@@ -26,7 +26,7 @@ FailureKind = Literal[
     "rate_limited",
     "rejected",
     "no_prefill",
-    "no_temperature",
+    "no_field",
     "one_sample",
     "always_reasons",
 ]
@@ -34,7 +34,7 @@ FailureKind = Literal[
 # The capabilities of a model after it refused a request for one of these reasons. The table may be outdated.
 LEARNED: dict[str, dict[str, Any]] = {
     "no_prefill": {"continuation": "instruct"},
-    "no_temperature": {"takes_temperature": False},
+    "no_field": {},  # the failure's `fields` are added to `refused`
     "one_sample": {"samples_per_request": 1},
     "always_reasons": {"reasoning_off": {}, "reasoning_headroom": 1024},
 }
@@ -52,13 +52,16 @@ class Failure:
         kind: `"final"` (this run: no request will be answered), `"denied"` (final if the next attempt ends like this
             one), `"transient"` and `"rate_limited"` (this moment), or `"rejected"` (this request will not be answered,
             for example because it is longer than the model's context). The others name a missing capability:
-            `"no_prefill"`, `"no_temperature"`, `"one_sample"` (one sample per request), `"always_reasons"` (reasoning
-            cannot be disabled).
+            `"no_prefill"`, `"no_field"` (optional fields are refused), `"one_sample"` (one sample per request),
+            `"always_reasons"` (reasoning cannot be disabled).
         message: cause and next step, without secrets.
         retry_after: wait that the service asked for, in seconds; `None` for none.
         may_be_billed: whether the service may charge for the request although no answer arrived, for example after a
             timeout. The budget then counts the worst case.
         unexplained: whether nothing in the service's words says what the error is about.
+        fields: the refused fields of a `"no_field"`.
+        out_of_range: whether the values of `fields` are refused, and not the fields.
+        otherwise: what a missing capability means when the request did not use it.
     """
 
     kind: FailureKind
@@ -66,6 +69,9 @@ class Failure:
     retry_after: float | None = None
     may_be_billed: bool = False
     unexplained: bool = False
+    fields: tuple[str, ...] = ()
+    out_of_range: bool = False
+    otherwise: "Failure | None" = None
 
 
 class MalformedResponseError(Exception):
@@ -452,6 +458,14 @@ def escape_controls(text: str) -> str:
 
 # A parameter in the query of an address that holds a secret.
 _QUERY_KEY = r"(?i:[?&][\w.-]*(?:key|token|secret|passw\w*|auth\w*|sig\w*|code)=)"
+
+
+def malformed_in(error: Exception) -> Exception:
+    """The `MalformedResponseError` of our HTTP client, which the SDKs wrap in their own; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, MalformedResponseError):
+        cause = cause.__cause__
+    return cause or error
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:

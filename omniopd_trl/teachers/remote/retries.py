@@ -49,6 +49,18 @@ class PaidAttempts(stop_base):
         return self.left <= 0
 
 
+class Attempts(stop_base):
+    """Stops a request after `attempts` failed attempts. A refused field does not count: the next attempt differs."""
+
+    def __init__(self, attempts: int):
+        self.left = attempts
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        self.left -= not (isinstance(error, RequestFailedError) and error.failure.kind in LEARNED)
+        return self.left <= 0
+
+
 class Denials(stop_base):
     """Stops a request that was denied twice."""
 
