@@ -153,7 +153,7 @@ class AnthropicTeacher(RemoteTeacher):
     # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
-        return super().classify(error) or self._no_credentials(error)
+        return self._no_credentials(error) or super().classify(error)
 
     def _no_credentials(self, error: Exception) -> Failure | None:
         """The failure of a cloud's package to find, read or renew credentials before a request is sent."""
