@@ -318,7 +318,7 @@ FINAL = [
     ("A9", 405, {"detail": "Method Not Allowed"}, "not that of the service"),
     ("A9", 404, {"detail": "Not Found"}, "Check teacher_base_url"),
     ("A9", 403, "<html>Sorry, you have been blocked</html>", "not that of the service"),
-    ("A9", 307, "", "redirect to elsewhere"),
+    ("A9", 307, "", "redirects to elsewhere"),
     ("A9", 400, of("temperature must be in [0, 2], got 3.0"), "refuses the request"),
 ]
 

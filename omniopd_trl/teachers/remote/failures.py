@@ -137,8 +137,8 @@ class ServiceError(Exception):
         except (ValueError, RecursionError):
             pass  # HTML or plain text
         headers = response.headers
-        if 300 <= status < 400 and not isinstance(body, Mapping):
-            body = f"redirect to {headers.get('location', 'an unnamed address')}"
+        if 300 <= status < 400:
+            body = f"redirects to {headers.get('location') or 'an unnamed address'}"
         message, codes, param, delay = _read(body)
         return cls(status, message, " ".join(codes), param=param, wait=delay or retry_after(headers))
 
@@ -295,18 +295,11 @@ _PLACE = _words(r"failed_precondition|location is not supported|(country|region)
 
 # Settings that all requests of a run share.
 _SETTINGS = _words(r"\b(temperature|top_?[pk]|min_p|seed|\w+_penalty)\b")
-_OUT_OF_RANGE = _words(
-    r"must be (in|between|at (least|most))|(above|below) (the )?(maximum|minimum)|\brange\b",
-    r"(less|greater) than or equal",
+# The value of a parameter is refused, so the service has this parameter.
+OUT_OF_RANGE = _words(
+    r"must be (in|between|at (least|most)|[<>]|positive|strictly)|(above|below) (the )?(maximum|minimum)",
+    r"\brange\b|(less|greater) than\b",
 )
-
-
-def out_of_range(detail: str) -> bool:
-    """Whether a refusal is about a parameter's value, so the service has this parameter.
-
-    A request without the parameter would be answered, but sampled with the service's default.
-    """
-    return _OUT_OF_RANGE.search(detail) is not None
 
 
 def _is_too_long(said: ServiceError) -> bool:
@@ -382,13 +375,19 @@ def failure_of(
         return Failure(denied, f"the key in {key} may not use {model!r} ({quoted}). Request access, or name another.")
     if (status == 404 and "model" in text.lower()) or (is_refused and _MODEL.search(text)):
         return Failure(denied, f"no model {model!r} at this address ({quoted}). Check teacher and base URL.")
-    if status in (403, 404, 405) or 300 <= status < 400 or (is_page and is_refused and not has_answered):
-        where = f"the address {address}" if address else "this address"
+    where = f"the address {address}" if address else "this address"
+    if 300 <= status < 400:
+        return Failure(
+            denied,
+            f"{where} is not the final one ({quoted}). Redirects are not followed, since each request holds the key. "
+            "Set teacher_base_url to the final address.",
+        )
+    if status in (403, 404, 405) or (is_page and is_refused and not has_answered):
         return Failure(
             denied,
             f"{where} is not that of the service, or it has no model {model!r} ({quoted}). Check teacher_base_url.",
         )
-    if is_refused and has_answered and not (_SETTINGS.search(text) and out_of_range(text)):
+    if is_refused and has_answered and not (_SETTINGS.search(text) and OUT_OF_RANGE.search(text)):
         return Failure("rejected", f"the service refuses this request and answers others ({quoted})", unexplained=True)
     return Failure("final", f"the service refuses the request ({quoted}). Another attempt would be refused as well.")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from omniopd_trl.errors import ConfigError
-from omniopd_trl.teachers.remote.failures import Failure, ServiceError, is_about_request, quote
+from omniopd_trl.teachers.remote.failures import OUT_OF_RANGE, Failure, ServiceError, is_about_request, quote
 
 _OWN_PENALTY = "the service's own penalty applies, if it has one"
 _OWN_LIMIT = "the service's own limit applies, if it has one: rollouts may lack unlikely tokens"
@@ -41,11 +41,7 @@ _UNKNOWN = re.compile(
     r"un(supported|recogni[sz]ed|expected|known)|n[o']t .{0,20}(support|permitted|allowed|recogni[sz]ed|accepted)"
     r"|extra(neous)?\b|deprecated|cannot find field|not (implemented|available|a valid)|incompatible"
 )
-_OUT_OF_RANGE = re.compile(
-    r"must be (in|between|at (least|most)|[<>]|positive|strictly)|(above|below) (the )?(maximum|minimum)"
-    r"|\brange\b|(less|greater) than\b"
-)
-_VALIDATION = re.compile(rf"{_UNKNOWN.pattern}|{_OUT_OF_RANGE.pattern}|(must|should) be|validation error")
+_VALIDATION = re.compile(rf"{_UNKNOWN.pattern}|{OUT_OF_RANGE.pattern}|(must|should) be|validation error")
 _REFUSED = re.compile(rf"{_VALIDATION.pattern}|invalid|must|should|cannot|only")
 _SAMPLES = "(completion|choice|candidate|sample|sequence|generation)"
 _ONE_SAMPLE = re.compile(
@@ -88,7 +84,7 @@ def refusal(said: ServiceError) -> Failure | None:
         return Failure("no_prefill", quoted)
     if param == "n" or _ONE_SAMPLE.search(text):
         return Failure("one_sample", quoted)
-    unknown, outside = (pattern.search(text) is not None for pattern in (_UNKNOWN, _OUT_OF_RANGE))
+    unknown, outside = (pattern.search(text) is not None for pattern in (_UNKNOWN, OUT_OF_RANGE))
     fields = tuple(name for name in OPTIONAL if _names(name, param, text))
     if limit := [name for name in fields if name in OTHER_LIMIT]:
         # The message usually names both: the one that is refused, and then the one to use.

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP client of all SDKs: answers of a limited size, no redirects, and errors that name the setting at fault."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -56,7 +55,7 @@ class _Client(httpx2.AsyncClient):
                 raise
             raise type(error)(f"{error}.{hint}", request=request) from None
         try:
-            body = _redirect(response) if response.has_redirect_location else await _read(response)
+            body = b"" if response.has_redirect_location else await _read(response)
         finally:
             await response.aclose()
         about_body = ("content-encoding", "content-length", "transfer-encoding")
@@ -78,16 +77,6 @@ async def _read(response: httpx2.Response) -> bytes:
     except httpx2.DecodingError as error:
         raise MalformedResponseError(f"it cannot be decompressed: {error}") from error
     return bytes(body)
-
-
-def _redirect(response: httpx2.Response) -> bytes:
-    """The error of a redirect, in a form that every SDK reads."""
-    target = response.headers["location"][:200]
-    message = (
-        f"the address redirects to {target}, and redirects are not followed, since each request holds the key. Set "
-        "teacher_base_url to the final address"
-    )
-    return json.dumps({"error": {"message": message, "type": "redirect", "code": response.status_code}}).encode()
 
 
 # ---- Checks of addresses, keys and proxies ----
