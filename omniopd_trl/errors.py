@@ -33,6 +33,10 @@ class TeacherError(OmniOPDError, RuntimeError):
     """The teacher cannot answer, and asking again will not help."""
 
 
+class NoRolloutError(TeacherError):
+    """The teacher was reached, and returned no rollout for one prompt. It may for another."""
+
+
 class BudgetError(TeacherError):
     """The next request might exceed the budget and is not sent."""
 

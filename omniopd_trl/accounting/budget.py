@@ -73,7 +73,7 @@ class Budget:
 
     Raises:
         BudgetError: when there is a limit in dollars and the price is not known.
-        ConfigError: when a limit is not above 0, or `num_processes` is below 1.
+        ConfigError: when a limit is not a finite number above 0, or `num_processes` is below 1.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Budget:
         num_processes: int = 1,
     ):
         for name, limit in (("teacher_budget_usd", max_usd), ("teacher_budget_tokens", max_tokens)):
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"{name}={limit} must be above 0. Leave it out for no limit.")
+            if limit is not None and not 0 < limit < float("inf"):  # NaN is no limit either
+                raise ConfigError(f"{name}={limit} must be above 0, and finite. Leave it out for no limit.")
         if num_processes < 1:
             raise ConfigError(f"num_processes={num_processes} must be at least 1: the budget is divided by it.")
         if max_usd is not None and price is None:

@@ -15,10 +15,18 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import ConfigError
 
 # Provider ids of genai-prices. Your own server (`vllm:`) and local models have no price there.
-_PROVIDERS = {"anthropic": "anthropic", "gemini": "google", "openai": "openai"}
+_PROVIDERS = {
+    "anthropic": "anthropic",
+    "azure": "azure",
+    "bedrock": "aws",
+    "gemini": "google",
+    "openai": "openai",
+    "vertex": "google",
+}
 
-# Anthropic charges 25% more for prompt tokens that it writes to its five-minute cache.
+# Claude's providers charge 25% more for prompt tokens that they write to the five-minute cache.
 _CACHE_WRITE_FACTOR = 1.25
+_CHARGE_WRITES = ("anthropic", "bedrock", "vertex")
 
 # The worst case includes prices that start within this time, since a request may still be in flight then.
 _LOOK_AHEAD = timedelta(days=1)
@@ -65,10 +73,10 @@ def prompt_parts(usage: Usage) -> tuple[int, int, int]:
 
     Cached tokens are clipped to the prompt tokens if a service reports more.
     """
-    prompt = max(usage.prompt_tokens, 0)
-    read = min(max(usage.cached_tokens, 0), prompt)
+    prompt = usage.prompt_tokens
+    read = min(usage.cached_tokens, prompt)
     # Only services that charge for cache writes report these tokens. Others leave them at 0.
-    written = min(max(usage.cache_write_tokens, 0), prompt - read)
+    written = min(usage.cache_write_tokens, prompt - read)
     return prompt, read, written
 
 
@@ -121,13 +129,13 @@ def price_of(
     """The price of a teacher.
 
     Args:
-        provider: prefix of the teacher's name: `"anthropic"`, `"gemini"`, `"openai"`, `"vllm"`, or anything else.
+        provider: prefix of the teacher's name, for example `"anthropic"` or `"azure"`, or anything else.
         model: the rest of the name, as the service knows the model.
         input_price: dollars per million prompt tokens. Overrides the table; needs `output_price`.
         output_price: dollars per million completion tokens. Overrides the table; needs `input_price`.
         cached_price: dollars per million prompt tokens that a cache served. Defaults to `input_price`.
-        base_url: address of the service, if it is not the provider's default. The table is not used then, since other
-            services implement the same protocol at other prices.
+        base_url: address of the service, if it is not the provider's default. The table is used for addresses that it
+            knows, such as OpenRouter's, since other services implement the same protocol at other prices.
 
     Returns:
         The price, or `None` if it is not known: only tokens are counted then, and a warning is logged once.
@@ -144,7 +152,7 @@ def price_of(
         if value is not None and not (_is_number(value) and 0 <= value < float("inf")):
             raise ConfigError(f"{name}={value!r} must be a number of at least 0, in dollars per million tokens.")
     if input_price is not None and output_price is not None:
-        write = input_price * _CACHE_WRITE_FACTOR if provider == "anthropic" else None
+        write = input_price * _CACHE_WRITE_FACTOR if provider in _CHARGE_WRITES else None
         return Price(float(input_price), float(output_price), cached_price, write)
     if any(value is not None for value in given.values()):
         missing = [name for name in ("teacher_input_price", "teacher_output_price") if given[name] is None]
@@ -152,11 +160,8 @@ def price_of(
             f"Prices are given in part: {', '.join(f'{n}={v}' for n, v in given.items() if v is not None)}, without "
             f"{' and '.join(missing)}. Give both, or none of them."
         )
-    table = _PROVIDERS.get(provider)
-    if table is None or base_url is not None:
-        _log_tokens_only(provider, model)
-        return None
     try:
+        table = _table_of(provider, base_url)
         ((_, flat), *_) = _tiers(table, model, _minute())
     except LookupError:
         _log_tokens_only(provider, model)
@@ -216,6 +221,19 @@ def _tiers_soon(provider: str, model: str, now: datetime) -> _Tiers:
             found = found[1:]
             break
     return [tier for prices in found for tier in _by_tier(prices)]
+
+
+def _table_of(provider: str, base_url: str | None) -> str:
+    """Id in genai-prices of the service at an address.
+
+    Raises:
+        LookupError: when there is none.
+    """
+    if base_url is None or provider not in _PROVIDERS:
+        return _PROVIDERS[provider]
+    from genai_prices.data_snapshot import get_snapshot
+
+    return str(get_snapshot().find_provider(None, None, base_url).id)
 
 
 def _model_info(provider: str, model: str) -> Any:

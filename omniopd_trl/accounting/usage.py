@@ -3,8 +3,14 @@
 """Token usage of requests, and the ledger that records it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import index
 from typing import Any, Protocol
+
+from omniopd_trl.errors import TeacherError
+
+# The journal stores 64-bit integers.
+_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +24,9 @@ class Usage:
         reasoning_tokens: how many of `completion_tokens` were hidden reasoning.
         cache_write_tokens: how many of `prompt_tokens` were written to a cache. 0 if the service does not charge for
             it.
+
+    Raises:
+        TeacherError: when a number is not a whole number of at least 0. NaN would disable a budget for good.
     """
 
     prompt_tokens: int = 0
@@ -25,6 +34,22 @@ class Usage:
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     cache_write_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int:  # the integers of numpy and torch are counts, too
+                try:
+                    value = index(value)
+                except TypeError:
+                    value = -1
+                else:
+                    object.__setattr__(self, field.name, value)
+            if not 0 <= value < _LIMIT:
+                raise TeacherError(
+                    f"A teacher used {field.name}={getattr(self, field.name)!r:.80}, which is not a whole number from "
+                    "0 to 2^63 - 1. Count tokens as integers, and 0 where they are not known."
+                )
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(

@@ -148,6 +148,7 @@ class Auditor:
             num_set_aside=len(set_aside),
             failures=(*(reply.failure for reply in replies if reply.failure is not None), *set_aside),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
+            models=tuple(sorted({name for reply in replies for name in reply.models})),
         )
 
     def _compare(

@@ -131,6 +131,7 @@ class Audit:
         usage: tokens used.
         failures: reasons for missing rollouts, as the teacher reports them.
         outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
+        models: names of the models that answered, as the service reports them.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
@@ -141,3 +142,4 @@ class Audit:
     usage: Usage = field(default_factory=Usage)
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    models: tuple[str, ...] = ()

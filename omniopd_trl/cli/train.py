@@ -142,6 +142,7 @@ def main(
     from omniopd_trl.cli.recipe import load_splits
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+    from omniopd_trl.teachers.load import is_local
 
     template = script_args.prompt_template
     if template is not None:
@@ -175,10 +176,12 @@ def main(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    training_args.teacher_model_init_kwargs = {
-        "attn_implementation": model_args.attn_implementation,
-        **(training_args.teacher_model_init_kwargs or {}),
-    }
+    # The teachers of a service do not use it, and an option that is not used is reported.
+    if is_local(training_args.teacher_model_name_or_path):
+        training_args.teacher_model_init_kwargs = {
+            "attn_implementation": model_args.attn_implementation,
+            **(training_args.teacher_model_init_kwargs or {}),
+        }
 
     from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Counts of a reply besides its rollouts. A refused, filtered or empty sample is not a rollout. A restarted sample is
 # one: an instructed model started the solution over. A failed request was given up after its last attempt.
-OUTCOMES = ("requests", "retries", "failed_requests", "refused", "filtered", "empty", "restarted")
+# A reasoned sample has reasoning in front, which is removed, or is reasoning only and counts as empty, too.
+OUTCOMES = ("requests", "retries", "failed_requests", "refused", "filtered", "empty", "restarted", "reasoned")
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
@@ -69,6 +70,20 @@ def text_of_content(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
+def clean_text(text: str) -> str:
+    """Replace lone surrogates by U+FFFD. JSON can hold them, and no tokenizer accepts them.
+
+    Example:
+        >>> clean_text("7 \\ud83d")
+        '7 \ufffd'
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Length of the common prefix of two texts, or of two lists of tokens.
 
@@ -104,12 +119,16 @@ class Rollout:
     """One continuation.
 
     Attributes:
-        text: what the teacher wrote next, without special tokens.
+        text: what the teacher wrote next, without special tokens. Lone surrogates are replaced by U+FFFD.
         finish_reason: `"stop"` when the teacher ended its turn, `"length"` when it was cut at `max_tokens`.
     """
 
     text: str
     finish_reason: str = "stop"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str):  # `replies_of` reports anything else
+            object.__setattr__(self, "text", clean_text(self.text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +141,14 @@ class TeacherReply:
         usage: tokens that this prefix used.
         failure: reason for missing rollouts; `None` when none are missing.
         outcomes: counts of events, under the names of `OUTCOMES`.
+        models: names of the models that answered, as a service reports them.
     """
 
     rollouts: tuple[Rollout, ...] = ()
     usage: Usage = field(default_factory=Usage)
     failure: str | None = None
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
 
 class Teacher(ABC):
@@ -179,6 +200,7 @@ class Teacher(ABC):
 
         Raises:
             DataError: when it cannot render the prompt.
+            NoRolloutError: when it returns nothing for this prompt. The trainer then tries other prompts.
             TeacherError: when it cannot answer at all.
         """
 
@@ -227,6 +249,8 @@ def _problem_of(replies: Any, num_prefixes: int, num_samples: int) -> str:
             return f"the usage of {where} must be a `Usage`, but is {_shown(reply.usage)}"
         if not isinstance(reply.outcomes, Mapping):
             return f"the outcomes of {where} must be a dictionary of counts, but are {_shown(reply.outcomes)}"
+        if not isinstance(reply.models, list | tuple) or not all(isinstance(name, str) for name in reply.models):
+            return f"the models of {where} must be a tuple of names, but are {_shown(reply.models)}"
     return ""
 
 

@@ -4,7 +4,6 @@
 
 import difflib
 import os
-import re
 from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,7 +14,13 @@ from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.teachers.base import Teacher
 from omniopd_trl.teachers.options import TeacherOptions, check_options
 from omniopd_trl.teachers.providers.anthropic import AnthropicTeacher
-from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE, PROVIDERS, capabilities_of, warn_shutdown
+from omniopd_trl.teachers.providers.capabilities import (
+    OPENAI_STYLE,
+    PROVIDERS,
+    capabilities_of,
+    family_of,
+    warn_shutdown,
+)
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
 from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_ones_own
 from omniopd_trl.teachers.remote.engine import Continuation, EngineSettings, RemoteTeacher
@@ -28,20 +33,15 @@ PREFIXES = tuple(f"{provider}:" for provider in PROVIDERS)
 
 _NAMES = f"{', '.join(f'{prefix}MODEL' for prefix in PREFIXES[:-1])} or {PREFIXES[-1]}MODEL"
 
-# Other spellings of a service's model. OpenAI's open models (gpt-oss) are ids on the Hub and must not match.
-_MEANT = (
-    (r"(?:anthropic/)?(claude.+)", "anthropic"),
-    (r"(?:google/|gemini/)?(gemini-.+)", "gemini"),
-    (r"(?:openai/)?((?!gpt-oss)(?:gpt-\d|chatgpt-|o\d).*)", "openai"),
-    (r"vllm/(.+)", "vllm"),
-)
-
 # Continuations that each provider's adapter can send. A model may support fewer.
 CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
     "vllm": ("raw", "continue_final", "instruct"),
     "openai": get_args(Continuation),
     "anthropic": ("prefill", "instruct"),
     "gemini": ("prefill", "instruct"),
+    "azure": get_args(Continuation),
+    "bedrock": ("prefill", "instruct"),
+    "vertex": ("prefill", "instruct"),
 }
 
 
@@ -83,10 +83,11 @@ def suggest_name(name: str) -> str | None:
         >>> suggest_name("claude-haiku-4-5"), suggest_name("openai/gpt-6-luna")
         ('anthropic:claude-haiku-4-5', 'openai:gpt-6-luna')
     """
-    for pattern, provider in _MEANT:
-        if found := re.fullmatch(pattern, name, re.IGNORECASE):
-            return f"{provider}:{found[1]}"
-    return None
+    prefix, slash, model = name.partition("/")
+    if slash and prefix.lower() in PROVIDERS and (prefix.lower() not in ("openai", "gemini") or family_of(name)):
+        return f"{prefix.lower()}:{model}"
+    meant = family_of(name)
+    return f"{meant[0]}:{meant[1]}" if meant else None
 
 
 def remote_teacher(
@@ -98,13 +99,15 @@ def remote_teacher(
     chat_template_kwargs: dict[str, Any] | None = None,
     settings: EngineSettings | None = None,
     budget: Budget | None = None,
+    extra_body: dict[str, Any] | None = None,
+    extra_headers: dict[str, str] | None = None,
     today: date | None = None,
 ) -> RemoteTeacher:
     """Create the teacher behind a service from a name such as `anthropic:claude-haiku-4-5`. Sends no request.
 
     Args:
-        name: provider and model, with a colon between them. The provider (`vllm`, `openai`, `anthropic` or `gemini`)
-            is case-insensitive.
+        name: provider and model, with a colon between them. The provider (`vllm`, `openai`, `anthropic`, `gemini`,
+            `azure`, `bedrock` or `vertex`) is case-insensitive.
         base_url: address of the service. Defaults to that of the adapter.
         tokenizer: tokenizer of a `vllm:` or `openai:` teacher, or its path or id. It renders the prompts of a `raw`
             continuation. Defaults to the model's name.
@@ -112,10 +115,13 @@ def remote_teacher(
         chat_template_kwargs: arguments for the teacher's chat template, for `vllm:` and `openai:`.
         settings: limits of this process.
         budget: budget of the teacher. Defaults to no limit.
+        extra_body: fields that are added to the body of each request. `None` as a value leaves a field out.
+        extra_headers: headers that are added to each request.
         today: date that shutdown dates are compared with. Defaults to the current date.
 
     Raises:
-        ConfigError: when the provider does not exist, or does not support the continuation.
+        ConfigError: when the provider does not exist, or does not support the continuation; when the address, a key, a
+            proxy, or an extra field or header cannot be used.
     """
     parts = split_name(name)
     if parts is None:
@@ -131,13 +137,25 @@ def remote_teacher(
             )
         capabilities = replace(capabilities, continuation=continuation)
     warn_shutdown(name, capabilities, today or date.today())
-    limits: dict[str, Any] = {"base_url": base_url, "settings": settings, "budget": budget}
-    if provider == "anthropic":
-        return AnthropicTeacher(model, capabilities, **limits)
-    if provider == "gemini":
-        return GeminiTeacher(model, capabilities, **limits)
+    options: dict[str, Any] = {
+        "base_url": base_url,
+        "settings": settings,
+        "budget": budget,
+        "extra_body": extra_body,
+        "extra_headers": extra_headers,
+    }
+    is_claude = (family_of(model) or ("",))[0] == "anthropic"
+    if provider == "bedrock" and not (is_claude or model.startswith("arn:")):
+        raise ConfigError(
+            f"teacher={name!r}: `bedrock:` reaches Claude only. Name a Claude model or the ARN of its inference "
+            "profile; for other models, use `openai:` with the address of Bedrock's OpenAI-style API."
+        )
+    if provider in ("anthropic", "bedrock") or (provider == "vertex" and is_claude):
+        return AnthropicTeacher(model, capabilities, provider=provider, **options)
+    if provider in ("gemini", "vertex"):
+        return GeminiTeacher(model, capabilities, provider=provider, **options)
     return OpenAITeacher(
-        provider, model, capabilities, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs, **limits
+        provider, model, capabilities, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs, **options
     )
 
 
@@ -148,6 +166,15 @@ def is_service(teacher: "str | PreTrainedModel | Teacher") -> bool:
         ConfigError: as `split_name`.
     """
     return isinstance(teacher, str) and split_name(teacher) is not None
+
+
+def is_local(teacher: "str | PreTrainedModel | Teacher") -> bool:
+    """Whether a teacher is a language model in this process, by its name or as an instance.
+
+    Raises:
+        ConfigError: as `split_name`.
+    """
+    return _kind_of(teacher)[0] == "local"
 
 
 def load_teacher(
@@ -200,6 +227,8 @@ def load_teacher(
             usd,
             num_processes=options.world_size,
         ),
+        extra_body=options.teacher_extra_body,
+        extra_headers=options.teacher_extra_headers,
     )
 
 
@@ -252,6 +281,7 @@ def _settings(options: TeacherOptions) -> EngineSettings:
         max_attempts=options.teacher_max_attempts,
         max_seconds=options.teacher_max_seconds,
         max_retry_after=options.teacher_max_retry_after,
+        probe_samples=options.num_rollouts,
     )
 
 

@@ -7,6 +7,7 @@ keys and values serve every chunk and every rollout of that trajectory.
 """
 
 import asyncio
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,6 +339,11 @@ class LocalTeacher(Teacher):
                 )
                 replies[i, m] = TeacherReply(tuple(texts[row]), usage)
 
+    @property
+    def _cache_name(self) -> str:
+        """The argument for a cache. transformers 5.24 renamed it; the old name still works, with a warning."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
     def _prefill(self, trunks: list[list[int]]) -> DynamicCache:
         """Keys and values of each trunk, right-padded. Causal masks hide the padding after a token."""
         width = max(len(trunk) for trunk in trunks)
@@ -345,9 +351,9 @@ class LocalTeacher(Teacher):
         cache = DynamicCache(config=self.model.config)
         self.model(
             input_ids=torch.tensor(padded, device=self.model.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: cache},
         )
         return cache
 
@@ -406,7 +412,10 @@ class LocalTeacher(Teacher):
         )
         with without_generation_defaults(self.model):
             output = self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                **{self._cache_name: cache},
             )
         new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         return new_ids

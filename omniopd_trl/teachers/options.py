@@ -39,6 +39,8 @@ class TeacherOptions:
     teacher_base_url: str | None = None
     teacher_tokenizer_name_or_path: str | None = None
     teacher_continuation: Continuation | None = None
+    teacher_extra_body: dict[str, Any] | None = None
+    teacher_extra_headers: dict[str, str] | None = None
     teacher_max_concurrency: int = 64
     teacher_requests_per_minute: float | None = None
     teacher_tokens_per_minute: float | None = None
@@ -51,6 +53,7 @@ class TeacherOptions:
     teacher_input_price: float | None = None
     teacher_output_price: float | None = None
     teacher_cached_price: float | None = None
+    num_rollouts: int = 10
     device: "torch.device | str | None" = None
     world_size: int = 1
     process_index: int = 0
@@ -92,6 +95,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "teacher_base_url": PROVIDERS,
     "teacher_tokenizer_name_or_path": OPENAI_STYLE,
     "teacher_continuation": PROVIDERS,
+    "teacher_extra_body": PROVIDERS,
+    "teacher_extra_headers": PROVIDERS,
     "teacher_max_concurrency": PROVIDERS,
     "teacher_requests_per_minute": PROVIDERS,
     "teacher_tokens_per_minute": PROVIDERS,

@@ -180,13 +180,20 @@ class OmniOPDConfig(DistillationConfig):
         > Parameters that control a teacher behind a service
 
         teacher_base_url (`str`, *optional*):
-            Base URL of the service for `vllm:` and `openai:` teachers, for example `http://127.0.0.1:8000/v1`.
+            Base URL of the service, for example `http://127.0.0.1:8000/v1` for a `vllm:` or `openai:` teacher.
             Defaults to the SDK's own.
         teacher_tokenizer_name_or_path (`str`, *optional*):
             Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the teacher's name.
         teacher_continuation (`str`, *optional*):
             How to ask the teacher to continue the student's text: `"raw"`, `"continue_final"`, `"prefill"`,
             `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to support.
+        teacher_extra_body (`str` or `dict[str, Any]`, *optional*):
+            Fields that are added to the body of each request, for example `{"top_k": 40}`. They replace the teacher's
+            own fields of the same name; `null` as a value leaves a field out. No secrets: keys are read from the
+            environment.
+        teacher_extra_headers (`str` or `dict[str, str]`, *optional*):
+            Headers that are added to each request, for example `{"X-Title": "distillation"}`. No secrets: keys are
+            read from the environment.
         teacher_max_concurrency (`int`, *optional*, defaults to `64`):
             Maximum number of requests in flight, over all processes of the job.
         teacher_requests_per_minute (`float`, *optional*):
@@ -242,6 +249,8 @@ class OmniOPDConfig(DistillationConfig):
         *DistillationConfig._VALID_DICT_FIELDS,
         "ref_model_init_kwargs",
         "teacher_chat_template_kwargs",
+        "teacher_extra_body",
+        "teacher_extra_headers",
     ]
 
     # Parameters that control the audits
@@ -430,8 +439,8 @@ class OmniOPDConfig(DistillationConfig):
     teacher_base_url: str | None = field(
         default=None,
         metadata={
-            "help": "Base URL of the service for `vllm:` and `openai:` teachers, for example "
-            "`http://127.0.0.1:8000/v1`. Defaults to the SDK's own."
+            "help": "Base URL of the service, for example `http://127.0.0.1:8000/v1` for a `vllm:` or `openai:` "
+            "teacher. Defaults to the SDK's own."
         },
     )
     teacher_tokenizer_name_or_path: str | None = field(
@@ -446,6 +455,21 @@ class OmniOPDConfig(DistillationConfig):
         metadata={
             "help": "How to ask the teacher to continue the student's text: 'raw', 'continue_final', 'prefill', "
             "'prefix_flag' or 'instruct'. Defaults to what the model is known to support."
+        },
+    )
+    teacher_extra_body: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields that are added to the body of each request, for example `{"top_k": 40}`. They replace the '
+            "teacher's own fields of the same name; `null` as a value leaves a field out. No secrets: keys are read "
+            "from the environment."
+        },
+    )
+    teacher_extra_headers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Headers that are added to each request, for example `{"X-Title": "distillation"}`. No secrets: '
+            "keys are read from the environment."
         },
     )
     teacher_max_concurrency: int = field(

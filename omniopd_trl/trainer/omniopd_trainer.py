@@ -100,8 +100,9 @@ class OmniOPDTrainer(DistillationTrainer):
             state: a frozen copy, or, with LoRA, the base model with adapters off.
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~omniopd_trl.teachers.Teacher`], *optional*):
             Teacher that continues the student's text: a path or *model id* (loaded with
-            `args.teacher_model_init_kwargs`), an instantiated model, `"vllm:MODEL"`, `"openai:MODEL"`, `"anthropic:MODEL"`, `"gemini:MODEL"`, `"scripted"`,
-            or any [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to
+            `args.teacher_model_init_kwargs`), an instantiated model, the name of a model behind a service such as
+            `"anthropic:MODEL"` (docs/teachers.md lists the providers), `"scripted"`, or any
+            [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to
             `args.teacher_model_name_or_path`.
         args ([`OmniOPDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
@@ -592,7 +593,9 @@ class OmniOPDTrainer(DistillationTrainer):
             # A launcher ends all processes as soon as one has ended, and another may still be writing.
             self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
-        return stop(failure, f"Stopped at step {self.state.global_step}: {failure.text}{where}")
+        text = failure.text.rstrip()
+        end = "" if text.endswith((".", "!", "?", "…")) else "."
+        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{end}{where}")
 
     # ---- Loss and metrics ----
 

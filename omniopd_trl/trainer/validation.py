@@ -19,7 +19,7 @@ from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
-from omniopd_trl.errors import ConfigError, DataError, first_line
+from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, first_line
 from omniopd_trl.journal.reader import merge, spent_by_journal
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
@@ -30,6 +30,11 @@ from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.startup import check_student_config, check_tokenizer
 
 logger = logging.get_logger(__name__)
+
+logger = logging.get_logger(__name__)
+
+# Prompts that the teacher is asked with at the start, when it returns nothing for the ones before.
+PROBE_PROMPTS = 3
 
 
 def check_inputs(
@@ -279,9 +284,20 @@ def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None
 def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
     """Send the teacher one question as a check: the first prompt of the first dataset.
 
+    If the teacher returns nothing for a prompt, it is asked with the next one, `PROBE_PROMPTS` in all.
+
     Raises:
         DataError: when the teacher cannot render the question.
         TeacherError: when the teacher does not answer.
     """
     for _, dataset in islice(datasets, 1):
-        teacher.probe(next(iter(dataset))["prompt"])
+        prompts = [row["prompt"] for row in islice(dataset, PROBE_PROMPTS)]
+        for index, prompt in enumerate(prompts, start=1):
+            try:
+                teacher.probe(prompt)
+            except NoRolloutError as error:
+                if index == len(prompts):
+                    raise
+                logger.warning(f"{error} It is asked again, with another prompt of the dataset.")
+            else:
+                break

@@ -450,13 +450,13 @@ class TestLimits:
             Budget(max_usd=1.0)
         assert issubclass(BudgetError, TeacherError)
 
-    @pytest.mark.parametrize(
-        "settings_", [{"max_usd": 0, "price": PRICE}, {"max_tokens": -1}, {"max_usd": float("nan"), "price": PRICE}]
-    )
-    def test_limit_of_nothing(self, settings_):
-        """A limit of 0 would be mistaken for none, and is refused."""
+    @pytest.mark.case("T15")
+    @pytest.mark.parametrize("name", ["max_usd", "max_tokens"])
+    @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
+    def test_limit_of_nothing(self, name, limit):
+        """A limit of 0 would be mistaken for none, and is refused; NaN and infinity are no limits."""
         with pytest.raises(ConfigError, match="must be above 0"):
-            Budget(**settings_)
+            Budget(**{name: limit}, price=PRICE)
 
     def test_no_processes(self):
         """No process, no share."""

@@ -257,7 +257,7 @@ class TestUnknown:
     [
         (Usage(100, 30, 1), (100, 30, 0)),
         (Usage(100, 300, 1), (100, 100, 0)),
-        (Usage(-5, 3, 1), (0, 0, 0)),
+        (Usage(0, 3, 1, 0, 7), (0, 0, 0)),
         (SimpleNamespace(prompt_tokens=100, cached_tokens=80, cache_write_tokens=50), (100, 80, 20)),
     ],
 )

@@ -636,3 +636,28 @@ def test_special_tokens_inside_an_answer(tiny_tokenizer):
         assert text.startswith(prefix)
         assert "<|" not in without
     assert kept[-1][0].count("<|") > 3
+
+
+# ---- The models that answered ----
+
+LONG_TEXT = "First we add the apples of Tom to the pears of Ann, and then we divide by two. " * 4
+
+
+def audits_of(tokenizer, teacher, count, **overrides):
+    """Audits of equal trajectories with two chunks of 60 tokens each, by one auditor."""
+    judge = auditor(tokenizer, teacher, chunk_length=60, num_rollouts=4, **overrides)
+    one = trajectory(tokenizer, LONG_TEXT, {0: 2.0, 80: 2.0})
+    return [asyncio.run(judge.audit(*one)) for _ in range(count)]
+
+
+@pytest.mark.case("P4")
+def test_the_models_of_an_audit(tiny_tokenizer):
+    """An audit names each model that answered once."""
+
+    class Routed(Recorder):
+        async def sample(self, prefixes, request):
+            replies = await super().sample(prefixes, request)
+            return [replace(reply, models=(f"model-{i % 2}", "model-0")) for i, reply in enumerate(replies)]
+
+    (audit,) = audits_of(tiny_tokenizer, Routed(lambda prefix, index: "7"), 1)
+    assert audit.models == ("model-0", "model-1")

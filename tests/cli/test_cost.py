@@ -191,6 +191,34 @@ class TestCost:
         if teacher.startswith("anthropic:"):
             assert re.search(r"^prompt tokens +337,000 ", printed, re.MULTILINE)
 
+    @pytest.mark.case("F7")
+    @pytest.mark.parametrize(
+        ("settings", "samples", "price"),
+        [
+            ({"teacher_model_name_or_path": "azure:gpt-6-luna"}, 8, "0.1 in, 0.5 out"),
+            (
+                {"teacher_model_name_or_path": "bedrock:us.anthropic.claude-haiku-4-5-20251001-v1:0"},
+                1,
+                "1.1 in, 5.5 out",
+            ),
+            ({"teacher_model_name_or_path": "vertex:gemini-2.5-flash"}, 8, "0.3 in, 2.5 out"),
+            (
+                {
+                    "teacher_model_name_or_path": "openai:openai/gpt-6-luna",
+                    "teacher_base_url": "https://openrouter.ai/api/v1",
+                },
+                8,
+                "0.1 in, 0.5 out",
+            ),
+        ],
+        ids=lambda value: value["teacher_model_name_or_path"] if isinstance(value, dict) else "",
+    )
+    def test_clouds_and_routers(self, forecast, settings, samples, price):
+        """Their names have the capabilities and the price of the model, without a key or a package of theirs."""
+        rows = forecast("--prompt_length", 200, **settings)
+        assert rows["samples per request"] == f"{samples} of N = 10"
+        assert rows["price"].startswith(price)
+
     def test_letters_per_token(self, tiny_tokenizer):
         """The instruction's estimate is that of its letters."""
         assert 200 < cost._instruction_length(None) < cost._instruction_length(tiny_tokenizer)

@@ -36,10 +36,16 @@ FOLDER = ROOT / "recipes"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 MATH = [name for name in RECIPES if name.startswith("math_")]
-LIMITED = ["math_qwen3_4b_anthropic.yaml", "math_qwen3_4b_gemini.yaml", "math_qwen3_4b_openai.yaml"]
+LIMITED = [
+    "math_qwen3_4b_anthropic.yaml",
+    "math_qwen3_4b_haiku_5_5.yaml",
+    "math_qwen3_4b_gemini.yaml",
+    "math_qwen3_4b_openai.yaml",
+]
 SERVICES = {
     "math_qwen3_4b_vllm.yaml": OpenAITeacher,
     "math_qwen3_4b_anthropic.yaml": AnthropicTeacher,
+    "math_qwen3_4b_haiku_5_5.yaml": AnthropicTeacher,
     "math_qwen3_4b_gemini.yaml": GeminiTeacher,
     "math_qwen3_4b_openai.yaml": OpenAITeacher,
 }
@@ -172,6 +178,30 @@ class TestTeachers:
         assert capabilities.shutdown is None
         assert capabilities.reasoning_headroom == 0
 
+    @pytest.mark.case("U7")
+    def test_haiku(self):
+        """The later Haiku is instructed, takes no temperature, and costs a ninth."""
+        name = "math_qwen3_4b_haiku_5_5.yaml"
+        capabilities = capabilities_of("anthropic", "claude-haiku-5-5")
+        assert (capabilities.continuation, capabilities.takes_temperature) == ("instruct", False)
+        assert settings_of(name)["teacher_model_name_or_path"] == "anthropic:claude-haiku-5-5"
+        assert "teacher_temperature" not in settings_of(name)
+        plain = {
+            cost.recipe: float(cost.dollars[0])
+            for cost in costs_of_page()
+            if not cost.options and cost.dollars[0] != "none"
+        }
+        assert plain["math_qwen3_4b_anthropic.yaml"] / plain[name] == pytest.approx(9.1, abs=0.1)
+
+    @pytest.mark.case("U7")
+    def test_five_chunks(self):
+        """The paper's cheaper setting stands on the page with its numbers, and costs half without a cache."""
+        assert "68.38" in PAGE
+        costs = {(cost.recipe, cost.options): cost for cost in costs_of_page()}
+        for name in ("math_qwen3_4b_anthropic.yaml", "math_qwen3_4b_haiku_5_5.yaml"):
+            all_chunks, half = (float(costs[name, options].dollars[0]) for options in ((), ("--num_chunks", "5")))
+            assert half == pytest.approx(all_chunks / 2, abs=0.01)
+
     def test_the_papers_gemini(self):
         """The date on which the paper's teacher ends is the one that a run warns of."""
         assert capabilities_of("gemini", "gemini-2.5-flash").shutdown == date(2026, 12, 1)
@@ -243,6 +273,7 @@ class TestPage:
         """Once each, with a link."""
         assert sorted(re.findall(r"^\| \[(\S+\.yaml)\]\(\1\)", PAGE, re.MULTILINE)) == RECIPES
 
+    @pytest.mark.case("U7")
     def test_every_paid_recipe_has_its_cost(self):
         """As it stands, without options."""
         plain = {cost.recipe for cost in costs_of_page() if not cost.options}

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,8 @@ from omniopd_trl.cli.train import main, resolve_checkpoint, run, summarize
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from tests.support import hub_stub
 from tests.support.commands import run_process, succeeded, train
+from tests.support.loopback import Fault, Loopback, wire
+from tests.support.loopback.teachers import ControlC
 
 
 class TestRun:
@@ -223,6 +226,19 @@ class TestMistakes:
         assert usage == "usage: python -m omniopd_trl.train --config RECIPE.yaml [--OPTION VALUE ...]"
         assert "invalid int value: 'ten'" in error
 
+    @pytest.mark.case("A3")
+    def test_control_c_while_the_teacher_is_asked(self, recipe, tmp_path, monkeypatch, capsys):
+        """The server does not answer the question at the start: one Control-C ends the command."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        with Loopback(wire.openai, lambda *_: Fault(how="hang")) as server:
+            teacher = {"teacher_model_name_or_path": "vllm:model", "teacher_base_url": f"{server.url}/v1"}
+            path = recipe(**teacher, teacher_continuation="instruct")
+            interruption = ControlC(server)
+            assert run(["--config", path]) == 130
+            assert time.monotonic() - interruption.at < 2
+        assert "Interrupted" in capsys.readouterr().err
+
     def test_other_errors_keep_their_traceback(self, recipe, monkeypatch):
         """A mistake of this package, or of one that it uses, is not passed off as one of the user's."""
 
@@ -337,6 +353,43 @@ class TestMain:
         monkeypatch.setattr("omniopd_trl.trainer.omniopd_trainer.OmniOPDTrainer", None)
         with pytest.raises(error, match=message):
             main(*parse_args(["--config", recipe(**changes)]))
+
+
+class TestFromRecipeToTrainer:
+    """What `main` hands to the trainer."""
+
+    @pytest.mark.case("A9")
+    @pytest.mark.parametrize(
+        ("teacher", "changes", "expected"),
+        [
+            ("vllm:model", {}, None),
+            ("anthropic:claude-haiku-4-5", {}, None),
+            ("scripted", {}, None),
+            ("vllm:model", {"teacher_model_init_kwargs": {"dtype": "float32"}}, {"dtype": "float32"}),
+            ("./teacher", {}, {"attn_implementation": "eager"}),
+            (
+                "./teacher",
+                {"teacher_model_init_kwargs": {"attn_implementation": "sdpa"}},
+                {"attn_implementation": "sdpa"},
+            ),
+        ],
+    )
+    def test_attention_of_the_teacher(self, recipe, tmp_path, monkeypatch, teacher, changes, expected):
+        """The student's implementation is that of a local teacher. Other teachers get no option that nobody set."""
+        built = []
+
+        def build(**kwargs):
+            built.append(kwargs["args"])
+            raise InterruptedError
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr("omniopd_trl.trainer.omniopd_trainer.OmniOPDTrainer", build)
+        path = recipe(teacher_model_name_or_path=teacher, attn_implementation="eager", **changes)
+        with pytest.raises(InterruptedError):
+            main(*parse_args(["--config", path]))
+        assert built[0].teacher_model_init_kwargs == expected
+        assert built[0].model_init_kwargs["attn_implementation"] == "eager"
 
 
 class TestResolveCheckpoint:

@@ -3,6 +3,7 @@
 """An audit that is cut off in the middle: what was answered for it is kept, and only the rest is asked for."""
 
 import asyncio
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import Rollout
-from omniopd_trl.teachers.remote.engine import Capabilities, Response, Sample
+from omniopd_trl.teachers.remote.answers import Response, Sample
+from omniopd_trl.teachers.remote.engine import Capabilities
 from omniopd_trl.teachers.remote.failures import Failure
 from tests.support.journals import journal, trajectory
 from tests.support.services import FINAL, TRANSIENT, FailedError, Scripted, short_waits
@@ -185,6 +187,21 @@ def test_another_teacher_finds_nothing(tmp_path):
     replies, _, _ = run(tmp_path, other)
     assert len(other.seen) == 3 * NUM_SAMPLES
     assert [len(reply.rollouts) for reply in replies] == [5, 5, 5]
+
+
+@pytest.mark.case("F5")
+@pytest.mark.parametrize("extra", ["extra_body", "extra_headers"])
+def test_another_request_finds_nothing(tmp_path, extra):
+    """An answer to a request without an extra field or header does not stand for one with it."""
+    first = Service(ONE, fault=lambda number, prefix: FINAL if number == 4 else None)
+    with pytest.raises(TeacherError):
+        run(tmp_path / "one", first)
+    changed, same = Service(ONE), Service(ONE)
+    setattr(changed, extra, {"x-provider": "a"})
+    run(shutil.copytree(tmp_path / "one", tmp_path / "two"), changed)
+    run(tmp_path / "one", same)
+    assert len(changed.seen) == 3 * NUM_SAMPLES
+    assert len(same.seen) < 3 * NUM_SAMPLES
 
 
 def test_a_teacher_that_knows_nothing_of_it(tmp_path):

@@ -13,7 +13,7 @@ from omniopd_trl.errors import DataError, TeacherError
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.providers.anthropic import without_common_space
+from omniopd_trl.teachers.remote.answers import without_common_space
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
@@ -369,9 +369,9 @@ class TestClaude:
     @pytest.mark.parametrize(
         ("change", "outcome"),
         [
-            ({"stop_reason": "refusal", "content": []}, "refused"),
-            ({"stop_reason": "end_turn", "content": []}, "empty"),
-            ({"content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}]}, "empty"),
+            ({"stop_reason": "refusal", "content": []}, {"refused": 1}),
+            ({"stop_reason": "end_turn", "content": []}, {"empty": 1, "reasoned": 1}),
+            ({"content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}]}, {"empty": 1, "reasoned": 1}),
         ],
     )
     def test_outcomes(self, change, outcome):
@@ -380,7 +380,7 @@ class TestClaude:
             "anthropic:claude-haiku-4-5", answer=lambda p, b: {**wire.anthropic(p, b), **change}, path=""
         )
         assert reply.rollouts == ()
-        assert reply.outcomes == {"requests": 1, "retries": 0, outcome: 1}
+        assert reply.outcomes == {"requests": 1, "retries": 0, **outcome}
         assert reply.usage == Usage(45, 30, 7, 2, 10)
 
     @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ class TestClaude:
     )
     def test_space(self, prefix, text, expected):
         """What was not sent and is written again is taken off, once."""
-        assert without_common_space(prefix, text) == expected
+        assert without_common_space(prefix[len(prefix.rstrip()) :], text) == expected
 
 
 class TestGemini:

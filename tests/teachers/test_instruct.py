@@ -49,6 +49,7 @@ def is_subsequence(short: str, long: str) -> bool:
 # ---- The table ----
 
 
+@pytest.mark.case("A2", "P2", "T18")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_table(case: Case) -> None:
     """Each realistic answer becomes the continuation that its author meant."""
@@ -193,6 +194,7 @@ def test_a_long_prefix_is_quick() -> None:
         assert time.process_time() - start < 0.5  # milliseconds; a quadratic scan would take minutes
 
 
+@pytest.mark.case("T18")
 @pytest.mark.parametrize(
     "piece",
     ["...", "... ", "… x", "a", " ", "\n", "*", '"', "= ", "```\n", "<output>", "here is a-", "I will x ", "'*\n"],

@@ -207,7 +207,7 @@ class TestNames:
         with pytest.raises(ConfigError) as caught:
             make_teacher(name, config())
         assert words in str(caught.value)
-        assert "vllm:MODEL, openai:MODEL, anthropic:MODEL or gemini:MODEL" in str(caught.value)
+        assert "vllm:MODEL, openai:MODEL, anthropic:MODEL, gemini:MODEL, azure:MODEL" in str(caught.value)
 
     @pytest.mark.parametrize(
         ("name", "meant"),

@@ -16,11 +16,13 @@ from omniopd_trl.errors import BudgetError, DataError, TeacherError
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote import retries
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, Response
+from omniopd_trl.teachers.remote.answers import Response
+from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
+    failure_of,
     redact,
     retry_after,
 )
@@ -139,7 +141,7 @@ class TestRetries:
         """A wrong address is named before anybody waits for ten minutes; training keeps its patience."""
         Clock(monkeypatch)
         teacher = Scripted(fault=lambda *_: TRANSIENT)
-        with pytest.raises(TeacherError, match="returned nothing"):
+        with pytest.raises(TeacherError, match="one short question 6 times and did not answer: a moment"):
             teacher.probe("question")
         assert len(teacher.seen) == retries.PROBE_ATTEMPTS
         assert teacher.settings == EngineSettings(max_concurrency=8)
@@ -541,11 +543,11 @@ class TestWords:
     def test_status(self):
         """Every status has a meaning, and a final one says what to do next."""
         for status in range(400, 600):
-            failure = failure_of_status(status, "words", model="m", key="K_API_KEY")
-            assert failure.kind in ("final", "transient", "rate_limited")
+            failure = failure_of(ServiceError(status, "words"), model="m", key="K_API_KEY")
+            assert failure.kind in (("rejected",) if status == 413 else ("final", "transient", "rate_limited"))
             if status in (401, 403):
                 assert "K_API_KEY" in failure.message
-        assert failure_of_status(429, "", model="m", key="K", code="insufficient_quota").kind == "final"
+        assert failure_of(ServiceError(429, "", "insufficient_quota"), model="m", key="K").kind == "final"
 
     def test_what_the_adapter_gets(self):
         """The adapter gets the request as it was asked for; only seed and room for reasoning may differ."""

@@ -144,7 +144,7 @@ def test_teacher_forced_logprobs_equal_plain_forward(teacher):
             torch.cat([input_ids, forced], dim=1)[:, start:],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:],
-            past_key_values=cache,
+            **{teacher._cache_name: cache},
         ).logits
     n = len(continuation)
     for row, ids in enumerate(token_ids):

@@ -222,10 +222,28 @@ SECRET = "s3cr3t-4Fz8QmTnW2bLxVYc"
         ("teacher_base_url", f"http://user:{SECRET}@127.0.0.1:8000/v1", "teacher_base_url"),
         ("teacher_base_url", f"https://{SECRET}@host/v1", "teacher_base_url"),
         ("vllm_server_base_url", f"http://:{SECRET}@host", "vllm_server_base_url"),
+        *(
+            pytest.param(*row, marks=pytest.mark.case("A5"))
+            for row in [
+                ("teacher_base_url", f"http://user:a@{SECRET}@127.0.0.1:8000/v1", "teacher_base_url"),
+                ("teacher_base_url", f"http://user:a/{SECRET}@127.0.0.1:8000/v1", "teacher_base_url"),
+                ("teacher_base_url", f"https://host/v1?key={SECRET}", "(key=...)"),
+                ("teacher_base_url", f"https://host/v1?api-version=1&subscription-key={SECRET}", "(subscription-key="),
+                ("teacher_base_url", f"https://host/v1?access_token={SECRET}#a", "(access_token="),
+                ("vllm_server_base_url", f"https://host/v1?sig={SECRET}", "(sig=...)"),
+                ("run_name", f"sk-proj-{SECRET}", "run_name"),
+                ("chat_template_kwargs", {"note": f"AIzaSy{SECRET}"}, "chat_template_kwargs['note']"),
+                ("chat_template_kwargs", {"notes": ["x", f"use hf_{SECRET}"]}, "chat_template_kwargs['notes']"),
+                ("chat_template_kwargs", {"note": SECRET}, "MY_SERVICE_API_KEY"),
+                ("run_name", f"run of {SECRET}", "MY_SERVICE_API_KEY"),
+            ]
+        ),
     ],
 )
-def test_secrets_are_refused(name, value, words):
+def test_secrets_are_refused(name, value, words, monkeypatch):
     """They would stand in every checkpoint. The message names the place and the way out, and shows no secret."""
+    if words == "MY_SERVICE_API_KEY":
+        monkeypatch.setenv(words, SECRET)
     with pytest.raises(ConfigError) as caught:
         config(**{name: value})
     message = str(caught.value)
@@ -246,6 +264,10 @@ def test_secrets_are_refused(name, value, words):
         ("teacher_base_url", "http://127.0.0.1:8000/v1"),
         ("teacher_base_url", "http://host/v1?mail=a@b"),
         ("run_name", "me@home"),
+        ("run_name", "sk-learn-baseline-2026"),
+        ("run_name", "hf_transfer_1"),
+        ("teacher_base_url", "http://host:8000/v1?api-version=2026-10-01"),
+        ("teacher_base_url", "http://host:8000/a@b"),
     ],
 )
 def test_what_looks_like_a_secret_and_is_none(name, value):

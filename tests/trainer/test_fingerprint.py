@@ -241,6 +241,15 @@ def test_no_secrets(tmp_path, tiny_model_dir):
     assert with_token["teacher_model_init_kwargs"] == {"dtype": "float32", "headers": {}}
 
 
+@pytest.mark.case("F5")
+def test_extra_fields_count(tmp_path, tiny_model_dir):
+    """A field or a header may change the answers, and those of another request are not replayed."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=ScriptedTeacher(["x"]))
+    before = fingerprint(settings_of(trainer))
+    assert fingerprint(settings_of(trainer, teacher_extra_body={"top_k": 40})) != before
+    assert fingerprint(settings_of(trainer, teacher_extra_headers={"X-Provider": "a"})) != before
+
+
 def test_a_teacher_is_known_by_its_name(tmp_path, tiny_model_dir):
     """Another name is another teacher, and so is another script."""
     teacher = ScriptedTeacher(["x"])

@@ -6,6 +6,7 @@ import json
 import logging as std_logging
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -152,6 +153,49 @@ def test_a_final_error_in_the_middle_saves_and_names_the_next_step(tmp_path, tin
     step = str(caught.value).split("step ")[1].split(":")[0]
     assert (tmp_path / f"checkpoint-{step}").is_dir()
     assert int(step) >= 1
+
+
+@pytest.mark.case("T1")
+def test_a_refused_prompt_costs_its_chunks(tmp_path, tiny_model_dir, services):
+    """The run reaches its end, and the log counts what was dropped."""
+    refused = Fault(400, wire.openai_error(400, "Content Exists Risk"))
+
+    def fault(number, body):
+        return refused if "Tom has 3 apples" in str(body) else None
+
+    with Loopback(wire.openai, fault=fault) as server:
+        trainer = run(tmp_path, tiny_model_dir, SERVICES[1], server, max_failed_chunks=0.9)
+    logs = [log for log in trainer.state.log_history if "teacher/failed_requests" in log]
+    assert trainer.state.global_step == 2
+    # A request per chunk: the service returns several samples.
+    failed = [log["teacher/failed_requests"] for log in logs]
+    assert [log["audit/dropped_chunks"] * log["teacher/requests"] for log in logs] == failed
+    assert sorted(failed)[0] == 0 < sum(failed)
+
+
+@pytest.mark.case("T1", "U13")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda body: Fault(400, wire.openai_error(400, "No reason for this")),
+        lambda body: Fault(200, refusal(body, "I will not do that")),
+    ],
+    ids=["error", "refusal"],
+)
+def test_refusals_of_most_prompts_stop_the_run(tmp_path, tiny_model_dir, services, answer):
+    """By `max_failed_chunks`, with the service's own words, in whole sentences."""
+    with Loopback(wire.openai, fault=lambda number, body: answer(body) if number else None) as server:
+        with pytest.raises(TeacherError, match=r"max_failed_chunks=0\.2") as caught:
+            run(tmp_path, tiny_model_dir, SERVICES[1], server)
+    assert re.search(r"(No reason for this|I will not do that)\)+\. A checkpoint is in", str(caught.value))
+
+
+def refusal(body, text):
+    """An answer whose samples are refused with a text."""
+    whole = wire.openai("/v1/chat/completions", body)
+    for choice in whole["choices"]:
+        choice["message"].update(content=None, refusal=text)
+    return whole
 
 
 def test_a_server_that_never_answers_ends_the_run_in_time(tmp_path, tiny_model_dir, services):

@@ -153,6 +153,7 @@ class TestWarnings:
         own = make_trainer(tmp_path, tiny_model_dir, chunk_weights=lambda chunks: chunks.posteriors - 0.5)
         assert not own.step_metrics._is_plain
 
+    @pytest.mark.case("P3")
     @pytest.mark.parametrize(("temperature", "warns"), [(1.0, True), (0.0, False)])
     def test_rollouts_that_are_all_equal(self, tmp_path, tiny_model_dir, temperature, warns, caplog, monkeypatch):
         """A cache answers: N observations that are one. Greedy rollouts are equal by design."""

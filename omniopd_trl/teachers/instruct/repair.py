@@ -49,7 +49,9 @@ def repair(prefix: str, output: str, prompt: Prompt = "") -> Repaired:
         return Repaired("", "refused")
     text = _unwrap(prefix, output)
     skip = _overlap(prefix, text)
-    if not skip and _restarts(prefix, text, prompt):
+    greeting = _GREETING_BEFORE_OPENING.match(output)
+    greets = greeting is not None and text == output[greeting.end() :]
+    if not skip and (greets or _restarts(prefix, text, prompt)):
         return Repaired(text, "restarted")
     text = text[skip:]
     if not text.strip() or _ELLIPSES.fullmatch(text):
@@ -64,7 +66,19 @@ _REFUSAL = re.compile(
     r"(?(sorry)\w|(?:assist|help|comply|fulfil)\b)",
     re.IGNORECASE,
 )
+# A refusal to answer at all, which a continuation does not contain by chance.
+_DECLINES = re.compile(
+    r"\s*+(?:(?:I['’]?m|I am) (?:very |so |really )?sorry|sorry|I apologi[sz]e)[,.;]?\s+(?:but )?"
+    r"I(?:['’]m| am|) ?(?:can['’]?t|can ?not|won['’]t|(?:not able|unable) to) (?:assist|help|comply|fulfil)\b",
+    re.IGNORECASE,
+)
 _ELLIPSES = re.compile(r"\s*+(?:(?:\.\.\.|…)\s*+){2,}")
+
+
+def declines(text: str) -> bool:
+    """Whether a continuation that no instruction asked for refuses to answer, as in "I'm sorry, but I can't help"."""
+    return _DECLINES.match(text) is not None
+
 
 # -- Wrappers --
 
@@ -219,16 +233,22 @@ def _position(text: str, count: int) -> int:
 # Talk about the task.
 _TALK = re.compile(
     r"[\s\"'*]*+(?:(?:sure|certainly|absolutely)[,!.]? (?:let|here|i\b)|</?(?:solution|problem|conversation)\b|"
-    r"(?:i['’]ll|i will|let me) (?:now )?(?:continue|pick up|complete|finish) (?:from|where|the|writing)|"
+    r"(?:i['’]ll|i will|let me) (?:now )?(?:continue|pick up|complete|finish)(?: (?:from|where|the|writing)|\Z)|"
+    r"(?:it (?:looks|seems) like )?you(?:['’]ve| have)? (?:provided|given me|asked|stopped|started)\b|"
     r"continuing from (?:where|the)|as (?:instructed|requested)\b|here(?:['’]s| is) (?:the |a |my |your )?"
     r"(?:[\w-]+ ){0,2}(?:continuation|solution)|给定的?部分解|部分解答|以下是完整)",
     re.IGNORECASE,
 )
-_REQUEST = re.compile(r"\bpartial[ _](?:solution|answer|text)|\b(?:the|a) partia\Z", re.IGNORECASE)
+_REQUEST = re.compile(r"\bpartial[ _](?:solution|answer|text)|\b(?:the|a) partial?\Z", re.IGNORECASE)
+# After a greeting, which `_unwrap` removes, these words open a solution or announce one.
+_GREETING_BEFORE_OPENING = re.compile(
+    rf"\s*+{_GREETING}!\s+(?=(?:let['’]?s|let us|let me|here(?:['’]s| is| are)|i['’]ll|i will)\b)", re.IGNORECASE
+)
 # Openings of a solution. The weak ones count only when the prefix stops inside a sentence.
 _OPENING = re.compile(
-    r"[\s*#]*+(?:let['’]?s|let us|let me|(?:i|we)['’]ll|(?:i|we) (?:will|need to|have to)|to) (?:\w+ ){0,2}?(?:solve|"
-    r"answer|work through|tackle|approach|analy[sz]e|break down) (?:this|the) (?:problem|question|exercise|task)\b",
+    r"[\s*#]*+(?:(?:okay|ok|alright|great|well)[,.!]? (?:so )?)?(?:let['’]?s|let us|let me|(?:i|we)['’]ll|"
+    r"(?:i|we) (?:will|need to|have to)|to) (?:\w+ ){0,2}?(?:solve|answer|work through|tackle|approach|analy[sz]e|"
+    r"break down) (?:this|the) (?:problem|question|exercise|task)\b",
     re.IGNORECASE,
 )
 _WEAK_OPENING = re.compile(

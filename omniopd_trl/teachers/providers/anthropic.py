@@ -1,26 +1,43 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Claude as a teacher, through Anthropic's Messages interface."""
+"""Claude as a teacher: Anthropic's Messages interface, at Anthropic, on Amazon Bedrock and on Vertex AI."""
 
 import os
 from typing import Any
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest, common_prefix_length
+from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-    FailureKind,
-    MalformedResponseError,
-    failure_of_status,
-    out_of_range,
-    retry_after,
-    was_sent,
+from omniopd_trl.teachers.remote.answers import (
+    Asked,
+    Response,
+    counts,
+    member,
+    members,
+    parse,
+    read_sample,
+    served_model,
 )
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.failures import Failure
+from omniopd_trl.teachers.remote.http import check_address, http_client
+
+# Where each provider's key and address are, besides the credentials that the cloud's own package reads.
+KEYS = {
+    "anthropic": ("ANTHROPIC_API_KEY",),
+    "bedrock": ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_BEARER_TOKEN_BEDROCK"),
+    "vertex": (),
+}
+_ADDRESSES = {
+    "anthropic": "ANTHROPIC_BASE_URL",
+    "bedrock": "ANTHROPIC_BEDROCK_BASE_URL",
+    "vertex": "ANTHROPIC_VERTEX_BASE_URL",
+}
+_NO_CREDENTIALS = {
+    "bedrock": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or AWS_BEARER_TOKEN_BEDROCK",
+    "vertex": "Run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+}
 
 
 class AnthropicTeacher(RemoteTeacher):
@@ -31,47 +48,67 @@ class AnthropicTeacher(RemoteTeacher):
     instructed.
 
     Args:
-        model: Anthropic's name of the model, for example `"claude-haiku-4-5"`.
+        model: the provider's name of the model, for example `"claude-haiku-4-5"`.
         capabilities: capabilities of the model.
-        base_url: address of the service. Defaults to `ANTHROPIC_BASE_URL`, and then to Anthropic itself.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        provider: `"anthropic"`, `"bedrock"` or `"vertex"`.
+        base_url: address of the service. Defaults to `ANTHROPIC_BASE_URL` (with `_BEDROCK` or `_VERTEX` before
+            `_BASE_URL` for the others), and then to the service itself.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
-
-    key_variables = ("ANTHROPIC_API_KEY",)
 
     def __init__(
         self,
         model: str,
         capabilities: Capabilities,
         *,
+        provider: str = "anthropic",
         base_url: str | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"anthropic:{model}", capabilities, settings, budget)
+        self.key_variables = KEYS[provider]
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
-        self.base_url = base_url or os.environ.get("ANTHROPIC_BASE_URL") or None
+        self.base_url = base_url
+        if base_url is not None:
+            check_address(base_url, "teacher_base_url")
+        elif address := os.environ.get(_ADDRESSES[provider]):
+            self.base_url = check_address(address, _ADDRESSES[provider])
 
     def connect(self) -> Any:
-        anthropic = import_extra("anthropic", "anthropic")
-        return anthropic.AsyncAnthropic(
-            api_key=self.key(), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
-        )
+        anthropic = import_extra("anthropic", self.provider)
+        options: dict[str, Any] = {
+            "base_url": self.base_url,
+            "timeout": self.settings.timeout,
+            "max_retries": 0,
+            "default_headers": self.extra_headers,
+        }
+        if self.provider == "bedrock":
+            import_extra("boto3", "bedrock")
+            client, identity = anthropic.AsyncAnthropicBedrock, {}
+        elif self.provider == "vertex":
+            import_extra("google.auth", "vertex")
+            client = anthropic.AsyncAnthropicVertex
+            identity = {
+                "project_id": self.variable("project", "ANTHROPIC_VERTEX_PROJECT_ID", "GOOGLE_CLOUD_PROJECT"),
+                "region": self.variable("region", "CLOUD_ML_REGION", "GOOGLE_CLOUD_LOCATION"),
+            }
+        else:
+            client, identity = anthropic.AsyncAnthropic, {"api_key": self.key()}
+        return client(**identity, http_client=http_client(self.settings.max_concurrency), **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        instructed = self.capabilities.continuation == "instruct"
         # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
         cached = request.num_samples > 1 and self._fills_cache(prefix)
-        answer = await self.client.messages.create(
+        space = prefix.completion[len(prefix.completion.rstrip()) :]
+        asked = self._asked(prefix, 1, request, unsent=space)
+        response = await self.client.messages.with_raw_response.create(
             model=self.model,
             max_tokens=request.max_tokens,
             **self._prompt(prefix, cached),
-            extra_body={**self.capabilities.reasoning_off, **self._sampling(request)},
+            extra_body=self.body(self.capabilities.reasoning_off, self._sampling(request), self._distinct(request)),
         )
-        if not isinstance(getattr(answer, "content", None), list):
-            raise MalformedResponseError("no list of content blocks in it")
-        return Response((_sample(answer, prefix, instructed),), _usage(getattr(answer, "usage", None)))
+        return read_answer(response.http_response.content, asked)
 
     # ---- Requests ----
 
@@ -87,6 +124,16 @@ class AnthropicTeacher(RemoteTeacher):
             f"the service accepts a temperature or a top_p, not both, so teacher_top_p={request.top_p:g} is not sent."
         )
         return {"temperature": request.temperature}
+
+    def _distinct(self, request: SamplingRequest) -> dict[str, Any]:
+        """A field that differs between the requests for one prefix, which a gateway that caches answers would equate.
+
+        The service takes no seed. This field is not part of the prompt, so the prompt cache is not affected. Bedrock
+        and Vertex AI do not have it.
+        """
+        if request.seed is None or self.provider != "anthropic":
+            return {}
+        return {"metadata": {"user_id": f"omniopd-{request.seed}"}}
 
     def _prompt(self, prefix: Prefix, cached: bool) -> dict[str, Any]:
         if self.capabilities.continuation == "instruct":
@@ -106,83 +153,44 @@ class AnthropicTeacher(RemoteTeacher):
     # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
-        anthropic = import_extra("anthropic", "anthropic")
-        if isinstance(error, anthropic.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, anthropic.APIConnectionError):
-            cause = error.__cause__ or error
-            return Failure("transient", f"no connection ({type(cause).__name__}: {cause})", None, was_sent(error))
-        if isinstance(error, anthropic.APIResponseValidationError):
-            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
-        if not isinstance(error, anthropic.APIStatusError):
+        return self._no_credentials(error) or super().classify(error)
+
+    def _no_credentials(self, error: Exception) -> Failure | None:
+        """The failure of a cloud's package to find, read or renew credentials before a request is sent."""
+        package = type(error).__module__.partition(".")[0]
+        if self.provider == "anthropic" or not (package in ("botocore", "google") or isinstance(error, RuntimeError)):
             return None
-        detail = str(error.api_message or error.message)
-        kind = _unsupported(detail) if error.status_code == 400 else None
-        if kind is not None:
-            return Failure(kind, f"{error.status_code}: {detail[:500]}")
-        return failure_of_status(
-            error.status_code,
-            detail,
-            model=self.model,
-            key=self.key_variables[0],
-            wait=retry_after(error.response.headers),
-            code="insufficient_quota" if "credit balance is too low" in detail else error.type,
-        )
+        said = " ".join(str(error).split())[:500]
+        return Failure("final", f"no credentials ({type(error).__name__}: {said}). {_NO_CREDENTIALS[self.provider]}.")
 
 
-def _unsupported(detail: str) -> FailureKind | None:
-    """The missing capability that a 400 reports, if any. The service has no code for it, only a message."""
-    text = detail.lower()
-    if "prefill" in text or "must end with a user message" in text:
-        return "no_prefill"
-    if "temperature" in text or "top_p" in text:
-        return None if out_of_range(text) else "no_temperature"
-    if "thinking" in text or "effort" in text:
-        return "always_reasons"
-    return None
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/messages`.
 
-
-def _sample(answer: Any, prefix: Prefix, instructed: bool) -> Sample:
-    if answer.stop_reason == "refusal":
-        return Sample("", "stop", "refused")
-    finish = "length" if answer.stop_reason == "max_tokens" else "stop"
-    text = "".join(block.text for block in answer.content if block.type == "text")
-    if not text:
-        return Sample("", finish, "empty")
-    if instructed:
-        repaired = repair(prefix.completion, text, prefix.prompt)
-        return Sample(repaired.text, finish, repaired.outcome)
-    text = without_common_space(prefix.completion, text)
-    return Sample(text, finish) if text else Sample("", finish, "empty")
-
-
-def without_common_space(prefix: str, text: str) -> str:
-    """Remove from a continuation the trailing white space of the prefix, where the model wrote it again.
-
-    Args:
-        prefix: the student's text.
-        text: the continuation of the prefix that was sent, without its trailing white space.
-
-    Example:
-        >>> without_common_space("First,\\n", "\\n\\nwe add")
-        '\\nwe add'
+    Raises:
+        MalformedResponseError: when it has another form.
     """
-    space = prefix[len(prefix.rstrip()) :]
-    return text[common_prefix_length(space, text) :]
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    sample = read_sample(asked, members(answer, "content"), member(answer, "stop_reason", str), reasoned=reasoned)
+    return Response((sample,), usage, served_model(answer.get("model")))
 
 
 def _usage(usage: Any) -> Usage | None:
     """The service's `input_tokens` exclude cache reads and cache writes."""
     # A compatible proxy may leave any of them out.
-    if getattr(usage, "input_tokens", None) is None or getattr(usage, "output_tokens", None) is None:
+    if not isinstance(usage, dict) or usage.get("input_tokens") is None or usage.get("output_tokens") is None:
         return None
-    read = usage.cache_read_input_tokens or 0
-    written = usage.cache_creation_input_tokens or 0
-    details = usage.output_tokens_details
-    return Usage(
-        prompt_tokens=usage.input_tokens + read + written,
-        cached_tokens=read,
-        completion_tokens=usage.output_tokens,
-        reasoning_tokens=details.thinking_tokens if details is not None else 0,
-        cache_write_tokens=written,
+    found = counts(
+        usage,
+        "input_tokens",
+        "cache_read_input_tokens",
+        "cache_creation_input_tokens",
+        "output_tokens",
+        "output_tokens_details.thinking_tokens",
     )
+    if found is None:
+        return None
+    plain, read, written, output, thinking = found
+    return Usage(plain + read + written, read, output, thinking, written)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capabilities of each model, by name. When a model contradicts this table, later requests are adapted.
 
-Sources: the SDKs (openai 3.52, anthropic 2.11, google-genai 3.4) and answers of the services, November 2026.
+Sources: the SDKs (openai 3.57, anthropic 2.14, google-genai 3.6) and answers of the services, November 2026.
 """
 
 import re
@@ -16,8 +16,18 @@ from omniopd_trl.teachers.remote.engine import Capabilities
 
 logger = logging.get_logger(__name__)
 
-Provider = Literal["vllm", "openai", "anthropic", "gemini"]
+Provider = Literal["vllm", "openai", "anthropic", "gemini", "azure", "bedrock", "vertex"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+# Whose model a name means, whatever is before it: a vendor at a router (`openai/gpt-6-luna`), or a region and a vendor
+# on Bedrock. OpenAI's open models (gpt-oss) are ids on the Hub and must not match.
+FAMILIES: tuple[tuple[str, Provider], ...] = (
+    (r"(?:.*anthropic[/.]|(?:bedrock|vertex_ai)/)?(claude-.+)", "anthropic"),
+    (r"(?:(?:google|gemini|vertex_ai)/)?(gemini-.+)", "gemini"),
+    (r"(?:(?:openai|azure)/)?((?!gpt-oss)(?:gpt-\d|chatgpt-|o\d).*)", "openai"),
+    (r"(?:deepseek/)(deepseek-.+)", "openai"),
+    (r"(?:mistral/)((?:open-)?(?:mistral|ministral|mixtral|codestral|devstral|magistral)-.+)", "openai"),
+)
 
 # Providers with an OpenAI-compatible API.
 OPENAI_STYLE: tuple[Provider, ...] = ("vllm", "openai")
@@ -67,7 +77,7 @@ _GEMINI_3_PRO = replace(
 
 # The first pattern that matches the whole name, in lower case, is used. The last one is the provider's default, the
 # safest choice for an unknown model.
-MODELS: dict[Provider, list[tuple[str, Capabilities]]] = {
+MODELS: dict[str, list[tuple[str, Capabilities]]] = {
     "vllm": [(r".*", _VLLM)],
     "openai": [
         (r"deepseek-(chat|v\d.*)", replace(_PREFIX_FLAG, reasoning_off={"thinking": {"type": "disabled"}})),
@@ -101,7 +111,7 @@ MODELS: dict[Provider, list[tuple[str, Capabilities]]] = {
 }
 
 # Dates announced by the providers. The SDKs list them for the models that they know.
-SHUTDOWNS: dict[Provider, list[tuple[str, date]]] = {
+SHUTDOWNS: dict[str, list[tuple[str, date]]] = {
     "vllm": [],
     "openai": [
         (r"gpt-5(-mini|-nano)?(-2025-08-07)?|o3(-2025-04-16)?", date(2026, 12, 11)),
@@ -123,16 +133,30 @@ SHUTDOWNS: dict[Provider, list[tuple[str, date]]] = {
 }
 
 
+def family_of(model: str) -> tuple[Provider, str] | None:
+    """Whose model a name means and its plain name, without vendor, region and version; `None` for an unknown one.
+
+    Example:
+        >>> family_of("openai/gpt-6-luna"), family_of("us.anthropic.claude-haiku-4-5-20251001-v1:0")
+        (('openai', 'gpt-6-luna'), ('anthropic', 'claude-haiku-4-5-20251001'))
+    """
+    for pattern, family in FAMILIES:
+        if found := re.fullmatch(pattern, model, re.IGNORECASE):
+            return family, re.sub(r"-v\d+(:\d+)?$", "", found[1]).replace("@", "-")
+    return None
+
+
 def capabilities_of(provider: str, model: str) -> Capabilities:
     """The capabilities of a model.
 
     Args:
-        provider: `"vllm"`, `"openai"`, `"anthropic"` or `"gemini"`.
+        provider: one of `PROVIDERS`.
         model: the service's name of the model.
 
     Returns:
         The entry of the first pattern that matches. The last pattern of a provider matches every model and is its
-        safest choice: closed models are instructed.
+        safest choice: closed models are instructed. A model behind a router or on a cloud's platform has the entry of
+        its vendor, as far as the platform's API can express it.
 
     Raises:
         KeyError: for an unknown provider.
@@ -141,9 +165,19 @@ def capabilities_of(provider: str, model: str) -> Capabilities:
         >>> capabilities_of("anthropic", "claude-haiku-4-5").continuation
         'prefill'
     """
-    name = model.lower()
-    found = next(known for pattern, known in MODELS[provider] if re.fullmatch(pattern, name))  # type: ignore[index]
-    dates = SHUTDOWNS[provider]  # type: ignore[index]
+    table, name = {"azure": "openai", "bedrock": "anthropic", "vertex": "gemini"}.get(provider, provider), model
+    if provider in ("azure", "bedrock", "vertex") or (provider == "openai" and "/" in model):
+        table, name = family_of(model) or (table, model)
+    name = name.lower()
+    found = next(known for pattern, known in MODELS[table] if re.fullmatch(pattern, name))
+    if provider in ("openai", "azure") and table != "openai":
+        # The switches of another vendor's API do not exist there, and a prefill is not continued everywhere.
+        return replace(found, continuation="instruct", reasoning_off={})
+    if name != model.lower() and found.continuation == "prefix_flag":
+        found = replace(found, continuation="instruct")  # not every router passes the flag on
+    if table != provider:
+        return found  # dates of the platform are not known
+    dates = SHUTDOWNS[provider]
     return replace(found, shutdown=next((day for pattern, day in dates if re.fullmatch(pattern, name)), None))
 
 

@@ -1,48 +1,61 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers behind an OpenAI-compatible API: vLLM, OpenAI itself, and other servers."""
+"""Teachers behind an OpenAI-compatible API: vLLM, OpenAI itself, Azure, and other servers."""
 
 import json
 import os
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import render_chat
 from omniopd_trl.errors import DataError, import_extra
 from omniopd_trl.teachers.base import Prefix, Prompt, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.teachers.instruct.repair import repair
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher, Response, Sample
+from omniopd_trl.teachers.remote.answers import (
+    Asked,
+    Response,
+    Sample,
+    counts,
+    member,
+    members,
+    parse,
+    read_sample,
+    refused_sample,
+    served_model,
+)
+from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
-    out_of_range,
-    retry_after,
-    was_sent,
+    ServiceError,
 )
+from omniopd_trl.teachers.remote.fields import limit_field
+from omniopd_trl.teachers.remote.http import check_address, http_client
 
 VLLM_URL = "http://localhost:8000/v1"
 OPENAI_URL = "https://api.openai.com/v1"
+
+KEYS = {
+    "vllm": ("VLLM_API_KEY",),
+    "openai": ("OPENAI_API_KEY",),
+    "azure": ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
+}
 
 
 class OpenAITeacher(RemoteTeacher):
     """A teacher behind `/v1/completions` (`raw`) or `/v1/chat/completions` (all other continuations).
 
     Args:
-        provider: `"vllm"` or `"openai"`.
-        model: the server's name of the model.
+        provider: `"vllm"`, `"openai"` or `"azure"`.
+        model: the server's name of the model; the name of the deployment for `azure`.
         capabilities: capabilities of the model.
-        base_url: address of the server, with its `/v1`. Defaults to this machine for `vllm`, and to `OPENAI_BASE_URL`
-            and then OpenAI itself for `openai`.
+        base_url: address of the server, with its `/v1`. Defaults to this machine for `vllm`, to `OPENAI_BASE_URL` and
+            then OpenAI itself for `openai`, and to `AZURE_OPENAI_ENDPOINT` for `azure`.
         tokenizer: tokenizer of the teacher, or its path or id. Its chat template renders the prompts of a `raw`
             continuation. Defaults to `model`. Plain-text prompts need none.
         chat_template_kwargs: arguments for the chat template, here or on the server.
-        settings: limits of this process.
-        budget: budget of the teacher. Defaults to no limit.
+        options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
 
     def __init__(
@@ -54,37 +67,53 @@ class OpenAITeacher(RemoteTeacher):
         base_url: str | None = None,
         tokenizer: Any = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        settings: EngineSettings | None = None,
-        budget: Budget | None = None,
+        **options: Any,
     ):
-        super().__init__(f"{provider}:{model}", capabilities, settings, budget)
+        self.key_variables = KEYS[provider]
+        super().__init__(f"{provider}:{model}", capabilities, **options)
+        self.provider = provider
         self.model = model
-        if provider == "vllm":
-            self.key_variables = ("VLLM_API_KEY",)
-        else:
-            self.key_variables = ("OPENAI_API_KEY",)
         self.base_url = _address(provider, base_url)
         self.dialect = _dialect(provider, self.base_url)
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._tokenizer = tokenizer if tokenizer is not None else model
 
+    @property
+    def reasoning_switch(self) -> str:  # type: ignore[override]
+        if self.dialect in ("vllm", "transformers"):
+            return (
+                "set the switch of its chat template in teacher_chat_template_kwargs, which is {'enable_thinking': "
+                "False} for many models and {'thinking': False} for others, or name a model that does not reason"
+            )
+        return super().reasoning_switch
+
     def connect(self) -> Any:
         openai = import_extra("openai", "openai")
+        options: dict[str, Any] = {
+            "timeout": self.settings.timeout,
+            "max_retries": 0,
+            "default_headers": self.extra_headers,
+        }
+        if self.provider == "azure":
+            self.key()  # the SDK reads it, and tells it from a token of Entra ID by its variable
+            endpoint = self.base_url or self.variable("teacher_base_url", "AZURE_OPENAI_ENDPOINT")
+            version = self.variable("version of the API", "OPENAI_API_VERSION")
+            http = http_client(self.settings.max_concurrency)
+            return openai.AsyncAzureOpenAI(azure_endpoint=endpoint, api_version=version, http_client=http, **options)
         # Self-hosted servers usually require no key, but the SDK does.
-        placeholder = None if self.dialect == "openai" else "none"
-        return openai.AsyncOpenAI(
-            api_key=self.key(placeholder), base_url=self.base_url, timeout=self.settings.timeout, max_retries=0
-        )
+        key = self.key(None if self.dialect == "openai" else "none")
+        http = http_client(self.settings.max_concurrency)
+        return openai.AsyncOpenAI(api_key=key, base_url=self.base_url, http_client=http, **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
-        instructed = self.capabilities.continuation == "instruct"
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
-        fields, extra = self._sampling(num_samples // copies, request)
+        asked = self._asked(prefix, num_samples // copies, request)
+        sampling = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
-            answer = await self.client.completions.create(
-                model=self.model, prompt=text, **fields, extra_body={**extra, **extra_tokens}
+            response = await self.client.completions.with_raw_response.create(
+                model=self.model, prompt=text, extra_body=self.body(sampling, extra_tokens)
             )
         else:
             messages, continuing = self._messages(prefix)
@@ -94,25 +123,20 @@ class OpenAITeacher(RemoteTeacher):
                     **payload.get("chat_template_kwargs", {}),
                     **self.chat_template_kwargs,
                 }
-            answer = await self.client.chat.completions.create(
-                model=self.model, messages=messages, **fields, extra_body={**extra, **payload, **continuing}
+            response = await self.client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, extra_body=self.body(sampling, payload, continuing)
             )
-        choices = getattr(answer, "choices", None)
-        if not isinstance(choices, list):
-            raise MalformedResponseError("no list of choices in it")
-        samples = tuple(_sample(choice, prefix, instructed) for choice in choices)
-        return Response(samples * copies, _usage(answer))
+        answer = read_answer(response.http_response.content, asked)
+        return answer._replace(samples=answer.samples * copies)
 
     # ---- Requests ----
 
-    def _sampling(self, num_samples: int, request: SamplingRequest) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fields of the SDK, and additional fields. Servers replace missing fields by their own defaults."""
+    def _sampling(self, num_samples: int, request: SamplingRequest) -> dict[str, Any]:
+        """Servers replace missing fields by their own defaults, so every one that they may know is set."""
         fields: dict[str, Any] = {}
-        extra: dict[str, Any] = {}
-        limit = "max_completion_tokens" if self.dialect == "openai" else "max_tokens"
-        if self.capabilities.continuation == "raw":
-            limit = "max_tokens"
-        fields[limit] = request.max_tokens
+        raw = self.capabilities.continuation == "raw"
+        limit = "max_completion_tokens" if self.dialect == "openai" and not raw else "max_tokens"
+        fields[limit_field(limit, self.capabilities.refused)] = request.max_tokens
         if self.capabilities.takes_temperature:
             fields["temperature"] = request.temperature
             fields["top_p"] = request.top_p
@@ -122,19 +146,20 @@ class OpenAITeacher(RemoteTeacher):
             fields["seed"] = request.seed
         if self.dialect == "mistral":
             if request.seed is not None:
-                extra["random_seed"] = request.seed
+                fields["random_seed"] = request.seed
         elif self.dialect == "openrouter":
-            extra = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+            fields |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         elif self.dialect == "transformers":
             # It refuses unknown fields, and samples only with `do_sample`.
             config = {"do_sample": request.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
             if request.temperature > 0:
                 config |= {"temperature": request.temperature, "top_p": request.top_p}
-            extra = {"generation_config": json.dumps(config)}
+            fields["generation_config"] = json.dumps(config)
         elif self.dialect == "vllm":
-            fields |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-            extra = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        return fields, extra
+            # Both mean all tokens to vLLM. SGLang knows only -1; llama.cpp and its Python server know only 0.
+            fields["top_k"] = -1 if self.provider == "vllm" else 0
+            fields |= {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        return fields
 
     def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if self.capabilities.continuation == "instruct":
@@ -156,7 +181,8 @@ class OpenAITeacher(RemoteTeacher):
 
     def _render(self, prefix: Prefix) -> tuple[str, dict[str, Any]]:
         """The text of a raw continuation, and the field that keeps the server from adding special tokens to it."""
-        adds_none = {"add_special_tokens": False} if self.name.startswith("vllm:") else {}
+        knows_field = self.provider == "vllm" and "add_special_tokens" not in self.capabilities.refused
+        adds_none = {"add_special_tokens": False} if knows_field else {}
         if isinstance(prefix.prompt, str):
             return prefix.prompt + prefix.completion, {}
         tokenizer = self._load_tokenizer()
@@ -189,52 +215,36 @@ class OpenAITeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def classify(self, error: Exception) -> Failure | None:
-        openai = import_extra("openai", "openai")
-        if isinstance(error, openai.APITimeoutError):
-            return Failure("transient", f"no answer within {self.settings.timeout:g} s", None, was_sent(error))
-        if isinstance(error, openai.APIConnectionError):
-            return Failure("transient", f"no connection to {self.base_url} ({_cause(error)})", None, was_sent(error))
-        if isinstance(error, openai.APIResponseValidationError):
-            return Failure("transient", f"the response cannot be read ({error.message})", may_be_billed=True)
-        if not isinstance(error, openai.APIStatusError):
-            return None
-        body = error.body if isinstance(error.body, dict) else {}
-        detail = str(body.get("message") or body.get("detail") or error.message)
-        if error.status_code == 422 and re.search("Unexpected fields.*top_k", detail):
+    def _meaning(self, said: ServiceError) -> Failure:
+        if said.status == 422 and "Unexpected fields" in said.message and "top_k" in said.message:
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
-        kind = _unsupported(error.param, detail) if error.status_code in (400, 422) else None
-        if kind is not None:
-            return Failure(kind, f"{error.status_code}: {detail[:500]}")
-        return failure_of_status(
-            error.status_code,
-            detail,
-            model=self.model,
-            key=self.key_variables[0],
-            wait=retry_after(error.response.headers),
-            code=error.code or body.get("type"),
-        )
+        return super()._meaning(said)
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:
     """Whether a `vllm:` or `openai:` teacher is on a self-hosted server, not on a service with different fields.
 
     Args:
-        provider: `"vllm"` or `"openai"`.
+        provider: `"vllm"`, `"openai"` or `"azure"`.
         base_url: as in `OpenAITeacher`.
     """
     return _dialect(provider, _address(provider, base_url)) == "vllm"
 
 
 def _address(provider: str, base_url: str | None) -> str:
-    if provider == "vllm":
-        return base_url or VLLM_URL
-    return base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    variables = {"openai": "OPENAI_BASE_URL", "azure": "AZURE_OPENAI_ENDPOINT"}
+    if base_url is None and (variable := variables.get(provider)) and (address := os.environ.get(variable)):
+        return check_address(address, variable)
+    if base_url is None:
+        return {"vllm": VLLM_URL, "openai": OPENAI_URL}.get(provider, "")
+    return check_address(base_url, "teacher_base_url")
 
 
 def _dialect(provider: str, base_url: str) -> str:
     """The fields that a server accepts. Services that refuse unknown fields are recognized by their address."""
+    if provider == "azure":
+        return "openai"
     host = urlsplit(base_url).hostname or ""
     for known, dialect in (
         ("api.openai.com", "openai"),
@@ -247,54 +257,40 @@ def _dialect(provider: str, base_url: str) -> str:
     return "vllm"
 
 
-def _cause(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
+def read_answer(body: bytes | str, asked: Asked) -> Response:
+    """Read the body of an answer of `/v1/completions` or `/v1/chat/completions`.
+
+    Raises:
+        MalformedResponseError: when it has another form.
+    """
+    answer = parse(body)
+    usage = _usage(answer.get("usage"))
+    reasoned = usage is not None and usage.reasoning_tokens > 0
+    choices = members(answer, "choices")[: asked.num_samples]
+    samples = tuple(_sample(choice, asked, reasoned) for choice in choices)
+    return Response(samples, usage, served_model(answer.get("model")))
 
 
-def _unsupported(param: str | None, detail: str) -> Any:
-    """The missing capability that a 400 reports, if any. Services report it in `param` or in the message."""
-    text = detail.lower()
-    if "prefill" in text or "continue_final_message" in text or "must end with a user message" in text:
-        return "no_prefill"
-    if "prefix" in text and "assistant" in text:
-        return "no_prefill"
-    if param in ("temperature", "top_p"):
-        return None if out_of_range(text) else "no_temperature"
-    if param == "n":
-        return "one_sample"
-    if param in ("reasoning_effort", "reasoning"):
-        return "always_reasons"
-    return None
+def _sample(choice: Any, asked: Asked, reasoned: bool) -> Sample:
+    finish = member(choice, "finish_reason", str)
+    message = member(choice, "message", dict)
+    if message is None:
+        if "text" not in choice:
+            raise MalformedResponseError("a choice without a text or a message", choice)
+        return read_sample(asked, choice["text"], finish, reasoned=reasoned)
+    if refusal := message.get("refusal"):
+        return refused_sample(refusal)
+    reasoned = reasoned or bool(message.get("reasoning_content") or message.get("reasoning"))
+    return read_sample(asked, message.get("content"), finish, reasoned=reasoned)
 
 
-def _sample(choice: Any, prefix: Prefix, instructed: bool) -> Sample:
-    finish = choice.finish_reason or "stop"
-    message = getattr(choice, "message", None)
-    text = getattr(choice, "text", None) if message is None else message.content
-    if message is not None and getattr(message, "refusal", None):
-        return Sample("", finish, "refused")
-    if finish == "content_filter":
-        return Sample("", finish, "filtered")
-    if not text:
-        return Sample("", finish, "empty")
-    finish = "length" if finish == "length" else "stop"
-    if not instructed:
-        return Sample(text, finish)
-    repaired = repair(prefix.completion, text, prefix.prompt)
-    return Sample(repaired.text, finish, repaired.outcome)
-
-
-def _usage(answer: Any) -> Usage | None:
-    usage = getattr(answer, "usage", None)
-    if usage is None:
-        return None
-    prompt_details = getattr(usage, "prompt_tokens_details", None)
-    completion_details = getattr(usage, "completion_tokens_details", None)
-    return Usage(
-        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
-        cached_tokens=getattr(prompt_details, "cached_tokens", None) or 0,
-        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
-        reasoning_tokens=getattr(completion_details, "reasoning_tokens", None) or 0,
-        cache_write_tokens=getattr(prompt_details, "cache_write_tokens", None) or 0,
+def _usage(usage: Any) -> Usage | None:
+    found = counts(
+        usage,
+        "prompt_tokens",
+        "prompt_tokens_details.cached_tokens",
+        "completion_tokens",
+        "completion_tokens_details.reasoning_tokens",
+        "prompt_tokens_details.cache_write_tokens",
     )
+    return None if found is None else Usage(*found)

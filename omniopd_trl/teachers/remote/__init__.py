@@ -2,18 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of all teachers behind a service: concurrency, limits, retries, classification of errors."""
 
-from omniopd_trl.teachers.remote.engine import (
-    Capabilities,
-    Continuation,
-    EngineSettings,
-    RemoteTeacher,
-    Response,
-    Sample,
-)
+from omniopd_trl.teachers.remote.answers import Response, Sample
+from omniopd_trl.teachers.remote.engine import Capabilities, Continuation, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
-    failure_of_status,
+    ServiceError,
+    failure_of,
     redact,
     retry_after,
 )
@@ -27,7 +22,8 @@ __all__ = [
     "RemoteTeacher",
     "Response",
     "Sample",
-    "failure_of_status",
+    "ServiceError",
+    "failure_of",
     "redact",
     "retry_after",
 ]

@@ -14,29 +14,51 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from itertools import combinations
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
-from omniopd_trl.errors import OmniOPDError, TeacherError, WarnOnce
+from omniopd_trl.errors import NoRolloutError, OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
-from omniopd_trl.teachers.remote.failures import LEARNED, Failure, MalformedResponseError, redact, was_sent
+from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
+from omniopd_trl.teachers.remote.delivery import Delivery
+from omniopd_trl.teachers.remote.failures import (
+    LEARNED,
+    MAX_QUOTED,
+    Failure,
+    MalformedResponseError,
+    ServiceError,
+    clean,
+    failure_of,
+    failure_of_malformed,
+    failure_without_answer,
+    malformed_in,
+    redact,
+    secrets_in,
+)
+from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, refusal, without
+from omniopd_trl.teachers.remote.http import check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
     MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
+    PROBE_SECONDS,
+    PROBE_TIMEOUT,
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
+    Attempts,
+    Denials,
     PaidAttempts,
     RequestFailedError,
     may_be_repeated,
@@ -48,6 +70,8 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
+# A prefix that is longer by this many characters has more tokens, whatever they are.
+GROWN_CHARACTERS = 256
 
 Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
 
@@ -60,6 +84,7 @@ class Capabilities:
         continuation: how the student's text becomes the beginning of the teacher's answer.
         samples_per_request: maximum number of samples per request.
         takes_temperature: whether the service accepts and honours a temperature and `top_p`.
+        refused: optional fields that the service refused. They are left out.
         reasoning_off: fields of the request's body that disable hidden reasoning, or minimize it.
         reasoning_headroom: additional tokens per sample, for reasoning that cannot be disabled and counts against the
             limit.
@@ -70,6 +95,7 @@ class Capabilities:
     continuation: Continuation
     samples_per_request: int = 1
     takes_temperature: bool = True
+    refused: frozenset[str] = frozenset()
     reasoning_off: dict[str, Any] = field(default_factory=dict)
     reasoning_headroom: int = 0
     min_cached_prefix: int | None = None
@@ -90,6 +116,7 @@ class EngineSettings:
         max_seconds: limit of all attempts of a request and the waits between them, in seconds. Time in the queue does
             not count.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
+        probe_samples: samples that the probe asks for: those of a chunk, so it fails where the run would.
     """
 
     max_concurrency: int = 64
@@ -99,35 +126,7 @@ class EngineSettings:
     max_attempts: int | None = None
     max_seconds: float = 600.0
     max_retry_after: float = 120.0
-
-
-SampleOutcome = Literal["ok", "refused", "filtered", "empty", "restarted"]
-
-
-class Sample(NamedTuple):
-    """One sample of one request, as the adapter reads it from the response.
-
-    Attributes:
-        text: what the model wrote next, repaired where the continuation is instructed.
-        finish_reason: `"stop"` or `"length"`.
-        outcome: `"ok"` and `"restarted"` are rollouts, the others are not.
-    """
-
-    text: str
-    finish_reason: str = "stop"
-    outcome: SampleOutcome = "ok"
-
-
-class Response(NamedTuple):
-    """The result of one request.
-
-    Attributes:
-        samples: the samples, in the service's order.
-        usage: tokens of all samples together; `None` when the service reports none.
-    """
-
-    samples: tuple[Sample, ...]
-    usage: Usage | None
+    probe_samples: int = 2
 
 
 # Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
@@ -136,10 +135,13 @@ _Keep = Callable[[Response, Usage, float | None], None]
 
 @dataclass
 class _Tally:
-    """Counts and problems of one prefix."""
+    """Counts and problems of one prefix, and the failures of requests that were given up."""
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    # Prompt tokens of a request, by its number of samples: some services count the prompt once per sample.
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    given_up: list[Failure] = field(default_factory=list)
 
 
 class RemoteTeacher(Teacher):
@@ -150,18 +152,31 @@ class RemoteTeacher(Teacher):
         capabilities: capabilities of the model.
         settings: limits of this process.
         budget: budget of the teacher; `None` for no limit.
+        extra_body: fields that are added to the body of each request. `None` as a value leaves a field out.
+        extra_headers: headers that are added to each request.
 
-    A subclass implements `request` and `classify`, and `connect` when it uses a client.
+    Raises:
+        ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
+
+    A subclass implements `request`, and `connect` when it uses a client.
 
     Attributes:
+        model: the service's name of the model.
+        base_url: address of the service; `None` for the default of its SDK.
         key_variables: environment variables that may hold the key. The first one that is set is used.
+        served_model: name of the model that answered last, as the service reports it; `None` when it reports none.
     """
 
     is_remote = True
+    model: str = ""
+    base_url: str | None = None
     key_variables: tuple[str, ...] = ()
 
     # Tokens that a template may add to a prompt.
     prompt_overhead = 512
+
+    # How to disable the reasoning of a model that reasons, for a warning.
+    reasoning_switch = "name a teacher that does not reason, or whose reasoning can be disabled"
 
     def __init__(
         self,
@@ -169,8 +184,15 @@ class RemoteTeacher(Teacher):
         capabilities: Capabilities,
         settings: EngineSettings | None = None,
         budget: Budget | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
     ):
+        check_keys(self.key_variables)
+        check_proxies()
+        check_extra(extra_body, extra_headers)
         self.name = name
+        self.extra_body = dict(extra_body or {})
+        self.extra_headers = dict(extra_headers or {})
         self.capabilities = capabilities
         self.settings = settings or EngineSettings()
         self.budget: Budget = budget or Budget()
@@ -181,19 +203,38 @@ class RemoteTeacher(Teacher):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warn_once = WarnOnce(__name__)
         self._said_repeated_at = float("-inf")
+        self.served_model: str | None = None
+        self._has_answered = False
+        self._probes = False
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
         """Send one request for `num_samples` continuations of `prefix`, without retries.
 
         Each call reads `self.capabilities`, because they may have changed. The SDK's own retries are disabled.
-        Refused, filtered and empty samples are returned with their outcome. Any other error raises the SDK's
-        exception.
+        The answer is read with the functions of `answers`. Refused, filtered and empty samples are returned with their
+        outcome. Any other error raises the SDK's exception.
         """
 
-    @abstractmethod
     def classify(self, error: Exception) -> Failure | None:
         """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
+        said = ServiceError.of(error)
+        if said is None:
+            return failure_without_answer(error, address=self.base_url, limit=self._limit_of_attempt())
+        return self._meaning(said)
+
+    def _meaning(self, said: ServiceError) -> Failure:
+        """What it means that a service reports an error."""
+        failure = failure_of(
+            said,
+            model=self.model,
+            key=self.key_names,
+            address=self.base_url,
+            has_answered=self._has_answered,
+            secrets=self._secrets(),
+        )
+        refused = refusal(said)
+        return failure if refused is None else replace(refused, otherwise=failure)
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
@@ -224,8 +265,27 @@ class RemoteTeacher(Teacher):
         """The SDK's client. It belongs to one event loop; another loop gets a new one."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
-            self._client, self._loop = self.connect(), loop
+            try:
+                self._client, self._loop = self.connect(), loop
+            except OmniOPDError:
+                raise
+            except Exception as error:  # SDKs raise several types, for example when a region is not set
+                said = redact(" ".join(str(error).split()), self._secrets())
+                raise TeacherError(
+                    f"{self.name}: its client cannot be created ({type(error).__name__}: {said}). Set what is missing "
+                    "in the environment; docs/teachers.md lists the variables of each provider."
+                ) from None
         return self._client
+
+    def accepted(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of `parts` that neither the service refused nor `extra_body` leaves out."""
+        nulls = {name for name, value in self.extra_body.items() if value is None}
+        left_out = (nulls | self.capabilities.refused) - OTHER_LIMIT.keys()  # no request is without a limit
+        return {name: value for part in parts for name, value in part.items() if name not in left_out}
+
+    def body(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields to send: the accepted ones of `parts`, and those of `extra_body`, which replace them."""
+        return self.accepted(*parts) | {name: value for name, value in self.extra_body.items() if value is not None}
 
     async def aclose(self) -> None:
         """Release connections. The next request opens new ones."""
@@ -243,20 +303,35 @@ class RemoteTeacher(Teacher):
         Raises:
             TeacherError: when a key is required and no variable holds one.
         """
-        for variable in self.key_variables:
-            if value := os.environ.get(variable, "").strip():
-                return value
-        if placeholder is None:
-            raise TeacherError(
-                f"{self.name} needs a key, and the environment holds none under {' or '.join(self.key_variables)}. "
-                f"Run `export {self.key_variables[0]}=...` in the shell that starts the run; keys are read from "
-                "nowhere else."
-            )
-        return placeholder
+        return self.variable("key", *self.key_variables, default=placeholder)
 
-    def warn_once(self, message: str) -> None:
-        """Log a warning the first time that it is given."""
-        self._warn_once(f"{self.name}: {message}")
+    def variable(self, what: str, *names: str, default: str | None = None) -> str:
+        """The first of some environment variables that is set, without white space around its value.
+
+        Args:
+            what: what the variables hold, for the message.
+            names: names of the variables.
+            default: value to use when none is set; `None` when one is required.
+
+        Raises:
+            TeacherError: when one is required and none is set.
+        """
+        value = next((value for name in names if (value := os.environ.get(name, "").strip())), default)
+        if value is None:
+            raise TeacherError(
+                f"{self.name} needs a {what}, and the environment holds none under {' or '.join(names)}. Run `export "
+                f"{names[0]}=...` in the shell that starts the run."
+            )
+        return value
+
+    @property
+    def key_names(self) -> str:
+        """Where the key is, for messages."""
+        return " or ".join(self.key_variables) or "the environment"
+
+    def warn_once(self, message: str, kind: str | None = None) -> None:
+        """Log a warning the first time that it is given, or that one of its kind is."""
+        self._warn_once(f"{self.name}: {message}", kind)
 
     # ---- Many prefixes ----
 
@@ -269,43 +344,72 @@ class RemoteTeacher(Teacher):
         # Tasks start in order and get their slots in order. A prefix is sent before the longer one that begins with
         # it, so a prompt cache can serve the longer one.
         kept = [self._kept(prefix, request) for prefix in prefixes]
-        return await _all(self._continue(*asked, request) for asked in zip(prefixes, kept, strict=True))
+        tallies = [_Tally() for _ in prefixes]
+        replies = await _all(
+            self._continue(prefix, found, request, tally)
+            for prefix, found, tally in zip(prefixes, kept, tallies, strict=True)
+        )
+        self._compare_prompts(prefixes, tallies)
+        return replies
 
     def probe(self, prompt: Prompt) -> None:
-        """Check key, model, continuation and samples per request with one tiny request, before any generation."""
-        wanted = min(2, self.capabilities.samples_per_request)
+        """Check key, model, continuation and samples per request with one tiny request, before any generation.
+
+        Raises:
+            TeacherError: when the service cannot be used.
+            NoRolloutError: when it was reached, and returned no rollout for this prompt.
+        """
+        wanted = min(self.settings.probe_samples, self.capabilities.samples_per_request)
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
+        tally = _Tally()
         # In a separate event loop. Client and throttle must not outlive it.
-        reply = _run(self._probe(Prefix(prompt, "Let us think."), request))
+        reply = _run(self._probe(Prefix(prompt, "Let us think."), request, tally))
         if not reply.rollouts:
-            raise TeacherError(
-                f"The teacher {self.name} was asked one short question and returned nothing: {reply.failure}. "
-                "Try another prompt or model; nothing has been generated yet."
+            asked = f"The teacher {self.name} was asked one short question"
+            failed = [failure for failure in tally.given_up if failure.kind != "rejected"]
+            if failed:
+                message, advice = failed[0].message.rstrip("."), "Nothing has been generated yet."
+                if "teacher_base_url" not in message:
+                    advice = f"Check that the service runs and that teacher_base_url is right. {advice}"
+                times = tally.counts["requests"]
+                raise TeacherError(f"{asked} {times} times and did not answer: {message}. {advice}")
+            raise NoRolloutError(
+                f"{asked} and returned nothing: {str(reply.failure).rstrip('.')}. Try another model or other prompts. "
+                "Nothing has been generated yet."
             )
         logger.info(
             f"Teacher {self.name}: continuation {self.capabilities.continuation}, up to "
             f"{self.capabilities.samples_per_request} samples per request; the probe used {reply.usage}."
         )
 
-    async def _probe(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+    async def _probe(self, prefix: Prefix, request: SamplingRequest, tally: _Tally) -> TeacherReply:
         throttle, self._throttle = self._throttle, Throttle(1)
+        self._probes = True
         settings, most = self.settings, self.settings.max_attempts or PROBE_ATTEMPTS
-        self.settings = replace(settings, max_attempts=min(most, PROBE_ATTEMPTS))
+        self.settings = replace(
+            settings,
+            max_attempts=min(most, PROBE_ATTEMPTS),
+            timeout=min(settings.timeout, PROBE_TIMEOUT),
+            max_seconds=min(settings.max_seconds, PROBE_SECONDS),
+        )
         try:
-            return await self._continue(prefix, self._kept(prefix, request), request)
+            return await self._continue(prefix, self._kept(prefix, request), request, tally)
         finally:
-            self._throttle, self.settings = throttle, settings
+            self._throttle, self.settings, self._probes = throttle, settings, False
             await self.aclose()
 
     # ---- One prefix ----
 
-    async def _continue(self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest) -> TeacherReply:
-        tally = _Tally()
+    async def _continue(
+        self, prefix: Prefix, kept: KeptAnswers, request: SamplingRequest, tally: _Tally
+    ) -> TeacherReply:
         # By first sample. Answers of an earlier run cost nothing and are not counted again.
-        answers = {
-            start: (size, [Response(tuple(Sample(*sample) for sample in samples), Usage())])
-            for start, size, samples in kept.found
-        }
+        answers: dict[int, tuple[int, list[Response]]] = {}
+        for start, size, answer in kept.found:
+            if (response := from_kept(answer)) is not None:
+                answers[start] = size, [response]
+            else:
+                self.warn_once("an answer of an earlier run cannot be read and is requested again.", "kept")
 
         async def ask(start: int, num_samples: int) -> list[Response]:
             try:
@@ -341,22 +445,59 @@ class RemoteTeacher(Teacher):
             tally.problems.append("a response without samples")
         samples = [sample for response in responses for sample in response.samples]
         for sample in samples:
+            if sample.reasoned:
+                tally.counts["reasoned"] += 1
             if sample.outcome != "ok":
                 tally.counts[sample.outcome] += 1
                 if sample.outcome != "restarted":
-                    tally.problems.append(f"a sample was {sample.outcome}")
+                    words = clean(sample.text, self._secrets(), MAX_QUOTED)
+                    if sample.outcome == "empty" and sample.reasoned:
+                        words = "reasoning only"
+                    tally.problems.append(f"a sample was {sample.outcome}{f' ({words})' if words else ''}")
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses if response.usage is not None), Usage())
         failure = None
         if len(rollouts) < request.num_samples:
             reason = tally.problems[0] if tally.problems else "no reason"
             failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
-        return TeacherReply(rollouts, usage, failure, dict(tally.counts))
+        if tally.counts["reasoned"]:
+            self.warn_once(
+                f"the model reasons before it answers, in {tally.counts['reasoned']} of {len(samples)} samples of a "
+                "prefix. The reasoning is removed, and a sample of reasoning only is not a rollout: "
+                f"{self.reasoning_switch}.",
+                "reasoned",
+            )
+        models = tuple(sorted({response.model for response in responses if response.model is not None}))
+        return TeacherReply(rollouts, usage, failure, dict(tally.counts), models)
+
+    def _asked(self, prefix: Prefix, num_samples: int, request: SamplingRequest, unsent: str = "") -> Asked:
+        """What the answer to a request is read with; `unsent` as in `Asked`."""
+        instructed = self.capabilities.continuation == "instruct"
+        return Asked(prefix, num_samples, request.max_tokens, instructed, "" if instructed else unsent)
+
+    def _compare_prompts(self, prefixes: Sequence[Prefix], tallies: Sequence[_Tally]) -> None:
+        """Warn once when a much longer prefix of the same text has no more prompt tokens."""
+        for (short, few), (long, many) in combinations(zip(prefixes, tallies, strict=True), 2):
+            grown = len(long.completion.rstrip()) - len(short.completion.rstrip())
+            if grown < GROWN_CHARACTERS or not long.completion.startswith(short.completion.rstrip()):
+                continue
+            for num_samples in few.prompt_tokens.keys() & many.prompt_tokens.keys():
+                before, after = few.prompt_tokens[num_samples], many.prompt_tokens[num_samples]
+                if after <= before and short.prompt == long.prompt:
+                    self.warn_once(
+                        f"the service counts {after} prompt tokens for a prefix of {len(long.completion)} characters "
+                        f"and {before} for its first {len(short.completion)}: it cuts long prompts silently, so the "
+                        "teacher does not read the student's text. Raise the server's context length (`num_ctx`, "
+                        "`--max-model-len`), or choose a `raw` continuation if its template drops text.",
+                        "cut prompts",
+                    )
+                    return
 
     def _kept(self, prefix: Prefix, request: SamplingRequest) -> KeptAnswers:
         """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
         how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
-        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how], default=str)
+        extra = [self.extra_body, self.extra_headers] if self.extra_body or self.extra_headers else []
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how, *extra], default=str)
         return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
@@ -394,7 +535,7 @@ class RemoteTeacher(Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else stop_after_attempt(most)) | clock,
+                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else Attempts(most)) | clock | Denials(),
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -413,10 +554,16 @@ class RemoteTeacher(Teacher):
                         tally.counts["retries"] += again
                         with clock:
                             left = clock.left(attempt.retry_state)
-                            return await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
+                            response = await self._attempt(prefix, num_samples, part, reservation, began, left, keep)
+                        if response.usage is not None:
+                            tally.prompt_tokens[num_samples] = response.usage.prompt_tokens
+                        return response
         except RequestFailedError as error:
             if error.failure.kind == "one_sample":
                 raise
+            if error.failure.kind == "denied":
+                raise TeacherError(f"{self.name}: {error.failure.message}") from None
+            tally.given_up.append(error.failure)
             tally.counts["failed_requests"] += 1
             tally.problems.append(f"a request was given up ({error})")
         return None
@@ -425,6 +572,10 @@ class RemoteTeacher(Teacher):
         """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
         now = time.monotonic()
         error = state.outcome.exception() if state.outcome is not None else None
+        if self._probes:
+            if isinstance(error, RequestFailedError) and error.failure.kind not in LEARNED:
+                logger.warning(f"{self.name}: the first question has no answer ({error}). It is asked again.")
+            return
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
             return
         self._said_repeated_at = now
@@ -443,21 +594,23 @@ class RemoteTeacher(Teacher):
         seconds: float,
         keep: _Keep,
     ) -> Response:
-        capabilities = self.capabilities
+        capabilities, delivery = self.capabilities, Delivery()
         try:
             async with asyncio.timeout(min(self.settings.timeout, seconds)):
                 response = await self.request(prefix, num_samples, request)
         except Exception as error:
             failure = self._failure(error)
-            if failure is None:
-                # The error may come before the request was sent, or from reading an answer that is charged.
-                if not isinstance(error, OmniOPDError) and was_sent(error):
-                    self._forfeit(reservation, request.ledger.paid)
-                raise
-            if failure.may_be_billed:
+            # A bug may come before the request was sent, or from reading an answer that is charged.
+            may_be_billed = not isinstance(error, OmniOPDError) if failure is None else failure.may_be_billed
+            if may_be_billed and delivery.may_have_arrived(error):
                 self._forfeit(reservation, request.ledger.paid)
+            if failure is None:
+                raise
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
-            raise self._verdict(failure, capabilities, began) from None
+            raise self._verdict(failure, capabilities, request, began) from None
+        # A sample that the service broke off is not kept, since it may be complete the next time.
+        broken = next((sample for sample in response.samples if sample.outcome == "interrupted"), None)
+        paid = partial(keep, response) if broken is None else request.ledger.paid
         if response.usage is None or not _is_counted(response):
             # An answer that counted as free would never use up a budget.
             self.warn_once(
@@ -465,29 +618,54 @@ class RemoteTeacher(Teacher):
                 "the budget, and the tokens in the log exclude such answers. Configure the server to report `usage`; "
                 "otherwise the budget ends early."
             )
-            self._forfeit(reservation, partial(keep, response))
+            self._forfeit(reservation, paid)
             response = response._replace(usage=None)
         else:
             usd = None if self.budget.price is None else self.budget.price.cost(response.usage)
-            keep(response, response.usage, usd)
+            paid(response.usage, usd)
             reservation.settle(response.usage)
+        if broken is not None:
+            message = f"the service broke off its answer, with the finish reason {broken.finish_reason!r}"
+            raise RequestFailedError(Failure("transient", message, may_be_billed=True))
+        self._note_model(response.model)
         self._throttle.succeeded()
+        self._has_answered = True
         return response
+
+    def _note_model(self, model: str | None) -> None:
+        """Log which model answers, and warn when it changes."""
+        if model is None or model == self.served_model:
+            return
+        if self.served_model is None:
+            logger.info(f"{self.name}: the service answers with the model {model!r}.")
+        else:
+            self.warn_once(
+                f"the model that answers has changed from {self.served_model!r} to {model!r}, so rollouts of one run "
+                "come from several models. Name a fixed version of the model, or fix the route at a router.",
+                "served model",
+            )
+        self.served_model = model
 
     def _forfeit(self, reservation: Reservation, paid: Callable[[Usage, float | None], None]) -> None:
         """Count the worst case of a request as spent, because its cost is unknown."""
         paid(Usage(reservation.tokens), None if self.budget.price is None else reservation.usd)
         reservation.forfeit()
 
-    def _verdict(self, failure: Failure, sent_with: Capabilities, began: float) -> Exception:
+    def _verdict(self, failure: Failure, sent_with: Capabilities, request: SamplingRequest, began: float) -> Exception:
         """The exception to raise for a failure. Adapts capabilities and throttle for later requests."""
         learned = LEARNED.get(failure.kind)
-        if learned is not None and replace(sent_with, **learned) != sent_with:
-            # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
-            if replace(self.capabilities, **learned) != self.capabilities:
-                self._learn(failure, learned)
-            return RequestFailedError(failure)
-        if failure.kind == "final" or learned is not None:
+        if learned is not None:
+            if failure.fields:
+                learned = {"refused": self.capabilities.refused.union(failure.fields)}
+            # Without a value that the user chose, the rollouts would not be those of the configuration.
+            chosen = failure.out_of_range and any(getattr(request, name, 1.0) != 1.0 for name in failure.fields)
+            if replace(sent_with, **learned) != sent_with and not chosen:
+                # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
+                if replace(self.capabilities, **learned) != self.capabilities:
+                    self._learn(failure, learned)
+                return RequestFailedError(failure)
+            failure = failure.otherwise or replace(failure, kind="final")
+        if failure.kind == "final":
             return TeacherError(f"{self.name}: {failure.message}")
         if (failure.retry_after or 0) > self.settings.max_retry_after:
             return TeacherError(
@@ -497,6 +675,12 @@ class RemoteTeacher(Teacher):
             )
         if failure.kind == "rate_limited":
             self._throttle.slow_down(failure.retry_after or 0.0, began)
+        if failure.unexplained:
+            self._warn_once(
+                f"{self.name}: {failure.message}. The rollouts of such requests are dropped, and "
+                "teacher/failed_requests counts them; max_failed_chunks limits them.",
+                "unexplained",
+            )
         return RequestFailedError(failure)
 
     def _failure(self, error: Exception) -> Failure | None:
@@ -504,36 +688,52 @@ class RemoteTeacher(Teacher):
             return None
         failure: Failure | None
         if isinstance(error, TimeoutError):
-            message = f"no answer within teacher_timeout={self.settings.timeout:g} s"
-            failure = Failure("transient", message, may_be_billed=True)
-        elif isinstance(error, MalformedResponseError | json.JSONDecodeError):
-            message = f"the response cannot be read ({type(error).__name__}: {error})"
-            failure = Failure("transient", message, may_be_billed=True)
+            failure = Failure("transient", f"no answer within {self._limit_of_attempt()}", may_be_billed=True)
+        elif isinstance(error := malformed_in(error), MalformedResponseError | json.JSONDecodeError):
+            said = ServiceError.inside(getattr(error, "answer", None))
+            failure = failure_of_malformed(error, self._secrets()) if said is None else self._meaning(said)
         else:
             failure = self.classify(error)
         if failure is None:
             return None
-        return replace(failure, message=redact(failure.message, self._secrets()))
+        hidden = partial(clean, secrets=self._secrets())
+        if failure.otherwise is not None:
+            failure = replace(failure, otherwise=replace(failure.otherwise, message=hidden(failure.otherwise.message)))
+        return replace(failure, message=hidden(failure.message))
+
+    def _limit_of_attempt(self) -> str:
+        """Value and name of the limit of an attempt, for messages."""
+        seconds = self.settings.timeout
+        return f"{seconds:g} s, the probe's own limit" if self._probes else f"teacher_timeout={seconds:g} s"
 
     def _secrets(self) -> list[str]:
-        return [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        keys = [value for name in self.key_variables if (value := os.environ.get(name, "").strip())]
+        return keys + secrets_in(self.base_url or "")
 
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
+        if failure.fields:
+            self._warn_refused(failure)
+            return
         what = {
             "no_prefill": "it does not continue a prefill, and is instructed to write what comes next; set "
             'teacher_continuation="instruct" to skip this attempt',
-            "no_temperature": "it takes no temperature and no top_p, and none is sent",
             "one_sample": "it returns one sample per request, and prompts are paid for more often",
             "always_reasons": "its reasoning cannot be disabled, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
 
+    def _warn_refused(self, failure: Failure) -> None:
+        logger.warning(
+            f"{self.name} refused a request ({failure.message}). From now on {without(failure.fields)}. To send "
+            "another value, set it in teacher_extra_body; a value of null leaves a field out from the start."
+        )
+
 
 def _is_counted(response: Response) -> bool:
     """Whether the service reported the usage of an answer. Some services that do not count report zeros."""
     usage = response.usage
-    if usage is None or usage.prompt_tokens <= 0 or usage.completion_tokens < 0:
+    if usage is None or not usage.prompt_tokens:
         return False
     return usage.completion_tokens > 0 or not any(sample.text for sample in response.samples)
 
@@ -542,8 +742,8 @@ def _keep(
     kept: KeptAnswers, start: int, num_samples: int, response: Response, usage: Usage, usd: float | None
 ) -> None:
     """Keep the answer to a request for `num_samples` samples from `start` on. An empty one counts for all."""
-    samples = response.samples[:num_samples]
-    kept.keep(start, len(samples) or num_samples, samples, usage, usd)
+    size = min(len(response.samples), num_samples) or num_samples
+    kept.keep(start, size, to_kept(response, num_samples), usage, usd)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -568,6 +768,26 @@ def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingReque
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook)."""
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, coroutine).result()
+    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook).
+
+    An interruption (Control-C) cancels it and is raised at once.
+    """
+    started: Future[Callable[[], object]] = Future()
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        started.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await coroutine
+
+    executor = ThreadPoolExecutor(1)
+    running = executor.submit(asyncio.run, cancellable())
+    try:
+        return running.result()
+    except BaseException:
+        if not running.done():
+            started.result()()
+            wait([running], timeout=1.0)
+        raise
+    finally:
+        executor.shutdown(wait=False)

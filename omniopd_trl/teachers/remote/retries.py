@@ -18,8 +18,11 @@ MAX_BACKOFF = 60.0
 # read would be paid for ten minutes.
 MAX_PAID_ATTEMPTS = 6
 
-# Attempts of the probe. Few, so a wrong address is reported within half a minute.
+# Attempts of the probe, and the limits of one attempt and of all of them, in seconds. A wrong address is reported
+# within half a minute, and a server that never answers within two minutes.
 PROBE_ATTEMPTS = 6
+PROBE_TIMEOUT = 30.0
+PROBE_SECONDS = 120.0
 
 # Retries are logged from this attempt on, at most once in this many seconds.
 SAID_FROM_ATTEMPT = 5
@@ -44,6 +47,30 @@ class PaidAttempts(stop_base):
         error = retry_state.outcome.exception() if retry_state.outcome is not None else None
         self.left -= isinstance(error, RequestFailedError) and error.failure.may_be_billed
         return self.left <= 0
+
+
+class Attempts(stop_base):
+    """Stops a request after `attempts` failed attempts. A refused field does not count: the next attempt differs."""
+
+    def __init__(self, attempts: int):
+        self.left = attempts
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        self.left -= not (isinstance(error, RequestFailedError) and error.failure.kind in LEARNED)
+        return self.left <= 0
+
+
+class Denials(stop_base):
+    """Stops a request that was denied twice."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        self.number += isinstance(error, RequestFailedError) and error.failure.kind == "denied"
+        return self.number > 1
 
 
 class AttemptClock(stop_base):

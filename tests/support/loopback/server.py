@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
 Answer = Callable[[str, dict[str, Any]], Any]
 
@@ -21,10 +22,10 @@ class Fault:
 
     Attributes:
         status: status of the response. 200 with a `body` is a custom answer.
-        body: body of the response, JSON or text.
+        body: body of the response: JSON, text or bytes.
         headers: headers of the response.
-        how: `"answer"`, `"drop"` (the connection is reset), `"hang"` (no answer until the server closes), or `"cut"`
-            (a complete response with truncated JSON).
+        how: `"answer"`, `"drop"` (the connection is reset), `"hang"` (no answer until the server closes), `"cut"` (a
+            complete response with truncated JSON), or `"endless"` (the body is repeated until the client leaves).
     """
 
     status: int = 200
@@ -108,7 +109,9 @@ class Loopback:
         return [request.body for request in self.requests]
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+        sent = handler.rfile.read(int(handler.headers["content-length"]))
+        is_form = handler.headers["content-type"] == "application/x-www-form-urlencoded"  # a request for a token
+        body = dict(parse_qsl(sent.decode())) if is_form else json.loads(sent)
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
             number = len(self.requests)
@@ -141,12 +144,19 @@ class Loopback:
             status, headers, content = 200, {}, self.answer(handler.path, body)
         else:
             status, headers, content = fault.status, fault.headers, fault.body
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        if not isinstance(content, bytes):
+            content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        data = content
         if how == "cut":
             data = data[: len(data) // 2]
         handler.send_response(status)
         for name, value in {"content-type": "application/json", **headers}.items():
             handler.send_header(name, value)
+        if how == "endless":
+            handler.close_connection = True
+            handler.end_headers()
+            while not self._closing.is_set():
+                handler.wfile.write(data)
         handler.send_header("content-length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data)

@@ -3,6 +3,9 @@
 """Remote teachers with loopback servers as services, and their keys."""
 
 import asyncio
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +66,27 @@ def services(monkeypatch) -> None:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(retries, "BACKOFF", 0.002)
+
+
+class ControlC(threading.Thread):
+    """Control-C in the main thread, once a server has received a request.
+
+    Attributes:
+        at: its time, as `time.monotonic` gives it.
+    """
+
+    def __init__(self, server: Loopback):
+        super().__init__(daemon=True)
+        self.server = server
+        self.at = float("inf")
+        self.start()
+
+    def run(self) -> None:
+        while not self.server.requests:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        self.at = time.monotonic()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def teacher_of(service: Service, server: Loopback, **kwargs: Any) -> RemoteTeacher:

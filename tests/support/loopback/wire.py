@@ -20,7 +20,7 @@ def openai(path: str, body: dict[str, Any]) -> dict[str, Any]:
         "total_tokens": 20 + 3 * number,
         "prompt_tokens_details": {"cached_tokens": 12},
     }
-    if path.endswith("/chat/completions"):
+    if "/chat/completions" in path:  # Azure adds a query
         usage["completion_tokens_details"] = {"reasoning_tokens": 0}
         messages = [
             {"role": "assistant", "content": text_of(body["messages"], index), "refusal": None}
@@ -53,7 +53,7 @@ def anthropic(path: str, body: dict[str, Any]) -> dict[str, Any]:
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
-        "model": body["model"],
+        "model": body.get("model", "in the path"),  # of Bedrock and Vertex AI
         "content": [{"type": "text", "text": text_of(body["messages"], 0)}],
         "stop_reason": "max_tokens",
         "stop_sequence": None,

@@ -1,0 +1,75 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a request that got no answer reached the service, which may then charge for it."""
+
+import time
+from contextvars import ContextVar
+from typing import Any
+
+# A connection that the service closed while it was idle fails this soon after it is used again, in seconds.
+STALE_SECONDS = 1.0
+
+# Errors of the transports before the whole request was sent, for clients without `trace_delivery`.
+_BEFORE = {"ConnectError", "ConnectTimeout", "PoolTimeout", "WriteError", "WriteTimeout", "ProxyError"}
+_BEFORE |= {"LocalProtocolError", "UnsupportedProtocol"}
+
+_CURRENT: ContextVar["Delivery | None"] = ContextVar("delivery", default=None)
+
+
+class Delivery:
+    """How far one attempt got. It is created in the task that sends the request."""
+
+    def __init__(self) -> None:
+        self._traced = False
+        self._on_new_connection = False
+        self._to_service = False
+        self._sent_at: float | None = None
+        self._answered = False
+        _CURRENT.set(self)
+
+    async def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Note an event of the HTTP client; the `trace` extension of a request."""
+        self._traced = True
+        name = event.partition(".")[2]
+        if name.startswith("connect_"):
+            self._on_new_connection = True
+        elif name == "send_request_headers.started":
+            self._to_service = info["request"].method != b"CONNECT"  # otherwise it asks a proxy for a tunnel
+        elif name == "send_request_body.complete" and self._to_service:
+            self._sent_at = time.monotonic()
+        elif name == "receive_response_headers.complete" and self._to_service:
+            self._answered = True
+
+    def may_have_arrived(self, error: BaseException) -> bool:
+        """Whether the service may have received the whole request, and may charge for it.
+
+        Args:
+            error: the exception that the attempt ended with.
+        """
+        if not self._traced:
+            return not _names(error) & _BEFORE
+        if self._sent_at is None:
+            return False
+        # A service closes connections that are idle. If one is used in this moment, nobody reads the request.
+        stale = not (self._on_new_connection or self._answered) and _names(error) & {
+            "ReadError",
+            "RemoteProtocolError",
+        }
+        return not (stale and time.monotonic() - self._sent_at < STALE_SECONDS)
+
+
+def _names(error: BaseException) -> set[str]:
+    """The types of an error and of its causes, by name: no HTTP client is imported for them."""
+    names: set[str] = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        names |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__
+    return names
+
+
+async def trace_delivery(request: Any) -> None:
+    """A hook for the requests of an `httpx2.AsyncClient`: note how far the current attempt gets."""
+    delivery = _CURRENT.get()
+    if delivery is not None:
+        request.extensions = {**request.extensions, "trace": delivery.trace}

@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a request without an answer reached the service: what did not is not charged."""
+
+import asyncio
+
+import httpx2
+import pytest
+
+from omniopd_trl.teachers.base import Prefix
+from omniopd_trl.teachers.remote import delivery
+from omniopd_trl.teachers.remote.delivery import Delivery, trace_delivery
+from omniopd_trl.teachers.remote.engine import EngineSettings
+from tests.support.loopback import Fault, Loopback, wire
+from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.case("A8"), pytest.mark.usefixtures("services")]
+
+ONE_AT_A_TIME = EngineSettings(timeout=5.0, max_concurrency=1)
+PREFIXES = [Prefix("3 + 4", " ="), Prefix("3 + 4", " = 7")]
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_kept_alive_connection(service):
+    """A connection that the service closes as it is used again: the request is repeated, and is not charged."""
+    with Loopback(service.answer, lambda number, _: Fault(how="drop") if number == 1 else None) as server:
+        teacher = teacher_of(service, server, settings=ONE_AT_A_TIME)
+        replies = ask(teacher, *PREFIXES)
+    assert [len(reply.rollouts) for reply in replies] == [1, 1]
+    assert len(server.requests) == 3
+    assert teacher.budget.forfeited_tokens == 0
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_dropped_while_it_is_computed(service, monkeypatch):
+    """A connection that breaks later may have been charged for, used again or not."""
+    monkeypatch.setattr(delivery, "STALE_SECONDS", 0.05)
+    fault = Fault(how="drop")
+    with Loopback(service.answer, lambda number, _: fault if number == 1 else None, delay=0.1) as server:
+        teacher = teacher_of(service, server, settings=ONE_AT_A_TIME)
+        ask(teacher, *PREFIXES)
+    assert teacher.budget.forfeited_tokens > 0
+
+
+def arrived(url, *, before=0, timeout=5.0, headers=None, **kwargs):
+    """Whether the last of `before + 1` requests of one client may have arrived, which has to fail."""
+
+    async def send():
+        async with httpx2.AsyncClient(event_hooks={"request": [trace_delivery]}, timeout=timeout, **kwargs) as client:
+            for _ in range(before):
+                await client.post(url, json={"model": "m", "prompt": ""})
+            attempt = Delivery()
+            try:
+                await client.post(url, json={"model": "m", "prompt": ""}, headers=headers)
+            except httpx2.HTTPError as error:
+                return attempt.may_have_arrived(error)
+            raise AssertionError("answered")
+
+    return asyncio.run(send())
+
+
+def test_never_sent():
+    """No connection, a header that cannot be sent, no free connection, a proxy that opens no tunnel."""
+    with Loopback(wire.openai) as server:
+        url = f"{server.url}/v1/completions"
+        assert not arrived(url, headers={"x": "a\nb"})
+        assert not arrived("ftp://127.0.0.1")
+        assert not arrived("https://service.invalid/v1", proxy=server.url)
+    assert not arrived(url)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "expected"),
+    [("drop", 0, True), ("drop", 1, False), ("hang", 0, True), ("hang", 1, True)],
+)
+def test_sent(fault, before, expected):
+    """A new connection that is dropped, and an answer that does not come, may be charged for."""
+    with Loopback(wire.openai, lambda number, _: Fault(how=fault) if number == before else None) as server:
+        assert arrived(f"{server.url}/v1/completions", before=before, timeout=0.3) is expected
+
+
+def test_answer_that_breaks_off():
+    """The answer had begun, so it was computed, also on a connection that was used again."""
+
+    async def serve(reader, writer):
+        for ending in (b"{}", b"{"):
+            await reader.readuntil(b"}")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" + ending)
+        await writer.drain()
+        writer.close()
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            return await asyncio.to_thread(arrived, url, before=1)
+
+    assert asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("WriteError", False), ("PoolTimeout", False), ("ReadError", True), ("Bug", True)]
+)
+def test_a_client_without_the_hook(kind, expected):
+    """The name of the transport's error decides."""
+    attempt, error = Delivery(), RuntimeError()
+    error.__cause__ = type(kind, (Exception,), {})()
+    assert attempt.may_have_arrived(error) is expected
