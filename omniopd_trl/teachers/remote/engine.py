@@ -371,8 +371,8 @@ class RemoteTeacher(Teacher):
                 message, advice = failed[0].message.rstrip("."), "Nothing has been generated yet."
                 if "teacher_base_url" not in message:
                     advice = f"Check that the service runs and that teacher_base_url is right. {advice}"
-                times = tally.counts["requests"]
-                raise TeacherError(f"{asked} {times} times and did not answer: {message}. {advice}")
+                times = "once" if tally.counts["requests"] == 1 else f"{tally.counts['requests']} times"
+                raise TeacherError(f"{asked} {times} and did not answer: {message}. {advice}")
             raise NoRolloutError(
                 f"{asked} and returned nothing: {str(reply.failure).rstrip('.')}. Try another model or other prompts. "
                 "Nothing has been generated yet."
