@@ -369,7 +369,7 @@ def test_prices_reach_the_ledger(tmp_path, tiny_model_dir, services):
     with Loopback(service.answer) as server:
         trainer = run(tmp_path, tiny_model_dir, service, server, **prices)
     usage, usd = spent(tmp_path)
-    probe = Usage(20, 12, 6)  # two samples
+    probe = Usage(20, 12, 9)  # the three samples of a chunk
     assert usage == trainer.teacher_usage + probe
     assert trainer.teacher_usage != Usage()
     uncached = usage.prompt_tokens - usage.cached_tokens
