@@ -66,6 +66,8 @@ def test_control_c_while_it_waits(monkeypatch):
 @pytest.mark.case("A3")
 def test_its_own_time_limits(monkeypatch):
     """An attempt ends before teacher_timeout, and all attempts together before teacher_max_seconds."""
+    with Loopback(wire.openai) as server:
+        teacher_of(VLLM, server).probe("3 + 4")  # imports the SDK, which takes longer than these limits
     monkeypatch.setattr(engine, "PROBE_TIMEOUT", 0.2)
     monkeypatch.setattr(engine, "PROBE_SECONDS", 0.7)
     with Loopback(wire.openai, lambda *_: Fault(how="hang")) as server:

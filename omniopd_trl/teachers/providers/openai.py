@@ -25,11 +25,7 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-    MalformedResponseError,
-    ServiceError,
-)
+from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
 
@@ -215,11 +211,11 @@ class OpenAITeacher(RemoteTeacher):
 
     # ---- Errors ----
 
-    def _meaning(self, said: ServiceError) -> Failure:
+    def unsupported(self, said: ServiceError) -> Failure | None:
         if said.status == 422 and "Unexpected fields" in said.message and "top_k" in said.message:
             self.dialect = "transformers"  # once for all the requests in flight together
             return Failure("transient", "the server is `transformers serve`, which takes its sampling in another form")
-        return super()._meaning(said)
+        return super().unsupported(said)
 
 
 def is_ones_own(provider: str, base_url: str | None) -> bool:

@@ -158,7 +158,8 @@ class RemoteTeacher(Teacher):
     Raises:
         ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
 
-    A subclass implements `request`, and `connect` when it uses a client.
+    A subclass implements `request`, and `connect` when it uses a client. It extends `unsupported` when its service has
+    other words for what it does not take, and `classify` when its SDK has more exceptions.
 
     Attributes:
         model: the service's name of the model.
@@ -216,6 +217,10 @@ class RemoteTeacher(Teacher):
         outcome. Any other error raises the SDK's exception.
         """
 
+    def unsupported(self, said: ServiceError) -> Failure | None:
+        """The capability or field that a request used and the service refused; `None` for any other reason."""
+        return refusal(said)
+
     def classify(self, error: Exception) -> Failure | None:
         """Classify an exception that `request` raised; `None` for a bug, which is raised unchanged."""
         said = ServiceError.of(error)
@@ -233,8 +238,8 @@ class RemoteTeacher(Teacher):
             has_answered=self._has_answered,
             secrets=self._secrets(),
         )
-        refused = refusal(said)
-        return failure if refused is None else replace(refused, otherwise=failure)
+        missing = self.unsupported(said)
+        return failure if missing is None else replace(missing, otherwise=failure)
 
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
