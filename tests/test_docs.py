@@ -305,3 +305,13 @@ def test_site_is_self_contained(tmp_path):
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", text), page
+
+
+@pytest.mark.case("F6")
+def test_a_row_for_each_service():
+    """Each service that users name has a row that says how it works, or that it does not."""
+    rows = [row for row in (ROOT / "docs" / "teachers.md").read_text("utf-8").splitlines() if row.startswith("| ")]
+    services = "Azure OpenAI, Groq, Cerebras, xAI, Gemini, Bedrock, Vertex, LiteLLM, TGI, Ollama, LM Studio, Together"
+    for service in [*services.split(", "), "Fireworks", "SGLang", "llama.cpp"]:
+        assert any(service in row.split("|")[1] for row in rows), service
+    assert any("SGLang" in row.split("|")[1] and "`vllm:" in row for row in rows)
