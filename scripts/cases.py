@@ -101,7 +101,7 @@ def marked(path: Path) -> Iterator[tuple[str, str]]:
 
     tree = ast.parse(path.read_text("utf-8"))
     tables = {
-        target.id: [c.value for c in ast.walk(node.value) if isinstance(c, ast.Constant) and c.value in CASES]
+        target.id: [str(c.value) for c in ast.walk(node.value) if isinstance(c, ast.Constant) and c.value in CASES]
         for node in tree.body
         if isinstance(node, ast.Assign)
         for target in node.targets
@@ -112,10 +112,10 @@ def marked(path: Path) -> Iterator[tuple[str, str]]:
         calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
         marks = [c for c in calls if "case" in (getattr(c.func, "attr", ""), getattr(c.func, "id", ""))]
         for call in marks:
-            yield from (argument.value for argument in call.args if isinstance(argument, ast.Constant))
+            yield from (str(argument.value) for argument in call.args if isinstance(argument, ast.Constant))
         if any(not isinstance(argument, ast.Constant) for call in marks for argument in call.args):
             # The ids are in the parameters, or in a table that they are taken from.
-            yield from (c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and c.value in CASES)
+            yield from (str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant) and c.value in CASES)
             for name in (n.id for n in ast.walk(node) if isinstance(n, ast.Name)):
                 yield from tables.get(name, [])
 

@@ -234,6 +234,8 @@ def main(
             saved_to=saved_to,
         )
     )
+    if training_args.save_audits:
+        trainer.accelerator.print(f"\nSee what the teacher wrote: omniopd audits {training_args.output_dir}")
     # Finishes the trackers and destroys the process group.
     trainer.end()
 
