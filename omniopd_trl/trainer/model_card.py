@@ -112,10 +112,8 @@ def complete_card(path: Path, base_model: str | None, section: str) -> None:
     """
     card = ModelCard.load(path)
     card.data.base_model = base_model
-    if base_model is None:
-        card.text = re.sub(
-            r"This model is a fine-tuned version of \[None\]\([^)]*\)", "This model is a fine-tuned model", card.text
-        )
+    named = "model" if base_model is None else f"version of [{base_model}](https://huggingface.co/{base_model})"
+    card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
     versions = "### Framework versions\n\n"
     card.text = card.text.replace(versions, f"{section}{versions}- omniopd_trl: {omniopd_trl.__version__}\n")
     card.save(path)
