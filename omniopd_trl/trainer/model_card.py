@@ -114,6 +114,7 @@ def complete_card(path: Path, base_model: str | None, section: str) -> None:
     card.data.base_model = base_model
     named = "model" if base_model is None else f"version of [{base_model}](https://huggingface.co/{base_model})"
     card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
+    card.text = card.text.replace('model="None"', f'model="{path.resolve().parent.name}"')  # not pushed
     versions = "### Framework versions\n\n"
     card.text = card.text.replace(versions, f"{section}{versions}- omniopd_trl: {omniopd_trl.__version__}\n")
     card.save(path)
