@@ -97,7 +97,7 @@ def test_replayed_steps_are_compared_with_nothing(tmp_path, tiny_model_dir):
     engine = Engine([[[-1.0], [-1.0]], []], [[[7], [8]], []])
     trainer.sampling_logprobs = SamplingLogprobs(engine, [2])
     engine.generate()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
     assert trainer.teacher_usage == Usage(), "the step was not replayed"
     assert not [name for log in trainer.state.log_history for name in log if "sampling" in name]
     assert trainer.sampling_logprobs.take() is None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import IterableDataset
-from peft import AdaLoraConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, T5Config
 from transformers.utils import logging
 from trl import DistillationTrainer
@@ -79,7 +79,7 @@ def check_logits(model: torch.nn.Module, tokenizer, dtype: torch.dtype = torch.f
     """The check of a model, as the trainer makes it, without a trainer."""
     model = model.to(dtype)
     trl = SimpleNamespace(model_kwarg_keys=(), _is_vlm=False)
-    args = SimpleNamespace(mixed_precision="no", device="cpu", learning_rate=0.0, beta=0.1)
+    args = SimpleNamespace(mixed_precision="no", device="cpu", learning_rate=0.0, beta=0.1, corrected_filters=None)
     objective = Objective(
         None,
         0.7,
@@ -170,7 +170,7 @@ def test_models_without_the_parts_are_refused(tmp_path, tiny_model_dir, tiny_tok
     with pytest.raises(ConfigError, match="encoder-decoder"):
         startup.check_student_config("t5", T5Config(), SimpleNamespace(model_init_kwargs=None))
     model = load(tiny_model_dir)
-    model.add_adapter(LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head", "q_proj"]), model)
     refuse(tmp_path, model, "LM head has an adapter", tiny_tokenizer)
 
 
