@@ -118,10 +118,7 @@ class GeminiTeacher(RemoteTeacher):
             **self.accepted(sampling),
         }
         models = self.client[0].aio.models
-        try:
-            response = await models.generate_content(model=self.model, contents=contents, config=config)
-        except (UnicodeDecodeError, RecursionError) as error:  # the SDK parses bodies of errors
-            raise MalformedResponseError(f"a damaged body, {type(error).__name__}") from error
+        response = await models.generate_content(model=self.model, contents=contents, config=config)
         return read_answer(response.sdk_http_response.body or "", asked)
 
     # ---- Requests ----

@@ -179,7 +179,7 @@ def _read(body: Any) -> tuple[str, list[str], str | None, float | None]:
     if isinstance(body, list) and len(body) == 1:
         body = body[0]  # Google's interface in the style of OpenAI
     if not isinstance(body, Mapping):
-        return (body if isinstance(body, str) else _dump(body)), [], None, None
+        return (body if isinstance(body, str) else _dump(body)) or "no text", [], None, None
     error = body.get("error")
     inner = error if isinstance(error, Mapping) else body
     message, metadata, param = _text(body) or _dump(body), inner.get("metadata"), inner.get("param")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP client of all SDKs: answers of a limited size, no redirects, and errors that name the setting at fault."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -60,11 +61,19 @@ class _Client(httpx2.AsyncClient):
             await response.aclose()
         about_body = ("content-encoding", "content-length", "transfer-encoding")
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in about_body]
-        answer = httpx2.Response(
+        answer = _Response(
             response.status_code, headers=headers, content=body, request=request, extensions=response.extensions
         )
         answer.encoding = "utf-8"  # of JSON, whatever the headers say
         return answer
+
+
+class _Response(httpx2.Response):
+    def json(self, **kwargs: Any) -> Any:
+        try:
+            return super().json(**kwargs)
+        except (UnicodeDecodeError, RecursionError) as error:  # the SDKs expect the error of a body that is no JSON
+            raise json.JSONDecodeError(f"{type(error).__name__} in the body", "", 0) from error
 
 
 async def _read(response: httpx2.Response) -> bytes:
