@@ -32,6 +32,7 @@ HINT = f"TRL {trl.__version__} changed something that OmniOPDTrainer relies on"
 
 # Hooks that we override or call, with the parameters that we pass or receive.
 HOOKS = {
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
