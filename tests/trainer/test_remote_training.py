@@ -75,12 +75,12 @@ def _one_sample(body):
     return wire.openai("/v1/chat/completions" if "messages" in body else "/v1/completions", {**body, "n": 1})
 
 
-def run(path, model, service, server, **overrides):
+def run(path, model, service, server, resume=False, **overrides):
     settings = {**SETTINGS, "teacher_timeout": 1.0, "teacher_max_attempts": 8, "teacher_continuation": "instruct"}
     settings.update(overrides)
     url = server.url + service.path
     trainer = make_trainer(path, model, teacher=service.name, teacher_base_url=url, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -308,8 +308,8 @@ def test_credit_that_ends_in_the_middle_of_a_step(tmp_path, tiny_model_dir, serv
         with pytest.raises(TeacherError, match=r"Stopped at step 0: .*credit"):
             run(tmp_path / "cut", tiny_model_dir, service, server, **settings)
         answered = server.bodies[:last]
-    with Loopback(service.answer) as server:
-        again = run(tmp_path / "cut", tiny_model_dir, service, server, **settings)
+    with Loopback(service.answer, port=server.port) as server:
+        again = run(tmp_path / "cut", tiny_model_dir, service, server, resume=True, **settings)
         asked = server.bodies
     probe = expected[0]
     assert counted([*answered, *asked]) == counted([probe, *expected])
@@ -325,10 +325,11 @@ def test_answers_survive_kills(tmp_path, tiny_model_dir, services, kills):
     dice = random.Random(kills)
     # Twenty requests for most trajectories, two at once: without their answers, ten would be lost with each kill.
     settings = json.dumps({"teacher": service.name, "teacher_max_concurrency": 2, "num_rollouts": 10})
-    bodies, under_way = [], 0
+    bodies, under_way, port = [], 0, 0
     for _ in range(kills):
         until = dice.randint(10, 100 // (kills + 1))
-        with Loopback(service.answer, delay=0.02) as server:
+        with Loopback(service.answer, delay=0.02, port=port) as server:
+            port = server.port
             process = subprocess.Popen(
                 [
                     sys.executable,
@@ -351,7 +352,7 @@ def test_answers_survive_kills(tmp_path, tiny_model_dir, services, kills):
             assert len(server.requests) >= until
             bodies += server.bodies[1:]
             under_way += 2
-    with Loopback(service.answer) as server:
+    with Loopback(service.answer, port=port) as server:
         run_until_killed.main(tmp_path, tiny_model_dir, server.url, settings)
         bodies += server.bodies[1:]
     with Loopback(service.answer) as server:
