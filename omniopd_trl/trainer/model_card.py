@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-import omniopd_trl
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -116,5 +116,5 @@ def complete_card(path: Path, base_model: str | None, section: str) -> None:
     card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
     card.text = card.text.replace('model="None"', f'model="{path.resolve().parent.name}"')  # not pushed
     versions = "### Framework versions\n\n"
-    card.text = card.text.replace(versions, f"{section}{versions}- omniopd_trl: {omniopd_trl.__version__}\n")
+    card.text = card.text.replace(versions, f"{section}{versions}- omniopd_trl: {version('omniopd_trl')}\n")
     card.save(path)

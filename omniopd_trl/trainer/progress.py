@@ -28,7 +28,8 @@ def describe(logs: Mapping[str, Any], step: int, num_steps: int) -> str | None:
         return None
     scores = {name: value for name, value in logs.items() if name.startswith("eval_") and "pass@1" in name}
     is_evaluation = any(name.startswith("eval_") for name in logs)
-    parts = [f"evaluation at step {step}" if is_evaluation else f"step {step} of {num_steps}"]
+    epoch = f" (epoch {logs['epoch']:.3g})" if "epoch" in logs else ""
+    parts = [f"evaluation at step {step}" if is_evaluation else f"step {step} of {num_steps}{epoch}"]
     # A name of an evaluation set, or of a function, is a part of the metric's name.
     parts += [
         f"{name.removeprefix('eval_').replace('_pass@1', ' pass@1')} {score:.3f}" for name, score in scores.items()

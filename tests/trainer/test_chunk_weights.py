@@ -9,6 +9,7 @@ import torch
 
 from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Chunk, StepChunks
 from omniopd_trl.trainer import step_audits
 from omniopd_trl.trainer.checkpoints import last_checkpoint
@@ -159,7 +160,7 @@ def test_two_processes_weigh_the_step_as_one(tmp_path, tiny_model_dir, monkeypat
 
     def run(rank):
         ranks.local.rank = rank
-        arguments = (trainer.auditor, None, ranks, trainer.args)
+        arguments = (trainer.auditor, Recorder(lambda: 0), ranks, trainer.args)
         audits = step_audits.StepAudits(*arguments, callbacks=trainer.callback_handler, step=lambda: 0)
         return weights(audits, posteriors[rank])
 

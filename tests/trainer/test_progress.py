@@ -8,6 +8,7 @@ from omniopd_trl.trainer.progress import describe
 
 STEP = {
     "loss": 0.1,
+    "epoch": 0.6,
     "chunk_loss": 0.2512,
     "audit/posterior": 0.8,
     "audit/posterior_std": 0.2,
@@ -26,7 +27,7 @@ STEP = {
     [
         (
             STEP,
-            "step 3 of 40 | chunk loss 0.251 | posterior 0.800 ± 0.200 | KL 0.00312 | 4 chunks each | "
+            "step 3 of 40 (epoch 0.6) | chunk loss 0.251 | posterior 0.800 ± 0.200 | KL 0.00312 | 4 chunks each | "
             "teacher read 12,345, wrote 678 | 1.23 dollars, 8.77 left | waited 2.5 s",
         ),
         ({"loss": 0.1, "kl/unaudited": 0.0}, "step 3 of 40 | KL 0"),  # a batch without chunks
