@@ -32,7 +32,8 @@ class TestRun:
             eval_on_start=True, evaluate_teacher=True, prompt_template="Solve: {question}", num_eval_generations=2
         )
         process = succeeded(train("--config", path, cwd=tmp_path))
-        table = process.stdout.strip().splitlines()[-7:]
+        *table, blank, last = process.stdout.strip().splitlines()[-9:]
+        assert (blank, last) == ("", "See what the teacher wrote: omniopd audits out")
         assert re.fullmatch(r"student before, pass@1  \d\.\d{3}", table[0])
         assert re.fullmatch(r"student after, pass@1   \d\.\d{3} \(step 2\)", table[1])
         assert re.fullmatch(r"teacher, pass@1         \d\.\d{3}", table[2])
