@@ -48,7 +48,7 @@ def why_not_loaded(name: str, error: Exception) -> str:
         if not (folder / "config.json").is_file():
             advice = f"Name one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else "Check the path."
             return f"the folder holds no model (no config.json). {advice}"
-        return f"{reason} Check that the folder is a complete model."
+        return f"{reason} Check that the folder is a complete model of a kind that continues text."
     nearby = what_is_beside(name) or "there is no such folder. "
     return f"{nearby}The name was looked up on the Hub ({reason}). Check the path or the id."
 

@@ -26,7 +26,7 @@ from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
-from omniopd_trl.teachers.remote.engine import Sample
+from omniopd_trl.teachers.remote.answers import Sample
 from tests.support.corpus import STUDENT_LINES
 from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 from tests.support.services import Scripted
@@ -158,7 +158,7 @@ def divides_by_words(chunk, rollout):
 @pytest.mark.parametrize(
     ("bad", "fails_for", "phi", "what"),
     [
-        ("\ud83d", None, "edit", "encoded with the student's tokenizer (TypeError: TextEncode"),
+        ("\ufffd", "\ufffd", "edit", "encoded with the student's tokenizer (TypeError: TextEncode"),
         ("odd", "odd", "edit", "encoded with the student's tokenizer (TypeError: TextEncode"),
         ("...", None, divides_by_words, "scored by the similarity (ZeroDivisionError: "),
         ("\x00" * 9, None, divides_by_words, "scored by the similarity (ZeroDivisionError: "),
@@ -187,7 +187,7 @@ def test_a_rollout_that_cannot_be_scored_is_set_aside(tiny_tokenizer, caplog, ba
 def test_nothing_can_be_encoded(tiny_tokenizer):
     """Chunks without a rollout are dropped: the run's own limit ends it, not a traceback at every resumption."""
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0})
-    audit = asyncio.run(auditor(tiny_tokenizer, ScriptedTeacher(["\udc00"])).audit(*path))
+    audit = asyncio.run(auditor(FailsFor(tiny_tokenizer, "odd"), ScriptedTeacher(["odd"])).audit(*path))
     assert (audit.chunks, audit.num_dropped, audit.num_set_aside) == ((), 2, 6)
     assert "TypeError" in audit.failures[0]
 

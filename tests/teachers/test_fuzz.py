@@ -155,7 +155,7 @@ def run_all(fuzz, tokenizer, folder, count):
             settings = EngineSettings(max_concurrency=1, timeout=30.0)
             teacher = teacher_of(fuzz.service, server, budget=fuzz.budget, settings=settings, **fuzz.options)
             auditor = Auditor(teacher, tokenizer, SETTINGS, get_similarity("edit"))
-            with recorder.open(journal_path(folder, 0), fuzz.budget, **JOURNAL):
+            with recorder.open(journal_path(folder, 0), fuzz.budget, replay=True, **JOURNAL):
                 before = fuzz.answered
                 coroutine = train(auditor, recorder.journal, steps, lambda: fuzz.answered >= count)
                 try:

@@ -9,7 +9,7 @@ from omniopd_trl.accounting.usage import NO_LEDGER
 from omniopd_trl.errors import NoRolloutError, TeacherError
 from omniopd_trl.teachers.base import Teacher, TeacherReply
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.validation import PROBE_PROMPTS, prepare_teacher
+from omniopd_trl.trainer.validation import PROBE_PROMPTS, prepare_teacher, probe_teacher
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import services
 
@@ -23,7 +23,8 @@ PROMPTS = [f"question {n}" for n in range(9)]
 def start(server, tmp_path, prompts=PROMPTS):
     """Prepare a teacher as a run does."""
     args = config(tmp_path, teacher_base_url=server.url + "/v1", teacher_continuation="instruct")
-    return prepare_teacher("vllm:teacher", args, NO_LEDGER, [("train", Dataset.from_dict({"prompt": prompts}))])
+    teacher = prepare_teacher("vllm:teacher", args, NO_LEDGER)
+    probe_teacher(teacher, [("train", Dataset.from_dict({"prompt": prompts}))])
 
 
 def config(tmp_path, **settings):
@@ -74,7 +75,7 @@ def test_refused_every_time(prompts, tmp_path):
 
 
 @pytest.mark.case("A1")
-def test_a_custom_teacher(tmp_path):
+def test_a_custom_teacher():
     """It may say the same of a prompt. Any other error ends the start at once."""
 
     class Custom(Teacher):
@@ -92,9 +93,8 @@ def test_a_custom_teacher(tmp_path):
                 raise self.error
 
     dataset = [("train", Dataset.from_dict({"prompt": PROMPTS}))]
-    args = config(tmp_path)
-    prepare_teacher(teacher := Custom(NoRolloutError("nothing")), args, NO_LEDGER, dataset)
+    probe_teacher(teacher := Custom(NoRolloutError("nothing")), dataset)
     assert teacher.asked == PROMPTS[:2]
     with pytest.raises(TeacherError):
-        prepare_teacher(teacher := Custom(TeacherError("out of order")), args, NO_LEDGER, dataset)
+        probe_teacher(teacher := Custom(TeacherError("out of order")), dataset)
     assert teacher.asked == PROMPTS[:1]
