@@ -22,7 +22,7 @@ from omniopd_trl.teachers.providers.capabilities import (
     warn_shutdown,
 )
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
-from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_ones_own
+from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_self_hosted
 from omniopd_trl.teachers.remote.engine import Continuation, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
@@ -206,7 +206,7 @@ def load_teacher(
     template = options.teacher_chat_template_kwargs
     # The student's arguments are for a chat template. A closed service has none: it may refuse the whole request.
     if template is None and (
-        kind == "local" or (kind in OPENAI_STYLE and is_ones_own(kind, options.teacher_base_url))
+        kind == "local" or (kind in OPENAI_STYLE and is_self_hosted(kind, options.teacher_base_url))
     ):
         template = options.chat_template_kwargs
     if kind == "local":

@@ -20,7 +20,7 @@ DOLLAR = Price(1e6, 1e6)  # a dollar a token, so that dollars are counted as tok
 
 
 async def turns(number=5):
-    """Let every other task go on as far as it can."""
+    """Let every other task continue as far as it can."""
     for _ in range(number):
         await asyncio.sleep(0)
 
@@ -76,20 +76,20 @@ class TestNeverExceeded:
         )
         billed = []  # what the service charges for, which the budget must never let pass the limits
         forfeited = []
-        under_way = set()
+        in_flight = set()
         refused = []
 
         def check():
             tokens = sum(u.prompt_tokens + u.completion_tokens for u in billed)
             usd = sum(PRICE.cost(u) for u in billed)
-            # Whatever is under way may turn out at its worst.
-            tokens += sum(p + c for p, c in under_way_sizes()) + sum(p + c for p, c in forfeited)
-            usd += sum(PRICE.worst_cost(p, c) for p, c in [*under_way_sizes(), *forfeited])
+            # Whatever is in flight may turn out at its worst.
+            tokens += sum(p + c for p, c in in_flight_sizes()) + sum(p + c for p, c in forfeited)
+            usd += sum(PRICE.worst_cost(p, c) for p, c in [*in_flight_sizes(), *forfeited])
             assert budget.max_tokens is None or tokens <= budget.max_tokens
             assert budget.max_usd is None or usd <= budget.max_usd * (1 + 1e-9)
 
-        def under_way_sizes():
-            return [size for _, size in under_way]
+        def in_flight_sizes():
+            return [size for _, size in in_flight]
 
         async def one(index, prompt, completion, used, cached, written, ending):
             for _ in range(rng.randrange(3)):
@@ -97,11 +97,11 @@ class TestNeverExceeded:
             key = (index, (prompt, completion))
             try:
                 async with budget.reserve(prompt, completion) as reservation:
-                    under_way.add(key)
+                    in_flight.add(key)
                     check()
                     for _ in range(rng.randrange(6)):
                         await asyncio.sleep(0)
-                    under_way.discard(key)
+                    in_flight.discard(key)
                     tokens = int(used * prompt)
                     usage = Usage(tokens, int(cached * tokens), int(written * completion))
                     if ending == "settled":
@@ -126,7 +126,7 @@ class TestNeverExceeded:
                 await asyncio.gather(*(one(i, *request) for i, request in enumerate(requests)))
 
         asyncio.run(run())
-        assert not under_way
+        assert not in_flight
         assert not budget._open
         assert not budget._queue
         assert budget.used == sum(billed, Usage())
@@ -213,7 +213,7 @@ class TestWaiting:
         asyncio.run(run())
 
     def test_hopeless_request_does_not_wait(self):
-        """What would not fit even if everything under way were free is refused at once."""
+        """What would not fit even if everything in flight were free is refused at once."""
 
         async def run():
             budget = Budget(max_tokens=100)
@@ -304,7 +304,7 @@ class TestWaiting:
 class TestEndings:
     """How a request ends decides what counts."""
 
-    def test_cancelled_while_under_way(self):
+    def test_cancelled_while_in_flight(self):
         """A request that may have reached the service counts with its worst case, and makes way for the others."""
 
         async def run():

@@ -218,7 +218,7 @@ class TestRecipe:
             price_of("openai", "gpt-6-luna", **prices)
 
     def test_nothing_is_free_of_charge(self):
-        """A price of 0 is a price, of a server of one's own."""
+        """A price of 0 is a price, of a self-hosted server."""
         assert price_of("vllm", "m", input_price=0, output_price=0) == Price(0.0, 0.0)
 
 
@@ -236,7 +236,7 @@ class TestUnknown:
         ],
     )
     def test_none(self, provider, model, base_url):
-        """A server of one's own has no price, whatever its model is called; nor has an unknown model."""
+        """A self-hosted server has no price, whatever its model is called; nor has an unknown model."""
         assert price_of(provider, model, base_url=base_url) is None
 
     def test_without_completions(self):
@@ -244,7 +244,7 @@ class TestUnknown:
         assert price_of("openai", "text-embedding-3-small") is None
 
     def test_said_once(self, caplog):
-        """The message names the teacher and the settings that mend it, once."""
+        """The message names the teacher and the settings that fix it, once."""
         for _ in range(3):
             price_of("openai", "said-once")
         (message,) = caplog.messages

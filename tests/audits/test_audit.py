@@ -211,7 +211,7 @@ def test_a_bug_in_a_similarity_is_raised(tiny_tokenizer, phi, error):
 
 
 def test_rollouts_are_cut_to_the_chunk_in_student_tokens(tiny_tokenizer):
-    """A rollout that goes on is cut, one that ended by itself stays, one that was cut off too soon is counted."""
+    """A rollout that continues is cut, one that ended by itself stays, one that was cut off too soon is counted."""
     judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]))
     rollouts = [Rollout("abcdefgh"), Rollout("ab"), Rollout("abc", "length"), Rollout("abcdef", "length")]
     assert cut(judge, "wxyz", rollouts) == (["abcd", "ab", "abc", "abcd"], 1)
@@ -243,10 +243,10 @@ def test_a_teacher_that_writes_the_students_own_text_is_exact(make, tiny_tokeniz
     for start in range(1, len(ids) - 16):
         chunk = Chunk(start, start + 8, start)
         prefix, text = judge.alignment.split_texts(ids, [chunk])[0]
-        goes_on = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
+        continues = tokenizer.decode(ids, clean_up_tokenization_spaces=False)[len(prefix) :]
         # Some services trim the continuation. One that was cut off at the chunk's end is not short.
         rollouts = [
-            Rollout(written, "length") for written in (goes_on, goes_on.lstrip(), text, "\n" + goes_on.lstrip())
+            Rollout(written, "length") for written in (continues, continues.lstrip(), text, "\n" + continues.lstrip())
         ]
         (texts,), short = judge.alignment.cut(ids, [chunk], [text], [rollouts])
         if any(exact(text, rollout) != 1.0 for rollout in texts) or short:
@@ -470,7 +470,7 @@ def test_event_loop_thread_works_inside_a_running_loop():
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_what_ends_a_process_does_not_end_the_loop(kind):
-    """A teacher that calls `sys.exit` is an error like others: what else is under way comes back, and so does it."""
+    """A teacher that calls `sys.exit` is an error like others: what else is in flight comes back, and so does it."""
 
     async def leave() -> None:
         raise kind("bad key")
@@ -550,7 +550,7 @@ async def _fail() -> None:
     ],
 )
 def test_replies_that_are_none(tiny_tokenizer, replies, words):
-    """A mistake in a teacher of one's own is named with the teacher, the reply and the rule."""
+    """A mistake in a custom teacher is named with the teacher, the reply and the rule."""
 
     class Own(Teacher):
         name = "my-api"

@@ -232,7 +232,7 @@ class TestCost:
 
     @pytest.mark.parametrize("teacher", ["openai:gpt-6-luna", "vllm:Qwen/Qwen3-32B", "some/model"])
     def test_prices_of_the_recipe(self, forecast, teacher):
-        """Prices of the recipe win over the table, and price a server of one's own."""
+        """Prices of the recipe win over the table, and price a self-hosted server."""
         rows = forecast(
             teacher_model_name_or_path=teacher, teacher_input_price=2.0, teacher_output_price=3.0, num_rollouts=1
         )

@@ -44,7 +44,7 @@ def launched(monkeypatch):
 
     for name in LAUNCHERS:
         monkeypatch.setattr(f"accelerate.commands.launch.{name}", noting(name))
-    # A configuration of whoever runs the tests must not count.
+    # A configuration of the developer must not count.
     monkeypatch.setattr("accelerate.commands.launch.default_config_file", "/nowhere/default_config.yaml")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return calls
@@ -78,7 +78,7 @@ class TestProcesses:
         process = succeeded(
             omniopd("train", "--accelerate_config", "cpu_2", "--config", recipe(use_cpu=...), cwd=tmp_path)
         )
-        # Two steps of 2 processes x 2 prompts x 2 micro-batches go once through the sixteen prompts.
+        # Two steps of 2 processes x 2 prompts x 2 micro-batches continuece through the sixteen prompts.
         assert re.findall(r"\(epoch ([\d.]+)\)", process.stdout) == ["0.5", "1"]
         assert process.stdout.count("model saved to") == 1
         assert (tmp_path / "out" / "model.safetensors").exists()
@@ -110,7 +110,7 @@ class TestProcesses:
         ids=["terminal", "kill", "cpu_2"],
     )
     def test_control_c(self, recipe, tmp_path, options, to_all):
-        """From the terminal, which signals all processes, or to the command alone: one line says how to go on."""
+        """From the terminal, which signals all processes, or to the command alone: one line says how to continue."""
         path = recipe(max_steps=100_000, num_train_epochs=1, save_strategy="steps", save_steps=1, save_total_limit=2)
         command = [sys.executable, "-m", "omniopd_trl.cli.main", "train", "--config", path, *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -135,7 +135,7 @@ class TestProcesses:
         assert (tmp_path / re.search(r"out/checkpoint-\d+", line)[0] / "trainer_state.json").exists()
 
     def test_lost_process(self, recipe, tmp_path):
-        """`accelerate launch --cpu --num_processes 2` starts one process, and the run says so and goes on."""
+        """`accelerate launch --cpu --num_processes 2` starts one process, and the run says so and continues."""
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
         command += ["-m", "omniopd_trl.train", "--config", recipe(max_steps=1)]
         process = succeeded(run_process(*command, cwd=tmp_path))
@@ -323,7 +323,7 @@ class TestConfigs:
         ]
 
     def test_path(self, recipe, launched, tmp_path):
-        """A file of one's own works as well as a name."""
+        """A custom file works as well as a name."""
         path = tmp_path / "mine.yaml"
         path.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2, "main_process_port": 1}))
         assert launch.train(["--accelerate_config", str(path), "--config", recipe()]) == 0

@@ -209,7 +209,7 @@ class TestTeachers:
         assert "2026-12-01" in text_of("math_qwen3_4b_gemini.yaml")
 
     @pytest.mark.parametrize("thinking", [True, False])
-    def test_vllm_goes_on_in_the_thought(self, thinking, tiny_tokenizer, tmp_path, monkeypatch):
+    def test_vllm_continues_in_the_thought(self, thinking, tiny_tokenizer, tmp_path, monkeypatch):
         """Under Qwen3's own template the teacher reads the student's prompt and text as they are, and nothing else."""
         monkeypatch.chdir(tmp_path)
         _, args, _, _ = arguments_of("math_qwen3_4b_vllm.yaml")

@@ -57,7 +57,7 @@ class TestRun:
         assert "step 1 of 1 (epoch 0.25)" in process.stdout
 
     def test_resume(self, recipe, tmp_path):
-        """A run that goes on from its last checkpoint, within an epoch, ends as the one that was never stopped."""
+        """A run that resumes from its last checkpoint, within an epoch, ends as the one that was never stopped."""
         succeeded(train("--config", recipe(max_steps=4), "--output_dir", "whole", cwd=tmp_path))
         path = recipe(max_steps=4, save_strategy="steps", save_steps=2)
         succeeded(train("--config", path, cwd=tmp_path))

@@ -290,7 +290,7 @@ class TestCheckDataset:
 
     @pytest.mark.parametrize("column", ["image", "images", "tools"])
     def test_columns_that_come_later(self, column):
-        """Images and tools are refused with the way to go on without them."""
+        """Images and tools are refused with the way to continue without them."""
         with pytest.raises(DataError, match=rf"column `{column}`.*not supported yet.*remove_columns\('{column}'\)"):
             check_dataset(Dataset.from_list([{"prompt": "x", column: ["y"]}]))
 

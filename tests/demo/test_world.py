@@ -126,7 +126,7 @@ class TestMixedSolutions:
             assert mixed_solution(problem, len(whole)) == (whole, "")
             assert mixed_solution(problem, 0, "teacher", "student") == ("", whole)
 
-    def test_every_cut_keeps_what_is_written_and_goes_on_correctly(self):
+    def test_every_cut_keeps_what_is_written_and_continues_correctly(self):
         """A slow, obvious check: read the equations back, and compare each with where it stands."""
         for seed, problem in enumerate(some_problems(40)):
             draft = solution(problem, "student", STUDENT_SLIP, random.Random(seed))

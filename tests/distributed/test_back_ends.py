@@ -213,7 +213,7 @@ def test_qlora(back_end, trained):
 
 
 @back_ends(*BACK_ENDS)
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(back_end, trained, tmp_path):
+def test_a_resumed_run_continues_as_if_nothing_had_happened(back_end, trained, tmp_path):
     """From within an epoch and from its end, with the journal and without: the same completions, steps and weights."""
     results, folder = trained(back_end)
     again = []

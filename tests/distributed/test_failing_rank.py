@@ -101,8 +101,8 @@ def files(checkpoint: Path) -> set[str]:
     return {str(path).replace(f"global_step{step}", "global_step") for path in paths}
 
 
-def assert_goes_on(back_end: str, write_recipe, output_dir: Path, uninterrupted: list[dict]) -> None:
-    """The checkpoint of the failed run is whole: the run goes on from it as if nothing had happened."""
+def assert_continues(back_end: str, write_recipe, output_dir: Path, uninterrupted: list[dict]) -> None:
+    """The checkpoint of the failed run is whole: the run resumes from it as if nothing had happened."""
     recipe = write_recipe(back_end, output_dir, resume_from_checkpoint=True, save_strategy="steps", save_steps=4)
     _, output, _ = launch(back_end, recipe, "nothing")
     assert (output_dir / "checkpoint-4").is_dir(), output[-5000:]
@@ -125,7 +125,7 @@ def test_processes_of_a_launcher_that_hangs_are_ended():
 
 @pytest.mark.parametrize("back_end", ["ddp", "zero3", "fsdp2"])
 def test_a_final_error_on_one_rank(back_end, write_recipe, uninterrupted, tmp_path):
-    """In the middle of a step: one message, both processes end by themselves, and the run goes on from there."""
+    """In the middle of a step: one message, both processes end by themselves, and the run resumes from there."""
     recipe = write_recipe(back_end, tmp_path / "out")
     code, output, codes = launch(back_end, recipe, "final")
     assert code != 0
@@ -135,7 +135,7 @@ def test_a_final_error_on_one_rank(back_end, write_recipe, uninterrupted, tmp_pa
     message = "TeacherError: Stopped at step 2: The key was refused. Set a valid one. A checkpoint is in "
     assert lines[0].startswith(message), lines
     assert "omniopd_trainer.py" not in output, "a traceback where one line says all"
-    assert_goes_on(back_end, write_recipe, tmp_path / "out", uninterrupted)
+    assert_continues(back_end, write_recipe, tmp_path / "out", uninterrupted)
 
 
 # Under DDP the first process writes nearly all. Under ZeRO and FSDP2 both write, and what a checkpoint is taken for
@@ -145,7 +145,7 @@ def test_a_mistake_in_the_teacher_on_one_rank(back_end, slow, write_recipe, unin
     """An error of another kind: its traceback, once, and no process waits for the one that met it.
 
     None ends, either, before the slowest has written its part of the checkpoint: the launcher would end that one as
-    well, and the run would go on from what is there.
+    well, and the run would continue from what is there.
     """
     recipe = write_recipe(back_end, tmp_path / "out")
     code, output, codes = launch(back_end, recipe, "unexpected", SLOW=slow)
@@ -156,7 +156,7 @@ def test_a_mistake_in_the_teacher_on_one_rank(back_end, slow, write_recipe, unin
     # Written last, by the first process: a checkpoint with it is whole.
     written = {path.name: path.stat().st_mtime for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
     assert written["trainer_state.json"] >= written[f"rng_state_{slow}.pth"]
-    assert_goes_on(back_end, write_recipe, tmp_path / "out", uninterrupted)
+    assert_continues(back_end, write_recipe, tmp_path / "out", uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_mistake_in_the_teacher_on_one_rank(back_end, slow, write_recipe, unin
     ],
 )
 def test_a_failure_on_one_rank_before_and_after_the_training(kind, message, write_recipe, tmp_path):
-    """At the first question, and in the teacher's own evaluation: the other process does not go on and wait."""
+    """At the first question, and in the teacher's own evaluation: the other process does not continue and wait."""
     settings = {"max_steps": 1, "evaluate_teacher": True, "dataset_test_split": "train", "eval_strategy": "no"}
     code, output, codes = launch("ddp", write_recipe("ddp", tmp_path / "out", **settings), kind)
     assert code != 0

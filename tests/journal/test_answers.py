@@ -109,7 +109,7 @@ def test_only_what_is_missing_is_asked_for(tmp_path, kind):
         assert paid.prompt_tokens + paid.completion_tokens == used.prompt_tokens + used.completion_tokens + lost
         # What was answered before is not counted again, neither in the budget nor for the log.
         assert audit.usage == sum((reply.usage for reply in replies), Usage()) == second.budget.used
-        if kind != "fewer than asked for":  # which has to be learned anew
+        if kind != "fewer than asked for":  # which has to be learned again
             assert used == whole
             asked = Counter((text, request.seed) for text, _, request in [*first.seen[:stop], *second.seen])
             assert asked == Counter((text, request.seed) for text, _, request in clean.seen)

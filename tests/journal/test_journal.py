@@ -65,7 +65,7 @@ def audits(draw):
     chunks = []
     before = ""
     for _ in range(draw(st.integers(0, 4))):
-        # Usually the prefix goes on where the last chunk ended. It need not.
+        # Usually the prefix continues where the last chunk ended. It need not.
         prefix = draw(st.sampled_from([before, before[:-1], before[1:]])) + draw(texts)
         text = draw(texts)
         before = prefix + text
@@ -148,7 +148,7 @@ def test_reopened(tmp_path):
 
 
 def test_new_attempt_supersedes(tmp_path):
-    """A step that is generated anew hides its earlier audits and all later steps, which followed from another one."""
+    """A step that is generated again hides its earlier audits and all later steps, which followed from another one."""
     with journal(tmp_path) as j:
         for step in (1, 2, 3):
             j.record_trajectories(step, [trajectory(step)])
@@ -191,7 +191,7 @@ def test_other_fingerprint(tmp_path):
         j.record(1, 0, audit())
     with journal(tmp_path) as j:
         assert len(j.trajectories(0)) == 2
-        assert j.trajectories(1) is None  # the newest attempt decides, whoever made it
+        assert j.trajectories(1) is None  # the newest attempt decides, no matter who made it
 
 
 def test_what_is_not_replayed(tmp_path):
@@ -246,7 +246,7 @@ def test_settings_that_are_put_back(tmp_path):
 
 
 def test_other_number_of_processes(tmp_path):
-    """Another number of processes is told so; without replay it may go on, and is then the one to replay."""
+    """Another number of processes is told so; without replay it may continue, and is then the one to replay."""
     fill(tmp_path, steps=1)
     before = main_files(tmp_path)
     with pytest.raises(ProcessCountError, match=r"rank-0\.sqlite was written by 2 process\(es\) and this run has 3"):
@@ -291,14 +291,14 @@ def test_ledger(tmp_path):
             assert spent(tmp_path) == (Usage(3910, 90, 45, 9), 4.125)  # while both are being written
 
 
-def test_what_was_under_way_counts(tmp_path):
-    """A file that was left with requests under way: the most that they can have cost is used, once, and is said."""
+def test_what_was_in_flight_counts(tmp_path):
+    """A file that was left with requests in flight: the most that they can have cost is used, once, and is said."""
     with journal(tmp_path) as j:
         assert j.lost is None
         j.record_usage(3, None, Usage(10, 0, 5, 0), 1.0)
         j.record_in_flight(3, 200, 4.0)
         j.record_in_flight(3, 300, 6.0)
-        assert j.usage() == Usage(10, 0, 5, 0)  # as long as somebody is there to count them
+        assert j.usage() == Usage(10, 0, 5, 0)  # as long as someone is there to count them
         assert spent(tmp_path) == (Usage(310, 0, 5, 0), 7.0)
     with journal(tmp_path, run="second") as j:
         assert j.lost == (300, 6.0)
@@ -789,7 +789,7 @@ def test_kill(tmp_path, nursery):
     assert len(committed) > 50
 
 
-def test_kill_while_requests_are_under_way(tmp_path, nursery):
+def test_kill_while_requests_are_in_flight(tmp_path, nursery):
     """Killed at 20 random moments: never is less counted than what was sent can have cost, and little more."""
     dice = random.Random(0)
     sent = lost = 0
@@ -801,7 +801,7 @@ def test_kill_while_requests_are_under_way(tmp_path, nursery):
         with journal(tmp_path) as j:
             lost += j.lost is not None
             assert (j.usage(), spent(tmp_path)) == (usage, (usage, usd))
-    # One that was under way when it was killed counts with its worst case, and may have been counted before; one may
+    # One that was in flight when it was killed counts with its worst case, and may have been counted before; one may
     # have been written down before the child could say so.
     assert 70 * sent <= usage.prompt_tokens + usage.completion_tokens <= 70 * sent + 100 * lost
     assert 0.5 * sent <= usd <= 0.5 * sent + lost

@@ -120,7 +120,7 @@ def test_a_quantized_student_is_refused(tmp_path, tiny_model_dir, given):
 
 
 def test_what_was_paid_for_stays_valid_with_another_engine(tmp_path, tiny_model_dir):
-    """A run that ran out of memory goes on with vLLM elsewhere, asleep, or not at all; but not with other settings."""
+    """A run that ran out of memory continues with vLLM elsewhere, asleep, or not at all; not with other settings."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
 
     def of(**changes):

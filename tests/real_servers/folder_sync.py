@@ -23,7 +23,7 @@ class FolderSync:
 
     Attributes:
         count: how many times the weights were sent.
-        enabled: whether they are. Off, the server keeps what it has, without a word.
+        enabled: whether they are. Off, the server keeps what it has, silently.
     """
 
     def __init__(self, monkeypatch, folder: Path):

@@ -58,7 +58,7 @@ def teacher_of(server, teacher_dir):
 
 
 def test_greedy_continuations_equal_the_local_teacher(local, teacher_of):
-    """Nested prefixes of several trajectories, all under way at once: token for token the same, prompts included."""
+    """Nested prefixes of several trajectories, all in flight at once: token for token the same, prompts included."""
     trajectories = [*nested(local, count=3, step=37), *([prefix] for prefix in awkward())]
     expected = ask(local, trajectories, **GREEDY)
     assert_same(expected, ask(teacher_of(), trajectories, **GREEDY))

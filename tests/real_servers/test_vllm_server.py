@@ -75,7 +75,7 @@ def teacher_of(server, teacher_dir):
 
 @pytest.mark.parametrize("continuation", ["raw", "continue_final"])
 def test_greedy_continuations_equal_the_local_teacher(local, teacher_of, continuation):
-    """Nested prefixes of several trajectories, all under way at once: token for token the same, prompts included."""
+    """Nested prefixes of several trajectories, all in flight at once: token for token the same, prompts included."""
     trajectories = [*nested(local, count=6, step=17), *([prefix] for prefix in awkward())]
     expected = ask(local, trajectories, **GREEDY)
     assert_same(expected, ask(teacher_of(continuation=continuation), trajectories, **GREEDY))
@@ -190,14 +190,14 @@ def test_the_servers_own_defaults_would_be_greedy(server, local, teacher_of):
 
 
 def test_a_temperature_out_of_range_is_a_final_error(local, teacher_of):
-    """It is not taken for a model without temperatures: the run would go on with the server's own."""
+    """It is not taken for a model without temperatures: the run would continue with the server's own."""
     with pytest.raises(TeacherError, match=r"temperature must be in"):
         ask_one(teacher_of(), least_sure(local), temperature=3.0)
 
 
 @pytest.mark.parametrize("samples", [1, 10])
 def test_nested_prefixes_are_served_from_the_cache(server, teacher_dir, samples):
-    """At least 0.9 of what whole blocks allow, though all prefixes of all trajectories are under way together."""
+    """At least 0.9 of what whole blocks allow, though all prefixes of all trajectories are in flight together."""
     result = measure(server.url, "teacher", str(teacher_dir), samples, count=4, block=BLOCK, length=400)
     # Each sample looks its prompt up.
     assert result.looked_up == samples * result.prompt

@@ -46,7 +46,7 @@ CASES = [
     Case("exact, second half of a blank line", "So x = 4.\n", "\nNow y.", "\nNow y."),
     Case("exact, apostrophe", "Tom", "'s apples", "'s apples"),
     # Beginnings that equal the end of the prefix but are not repetitions.
-    Case("same digit goes on", "The result is 1", "1 apples", "1 apples"),
+    Case("same digit continues", "The result is 1", "1 apples", "1 apples"),
     Case("same number starts the answer", "x = 4", "4 + 2", "4 + 2"),
     Case("same word is meant", "It is very very", " very large.", " very large."),
     Case("sum of equal terms", "2 + 2 +", " 2 + 2 = 8", " 2 + 2 = 8"),
@@ -55,7 +55,7 @@ CASES = [
     Case("rows of a matrix", "0 & 0 \\\\\n", "0 & 0 \\\\\n0 & 1", "0 & 0 \\\\\n0 & 1"),
     Case("equal words in brackets", "= (ab)", "(ab)c", "(ab)c"),
     Case("equal tags", "One line.<br>", "<br>Another line.", "<br>Another line."),
-    Case("a loop goes on", "Row, row, row, ", "row, row your boat", "row, row your boat"),
+    Case("a loop continues", "Row, row, row, ", "row, row your boat", "row, row your boat"),
     # Repetitions.
     Case("repeats the last word", "The answer is therefore", "therefore 42.", " 42."),
     Case("repeats the last words", "The sum of the angles", "the angles is 180.", " is 180."),
@@ -144,7 +144,7 @@ CASES = [
     Case("second half of an operator", "if a % 2 =", "= 0:", "= 0:"),
     # Restarts.
     Case("starts over like the prefix", APPLES, APPLES[:60] + " 4", APPLES[:60] + " 4", "restarted"),
-    Case("solves the problem anew", APPLES, "Let's solve this problem.", "Let's solve this problem.", "restarted"),
+    Case("starts the problem over", APPLES, "Let's solve this problem.", "Let's solve this problem.", "restarted"),
     Case("to solve this problem", APPLES, "To solve this problem, we", "To solve this problem, we", "restarted"),
     Case("greets and begins", APPLES, "Sure, let's", "Sure, let's", "restarted"),
     Case("greets after a sentence", APPLES + " x.", "Sure! Let's solve", "Let's solve", "restarted"),
@@ -201,7 +201,7 @@ CASES = [
     Case("code, last space of an indentation", CODE + "   ", " return result", " return result"),
     Case("code, white space after an indentation", CODE + "    ", "    return result", "    return result"),
     Case("code, line repeated", CODE + "    for value in", "    for value in values:", " values:"),
-    Case("code, name goes on", CODE + "    result", "_list = []", "_list = []"),
+    Case("code, name continues", CODE + "    result", "_list = []", "_list = []"),
     # Lists and tables.
     Case("bullets", "- one apple\n- two apples\n", "- three apples\n", "- three apples\n"),
     Case("bullet repeated", "- one apple\n- two app", "- two apples\n- three", "les\n- three"),

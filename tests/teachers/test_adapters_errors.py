@@ -166,7 +166,7 @@ def test_no_quota(service):
 
 
 def test_too_long(service):
-    """A prompt beyond the model's context loses its chunk; the others go on."""
+    """A prompt beyond the model's context loses its chunk; the others continue."""
     message = {
         "vllm": "This model's maximum context length is 1024 tokens. However, you requested 1100 tokens.",
         "openai": "Input is too long: context_length_exceeded",
@@ -208,7 +208,7 @@ def test_no_prefill(service, lines):
         replies = ask(teacher, *[Prefix("3 + 4", " =" * i) for i in range(1, 9)])
         more = ask(teacher, PREFIX)
     assert all(len(reply.rollouts) == 1 for reply in [*replies, *more])
-    assert sum(map(prefilled, server.bodies)) == 8  # those that were under way together, and none after
+    assert sum(map(prefilled, server.bodies)) == 8  # those that were in flight together, and none after
     assert len(server.requests) == 8 + 8 + 1
     assert teacher.capabilities.continuation == "instruct"
     assert sum("teacher_continuation" in line for line in lines) == 1
@@ -254,7 +254,7 @@ def test_no_temperature(service):
 
 
 def test_a_temperature_out_of_range(service):
-    """It is refused in the service's words, once; to drop it would sample at the service's own, without a word."""
+    """It is refused in the service's words, once; to drop it would sample at the service's own, silently."""
     name = service.name.partition(":")[0]
     said = {
         "vllm": "temperature must be in [0, 2], got 3.0. (parameter=temperature, value=3.0)",

@@ -159,7 +159,7 @@ class TestVLLM:
             exchange(f"vllm:{tmp_path}")
 
     def test_no_key_needed(self, monkeypatch):
-        """A server of one's own works without a key."""
+        """A self-hosted server works without a key."""
         monkeypatch.delenv("VLLM_API_KEY")
         reply, _ = exchange("vllm:teacher", Prefix("3 + 4"))
         assert reply.rollouts
@@ -465,7 +465,7 @@ class TestEverywhere:
     """What holds for every provider."""
 
     def test_probe_then_sample(self, service):
-        """The probe runs in a loop of its own; the teacher goes on in another, and again after it was closed."""
+        """The probe runs in a loop of its own; the teacher continues in another, and again after it was closed."""
         with Loopback(service.answer) as server:
             teacher = teacher_of(service, server, settings=EngineSettings(max_concurrency=1, timeout=5))
             teacher.probe("3 + 4")
@@ -514,7 +514,7 @@ class TestEverywhere:
         with Loopback(service.answer) as server:
             teacher = teacher_of(service, server)
             if service.name.startswith(("vllm:", "openai:")):
-                teacher.probe("3 + 4")  # a server of one's own needs none
+                teacher.probe("3 + 4")  # a self-hosted server needs none
             else:
                 with pytest.raises(TeacherError, match=service.key):
                     teacher.probe("3 + 4")
@@ -586,7 +586,7 @@ class TestClosing:
             loop.close()
 
     def test_failing(self, caplog):
-        """A teacher that cannot be closed is named, and nothing else happens; what is under way is cancelled."""
+        """A teacher that cannot be closed is named, and nothing else happens; what is in flight is cancelled."""
 
         class Stuck(ScriptedTeacher):
             async def sample(self, prefixes, request):
@@ -597,9 +597,9 @@ class TestClosing:
 
         loop = EventLoopThread()
         try:
-            (under_way,) = loop.submit(Stuck().sample([], SamplingRequest(1, 1)))
+            (in_flight,) = loop.submit(Stuck().sample([], SamplingRequest(1, 1)))
             release(Stuck(), loop)
-            assert under_way.cancelled()
+            assert in_flight.cancelled()
         finally:
             loop.close()
         assert "The teacher scripted could not be closed (OSError: no)" in caplog.text

@@ -20,7 +20,7 @@ STUDENTS = {"enable_thinking": False}
 
 
 class Own(Teacher):
-    """A teacher of one's own."""
+    """A custom teacher."""
 
     name = "my-paid-api"
 
@@ -69,7 +69,7 @@ class TestUnreadOptions:
             make_teacher(teacher, config(**{limit: 7}))
 
     def test_other_options_of_an_instance_are_named(self, config, caplog):
-        """They change nothing, and go on."""
+        """They change nothing, and continue."""
         logging.enable_propagation()
         own = Own()
         assert make_teacher(own, config(teacher_max_concurrency=2, teacher_base_url="http://x/v1")) is own
@@ -130,7 +130,7 @@ class TestTemplateArguments:
         ],
     )
     def test_the_students(self, config, monkeypatch, name, settings, inherited):
-        """They are for servers of one's own: OpenAI and its like would be sent a field that they do not know."""
+        """They are for self-hosted servers: OpenAI and its like would be sent a field that they do not know."""
         monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         teacher = make_teacher(name, config(chat_template_kwargs=STUDENTS, **settings))
         assert teacher.chat_template_kwargs == (STUDENTS if inherited else {})
@@ -145,7 +145,7 @@ class TestTemplateArguments:
         assert "chat_template_kwargs" not in server.bodies[0]
 
     @pytest.mark.parametrize("own", [{}, {"enable_thinking": True}])
-    def test_ones_own_win(self, config, own):
+    def test_custom_ones_win(self, config, own):
         """No arguments at all is a choice as well."""
         args = config(chat_template_kwargs=STUDENTS, teacher_chat_template_kwargs=own)
         assert make_teacher("vllm:model", args).chat_template_kwargs == own

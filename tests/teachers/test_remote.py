@@ -127,7 +127,7 @@ class TestRetries:
             assert len(teacher.seen) < 50
 
     def test_unreadable_answers(self, monkeypatch):
-        """What may be charged for is not repeated for ten minutes; a limit of one's own wins."""
+        """What may be charged for is not repeated for ten minutes; a custom limit wins."""
         broken = Failure("transient", "unreadable", may_be_billed=True)
         Clock(monkeypatch)
         teacher = Scripted(fault=lambda number, _: broken if number % 2 else TRANSIENT)
@@ -443,7 +443,7 @@ class TestBudget:
         assert size + 256 < teacher.max_prompt_tokens(Prefix(prompt, completion)) < 3 * size + 2048
 
     def test_cancelled_requests_count(self):
-        """What was under way when the run stopped may be charged for."""
+        """What was in flight when the run stopped may be charged for."""
         teacher = Scripted(fault=lambda number, _: FINAL if number == 0 else None, delay=lambda p: len(p.completion))
         with pytest.raises(TeacherError):
             ask(teacher, *prefixes(4), max_tokens=50)
@@ -485,7 +485,7 @@ class TestOverTheWire:
         # No attempt arrives twice; one that ran out of time on a busy machine may not arrive at all.
         assert len(faulty.requests) <= sum(reply.outcomes["requests"] for reply in replies)
         assert len(plain.requests) < len(faulty.requests) < 2 * len(plain.requests)
-        assert faulty.most <= 8 + 8  # requests that timed out are still under way on the server
+        assert faulty.most <= 8 + 8  # requests that timed out are still in flight on the server
 
     def test_concurrency(self):
         """As many at once as allowed, as the server sees it."""
@@ -494,7 +494,7 @@ class TestOverTheWire:
         assert server.most == 16
 
     def test_wrong_n(self):
-        """A server that ignores `n` without a word costs requests, not rollouts."""
+        """A server that ignores `n` silently costs requests, not rollouts."""
 
         def one(path, body):
             return wire.openai(path, {**body, "n": 1})

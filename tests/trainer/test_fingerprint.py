@@ -136,7 +136,7 @@ def test_the_identity_is_the_same_in_every_process():
     assert identities == {"|".join(map(identity_of, (known_words, Scale(0.5), scaled(0.5))))}
 
 
-def test_another_similarity_is_asked_for_anew(tmp_path, tiny_model_dir):
+def test_another_similarity_is_requested_again(tmp_path, tiny_model_dir):
     """Audits hold similarities: those of another phi are not replayed; those of the same one are."""
     settings = {**FOUR_STEPS, "max_steps": 1, "save_strategy": "no"}
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings).train()
@@ -175,7 +175,7 @@ def test_a_student_is_known_by_its_weights(folders):
 
 
 def test_a_student_of_the_hub_is_known_by_its_commit(tmp_path, tiny_model_dir):
-    """Its id stays the same when it is uploaded anew."""
+    """Its id stays the same when it is uploaded again."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
     trainer.model.config._name_or_path = "someone/student"
     trainer.model.config._commit_hash = "abc"
@@ -199,7 +199,7 @@ def test_adapters_count(tmp_path, tiny_model_dir):
 
 
 def test_what_saves_memory_does_not_count(tmp_path, tiny_model_dir):
-    """A run that ran out of memory goes on with what was paid for."""
+    """A run that ran out of memory continues with what was paid for."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
     changes = {
         "gradient_checkpointing": True,
@@ -228,7 +228,7 @@ def test_smaller_micro_batches_replay(tmp_path, tiny_model_dir):
 
 
 def test_no_secrets(tmp_path, tiny_model_dir):
-    """A token lets somebody in; another one gets the same answers, and none is written down."""
+    """A token lets someone in; another one gets the same answers, and none is written down."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
     with_token = settings_of(
         trainer,

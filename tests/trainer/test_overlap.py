@@ -50,7 +50,7 @@ def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, n
 
 
 def test_a_micro_batch_waits_for_its_own_audits_only(tmp_path, tiny_model_dir):
-    """The micro-batches without the one slow trajectory that come before it are trained while it is under way."""
+    """The micro-batches without the one slow trajectory that come before it are trained while it is in flight."""
 
     class OneSlow(Remote):
         async def sample(self, prefixes, request):
@@ -79,14 +79,14 @@ def test_a_micro_batch_waits_for_its_own_audits_only(tmp_path, tiny_model_dir):
 
 
 def test_a_final_error_saves_a_checkpoint_and_stops(tmp_path, tiny_model_dir):
-    """The message names step, cause and next step; what was under way is cancelled; the run can be resumed."""
+    """The message names step, cause and next step; what was in flight is cancelled; the run can be resumed."""
     teacher = Remote(delay=0.02, fail_at=11)
     settings = {"max_steps": 3, "dataset": questions(24), "learning_rate": 0.05, **FOUR_MICRO_BATCHES}
     trainer = make_trainer(tmp_path / "run", tiny_model_dir, teacher=teacher, **settings)
     with pytest.raises(TeacherError, match=r"Stopped at step 1: the key was rejected.*resume from it"):
         trainer.train()
     assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
-    assert not _busy(trainer), "audits are still under way"
+    assert not _busy(trainer), "audits are still in flight"
     resumed = make_trainer(tmp_path / "run", tiny_model_dir, teacher=Remote(), **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
@@ -101,7 +101,7 @@ def _busy(trainer) -> bool:
 
 @pytest.mark.parametrize("teacher", [Remote, Here])
 def test_too_many_dropped_chunks_stop_the_run(tmp_path, tiny_model_dir, teacher):
-    """Above `max_failed_chunks`, with the ratio and a cause in the message; at 1.0 the run goes on."""
+    """Above `max_failed_chunks`, with the ratio and a cause in the message; at 1.0 the run continues."""
     trainer = make_trainer(tmp_path / "a", tiny_model_dir, teacher=teacher(refuse=True), **FOUR_MICRO_BATCHES)
     with pytest.raises(TeacherError, match=r"(\d+) of \1 chunks .*max_failed_chunks=0.2.*refused"):
         trainer.train()
@@ -129,7 +129,7 @@ def test_chunks_below_min_rollouts_are_dropped(tmp_path, tiny_model_dir):
 
 
 def test_a_mistake_in_a_teacher_saves_and_shows_its_traceback(tmp_path, tiny_model_dir):
-    """An error that is no TeacherError is raised as it is, with a note that says where to go on from."""
+    """An error that is no TeacherError is raised as it is, with a note that says where to continue from."""
 
     class Mistaken(Remote):
         async def sample(self, prefixes, request):

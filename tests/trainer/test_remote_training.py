@@ -149,7 +149,7 @@ def test_a_final_error_in_the_middle_saves_and_names_the_next_step(tmp_path, tin
             run(tmp_path, tiny_model_dir, service, server, max_steps=20, dataset=questions(160))
         before = len(server.requests)
         time.sleep(0.5)
-        assert len(server.requests) == before, "requests go on after the run has stopped"
+        assert len(server.requests) == before, "requests continue after the run has stopped"
     step = str(caught.value).split("step ")[1].split(":")[0]
     assert (tmp_path / f"checkpoint-{step}").is_dir()
     assert int(step) >= 1
@@ -221,7 +221,7 @@ def test_a_bad_key_is_refused_before_anything_is_generated(tmp_path, tiny_model_
 
 
 def test_the_budget_holds_over_runs(tmp_path, tiny_model_dir, services):
-    """Stopped by the budget; the ledger is within it; a resumed run counts what was spent; a larger budget goes on."""
+    """Stopped by the budget, the ledger within it; a resumed run counts what was spent; a larger budget continues."""
     service = SERVICES[1]
     settings = {"max_steps": 4, "dataset": questions(32), "teacher_budget_tokens": 3300}
     with Loopback(service.answer) as server:
@@ -239,7 +239,7 @@ def test_the_budget_holds_over_runs(tmp_path, tiny_model_dir, services):
     assert total.completion_tokens > again.completion_tokens
 
 
-def test_a_killed_run_counts_what_it_had_under_way(tmp_path, tiny_model_dir, services, caplog):
+def test_a_killed_run_counts_what_it_had_in_flight(tmp_path, tiny_model_dir, services, caplog):
     """kill -9 while four requests wait for their answers: the next run in the folder counts the most they can cost."""
     service = SERVICES[1]
     with Loopback(service.answer, fault=lambda number, body: Fault(how="hang") if number >= 5 else None) as server:
@@ -320,12 +320,12 @@ def test_credit_that_ends_in_the_middle_of_a_step(tmp_path, tiny_model_dir, serv
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_answers_survive_kills(tmp_path, tiny_model_dir, services, kills):
-    """kill -9 in the middle of a step, at random moments: only what was under way then is asked for again."""
+    """kill -9 in the middle of a step, at random moments: only what was in flight then is asked for again."""
     service = SERVICES[2]
     dice = random.Random(kills)
     # Twenty requests for most trajectories, two at once: without their answers, ten would be lost with each kill.
     settings = json.dumps({"teacher": service.name, "teacher_max_concurrency": 2, "num_rollouts": 10})
-    bodies, under_way, port = [], 0, 0
+    bodies, in_flight, port = [], 0, 0
     for _ in range(kills):
         until = dice.randint(10, 100 // (kills + 1))
         with Loopback(service.answer, delay=0.02, port=port) as server:
@@ -351,7 +351,7 @@ def test_answers_survive_kills(tmp_path, tiny_model_dir, services, kills):
                 process.wait()
             assert len(server.requests) >= until
             bodies += server.bodies[1:]
-            under_way += 2
+            in_flight += 2
     with Loopback(service.answer, port=port) as server:
         run_until_killed.main(tmp_path, tiny_model_dir, server.url, settings)
         bodies += server.bodies[1:]
@@ -359,7 +359,7 @@ def test_answers_survive_kills(tmp_path, tiny_model_dir, services, kills):
         run_until_killed.main(tmp_path / "clean", tiny_model_dir, server.url, settings)
         expected = counted(server.bodies[1:])
     assert not expected - counted(bodies)
-    assert sum((counted(bodies) - expected).values()) <= under_way
+    assert sum((counted(bodies) - expected).values()) <= in_flight
     assert sum(expected.values()) > 60
 
 

@@ -185,7 +185,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tiny_model_dir):
+def test_a_resumed_run_continues_like_one_that_was_never_interrupted(tmp_path, tiny_model_dir):
     """Steps that are generated after replayed ones, in a later epoch: the same prompts, completions and weights."""
     settings = {**FOUR_STEPS, "max_steps": 5, "save_steps": 1, "dataset": questions(16)}
     whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=Here(), **settings)
@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_like_one_that_was_never_interrupted(tmp_path, tin
     assert epochs[0] != epochs[1]
 
 
-def test_other_settings_are_asked_for_anew(tmp_path, tiny_model_dir, caplog):
+def test_other_settings_are_requested_again(tmp_path, tiny_model_dir, caplog):
     """A step of another learning rate is another step: its records are counted, not replayed, and that is said."""
     logging.enable_propagation()
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
@@ -245,7 +245,7 @@ def test_settings_that_are_put_back_replay(tmp_path, tiny_model_dir, caplog):
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog):
-    """A run that is killed while it saves goes on from the one before, pays nothing again, and saves anew."""
+    """A run that is killed while it saves resumes from the one before, pays nothing again, and saves again."""
     logging.enable_propagation()
     first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
     first.train()
@@ -271,7 +271,7 @@ class StopInTheMiddle(TrainerCallback):
 
 
 @pytest.mark.parametrize("teacher", [Here, Remote])
-def test_an_interrupted_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir, teacher):
+def test_an_interrupted_step_starts_over_in_the_same_process(tmp_path, tiny_model_dir, teacher):
     """As in a notebook: the micro-batches that were left are not trained on, and each step generates its own."""
     settings = {**FOUR_STEPS, "save_steps": 1}
     whole = make_trainer(tmp_path / "whole", tiny_model_dir, teacher=teacher(), **settings)
@@ -286,7 +286,7 @@ def test_an_interrupted_step_is_begun_anew_in_the_same_process(tmp_path, tiny_mo
     torch.testing.assert_close(trainable(cut.model), trainable(whole.model), rtol=0, atol=1e-5)
 
 
-def test_a_failed_step_is_begun_anew_in_the_same_process(tmp_path, tiny_model_dir):
+def test_a_failed_step_starts_over_in_the_same_process(tmp_path, tiny_model_dir):
     """Mended and resumed, as the message says: all of the step's trajectories are audited."""
     teacher = Remote(fail_at=10)
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **FOUR_STEPS)
@@ -425,7 +425,7 @@ def test_twenty_kills(tmp_path, tiny_model_dir):
     for result in results:
         assert result["asked_again"] == []
         assert result["journaled"] > 50
-        # One audit of three chunks may be under way for each trajectory of a step when a run is killed.
+        # One audit of three chunks may be in flight for each trajectory of a step when a run is killed.
         assert result["requests"] - result["journaled"] <= 3 * 8 * result["kills"]
         # Each request used 7 tokens; one that was answered just before the kill may not have been counted.
         assert result["requests"] * 7 - result["ledger_tokens"] in range(0, 7 * 8 * result["kills"] + 1)

@@ -64,7 +64,7 @@ def test_local_teacher_of_another_tokenizer(tmp_path, tiny_model_dir, tiny_teach
     assert trainer.teacher_usage.prompt_tokens == sum(log["teacher/prompt_tokens"] for log in steps)
 
 
-def test_a_similarity_of_ones_own(tmp_path, tiny_model_dir):
+def test_a_custom_similarity(tmp_path, tiny_model_dir):
     """A function passed to the trainer decides the posteriors."""
     trainer = make_trainer(tmp_path, tiny_model_dir, similarity=lambda chunk, rollout: 1.0, prior_strength=0.0)
     trainer.train()
@@ -159,7 +159,7 @@ def test_an_empty_completion_is_trained_on_without_harm(tmp_path, tiny_model_dir
 
 @pytest.mark.parametrize("where", ["generation", "scoring", "loss"])
 def test_nan_stops_and_names_the_step(tmp_path, tiny_model_dir, where):
-    """NaN logits, whoever sees them first, end the run with the step in the message."""
+    """NaN logits, on any process, end the run with the step in the message."""
     trainer = make_trainer(tmp_path, tiny_model_dir, max_steps=3, dataset=questions(24), learning_rate=0.01)
     poisoned = trainer.model.get_output_embeddings().weight
 
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, tiny_model_dir, 
 
 
 def test_a_stream_is_resumed_in_a_later_pass(tmp_path, tiny_model_dir):
-    """Twelve rows, eight a step: the run goes through them more than twice, and goes on where it was."""
+    """Twelve rows, eight a step: the run goes through them more than twice, and resumes where it was."""
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01, "save_audits": False}
 
     def trainer(path):

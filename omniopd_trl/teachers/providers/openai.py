@@ -218,7 +218,7 @@ class OpenAITeacher(RemoteTeacher):
         return super().unsupported(said)
 
 
-def is_ones_own(provider: str, base_url: str | None) -> bool:
+def is_self_hosted(provider: str, base_url: str | None) -> bool:
     """Whether a `vllm:` or `openai:` teacher is on a self-hosted server, not on a service with different fields.
 
     Args:
