@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from omniopd_trl.teachers.local import without_generation_defaults
 from omniopd_trl.trainer.objective import evaluation_mode
@@ -25,8 +26,20 @@ def on_policy(model: nn.Module, accelerator: Accelerator, args: OmniOPDConfig, s
         args: configuration of the run.
         step: current optimizer step.
     """
+    _reshard(model)
     with _seeded(model, accelerator, args, step), evaluation_mode(model), without_generation_defaults(model):
         yield
+
+
+def _reshard(model: nn.Module) -> None:
+    """Shard the weights of FSDP2 again. A forward without a backward leaves those of the root module gathered.
+
+    TRL sends the shards to vLLM and cannot read gathered weights. Such forwards are those of an evaluation and of the
+    check at the start of training.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager
