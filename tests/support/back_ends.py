@@ -34,8 +34,10 @@ STEPS: dict[str, Any] = {
     "min_chunk_length": 6,
     "num_rollouts": 3,
     "beta": 0.5,
-    # Greedy sampling: the samples must not depend on the number of processes.
+    # Greedy sampling: the samples must not depend on the number of processes. Corrected for, the chunks of a sampler
+    # without a choice would have no gradient.
     "top_k": 1,
+    "importance_sampling_correction": False,
     # Adam divides by the root of the second moment. With the default, rounding noise in gradients near zero would
     # become full steps.
     "adam_epsilon": 1e-2,
