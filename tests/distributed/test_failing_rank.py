@@ -59,6 +59,7 @@ def write_recipe(tiny_model_dir, tmp_path_factory):
             "min_chunk_length": 1,
             "num_rollouts": 2,
             "top_k": 1,
+            "importance_sampling_correction": False,
             "learning_rate": 0.01,
             "adam_epsilon": 0.01,
             **training_arguments(back_end),
