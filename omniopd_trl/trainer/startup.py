@@ -187,7 +187,8 @@ def no_gradient(step: int) -> ConfigError:
     error = ConfigError(
         f"The teacher has judged chunks at step {step}, but the gradient of every trainable parameter is zero: "
         "nothing is trained, and each further step would be paid. Check which parameters are trainable "
-        "(`requires_grad`), and that they affect the student's logits."
+        "(`requires_grad`), that they affect the student's logits, and that the sampler has a choice (`top_k=1` has "
+        "none)."
     )
     error.on_every_process = True
     return error
