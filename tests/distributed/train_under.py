@@ -204,6 +204,8 @@ def train(
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    # Before the next forward, which leaves the weights of FSDP2's root module gathered, and in bf16.
+    observations = trainer.observations() if observed else None
     _, own, ours = compare(trainer.model_wrapped, torch.arange(5, 21, device=args.device)[None], 8)
     return {
         "checks": len(checks),
@@ -217,7 +219,7 @@ def train(
         "reference_is_a_copy": trainer.ref_model is not None,
         "reference_rests_on_cpu": rests_on_cpu(trainer),
         "asked": trainer.teacher_usage.completion_tokens,
-        "observed": trainer.observations() if observed else None,
+        "observed": observations,
     }
 
 
