@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,14 @@ def without_network() -> list[str]:
     return alone if tried is not None and tried.returncode == 0 else []
 
 
+def cpu_seconds() -> float:
+    """CPU time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_dry_run_from_wheels_without_a_network(tmp_path):
     """Every part runs on tiny shapes, from the wheels and what such a machine has, and writes the same files."""
     needs("zero3")  # builds its operator for CPUs, which would count against the time of a part
@@ -81,8 +88,9 @@ def test_dry_run_from_wheels_without_a_network(tmp_path):
         **{"WHEELS": str(wheels), "OUT": str(out), "PYTHON": str(python), "COMMIT": "0123456789abcdef"},
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     }
+    before = cpu_seconds()
     run = subprocess.run(
-        [*without_network(), "bash", str(ROOT / "benchmarks/gpu.sh"), "--dry-run", "--seconds", "600"],
+        [*without_network(), "bash", str(ROOT / "benchmarks/gpu.sh"), "--dry-run", "--seconds", "1500"],
         env=environment,
         capture_output=True,
         text=True,
@@ -104,7 +112,8 @@ def test_dry_run_from_wheels_without_a_network(tmp_path):
     assert {test["outcome"] for test in tests} == {"passed"}
     assert sum(len(test["errors"]) for test in tests) > 20
     assert (out / "results.md").read_text() == gpu_tables.markdown(results)
-    assert sum(entry["seconds"] for entry in entries) < 300
+    # Five minutes on two idle cores. Other tests run beside this one, so the CPU time is compared.
+    assert cpu_seconds() - before < 2 * 300
 
 
 def test_a_late_command_ends_with_all_that_it_started(tmp_path, capsys):

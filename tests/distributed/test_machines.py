@@ -75,7 +75,7 @@ def test_two_machines_without_a_shared_folder(tmp_path, tiny_model_dir, services
     assert here["limit"] == there["limit"] == before + (10**6 - before) // 2
     ledger = [spent(folder)[0] for folder in folders]
     assert sum(usage.prompt_tokens + usage.completion_tokens for usage in ledger) == before + 2 * probe
-    assert ledger[0].completion_tokens + ledger[1].completion_tokens == here["first"][2] + 2 * 2 * 6
+    assert ledger[0].completion_tokens + ledger[1].completion_tokens == here["first"][2] + 2 * 2 * 9
 
     # The first machine alone has the checkpoints.
     (line,) = [line for line in here["said at start"] if "does not see" in line]
