@@ -4,14 +4,15 @@
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.journal.file import check_version, connect, explained, journal_path
+from omniopd_trl.journal.file import check_version, connect, explained, journals_of
 from omniopd_trl.journal.records import ENTROPY_UNIT, decode, restore_chunks
 from omniopd_trl.journal.schema import TOKENS
 
@@ -37,6 +38,15 @@ class ShownChunk:
     prior: float
     posterior: float
     weight: float | None = None
+
+    def fork(self, pieces: Sequence[str]) -> int:
+        """Characters of the chunk before its anchor, from the text of each token; 0 when the texts are not known."""
+        return len("".join(pieces[self.start : self.anchor]))
+
+    def distinct_rollouts(self) -> list[tuple[str, int, float]]:
+        """Text, count and similarity of each distinct rollout, the most frequent first."""
+        counts = Counter(zip(self.rollouts, self.similarities, strict=True))
+        return [(text, count, similarity) for (text, similarity), count in counts.most_common()]
 
 
 @dataclass(frozen=True)
@@ -196,24 +206,22 @@ def _has(db: sqlite3.Connection, table: str) -> bool:
     return db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
 
-def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:
-    """Rank, path and connection of each process's journal."""
-    for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
-        with explained(path), closing(connect(path, "ro")) as db:
-            check_version(db, path)
-            yield int(path.stem.removeprefix("rank-")), path, db
-
-
 @contextmanager
 def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path, sqlite3.Connection]]]:
-    journals = {}
-    try:
-        for path in sorted(journal_path(output_dir, 0).parent.glob("rank-*.sqlite")):
+    """Path and connection of each process's journal, by its rank."""
+    with ExitStack() as stack:
+        journals = {}
+        for path in journals_of(output_dir):
             with explained(path):
-                db = connect(path, "ro")
+                db = stack.enter_context(closing(connect(path, "ro")))
                 check_version(db, path)
             journals[int(path.stem.removeprefix("rank-"))] = path, db
         yield journals
-    finally:
-        for _, db in journals.values():
-            db.close()
+
+
+def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:
+    """Rank, path and connection of each process's journal, whose errors are explained."""
+    with _opened(output_dir) as journals:
+        for rank, (path, db) in sorted(journals.items()):
+            with explained(path):
+                yield rank, path, db

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import html
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from string import Template
@@ -137,17 +136,16 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
     chunks = []
     for chunk in trajectory.chunks:
         start = len(chunk.prefix)
-        counts = Counter(zip(chunk.rollouts, chunk.similarities, strict=True))
         chunks.append(
             {
                 "start": start,
                 "end": start + len(chunk.text),
-                "anchor": start + len("".join(pieces[chunk.start : chunk.anchor])),
+                "anchor": start + chunk.fork(pieces),
                 "text": chunk.text,
                 "prior": chunk.prior,
                 "posterior": chunk.posterior,
                 "weight": chunk.weight,
-                "rollouts": [[text, count, phi] for (text, phi), count in counts.most_common()],
+                "rollouts": chunk.distinct_rollouts(),
                 "k": sum(chunk.similarities),
                 "n": len(chunk.similarities),
             }

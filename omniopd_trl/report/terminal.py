@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audits in the terminal: what the student wrote, and what the teacher wrote in the same place."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,11 +34,6 @@ class AuditedChunk:
     def chunk(self) -> ShownChunk:
         return self.trajectory.chunks[self.number]
 
-    def distinct_rollouts(self) -> list[tuple[str, int, float]]:
-        """Text, count and similarity of each distinct rollout, the most frequent first."""
-        counts = Counter(zip(self.chunk.rollouts, self.chunk.similarities, strict=True))
-        return [(text, count, similarity) for (text, similarity), count in counts.most_common()]
-
 
 def chunks_of(trajectories: Iterable[AuditedTrajectory]) -> Iterator[AuditedChunk]:
     """All chunks of the trajectories."""
@@ -65,7 +59,7 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "anchor": chunk.anchor,
         "rollouts": [
             {"text": text, "count": count, "similarity": similarity}
-            for text, count, similarity in audited.distinct_rollouts()
+            for text, count, similarity in chunk.distinct_rollouts()
         ],
         "k_sem": sum(chunk.similarities),
         "num_rollouts": len(chunk.similarities),
@@ -88,7 +82,7 @@ def print_audits(run: Run, chunks: Iterable[AuditedChunk], console: Console) -> 
 
 def _panel(run: Run, audited: AuditedChunk) -> Panel:
     trajectory, chunk = audited.trajectory, audited.chunk
-    fork = len("".join(run.pieces(trajectory)[chunk.start : chunk.anchor]))
+    fork = chunk.fork(run.pieces(trajectory))
     context = Text(_end(chunk.prefix, CONTEXT), style="dim")
     student = Text.assemble(
         (_visible(chunk.text[:fork]), "bold"), ("▏", "cyan"), (_visible(chunk.text[fork:]), "bold")
@@ -96,7 +90,7 @@ def _panel(run: Run, audited: AuditedChunk) -> Panel:
     rollouts = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("times", "right"), ("similarity", "right"), ("the teacher wrote", "left")):
         rollouts.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for text, count, similarity in audited.distinct_rollouts():
+    for text, count, similarity in chunk.distinct_rollouts():
         style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
         rollouts.add_row(str(count), f"{similarity:.3f}", Text(_visible(text), style=style))
     weight = "" if chunk.weight is None else f"   weight {chunk.weight:+.3f}"
