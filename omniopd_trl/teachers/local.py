@@ -220,6 +220,49 @@ class LocalTeacher(Teacher):
         assert not isinstance(prefix.prompt, str)
         return render_chat(self.tokenizer, prefix.prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
 
+    @torch.no_grad()
+    def logprobs(
+        self, prefixes: Sequence[Prefix], texts: Sequence[str], temperature: float = 1.0
+    ) -> list[torch.Tensor]:
+        """Log-probabilities of texts as continuations: what `sample` draws them with.
+
+        Args:
+            prefixes: what comes before each text.
+            texts: the continuations. A text is encoded alone, since `sample` writes tokens after those of the prefix.
+            temperature: sampling temperature.
+
+        Returns:
+            For each text, the log-probability of each of its tokens in nats, float32, on the CPU. Empty for a text
+            without tokens.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        pairs = [
+            (self.encode(prefix), self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            for prefix, text in zip(prefixes, texts, strict=True)
+        ]
+        results = [torch.empty(0)] * len(pairs)
+        todo = sorted((n for n, (_, new) in enumerate(pairs) if new), key=lambda n: -sum(map(len, pairs[n])))
+        while todo:
+            size = max(1, self.max_batch_tokens // sum(map(len, pairs[todo[0]])))
+            part, todo = todo[:size], todo[size:]
+            rows = [pairs[n][0] + pairs[n][1] for n in part]
+            input_ids, attention_mask, _ = self.rows_from_trunks([(0, ids, 0) for ids in rows], None)
+            longest = max(len(pairs[n][1]) for n in part)
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=longest + 1,
+            ).logits[:, :-1]
+            targets = input_ids[:, input_ids.size(1) - longest :, None]
+            logprobs = (logits.float() / temperature).log_softmax(-1).gather(2, targets)[..., 0].cpu()
+            for row, n in zip(logprobs, part, strict=True):
+                results[n] = row[longest - len(pairs[n][1]) :]
+        return results
+
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
         # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
         # batches: a model in this process gains from larger batches, not from concurrency.

@@ -3,6 +3,7 @@
 """The local teacher against plain generation, and the scripted one."""
 
 import asyncio
+import copy
 import math
 from collections import Counter
 from itertools import takewhile
@@ -326,3 +327,23 @@ def test_common_prefixes(first, second):
     """Of texts and of lists: as many as are equal one by one."""
     expected = len([*takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))])
     assert common_prefix_length(first, second) == common_prefix_length([*first], [*second]) == expected
+
+
+def test_logprobs_are_those_of_each_token_in_float64(teacher, monkeypatch):
+    """Against one forward per token in float64, for texts of different lengths, in batches of any size."""
+    prefixes = [Prefix(QUESTION, text) for text in ("", "Tom has", "Tom has 3 apples. So", "Tom")]
+    texts = [" 3 apples and buys 9 more.", "", "x", " So the answer is 12"]
+    model = copy.deepcopy(teacher.model).double()
+    expected = []
+    for prefix, text in zip(prefixes, texts, strict=True):
+        ids, values = teacher.encode(prefix), []
+        for token in teacher.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            values.append((logits / 0.7).log_softmax(-1)[token].item())
+            ids = [*ids, token]
+        expected.append(values)
+    for size in (1, 100, 10_000):
+        monkeypatch.setattr(teacher, "max_batch_tokens", size)
+        found = teacher.logprobs(prefixes, texts, temperature=0.7)
+        for row, values in zip(found, expected, strict=True):
+            torch.testing.assert_close(row.double(), torch.tensor(values, dtype=torch.double), atol=1e-4, rtol=0)

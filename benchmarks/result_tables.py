@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the pages that show results of committed commands.
+
+python -m benchmarks.result_tables           # write those of docs/results into the pages
+python -m benchmarks.result_tables --check   # exit 1 if a page is out of date
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_tables import table
+from scripts.pages import update
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN = "<!-- Written by `make docs` from {}; do not edit below this line. -->"
+END = "<!-- Written by `make docs` from {}; do not edit above this line. -->"
+
+
+def estimator(results: dict[str, Any]) -> str:
+    """Accuracy of the estimates of a run, from `omniopd verify-estimator`."""
+    titles = ["similarity", "N", "MSE, `k_sem / N`", "MSE, posterior", "r, `k_sem / N`", "r, posterior"]
+    parts = []
+    for truth, title in (("geometric", "probability per token"), ("total", "probability of the chunk")):
+        rows = [row for row in results["rows"] if row["truth"] == truth]
+        prior = next(row for row in rows if row["estimate"] == "prior")
+        cells = [["(prior alone)", "0", "", _value(prior, "mse", 4), "", _value(prior, "correlation", 2)]]
+        pairs = zip(rows[1::2], rows[2::2], strict=True)  # frequentist, Bayesian
+        cells += [
+            [
+                f"`{pair[0]['similarity']}`",
+                str(pair[0]["num_rollouts"]),
+                *(_value(row, "mse", 4) for row in pair),
+                *(_value(row, "correlation", 2) for row in pair),
+            ]
+            for pair in pairs
+        ]
+        chosen = f"{results['num_chunks']} chunks of {results['num_trajectories']} trajectories"
+        parts.append(f"{chosen}, truth: {title}.\n\n{table(titles, cells)}")
+    return "\n\n".join(parts)
+
+
+def _value(row: dict[str, Any], name: str, digits: int) -> str:
+    """A value and half the width of its interval."""
+    if row[name] is None:
+        return "-"
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+# Page, file of results, and the function that turns the file into Markdown.
+TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("estimator.md", "results/estimator/entropy.json", estimator),
+    ("estimator.md", "results/estimator/uniform.json", estimator),
+)
+
+
+def main() -> int:
+    """Write the tables, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
+    options = parser.parse_args()
+    code = 0
+    for page, path, render in TABLES:
+        results = json.loads((DOCS / path).read_text(encoding="utf-8"))
+        mark = f"docs/{path}"
+        code |= update(DOCS / page, BEGIN.format(mark), END.format(mark), render(results), check=options.check)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the pages are what the committed results say."""
+
+import json
+
+from benchmarks import result_tables
+
+
+def test_the_pages_have_the_committed_results(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["result_tables", "--check"])
+    assert result_tables.main() == 0, capsys.readouterr().err
+
+
+def test_a_changed_result_is_found(tmp_path, monkeypatch, capsys):
+    """For each file of results."""
+    for page, path, _ in result_tables.TABLES:
+        for name in (page, path):
+            target = tmp_path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((result_tables.DOCS / name).read_bytes())
+    monkeypatch.setattr(result_tables, "DOCS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["result_tables", "--check"])
+    assert result_tables.main() == 0
+    for _, path, _ in result_tables.TABLES:
+        text = (tmp_path / path).read_text()
+        results = json.loads(text)
+        (tmp_path / path).write_text(json.dumps(_with_other_numbers(results)))
+        assert result_tables.main() == 1, path
+        assert "make docs" in capsys.readouterr().err
+        (tmp_path / path).write_text(text)
+
+
+def _with_other_numbers(value):
+    """The same structure with every number that is not whole halved."""
+    if isinstance(value, dict):
+        return {key: _with_other_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_other_numbers(item) for item in value]
+    return value / 2 if isinstance(value, float) else value

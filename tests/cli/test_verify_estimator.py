@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd verify-estimator` on a recorded run with a local teacher."""
+
+import json
+
+import pytest
+
+from omniopd_trl.cli.main import main
+from omniopd_trl.teachers.local import LocalTeacher
+from tests.support.recorded_runs import record_run
+from tests.support.training import make_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, tiny_model_dir, teacher=str(tiny_teacher_dir), save_audits=True, num_rollouts=3).train()
+    return folder
+
+
+def test_the_table(run, tiny_teacher_dir, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    command = ["verify-estimator", str(run), "--similarity", "edit", "exact", "--num_rollouts", "1", "3"]
+    assert main([*command, "--teacher", str(tiny_teacher_dir), "-o", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "Truth: probability per token" in text
+    assert "Truth: probability of the chunk" in text
+    written = json.loads(path.read_text())
+    assert written["num_chunks"] > 5
+    assert written["prior_strength"] == 1.0
+    assert len(written["rows"]) == 2 * (1 + 2 * 2 * 2)
+    assert all(0 <= row["mse"] <= 1 for row in written["rows"])
+    # A tiny model with random weights never repeats a chunk: `exact` is 0 throughout.
+    assert all(
+        row["correlation"] is None
+        for row in written["rows"]
+        if row.get("similarity") == "exact" and row["estimate"] == "frequentist"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_rollouts", "4"], "have between 1 and 3 rollouts"),
+        (["--num_rollouts", "0"], "have between 1 and 3 rollouts"),
+        (["--similarity", "nothing"], "`similarity` is 'nothing'"),
+        (["--max_trajectories", "0"], "must be at least 1"),
+        (["--teacher", "scripted"], "it is not a local model"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(run, options, message, capsys):
+    assert main(["verify-estimator", str(run), *options]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_of_a_service_needs_a_local_teacher(tmp_path, capsys):
+    record_run(tmp_path)
+    assert main(["verify-estimator", str(tmp_path)]) == 1
+    assert "--teacher MODEL" in capsys.readouterr().err
+
+
+def test_the_module_loads_no_model(run, monkeypatch, capsys):
+    """A wrong option is refused before the teacher is loaded."""
+    monkeypatch.setattr(LocalTeacher, "__init__", None)
+    assert main(["verify-estimator", str(run), "--num_rollouts", "9"]) == 2
