@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import audits, verify_estimator
+from omniopd_trl.cli import ablate, audits, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     audits.add_parsers(commands)
+    ablate.add_parser(commands)
     verify_estimator.add_parser(commands)
     cost = commands.add_parser(
         "cost",

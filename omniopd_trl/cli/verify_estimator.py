@@ -182,8 +182,8 @@ def _read(run: Any, most: int | None) -> "Iterator[AuditedTrajectory]":
 
 def _load_teacher(options: argparse.Namespace, settings: dict[str, Any]) -> "LocalTeacher":
     from omniopd_trl.teachers import load_teacher
-    from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.teachers.local import LocalTeacher
+    from omniopd_trl.teachers.options import TeacherOptions
 
     name = options.teacher or settings.get("teacher_model_name_or_path")
     if not name:

@@ -167,3 +167,43 @@ class Figure:
             file = io.BytesIO()
             canvas.savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
         return file.getvalue()
+
+
+def bars(
+    rows: Sequence[tuple[str, float, float, Sequence[float]]], unit: str, path: Path, *, baseline: float | None = None
+) -> list[Path]:
+    """Write a bar for each setting of an ablation, as SVG and PNG.
+
+    Args:
+        rows: name, mean, standard deviation over seeds, and the value of each seed.
+        unit: label of the axis.
+        path: path of the files, without suffix.
+        baseline: value that a dotted line marks, such as that before training.
+
+    Returns:
+        The paths.
+
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+    """
+    matplotlib = import_extra("matplotlib", "report")
+    from matplotlib.figure import Figure as Canvas
+
+    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": path.name}):
+        canvas = Canvas(figsize=(5.2, 0.6 + 0.32 * len(rows)), layout="constrained")
+        axes = canvas.subplots()
+        names, means, errors, values = zip(*rows, strict=True)
+        places = range(len(rows))
+        axes.barh(places, means, xerr=errors, color=COLORS[0], alpha=0.55, capsize=2)
+        for place, seeds in zip(places, values, strict=True):
+            axes.plot(seeds, [place] * len(seeds), "o", color=COLORS[0], markersize=3)
+        if baseline is not None:
+            axes.axvline(baseline, color="#5b6470", linestyle=":", linewidth=1)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+        for target in paths:
+            canvas.savefig(target, dpi=200, metadata={"Date": None} if target.suffix == ".svg" else None)
+    return paths

@@ -1,0 +1,455 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd ablate`: train a grid of settings and seeds, and compare the results in one table and one figure."""
+
+import argparse
+import json
+import os
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omniopd_trl.cli.options import check_names, check_recipe, option_hints
+from omniopd_trl.cli.recipes import recipe_files
+from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+
+# Written when a run has ended well, in its folder.
+FINISHED, RECIPE, LOG = "finished.json", "recipe.yaml", "log.txt"
+
+_PLAN_KEYS = ("config", "seeds", "options", "rows")
+_ROW_KEYS = ("name", "options", "solutions")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: title of the row.
+        options: options of its runs, in addition to the recipe's.
+        solutions: options of `omniopd solutions`, which then runs before the training; `None` to skip it.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    solutions: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid of settings and seeds.
+
+    Attributes:
+        recipe: options of all runs.
+        seeds: seeds of each row.
+        rows: rows of the table; the others are compared with the first.
+    """
+
+    recipe: Mapping[str, Any]
+    seeds: Sequence[int]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the grid."""
+
+    row: int
+    seed: int
+    folder: Path
+    recipe: Mapping[str, Any]
+    solutions: Mapping[str, Any] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / FINISHED).exists()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run measured.
+
+    Attributes:
+        before: pass@1 of the initial student; `None` when it was not evaluated.
+        after: pass@1 after the last step.
+        problems: mean score of each problem after the last step, by prompt.
+        kl: KL to the initial student on un-audited tokens of the evaluation, in nats per token.
+        length: tokens per completion of the evaluation.
+        copied: share of the completions that repeats the prompt; see `copied_share`.
+        read: tokens that the teacher read.
+        written: tokens that the teacher wrote.
+        usd: cost of the teacher in US dollars.
+        seconds: wall time of the run.
+    """
+
+    before: float | None
+    after: float
+    problems: Mapping[str, float] = field(repr=False)
+    kl: float | None
+    length: float | None
+    copied: float
+    read: int
+    written: int
+    usd: float
+    seconds: float
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `omniopd`."""
+    parser = commands.add_parser(
+        "ablate",
+        help="train a grid of settings and seeds, and compare them in one table",
+        description="Train every row of a plan with every seed, several runs at a time, and write a table "
+        "(results.md), a figure and all numbers (results.json). The other rows are compared with the first by a "
+        "paired test over problems. Started again, it continues: finished runs are kept, and interrupted ones are "
+        "resumed from their journal and their last checkpoint, so nothing is paid twice.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("plan", metavar="PLAN", help="a YAML file; recipes/plans has examples")
+    parser.add_argument(
+        "-o", "--output_dir", metavar="DIR", help="folder of the runs (default: runs/NAME_OF_THE_PLAN)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="J", help="runs at a time (default: the number of GPUs, or of cores without one)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="seeds, instead of those of the plan")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, and the first")
+    parser.set_defaults(call=ablate)
+
+
+def ablate(options: argparse.Namespace) -> None:
+    """Run the plan and write its results.
+
+    Raises:
+        ConfigError: when the plan cannot be used.
+        DataError: when a run failed, after the others have ended.
+    """
+    plan = read_plan(options.plan, seeds=options.seeds, names=options.rows)
+    folder = Path(options.output_dir or Path("runs", Path(options.plan).stem))
+    jobs = jobs_of(plan, folder)
+    devices = _devices()
+    number = options.jobs or len(devices) or os.cpu_count() or 1
+    if number < 1:
+        raise ConfigError(f"--jobs is {number}, but it must be at least 1.")
+    failed = run_all([job for job in jobs if not job.is_finished], number, devices)
+    results: dict[int, dict[int, Result]] = {}
+    for job in jobs:
+        if job.is_finished:
+            results.setdefault(job.row, {})[job.seed] = read_result(job.folder)
+    if results:
+        table = summarize(plan, results)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(markdown(table) + "\n", encoding="utf-8")
+        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {folder / 'results.json'} and {folder / 'results.md'}.\n")
+        _draw(table, folder)
+    if failed:
+        names = ", ".join(str(job.folder) for job in failed)
+        raise DataError(f"{len(failed)} of {len(jobs)} runs failed: {names}. Read {LOG} in each, and start again.")
+
+
+def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[str] | None = None) -> Plan:
+    """Read a plan, and refuse unknown options of its rows before anything runs.
+
+    Args:
+        path: path of the YAML file.
+        seeds: seeds, instead of those of the plan.
+        names: names of the rows to keep, besides the first; `None` keeps all.
+
+    Raises:
+        ConfigError: when the plan, or the recipe that it names, cannot be used.
+    """
+    import yaml
+
+    try:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The plan {path!r} cannot be read: {error}") from error
+    if not isinstance(plan, dict) or not isinstance(plan.get("rows"), list) or not plan["rows"]:
+        raise ConfigError(f"The plan {path!r} needs `rows`, a list of settings with a `name` and `options`.")
+    check_names(map(str, plan), _PLAN_KEYS, path)
+    for row in plan["rows"]:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise ConfigError(f"A row of the plan {path!r} is {row!r}; it needs a `name`.")
+        check_names(map(str, row), _ROW_KEYS, f"the row {row['name']!r} of {path}")
+    rows = [Row(row["name"], row.get("options") or {}, row.get("solutions")) for row in plan["rows"]]
+    titles = [row.name for row in rows]
+    if len({_slug(title) for title in titles}) < len(rows):
+        raise ConfigError(f"Two rows of the plan {path!r} have the same name. Their runs would share a folder.")
+    if unknown := set(names or ()) - set(titles):
+        raise ConfigError(f"The plan {path!r} has no row {sorted(unknown)[0]!r}; it has {', '.join(titles)}.")
+    rows = [row for k, row in enumerate(rows) if names is None or k == 0 or row.name in names]
+    found = seeds or plan.get("seeds", [0])
+    if not isinstance(found, list) or not all(isinstance(seed, int) for seed in found) or not found:
+        raise ConfigError(f"`seeds` is {found!r} in {path}; it must be a list of whole numbers.")
+    name = str(plan.get("config"))
+    recipe_path = recipe_files().get(name) or Path(path).parent / name
+    hints = option_hints()
+    recipe = {**check_recipe(str(recipe_path), hints), **(plan.get("options") or {})}
+    for row in rows:
+        check_names([*(plan.get("options") or {}), *row.options], [*hints, "env"], f"the row {row.name!r} of {path}")
+    return Plan(recipe, list(dict.fromkeys(found)), rows)
+
+
+def jobs_of(plan: Plan, folder: Path) -> list[Job]:
+    """The runs of a plan, seed by seed.
+
+    Raises:
+        ConfigError: when the folder of one holds a run with other settings.
+    """
+    jobs = []
+    for seed in plan.seeds:
+        for number, row in enumerate(plan.rows):
+            place = folder / _slug(row.name) / f"seed-{seed}"
+            recipe = {
+                **plan.recipe,
+                **row.options,
+                "seed": seed,
+                "output_dir": str(place),
+                # The table needs the score of each problem.
+                "log_completions": True,
+                "num_completions_to_print": 1,
+            }
+            _check_unchanged(place, recipe)
+            jobs.append(Job(number, seed, place, recipe, row.solutions))
+    return jobs
+
+
+def _check_unchanged(folder: Path, recipe: Mapping[str, Any]) -> None:
+    import yaml
+
+    path = folder / RECIPE
+    if not path.exists():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{folder} holds a run with other settings: `{key}` was {before.get(key)!r} and is {recipe.get(key)!r}. "
+            "Name another folder with --output_dir, or remove this one."
+        )
+
+
+def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str]) -> list[Job]:
+    """Run the jobs, `number` at a time, and return those that failed.
+
+    Args:
+        jobs: runs that are not finished.
+        number: runs at a time.
+        devices: GPUs; each run gets one of them.
+    """
+    free: queue.Queue[str | None] = queue.Queue()
+    for slot in range(number):
+        free.put(devices[slot % len(devices)] if devices else None)
+
+    def run(job: Job) -> bool:
+        device = free.get()
+        try:
+            sys.stdout.write(f"{job.folder}: started\n")
+            sys.stdout.flush()
+            start = time.perf_counter()
+            code = run_job(job, device)
+            seconds = time.perf_counter() - start
+            sys.stdout.write(f"{job.folder}: {'done' if code == 0 else 'FAILED'} after {seconds:.0f} s\n")
+            sys.stdout.flush()
+            return code == 0
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(number) as pool:
+        done = list(pool.map(run, jobs))
+    return [job for job, ended_well in zip(jobs, done, strict=True) if not ended_well]
+
+
+def run_job(job: Job, device: str | None) -> int:
+    """Run one job in a new process, with its output in a file. Returns the exit code.
+
+    A run that was interrupted is resumed: it replays its journal, and pays nothing twice.
+    """
+    import yaml
+
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / RECIPE
+    resumes = (job.folder / "_audits").exists() or any(job.folder.glob("checkpoint-*"))
+    path.write_text(yaml.safe_dump(dict(job.recipe), sort_keys=False), encoding="utf-8")
+    commands = [
+        ["omniopd_trl.train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]
+    ]
+    if job.solutions is not None:
+        words = [word for name, value in job.solutions.items() for word in (f"--{name}", str(value))]
+        commands.insert(0, ["omniopd_trl.cli.main", "solutions", "--config", str(path), *words])
+    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+    start = time.perf_counter()
+    with (job.folder / LOG).open("ab") as log:
+        for command in commands:
+            code = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            ).returncode
+            if code:
+                return code
+    seconds = time.perf_counter() - start
+    (job.folder / FINISHED).write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+    return 0
+
+
+def read_result(folder: Path) -> Result:
+    """What a finished run measured.
+
+    Raises:
+        DataError: when the run did not evaluate.
+    """
+    import pyarrow.parquet
+
+    from omniopd_trl.evals.copying import copied_share
+    from omniopd_trl.journal.reader import spent
+    from omniopd_trl.report.runs import Run
+
+    run = Run(folder)
+    scores = run.series("eval_pass@1")
+    tables = sorted((folder / "completions").glob("eval_*.parquet"))
+    if not scores or not tables:
+        raise DataError(
+            f"{folder} was not evaluated. A plan needs `eval_strategy`, and an evaluation set with answers."
+        )
+    rows = pyarrow.parquet.read_table(tables[-1]).to_pylist()
+    problems: dict[str, list[float]] = {}
+    for row in rows:
+        problems.setdefault(row["prompt"], []).append(row["pass@1"])
+    usage, usd = spent(folder)
+
+    def last(metric: str) -> float | None:
+        return next((value for _, value in reversed(run.series(metric))), None)
+
+    return Result(
+        before=scores[0][1] if scores[0][0] == 0 else None,
+        after=scores[-1][1],
+        problems={prompt: statistics.fmean(values) for prompt, values in problems.items()},
+        kl=last("eval_kl/unaudited"),
+        length=last("eval_completions/mean_length"),
+        copied=statistics.fmean(copied_share(row["prompt"], row["completion"]) for row in rows),
+        read=usage.prompt_tokens,
+        written=usage.completion_tokens,
+        usd=usd,
+        seconds=json.loads((folder / FINISHED).read_text(encoding="utf-8"))["seconds"],
+    )
+
+
+def summarize(plan: Plan, results: Mapping[int, Mapping[int, Result]]) -> dict[str, Any]:
+    """The table: for each row, means and standard deviations over its seeds, and the test against the first row.
+
+    Args:
+        plan: the plan.
+        results: results of the finished runs, by row and seed.
+
+    Returns:
+        The rows with their numbers, as plain data. `difference` is the mean score minus that of the first row, with
+        interval and p-value of a paired test over problems; scores of a problem are averaged over the seeds that both
+        rows have. It does not contain the spread of the seeds, which is `after_std`.
+    """
+    import omniopd_trl
+
+    rows = []
+    for number in sorted(results):
+        runs = results[number]
+        row: dict[str, Any] = {"name": plan.rows[number].name, "options": dict(plan.rows[number].options)}
+        row["seeds"] = sorted(runs)
+        for name in ("before", "after", "kl", "length", "copied", "read", "written", "usd", "seconds"):
+            values = [value for run in runs.values() if (value := getattr(run, name)) is not None]
+            row[name] = statistics.fmean(values) if values else None
+        after = [runs[seed].after for seed in sorted(runs)]
+        row["after_by_seed"] = after
+        row["after_std"] = statistics.stdev(after) if len(after) > 1 else None
+        row["difference"] = None if number == 0 or 0 not in results else _difference(runs, results[0])
+        rows.append(row)
+    return {"version": omniopd_trl.__version__, "recipe": dict(plan.recipe), "rows": rows}
+
+
+def _difference(runs: Mapping[int, Result], first: Mapping[int, Result]) -> dict[str, Any] | None:
+    from omniopd_trl.evals.statistics import paired_test
+
+    seeds = sorted(runs.keys() & first.keys())
+    if not seeds:
+        return None
+    prompts = sorted(set.intersection(*(set(side[seed].problems) for side in (runs, first) for seed in seeds)))
+    if not prompts:
+        return None
+    sides = [
+        [statistics.fmean(side[seed].problems[prompt] for seed in seeds) for prompt in prompts]
+        for side in (runs, first)
+    ]
+    test = paired_test(*sides)
+    return {"value": test.difference, "interval": [*test.interval], "p_value": test.p_value, "seeds": seeds}
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    titles = (
+        *("setting", "seeds", "pass@1 before", "after", "difference to the first row", "p"),
+        *("KL", "tokens", "copied", "teacher read", "wrote", "dollars", "seconds"),
+    )
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for row in table["rows"]:
+        test = row["difference"]
+        cells = (
+            row["name"],
+            len(row["seeds"]),
+            _number(row["before"], ".3f"),
+            f"{row['after']:.3f}" + (f" ± {row['after_std']:.3f}" if row["after_std"] is not None else ""),
+            "" if test is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(test["value"], *test["interval"]),
+            "" if test is None else f"{test['p_value']:.3f}",
+            _number(row["kl"], ".3f"),
+            _number(row["length"], ".0f"),
+            _number(row["copied"], ".2f"),
+            f"{row['read']:,.0f}",
+            f"{row['written']:,.0f}",
+            f"{row['usd']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _draw(table: Mapping[str, Any], folder: Path) -> None:
+    """Write the figure, if matplotlib is installed."""
+    from omniopd_trl.report.figures import bars
+
+    rows = table["rows"]
+    lines = [(row["name"], row["after"], row["after_std"] or 0.0, row["after_by_seed"]) for row in rows]
+    before = [row["before"] for row in rows if row["before"] is not None]
+    try:
+        paths = bars(lines, "pass@1", folder / "results", baseline=statistics.fmean(before) if before else None)
+    except OmniOPDError as error:
+        sys.stdout.write(f"No figure: {error}\n")
+    else:
+        sys.stdout.write(f"Wrote {' and '.join(map(str, paths))}.\n")
+
+
+def _devices() -> list[str]:
+    """The GPUs that runs may use, by index; empty without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device for device in visible.split(",") if device.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "row"
