@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from omniopd_trl.cli.ablate import read_plan
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
@@ -151,11 +152,14 @@ def test_pages_train():
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=page_id)
 @pytest.mark.usefixtures("any_machine")
 def test_yaml_parses(page, tmp_path):
-    """Every block of YAML holds options that exist, with values that they can have; a whole recipe parses."""
+    """Every block of YAML holds options that exist, with values that they can have; recipes and plans parse."""
     for block in blocks_of(page, "yaml"):
         path = tmp_path / "recipe.yaml"
         path.write_text(block.text)
-        if "model_name_or_path" in yaml.safe_load(block.text):
+        options = yaml.safe_load(block.text)
+        if "rows" in options:
+            read_plan(str(path))
+        elif "model_name_or_path" in options:
             parse_args(["--config", str(path)])
         else:
             check_recipe(str(path), HINTS)
