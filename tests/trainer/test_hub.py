@@ -1,0 +1,284 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pushes reach the Hub whole and without anything else of the folder, and no failure of them costs a run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from omniopd_trl.errors import HubError
+from omniopd_trl.teachers import ScriptedTeacher
+from omniopd_trl.trainer import hub as pushes
+from tests.support import hub_stub
+from tests.support.training import make_trainer, script
+
+LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+MODEL = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", *TOKENIZER}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "training_args.bin", *TOKENIZER}
+# Of a checkpoint, besides the model.
+STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+SECRETS = {
+    "OPENAI_API_KEY": "sk-a1b2c3d4e5f6g7h8",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENG",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine, to which this process is logged in."""
+    with hub_stub.serve() as hub:
+        hub_stub.connect(monkeypatch, hub)
+        yield hub
+
+
+def pushing(path, model, **overrides):
+    """A trainer that saves, and pushes to me/student, after each of two steps."""
+    settings = {"push_to_hub": True, "hub_model_id": "me/student", "save_strategy": "steps", "save_steps": 1}
+    return make_trainer(path, model, **{**settings, "max_steps": 2, **overrides})
+
+
+def on_disk(folder, names):
+    return {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+def secret_bytes(content):
+    """The secrets of this environment in what was sent."""
+    return [name for name, value in {**SECRETS, "HF_TOKEN": hub_stub.TOKEN}.items() if value.encode() in content]
+
+
+@pytest.mark.parametrize(("peft_config", "model"), [(None, MODEL), (LORA, ADAPTER)], ids=["full", "adapter"])
+def test_the_files_of_a_push(tmp_path, tiny_model_dir, hub, monkeypatch, peft_config, model):
+    """The model and its card arrive byte for byte; nothing else of the folder does, and no secret."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    text = "\n".join([*SECRETS.values(), hub_stub.TOKEN])
+    others = (".env", "id_rsa", "service.json", "notes.txt", "audit.html", "completions/a.parquet", "old/_audits/a")
+    for name in (*others, "old/model.safetensors", "old/config.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    trainer = pushing(out, tiny_model_dir, peft_config=peft_config, hub_token=hub_stub.TOKEN, hub_strategy="end")
+    trainer.train()
+    assert (out / "_audits").exists()
+    assert hub.repos["me/student"].commits == []
+    trainer.push_to_hub()
+    files = hub.repos["me/student"].files
+    assert set(files) == {*model, "README.md", "chunk_loss.png"}
+    assert files == on_disk(out, files)
+    assert not (out / pushes.PUSH_FOLDER / "2").exists()
+    assert hub_stub.card_errors(files["README.md"].decode()) == []
+    for content in [*hub.received, *files.values()]:
+        assert not secret_bytes(content)
+    for content in files.values():  # no text of the teacher, either
+        assert b"Tom has" not in content
+    assert trainer.args.hub_token == hub_stub.TOKEN
+    assert torch.load(out / "training_args.bin", weights_only=False).hub_token is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "folders"),
+    [("end", None), ("every_save", []), ("checkpoint", ["last-checkpoint"]), ("all_checkpoints", ["checkpoint-1"])],
+)
+def test_strategies(tmp_path, tiny_model_dir, hub, strategy, folders):
+    """Each save pushes what `hub_strategy` says, in one commit, byte for byte."""
+    trainer = pushing(tmp_path, tiny_model_dir, hub_strategy=strategy, hub_always_push=True)
+    trainer.train()
+    repo = hub.repos["me/student"]
+    if folders is None:
+        assert repo.files == {}
+        return
+    assert repo.commits == ["Training in progress, step 1", "Training in progress, step 2"]
+    last = tmp_path / "checkpoint-2"
+    expected = {**on_disk(last, MODEL), **on_disk(tmp_path, ["README.md", "chunk_loss.png"])}
+    for folder in folders:
+        source = tmp_path / folder if folder == "checkpoint-1" else last
+        expected |= {f"{folder}/{name}": content for name, content in on_disk(source, MODEL | STATE).items()}
+    if strategy == "all_checkpoints":
+        expected |= {f"checkpoint-2/{name}": content for name, content in on_disk(last, MODEL | STATE).items()}
+    assert repo.files == expected
+
+
+def test_branch_and_visibility(tmp_path, tiny_model_dir, hub):
+    """A branch that does not exist is created at the start; a new repository is private when that is set."""
+    trainer = pushing(tmp_path, tiny_model_dir, hub_revision="runs/a", hub_private_repo=True, max_steps=1)
+    assert set(hub.repos["me/student"].branches) == {"main", "runs/a"}
+    trainer.train()
+    trainer.save_model()
+    repo = hub.repos["me/student"]
+    assert repo.private
+    assert repo.files == {}
+    assert repo.branches["runs/a"]["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    assert repo.commits == ["Training in progress, step 1", "Model save"]
+
+
+def test_waiting_pushes_survive_the_rotation_of_checkpoints(tmp_path, tiny_model_dir, hub, monkeypatch):
+    """Pushes that wait for a slow network send what was saved, even when the checkpoint is removed before."""
+    monkeypatch.setattr(pushes, "_LINKED_BYTES", 0)
+    trainer = pushing(tmp_path, tiny_model_dir, hub_always_push=True, save_total_limit=1, max_steps=3)
+    weights = []
+
+    class Release(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            weights.append((tmp_path / f"checkpoint-{state.global_step}/model.safetensors").read_bytes())
+
+        def on_train_end(self, args, state, control, **kwargs):
+            assert hub.repos["me/student"].commits == []
+            assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+            hub.lock.release()
+
+    trainer.add_callback(Release())
+    hub.lock.acquire()
+    trainer.train()
+    repo = hub.repos["me/student"]
+    assert repo.commits == [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    assert set(weights) <= set(hub.large_files.values())
+    assert repo.files["model.safetensors"] == weights[-1]
+
+
+class Counting(ScriptedTeacher):
+    """A teacher that notes that it was asked."""
+
+    asked = 0
+
+    async def sample(self, *args, **kwargs):
+        type(self).asked += 1
+        return await super().sample(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault", "words"),
+    [
+        ({}, 401, "HTTP 401 Unauthorized, Fault 401. Set the environment variable HF_TOKEN to a token with write"),
+        ({}, 403, "HTTP 403 Forbidden, Fault 403. Set the environment variable HF_TOKEN"),
+        ({}, 429, "HTTP 429 Too Many Requests"),
+        ({}, 500, "HTTP 500 Internal Server Error, Fault 500. Fix the cause, or set push_to_hub=False"),
+        ({}, None, "Server disconnected without sending a response. Fix the cause"),
+        ({"hub_model_id": "a/b/c"}, 0, "as 'a/b/c': Repo id must be in the form"),
+        ({"hub_private_repo": True}, 0, "me/student exists and is public"),
+    ],
+)
+def test_a_hub_that_refuses_ends_the_run_before_it_begins(
+    tmp_path, tiny_model_dir, hub, monkeypatch, settings, fault, words
+):
+    """One line says why and what to do, before the teacher is asked."""
+    hub.repos["me/student"] = hub_stub.Repo()
+    if fault != 0:
+        hub.fail(fault)
+    monkeypatch.setattr(Counting, "asked", 0)
+    with pytest.raises(HubError) as caught:
+        pushing(tmp_path / "out", tiny_model_dir, teacher=Counting(script), **settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not secret_bytes(str(caught.value).encode())
+    assert Counting.asked == 0
+
+
+def test_offline(tmp_path, tiny_model_dir, hub, monkeypatch):
+    """Offline mode is named, and nothing is tried again."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="unset the `HF_HUB_OFFLINE`"):
+        pushing(tmp_path, tiny_model_dir)
+    assert hub.received == []
+
+
+@pytest.mark.parametrize("fault", [429, 500, None])
+@pytest.mark.parametrize("path", ["/create", "/preupload", "/lfs/", "/commit/"])
+def test_a_transient_error_is_retried(tmp_path, tiny_model_dir, hub, caplog, fault, path):
+    """At the start and during an upload, an error that passes leaves no trace but the time that it took."""
+    hub.fail(fault, path, times=1)
+    trainer = pushing(tmp_path, tiny_model_dir, max_steps=1)
+    trainer.train()
+    assert hub.repos["me/student"].commits == ["Training in progress, step 1"]
+    assert "failed" not in caplog.text
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(401, "HF_TOKEN"), (429, "429"), (500, "500"), (None, "disconnected")])
+def test_a_failed_push_costs_nothing(tmp_path, tiny_model_dir, hub, caplog, fault, reason):
+    """Training goes on with a warning, whose command repeats the push; only an explicit push raises an error."""
+    trainer = pushing(tmp_path / "out dir", tiny_model_dir, hub_strategy="checkpoint", hub_always_push=True)
+    hub.fail(fault, "/commit/")
+    trainer.train()
+    assert trainer.state.global_step == 2
+    warnings = [record.getMessage() for record in caplog.records if "on the Hub failed" in record.getMessage()]
+    assert len(warnings) == 2
+    assert all(reason in warning and "\n" not in warning for warning in warnings)
+    folder = tmp_path / "out dir" / pushes.PUSH_FOLDER / "2"
+    assert (folder / "last-checkpoint" / "optimizer.pt").exists()
+
+    caplog.clear()
+    trainer.save_model()
+    assert [record.levelname for record in caplog.records if "on the Hub failed" in record.getMessage()] == ["WARNING"]
+    with pytest.raises(HubError) as caught:
+        trainer.push_to_hub()
+    assert not secret_bytes(str(caught.value).encode())
+    assert hub.repos["me/student"].files == {}
+    command = shlex.split(re.search(r"Repeat the push with: (hf upload .*)", str(caught.value))[1])
+    assert command == ["hf", "upload", "me/student", str(folder), "."]
+    if fault != 500:  # one real command is enough
+        return
+    hub.faults.clear()
+    program = Path(sys.executable).with_name("hf")
+    process = subprocess.run(
+        [program, *command[1:]], env={**os.environ, **hub.environment}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    files = hub.repos["me/student"].files
+    assert set(files) == {*MODEL, "README.md", "chunk_loss.png"}
+    assert files == on_disk(tmp_path / "out dir", files)
+
+
+def test_a_push_in_the_background_fails_aloud(tmp_path, tiny_model_dir, hub, caplog):
+    """The future raises the error, and a warning says it to those who never look at the future."""
+    trainer = pushing(tmp_path, tiny_model_dir, push_to_hub=False, save_strategy="no", max_steps=1)
+    trainer.train()
+    hub.fail(500, "/lfs/")
+    with pytest.raises(HubError, match="HTTP 500"):
+        trainer.push_to_hub(blocking=False).result(timeout=60)
+    assert "Repeat the push with: hf upload me/student" in caplog.text
+    hub.faults.clear()
+    assert trainer.push_to_hub(blocking=False, private=True).result(timeout=60).commit_message == "End of training"
+
+
+def test_a_push_is_skipped_while_another_is_sent(tmp_path, tiny_model_dir, hub):
+    """Without `hub_always_push`, as in transformers; the files of the push that is sent stay."""
+    trainer = pushing(tmp_path, tiny_model_dir)
+
+    class Release(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            hub.lock.release()
+
+    trainer.add_callback(Release())
+    hub.lock.acquire()
+    trainer.train()
+    assert hub.repos["me/student"].commits == ["Training in progress, step 1"]
+    trainer.push_to_hub()
+    assert hub.repos["me/student"].commits[1:] == ["End of training"]
+
+
+def test_other_adapters_and_own_code(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """An adapter with a name is saved in a folder of that name; a model with its own code needs its modules."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    folder = tmp_path / "saved"
+    for name in ("named/adapter_config.json", "named/adapter_model.safetensors", "other/adapter_config.json", "x.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    tiny_tokenizer.save_pretrained(folder)
+    names = set(pushes._model_files(folder, model, tiny_tokenizer))
+    assert names == TOKENIZER
+    model.peft_config = {"named": LORA}
+    model.config.auto_map = {"AutoModelForCausalLM": "x.Model"}
+    added = set(pushes._model_files(folder, model, tiny_tokenizer)) - names
+    assert added == {"named/adapter_config.json", "named/adapter_model.safetensors", "x.py"}
