@@ -738,12 +738,11 @@ class OmniOPDTrainer(DistillationTrainer):
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        in_flight = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if in_flight and not self.args.hub_always_push:
+        jobs = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+        if jobs and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        jobs = self.push_in_progress.jobs if in_flight else []
-        if not in_flight:
+        if not jobs:
             clear_pushes(self.args.output_dir)
         folder = Path(checkpoint_folder)
         copies = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}

@@ -65,6 +65,7 @@ class Hub(ThreadingHTTPServer):
         self.unauthorized: list[str] = []
         self.received: list[bytes] = []  # the path and the body of each request
         self.faults: list[Fault] = []
+        self.has_lfs = True
 
     def fail(self, status: int | None, path: str = "", times: int = 10**9) -> None:
         """Fail the next requests whose path contains `path`."""
@@ -100,10 +101,18 @@ def serve() -> Iterator[Hub]:
         thread.join()
 
 
-def connect(monkeypatch: Any, hub: Hub) -> None:
-    """Point huggingface_hub and transformers in this process to a hub, with its token, and shorten their waits."""
+def connect(monkeypatch: Any, hub: Hub, *, pipelined: bool = False) -> None:
+    """Point huggingface_hub and transformers in this process to a hub, with its token, and shorten their waits.
+
+    Args:
+        monkeypatch: pytest's fixture.
+        hub: the hub.
+        pipelined: whether uploads take the path of huggingface_hub with hf_xet, its default. Large files then go as
+            small ones do, since this hub has no Xet storage.
+    """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not pipelined)
+    hub.has_lfs = not pipelined
     monkeypatch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.url))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     sleep = time.sleep
@@ -222,7 +231,7 @@ def card_errors(card: str) -> list[str]:
 
 def _preupload(hub: Hub, body: bytes, name: str, revision: str) -> tuple[Any, ...]:
     def mode(path: str) -> str:
-        return "lfs" if path.endswith(_LFS_ENDINGS) else "regular"
+        return "lfs" if hub.has_lfs and path.endswith(_LFS_ENDINGS) else "regular"
 
     files = json.loads(body)["files"]
     answers = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False, "oid": None} for f in files]
