@@ -225,8 +225,8 @@ class Push:
         command += [] if self.revision is None else ["--revision", self.revision]
         login = f" {_advice(error)}" if _status(error) in (401, 403) else ""
         return HubError(
-            f"The push to {self.repo_id} on the Hub failed: {_cause(error)}{login} Nothing is lost. Repeat the push "
-            f"with: {shlex.join(command)}"
+            f"The push to {self.repo_id} on the Hub failed: {_cause(error)}{login} Nothing is lost. Unless a later "
+            f"push succeeds, repeat it with: {shlex.join(command)}"
         )
 
 

@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
-from omniopd_trl.errors import ConfigError, DataError, HubError, import_extra
+from omniopd_trl.errors import ConfigError, DataError, HubError, first_line, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first, spent
@@ -721,13 +721,13 @@ class OmniOPDTrainer(DistillationTrainer):
             HubError: when the Hub cannot be reached or refuses the push. The message holds the command that repeats
                 the push. Everything is on disk by then.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        self.create_model_card(**kwargs)
+        self._push_trackers()
+        self.create_model_card(**{"tags": getattr(self.model, "model_tags", None), **kwargs})
         self._finish_current_push()
         clear_pushes(self.args.output_dir)
         push = self._make_push(Path(self.args.output_dir), commit_message, token, revision)
@@ -741,7 +741,7 @@ class OmniOPDTrainer(DistillationTrainer):
         jobs = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
         if jobs and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._push_trackers()
         if not jobs:
             clear_pushes(self.args.output_dir)
         folder = Path(checkpoint_folder)
@@ -753,6 +753,12 @@ class OmniOPDTrainer(DistillationTrainer):
             logger.warning(f"{folder} is not pushed to the Hub, since its files could not be collected: {error}")
         else:
             self.push_in_progress = PushInProgress([*jobs, push.start()])
+
+    def _push_trackers(self):
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # of other packages, which reach for the network
+            logger.warning(f"A callback failed at a push to the Hub, which continues without it: {first_line(error)}")
 
     def _make_push(self, folder, message, token=None, revision=None, checkpoint=None):
         step = self.state.global_step

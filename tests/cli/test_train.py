@@ -124,7 +124,7 @@ class TestRun:
             hub.fail(500, "/commit/")
             assert run(["--config", path]) == 0
         assert "model saved to         out, not pushed: see the warning" in capsys.readouterr().out
-        assert "Repeat the push with: hf upload me/student out/_push/1 ." in caplog.text
+        assert "repeat it with: hf upload me/student out/_push/1 ." in caplog.text
         assert (tmp_path / "out" / "model.safetensors").exists()
 
     def test_a_refused_token_is_one_line(self, recipe, tmp_path, monkeypatch, capsys):

@@ -147,6 +147,25 @@ def test_waiting_pushes_survive_the_rotation_of_checkpoints(tmp_path, tiny_model
     assert repo.files["model.safetensors"] == weights[-1]
 
 
+def test_trackers_publish_nothing_unasked_and_stop_nothing(tmp_path, tiny_model_dir, hub, caplog):
+    """A push publishes no table of Trackio by default; a tracker that fails costs neither the push nor the run."""
+
+    class Tracker(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            assert args.trackio_static_space_id is False
+            raise RuntimeError("the tracker's server is down")
+
+    trainer = pushing(tmp_path, tiny_model_dir, max_steps=1)
+    trainer.add_callback(Tracker())
+    trainer.train()
+    trainer.push_to_hub()
+    assert hub.repos["me/student"].commits == ["Training in progress, step 1", "End of training"]
+    assert caplog.text.count("the tracker's server is down") == 2
+    assert (
+        make_trainer(tmp_path, tiny_model_dir, trackio_static_space_id="me/x").args.trackio_static_space_id == "me/x"
+    )
+
+
 class Counting(ScriptedTeacher):
     """A teacher that counts the questions at the start."""
 
@@ -237,7 +256,7 @@ def test_a_failed_push_is_repeated_by_the_command_of_its_message(tmp_path, tiny_
         trainer.push_to_hub()
     assert not secret_bytes(str(caught.value).encode())
     assert hub.repos["me/student"].files == {}
-    command = shlex.split(re.search(r"Repeat the push with: (hf upload .*)", str(caught.value))[1])
+    command = shlex.split(re.search(r"repeat it with: (hf upload .*)", str(caught.value))[1])
     assert command == ["hf", "upload", "me/student", str(folder), "."]
     hub.faults.clear()
     program = Path(sys.executable).with_name("hf")
@@ -257,7 +276,7 @@ def test_a_push_in_the_background_fails_aloud(tmp_path, tiny_model_dir, hub, cap
     hub.fail(500, "/lfs/")
     with pytest.raises(HubError, match="HTTP 500"):
         trainer.push_to_hub(blocking=False).result(timeout=60)
-    assert "Repeat the push with: hf upload me/student" in caplog.text
+    assert "repeat it with: hf upload me/student" in caplog.text
     hub.faults.clear()
     assert trainer.push_to_hub(blocking=False, private=True).result(timeout=60).commit_message == "End of training"
 
