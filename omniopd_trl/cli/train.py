@@ -135,8 +135,8 @@ def main(
         raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
     if training_args.hub_token is not None:
         raise ConfigError(
-            "`hub_token` is set, and settings are written in plain text into every checkpoint (training_args.bin), "
-            "which may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
+            "`hub_token` is set, and a recipe or a command line may be read by others. Set the environment variable "
+            "HF_TOKEN, or log in with `hf auth login`."
         )
 
     from datasets import IterableDataset

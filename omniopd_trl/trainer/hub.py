@@ -12,6 +12,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,6 +128,9 @@ def stage(
 
     Returns:
         The folder to upload.
+
+    Raises:
+        HubError: when a file cannot be read or written, for example on a full disk.
     """
     output_dir = Path(args.output_dir)
     files = {name: folder / name for name in _model_files(folder, model, tokenizer)}
@@ -137,9 +141,15 @@ def stage(
         files |= {f"{checkpoint}/{path.relative_to(folder)}": path for path in saved}
     staged = output_dir / PUSH_FOLDER / str(step)
     shutil.rmtree(staged, ignore_errors=True)
-    for name, path in files.items():
-        (staged / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(path, staged / name)
+    try:
+        for name, path in files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(path, staged / name)
+    except OSError as error:
+        raise HubError(
+            f"The files of a push to the Hub could not be collected in {staged}: {first_line(error)}. The model is in "
+            f"{folder}. Fix the cause, and call `trainer.push_to_hub()`, or train on: the next save pushes again."
+        ) from error
     return staged
 
 
@@ -206,6 +216,8 @@ class Push:
         except Exception as error:
             raise self.failed(error) from error
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # files of other pushes
+            self.folder.parent.rmdir()
         return info
 
     def start(self) -> "Future[CommitInfo]":

@@ -749,8 +749,8 @@ class OmniOPDTrainer(DistillationTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         try:
             push = self._make_push(folder, message, checkpoint=copies.get(strategy))
-        except OSError as error:
-            logger.warning(f"{folder} is not pushed to the Hub, since its files could not be collected: {error}")
+        except HubError as error:
+            logger.warning(str(error))
         else:
             self.push_in_progress = PushInProgress([*jobs, push.start()])
 

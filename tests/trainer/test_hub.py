@@ -57,6 +57,12 @@ def secret_bytes(content):
     return [name for name, value in {**SECRETS, "HF_TOKEN": hub_stub.TOKEN}.items() if value.encode() in content]
 
 
+def download(repo, folder):
+    for name, content in repo.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(("peft_config", "model"), [(None, MODEL), (LORA, ADAPTER)], ids=["full", "adapter"])
 def test_the_files_of_a_push(tmp_path, tiny_model_dir, hub, monkeypatch, peft_config, model):
     """The model and its card arrive byte for byte; nothing else of the folder does, and no secret."""
@@ -89,25 +95,29 @@ def test_the_files_of_a_push(tmp_path, tiny_model_dir, hub, monkeypatch, peft_co
 
 @pytest.mark.parametrize(
     ("strategy", "folders"),
-    [("end", None), ("every_save", []), ("checkpoint", ["last-checkpoint"]), ("all_checkpoints", ["checkpoint-1"])],
+    [
+        ("every_save", {}),
+        ("checkpoint", {"last-checkpoint": "checkpoint-2"}),
+        ("all_checkpoints", {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2"}),
+    ],
 )
 def test_strategies(tmp_path, tiny_model_dir, hub, strategy, folders):
     """Each save pushes what `hub_strategy` says, in one commit, byte for byte."""
     trainer = pushing(tmp_path, tiny_model_dir, hub_strategy=strategy, hub_always_push=True)
     trainer.train()
     repo = hub.repos["me/student"]
-    if folders is None:
-        assert repo.files == {}
-        return
     assert repo.commits == ["Training in progress, step 1", "Training in progress, step 2"]
-    last = tmp_path / "checkpoint-2"
-    expected = {**on_disk(last, MODEL), **on_disk(tmp_path, ["README.md", "chunk_loss.png"])}
-    for folder in folders:
-        source = tmp_path / folder if folder == "checkpoint-1" else last
-        expected |= {f"{folder}/{name}": content for name, content in on_disk(source, MODEL | STATE).items()}
-    if strategy == "all_checkpoints":
-        expected |= {f"checkpoint-2/{name}": content for name, content in on_disk(last, MODEL | STATE).items()}
+    expected = {**on_disk(tmp_path / "checkpoint-2", MODEL), **on_disk(tmp_path, ["README.md", "chunk_loss.png"])}
+    for name, source in folders.items():
+        for file, content in on_disk(tmp_path / source, MODEL | STATE).items():
+            expected[f"{name}/{file}"] = content
     assert repo.files == expected
+    assert not (tmp_path / pushes.PUSH_FOLDER).exists()
+    if strategy == "checkpoint":
+        download(repo, tmp_path / "there")
+        resumed = make_trainer(tmp_path / "new", tiny_model_dir, max_steps=3)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "there" / "last-checkpoint"))
+        assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
 
 
 def test_branch_and_visibility(tmp_path, tiny_model_dir, hub):
@@ -201,7 +211,7 @@ def test_a_hub_that_refuses_ends_the_run_before_it_begins(
     assert "\n" not in str(caught.value)
     assert not secret_bytes(str(caught.value).encode())
     assert Counting.asked == 0
-    if not settings:
+    if fault == 401:
         hub.faults.clear()
         pushing(tmp_path / "out", tiny_model_dir, teacher=Counting(script))
         assert Counting.asked == 1
@@ -295,6 +305,17 @@ def test_a_push_is_skipped_while_another_is_sent(tmp_path, tiny_model_dir, hub):
     assert hub.repos["me/student"].commits == ["Training in progress, step 1"]
     trainer.push_to_hub()
     assert hub.repos["me/student"].commits[1:] == ["End of training"]
+
+
+def test_files_that_cannot_be_collected(tmp_path, tiny_model_dir, hub, caplog):
+    """A full disk, or a file in the way, costs the push, and neither the training nor the model."""
+    (tmp_path / pushes.PUSH_FOLDER).write_text("in the way")
+    trainer = pushing(tmp_path, tiny_model_dir, max_steps=1)
+    trainer.train()
+    assert "could not be collected" in caplog.text
+    with pytest.raises(HubError, match="could not be collected"):
+        trainer.push_to_hub()
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_other_adapters_and_own_code(tmp_path, tiny_model_dir, tiny_tokenizer):
