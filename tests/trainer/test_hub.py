@@ -103,19 +103,22 @@ def test_the_files_of_a_push(tmp_path, tiny_model_dir, hub, monkeypatch, peft_co
 )
 def test_strategies(tmp_path, tiny_model_dir, hub, strategy, folders):
     """Each save pushes what `hub_strategy` says, in one commit, byte for byte."""
-    trainer = pushing(tmp_path, tiny_model_dir, hub_strategy=strategy, hub_always_push=True)
+    # The checkpoint of an adapter has a card of PEFT, with a local path, which is not pushed.
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if strategy == "checkpoint" else None
+    model = MODEL if peft_config is None else ADAPTER
+    trainer = pushing(tmp_path, tiny_model_dir, hub_strategy=strategy, hub_always_push=True, peft_config=peft_config)
     trainer.train()
     repo = hub.repos["me/student"]
     assert repo.commits == ["Training in progress, step 1", "Training in progress, step 2"]
-    expected = {**on_disk(tmp_path / "checkpoint-2", MODEL), **on_disk(tmp_path, ["README.md", "chunk_loss.png"])}
+    expected = {**on_disk(tmp_path / "checkpoint-2", model), **on_disk(tmp_path, ["README.md", "chunk_loss.png"])}
     for name, source in folders.items():
-        for file, content in on_disk(tmp_path / source, MODEL | STATE).items():
+        for file, content in on_disk(tmp_path / source, model | STATE).items():
             expected[f"{name}/{file}"] = content
     assert repo.files == expected
     assert not (tmp_path / pushes.PUSH_FOLDER).exists()
     if strategy == "checkpoint":
         download(repo, tmp_path / "there")
-        resumed = make_trainer(tmp_path / "new", tiny_model_dir, max_steps=3)
+        resumed = make_trainer(tmp_path / "new", tiny_model_dir, max_steps=3, peft_config=peft_config)
         resumed.train(resume_from_checkpoint=str(tmp_path / "there" / "last-checkpoint"))
         assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
 
@@ -277,6 +280,15 @@ def test_a_failed_push_is_repeated_by_the_command_of_its_message(tmp_path, tiny_
     files = hub.repos["me/student"].files
     assert set(files) == {*MODEL, "README.md", "chunk_loss.png"}
     assert files == on_disk(tmp_path / "out dir", files)
+
+
+def test_the_command_names_the_branch():
+    """A push that is repeated goes to the branch of the first one, from a folder of any name."""
+    push = pushes.Push(Path("my runs/_push/2"), "me/student", None, "runs/a", "hf_a1b2c3d4e5f6")
+    error = str(push.failed(OSError("the disk is gone")))
+    assert error.endswith("with: hf upload me/student 'my runs/_push/2' . --revision runs/a")
+    assert "failed: the disk is gone." in error
+    assert "hf_a1b2" not in error + repr(push)
 
 
 def test_a_push_in_the_background_fails_aloud(tmp_path, tiny_model_dir, hub, caplog):
