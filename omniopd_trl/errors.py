@@ -45,6 +45,10 @@ class NonFiniteError(OmniOPDError, ArithmeticError):
     """The student produced NaN or infinite numbers. Further updates would destroy it."""
 
 
+class HubError(OmniOPDError, RuntimeError):
+    """The Hub refuses a push, or cannot be reached. What was to be pushed is on disk."""
+
+
 class MissingExtraError(OmniOPDError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
 

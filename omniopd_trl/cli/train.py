@@ -12,6 +12,7 @@ them.
 """
 
 import atexit
+import logging
 import os
 import signal
 import sys
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.noise import filter_noise
 from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, split_config
-from omniopd_trl.errors import ConfigError, OmniOPDError
+from omniopd_trl.errors import ConfigError, HubError, OmniOPDError
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
 
     from omniopd_trl.cli.recipe import OmniOPDScriptArguments
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool:
@@ -132,8 +135,8 @@ def main(
         raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
     if training_args.hub_token is not None:
         raise ConfigError(
-            "`hub_token` is set, and settings are written in plain text into every checkpoint (training_args.bin), "
-            "which may be pushed. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
+            "`hub_token` is set, and a recipe or a command line may be read by others. Set the environment variable "
+            "HF_TOKEN, or log in with `hf auth login`."
         )
 
     from datasets import IterableDataset
@@ -213,13 +216,20 @@ def main(
         trainer.evaluate()
     teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
-    trainer.save_model(training_args.output_dir)
     saved_to = str(training_args.output_dir)
+    name = script_args.dataset_name
+    # A local path is of no use in the model card.
+    card = {"dataset_name": None if name is None or os.path.exists(name) else name}
     if training_args.push_to_hub:
-        name = script_args.dataset_name
-        # A local path is of no use in the model card.
-        trainer.push_to_hub(dataset_name=None if name is None or os.path.exists(name) else name)
-        saved_to += f", pushed to {trainer.hub_model_id}"
+        try:
+            trainer.push_to_hub(**card)  # saves the model first
+            saved_to += f", pushed to {trainer.hub_model_id}"
+        except HubError as error:  # the run has finished, and everything is on disk
+            logger.warning(str(error))
+            saved_to += ", not pushed: see the warning"
+    else:
+        trainer.save_model(saved_to)
+        trainer.create_model_card(**card)
 
     trainer.accelerator.print(
         "\n"

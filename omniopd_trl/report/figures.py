@@ -123,6 +123,10 @@ class Figure:
         """The figure as SVG, with text as text."""
         return self._render("svg", dark)
 
+    def png(self) -> bytes:
+        """The figure as PNG."""
+        return self._render("png", dark=False)
+
     def write(self, folder: Path) -> list[Path]:
         """Write the figure as SVG and PNG, and return the paths."""
         paths = [folder / f"{self.name}.{kind}" for kind in ("svg", "png")]

@@ -3,6 +3,7 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,8 @@ class Run:
         return [] if newest is None else json.loads(newest.read_text("utf-8")).get("log_history", [])
 
     def series(self, metric: str) -> list[tuple[float, float]]:
-        """Steps and values of a metric. The last value of a step counts."""
-        values = {
-            entry["step"]: entry[metric]
-            for entry in self.logs
-            if "step" in entry and isinstance(entry.get(metric), int | float)
-        }
-        return sorted(values.items())
+        """As [`series`], from the logged metrics of the run."""
+        return series(self.logs, metric)
 
     @cached_property
     def places(self) -> list[AuditPlace]:
@@ -91,6 +87,16 @@ class Run:
         if usd:
             rows["cost"] = f"{usd:,.4f} dollars"
         return rows
+
+
+def series(logs: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """Steps and values of a metric. The last value of a step counts."""
+    values = {
+        entry["step"]: entry[metric]
+        for entry in logs
+        if "step" in entry and isinstance(entry.get(metric), int | float)
+    }
+    return sorted(values.items())
 
 
 def text_of_prompt(prompt: Any) -> str:

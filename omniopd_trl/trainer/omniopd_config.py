@@ -597,6 +597,9 @@ class OmniOPDConfig(DistillationConfig):
         self._check_choices()
         self._check_inherited()
         self._warn_about_policy()
+        if self.trackio_static_space_id is None:
+            # By default, a push publishes the logs of Trackio, too, whose tables may hold what the teacher wrote.
+            self.trackio_static_space_id = False
         if self.ddp_find_unused_parameters is None and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # transformers turns on the search for unused parameters for LoRA. Reentrant checkpointing fails with it,
             # and no parameter is unused.

@@ -20,20 +20,21 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
+from transformers.utils import PushInProgress, logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
-from omniopd_trl.errors import ConfigError, DataError, import_extra
+from omniopd_trl.errors import ConfigError, DataError, HubError, first_line, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.reader import identity_of_first
+from omniopd_trl.journal.reader import identity_of_first, spent
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
+from omniopd_trl.method.similarity import name_or_function
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
@@ -45,8 +46,17 @@ from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_tog
 from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.generation import on_policy
+from omniopd_trl.trainer.hub import Push, clear_pushes, open_repo, stage
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
-from omniopd_trl.trainer.model_card import base_model_of, complete_card, training_section
+from omniopd_trl.trainer.model_card import (
+    CARD,
+    base_model_of,
+    complete_card,
+    dataset_id_of,
+    draw_figure,
+    evaluation_result,
+    training_section,
+)
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.progress import use_readable_lines
@@ -191,6 +201,11 @@ class OmniOPDTrainer(DistillationTrainer):
             trust_remote_code=args.trust_remote_code,
             chat_template_kwargs=args.chat_template_kwargs,
         )
+
+        if args.push_to_hub:
+            with together(args.process_index):
+                if args.process_index == 0:
+                    open_repo(args)
 
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
@@ -368,8 +383,12 @@ class OmniOPDTrainer(DistillationTrainer):
         self._whole_checkpoint = folder.resolve()
 
     def _save(self, output_dir=None, state_dict=None):
-        with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
-            super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin, which is pushed
+        try:
+            with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
+                super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _save_rng_state(self, output_dir):
         """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
@@ -631,21 +650,125 @@ class OmniOPDTrainer(DistillationTrainer):
         if self.accelerator.is_main_process and self.state.log_history:
             self._recorder.log(self.state.log_history[-1])
 
+    # ---- Model card and Hub ----
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        output_dir, logs = Path(self.args.output_dir), self.state.log_history
+        model_name = model_name or Path(self.args.hub_model_id or output_dir.absolute()).name
+        super().create_model_card(model_name, dataset_name or dataset_id_of(self.train_dataset), tags)
+        # Of all runs in the folder, as `teacher/usd_total`. Without `save_audits`, those of this process are known.
+        usages = (self.teacher_usage, spent(output_dir)[0])
+        student = get_config_model_id(self.model.config)
+        base_model, adapter = base_model_of(student), getattr(self.model, "active_peft_config", None)
+        # A figure takes longer than the rest, and a card that is only on disk is written again at the end.
+        draws = self.args.push_to_hub or not self.is_in_train
+        section = training_section(
+            self.args,
+            student=student,
+            base_model=base_model,
+            is_adapter=adapter is not None,
+            teacher=self.teacher,
+            num_prompts=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+            similarity=name_or_function(self.auditor.similarity),
+            weights=self.step_audits.custom_weights or self.args.posterior_baseline,
+            usage=max(usages, key=lambda usage: usage.prompt_tokens + usage.completion_tokens),
+            log_history=logs,
+            num_steps=self.state.global_step,
+            figure=draw_figure(output_dir, logs) if draws else None,
+        )
+        complete_card(
+            output_dir / CARD,
+            section,
+            base_model=base_model,
+            adapter=None if adapter is None else str(getattr(adapter.peft_type, "value", adapter.peft_type)),
+            result=evaluation_result(self.eval_dataset, logs),
+        )
+
+    def init_hf_repo(self, token=None, private=None):
         if self.is_world_process_zero():
-            served = getattr(self.teacher, "served_model", None)
-            section = training_section(
-                self.args,
-                teacher=self.teacher.name,
-                served=[served] if served else [],
-                is_remote=self.teacher.is_remote,
-                usage=self.teacher_usage,
-                log_history=self.state.log_history,
-                num_steps=self.state.global_step,
-            )
-            base_model = base_model_of(get_config_model_id(self.model.config))
-            complete_card(Path(self.args.output_dir, "README.md"), base_model, section)
+            self.hub_model_id = open_repo(self.args, token, private)
+            self.push_in_progress = None
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        try:
+            super().save_model(output_dir, _internal_call)
+        except HubError as error:  # with `push_to_hub`, saving also pushes. The model is saved
+            logger.warning(str(error))
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Save the student and its card, and push both. Every process has to call it.
+
+        Pushed are the files of the model, of its tokenizer and of the card, and `training_args.bin`: nothing else that
+        is in `output_dir`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
+            token (`str`, *optional*): Token with write access. Defaults to `args.hub_token`, then to `HF_TOKEN`.
+            revision (`str`, *optional*): Branch. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*): Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            kwargs: Arguments of `create_model_card`, such as `dataset_name`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it with `blocking=False`; `None` on other processes than
+            the first.
+
+        Raises:
+            HubError: when the Hub cannot be reached or refuses the push. The message holds the command that repeats
+                the push. Everything is on disk by then.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._push_trackers()
+        self.create_model_card(**{"tags": getattr(self.model, "model_tags", None), **kwargs})
+        self._finish_current_push()
+        clear_pushes(self.args.output_dir)
+        push = self._make_push(Path(self.args.output_dir), commit_message, token, revision)
+        return push.run() if blocking else push.start()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Push a checkpoint in the background. A failure is logged and does not stop the training."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        jobs = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+        if jobs and not self.args.hub_always_push:
+            return
+        self._push_trackers()
+        if not jobs:
+            clear_pushes(self.args.output_dir)
+        folder = Path(checkpoint_folder)
+        copies = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            push = self._make_push(folder, message, checkpoint=copies.get(strategy))
+        except HubError as error:
+            logger.warning(str(error))
+        else:
+            self.push_in_progress = PushInProgress([*jobs, push.start()])
+
+    def _push_trackers(self):
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # of other packages, which reach for the network
+            logger.warning(f"A callback failed at a push to the Hub, which continues without it: {first_line(error)}")
+
+    def _make_push(self, folder, message, token=None, revision=None, checkpoint=None):
+        step = self.state.global_step
+        return Push(
+            folder=stage(self.args, folder, self.model, self._tokenizer, step=step, checkpoint=checkpoint),
+            repo_id=self.hub_model_id,
+            message=message,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
 
     # ---- Evaluation ----
 

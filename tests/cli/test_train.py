@@ -115,6 +115,31 @@ class TestRun:
         assert str(tmp_path) not in card
         assert "sums" not in card
 
+    def test_a_failed_push_is_no_failure_of_the_run(self, recipe, tmp_path, monkeypatch, caplog, capsys):
+        """The run ends with exit code 0, the model on disk, and a warning with the command that repeats the push."""
+        monkeypatch.chdir(tmp_path)
+        path = recipe(push_to_hub=True, hub_model_id="me/student", evaluate_teacher=False, max_steps=1)
+        with hub_stub.serve() as hub:
+            hub_stub.connect(monkeypatch, hub)
+            hub.fail(500, "/commit/")
+            assert run(["--config", path]) == 0
+        assert "model saved to         out, not pushed: see the warning" in capsys.readouterr().out
+        assert "repeat it with: hf upload me/student out/_push/1 ." in caplog.text
+        assert (tmp_path / "out" / "model.safetensors").exists()
+
+    def test_a_refused_token_is_one_line(self, recipe, tmp_path, monkeypatch, capsys):
+        """It ends the run before a model is loaded or the teacher is asked."""
+        monkeypatch.chdir(tmp_path)
+        path = recipe(push_to_hub=True, teacher_model_name_or_path="gone", evaluate_teacher=False)
+        with hub_stub.serve() as hub:
+            hub_stub.connect(monkeypatch, hub)
+            monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+            assert run(["--config", path]) == 1
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("HubError: The run cannot be pushed to the Hub as 'out': HTTP 401 Unauthorized")
+
     def test_mixture(self, recipe, tmp_path):
         """A mixture of local files, with a split of its own for evaluation."""
         part = {"path": "sums/train.jsonl"}

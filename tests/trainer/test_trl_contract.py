@@ -39,6 +39,7 @@ HOOKS = {
     "_get_train_sampler": ["self", "dataset"],
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_rng_state": ["self", "output_dir"],
@@ -48,8 +49,11 @@ HOOKS = {
     "evaluation_loop": [
         *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     ],
+    "init_hf_repo": ["self", "token", "private"],
     "log": ["self", "logs", "start_time"],
     "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
+    "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "save_model": ["self", "output_dir", "_internal_call"],
 }
 
 KERNELS = {
