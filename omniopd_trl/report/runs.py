@@ -3,6 +3,7 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,8 @@ class Run:
         return list_audits(self.folder)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
-        """The text of each token of a completion; empty when the run has saved no tokenizer yet.
-
-        A token that is a part of a character has no text, and the token that completes the character has all of it.
-        """
-        if self._tokenizer is None:
-            return []
-        stream = DecodeStream(skip_special_tokens=True)
-        return [stream.step(self._tokenizer, token) or "" for token in trajectory.completion_ids]
+        """The text of each token of a completion; empty when the run has saved no tokenizer yet."""
+        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -91,6 +86,15 @@ class Run:
         if usd:
             rows["cost"] = f"{usd:,.4f} dollars"
         return rows
+
+
+def token_texts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
+    """The text of each token.
+
+    A token that is a part of a character has no text, and the token that completes the character has all of it.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    return [stream.step(tokenizer, token) or "" for token in token_ids]
 
 
 def text_of_prompt(prompt: Any) -> str:

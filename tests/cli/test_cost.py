@@ -11,8 +11,8 @@ import sys
 import pytest
 import yaml
 
-from omniopd_trl.cli import cost
 from omniopd_trl.cli.main import main
+from omniopd_trl.trainer.plan import instruction_length
 from tests.support import ROOT
 from tests.support.training import make_trainer, questions
 
@@ -221,7 +221,7 @@ class TestCost:
 
     def test_letters_per_token(self, tiny_tokenizer):
         """The instruction's estimate is that of its letters."""
-        assert 200 < cost._instruction_length(None) < cost._instruction_length(tiny_tokenizer)
+        assert 200 < instruction_length(None) < instruction_length(tiny_tokenizer)
 
     def test_chunks_of_a_log(self, forecast):
         """What a run has logged replaces what is assumed of its chunks."""
