@@ -190,7 +190,8 @@ def plan(
         ("the run", f"{state.max_steps:,} steps{done}: {most} {tokens} by the teacher"),
     ]
     if teacher.is_remote:
-        rows.append(("requests", f"{most} {run.requests:,.0f}, each of {requests.samples} samples"))
+        samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
+        rows.append(("requests", f"{most} {run.requests:,.0f}, for {samples} each"))
     if budget is not None and run.no_cache.usd is not None:
         limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
         paid = f"; {budget.usd_spent:,.2f} are spent" if budget.usd_spent else ""

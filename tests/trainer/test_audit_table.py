@@ -4,19 +4,29 @@
 
 import json
 import logging
+import sqlite3
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, list_audits, read_audits
+from omniopd_trl.journal.schema import Shown
+from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.report.terminal import AuditedChunk, chunks_of
 from omniopd_trl.teachers import Usage
+from omniopd_trl.trainer import audit_table
 from omniopd_trl.trainer.audit_table import data_frame, spread, table_row, trace_of
 from tests.support import ROOT
 from tests.support.commands import run_process, succeeded
+from tests.support.ranks import Ranks
 from tests.support.training import make_trainer, questions
 
 # Installed by `make test-slow`. TRL imports installed trackers at its start, so they are in a folder of their own.
@@ -116,6 +126,33 @@ def test_training_and_evaluation(tmp_path, tiny_model_dir, capsys, caplog, monke
     assert "2 of" in capsys.readouterr().out
 
 
+def test_processes(monkeypatch, tmp_path):
+    """The main process has the rows of all processes, and those of the newest step only."""
+    ranks = Ranks()
+    monkeypatch.setattr(audit_table, "gather_object", ranks.gather_object)
+    args = SimpleNamespace(num_completions_to_print=1, output_dir=str(tmp_path), report_to=[])
+    (tmp_path / "completions").mkdir()
+
+    def process(rank):
+        ranks.local.rank = rank
+        accelerator = SimpleNamespace(process_index=rank, is_main_process=rank == 0)
+        table = audit_table.AuditTable(accelerator, args, None, "teacher", None)
+        for step in range(2):
+            for index in range(2):  # micro-batches
+                chunk = ChunkAudit(Chunk(0, 1, 0), "", f"{step} {rank} {index}", ("x",), (0.5,), 0.5, 0.5)
+                row = SimpleNamespace(index=index, trajectory=Trajectory("prompt", [1], [2]))
+                shown = Shown(index, 0.5, 0.5, [0.1], [0.5])
+                table.add([row], SimpleNamespace(audits=[Audit((chunk,))], shown=[shown]), "train", step)
+        table.show("train", 2)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    (path,) = (tmp_path / "completions").iterdir()
+    assert [row["chunk"] for row in pq.read_table(path).to_pylist()] == [
+        f"▏1 {rank} {index}" for index in range(2) for rank in range(2)
+    ]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -152,7 +189,7 @@ def test_trackers(tmp_path, tiny_model_dir):
         "WANDB_SILENT": "true",
     }
     process = succeeded(
-        run_process("python", "-c", SCRIPT, tmp_path / "out", tiny_model_dir, cwd=tmp_path, env=environment)
+        run_process(sys.executable, "-c", SCRIPT, tmp_path / "out", tiny_model_dir, cwd=tmp_path, env=environment)
     )
     tables = {
         key: pd.read_parquet(tmp_path / "out" / "completions" / f"{name}_00001.parquet")
@@ -175,8 +212,5 @@ def test_trackers(tmp_path, tiny_model_dir):
 
 def trackio_rows(folder: Path) -> list[dict]:
     """The metrics in Trackio's database."""
-    import sqlite3
-    from contextlib import closing
-
     with closing(sqlite3.connect(folder / "audits.db")) as db:
         return [json.loads(metrics) for (metrics,) in db.execute("SELECT metrics FROM metrics")]
