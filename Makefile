@@ -13,6 +13,10 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,dev,docs,deepspeed
 TORCH := torch==2.13.0
 
+# TensorBoard, Trackio and W&B for one slow test, in a folder of their own: TRL imports the trackers that are installed,
+# which would add a second to each process of the other tests.
+TRACKERS := build/trackers
+
 # A separate environment: vLLM pins other versions than this project.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(abspath $(VLLM_VENV))/bin
@@ -51,8 +55,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(PYTEST_ARGS)
 
 # The slow tests train models and have a longer timeout. The longest test is first, and reordering would change that.
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(TRACKERS)/.installed
 	$(BIN)/python -m pytest -m 'slow and not exhaustive' --timeout 2400 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+$(TRACKERS)/.installed: constraints-trackers.txt $(STAMP)
+	rm -rf $(TRACKERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRACKERS) -r $<
+	@touch $@
 
 # More seeds and back ends than CI has time for. Run it before a release.
 test-exhaustive: $(STAMP) $(VLLM_STAMP)

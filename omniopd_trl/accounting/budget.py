@@ -70,6 +70,7 @@ class Budget:
         ledger: its `in_flight` is called with the peak in-flight cost since the queue was last empty, before a
             request is admitted. Requests outside audits, such as a probe's, are included.
         usd_before: dollars that earlier runs of the same job have spent.
+        tokens_before: tokens that earlier runs of the same job have spent.
 
     Raises:
         BudgetError: when there is a limit in dollars and the price is not known.
@@ -108,7 +109,7 @@ class Budget:
         self.forfeited_usd = forfeited_usd
         self.num_processes = num_processes
         # The limits of this process. The remaining budget is divided, rounded down. A deficit is not divided.
-        before = self.tokens_spent
+        self.tokens_before = before = self.tokens_spent
         self.usd_before = before_usd = self.usd_spent
         self._token_limit = None if max_tokens is None else before + max(max_tokens - before, 0) // num_processes
         self._usd_limit = max_usd
@@ -221,6 +222,11 @@ class Budget:
             return False
         usd_limit = self._usd_limit
         return usd_limit is None or self.usd_spent + new.usd + sum(r.usd for r in others) <= usd_limit
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests of this process in flight."""
+        return len(self._open)
 
     @property
     def tokens_spent(self) -> int:

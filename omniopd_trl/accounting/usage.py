@@ -112,6 +112,41 @@ class Ledger(Protocol):
         return KeptAnswers((), lambda start, size, samples, usage, usd: self.paid(usage, usd))
 
 
+class Tally(Ledger):
+    """Adds up what requests cost, and passes each on to another ledger.
+
+    Args:
+        ledger: the other ledger.
+
+    Attributes:
+        usd: US dollars of the requests so far; `None` when none of them has had a price.
+    """
+
+    def __init__(self, ledger: Ledger):
+        self.usd: float | None = None
+        self._ledger = ledger
+
+    def paid(self, usage: Usage, usd: float | None) -> None:
+        self._ledger.paid(usage, usd)
+        self._add(usd)
+
+    def in_flight(self, tokens: int, usd: float | None) -> None:
+        self._ledger.in_flight(tokens, usd)
+
+    def answers(self, request: str) -> KeptAnswers:
+        kept = self._ledger.answers(request)
+
+        def keep(start: int, size: int, samples: Any, usage: Usage, usd: float | None) -> None:
+            kept.keep(start, size, samples, usage, usd)
+            self._add(usd)
+
+        return KeptAnswers(kept.found, keep)
+
+    def _add(self, usd: float | None) -> None:
+        if usd is not None:
+            self.usd = (self.usd or 0.0) + usd
+
+
 class NoLedger(Ledger):
     """Records nothing."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
+from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Tally, Usage
 from omniopd_trl.audits.alignment import Alignment
 from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
 from omniopd_trl.errors import OmniOPDError, WarnOnce
@@ -27,13 +27,14 @@ TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
 
 
 class Answered(NamedTuple):
-    """A trajectory with its chunks, the texts before and in each chunk, and the teacher's reply for each."""
+    """A trajectory with its chunks, the texts before and in each, the teacher's reply for each, and the cost."""
 
     trajectory: Trajectory
     scores: PolicyScores
     chunks: list[Chunk]
     texts: list[tuple[str, str]]
     replies: list[TeacherReply]
+    usd: float | None = None
 
 
 class Auditor:
@@ -96,6 +97,7 @@ class Auditor:
         chunks = self.select(trajectory, scores)
         if not chunks:
             return Answered(trajectory, scores, [], [], [])
+        tally = Tally(ledger)
         texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
         request = SamplingRequest(
             num_samples=self.settings.num_rollouts,
@@ -103,10 +105,10 @@ class Auditor:
             temperature=self.settings.teacher_temperature,
             top_p=self.settings.teacher_top_p,
             seed=trajectory.seed,
-            ledger=ledger,
+            ledger=tally,
         )
         replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
-        return Answered(trajectory, scores, chunks, texts, replies)
+        return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
 
     async def score_later(self, answered: Answered) -> Audit:
         """Score a trajectory in the thread for it; see [`score`]."""
@@ -119,7 +121,7 @@ class Auditor:
         missing, and a warning quotes it. A similarity that raises an error for each of several rollouts, or returns
         no number in [0, 1], is a bug, and its error is raised.
         """
-        trajectory, scores, chunks, texts, replies = answered
+        trajectory, scores, chunks, texts, replies, usd = answered
         chunk_texts = [text for _, text in texts]
         given = [reply.rollouts for reply in replies]
         set_aside: list[str] = []
@@ -149,6 +151,7 @@ class Auditor:
             failures=(*(reply.failure for reply in replies if reply.failure is not None), *set_aside),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
             models=tuple(sorted({name for reply in replies for name in reply.models})),
+            usd=usd,
         )
 
     def _compare(

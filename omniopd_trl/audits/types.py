@@ -132,6 +132,7 @@ class Audit:
         failures: reasons for missing rollouts, as the teacher reports them.
         outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
         models: names of the models that answered, as the service reports them.
+        usd: US dollars of the requests; `None` without a price.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
@@ -143,3 +144,4 @@ class Audit:
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    usd: float | None = None

@@ -26,8 +26,7 @@ _WITHOUT = (
     "`--prompt_length`, and the steps with `--max_steps`."
 )
 
-# An average of English prose, for when no tokenizer is loaded.
-_LETTERS_PER_TOKEN = 4
+_ASSUMED = "assumed: max_completion_length, the upper bound; --trajectory_length sets another"
 
 
 class _Prompts(NamedTuple):
@@ -60,10 +59,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from transformers.utils import logging
 
-    from omniopd_trl.accounting.forecast import forecast
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.teachers.load import split_name
     from omniopd_trl.teachers.options import TeacherOptions
+    from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, Requests, aligned, forecast_run, trajectory_length_of
 
     logging.set_verbosity_error()
     script_args, args, model_args, dataset_args = parse_args(arguments)
@@ -82,7 +81,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
             splits = load_splits(script_args, dataset_args)
         except DataError as error:
             raise DataError(f"{error} {_WITHOUT}") from error
-        prompts = _measure_prompts(splits, script_args, tokenizer, args.chat_template_kwargs, options.max_prompts)
+        prompts = _measure_prompts(splits, script_args, args, tokenizer, options.max_prompts)
     elif args.max_steps > 0:
         prompts = _Prompts([options.prompt_length], None)
     else:
@@ -91,34 +90,24 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
     steps = _steps(args, prompts.total, options.num_processes)
-    trajectory_length, source = _trajectory_length(options.trajectory_length, args)
-
-    samples, min_cached_prefix, overhead = args.num_rollouts, 0, 0
-    if capabilities is not None:
-        samples = capabilities.samples_per_request
-        min_cached_prefix = capabilities.min_cached_prefix or 0
-        if (args.teacher_continuation or capabilities.continuation) == "instruct":
-            overhead = _instruction_length(tokenizer)
-    samples = min(options.samples_per_request or samples, args.num_rollouts)
-    trajectories = steps * prompts_per_step
-    result = forecast(
+    if options.trajectory_length is not None:
+        trajectory_length, source = options.trajectory_length, "as given"
+    else:
+        trajectory_length, checkpoint = trajectory_length_of(args)
+        source = f"measured in {checkpoint}" if checkpoint is not None else _ASSUMED
+    requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
+    result = forecast_run(
+        args,
+        requests,
+        price,
         prompt_tokens=prompts.lengths,
         trajectory_length=trajectory_length,
-        num_chunks=args.num_chunks,
-        chunk_length=args.chunk_length,
-        min_chunk_length=args.min_chunk_length,
-        num_rollouts=args.num_rollouts,
-        samples_per_request=samples,
-        tokens_per_token=options.tokens_per_token,
-        asked_per_token=max(_asked_per_token(), options.tokens_per_token),
-        prompt_overhead=overhead,
-        chunks_per_trajectory=options.chunks_per_trajectory,
-        rollout_tokens=options.rollout_tokens,
-        price=price,
-        min_cached_prefix=min_cached_prefix,
         prompts_per_step=prompts_per_step,
         steps=steps,
-        num_prompts=trajectories if prompts.total is None else min(trajectories, prompts.total),
+        num_rows=prompts.total,
+        tokens_per_token=options.tokens_per_token,
+        chunks_per_trajectory=options.chunks_per_trajectory,
+        rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
     )
     chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
@@ -128,7 +117,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
     head = [
         ("teacher", teacher),
-        ("samples per request", f"{samples} of N = {args.num_rollouts}"),
+        ("samples per request", f"{requests.samples} of N = {args.num_rollouts}"),
         ("price", _describe_price(price, args)),
         ("chunks", chunks),
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
@@ -136,17 +125,17 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
     ]
     notes = _notes(script_args, args, result, options)
-    if overhead and tokenizer is None:
+    if requests.overhead and tokenizer is None:
         notes.append(
-            f"The instruction that is added to every prompt is counted at {_LETTERS_PER_TOKEN} letters per token: "
-            f"{overhead} tokens."
+            f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
+            f"{requests.overhead} tokens."
         )
     if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
         )
-    lines = [*_aligned(head), "", *_table(result), "", *notes]
+    lines = [aligned(head), "", *_table(result), "", *notes]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -155,12 +144,6 @@ def _capabilities(provider: str, model: str) -> Any:
     from omniopd_trl.teachers.providers.capabilities import PROVIDERS, capabilities_of
 
     return capabilities_of(provider, model) if provider in PROVIDERS else None
-
-
-def _asked_per_token() -> float:
-    from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-
-    return TEACHER_TOKENS_PER_STUDENT_TOKEN
 
 
 def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -178,25 +161,23 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
 
 
 def _measure_prompts(
-    splits: Any, script_args: Any, tokenizer: Any, template_kwargs: Any, max_prompts: int | None
+    splits: Any, script_args: Any, args: "OmniOPDConfig", tokenizer: Any, max_prompts: int | None
 ) -> _Prompts:
     """Lengths of the training prompts in student tokens, as the trainer renders them."""
     from datasets import Dataset
 
-    from omniopd_trl.data.checks import check_dataset, prompt_ids
+    from omniopd_trl.data.checks import check_dataset
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+    from omniopd_trl.trainer.plan import prompt_lengths, some_rows
 
     template = script_args.prompt_template
     dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
     total = len(dataset) if isinstance(dataset, Dataset) else None
-    if total is None:
-        dataset = dataset.take(max_prompts or _STREAMED_PROMPTS)
-    elif max_prompts is not None and max_prompts < total:
-        dataset = dataset.select([i * total // max_prompts for i in range(max_prompts)])
+    dataset = some_rows(dataset, max_prompts or total or _STREAMED_PROMPTS)
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
-    return _Prompts([len(ids) for ids in prompt_ids(dataset, tokenizer, template_kwargs)], total)
+    return _Prompts(prompt_lengths(dataset, tokenizer, args), total)
 
 
 def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
@@ -205,16 +186,6 @@ def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
     total = "a stream" if prompts.total is None else f"{prompts.total:,}"
     mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
     return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
-
-
-def _instruction_length(tokenizer: Any) -> int:
-    """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
-    from omniopd_trl.teachers.instruct.prompt import render_messages
-
-    messages = render_messages("", "So the")
-    if tokenizer is None:
-        return math.ceil(sum(len(message["content"]) for message in messages) / _LETTERS_PER_TOKEN)
-    return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
 
 
 def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
@@ -235,23 +206,6 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
             "Set `max_steps`."
         )
     return math.ceil(args.num_train_epochs * (total // (batch_size * accumulation_steps * num_processes)))
-
-
-def _trajectory_length(given: float | None, args: "OmniOPDConfig") -> tuple[float, str]:
-    """Length of a trajectory in tokens, and the source of the number."""
-    if given is not None:
-        return given, "as given"
-    from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
-
-    for checkpoint in checkpoints_of(str(args.output_dir)):
-        history = (state_of(checkpoint) or {}).get("log_history", [])
-        lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
-        if lengths:
-            return sum(lengths) / len(lengths), f"measured in {checkpoint}"
-    return (
-        float(args.max_completion_length),
-        "assumed: max_completion_length, the upper bound; --trajectory_length sets another",
-    )
 
 
 def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
@@ -318,8 +272,3 @@ def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options:
         verdict = "is enough" if expected <= limit else "is not enough: the run would stop early"
         notes.append(f"{name}={limit:g} {verdict} (without a prompt cache, {expected / limit:.0%} of it).")
     return notes
-
-
-def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -64,6 +64,7 @@ def summarize(
     log_history: Sequence[Mapping[str, Any]],
     *,
     seconds: float,
+    steps: int | None = None,
     usage: Any = None,
     teacher: Mapping[str, float] | None = None,
     evaluates: bool = True,
@@ -76,6 +77,7 @@ def summarize(
     Args:
         log_history: `trainer.state.log_history`, whose `eval_pass@1` is shown.
         seconds: wall time of training, in seconds.
+        steps: optimizer steps of the run.
         usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
         teacher: metrics of the teacher, with `pass@1`; `None` when it was not evaluated.
         evaluates: whether the run has an evaluation set.
@@ -84,6 +86,8 @@ def summarize(
             without a price.
         saved_to: path of the saved model.
     """
+    from omniopd_trl.trainer.plan import aligned
+
     scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
     scores = [(step, score) for step, score in scores if score is not None]
     rows = []
@@ -106,6 +110,8 @@ def summarize(
         rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
     if scores or teacher is not None:
         rows.append(("reading of answers", "lenient" if lenient else "strict"))
+    if steps is not None:
+        rows.append(("optimizer steps", f"{steps:,}"))
     minutes, rest = divmod(round(seconds), 60)
     rows.append(("wall time of training", f"{minutes} min {rest} s"))
     if usage is not None:
@@ -114,8 +120,32 @@ def summarize(
         run, job = dollars
         rows.append(("teacher cost", f"${run:.4f}" + (f", ${job:.4f} with earlier runs" if job > run else "")))
     rows.append(("model saved to", saved_to))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return aligned(rows)
+
+
+def print_change(output_dir: str) -> None:
+    """Print one audited chunk of the first and one of the last step. An error is logged: the run has ended well."""
+    from transformers.utils import logging
+
+    try:
+        from rich.console import Console
+
+        from omniopd_trl.report.change import first_and_last
+        from omniopd_trl.report.runs import Run
+        from omniopd_trl.report.terminal import print_audits
+
+        run = Run(output_dir)
+        chunks = first_and_last(run)
+        if chunks is not None:
+            console = Console()
+            console.print(
+                "\nA chunk of the first step and one of the last: in each step, a quarter of the chunks have a lower "
+                "posterior.",
+                highlight=False,
+            )
+            print_audits(run, chunks, console)
+    except Exception as error:
+        logging.get_logger(__name__).warning(f"No audited chunk can be shown ({type(error).__name__}: {error}).")
 
 
 def main(
@@ -231,11 +261,14 @@ def main(
         trainer.save_model(saved_to)
         trainer.create_model_card(**card)
 
+    if training_args.save_audits and trainer.accelerator.is_main_process:
+        print_change(str(training_args.output_dir))
     trainer.accelerator.print(
         "\n"
         + summarize(
             trainer.state.log_history,
             seconds=seconds,
+            steps=trainer.state.global_step,
             usage=usage,
             teacher=teacher,
             evaluates=evaluates,

@@ -102,9 +102,7 @@ class Recorder(Ledger):
         """The current step's trajectories, if the journal holds them for exactly these prompts; otherwise `None`."""
         if self.journal is None:
             return None
-        if not self._begun:  # the number of the first step is not known earlier
-            self._begun = True
-            self._begin(self.journal)
+        self._begin(self.journal)
         trajectories = self.journal.trajectories(self._step())
         if trajectories is None:
             return None
@@ -119,8 +117,18 @@ class Recorder(Ledger):
             return None
         return trajectories
 
+    def num_recorded(self) -> tuple[int, int]:
+        """Steps that are replayed when training begins at the current step, and their finished audits."""
+        if self.journal is None:
+            return 0, 0
+        self._begin(self.journal)
+        return self.journal.num_recorded(self._step())
+
     def _begin(self, journal: Journal) -> None:
-        """Say what the first step of a run means for the records of earlier runs."""
+        """Say once what the first step of a run means for the records of earlier runs."""
+        if self._begun:
+            return
+        self._begun = True
         step = self._step()
         not_replayed = journal.begin(step)
         if not self._warns:

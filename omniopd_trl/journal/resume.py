@@ -77,8 +77,8 @@ async def audit_or_replay(
         index: index of the trajectory in the generation batch of this process.
 
     Returns:
-        The audit. A replayed audit has no usage and no outcomes, because it costs nothing now. Replayed answers have
-        no usage either.
+        The audit. A replayed audit has no usage, no cost and no outcomes, because it costs nothing now. Replayed
+        answers have no usage either.
 
     Raises:
         TeacherError: as `Auditor.audit`.
@@ -88,7 +88,7 @@ async def audit_or_replay(
         return await auditor.audit(trajectory, scores)
     stored = journal.audit(step, index)
     if stored is not None:
-        return replace(stored, usage=Usage(), outcomes={})
+        return replace(stored, usage=Usage(), usd=None, outcomes={})
     ledger = AuditLedger(journal, step, index)
     try:
         answered = await auditor.ask(trajectory, scores, ledger)

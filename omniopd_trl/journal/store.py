@@ -284,6 +284,11 @@ class Journal:
             attempt = self._attempt(step)
             return 0 if attempt is None else self._progress(db, attempt)[1]
 
+    def num_recorded(self, step: int) -> tuple[int, int]:
+        """Steps from `step` on that are replayed, and their finished audits, as they were when the file was opened."""
+        attempts = [attempt for attempt in self._attempts.values() if attempt.ours and attempt.step >= step]
+        return len(attempts), sum(attempt.num_audits for attempt in attempts)
+
     @property
     def last_step(self) -> int | None:
         """The last step with a current attempt, of any fingerprint; `None` when there is none."""

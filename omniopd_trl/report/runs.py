@@ -60,14 +60,8 @@ class Run:
         return list_audits(self.folder)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
-        """The text of each token of a completion; empty when the run has saved no tokenizer yet.
-
-        A token that is a part of a character has no text, and the token that completes the character has all of it.
-        """
-        if self._tokenizer is None:
-            return []
-        stream = DecodeStream(skip_special_tokens=True)
-        return [stream.step(self._tokenizer, token) or "" for token in trajectory.completion_ids]
+        """The text of each token of a completion; empty when the run has saved no tokenizer yet."""
+        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -97,6 +91,15 @@ def series(logs: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[float, 
         if "step" in entry and isinstance(entry.get(metric), int | float)
     }
     return sorted(values.items())
+
+
+def token_texts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
+    """The text of each token.
+
+    A token that is a part of a character has no text, and the token that completes the character has all of it.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    return [stream.step(tokenizer, token) or "" for token in token_ids]
 
 
 def text_of_prompt(prompt: Any) -> str:

@@ -4,7 +4,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
-from omniopd_trl.report.runs import Run, text_of_prompt
+from omniopd_trl.report.runs import text_of_prompt
 
 # Characters of the student's text that are shown before a chunk, and of the prompt.
 CONTEXT, PROMPT = 240, 600
@@ -71,7 +71,13 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
     }
 
 
-def print_audits(run: Run, chunks: Iterable[AuditedChunk], console: Console) -> None:
+class HasPieces(Protocol):
+    """Knows the text of each token of a completion, as [`~omniopd_trl.report.runs.Run`] does."""
+
+    def pieces(self, trajectory: AuditedTrajectory) -> list[str]: ...
+
+
+def print_audits(run: HasPieces, chunks: Iterable[AuditedChunk], console: Console) -> None:
     """Print one panel per chunk.
 
     Texts of models may hold control characters, which a terminal would obey. They are escaped.
@@ -80,7 +86,7 @@ def print_audits(run: Run, chunks: Iterable[AuditedChunk], console: Console) -> 
         console.print(_panel(run, audited))
 
 
-def _panel(run: Run, audited: AuditedChunk) -> Panel:
+def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     trajectory, chunk = audited.trajectory, audited.chunk
     fork = chunk.fork(run.pieces(trajectory))
     context = Text(_end(chunk.prefix, CONTEXT), style="dim")

@@ -87,8 +87,9 @@ class Metrics:
         self._posteriors = [0.0, 0.0, 0.0]
         self._without_signal = 0  # steps in a row
         self._is_plain = args.posterior_baseline == "none" and not custom_weights
-        self._budget = budget if budget is not None and budget.price is not None else None
-        self._usd_counted = self._usd_spent()
+        self._budget = budget
+        self._has_price = budget is not None and budget.price is not None
+        self._usd_counted, _ = self._spent()
 
     def add(self, mode: str, ratios: dict[str, tuple[float, float]], *others: float) -> list[float]:
         """Add numerators and denominators, summed over processes. Every process has to pass the same names.
@@ -150,15 +151,15 @@ class Metrics:
             per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         steps = len(audits) / per_step / num_processes
         ratios = audit_ratios(audits, scores, waited, steps, num_processes, is_remote)
-        spent = self._usd_spent()
-        if self._budget is not None:
-            ratios["teacher/usd"] = (spent - self._usd_counted, steps)
-        self._usd_counted = spent
+        usd, tokens = self._spent()
+        if self._has_price:
+            ratios["teacher/usd"] = (usd - self._usd_counted, steps)
+        self._usd_counted = usd
         posteriors = [chunk.posterior for audit in audits for chunk in audit.chunks]
         moments = (len(posteriors), sum(posteriors), sum(p * p for p in posteriors))
-        usd, *totals = self.add(mode, ratios, spent, *moments)
-        if self._budget is not None and mode == "train":
-            self._logged[mode]["teacher/usd_total"] = [self._budget.usd_before + usd]
+        all_usd, all_tokens, *totals = self.add(mode, ratios, usd, tokens, *moments)
+        if mode == "train":
+            self._logged[mode] |= {name: [value] for name, value in self._balance(all_usd, all_tokens).items()}
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
             self._add_spread(mode)
@@ -189,18 +190,32 @@ class Metrics:
             "See docs/metrics.md.",
         )
 
-    def _usd_spent(self) -> float:
-        """US dollars that this process has spent in this run; 0 without a price."""
-        return 0.0 if self._budget is None else self._budget.usd_spent - self._budget.usd_before
+    def _spent(self) -> tuple[float, int]:
+        """US dollars and tokens that count against the budget of this process in this run; 0 without a budget."""
+        budget = self._budget
+        if budget is None:
+            return 0.0, 0
+        return budget.usd_spent - budget.usd_before, budget.tokens_spent - budget.tokens_before
+
+    def _balance(self, usd: float, tokens: float) -> dict[str, float]:
+        """What the job has spent, and what is left of its limits, when all processes of this run have spent this."""
+        budget, balance = self._budget, {}
+        if budget is not None and self._has_price:
+            balance["teacher/usd_total"] = budget.usd_before + usd
+            if budget.max_usd is not None:
+                balance["teacher/usd_left"] = max(budget.max_usd - budget.usd_before - usd, 0.0)
+        if budget is not None and budget.max_tokens is not None:
+            balance["teacher/tokens_left"] = max(budget.max_tokens - budget.tokens_before - tokens, 0.0)
+        return balance
 
     def dollars(self) -> tuple[float, float] | None:
         """US dollars that this run has spent, and with all earlier runs in its folder, over all processes.
 
         `None` without a price. Every process has to call it at the same point.
         """
-        if self._budget is None:
+        if self._budget is None or not self._has_price:
             return None
-        (usd,) = sum_over_processes(self._accelerator, self._usd_spent())
+        (usd,) = sum_over_processes(self._accelerator, self._spent()[0])
         return usd, self._budget.usd_before + usd
 
     def add_sampling(self, mode: str, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:

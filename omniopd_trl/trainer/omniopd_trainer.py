@@ -39,6 +39,7 @@ from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
+from omniopd_trl.trainer.audit_table import AuditTable
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
@@ -59,10 +60,12 @@ from omniopd_trl.trainer.model_card import (
 )
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.plan import plan
 from omniopd_trl.trainer.progress import use_readable_lines
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.startup import check_logits, check_student, no_gradient
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
+from omniopd_trl.trainer.trackers import unprofiled
 from omniopd_trl.trainer.validation import (
     check_inputs,
     check_prompts,
@@ -255,9 +258,8 @@ class OmniOPDTrainer(DistillationTrainer):
             hidden_states=self._get_last_hidden_state,
         )
         self.ref_model = self.objective.reference.model
-        if self.objective.is_sharded:  # the back end wraps the student when training begins
-            self.add_callback(OnTrainBegin(self._check_logits))
-        else:
+        self.add_callback(OnTrainBegin(self._begin))
+        if not self.objective.is_sharded:
             self._check_logits()
         with together(args.process_index):
             probe_teacher(self.teacher, named_datasets(train_dataset, eval_dataset))
@@ -284,6 +286,9 @@ class OmniOPDTrainer(DistillationTrainer):
             chunk_weights=chunk_weights,
         )
         self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
+        self._audit_table = AuditTable(
+            self.accelerator, args, self._tokenizer, self.teacher.name, self.callback_handler
+        )
         self.step_metrics = Metrics(
             self.accelerator,
             args,
@@ -292,10 +297,38 @@ class OmniOPDTrainer(DistillationTrainer):
             budget=self.teacher.budget,
             custom_weights=chunk_weights is not None,
         )
-        use_readable_lines(self)
+        progress, budget = use_readable_lines(self), self.teacher.budget
+        if progress is not None and budget is not None:
+            self.step_audits.on_wait = lambda: progress.show_in_flight(budget.num_in_flight)
+
+    def _begin(self) -> None:
+        """Called when training begins."""
+        if self.objective.is_sharded:  # the back end has now wrapped the student
+            self._check_logits()
+        if self.accelerator.is_main_process:
+            try:
+                print(self._plan(), flush=True)  # noqa: T201, before the progress bar and the lines of the steps
+            except Exception as error:
+                logger.warning(f"The plan of the run cannot be printed ({type(error).__name__}: {error}).")
+
+    def _plan(self) -> str:
+        student = get_config_model_id(self.model.config) or type(self.model).__name__
+        if not self.objective.is_sharded:
+            trained, size = (self.model.num_parameters(only_trainable=only) for only in (True, False))
+            student += f", {size:,} parameters" + (f", {trained:,} of them trained" if trained < size else "")
+        return plan(
+            self.args,
+            self.state,
+            student=student,
+            teacher=self.teacher,
+            tokenizer=self._tokenizer,
+            dataset=self.train_dataset,
+            num_processes=self.accelerator.num_processes,
+            recorded=self._recorder.num_recorded(),
+        )
 
     def _check_logits(self) -> None:
-        with together(self.args.process_index):
+        with together(self.args.process_index), unprofiled(self.args):
             check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
@@ -367,6 +400,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._has_gradient = False
         self._current_train_step_time = 0.0
         self.step_metrics.discard("train")
+        self._audit_table.discard("train")
         self.step_audits.start()
         self._last_loaded_step = -1  # see `evaluation_loop`
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
@@ -586,9 +620,12 @@ class OmniOPDTrainer(DistillationTrainer):
             TeacherError: on every process, when one of them got a permanent error or too many chunks were dropped.
         """
         device, length = batch["weights"].device, batch["weights"].size(1)
-        collected = self.step_audits.collect(batch.pop("audits"), length, mode, is_last=is_last)
+        rows = batch.pop("audits")
+        collected = self.step_audits.collect(rows, length, mode, is_last=is_last)
         if isinstance(collected, Failure):
             raise self._stop(collected)
+        if self.log_completions:
+            self._audit_table.add(rows, collected, mode, self.state.global_step)
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
         if "importance" in batch:
             batch["weights"] *= batch["importance"]
@@ -649,6 +686,8 @@ class OmniOPDTrainer(DistillationTrainer):
         super().log(logs, start_time)
         if self.accelerator.is_main_process and self.state.log_history:
             self._recorder.log(self.state.log_history[-1])
+        if self.model.training:
+            self._audit_table.show("train", self.state.global_step)
 
     # ---- Model card and Hub ----
 
@@ -776,10 +815,15 @@ class OmniOPDTrainer(DistillationTrainer):
         # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
         if not isinstance(eval_dataset, (str, dict)):
             eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
+        return metrics
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        return super().predict(repeated(test_dataset, self.args.num_eval_generations), ignore_keys, metric_key_prefix)
+        test_dataset = repeated(test_dataset, self.args.num_eval_generations)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
+        return output
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -796,8 +840,9 @@ class OmniOPDTrainer(DistillationTrainer):
         self.step_audits.start()
         self.step_metrics.discard("eval")
         self._eval_samples.clear()
+        self._audit_table.discard("eval")
         try:
-            with uncast(self.args) as dtype:
+            with uncast(self.args) as dtype, unprofiled(self.args):
                 # As `Trainer`: not for the evaluations during training.
                 is_cast = dtype is not None and not self.is_in_train
                 with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():

@@ -34,12 +34,16 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
+# `StepAudits.on_wait` is called this often during a wait, in seconds.
+WAIT_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class PendingAudit:
-    """A trajectory whose audit is in flight, with its scores."""
+    """A trajectory whose audit is in flight, with its index in the generation batch and its scores."""
 
     index: int
+    trajectory: Trajectory
     scores: PolicyScores
     future: "Future[Audit]"
 
@@ -51,6 +55,7 @@ class Collected:
     Attributes:
         audits: audits in the order of the rows.
         scores: scores of the rows.
+        shown: the weights of the chunks of each row, with its entropies.
         weights: `(B, T)`, float32, the weight of the chunk on audited tokens and 0 elsewhere.
         audited: `(B, T)`, true on audited tokens.
         waited: time spent waiting for the audits, in seconds.
@@ -58,6 +63,7 @@ class Collected:
 
     audits: list[Audit]
     scores: list[PolicyScores]
+    shown: list[Shown]
     weights: torch.Tensor
     audited: torch.Tensor
     waited: float
@@ -81,6 +87,7 @@ class StepAudits:
     Attributes:
         custom_weights: the argument `chunk_weights`.
         chunk_weights: the weight function in use.
+        on_wait: called about once a second while training waits for audits.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class StepAudits:
         self._callbacks = callbacks
         self._step = step
         self.custom_weights = chunk_weights
+        self.on_wait: Callable[[], None] = lambda: None
         self.chunk_weights = get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         if self.chunk_weights.needs_average:
             callbacks.add_callback(PosteriorAverage())
@@ -217,7 +225,7 @@ class StepAudits:
             audits = [self._auditor.audit(trajectories[index], row, ledger) for index, row in scores.items()]
         futures = self._loop.submit(*audits)
         pairs = zip(scores, futures, strict=True)
-        return {index: PendingAudit(index, scores[index], future) for index, future in pairs}
+        return {index: PendingAudit(index, trajectories[index], scores[index], future) for index, future in pairs}
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that asks the teacher outside of an audit, and return its result."""
@@ -232,7 +240,8 @@ class StepAudits:
                     self._waited += time.perf_counter() - start
                     return index
             open_futures = [a.future for audits in batches for a in audits if not a.future.done()]
-            wait(open_futures, return_when=FIRST_COMPLETED)
+            wait(open_futures, WAIT_SECONDS, FIRST_COMPLETED)
+            self.on_wait()
 
     def cancel(self) -> None:
         """Cancel the audits in flight and wait until they have ended."""
@@ -264,6 +273,8 @@ class StepAudits:
         error: Exception | None = None
         try:
             for row in rows:
+                while not wait([row.future], WAIT_SECONDS).done:
+                    self.on_wait()
                 audits.append(row.future.result())
         except Exception as caught:  # tell the other processes before raising, or they would wait for this one
             error = caught
@@ -280,9 +291,10 @@ class StepAudits:
         for (b, chunk), weight in zip(spans, of_chunks.tolist(), strict=True):
             weights[b, chunk.start : chunk.end] = weight
             audited[b, chunk.start : chunk.end] = True
+        shown = list(_shown(audits, rows, of_chunks.tolist()))
         if mode == "train":
-            self._recorder.show(_shown(audits, rows, of_chunks.tolist()))
-        return Collected(audits, [row.scores for row in rows], weights, audited, waited)
+            self._recorder.show(shown)
+        return Collected(audits, [row.scores for row in rows], shown, weights, audited, waited)
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
         self._dropped += sum(audit.num_dropped for audit in audits)

@@ -10,9 +10,13 @@ import sys
 
 import pytest
 import yaml
+from transformers import TrainerState
 
-from omniopd_trl.cli import cost
 from omniopd_trl.cli.main import main
+from omniopd_trl.cli.recipe import load_splits, parse_args
+from omniopd_trl.data.prompts import prepare_prompts
+from omniopd_trl.teachers import TeacherOptions, load_teacher
+from omniopd_trl.trainer.plan import instruction_length, plan
 from tests.support import ROOT
 from tests.support.training import make_trainer, questions
 
@@ -70,6 +74,35 @@ def numbers(row):
 
 class TestCost:
     """`omniopd cost`."""
+
+    def test_the_plan_of_the_run_has_the_same_numbers(self, forecast, recipe, tiny_tokenizer):
+        """What the trainer prints when training begins."""
+        settings = {"teacher_budget_usd": 100.0, "bf16": False, "use_cpu": True}
+        rows = forecast(**settings)
+        script_args, args, _, dataset_args = parse_args(["--config", recipe(**settings)])
+        dataset = prepare_prompts(load_splits(script_args, dataset_args)["train"], None)
+        lines = plan(
+            args,
+            TrainerState(max_steps=5, global_step=2),
+            student="tiny",
+            teacher=load_teacher("anthropic:claude-haiku-4-5", TeacherOptions.of(args)),
+            tokenizer=tiny_tokenizer,
+            dataset=dataset,
+            num_processes=1,
+            recorded=(3, 20),
+        ).splitlines()
+        run = {name: rows[name].split()[2] for name in ("requests", "prompt tokens", "completion tokens")}
+        usd = rows["dollars, no prompt cache"].split()[2]
+        assert lines == [
+            "student   tiny",
+            "teacher   anthropic:claude-haiku-4-5",
+            "a step    8 prompts x up to 10 chunks x 10 rollouts",
+            f"the run   5 steps (2 done): up to {run['prompt tokens']} tokens read and {run['completion tokens']} "
+            "written by the teacher",
+            f"requests  up to {run['requests']}, for 1 sample each",
+            f"price     up to {usd} dollars without a prompt cache, and the budget is 100.00",
+            "replayed  3 recorded steps with 20 finished audits, which are not paid again",
+        ]
 
     def test_table(self, forecast, tiny_tokenizer):
         """Real prompt lengths, the model's price and its samples per request; step and run follow from the recipe."""
@@ -221,7 +254,7 @@ class TestCost:
 
     def test_letters_per_token(self, tiny_tokenizer):
         """The instruction's estimate is that of its letters."""
-        assert 200 < cost._instruction_length(None) < cost._instruction_length(tiny_tokenizer)
+        assert 200 < instruction_length(None) < instruction_length(tiny_tokenizer)
 
     def test_chunks_of_a_log(self, forecast):
         """What a run has logged replaces what is assumed of its chunks."""

@@ -32,17 +32,21 @@ class TestRun:
             eval_on_start=True, evaluate_teacher=True, prompt_template="Solve: {question}", num_eval_generations=2
         )
         process = succeeded(train("--config", path, cwd=tmp_path))
-        *table, blank, last = process.stdout.strip().splitlines()[-9:]
+        *table, blank, last = process.stdout.strip().splitlines()[-10:]
         assert (blank, last) == ("", "See what the teacher wrote: omniopd audits out")
         assert re.fullmatch(r"student before, pass@1  \d\.\d{3}", table[0])
         assert re.fullmatch(r"student after, pass@1   \d\.\d{3} \(step 2\)", table[1])
         assert re.fullmatch(r"teacher, pass@1         \d\.\d{3}", table[2])
         assert table[3] == "reading of answers      strict"
-        assert re.fullmatch(r"wall time of training   \d+ min \d+ s", table[4])
-        read, written = re.fullmatch(r"teacher tokens          ([\d,]+) read, ([\d,]+) written", table[5]).groups()
+        assert table[4] == "optimizer steps         2"
+        assert re.fullmatch(r"wall time of training   \d+ min \d+ s", table[5])
+        read, written = re.fullmatch(r"teacher tokens          ([\d,]+) read, ([\d,]+) written", table[6]).groups()
         assert int(read.replace(",", "")) > 0
         assert int(written.replace(",", "")) > 0
-        assert table[6] == "model saved to          out"
+        assert table[7] == "model saved to          out"
+        plan = process.stdout.partition("step 1 of 2")[0]
+        assert re.search(r"^teacher  scripted\na step   4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE)
+        assert "A chunk of the first step and one of the last" in process.stdout
         before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
         assert any((after[name] != before[name]).any() for name in before)

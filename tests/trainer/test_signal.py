@@ -5,10 +5,12 @@
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores
+from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import metrics
@@ -171,7 +173,7 @@ class TestWarnings:
 
 @pytest.mark.case("U6")
 def test_dollars_per_step_and_in_total(tmp_path, tiny_model_dir, services):
-    """What the budget counts, per step and with earlier runs; without a price there is no metric."""
+    """What the budget counts, per step, audit and job, and what is left; without a price there is no metric."""
     service = SERVICES[1]
     settings = {"dataset": questions(16), "max_steps": 2, "learning_rate": 0.0, "teacher_continuation": "instruct"}
     prices = {"teacher_input_price": 1000.0, "teacher_output_price": 2000.0}
@@ -185,12 +187,30 @@ def test_dollars_per_step_and_in_total(tmp_path, tiny_model_dir, services):
             trainer.train()
         return trainer, start
 
-    trainer, probe = run(tmp_path / "a", **settings, **prices)
+    limits = {"teacher_budget_usd": 1e6, "teacher_budget_tokens": 10**9}
+    trainer, probe = run(tmp_path / "a", **settings, **prices, **limits, log_completions=True)
     first, second = (entry for entry in trainer.state.log_history if "teacher/usd" in entry)
     assert probe > 0
     assert first["teacher/usd"] > 0
     assert first["teacher/usd_total"] == pytest.approx(probe + first["teacher/usd"])
     assert second["teacher/usd_total"] == pytest.approx(first["teacher/usd_total"] + second["teacher/usd"])
+    for entry in (first, second):
+        assert entry["teacher/usd_left"] == pytest.approx(1e6 - entry["teacher/usd_total"])
+    used = trainer.teacher.budget.used
+    assert second["teacher/tokens_left"] == 10**9 - used.prompt_tokens - used.completion_tokens
+    # What each audit cost, in memory and in the journal.
+    table = pq.read_table(tmp_path / "a" / "completions" / "audits_00002.parquet").to_pylist()
+    in_table = {row["index"]: (row["trajectory_usd"], row["trajectory_tokens"]) for row in table}
+    recorded = {
+        audited.index: (
+            pytest.approx(audited.usd),
+            audited.usage.prompt_tokens + audited.usage.completion_tokens,
+        )
+        for audited in read_audits(tmp_path / "a", list_audits(tmp_path / "a", step=1))
+        if audited.chunks
+    }
+    assert in_table == recorded
+    assert sum(usd for usd, _ in in_table.values()) == pytest.approx(second["teacher/usd"])
     run_usd, job_usd = trainer.step_metrics.dollars()
     assert job_usd == pytest.approx(second["teacher/usd_total"])
     assert run_usd == pytest.approx(job_usd)

@@ -1,0 +1,209 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plan that a run prints at its start, with the forecast that `omniopd cost` prints."""
+
+import math
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from omniopd_trl.accounting.forecast import Forecast, forecast
+from omniopd_trl.accounting.pricing import Price
+from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
+from omniopd_trl.data.checks import prompt_ids
+from omniopd_trl.teachers import Teacher
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+# Prompts that the plan measures: evenly spaced in a dataset, or the first ones of a stream, which is read again.
+_MEASURED, _STREAMED = 1000, 100
+
+# An average of English prose, for when no tokenizer is loaded.
+LETTERS_PER_TOKEN = 4
+
+
+class Requests(NamedTuple):
+    """What a teacher makes of the chunks of a run.
+
+    Attributes:
+        samples: samples per request.
+        min_cached_prefix: shortest prompt that the service caches, in tokens; 0 if unknown.
+        overhead: tokens that an instruction adds to each prompt.
+    """
+
+    samples: int
+    min_cached_prefix: int
+    overhead: int
+
+    @classmethod
+    def of(
+        cls,
+        args: OmniOPDConfig,
+        capabilities: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        samples_per_request: int | None = None,
+    ) -> "Requests":
+        """The requests of a run.
+
+        Args:
+            args: configuration of the run.
+            capabilities: capabilities of a teacher behind a service; `None` for any other teacher.
+            tokenizer: the student's tokenizer; `None` estimates the length of an instruction from its letters.
+            samples_per_request: samples per request; `None` for what the teacher is known to support.
+        """
+        samples, min_cached_prefix, overhead = args.num_rollouts, 0, 0
+        if capabilities is not None:
+            samples = capabilities.samples_per_request
+            min_cached_prefix = capabilities.min_cached_prefix or 0
+            if (args.teacher_continuation or capabilities.continuation) == "instruct":
+                overhead = instruction_length(tokenizer)
+        return cls(min(samples_per_request or samples, args.num_rollouts), min_cached_prefix, overhead)
+
+
+def instruction_length(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
+    messages = render_messages("", "So the")
+    if tokenizer is None:
+        return math.ceil(sum(len(message["content"]) for message in messages) / LETTERS_PER_TOKEN)
+    return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
+
+
+def some_rows(dataset: Any, number: int) -> Any:
+    """At most `number` rows: evenly spaced ones, or the first ones of a stream."""
+    if not isinstance(dataset, Dataset):
+        return dataset.take(number)
+    total = len(dataset)
+    return dataset if number >= total else dataset.select([i * total // number for i in range(number)])
+
+
+def prompt_lengths(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig) -> list[float]:
+    """Lengths of the prompts of a dataset in student tokens, as the trainer renders them."""
+    return [len(ids) for ids in prompt_ids(dataset, tokenizer, args.chat_template_kwargs)]
+
+
+def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:
+    """Length of a trajectory in tokens, and the path of the checkpoint in whose logs it was measured.
+
+    Without a checkpoint it is `max_completion_length`, the upper bound, and the path is `None`.
+    """
+    for checkpoint in checkpoints_of(str(args.output_dir)):
+        history = (state_of(checkpoint) or {}).get("log_history", [])
+        lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
+        if lengths:
+            return sum(lengths) / len(lengths), str(checkpoint)
+    return float(args.max_completion_length or 0), None
+
+
+def forecast_run(
+    args: OmniOPDConfig,
+    requests: Requests,
+    price: Price | None,
+    *,
+    prompt_tokens: list[float],
+    trajectory_length: float,
+    prompts_per_step: int,
+    steps: int,
+    num_rows: int | None,
+    tokens_per_token: float = 1.0,
+    **others: Any,
+) -> Forecast:
+    """The forecast of a run; see [`~omniopd_trl.accounting.forecast.forecast`] for what is not described here.
+
+    Args:
+        args: configuration of the run.
+        requests: the requests to the teacher.
+        price: price of the teacher.
+        num_rows: rows of the dataset; `None` if unknown.
+        **others: other arguments of `forecast`.
+
+    Raises:
+        ConfigError: when a number is out of range.
+    """
+    trajectories = steps * prompts_per_step
+    return forecast(
+        prompt_tokens=prompt_tokens,
+        trajectory_length=trajectory_length,
+        num_chunks=args.num_chunks,
+        chunk_length=args.chunk_length,
+        min_chunk_length=args.min_chunk_length,
+        num_rollouts=args.num_rollouts,
+        samples_per_request=requests.samples,
+        tokens_per_token=tokens_per_token,
+        asked_per_token=max(TEACHER_TOKENS_PER_STUDENT_TOKEN, tokens_per_token),
+        prompt_overhead=requests.overhead,
+        price=price,
+        min_cached_prefix=requests.min_cached_prefix,
+        prompts_per_step=prompts_per_step,
+        steps=steps,
+        num_prompts=trajectories if num_rows is None else min(trajectories, num_rows),
+        **others,
+    )
+
+
+def plan(
+    args: OmniOPDConfig,
+    state: TrainerState,
+    *,
+    student: str,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    num_processes: int,
+    recorded: tuple[int, int],
+) -> str:
+    """The plan of a run, as aligned lines.
+
+    Args:
+        args: configuration of the run.
+        state: state of the trainer when training begins.
+        student: name and size of the student.
+        teacher: the teacher.
+        tokenizer: the student's tokenizer.
+        dataset: the training set.
+        num_processes: number of processes.
+        recorded: steps that are replayed from the journal, and their finished audits.
+    """
+    is_map_style = isinstance(dataset, Dataset)
+    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    length, checkpoint = trajectory_length_of(args)
+    capabilities, budget = getattr(teacher, "capabilities", None), teacher.budget
+    requests = Requests.of(args, capabilities, tokenizer)
+    result = forecast_run(
+        args,
+        requests,
+        None if budget is None else budget.price,
+        prompt_tokens=prompt_lengths(some_rows(dataset, _MEASURED if is_map_style else _STREAMED), tokenizer, args),
+        trajectory_length=length,
+        prompts_per_step=prompts,
+        steps=state.max_steps,
+        num_rows=len(dataset) if is_map_style else None,
+    )
+    most = "up to" if checkpoint is None else "about"
+    run, done = result.run, f" ({state.global_step:,} done)" if state.global_step else ""
+    tokens = f"{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written"
+    rows = [
+        ("student", student),
+        ("teacher", teacher.name),
+        ("a step", f"{prompts:,} prompts x up to {args.num_chunks} chunks x {args.num_rollouts} rollouts"),
+        ("the run", f"{state.max_steps:,} steps{done}: {most} {tokens} by the teacher"),
+    ]
+    if teacher.is_remote:
+        samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
+        rows.append(("requests", f"{most} {run.requests:,.0f}, for {samples} each"))
+    if budget is not None and run.no_cache.usd is not None:
+        limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
+        paid = f"; {budget.usd_spent:,.2f} are spent" if budget.usd_spent else ""
+        rows.append(("price", f"{most} {run.no_cache.usd:,.2f} dollars without a prompt cache{limit}{paid}"))
+    if recorded[0]:
+        steps, audits = recorded
+        what = f"{steps:,} recorded {'step' if steps == 1 else 'steps'} with {audits:,} finished audits"
+        rows.append(("replayed", f"{what}, which are not paid again"))
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
