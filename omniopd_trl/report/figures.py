@@ -21,18 +21,14 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "nats per token",
         {"kl/unaudited": "un-audited tokens", "kl/audited": "audited tokens"},
     ),
-    ("pass_at_1", "pass@1", "", {"eval_pass@1": "student"}),
+    ("pass_at_1", "pass@1", "share of correct answers", {}),  # one line for each evaluation set
     (
         "posterior",
-        "Posterior",
-        "",
-        {
-            "audit/posterior": "posterior",
-            "audit/posterior_std": "its standard deviation",
-            "audit/similarity": "similarity",
-            "audit/prior": "prior",
-        },
+        "Posterior, prior and similarity",
+        "mean over chunks",
+        {"audit/posterior": "posterior", "audit/similarity": "similarity", "audit/prior": "prior"},
     ),
+    ("spread", "Spread of the posteriors", "standard deviation", {"audit/posterior_std": "posterior"}),
     (
         "entropy",
         "Entropy of the student",
@@ -52,32 +48,43 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         },
     ),
     (
-        "outcomes",
-        "Samples that were lost",
-        "samples per step",
+        "lost",
+        "Samples without a rollout",
+        "share of the samples",
         {
-            "teacher/restarted": "restarted",
-            "teacher/refused": "refused",
-            "teacher/filtered": "filtered",
-            "teacher/empty": "empty",
-            "teacher/failed_requests": "failed requests",
+            "share/restarted": "restarted",
+            "share/refused": "refused",
+            "share/filtered": "filtered",
+            "share/empty": "empty",
         },
     ),
     (
+        "requests",
+        "Repeated and failed requests",
+        "requests per step",
+        {"teacher/retries": "repeated", "teacher/failed_requests": "failed"},
+    ),
+    (
         "tokens",
-        "Tokens of the teacher",
-        "tokens per step",
+        "Teacher tokens per step",
+        "tokens",
         {
             "teacher/prompt_tokens": "read",
             "teacher/cached_tokens": "of these cached",
             "teacher/completion_tokens": "written",
         },
     ),
-    ("dollars", "Cost so far", "US dollars", {"teacher/usd_total": "dollars"}),
+    (
+        "tokens_total",
+        "Teacher tokens so far",
+        "tokens",
+        {"total/prompt_tokens": "read", "total/completion_tokens": "written"},
+    ),
+    ("dollars", "Cost so far", "US dollars", {"total/usd": "dollars"}),
     ("waiting", "Waiting for the teacher", "seconds per step", {"teacher/wait_seconds": "waiting"}),
-    ("length", "Length of completions", "tokens", {"completions/mean_length": "mean"}),
+    ("length", "Length of the completions", "tokens", {"completions/mean_length": "mean"}),
 )
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#a6468b", "#8a6d00")
+COLORS = ("#2563c9", "#c2570c", "#0f8a63", "#9b3f8f", "#8a6d00")
 DARK_COLORS = ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f")
 STYLES = ("-", "--")
 
@@ -105,7 +112,8 @@ class Figure:
         for name, title, unit, metrics in FIGURES:
             lines = []
             for number, run in enumerate(runs):
-                for metric, label in metrics.items():
+                scores = {score: score.removeprefix("eval_") for score in run.names("pass@1")}
+                for metric, label in (metrics or scores).items():
                     if points := run.series(metric):
                         steps, values = zip(*points, strict=True)
                         lines.append((f"{label}, {run.name}" if len(runs) > 1 else label, number, steps, values))
@@ -116,8 +124,12 @@ class Figure:
     @property
     def description(self) -> str:
         """The figure in words: the first and the last value of each line."""
-        ends = (f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, _, _, values in self.lines)
+        ends = (f"{name} from {values[0]:.4g} to {values[-1]:.4g}" for name, _, _, values in self.lines)
         return f"{self.title} over {int(max(steps[-1] for _, _, steps, _ in self.lines))} steps: {'; '.join(ends)}."
+
+    @property
+    def _largest(self) -> float:
+        return max(abs(value) for _, _, _, values in self.lines for value in values)
 
     def svg(self, *, dark: bool = False) -> bytes:
         """The figure as SVG, with text as text."""
@@ -133,12 +145,16 @@ class Figure:
     def _render(self, kind: str, dark: bool) -> bytes:
         matplotlib = import_extra("matplotlib", "report")
         from matplotlib.figure import Figure as Canvas
+        from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-        front, back = ("#e6e9ee", "#14171b") if dark else ("#1b1f24", "#ffffff")
+        front, quiet, back = ("#e8ebf0", "#39414c", "#1b2027") if dark else ("#1c2128", "#d9dee5", "#ffffff")
         style = {
-            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), front),
+            **dict.fromkeys(("text.color", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), front),
+            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), quiet),
             **dict.fromkeys(("figure.facecolor", "axes.facecolor"), back),
+            **{"axes.labelcolor": front, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
             **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": self.name},
+            "text.parse_math": False,  # a name of a run may hold dollar signs
         }
         with matplotlib.rc_context(style):
             canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
@@ -158,10 +174,13 @@ class Figure:
                     marker=marker,
                     markersize=3,
                 )
-            axes.set_title(self.title, fontsize=10)
+            axes.set_title(self.title, fontsize=10, fontweight="bold", loc="left")
             axes.set_xlabel("optimizer step")
             axes.set_ylabel(self.unit)
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if self._largest >= 10_000 else ScalarFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            axes.tick_params(length=0)
+            axes.spines[["top", "right", "left"]].set_visible(False)
             if len(self.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
             file = io.BytesIO()

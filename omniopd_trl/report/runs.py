@@ -3,7 +3,9 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,16 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from omniopd_trl.errors import DataError
-from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, list_audits, read_logs, read_settings
+from omniopd_trl.journal.browse import (
+    AuditedTrajectory,
+    AuditPlace,
+    list_audits,
+    read_logs,
+    read_settings,
+    read_spent,
+)
 from omniopd_trl.journal.reader import spent
+from omniopd_trl.teachers.base import text_of_content
 
 
 class Run:
@@ -46,17 +56,59 @@ class Run:
         if logs:
             return logs
         states = [*self.folder.glob("checkpoint-*/trainer_state.json"), *self.folder.glob("trainer_state.json")]
-        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
-        return [] if newest is None else json.loads(newest.read_text("utf-8")).get("log_history", [])
+        try:
+            newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+            return [] if newest is None else json.loads(newest.read_text("utf-8")).get("log_history", [])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The logged metrics of {self.folder} cannot be read from trainer_state.json: {error}. If the run is "
+                "saving a checkpoint, try again; otherwise remove the damaged file."
+            ) from error
 
     def series(self, metric: str) -> list[tuple[float, float]]:
-        """Steps and values of a metric. The last value of a step counts."""
+        """Steps and values of a metric. The last value of a step counts.
+
+        Besides the logged metrics there are `total/prompt_tokens`, `total/completion_tokens` and `total/usd`: what the
+        teacher has been paid up to a step, as the journal counts it; and `share/NAME` for each outcome of a teacher:
+        its share of the samples that were asked for.
+        """
+        kind, _, name = metric.partition("/")
+        if kind == "total":
+            amounts = [usd if name == "usd" else getattr(usage, name) for _, usage, usd in self._spent]
+            totals = accumulate(amount or 0 for amount in amounts)
+            known = any(amount is not None for amount in amounts)
+            return [(step, total) for (step, *_), total in zip(self._spent, totals, strict=True)] if known else []
+        if kind == "share":
+            asked = dict(self._samples())
+            counts = self.series(f"teacher/{name}")
+            return [(step, count / asked[step]) for step, count in counts if asked.get(step)]
         values = {
             entry["step"]: entry[metric]
             for entry in self.logs
             if "step" in entry and isinstance(entry.get(metric), int | float)
         }
         return sorted(values.items())
+
+    def names(self, ending: str) -> list[str]:
+        """The logged metrics whose names have this ending."""
+        return sorted({name for entry in self.logs for name in entry if name.endswith(ending)})
+
+    def _samples(self) -> Iterator[tuple[float, float]]:
+        """How many samples an optimizer step asks the teacher for, by logged step."""
+        rollouts = self.settings.get("num_rollouts")
+        steps = len({place.step for place in self.places})
+        if not rollouts or not steps:
+            return
+        trajectories = len(self.places) / steps
+        dropped = dict(self.series("audit/dropped_chunks"))
+        for step, kept in self.series("audit/num_chunks"):
+            share = 1 - dropped.get(step, 0.0)
+            if share > 0:
+                yield step, kept / share * trajectories * rollouts
+
+    @cached_property
+    def _spent(self) -> list[tuple[int, Any, float | None]]:
+        return read_spent(self.folder)
 
     @cached_property
     def places(self) -> list[AuditPlace]:
@@ -83,18 +135,78 @@ class Run:
         """The results of the run: names and values for people."""
         usage, usd = spent(self.folder)
         rows = {}
-        scores = self.series("eval_pass@1")
-        if scores:
-            rows["pass@1"] = " → ".join(f"{score:.3f} (step {step:g})" for step, score in (scores[0], scores[-1]))
+        for name in self.names("pass@1"):
+            (first, before), (last, after) = (scores := self.series(name))[0], scores[-1]
+            ends = f"{before:.3f}" if first == last else f"{before:.3f} → {after:.3f}"
+            rows[name.removeprefix("eval_").replace("_", " ")] = ends
+        if self.logs:
+            total = self.settings.get("max_steps") or 0
+            step = max(entry.get("step", 0) for entry in self.logs)
+            rows["step"] = f"{step:,} of {total:,}" if total > 0 else f"{step:,}"
         rows["audited trajectories"] = f"{len(self.places):,}"
-        rows["teacher tokens"] = f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"
+        rows["teacher tokens read"] = f"{usage.prompt_tokens:,}"
+        rows["teacher tokens written"] = f"{usage.completion_tokens:,}"
         if usd:
-            rows["cost"] = f"{usd:,.4f} dollars"
+            rows["US dollars"] = f"{usd:,.2f}" if usd >= 1 else f"{usd:.4f}"
         return rows
+
+
+def open_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders, with distinct names.
+
+    Raises:
+        DataError: as `Run`.
+    """
+    runs = [Run(folder) for folder in folders]
+    depth = 1
+    while len({run.name for run in runs}) < len({run.folder.resolve() for run in runs}):
+        depth += 1
+        for run in runs:
+            run.name = "/".join(run.folder.resolve().parts[-depth:])
+    return runs
 
 
 def text_of_prompt(prompt: Any) -> str:
     """A prompt as text: the messages of a conversation, each with its role."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    return "\n\n".join(f"{message.get('role')}: {text_of_content(message.get('content')) or ''}" for message in prompt)
+
+
+def short_name(name: str) -> str:
+    """The name of a model, or the end of its path."""
+    path = Path(name)
+    return "/".join(("…", *path.parts[-2:])) if path.is_absolute() else name
+
+
+def visible(text: str) -> str:
+    """A text with escapes for characters that are not printable, other than line breaks and tabs.
+
+    A terminal obeys some of them, and others change the order in which a line is read.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def facts_of(trajectory: AuditedTrajectory) -> list[str]:
+    """What an audit cost, and what happened to its samples, for people."""
+    usage = trajectory.usage
+    read = f"{usage.prompt_tokens:,} tokens read"
+    if usage.cached_tokens:
+        read += f" ({usage.cached_tokens:,} from a cache)"
+    written = f"{usage.completion_tokens:,} written"
+    if usage.reasoning_tokens:
+        written += f" ({usage.reasoning_tokens:,} of reasoning)"
+    facts = [f"teacher {short_name(trajectory.teacher)}"]
+    if trajectory.models:
+        facts.append(f"answered by {', '.join(trajectory.models)}")
+    facts += [read, written]
+    if trajectory.usd is not None:
+        facts.append(f"{trajectory.usd:.5f} dollars")
+    counts: Iterable[tuple[str, int]] = (
+        ("chunks dropped", trajectory.num_dropped),
+        ("rollouts set aside", trajectory.num_set_aside),
+        ("rollouts cut short", trajectory.num_short),
+        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items()),
+    )
+    facts += [f"{name}: {count:,}" for name, count in counts if count]
+    return facts
