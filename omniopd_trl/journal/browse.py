@@ -132,15 +132,16 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
         WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
     """
     join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
+    columns = ", low, high, shown.idx IS NOT NULL AND low IS NULL"
     places = []
-    for rank, _, db in _journals(output_dir):
-        columns = ", low, high, shown.idx IS NOT NULL AND low IS NULL"
-        with_shown = {"columns": columns, "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
-        for at, *rest in db.execute(query.format(**with_shown)):
-            if step is None or at == step:
-                attempt, index, size, *ends = rest
-                low, high, empty = ends or (None, None, 0)
-                places.append(AuditPlace(at, rank, attempt, index, size, low, high, bool(empty)))
+    with _opened(output_dir) as journals:
+        for rank, (path, db) in journals.items():
+            with explained(path):
+                with_shown = {"columns": columns, "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
+                for at, attempt, index, size, *ends in db.execute(query.format(**with_shown)):
+                    if step is None or at == step:
+                        low, high, empty = ends or (None, None, 0)
+                        places.append(AuditPlace(at, rank, attempt, index, size, low, high, bool(empty)))
     return sorted(places)
 
 
@@ -181,32 +182,37 @@ def read_spent(output_dir: str | os.PathLike[str]) -> list[tuple[int, Usage, flo
     """
     query = f"SELECT step, {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage GROUP BY step"
     steps: dict[int, tuple[Usage, float | None]] = {}
-    for _, _, db in _journals(output_dir):
-        for step, *tokens, usd in db.execute(query):
-            usage, before = steps.get(step, (Usage(), None))
-            steps[step] = usage + Usage(*tokens), before if usd is None else (before or 0.0) + usd
+    with _opened(output_dir) as journals:
+        for path, db in journals.values():
+            with explained(path):
+                for step, *tokens, usd in db.execute(query):
+                    usage, before = steps.get(step, (Usage(), None))
+                    steps[step] = usage + Usage(*tokens), before if usd is None else (before or 0.0) + usd
     return [(step, *steps[step]) for step in sorted(steps)]
 
 
 def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that the last run in a folder recorded, by name; empty when there are none."""
-    for _, path, db in _journals(output_dir):
-        if not _has(db, "settings"):
-            continue
-        row = db.execute("SELECT * FROM settings ORDER BY session DESC LIMIT 1").fetchone()
-        if row is not None:
-            return dict(decode(path, row))
+    with _opened(output_dir) as journals:
+        for path, db in journals.values():
+            with explained(path):
+                if not _has(db, "settings"):
+                    continue
+                row = db.execute("SELECT * FROM settings ORDER BY session DESC LIMIT 1").fetchone()
+                if row is not None:
+                    return dict(decode(path, row))
     return {}
 
 
 def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics that the runs in a folder logged, in order."""
-    return [
-        decode(path, row)
-        for rank, path, db in _journals(output_dir)
-        if rank == 0 and _has(db, "logs")
-        for row in db.execute("SELECT * FROM logs ORDER BY id")
-    ]
+    with _opened(output_dir) as journals:
+        if 0 not in journals:
+            return []
+        path, db = journals[0]
+        with explained(path):
+            rows = db.execute("SELECT * FROM logs ORDER BY id").fetchall() if _has(db, "logs") else []
+            return [decode(path, row) for row in rows]
 
 
 def _row_of(db: sqlite3.Connection, table: str, place: AuditPlace) -> Any:
@@ -263,7 +269,10 @@ def _has(db: sqlite3.Connection, table: str) -> bool:
 
 @contextmanager
 def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path, sqlite3.Connection]]]:
-    """Path and connection of each process's journal, by its rank."""
+    """Path and connection of each process's journal, by its rank and in its order.
+
+    The caller reads each one inside of `explained`.
+    """
     with ExitStack() as stack:
         journals = {}
         for path in journals_of(output_dir):
@@ -271,12 +280,4 @@ def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path
                 db = stack.enter_context(closing(connect(path, "ro")))
                 check_version(db, path)
             journals[int(path.stem.removeprefix("rank-"))] = path, db
-        yield journals
-
-
-def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:
-    """Rank, path and connection of each process's journal, whose errors are explained."""
-    with _opened(output_dir) as journals:
-        for rank, (path, db) in sorted(journals.items()):
-            with explained(path):
-                yield rank, path, db
+        yield dict(sorted(journals.items()))

@@ -3,10 +3,9 @@
 """Figures of the logged metrics, for the report and for papers."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omniopd_trl.errors import import_extra
 from omniopd_trl.report.runs import Run
@@ -85,7 +84,15 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("length", "Length of the completions", "tokens", {"completions/mean_length": "mean"}),
 )
 COLORS = ("#2563c9", "#c2570c", "#0f8a63", "#9b3f8f", "#8a6d00")
-DARK_COLORS = ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f")
+TEXT, LINES, GROUND = "#1c2128", "#d9dee5", "#ffffff"
+# The color of each of these in a dark page.
+DARK = dict(
+    zip(
+        (*COLORS, TEXT, LINES, GROUND),
+        ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f", "#e8ebf0", "#39414c", "#1b2027"),
+        strict=True,
+    )
+)
 STYLES = ("-", "--")
 
 
@@ -131,35 +138,38 @@ class Figure:
     def _largest(self) -> float:
         return max(abs(value) for _, _, _, values in self.lines for value in values)
 
-    def svg(self, *, dark: bool = False) -> bytes:
-        """The figure as SVG, with text as text."""
-        return self._render("svg", dark)
+    def svgs(self) -> tuple[bytes, bytes]:
+        """The figure as SVG, with text as text, for a light page and for a dark one."""
+        light = dark = self._render("svg")
+        for color, in_the_dark in DARK.items():
+            dark = dark.replace(color.encode(), in_the_dark.encode())
+        return light, dark
 
     def write(self, folder: Path) -> list[Path]:
         """Write the figure as SVG and PNG, and return the paths."""
         paths = [folder / f"{self.name}.{kind}" for kind in ("svg", "png")]
         for path in paths:
-            path.write_bytes(self._render(path.suffix[1:], dark=False))
+            path.write_bytes(self._render(path.suffix[1:]))
         return paths
 
-    def _render(self, kind: str, dark: bool) -> bytes:
+    def _render(self, kind: str) -> bytes:
         matplotlib = import_extra("matplotlib", "report")
         from matplotlib.figure import Figure as Canvas
         from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-        front, quiet, back = ("#e8ebf0", "#39414c", "#1b2027") if dark else ("#1c2128", "#d9dee5", "#ffffff")
         style = {
-            **dict.fromkeys(("text.color", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), front),
-            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), quiet),
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), back),
-            **{"axes.labelcolor": front, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
+            **dict.fromkeys(
+                ("text.color", "axes.titlecolor", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT
+            ),
+            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINES),
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), GROUND),
+            **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
             **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": self.name},
             "text.parse_math": False,  # a name of a run may hold dollar signs
         }
         with matplotlib.rc_context(style):
             canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
             axes = canvas.subplots()
-            colors: Iterable[Any] = DARK_COLORS if dark else COLORS
             by_label: dict[str, int] = {}
             for name, number, steps, values in self.lines:
                 color = by_label.setdefault(name.partition(",")[0], len(by_label))
@@ -168,7 +178,7 @@ class Figure:
                     steps,
                     values,
                     STYLES[number % len(STYLES)],
-                    color=tuple(colors)[color % len(COLORS)],
+                    color=COLORS[color % len(COLORS)],
                     label=name,
                     linewidth=1.6,
                     marker=marker,

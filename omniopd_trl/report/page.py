@@ -11,10 +11,12 @@ import gzip
 import hashlib
 import html
 import json
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from string import Template
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from omniopd_trl.teachers.base import clean_text
 T = TypeVar("T")
 
 # Trajectories per compressed block. A click decompresses one block.
-BLOCK = 50
+BLOCK = 20
 # Entropy, in nats, from which a token has the shade of this index.
 SHADES = (0.0, 0.05, 0.25, 0.75, 1.5, 2.5)
 # Filters of the browser. A trajectory has one if any of its chunks or samples does.
@@ -226,14 +228,8 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
 
 def _shades(lengths: Iterable[int], entropies: Iterable[float]) -> list[list[int]]:
     """Runs of characters with one shade, as [length, shade]."""
-    runs: list[list[int]] = []
-    for length, entropy in zip(lengths, entropies, strict=False):
-        shade = sum(entropy >= bound for bound in SHADES[1:])
-        if runs and runs[-1][1] == shade:
-            runs[-1][0] += length
-        else:
-            runs.append([length, shade])
-    return runs
+    shaded = zip((bisect(SHADES, entropy) - 1 for entropy in entropies), lengths, strict=False)
+    return [[sum(length for _, length in run), shade] for shade, run in groupby(shaded, key=itemgetter(0))]
 
 
 # ---- Sections ----
@@ -260,9 +256,7 @@ def _summary(run: Run) -> str:
 def _figures(runs: Sequence[Run]) -> str:
     shown = []
     for figure in Figure.all(runs):
-        light, dark = (
-            f"data:image/svg+xml;base64,{base64.b64encode(figure.svg(dark=dark)).decode()}" for dark in (False, True)
-        )
+        light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in figure.svgs())
         shown.append(
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{_text(figure.description)}"></picture></figure>'

@@ -43,6 +43,7 @@ class Run:
                 "`output_dir` of a run with `save_audits: true`, the default."
             )
         self.name = self.folder.resolve().name
+        self._known: dict[int, str] = {}  # texts of tokens
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -120,10 +121,7 @@ class Run:
 
         A token that is a part of a character has no text, and the token that completes the character has all of it.
         """
-        if self._tokenizer is None:
-            return []
-        stream = DecodeStream(skip_special_tokens=True)
-        return [stream.step(self._tokenizer, token) or "" for token in trajectory.completion_ids]
+        return [] if self._tokenizer is None else _pieces(self._tokenizer, trajectory.completion_ids, self._known)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -149,6 +147,33 @@ class Run:
         if usd:
             rows["US dollars"] = f"{usd:,.2f}" if usd >= 1 else f"{usd:.4f}"
         return rows
+
+
+def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
+    """The text of each token; see `Run.pieces`. One decoding for each different token, since a stream is slow."""
+    letter = tokenizer.encode("a", add_special_tokens=False).ids
+
+    def added(ids: list[int]) -> str:
+        """What tokens add to a text that ends with a letter."""
+        return str(tokenizer.decode([*letter, *ids])).removeprefix(tokenizer.decode(letter))
+
+    ids = list(token_ids)
+    for token in {*ids} - known.keys():
+        known[token] = added([token])
+    pieces = [known[token] for token in ids]
+    if ids:
+        pieces[0] = tokenizer.decode(ids[:1])  # some tokenizers drop the space before a first word
+    first = None  # of consecutive tokens that are parts of characters
+    for at, piece in enumerate([*pieces, ""]):
+        if "\ufffd" in piece:
+            first = at if first is None else first
+        elif first is not None:
+            pieces[first:at] = [*[""] * (at - first - 1), added(ids[first:at])]
+            first = None
+    if "".join(pieces) != tokenizer.decode(ids):  # the texts of these tokens depend on their neighbors
+        stream = DecodeStream(skip_special_tokens=True)
+        pieces = [stream.step(tokenizer, token) or "" for token in ids]
+    return pieces
 
 
 def open_runs(folders: Sequence[str | Path]) -> list[Run]:

@@ -4,7 +4,6 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
@@ -12,12 +11,8 @@ from transformers import AutoTokenizer
 
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
+from tests.support.pages import open_page, put, texts, until
 from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +34,6 @@ def write(folder, *runs, options=()):
     return path
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the page did not change in time"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture
 def page(browser):
     """A function that opens a page, and checks at the end that it logged no error and asked nothing of a network."""
@@ -66,10 +41,7 @@ def page(browser):
     browser.get_log("performance")
 
     def visit(path, fragment=""):
-        browser.get("about:blank")
-        browser.get(f"{path.as_uri()}{fragment}")
-        until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
-        return browser
+        return open_page(browser, f"{path.as_uri()}{fragment}")
 
     yield visit
     assert browser.get_log("browser") == []
@@ -78,30 +50,22 @@ def page(browser):
     assert [address for address in addresses if not address.startswith(("file:", "data:", "about:"))] == []
 
 
-def texts(browser, selector):
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)", selector
-    )
-
-
 def values(browser, selector):
     return browser.execute_script(
         "return [...document.querySelectorAll(arguments[0])].map((element) => element.value)", selector
     )
 
 
-def put(browser, name, value):
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
-        "e.dispatchEvent(new Event('input', {bubbles: true}));",
-        name,
-        value,
-    )
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    """The report of the first run, with the folder `figures` beside it."""
+    folder = tmp_path_factory.mktemp("report")
+    return write(folder, runs[0], options=["--figures", str(folder / "figures")])
 
 
 @pytest.fixture(scope="module")
-def report(runs, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("report"), runs[0])
+def both(runs, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("both"), *runs)
 
 
 def test_a_click_shows_the_rollouts_of_a_chunk(report, page):
@@ -209,8 +173,8 @@ def test_the_same_prompt_at_two_steps(report, page):
     until(lambda: texts(browser, ".panel h3") == ["Chunk 1 of 2", "Chunk 2 of 2"])
 
 
-def test_two_runs_side_by_side(runs, tmp_path, page):
-    browser = page(write(tmp_path, *runs))
+def test_two_runs_side_by_side(runs, both, page):
+    browser = page(both)
     assert len(texts(browser, "#summary > h3")) == 2
     put(browser, "run", "1")
     assert texts(browser, "#count") == ["20 of 32 trajectories."]
@@ -237,8 +201,7 @@ def test_texts_of_models_are_not_markup(report, page):
 
 def test_the_policy_stops_injected_scripts(report, browser):
     """Even if a text became markup, it could not run."""
-    browser.get(report.as_uri())
-    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    open_page(browser, report.as_uri())
     browser.execute_script(
         "document.body.insertAdjacentHTML('beforeend', arguments[0]);"
         "const script = document.createElement('script');"
@@ -250,8 +213,8 @@ def test_the_policy_stops_injected_scripts(report, browser):
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
 
 
-def test_nothing_scrolls_sideways_on_a_phone(runs, tmp_path, page):
-    browser = page(write(tmp_path, *runs), "#t=0.0.0.2")
+def test_nothing_scrolls_sideways_on_a_phone(both, page):
+    browser = page(both, "#t=0.0.0.2")
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )
@@ -304,13 +267,13 @@ def test_a_run_without_a_tokenizer(tmp_path, page):
     assert texts(browser, ".chunk")[1] == WRONG
 
 
-def test_figures(runs, tmp_path, page):
-    browser = page(write(tmp_path, runs[0], options=["--figures", str(tmp_path / "figures")]))
+def test_figures(report, page):
+    browser = page(report)
     descriptions = [image.get_attribute("alt") for image in browser.find_elements("css selector", "figure img")]
     assert descriptions[0] == "Chunk loss over 3 steps: chunk loss from 1 to 0.25."
     widths = browser.execute_script("return [...document.querySelectorAll('figure img')].map((i) => i.naturalWidth)")
     assert all(widths)
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    names = {path.name for path in (report.parent / "figures").iterdir()}
     written = ("chunk_loss", "kl", "pass_at_1", "tokens_total", "dollars")
     assert names == {f"{name}.{kind}" for name in written for kind in ("svg", "png")}
     # The last two count what the journal holds: four trajectories at each of three steps.

@@ -25,6 +25,7 @@
   let rows = [];
   let byKey = new Map();
   let blocks = new Map();
+  let drawn = null; // the link of what is shown
   const load = async () => {
     index = await unpack("index");
     rows = index.rows.map(([run, step, process, place, prompt, posteriors, outcomes, block, at]) => (
@@ -33,6 +34,7 @@
     ));
     byKey = new Map(rows.map((row) => [row.key, row]));
     blocks = new Map();
+    drawn = null;
     const options = (id, first, names) => {
       const before = $(id).value;
       $(id).replaceChildren(make("option", { value: "", text: first }),
@@ -170,6 +172,7 @@
     const spans = (start, end, fork = -1) => {
       const parts = [];
       for (const [from, to, shade] of pieces) {
+        if (to <= start || from >= end) continue;
         for (const [a, b] of fork > from && fork < to ? [[from, fork], [fork, to]] : [[from, to]]) {
           const [first, last] = [Math.max(a, start), Math.min(b, end)];
           if (first >= last) continue;
@@ -225,26 +228,32 @@
     return same.length ? make("label", {}, "Same prompt beside ", select) : "";
   };
 
+  let columns = []; // of each trajectory that is shown, its element and its audit
   const show = async () => {
     const asked = new URLSearchParams(location.hash.slice(1));
     // Without a link, the first one with a chunk that the teacher would not have written is open.
     const row = byKey.get(asked.get("t")) ?? (current && byKey.get(current.key)) ?? found.find((each) => each.low < 1 / 3) ?? found[0];
-    if (!row) return $("details").replaceChildren();
-    other = byKey.get(asked.get("with")) ?? null;
-    const wanted = asked.has("c") ? Number(asked.get("c")) : null;
+    if (!row) return;
     current = row;
+    other = byKey.get(asked.get("with")) ?? null;
     const linked = `${row.key}${other ? `&with=${other.key}` : ""}`;
-    const columns = await Promise.all((other ? [row, other] : [row]).map((each) => article(each, linked)));
-    if (current !== row) return; // another one was chosen in the meantime
-    columns[0][0].querySelector(".head").append(comparison(row));
+    if (linked !== drawn) {
+      const made = await Promise.all((other ? [row, other] : [row]).map((each) => article(each, linked)));
+      if (current !== row) return; // another one was chosen in the meantime
+      made[0][0].querySelector(".head").append(comparison(row));
+      [columns, drawn] = [made, linked];
+    }
+    const wanted = asked.has("c") ? Number(asked.get("c")) : null;
     const chosen = asked.get("in") === "other" && other ? 1 : 0;
-    columns.forEach(([element, { chunks }], at) => {
+    columns.forEach(([element, audit_], at) => {
+      const { chunks } = audit_;
       if (!chunks.length) return;
       const lowest = chunks.reduce((best, part, i) => (part.posterior < chunks[best].posterior ? i : best), 0);
       const open = at === chosen && chunks[wanted] ? wanted : lowest;
       if (at === chosen) chunk = open;
-      element.querySelector(".panel").replaceChildren(...panel(columns[at][1], open));
-      element.querySelector(`[data-chunk="${open}"]`)?.setAttribute("aria-current", "true");
+      element.querySelector(".panel").replaceChildren(...panel(audit_, open));
+      element.querySelector(".chunk[aria-current]")?.removeAttribute("aria-current");
+      element.querySelector(`[data-chunk="${open}"]`).setAttribute("aria-current", "true");
     });
     $("details").replaceChildren(...columns.map(([element]) => element));
     if (!mark()) fill();
