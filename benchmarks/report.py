@@ -14,12 +14,10 @@ affect these less. The exit code is 1 when a bound is missed.
 import argparse
 import random
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +33,7 @@ from omniopd_trl.journal.schema import Shown
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import Usage
+from scripts.chromium import chromium, open_page
 
 PER_STEP, DISTINCT, VISITS = 50, 200, 10
 LIMITS = {"audits": 1.0, "written": 60.0, "megabytes": 30.0, "paint": 2000.0, "click": 100.0}
@@ -132,21 +131,10 @@ link.click();
 
 def browse(page: Path) -> Iterator[tuple[str, float]]:
     """Milliseconds until the first paint, until the page can be used, and of the clicks."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))) as driver:
-        driver.get("about:blank")
-        driver.get(page.as_uri())
-        while not driver.execute_script("return document.documentElement.dataset.ready"):
-            time.sleep(0.05)
-        yield (
-            "paint",
-            driver.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime"),
-        )
+    with chromium() as driver:
+        open_page(driver, page.as_uri())
+        paint = "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
+        yield "first paint", driver.execute_script(paint)
         yield "filters ready", driver.execute_script("return performance.now()")
         for kind, selector in (("click on a trajectory", "#list a"), ("click on a chunk", "article .chunk")):
             times = [driver.execute_async_script(CLICK, selector) for _ in range(20)]

@@ -28,7 +28,7 @@ from omniopd_trl.teachers.base import clean_text
 T = TypeVar("T")
 
 # Trajectories per compressed block. A click decompresses one block.
-BLOCK = 20
+BLOCK = 10
 # Entropy, in nats, from which a token has the shade of this index.
 SHADES = (0.0, 0.05, 0.25, 0.75, 1.5, 2.5)
 # Filters of the browser. A trajectory has one if any of its chunks or samples does.

@@ -2,22 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real browser for the tests of the page. They are skipped where there is none."""
 
-import shutil
-
 import pytest
+
+from scripts.chromium import BROWSER, DRIVER, chromium
 
 
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium, which logs errors and requests."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (chromium and driver):
+    pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    if not (BROWSER and DRIVER):
         pytest.skip("needs Chromium and its driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver)) as driver:
+    with chromium(**{"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}) as driver:
         yield driver

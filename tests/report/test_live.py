@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from omniopd_trl.cli.main import main
+from scripts.chromium import open_page, until
 from tests.support.journals import audit, journal, trajectory
-from tests.support.pages import open_page, put, texts, until
+from tests.support.pages import put, texts
 from tests.support.recorded_runs import record_run
 
 

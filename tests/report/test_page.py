@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
-from tests.support.pages import open_page, put, texts, until
+from scripts.chromium import emulate, open_page, until, use_theme
+from tests.support.pages import put, texts
 from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
 
 
@@ -215,9 +216,7 @@ def test_the_policy_stops_injected_scripts(report, browser):
 
 def test_nothing_scrolls_sideways_on_a_phone(both, page):
     browser = page(both, "#t=0.0.0.2")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    )
+    emulate(browser, 390, 844)
     try:
         until(lambda: texts(browser, ".panel h3"))
         for fragment in ("#t=0.0.0.2", "#t=0.0.0.2&with=1.0.0.2"):
@@ -233,9 +232,7 @@ def test_accessibility(report, page, theme):
     """axe-core finds no violation, with a chunk open."""
     axe = pytest.importorskip("axe_core_python.selenium", reason="needs axe-core-python")
     browser = page(report, "#t=0.0.0.1&c=1")
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    )
+    use_theme(browser, theme)
     until(lambda: texts(browser, ".panel h3"))
     # As a debugger's code, since the page's policy allows no other script.
     violations = axe.Axe().run(browser)["violations"]

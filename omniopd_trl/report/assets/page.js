@@ -13,7 +13,9 @@
     return element;
   };
   const unpack = async (id) => {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const packed = atob($(id).textContent);
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i); // `Uint8Array.from` is many times slower
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
@@ -76,6 +78,8 @@
     const text = row.posteriors.length ? `posteriors ${row.posteriors.map((p) => number(p / 1000, 2)).join(", ")}` : "no chunk";
     const element = make("span", { className: "strip", title: text },
       ...row.posteriors.map((posterior) => make("i", { className: level(posterior / 1000) })));
+    // The height shows it, too: not every reader sees the colors.
+    row.posteriors.forEach((posterior, at) => { element.children[at].style.height = `${15 + 0.085 * posterior}%`; });
     element.setAttribute("role", "img");
     element.setAttribute("aria-label", text);
     return element;
