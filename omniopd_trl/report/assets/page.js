@@ -50,7 +50,7 @@
   };
   const audit = async (row) => {
     if (!blocks.has(row.block)) {
-      if (blocks.size > 7) blocks.delete(blocks.keys().next().value);
+      if (blocks.size > 24) blocks.delete(blocks.keys().next().value); // enough for the trajectories that are listed
       blocks.set(row.block, unpack(`block-${row.block}`));
     }
     return (await blocks.get(row.block))[row.at];
