@@ -4,6 +4,7 @@
 #   make test-slow  tests that take minutes    make demo    train the demo student and print its gain
 #   make test-vllm  tests with real servers, in a separate environment (2.7 GB)
 #   make docs       build the documentation into site/
+#   make screenshots  the pictures of the report, from a run of the demo; needs Chromium
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +35,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST_ARGS ?=
 
-.PHONY: venv test test-slow test-exhaustive test-vllm check format demo docs constraints clean
+.PHONY: venv test test-slow test-exhaustive test-vllm check format demo docs screenshots constraints clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -111,6 +112,11 @@ docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/python -m benchmarks.result_tables
 	$(BIN)/mkdocs build --strict
+
+# RUN is the folder of a run of the demo.
+RUN ?= runs/demo
+screenshots: $(STAMP)
+	$(BIN)/python -m scripts.screenshots $(RUN)
 
 # MathJax for the site's equations, served by the site itself. Without it the site is still built and shows TeX.
 $(MATHJAX):

@@ -5,12 +5,14 @@
 import argparse
 import heapq
 import json
+import math
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from omniopd_trl.errors import DataError
+from omniopd_trl.errors import ConfigError, DataError
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,13 +50,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     report.add_argument(
         "--live", action="store_true", help="serve the page on this machine, and update it while the run writes"
     )
-    report.add_argument("--port", type=int, default=8642, metavar="P", help="port of --live (default: 8642; 0: any)")
+    report.add_argument("--port", type=_port, default=8642, metavar="P", help="port of --live (default: 8642; 0: any)")
     report.add_argument(
         "--max_mib",
-        type=float,
+        type=_size,
         default=20.0,
         metavar="M",
-        help="limit of the embedded audits in MiB (default: 20); evenly spaced trajectories are kept",
+        help="limit of the embedded audits in MiB (default: 20); evenly spaced prompts are kept",
     )
     report.set_defaults(call=write_report)
 
@@ -65,6 +67,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 65535")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size <= 400:  # a browser can open no larger file
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and at most 400")
+    return size
+
+
 def show_audits(options: argparse.Namespace) -> None:
     """Print the selected chunks.
 
@@ -72,7 +90,7 @@ def show_audits(options: argparse.Namespace) -> None:
         DataError: when there are none.
         JournalError: when the journal cannot be read.
     """
-    from omniopd_trl.journal.browse import read_audits
+    from omniopd_trl.journal.browse import AuditPlace, read_audits, read_prompts
     from omniopd_trl.report.runs import Run, text_of_prompt
     from omniopd_trl.report.terminal import AuditedChunk, as_json, chunks_of, print_audits
 
@@ -90,27 +108,34 @@ def show_audits(options: argparse.Namespace) -> None:
             f"No audit of step {step} is recorded in {options.folder}; there are steps {places[0].step} to "
             f"{places[-1].step}."
         )
+    chosen = [place for place in chosen if not place.is_empty]
+    if options.prompt is not None:
+        prompts = zip(chosen, read_prompts(run.folder, chosen), strict=True)
+        chosen = [place for place, prompt in prompts if options.prompt.lower() in text_of_prompt(prompt).lower()]
+    number = selection or 5
+    posterior: Callable[[AuditedChunk], float] = lambda audited: audited.chunk.posterior  # noqa: E731
     if options.random:
         random.shuffle(chosen)
-    number = selection or 5
-    if options.prompt is None and not options.random and all(place.low is not None for place in chosen):
-        # The chunks are in the trajectories whose own lowest or highest posteriors are the lowest or highest.
-        if options.best:
-            chosen = heapq.nlargest(number, chosen, key=lambda place: place.high or 0.0)
-        else:
-            chosen = heapq.nsmallest(number, chosen, key=lambda place: place.low or 0.0)
-    chunks: Iterable[AuditedChunk] = chunks_of(read_audits(run.folder, chosen))
-    if options.prompt is not None:
-        chunks = (c for c in chunks if options.prompt.lower() in text_of_prompt(c.trajectory.prompt).lower())
-    posterior: Callable[[AuditedChunk], float] = lambda audited: audited.chunk.posterior  # noqa: E731
-    if options.best:
-        found = heapq.nlargest(number, chunks, key=posterior)
-    elif options.random:
-        found = [chunk for chunk, _ in zip(chunks, range(number), strict=False)]
+        pool: list[AuditedChunk] = []
+        for count, trajectory in enumerate(read_audits(run.folder, chosen), 1):
+            pool += chunks_of([trajectory])
+            if min(count, len(pool)) >= number:
+                break
+        found = random.sample(pool, min(number, len(pool)))
     else:
-        found = heapq.nsmallest(number, chunks, key=posterior)
+        # The chunks are in the trajectories whose own lowest or highest posteriors are the lowest or highest. An audit
+        # of a step that is not finished has no record of them.
+        known = [place for place in chosen if place.low is not None]
+        unknown = [place for place in chosen if place.low is None]
+        select: Callable[..., list[Any]] = heapq.nlargest if options.best else heapq.nsmallest
+        end: Callable[[AuditPlace], Any] = lambda place: place.high if options.best else place.low  # noqa: E731
+        chunks = chunks_of(read_audits(run.folder, [*select(number, known, key=end), *unknown]))
+        found = select(number, chunks, key=posterior)
     if not found:
-        raise DataError("No audited chunk matches. Try another --step or --prompt.")
+        raise DataError(
+            "No audited chunk matches. Try another --step or --prompt; `omniopd report` also shows trajectories "
+            "without a chunk."
+        )
     if options.json:
         sys.stdout.write(json.dumps([as_json(chunk) for chunk in found], indent=2) + "\n")
     elif options.jsonl:
@@ -126,37 +151,43 @@ def write_report(options: argparse.Namespace) -> None:
     """Write the page, and the figures if asked.
 
     Raises:
-        ConfigError: when the port of `--live` cannot be used.
+        ConfigError: when the port of `--live` cannot be used, or a file cannot be written.
         DataError: when a folder holds no audits.
         JournalError: when a journal cannot be read.
         MissingExtraError: when matplotlib is not installed.
     """
-    if options.live:
-        serve(options)
-        return
     from omniopd_trl.report.figures import Figure
     from omniopd_trl.report.page import write_page
-    from omniopd_trl.report.runs import Run
+    from omniopd_trl.report.runs import open_runs
 
-    runs = [Run(folder) for folder in options.folders]
+    if options.live:
+        if options.output or options.figures:
+            raise ConfigError("--live writes no file. Run the command again without it for -o and --figures.")
+        serve(options)
+        return
+    runs = open_runs(options.folders)
     path = Path(options.output or runs[0].folder / "report.html")
-    path.write_text(write_page(runs, max_mib=options.max_mib), "utf-8")
-    sys.stdout.write(f"Wrote {path}. Open it in a browser.\n")
-    if options.figures:
-        folder = Path(options.figures)
-        folder.mkdir(parents=True, exist_ok=True)
-        for figure in Figure.all(runs):
-            figure.write(folder)
-        sys.stdout.write(f"Wrote the figures to {folder}.\n")
+    figures = Path(options.figures) if options.figures else None
+    try:
+        for folder in (path.parent, *([figures] if figures else [])):
+            folder.mkdir(parents=True, exist_ok=True)
+        page = write_page(runs, max_mib=options.max_mib)
+        path.write_text(page, "utf-8")
+        sys.stdout.write(f"Wrote {path}, {len(page) / 2**20:.1f} MiB. Open it in a browser.\n")
+        if figures:
+            for figure in Figure.all(runs):
+                figure.write(figures)
+            sys.stdout.write(f"Wrote the figures to {figures}.\n")
+    except OSError as error:
+        raise ConfigError(
+            f"The report cannot be written: {error}. Choose another place with -o or --figures."
+        ) from error
 
 
 def serve(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from omniopd_trl.report.live import LiveReport, make_server
-    from omniopd_trl.report.runs import Run
 
-    for folder in options.folders:
-        Run(folder)  # refuses a folder without audits
     with make_server(LiveReport(options.folders, options.max_mib), options.port) as server:
         sys.stdout.write(f"The report is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.\n")
         sys.stdout.flush()

@@ -13,6 +13,7 @@ trains with one process per GPU. `omniopd demo` runs the demo, and `omniopd reci
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -165,6 +166,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # such as of `omniopd audits runs/demo --jsonl | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+        return 1
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1

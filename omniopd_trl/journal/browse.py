@@ -5,15 +5,15 @@
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.journal.file import check_version, connect, explained, journals_of
-from omniopd_trl.journal.records import ENTROPY_UNIT, decode, restore_chunks
+from omniopd_trl.journal.file import check_version, connect, damage_error, explained, journals_of
+from omniopd_trl.journal.records import ENTROPY_UNIT, decode, decode_first, restore_chunks
 from omniopd_trl.journal.schema import TOKENS
 
 
@@ -65,8 +65,11 @@ class AuditedTrajectory:
         usage: tokens of all requests of the audit.
         usd: their cost in US dollars; `None` without a price.
         num_dropped: chunks with too few rollouts.
+        num_short: rollouts that were cut before they filled their chunk.
+        num_set_aside: rollouts that could not be encoded or scored.
         failures: reasons for missing rollouts.
         outcomes: counts of the teacher.
+        models: names of the models that answered, as the service reports them.
     """
 
     step: int
@@ -80,8 +83,11 @@ class AuditedTrajectory:
     usage: Usage = field(default_factory=Usage)
     usd: float | None = None
     num_dropped: int = 0
+    num_short: int = 0
+    num_set_aside: int = 0
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -94,8 +100,9 @@ class AuditPlace:
         attempt: number of the attempt at the step, in the journal of the process.
         index: index of the trajectory in the step's batch of the process.
         size: size of the record in bytes.
-        low: lowest posterior of the chunks; `None` without chunks, or when it was not recorded.
+        low: lowest posterior of the chunks; `None` without chunks, or when it is not recorded.
         high: highest posterior of the chunks.
+        is_empty: whether the audit is known to have no chunks.
     """
 
     step: int
@@ -105,6 +112,7 @@ class AuditPlace:
     size: int = field(compare=False)
     low: float | None = field(default=None, compare=False)
     high: float | None = field(default=None, compare=False)
+    is_empty: bool = field(default=False, compare=False)
 
 
 def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> list[AuditPlace]:
@@ -124,12 +132,16 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
         WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
     """
     join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
+    columns = ", low, high, shown.idx IS NOT NULL AND low IS NULL"
     places = []
-    for rank, _, db in _journals(output_dir):
-        with_shown = {"columns": ", low, high", "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
-        for at, *rest in db.execute(query.format(**with_shown)):
-            if step is None or at == step:
-                places.append(AuditPlace(at, rank, *rest))
+    with _opened(output_dir) as journals:
+        for rank, (path, db) in journals.items():
+            with explained(path):
+                with_shown = {"columns": columns, "join": join} if _has(db, "shown") else {"columns": "", "join": ""}
+                for at, attempt, index, size, *ends in db.execute(query.format(**with_shown)):
+                    if step is None or at == step:
+                        low, high, empty = ends or (None, None, 0)
+                        places.append(AuditPlace(at, rank, attempt, index, size, low, high, bool(empty)))
     return sorted(places)
 
 
@@ -146,40 +158,86 @@ def read_audits(output_dir: str | os.PathLike[str], places: Collection[AuditPlac
                 yield _read(path, db, place)
 
 
+def read_prompts(output_dir: str | os.PathLike[str], places: Iterable[AuditPlace]) -> Iterator[Any]:
+    """The prompts of the audits at these places, in their order, much faster than the audits.
+
+    Raises:
+        JournalError: as `read_audits`.
+    """
+    with _opened(output_dir) as journals:
+        for place in places:
+            path, db = journals[place.rank]
+            with explained(path):
+                yield decode_first(path, _row_of(db, "trajectories", place))
+
+
+def read_spent(output_dir: str | os.PathLike[str]) -> list[tuple[int, Usage, float | None]]:
+    """What each optimizer step cost, over all processes and runs in a folder, superseded attempts included.
+
+    Returns:
+        Step, tokens and US dollars, by step. Dollars are `None` without a price.
+
+    Raises:
+        JournalError: when a journal cannot be read.
+    """
+    query = f"SELECT step, {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage GROUP BY step"
+    steps: dict[int, tuple[Usage, float | None]] = {}
+    with _opened(output_dir) as journals:
+        for path, db in journals.values():
+            with explained(path):
+                for step, *tokens, usd in db.execute(query):
+                    usage, before = steps.get(step, (Usage(), None))
+                    steps[step] = usage + Usage(*tokens), before if usd is None else (before or 0.0) + usd
+    return [(step, *steps[step]) for step in sorted(steps)]
+
+
 def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that the last run in a folder recorded, by name; empty when there are none."""
-    for _, path, db in _journals(output_dir):
-        row = db.execute("SELECT * FROM settings ORDER BY session DESC LIMIT 1").fetchone()
-        if row is not None:
-            return dict(decode(path, row))
+    with _opened(output_dir) as journals:
+        for path, db in journals.values():
+            with explained(path):
+                if not _has(db, "settings"):
+                    continue
+                row = db.execute("SELECT * FROM settings ORDER BY session DESC LIMIT 1").fetchone()
+                if row is not None:
+                    return dict(decode(path, row))
     return {}
 
 
 def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics that the runs in a folder logged, in order."""
-    return [
-        decode(path, row)
-        for rank, path, db in _journals(output_dir)
-        if rank == 0 and _has(db, "logs")
-        for row in db.execute("SELECT * FROM logs ORDER BY id")
-    ]
+    with _opened(output_dir) as journals:
+        if 0 not in journals:
+            return []
+        path, db = journals[0]
+        with explained(path):
+            rows = db.execute("SELECT * FROM logs ORDER BY id").fetchall() if _has(db, "logs") else []
+            return [decode(path, row) for row in rows]
+
+
+def _row_of(db: sqlite3.Connection, table: str, place: AuditPlace) -> Any:
+    """The row of an audit in a table; `None` when there is none."""
+    query = f"SELECT * FROM {table} WHERE attempt = ? AND idx = ?"
+    return db.execute(query, (place.attempt, place.index)).fetchone()
 
 
 def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTrajectory:
-    key = (place.attempt, place.index)
-    row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", key).fetchone()
-    session, values = row[2], decode(path, row)
-    prompt, _, completion_ids, *_ = decode(
-        path, db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
-    )
-    (teacher,) = db.execute("SELECT teacher FROM sessions WHERE id = ?", (session,)).fetchone()
-    *tokens, usd = db.execute(
-        f"SELECT {', '.join(TOKENS)}, usd FROM usage WHERE session = ? AND step = ? AND idx = ?",
-        (session, place.step, place.index),
-    ).fetchone() or (*astuple(Usage()), None)
+    row = _row_of(db, "audits", place)
+    values = decode(path, row)
+    prompt, _, completion_ids, *_ = decode(path, _row_of(db, "trajectories", place))
+    # A resumed run finishes the audits of an earlier session: both have paid.
+    paid = f"SELECT {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage"
+    sums = db.execute(
+        f"SELECT teacher, sums.* FROM sessions, ({paid} WHERE step = ? AND idx = ? "
+        "AND session BETWEEN (SELECT session FROM attempts WHERE id = ?) AND ?) AS sums WHERE id = ?",
+        (place.step, place.index, place.attempt, row[2], row[2]),
+    ).fetchone()
+    if sums is None:
+        raise damage_error(path, "a record is missing")
+    teacher, *tokens, usd = sums
     entropies: list[float] = []
     weights: list[float | None] = [None] * len(values["chunks"])
-    shown = _has(db, "shown") and db.execute("SELECT * FROM shown WHERE attempt = ? AND idx = ?", key).fetchone()
+    shown = _has(db, "shown") and _row_of(db, "shown", place)
     if shown:
         steps, weights = decode(path, shown)
         entropies = [step * ENTROPY_UNIT for step in steps]
@@ -193,11 +251,14 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         tuple(completion_ids),
         tuple(replace(chunk, weight=weight) for chunk, weight in zip(chunks, weights, strict=True)),
         tuple(entropies),
-        usage=Usage(*tokens),
+        usage=Usage(*(count or 0 for count in tokens)),
         usd=usd,
         num_dropped=values["num_dropped"],
+        num_short=values.get("num_short", 0),  # as the two others with a default: not in every earlier record
+        num_set_aside=values.get("num_set_aside", 0),
         failures=tuple(values["failures"]),
         outcomes=values["outcomes"],
+        models=tuple(values.get("models", ())),
     )
 
 
@@ -208,7 +269,10 @@ def _has(db: sqlite3.Connection, table: str) -> bool:
 
 @contextmanager
 def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path, sqlite3.Connection]]]:
-    """Path and connection of each process's journal, by its rank."""
+    """Path and connection of each process's journal, by its rank and in its order.
+
+    The caller reads each one inside of `explained`.
+    """
     with ExitStack() as stack:
         journals = {}
         for path in journals_of(output_dir):
@@ -216,12 +280,4 @@ def _opened(output_dir: str | os.PathLike[str]) -> Iterator[dict[int, tuple[Path
                 db = stack.enter_context(closing(connect(path, "ro")))
                 check_version(db, path)
             journals[int(path.stem.removeprefix("rank-"))] = path, db
-        yield journals
-
-
-def _journals(output_dir: str | os.PathLike[str]) -> Iterator[tuple[int, Path, sqlite3.Connection]]:
-    """Rank, path and connection of each process's journal, whose errors are explained."""
-    with _opened(output_dir) as journals:
-        for rank, (path, db) in sorted(journals.items()):
-            with explained(path):
-                yield rank, path, db
+        yield dict(sorted(journals.items()))

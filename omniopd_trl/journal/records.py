@@ -24,11 +24,34 @@ def encode(value: Any) -> bytes:
     return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
 
 
-def decode(path: Path, row: tuple[Any, ...]) -> Any:
+def decode(path: Path, row: tuple[Any, ...] | None) -> Any:
+    return json.loads(zlib.decompress(_payload(path, row)).decode("utf-8", "surrogatepass"))
+
+
+def decode_first(path: Path, row: tuple[Any, ...] | None) -> Any:
+    """The first value of a recorded list, without decompressing all of the rest."""
+    payload = _payload(path, row)
+    unpacker = zlib.decompressobj()
+    text = b""
+    while True:
+        more = unpacker.decompress(payload, 4096)
+        text, payload = text + more, unpacker.unconsumed_tail
+        try:
+            return json.JSONDecoder().raw_decode(text.decode("utf-8", "surrogatepass"), 1)[0]
+        except (json.JSONDecodeError, UnicodeDecodeError):  # the value continues
+            if not more:
+                raise
+
+
+def _payload(path: Path, row: tuple[Any, ...] | None) -> bytes:
+    """The payload of a row, which is its last value but for the checksum."""
+    if row is None:
+        raise damage_error(path, "a record is missing")
     *values, checksum = row
     if checksum != checksum_of(values):
         raise damage_error(path, "the checksum of a record does not match")
-    return json.loads(zlib.decompress(values[-1]).decode("utf-8", "surrogatepass"))
+    payload: bytes = values[-1]
+    return payload
 
 
 def restore_chunks(stored: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:

@@ -3,10 +3,9 @@
 """Figures of the logged metrics, for the report and for papers."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omniopd_trl.errors import import_extra
 from omniopd_trl.report.runs import Run
@@ -21,18 +20,14 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "nats per token",
         {"kl/unaudited": "un-audited tokens", "kl/audited": "audited tokens"},
     ),
-    ("pass_at_1", "pass@1", "", {"eval_pass@1": "student"}),
+    ("pass_at_1", "pass@1", "share of correct answers", {}),  # one line for each evaluation set
     (
         "posterior",
-        "Posterior",
-        "",
-        {
-            "audit/posterior": "posterior",
-            "audit/posterior_std": "its standard deviation",
-            "audit/similarity": "similarity",
-            "audit/prior": "prior",
-        },
+        "Posterior, prior and similarity",
+        "mean over chunks",
+        {"audit/posterior": "posterior", "audit/similarity": "similarity", "audit/prior": "prior"},
     ),
+    ("spread", "Spread of the posteriors", "standard deviation", {"audit/posterior_std": "posterior"}),
     (
         "entropy",
         "Entropy of the student",
@@ -52,33 +47,52 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         },
     ),
     (
-        "outcomes",
-        "Samples that were lost",
-        "samples per step",
+        "lost",
+        "Samples without a rollout",
+        "share of the samples",
         {
-            "teacher/restarted": "restarted",
-            "teacher/refused": "refused",
-            "teacher/filtered": "filtered",
-            "teacher/empty": "empty",
-            "teacher/failed_requests": "failed requests",
+            "share/restarted": "restarted",
+            "share/refused": "refused",
+            "share/filtered": "filtered",
+            "share/empty": "empty",
         },
     ),
     (
+        "requests",
+        "Repeated and failed requests",
+        "requests per step",
+        {"teacher/retries": "repeated", "teacher/failed_requests": "failed"},
+    ),
+    (
         "tokens",
-        "Tokens of the teacher",
-        "tokens per step",
+        "Teacher tokens per step",
+        "tokens",
         {
             "teacher/prompt_tokens": "read",
             "teacher/cached_tokens": "of these cached",
             "teacher/completion_tokens": "written",
         },
     ),
-    ("dollars", "Cost so far", "US dollars", {"teacher/usd_total": "dollars"}),
+    (
+        "tokens_total",
+        "Teacher tokens so far",
+        "tokens",
+        {"total/prompt_tokens": "read", "total/completion_tokens": "written"},
+    ),
+    ("dollars", "Cost so far", "US dollars", {"total/usd": "dollars"}),
     ("waiting", "Waiting for the teacher", "seconds per step", {"teacher/wait_seconds": "waiting"}),
-    ("length", "Length of completions", "tokens", {"completions/mean_length": "mean"}),
+    ("length", "Length of the completions", "tokens", {"completions/mean_length": "mean"}),
 )
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#a6468b", "#8a6d00")
-DARK_COLORS = ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f")
+COLORS = ("#2563c9", "#c2570c", "#0f8a63", "#9b3f8f", "#8a6d00")
+TEXT, LINES, GROUND = "#1c2128", "#d9dee5", "#ffffff"
+# The color of each of these in a dark page.
+DARK = dict(
+    zip(
+        (*COLORS, TEXT, LINES, GROUND),
+        ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f", "#e8ebf0", "#39414c", "#1b2027"),
+        strict=True,
+    )
+)
 STYLES = ("-", "--")
 
 
@@ -105,7 +119,8 @@ class Figure:
         for name, title, unit, metrics in FIGURES:
             lines = []
             for number, run in enumerate(runs):
-                for metric, label in metrics.items():
+                scores = {score: score.removeprefix("eval_") for score in run.names("pass@1")}
+                for metric, label in (metrics or scores).items():
                     if points := run.series(metric):
                         steps, values = zip(*points, strict=True)
                         lines.append((f"{label}, {run.name}" if len(runs) > 1 else label, number, steps, values))
@@ -116,12 +131,19 @@ class Figure:
     @property
     def description(self) -> str:
         """The figure in words: the first and the last value of each line."""
-        ends = (f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, _, _, values in self.lines)
+        ends = (f"{name} from {values[0]:.4g} to {values[-1]:.4g}" for name, _, _, values in self.lines)
         return f"{self.title} over {int(max(steps[-1] for _, _, steps, _ in self.lines))} steps: {'; '.join(ends)}."
 
-    def svg(self, *, dark: bool = False) -> bytes:
-        """The figure as SVG, with text as text."""
-        return self._render("svg", dark)
+    @property
+    def _largest(self) -> float:
+        return max(abs(value) for _, _, _, values in self.lines for value in values)
+
+    def svgs(self) -> tuple[bytes, bytes]:
+        """The figure as SVG, with text as text, for a light page and for a dark one."""
+        light = dark = self._render("svg")
+        for color, in_the_dark in DARK.items():
+            dark = dark.replace(color.encode(), in_the_dark.encode())
+        return light, dark
 
     def png(self) -> bytes:
         """The figure as PNG."""
@@ -131,23 +153,27 @@ class Figure:
         """Write the figure as SVG and PNG, and return the paths."""
         paths = [folder / f"{self.name}.{kind}" for kind in ("svg", "png")]
         for path in paths:
-            path.write_bytes(self._render(path.suffix[1:], dark=False))
+            path.write_bytes(self._render(path.suffix[1:]))
         return paths
 
-    def _render(self, kind: str, dark: bool) -> bytes:
+    def _render(self, kind: str) -> bytes:
         matplotlib = import_extra("matplotlib", "report")
         from matplotlib.figure import Figure as Canvas
+        from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-        front, back = ("#e6e9ee", "#14171b") if dark else ("#1b1f24", "#ffffff")
         style = {
-            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), front),
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), back),
+            **dict.fromkeys(
+                ("text.color", "axes.titlecolor", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT
+            ),
+            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINES),
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), GROUND),
+            **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True},
             **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": self.name},
+            "text.parse_math": False,  # a name of a run may hold dollar signs
         }
         with matplotlib.rc_context(style):
             canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
             axes = canvas.subplots()
-            colors: Iterable[Any] = DARK_COLORS if dark else COLORS
             by_label: dict[str, int] = {}
             for name, number, steps, values in self.lines:
                 color = by_label.setdefault(name.partition(",")[0], len(by_label))
@@ -156,16 +182,19 @@ class Figure:
                     steps,
                     values,
                     STYLES[number % len(STYLES)],
-                    color=tuple(colors)[color % len(COLORS)],
+                    color=COLORS[color % len(COLORS)],
                     label=name,
                     linewidth=1.6,
                     marker=marker,
                     markersize=3,
                 )
-            axes.set_title(self.title, fontsize=10)
+            axes.set_title(self.title, fontsize=10, fontweight="bold", loc="left")
             axes.set_xlabel("optimizer step")
             axes.set_ylabel(self.unit)
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if self._largest >= 10_000 else ScalarFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            axes.tick_params(length=0)
+            axes.spines[["top", "right", "left"]].set_visible(False)
             if len(self.lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
             file = io.BytesIO()

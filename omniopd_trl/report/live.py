@@ -3,16 +3,22 @@
 """Serves the report on the loopback interface, and updates it while the run writes."""
 
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from omniopd_trl.errors import ConfigError, OmniOPDError
 from omniopd_trl.report.page import write_page
-from omniopd_trl.report.runs import Run
+from omniopd_trl.report.runs import open_runs
 
 HOST = "127.0.0.1"
+
+
+# A page is written again only after this many times the seconds that the last one took: the run needs the processor.
+PAUSE = 10
 
 
 class LiveReport:
@@ -21,34 +27,48 @@ class LiveReport:
     Args:
         folders: the `output_dir` of each run.
         max_mib: as in `write_page`.
+
+    Raises:
+        DataError: when a folder holds no audits.
     """
 
     def __init__(self, folders: Sequence[str | Path], max_mib: float):
+        open_runs(folders)
         self._folders = [Path(folder) for folder in folders]
         self._max_mib = max_mib
         self._lock = threading.Lock()
         self._written: tuple[str, bytes] | None = None
+        self._next = 0.0
 
     def version(self) -> str:
-        """Changes whenever a run has written something."""
-        files = [
-            path
-            for folder in self._folders
-            for pattern in ("_audits/rank-*.sqlite*", "trainer_state.json", "checkpoint-*/trainer_state.json")
-            for path in sorted(folder.glob(pattern))
-            # Readers change these two.
-            if not path.name.endswith(("-shm", ".lock"))
-        ]
-        return " ".join(f"{(stat := path.stat()).st_mtime_ns}.{stat.st_size}" for path in files)
+        """Changes when a run has written something, and the page may be written again."""
+        if self._written is not None and time.monotonic() < self._next:
+            return self._written[0]
+        return self._state()
 
     def page(self) -> bytes:
         """The page of the current version."""
         with self._lock:
             version = self.version()
             if self._written is None or self._written[0] != version:
-                runs = [Run(folder) for folder in self._folders]
-                self._written = version, write_page(runs, max_mib=self._max_mib, live=True).encode()
+                start = time.monotonic()
+                page = write_page(open_runs(self._folders), max_mib=self._max_mib, live=True).encode()
+                self._written = version, page
+                self._next = time.monotonic() + PAUSE * (time.monotonic() - start)
             return self._written[1]
+
+    def _state(self) -> str:
+        """Times and sizes of the files that a run writes."""
+        stats = []
+        for folder in self._folders:
+            for pattern in ("_audits/rank-*.sqlite*", "trainer_state.json", "checkpoint-*/trainer_state.json"):
+                for path in sorted(folder.glob(pattern)):
+                    # Readers change these two.
+                    if not path.name.endswith(("-shm", ".lock")):
+                        with suppress(FileNotFoundError):  # a run deletes old checkpoints
+                            stat = path.stat()
+                            stats.append(f"{stat.st_mtime_ns}.{stat.st_size}")
+        return " ".join(stats)
 
 
 def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:

@@ -11,54 +11,92 @@ import gzip
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from itertools import accumulate, groupby
+from operator import itemgetter
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
-from omniopd_trl.journal.browse import AuditedTrajectory, read_audits
+from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, read_audits, read_prompts
 from omniopd_trl.report.figures import Figure
-from omniopd_trl.report.runs import Run, text_of_prompt
+from omniopd_trl.report.runs import Run, facts_of, short_name, text_of_prompt, visible
+from omniopd_trl.teachers.base import clean_text
+
+T = TypeVar("T")
 
 # Trajectories per compressed block. A click decompresses one block.
-BLOCK = 50
+BLOCK = 10
 # Entropy, in nats, from which a token has the shade of this index.
 SHADES = (0.0, 0.05, 0.25, 0.75, 1.5, 2.5)
 # Filters of the browser. A trajectory has one if any of its chunks or samples does.
-OUTCOMES = (
-    ("a rollout restarted", lambda t: t.outcomes.get("restarted", 0)),
-    ("a sample was refused", lambda t: t.outcomes.get("refused", 0) or t.outcomes.get("filtered", 0)),
+OUTCOMES: tuple[tuple[str, Callable[[AuditedTrajectory], object]], ...] = (
+    ("a rollout started over", lambda t: t.outcomes.get("restarted")),
+    ("a sample was refused", lambda t: t.outcomes.get("refused") or t.outcomes.get("filtered")),
+    ("a sample was empty", lambda t: t.outcomes.get("empty")),
+    ("a request failed", lambda t: t.outcomes.get("failed_requests")),
     ("a chunk was dropped", lambda t: t.num_dropped),
-    ("a chunk without any similarity", lambda t: any(not any(chunk.similarities) for chunk in t.chunks)),
-    ("a chunk that every rollout repeats", lambda t: any(min(c.similarities, default=0) == 1 for c in t.chunks)),
+    ("a rollout was set aside", lambda t: t.num_set_aside),
+    ("a rollout was cut short", lambda t: t.num_short),
+    ("no chunk was audited", lambda t: not t.chunks),
+    ("a chunk has no similar rollout", lambda t: any(not any(chunk.similarities) for chunk in t.chunks)),
+    ("a chunk equals every rollout", lambda t: any(min(c.similarities, default=0) == 1 for c in t.chunks)),
 )
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page before the audit browser.
+
+    Attributes:
+        id: its anchor.
+        title: its heading.
+        body: its HTML, in which every text of a run is escaped.
+    """
+
+    id: str
+    title: str
+    body: str
 
 
 def write_page(runs: Sequence[Run], *, max_mib: float = 24.0, live: bool = False) -> str:
     """The report as HTML.
 
     Args:
-        runs: one run, or two to compare.
-        max_mib: limit of the embedded audits, in MiB. If the runs hold more, evenly spaced trajectories are embedded,
-            and the page says how many were left out.
+        runs: one run, or several to compare.
+        max_mib: limit of the embedded audits, in MiB. If the runs hold more, evenly spaced prompts are embedded, each
+            with all its trajectories, and the page says how many were left out.
         live: whether the page asks the server that sent it for changes.
 
     Raises:
+        DataError: when the logged metrics cannot be read.
         JournalError: when a journal is damaged.
+        MissingExtraError: when matplotlib is not installed.
     """
+    # A new section is one more entry here.
+    sections = [
+        Section("summary", "Summary", "\n".join(_summary(run) for run in runs)),
+        Section("dynamics", "Dynamics", _figures(runs)),
+    ]
     index, blocks, left_out = _audits(runs, round(max_mib * MIB))
     title = "OmniOPD: " + " and ".join(run.name for run in runs)
     page, style, script = (_asset(f"page.{kind}") for kind in ("html", "css", "js"))
     values = {
-        "title": html.escape(title),
+        "title": _text(title),
         "style": style,
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
         "connect": "connect-src 'self';" if live else "",
-        "summary": "\n".join(_summary(run) for run in runs),
-        "figures": _figures(runs),
+        "links": " ".join(f'<a href="#{section.id}">{section.title}</a>' for section in sections),
+        "sections": "\n".join(
+            f'<section id="{section.id}" aria-labelledby="{section.id}-title">\n'
+            f'<h2 id="{section.id}-title">{section.title}</h2>\n{section.body}\n</section>'
+            for section in sections
+        ),
         "left_out": html.escape(left_out),
         "data": "\n".join([_data("index", {**index, "live": live}), *blocks]),
     }
@@ -73,11 +111,15 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
+def _text(value: object) -> str:
+    """A text of a run as HTML."""
+    return html.escape(visible(str(value)))
+
+
 def _data(name: str, value: Any) -> str:
-    packed = gzip.compress(
-        json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), 6, mtime=0
-    )
-    return f'<script type="text/plain" id="{name}">{base64.b64encode(packed).decode()}</script>'
+    text = clean_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    return f'<script type="text/plain" id="{name}">{packed}</script>'
 
 
 # ---- Audits ----
@@ -88,59 +130,83 @@ def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str],
     prompts: dict[str, int] = {}
     rows: list[list[Any]] = []
     blocks: list[str] = []
-    total = kept = 0
-    for number, run in enumerate(runs):
-        places = run.places
-        total += len(places)
-        # A recorded audit is compressed as well; in base64 it takes four thirds.
-        every = max(1.0, sum(place.size for place in places) * 4 / 3 / (limit / len(runs)))
-        if every > 1:
-            places = [places[int(k * every)] for k in range(int(len(places) / every))]
+    chosen = _within(runs, limit)
+    for number, (run, places) in enumerate(zip(runs, chosen, strict=True)):
         block: list[dict[str, Any]] = []
-        for trajectory in read_audits(run.folder, places):
-            posteriors = [chunk.posterior for chunk in trajectory.chunks]
-            low, mean, high = (
-                (min(posteriors), sum(posteriors) / len(posteriors), max(posteriors)) if posteriors else (None,) * 3
-            )
+        for place, trajectory in zip(places, read_audits(run.folder, places), strict=True):
             prompt = prompts.setdefault(text_of_prompt(trajectory.prompt), len(prompts))
             bits = sum(bool(has(trajectory)) << bit for bit, (_, has) in enumerate(OUTCOMES))
-            rounded = [None if value is None else round(value, 4) for value in (low, mean, high)]
-            place = [len(blocks), len(block)]
-            rows.append([number, trajectory.step, prompt, *rounded, len(posteriors), bits, *place])
+            posteriors = [round(1000 * chunk.posterior) for chunk in trajectory.chunks]
+            rows.append(
+                [number, place.step, place.rank, place.index, prompt, posteriors, bits, len(blocks), len(block)]
+            )
             block.append(_details(run, trajectory))
             if len(block) == BLOCK:
                 blocks.append(_data(f"block-{len(blocks)}", block))
                 block = []
-            kept += 1
         if block:
             blocks.append(_data(f"block-{len(blocks)}", block))
     index = {
         "runs": [run.name for run in runs],
+        "processes": max((row[2] for row in rows), default=0) + 1,
         "outcomes": [name for name, _ in OUTCOMES],
         "prompts": list(prompts),
         "rows": rows,
     }
     left_out = ""
-    if kept < total:
+    total = sum(len(run.places) for run in runs)
+    if len(rows) < total:
         left_out = (
-            f"This file holds {kept:,} of {total:,} audited trajectories, evenly spaced over the run. Raise --max_mib "
-            "for more."
+            f"This file holds {len(rows):,} of {total:,} audited trajectories: those of evenly spaced prompts. Raise "
+            "--max_mib for more."
         )
     elif not total:
         left_out = "Nothing has been audited yet."
     return index, blocks, left_out
 
 
+def _within(runs: Sequence[Run], limit: int) -> list[list[AuditPlace]]:
+    """The audits of each run that are embedded, about `limit` bytes in all.
+
+    They are those of evenly spaced prompts, and the same ones in all runs: a prompt can then be compared at several
+    steps and between runs.
+    """
+    # A recorded audit is compressed as well; in base64 it takes four thirds.
+    weight = {id(place): place.size * 4 / 3 for run in runs for place in run.places}
+    if sum(weight.values()) <= limit:
+        return [run.places for run in runs]
+    groups: dict[str, list[tuple[int, AuditPlace]]] = {}
+    for number, run in enumerate(runs):
+        for place, prompt in zip(run.places, read_prompts(run.folder, run.places), strict=True):
+            groups.setdefault(json.dumps(prompt), []).append((number, place))
+    spaced = _spaced(list(groups.values()), [sum(weight[id(p)] for _, p in group) for group in groups.values()], limit)
+    places = [pair for group in spaced for pair in group]
+    # One prompt may already be more than the limit.
+    places = _spaced(places, [weight[id(place)] for _, place in places], limit)
+    return [sorted(place for at, place in places if at == number) for number in range(len(runs))]
+
+
+def _spaced(items: list[T], sizes: list[float], limit: int) -> list[T]:
+    """Evenly spaced items, at least one, whose sizes add up to about the limit; all of them when they fit."""
+    every = max(1.0, sum(sizes) / limit)
+    return [items[int(k * every)] for k in range(max(1, int(len(items) / every)))]
+
+
 def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
     pieces = run.pieces(trajectory)
+    # Characters before each token.
+    offsets = list(accumulate(map(len, pieces), initial=0))
     chunks = []
     for chunk in trajectory.chunks:
-        start = len(chunk.prefix)
+        start, end = len(chunk.prefix), len(chunk.prefix) + len(chunk.text)
+        fork = start
+        if pieces:
+            start, end, fork = (offsets[position] for position in (chunk.start, chunk.end, chunk.anchor))
         chunks.append(
             {
                 "start": start,
-                "end": start + len(chunk.text),
-                "anchor": start + chunk.fork(pieces),
+                "end": end,
+                "fork": fork,
                 "text": chunk.text,
                 "prior": chunk.prior,
                 "posterior": chunk.posterior,
@@ -151,57 +217,48 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
             }
         )
     last = trajectory.chunks[-1] if trajectory.chunks else None
-    usage = trajectory.usage
-    facts = [f"tokens read {usage.prompt_tokens:,}, written {usage.completion_tokens:,}"]
-    if trajectory.usd is not None:
-        facts.append(f"{trajectory.usd:.5f} dollars")
     return {
         "text": "".join(pieces) or (last.prefix + last.text if last else ""),
         "shades": _shades(map(len, pieces), trajectory.entropies) if trajectory.entropies else [],
         "chunks": chunks,
-        "facts": facts,
+        "facts": facts_of(trajectory),
         "failures": list(trajectory.failures),
     }
 
 
 def _shades(lengths: Iterable[int], entropies: Iterable[float]) -> list[list[int]]:
     """Runs of characters with one shade, as [length, shade]."""
-    runs: list[list[int]] = []
-    for length, entropy in zip(lengths, entropies, strict=False):
-        shade = sum(entropy >= bound for bound in SHADES[1:])
-        if runs and runs[-1][1] == shade:
-            runs[-1][0] += length
-        else:
-            runs.append([length, shade])
-    return runs
+    shaded = zip((bisect(SHADES, entropy) - 1 for entropy in entropies), lengths, strict=False)
+    return [[sum(length for _, length in run), shade] for shade, run in groupby(shaded, key=itemgetter(0))]
 
 
-# ---- Summary and figures ----
+# ---- Sections ----
 
 
 def _summary(run: Run) -> str:
-    def table(rows: Iterable[tuple[str, Any]]) -> str:
-        cells = (
-            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>'
-            for name, value in rows
-        )
-        return f"<table><tbody>{''.join(cells)}</tbody></table>"
-
-    settings = table(run.settings.items())
+    cards = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in run.summary().items()
+    )
+    settings = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td>{_text("" if value is None else value)}</td></tr>'
+        for name, value in run.settings.items()
+    )
+    teacher = run.settings.get("teacher")
     return (
-        f"<h3>{html.escape(run.name)}</h3>\n{table(run.summary().items())}\n"
-        f"<details><summary>All settings of {html.escape(run.name)}</summary>{settings}</details>"
+        f"<h3>{_text(run.name)}</h3>\n"
+        + (f'<p class="muted">Teacher: {_text(short_name(teacher))}</p>\n' if teacher else "")
+        + f'<dl class="cards">{cards}</dl>\n'
+        f"<details><summary>All settings of {_text(run.name)}</summary>"
+        f"<table><tbody>{settings}</tbody></table></details>"
     )
 
 
 def _figures(runs: Sequence[Run]) -> str:
     shown = []
     for figure in Figure.all(runs):
-        light, dark = (
-            f"data:image/svg+xml;base64,{base64.b64encode(figure.svg(dark=dark)).decode()}" for dark in (False, True)
-        )
+        light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in figure.svgs())
         shown.append(
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{html.escape(figure.description)}"></picture></figure>'
+            f'<img src="{light}" alt="{_text(figure.description)}"></picture></figure>'
         )
     return f'<div class="figures">{"".join(shown)}</div>' if shown else "<p>Nothing has been logged yet.</p>"

@@ -3,8 +3,9 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from omniopd_trl.errors import DataError
-from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, list_audits, read_logs, read_settings
+from omniopd_trl.journal.browse import (
+    AuditedTrajectory,
+    AuditPlace,
+    list_audits,
+    read_logs,
+    read_settings,
+    read_spent,
+)
 from omniopd_trl.journal.reader import spent
+from omniopd_trl.teachers.base import text_of_content
 
 
 class Run:
@@ -34,6 +43,7 @@ class Run:
                 "`output_dir` of a run with `save_audits: true`, the default."
             )
         self.name = self.folder.resolve().name
+        self._known: dict[int, str] = {}  # texts of tokens
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -47,12 +57,54 @@ class Run:
         if logs:
             return logs
         states = [*self.folder.glob("checkpoint-*/trainer_state.json"), *self.folder.glob("trainer_state.json")]
-        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
-        return [] if newest is None else json.loads(newest.read_text("utf-8")).get("log_history", [])
+        try:
+            newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+            return [] if newest is None else json.loads(newest.read_text("utf-8")).get("log_history", [])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The logged metrics of {self.folder} cannot be read from trainer_state.json: {error}. If the run is "
+                "saving a checkpoint, try again; otherwise remove the damaged file."
+            ) from error
 
     def series(self, metric: str) -> list[tuple[float, float]]:
-        """As [`series`], from the logged metrics of the run."""
+        """Steps and values of a metric. The last value of a step counts.
+
+        Besides the logged metrics there are `total/prompt_tokens`, `total/completion_tokens` and `total/usd`: what the
+        teacher has been paid up to a step, as the journal counts it; and `share/NAME` for each outcome of a teacher:
+        its share of the samples that were asked for.
+        """
+        kind, _, name = metric.partition("/")
+        if kind == "total":
+            amounts = [usd if name == "usd" else getattr(usage, name) for _, usage, usd in self._spent]
+            totals = accumulate(amount or 0 for amount in amounts)
+            known = any(amount is not None for amount in amounts)
+            return [(step, total) for (step, *_), total in zip(self._spent, totals, strict=True)] if known else []
+        if kind == "share":
+            asked = dict(self._samples())
+            counts = self.series(f"teacher/{name}")
+            return [(step, count / asked[step]) for step, count in counts if asked.get(step)]
         return series(self.logs, metric)
+
+    def names(self, ending: str) -> list[str]:
+        """The logged metrics whose names have this ending."""
+        return sorted({name for entry in self.logs for name in entry if name.endswith(ending)})
+
+    def _samples(self) -> Iterator[tuple[float, float]]:
+        """How many samples an optimizer step asks the teacher for, by logged step."""
+        rollouts = self.settings.get("num_rollouts")
+        steps = len({place.step for place in self.places})
+        if not rollouts or not steps:
+            return
+        trajectories = len(self.places) / steps
+        dropped = dict(self.series("audit/dropped_chunks"))
+        for step, kept in self.series("audit/num_chunks"):
+            share = 1 - dropped.get(step, 0.0)
+            if share > 0:
+                yield step, kept / share * trajectories * rollouts
+
+    @cached_property
+    def _spent(self) -> list[tuple[int, Any, float | None]]:
+        return read_spent(self.folder)
 
     @cached_property
     def places(self) -> list[AuditPlace]:
@@ -60,8 +112,11 @@ class Run:
         return list_audits(self.folder)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
-        """The text of each token of a completion; empty when the run has saved no tokenizer yet."""
-        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids)
+        """The text of each token of a completion; empty when the run has saved no tokenizer yet.
+
+        A token that is a part of a character has no text, and the token that completes the character has all of it.
+        """
+        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids, self._known)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -73,13 +128,19 @@ class Run:
         """The results of the run: names and values for people."""
         usage, usd = spent(self.folder)
         rows = {}
-        scores = self.series("eval_pass@1")
-        if scores:
-            rows["pass@1"] = " → ".join(f"{score:.3f} (step {step:g})" for step, score in (scores[0], scores[-1]))
+        for name in self.names("pass@1"):
+            (first, before), (last, after) = (scores := self.series(name))[0], scores[-1]
+            ends = f"{before:.3f}" if first == last else f"{before:.3f} → {after:.3f}"
+            rows[name.removeprefix("eval_").replace("_", " ")] = ends
+        if self.logs:
+            total = self.settings.get("max_steps") or 0
+            step = max(entry.get("step", 0) for entry in self.logs)
+            rows["step"] = f"{step:,} of {total:,}" if total > 0 else f"{step:,}"
         rows["audited trajectories"] = f"{len(self.places):,}"
-        rows["teacher tokens"] = f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"
+        rows["teacher tokens read"] = f"{usage.prompt_tokens:,}"
+        rows["teacher tokens written"] = f"{usage.completion_tokens:,}"
         if usd:
-            rows["cost"] = f"{usd:,.4f} dollars"
+            rows["US dollars"] = f"{usd:,.2f}" if usd >= 1 else f"{usd:.4f}"
         return rows
 
 
@@ -93,17 +154,98 @@ def series(logs: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[float, 
     return sorted(values.items())
 
 
-def token_texts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
-    """The text of each token.
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str] | None = None) -> list[str]:
+    """The text of each token. One decoding for each different token, since a stream is slow.
 
     A token that is a part of a character has no text, and the token that completes the character has all of it.
+
+    Args:
+        tokenizer: the tokenizer.
+        token_ids: the tokens.
+        known: texts of tokens, to which new ones are added.
     """
-    stream = DecodeStream(skip_special_tokens=True)
-    return [stream.step(tokenizer, token) or "" for token in token_ids]
+    known = {} if known is None else known
+    letter = tokenizer.encode("a", add_special_tokens=False).ids
+
+    def added(ids: list[int]) -> str:
+        """What tokens add to a text that ends with a letter."""
+        return str(tokenizer.decode([*letter, *ids])).removeprefix(tokenizer.decode(letter))
+
+    ids = list(token_ids)
+    for token in {*ids} - known.keys():
+        known[token] = added([token])
+    pieces = [known[token] for token in ids]
+    if ids:
+        pieces[0] = tokenizer.decode(ids[:1])  # some tokenizers drop the space before a first word
+    first = None  # of consecutive tokens that are parts of characters
+    for at, piece in enumerate([*pieces, ""]):
+        if "\ufffd" in piece:
+            first = at if first is None else first
+        elif first is not None:
+            pieces[first:at] = [*[""] * (at - first - 1), added(ids[first:at])]
+            first = None
+    if "".join(pieces) != tokenizer.decode(ids):  # the texts of these tokens depend on their neighbors
+        stream = DecodeStream(skip_special_tokens=True)
+        pieces = [stream.step(tokenizer, token) or "" for token in ids]
+    return pieces
+
+
+def open_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders, with distinct names.
+
+    Raises:
+        DataError: as `Run`.
+    """
+    runs = [Run(folder) for folder in folders]
+    depth = 1
+    while len({run.name for run in runs}) < len({run.folder.resolve() for run in runs}):
+        depth += 1
+        for run in runs:
+            run.name = "/".join(run.folder.resolve().parts[-depth:])
+    return runs
 
 
 def text_of_prompt(prompt: Any) -> str:
     """A prompt as text: the messages of a conversation, each with its role."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    return "\n\n".join(f"{message.get('role')}: {text_of_content(message.get('content')) or ''}" for message in prompt)
+
+
+def short_name(name: str) -> str:
+    """The name of a model, or the end of its path."""
+    path = Path(name)
+    return "/".join(("…", *path.parts[-2:])) if path.is_absolute() else name
+
+
+def visible(text: str) -> str:
+    """A text with escapes for characters that are not printable, other than line breaks and tabs.
+
+    A terminal obeys some of them, and others change the order in which a line is read.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def facts_of(trajectory: AuditedTrajectory) -> list[str]:
+    """What an audit cost, and what happened to its samples, for people."""
+    usage = trajectory.usage
+    read = f"{usage.prompt_tokens:,} tokens read"
+    if usage.cached_tokens:
+        read += f" ({usage.cached_tokens:,} from a cache)"
+    written = f"{usage.completion_tokens:,} written"
+    if usage.reasoning_tokens:
+        written += f" ({usage.reasoning_tokens:,} of reasoning)"
+    facts = [f"teacher {short_name(trajectory.teacher)}"]
+    if trajectory.models:
+        facts.append(f"answered by {', '.join(trajectory.models)}")
+    facts += [read, written]
+    if trajectory.usd is not None:
+        facts.append(f"{trajectory.usd:.5f} dollars")
+    counts: Iterable[tuple[str, int]] = (
+        ("chunks dropped", trajectory.num_dropped),
+        ("rollouts set aside", trajectory.num_set_aside),
+        ("rollouts cut short", trajectory.num_short),
+        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items()),
+    )
+    facts += [f"{name}: {count:,}" for name, count in counts if count]
+    return facts

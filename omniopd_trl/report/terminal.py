@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
-from omniopd_trl.report.runs import text_of_prompt
+from omniopd_trl.report.runs import facts_of, text_of_prompt, visible
 
 # Characters of the student's text that are shown before a chunk, and of the prompt.
 CONTEXT, PROMPT = 240, 600
@@ -68,6 +68,12 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "weight": chunk.weight,
         "trajectory_usage": asdict(trajectory.usage),
         "trajectory_usd": trajectory.usd,
+        "trajectory_chunks": len(trajectory.chunks),
+        "trajectory_dropped_chunks": trajectory.num_dropped,
+        "trajectory_set_aside_rollouts": trajectory.num_set_aside,
+        "trajectory_outcomes": dict(trajectory.outcomes),
+        "trajectory_failures": list(trajectory.failures),
+        "models": list(trajectory.models),
     }
 
 
@@ -90,26 +96,19 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     trajectory, chunk = audited.trajectory, audited.chunk
     fork = chunk.fork(run.pieces(trajectory))
     context = Text(_end(chunk.prefix, CONTEXT), style="dim")
-    student = Text.assemble(
-        (_visible(chunk.text[:fork]), "bold"), ("▏", "cyan"), (_visible(chunk.text[fork:]), "bold")
-    )
+    student = Text.assemble((visible(chunk.text[:fork]), "bold"), ("▏", "cyan"), (visible(chunk.text[fork:]), "bold"))
     rollouts = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("times", "right"), ("similarity", "right"), ("the teacher wrote", "left")):
         rollouts.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for text, count, similarity in chunk.distinct_rollouts():
         style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
-        rollouts.add_row(str(count), f"{similarity:.3f}", Text(_visible(text), style=style))
+        rollouts.add_row(str(count), f"{similarity:.3f}", Text(visible(text), style=style))
     weight = "" if chunk.weight is None else f"   weight {chunk.weight:+.3f}"
-    usage = trajectory.usage
-    cost = "" if trajectory.usd is None else f", {trajectory.usd:.5f} dollars"
     numbers = (
         f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   prior {chunk.prior:.3f}   "
         f"posterior {chunk.posterior:.3f}{weight}"
     )
-    whole = (
-        f"its trajectory: {len(trajectory.chunks)} chunks, {usage.prompt_tokens:,} tokens read and "
-        f"{usage.completion_tokens:,} written{cost}"
-    )
+    whole = f"its trajectory: {len(trajectory.chunks)} chunks, {', '.join(facts_of(trajectory))}"
     body = Group(
         Text(_end(text_of_prompt(trajectory.prompt), PROMPT), style="italic"),
         Text(),
@@ -118,7 +117,8 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         rollouts,
         Text(),
         Text(numbers),
-        Text(whole, style="dim"),
+        Text(visible(whole), style="dim"),
+        *(Text(f"missing: {visible(failure)}", style="dim") for failure in trajectory.failures),
     )
     title = (
         f"step {trajectory.step}, process {trajectory.rank}, trajectory {trajectory.index}, chunk {audited.number + 1}"
@@ -127,10 +127,5 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
 
 
 def _end(text: str, length: int) -> str:
-    text = _visible(text)
+    text = visible(text)
     return text if len(text) <= length else f"…{text[-length:]}"
-
-
-def _visible(text: str) -> str:
-    """A text without control characters other than line breaks and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from omniopd_trl.cli.main import main
+from scripts.chromium import open_page, until
 from tests.support.journals import audit, journal, trajectory
+from tests.support.pages import put, texts
 from tests.support.recorded_runs import record_run
 
 
@@ -45,8 +47,26 @@ def test_the_page_follows_the_run(tmp_path):
             assert "connect-src 'self'" in first
             assert get(f"{address}version") == version
             j.record(0, 0, audit())
-            assert get(f"{address}version") != version
+            # The page is written again after a pause that depends on how long it takes to write.
+            until(lambda: get(f"{address}version") != version)
             assert "Nothing has been audited yet" not in get(address)
+
+
+def test_an_open_page_follows_the_run(tmp_path, browser):
+    """It keeps its filters and the trajectory that is open."""
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(), trajectory()])
+        j.record(0, 0, audit("first"))
+        with served(tmp_path) as address:
+            open_page(browser, f"{address}#t=0.0.0.0")
+            put(browser, "prompt", "2 + 2")
+            until(lambda: texts(browser, "#live") == ["● follows the run"])
+            j.record(0, 1, audit("second"))
+            until(lambda: texts(browser, "#count") == ["2 of 2 trajectories."])
+            assert texts(browser, "#summary dd")[0] == "2"
+            assert browser.execute_script("return document.getElementById('prompt').value") == "2 + 2"
+            assert texts(browser, ".chunk") == ["first"]
+        until(lambda: texts(browser, "#live")[0].startswith("○ not updated"))
 
 
 def test_other_sites_and_paths_are_refused(tmp_path):

@@ -4,7 +4,6 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
@@ -12,12 +11,9 @@ from transformers import AutoTokenizer
 
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
+from scripts.chromium import emulate, open_page, until, use_theme
+from tests.support.pages import put, texts
 from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +35,6 @@ def write(folder, *runs, options=()):
     return path
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the page did not change in time"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture
 def page(browser):
     """A function that opens a page, and checks at the end that it logged no error and asked nothing of a network."""
@@ -66,10 +42,7 @@ def page(browser):
     browser.get_log("performance")
 
     def visit(path, fragment=""):
-        browser.get("about:blank")
-        browser.get(f"{path.as_uri()}{fragment}")
-        until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
-        return browser
+        return open_page(browser, f"{path.as_uri()}{fragment}")
 
     yield visit
     assert browser.get_log("browser") == []
@@ -78,55 +51,56 @@ def page(browser):
     assert [address for address in addresses if not address.startswith(("file:", "data:", "about:"))] == []
 
 
-def texts(browser, selector):
+def values(browser, selector):
     return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)", selector
-    )
-
-
-def put(browser, name, value):
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
-        "e.dispatchEvent(new Event('input', {bubbles: true}));",
-        name,
-        value,
+        "return [...document.querySelectorAll(arguments[0])].map((element) => element.value)", selector
     )
 
 
 @pytest.fixture(scope="module")
 def report(runs, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("report"), runs[0])
+    """The report of the first run, with the folder `figures` beside it."""
+    folder = tmp_path_factory.mktemp("report")
+    return write(folder, runs[0], options=["--figures", str(folder / "figures")])
+
+
+@pytest.fixture(scope="module")
+def both(runs, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("both"), *runs)
 
 
 def test_a_click_shows_the_rollouts_of_a_chunk(report, page):
     browser = page(report)
     browser.find_elements("css selector", "#list a")[1].click()
-    until(lambda: texts(browser, "article .text"))
+    until(lambda: texts(browser, "article h3")[0] == "step 0, trajectory 1")
     assert texts(browser, "article > .text")[0].endswith(RIGHT)
     links = browser.find_elements("css selector", "article .chunk")
     assert [link.text.strip() for link in links][1] == RIGHT
     links[1].click()
     until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
     rows = [re.sub(r"\s+", " ", row) for row in texts(browser, ".rollouts tbody tr")]
-    assert rows[0].startswith(RIGHT)
-    assert rows[0].endswith("31.000")  # three times, similarity 1
-    assert texts(browser, ".rollouts del") == ["51,", "51"]
-    assert texts(browser, ".rollouts ins") == ["61,", "61"]
-    facts = dict(zip(texts(browser, ".panel th[scope=row]"), texts(browser, ".panel th[scope=row] + td"), strict=True))
-    assert facts["similarities, sum of n"] == "3.250 of 4"
+    assert rows[0] == f"the student wrote{RIGHT}"
+    assert rows[1] == f"31.000{RIGHT}"  # three times, similarity 1
+    assert texts(browser, ".rollouts del") == ["51", "51"]
+    assert texts(browser, ".rollouts ins") == ["61", "61"]
+    facts = dict(zip(texts(browser, ".panel dt"), texts(browser, ".panel dd"), strict=True))
+    assert facts["k_sem, sum of similarities"] == "3.250 of 4"
     assert facts["posterior"] == "0.700"
+    (usage,) = texts(browser, ".facts")
+    for fact in ("100 tokens read (10 from a cache)", "30 written", "0.00100 dollars", "rollouts set aside: 2"):
+        assert fact in usage
 
 
 def test_a_link_leads_to_a_chunk(report, page):
-    browser = page(report, "#t=4&c=1")
+    browser = page(report, "#t=0.1.0.0&c=1")
     until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
-    assert texts(browser, "article > h3") == ["step 1"]
+    assert texts(browser, ".head h3") == ["step 1, trajectory 0"]
     (current,) = browser.find_elements("css selector", ".chunk[aria-current]")
     assert current.text.strip() == WRONG
 
 
 def test_the_fork_is_marked(report, page):
-    browser = page(report, "#t=0")
+    browser = page(report, "#t=0.0.0.0")
     until(lambda: texts(browser, "article .chunk"))
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     tokens = tokenizer(STUDENT)["input_ids"]
@@ -140,36 +114,43 @@ def test_the_fork_is_marked(report, page):
         ({"step": "1"}, 4),
         ({"prompt": "HOW MANY"}, 6),
         ({"low": "0.4"}, 6),
-        ({"high": "0.3"}, 6),
-        ({"outcome": "3"}, 12),
-        ({"outcome": "0"}, 0),
+        ({"low": "0.2", "high": "0.4"}, 6),
+        ({"high": "0.1"}, 0),
+        ({"outcome": "a sample was refused"}, 3),
+        ({"outcome": "a chunk was dropped"}, 3),
+        ({"outcome": "a rollout was set aside"}, 3),
+        ({"outcome": "a chunk has no similar rollout"}, 12),
         ({"step": "2", "prompt": "script"}, 2),
     ],
 )
 def test_filters(report, page, filters, number):
     browser = page(report)
+    # Only outcomes that occurred can be chosen.
+    outcomes = dict(zip(texts(browser, "#outcome option"), values(browser, "#outcome option"), strict=True))
+    assert "a rollout started over" not in " ".join(outcomes)
     for name, value in filters.items():
-        put(browser, name, value)
+        put(browser, name, outcomes[f"{value} ({number})"] if name == "outcome" else value)
     assert texts(browser, "#count") == [f"{number} of 12 trajectories."]
     assert len(texts(browser, "#list li")) == number
+    browser.find_element("css selector", "button[type=reset]").click()
+    until(lambda: texts(browser, "#count") == ["12 of 12 trajectories."])
 
 
 def test_order(report, page):
     browser = page(report)
     put(browser, "order", "best")
-    assert "0.440" in texts(browser, "#list li")[0]
+    assert texts(browser, "#list li")[0].startswith("step 0, trajectory 1")
 
 
 def test_the_keyboard(report, page):
     browser = page(report)
     body = browser.find_element("tag name", "body")
-    for key, step in (("j", 0), ("n", 0), ("j", 0), ("j", 0), ("j", 0), ("j", 1)):
+    # The first trajectory is open, with its lowest chunk.
+    for key, step, index in (("n", 0, 0), ("j", 0, 1), ("j", 0, 2), ("j", 0, 3), ("j", 1, 0), ("k", 0, 3)):
         before = browser.execute_script("return location.hash")
         body.send_keys(key)
         until(lambda before=before: browser.execute_script("return location.hash") != before)
-        until(lambda step=step: texts(browser, "article > h3") == [f"step {step}"])
-    body.send_keys("k")
-    until(lambda: texts(browser, "article > h3") == ["step 0"])
+        until(lambda step=step, index=index: texts(browser, ".head h3") == [f"step {step}, trajectory {index}"])
     # Every chunk can be reached with the tabulator, and followed.
     links = browser.find_elements("css selector", "article .chunk")
     browser.execute_script("arguments[0].focus()", links[1])
@@ -178,7 +159,7 @@ def test_the_keyboard(report, page):
 
 
 def test_the_same_prompt_at_two_steps(report, page):
-    browser = page(report, "#t=0")
+    browser = page(report, "#t=0.0.0.0")
     until(lambda: browser.find_elements("id", "compare"))
     other = browser.find_elements("css selector", "#compare option")[-1]
     browser.execute_script(
@@ -186,34 +167,42 @@ def test_the_same_prompt_at_two_steps(report, page):
         other.get_attribute("value"),
     )
     until(lambda: len(texts(browser, "article")) == 2)
-    assert texts(browser, "article > h3") == ["step 0", "step 2"]
+    assert texts(browser, ".head h3") == ["step 0, trajectory 0", "step 2, trajectory 1"]
+    # Both sides show a chunk, and a click opens one of the second.
+    assert texts(browser, ".panel h3") == ["Chunk 1 of 2"] * 2
+    browser.find_elements("css selector", "article:last-child .chunk")[1].click()
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 1 of 2", "Chunk 2 of 2"])
 
 
-def test_two_runs_side_by_side(runs, tmp_path, page):
-    browser = page(write(tmp_path, *runs))
+def test_two_runs_side_by_side(runs, both, page):
+    browser = page(both)
     assert len(texts(browser, "#summary > h3")) == 2
     put(browser, "run", "1")
     assert texts(browser, "#count") == ["20 of 32 trajectories."]
     names = [folder.name for folder in runs]
-    browser.execute_script("location.hash = '#t=0&with=12'")
+    browser.execute_script("location.hash = '#t=0.0.0.0&with=1.0.0.0'")
     until(lambda: len(texts(browser, "article")) == 2)
-    assert texts(browser, "article > h3") == [f"{name}, step 0" for name in names]
+    assert texts(browser, ".head h3") == [f"{name}, step 0, trajectory 0" for name in names]
 
 
 def test_texts_of_models_are_not_markup(report, page):
-    browser = page(report, "#t=2&c=0")
+    browser = page(report, "#t=0.0.0.2&c=0")
     until(lambda: texts(browser, ".panel h3"))
     assert browser.title == "OmniOPD: " + browser.title.removeprefix("OmniOPD: ")
     assert browser.title != "hacked"
     assert any("onerror=" in row for row in texts(browser, ".rollouts .words"))
-    assert "<script>" in texts(browser, ".prompt")[0]
-    assert browser.find_elements("css selector", "#details img, #details script, #list img, #list script") == []
+    (prompt,) = texts(browser, ".prompt")
+    assert "<script>" in prompt
+    # What cannot be seen is shown as an escape.
+    assert prompt.endswith(r"\ufffd \u{2028} \u{202e}gnorw\u{202c} \u{0}".replace(r"\ufffd", "\ufffd"))
+    assert r"gpt-<b>5</b>-\u{1b}[31m" in texts(browser, ".facts")[0]
+    assert r"\u{1b}[2J\u{9b}2J[blink]" in texts(browser, ".failure")[0]
+    assert browser.find_elements("css selector", ":is(#details, #list) :is(img, script, b)") == []
 
 
 def test_the_policy_stops_injected_scripts(report, browser):
     """Even if a text became markup, it could not run."""
-    browser.get(report.as_uri())
-    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    open_page(browser, report.as_uri())
     browser.execute_script(
         "document.body.insertAdjacentHTML('beforeend', arguments[0]);"
         "const script = document.createElement('script');"
@@ -225,15 +214,15 @@ def test_the_policy_stops_injected_scripts(report, browser):
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
 
 
-def test_nothing_scrolls_sideways_on_a_phone(runs, tmp_path, page):
-    browser = page(write(tmp_path, *runs), "#t=2")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    )
+def test_nothing_scrolls_sideways_on_a_phone(both, page):
+    browser = page(both, "#t=0.0.0.2")
+    emulate(browser, 390, 844)
     try:
         until(lambda: texts(browser, ".panel h3"))
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        assert width <= 390
+        for fragment in ("#t=0.0.0.2", "#t=0.0.0.2&with=1.0.0.2"):
+            browser.execute_script("location.hash = arguments[0]", fragment)
+            until(lambda fragment=fragment: len(texts(browser, "article")) == 1 + ("with" in fragment))
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -242,21 +231,47 @@ def test_nothing_scrolls_sideways_on_a_phone(runs, tmp_path, page):
 def test_accessibility(report, page, theme):
     """axe-core finds no violation, with a chunk open."""
     axe = pytest.importorskip("axe_core_python.selenium", reason="needs axe-core-python")
-    browser = page(report, "#t=1&c=1")
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    )
+    browser = page(report, "#t=0.0.0.1&c=1")
+    use_theme(browser, theme)
     until(lambda: texts(browser, ".panel h3"))
     # As a debugger's code, since the page's policy allows no other script.
     violations = axe.Axe().run(browser)["violations"]
     assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == []
 
 
-def test_figures(runs, tmp_path, page):
-    browser = page(write(tmp_path, runs[0], options=["--figures", str(tmp_path / "figures")]))
+def test_characters_outside_the_basic_plane(tmp_path, page):
+    """Python and JavaScript count them differently, and the outlines are in the right place."""
+    record_run(tmp_path, 1, student="😀 Leo 👩‍🚀 wins 9: 42 + 9 = ")
+    browser = page(write(tmp_path, tmp_path), "#t=0.0.0.0")
+    assert texts(browser, "article > .text")[0].startswith("😀 Leo 👩‍🚀 wins")
+    assert texts(browser, ".chunk")[1] == WRONG
+
+
+def test_a_part_of_a_large_run(tmp_path, page):
+    """What is left out is stated, and each prompt that is shown has all its trajectories in all runs."""
+    runs = [record_run(tmp_path / name, 12, different_prompts=6) for name in ("a", "b")]
+    browser = page(write(tmp_path, *runs, options=["--max_mib", "0.02"]))
+    (said,) = texts(browser, "#left-out")
+    kept = int(re.fullmatch(r"This file holds (\d+) of 96 audited trajectories.*", said)[1])
+    assert 0 < kept < 96
+    assert kept % 16 == 0  # 8 of each of 6 prompts in both runs
+    assert len(texts(browser, "#compare option")) == 16
+
+
+def test_a_run_without_a_tokenizer(tmp_path, page):
+    (record_run(tmp_path, 1) / "tokenizer.json").unlink()
+    browser = page(write(tmp_path, tmp_path), "#t=0.0.0.0")
+    assert texts(browser, ".chunk")[1] == WRONG
+
+
+def test_figures(report, page):
+    browser = page(report)
     descriptions = [image.get_attribute("alt") for image in browser.find_elements("css selector", "figure img")]
     assert descriptions[0] == "Chunk loss over 3 steps: chunk loss from 1 to 0.25."
     widths = browser.execute_script("return [...document.querySelectorAll('figure img')].map((i) => i.naturalWidth)")
     assert all(widths)
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {f"{name}.{kind}" for name in ("chunk_loss", "kl", "pass_at_1") for kind in ("svg", "png")}
+    names = {path.name for path in (report.parent / "figures").iterdir()}
+    written = ("chunk_loss", "kl", "pass_at_1", "tokens_total", "dollars")
+    assert names == {f"{name}.{kind}" for name in written for kind in ("svg", "png")}
+    # The last two count what the journal holds: four trajectories at each of three steps.
+    assert "Cost so far over 2 steps: dollars from 0.004 to 0.012." in descriptions

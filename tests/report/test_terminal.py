@@ -3,13 +3,16 @@
 """`omniopd audits` shows the chunks that were asked for, also while the run writes."""
 
 import json
+import re
 import subprocess
 import sys
-import time
 
 import pytest
 
+from omniopd_trl.audits.types import Audit
 from omniopd_trl.cli.main import main
+from omniopd_trl.journal import browse
+from omniopd_trl.journal.schema import Shown
 from omniopd_trl.teachers import Usage
 from tests.support.journals import audit, journal, trajectory
 from tests.support.recorded_runs import RIGHT, WRONG, record_run
@@ -37,10 +40,32 @@ def test_a_chunk_beside_its_rollouts(run, capsys):
     assert text.count(WRONG) == 1
 
 
-def test_control_characters_are_escaped(run, capsys):
-    text = shown(capsys, run, "--worst", 1)
-    assert "\x1b" not in text
-    assert r"\x1b[2J" in text
+def test_texts_of_models_are_not_interpreted(run, capsys):
+    """Neither by the terminal nor by rich: not in a prompt, a rollout, a failure or the name of a model."""
+    text = shown(capsys, run, "--prompt", "hacked", "--worst", 1)
+    assert not {"\x1b", "\x9b", "\0", "\u202e", "\u2028", "\ud83d"} & {*text}
+    unwrapped = re.sub(r"[│\s]+", "", text)
+    assert unwrapped.count(r"\x1b[2J\x9b2J[blink]b[/blink][link=http://evil.example]l[/]") == 2
+    assert r"gpt-<b>5</b>-\x1b[31m" in unwrapped
+    assert r"\ud83d\u2028\u202egnorw\u202c\x00" in unwrapped
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_an_audit_in_numbers(run, capsys):
+    """What was lost is shown with the chunks that are left."""
+    (chunk,) = chunks(capsys, run, "--step", 2, "--best", 1)
+    assert (chunk["index"], chunk["trajectory_set_aside_rollouts"], chunk["trajectory_chunks"]) == (1, 2, 2)
+    assert "rollouts set aside: 2" in shown(capsys, run, "--step", 2, "--best", 1)
+    (first, *_) = (c for c in chunks(capsys, run, "--step", 2, "--worst", 8) if c["index"] == 0)
+    assert first["trajectory_dropped_chunks"] == 1
+
+
+def test_a_reader_that_stops(run):
+    """A pipe that is closed early ends the command without a traceback."""
+    command = [sys.executable, "-m", "omniopd_trl.cli.main", "audits", str(run), "--worst", "24", "--jsonl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.wait(20), process.stderr.read()) == (1, b"")
 
 
 def test_the_last_step_is_the_default(run, capsys):
@@ -112,12 +137,18 @@ def test_it_starts_without_torch(run):
     )
 
 
-def test_ten_thousand_audits(tmp_path, capsys):
+@pytest.mark.parametrize(("selection", "number"), [("--worst", 3 + 4), ("--best", 3 + 4), ("--random", 3)])
+def test_a_selection_reads_few_audits(tmp_path, capsys, monkeypatch, selection, number):
+    """Only the selected audits are read, and those of the step that is not finished; never those without a chunk."""
     with journal(tmp_path) as j:
-        for step in range(10):
-            j.record_trajectories(step, [trajectory()] * 1000)
-            for index in range(1000):
-                j.record(step, index, audit())
-    start = time.process_time()
-    assert len(chunks(capsys, tmp_path, "--worst", 3)) == 3
-    assert time.process_time() - start < 1
+        for step in range(5):
+            j.record_trajectories(step, [trajectory()] * 4)
+            for index in range(4):
+                j.record(step, index, audit() if step else Audit())
+            if step < 4:
+                ends = (1 / 3, 1 / 3) if step else (None, None)
+                j.record_shown(step, [Shown(index, *ends, [], [1.0] * bool(step)) for index in range(4)])
+    read, places = browse._read, []
+    monkeypatch.setattr(browse, "_read", lambda path, db, place: places.append(place) or read(path, db, place))
+    assert len(chunks(capsys, tmp_path, selection, 3)) == 3
+    assert len(places) == number

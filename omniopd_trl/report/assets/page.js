@@ -2,85 +2,127 @@
 // Texts of models are untrusted: they are set as text, never as markup.
 (async () => {
   const $ = (id) => document.getElementById(id);
-  const make = (tag, properties = {}, ...children) => {
+  // Characters that cannot be seen and change how others are shown, such as the order of a line, become escapes.
+  const HIDDEN = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\u{e0000}-\u{e007f}]/gu;
+  const visible = (text) => text.replace(HIDDEN, (c) => ("\n\t".includes(c) ? c : `\\u{${c.codePointAt(0).toString(16)}}`));
+  const plain = (text) => document.createTextNode(visible(text));
+  const make = (tag, { text, ...properties } = {}, ...children) => {
     const element = Object.assign(document.createElement(tag), properties);
+    if (text !== undefined) element.append(plain(String(text)));
     element.append(...children);
     return element;
   };
   const unpack = async (id) => {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const packed = atob($(id).textContent);
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i); // `Uint8Array.from` is many times slower
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
   const number = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
+  const level = (posterior) => (posterior < 1 / 3 ? "low" : posterior < 2 / 3 ? "middle" : "high");
 
-  const index = await unpack("index");
-  // Columns: run, step, prompt, lowest, mean and highest posterior of its chunks, chunks, outcomes, block, row.
-  const rows = index.rows.map(([run, step, prompt, low, mean, high, chunks, outcomes, block, row], id) => (
-    { id, run, step, prompt, low, mean, high, chunks, outcomes, block, row }
-  ));
-  const blocks = new Map();
+  // ---- The data ----
+  let index = null;
+  let rows = [];
+  let byKey = new Map();
+  let blocks = new Map();
+  let drawn = null; // the link of what is shown
+  const load = async () => {
+    index = await unpack("index");
+    rows = index.rows.map(([run, step, process, place, prompt, posteriors, outcomes, block, at]) => (
+      { key: [run, step, process, place].join("."), run, step, process, place, prompt, posteriors, outcomes, block, at,
+        low: Math.min(...posteriors) / 1000, high: Math.max(...posteriors) / 1000 }
+    ));
+    byKey = new Map(rows.map((row) => [row.key, row]));
+    blocks = new Map();
+    drawn = null;
+    const options = (id, first, names) => {
+      const before = $(id).value;
+      $(id).replaceChildren(make("option", { value: "", text: first }),
+        ...names.map(([value, text]) => make("option", { value, text })));
+      $(id).value = before;
+    };
+    options("run", "all", [...index.runs.entries()]);
+    document.querySelector(".run").hidden = index.runs.length < 2;
+    options("outcome", "any", index.outcomes.map((name, bit) => [bit, name, rows.filter((row) => row.outcomes & (1 << bit)).length])
+      .filter(([, , count]) => count).map(([bit, name, count]) => [bit, `${name} (${count})`]));
+  };
   const audit = async (row) => {
     if (!blocks.has(row.block)) {
-      if (blocks.size > 7) blocks.delete(blocks.keys().next().value);
+      if (blocks.size > 24) blocks.delete(blocks.keys().next().value); // enough for the trajectories that are listed
       blocks.set(row.block, unpack(`block-${row.block}`));
     }
-    return (await blocks.get(row.block))[row.row];
+    return (await blocks.get(row.block))[row.at];
   };
 
   // ---- The list ----
-  for (const [i, name] of [...index.runs.entries()]) $("run").append(make("option", { value: i, textContent: name }));
-  if (index.runs.length < 2) document.querySelector(".run").hidden = true;
-  else $("run").prepend(make("option", { value: "", textContent: "all", selected: true }));
-  $("outcome").append(make("option", { value: "", textContent: "any" }));
-  for (const [i, name] of index.outcomes.entries()) $("outcome").append(make("option", { value: i, textContent: name }));
-
   const SHOWN = 200;
   let found = [];
   let current = null;
   let other = null;
   let chunk = null;
-  const within = () => {
-    const one = index.runs.length < 2;
-    const run = one || $("run").value === "" ? null : Number($("run").value);
-    const step = $("step").value === "" ? null : Number($("step").value);
+  const matching = () => {
+    const value = (id) => ($(id).value === "" ? null : Number($(id).value));
+    const [run, step, low, high, outcome] = ["run", "step", "low", "high", "outcome"].map(value);
     const text = $("prompt").value.toLowerCase();
-    const low = $("low").value === "" ? -Infinity : Number($("low").value);
-    const high = $("high").value === "" ? Infinity : Number($("high").value);
-    const outcome = $("outcome").value === "" ? null : Number($("outcome").value);
-    const bounded = low > -Infinity || high < Infinity;
     const matches = text && index.prompts.map((prompt) => prompt.toLowerCase().includes(text));
+    const within = (posterior) => (low === null || posterior >= 1000 * low) && (high === null || posterior <= 1000 * high);
     return rows.filter((row) => (run === null || row.run === run) && (step === null || row.step === step)
       && (!text || matches[row.prompt]) && (outcome === null || row.outcomes & (1 << outcome))
-      && (!bounded || (row.mean !== null && row.mean >= low && row.mean <= high)));
+      && ((low === null && high === null) || row.posteriors.some(within)));
   };
-  const label = (row) => `${index.runs.length > 1 ? `${index.runs[row.run]}, ` : ""}step ${row.step}`;
+  const label = (row) => [...(index.runs.length > 1 ? [index.runs[row.run]] : []), `step ${row.step}`,
+    ...(index.processes > 1 ? [`process ${row.process}`] : []), `trajectory ${row.place}`].join(", ");
+  const strip = (row) => {
+    const text = row.posteriors.length ? `posteriors ${row.posteriors.map((p) => number(p / 1000, 2)).join(", ")}` : "no chunk";
+    const element = make("span", { className: "strip", title: text },
+      ...row.posteriors.map((posterior) => make("i", { className: level(posterior / 1000) })));
+    // The height shows it, too: not every reader sees the colors.
+    row.posteriors.forEach((posterior, at) => { element.children[at].style.height = `${15 + 0.085 * posterior}%`; });
+    element.setAttribute("role", "img");
+    element.setAttribute("aria-label", text);
+    return element;
+  };
   const fill = () => {
-    found = within();
+    found = matching();
     const order = $("order").value;
-    if (order === "worst") found.sort((a, b) => (a.low ?? 2) - (b.low ?? 2));
-    if (order === "best") found.sort((a, b) => (b.high ?? -1) - (a.high ?? -1));
+    if (order === "worst") found.sort((a, b) => a.low - b.low);
+    if (order === "best") found.sort((a, b) => b.high - a.high);
     // A window around the current trajectory, so that keys reach all of them.
-    const at = Math.max(0, found.indexOf(current));
-    const first = Math.max(0, at - SHOWN / 2);
+    const first = Math.max(0, found.indexOf(current) - SHOWN / 2);
     const shown = found.slice(first, first + SHOWN);
     $("list").firstElementChild.replaceChildren(...shown.map((row) => {
-      const link = make("a", { href: `#t=${row.id}` },
-        `${label(row)} `, make("small", { textContent: `${row.chunks} chunks, posterior ${number(row.mean)}` }),
-        make("br"), make("small", { textContent: index.prompts[row.prompt].slice(-90) }));
-      if (row === current) link.setAttribute("aria-current", "true");
+      const link = make("a", { href: `#t=${row.key}` },
+        make("span", { className: "line" }, make("span", { text: label(row) }), strip(row)),
+        make("small", { className: "excerpt", text: index.prompts[row.prompt].slice(-160) }));
+      link.dataset.key = row.key;
       return make("li", {}, link);
     }));
     const window = found.length > SHOWN ? `; ${first + 1} to ${first + shown.length} are listed` : "";
     $("count").textContent = `${found.length} of ${rows.length} trajectories${window}.`;
-    $("list").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+    mark();
+  };
+  const mark = () => {
+    $("list").querySelector("[aria-current]")?.removeAttribute("aria-current");
+    const link = current && $("list").querySelector(`[data-key="${current.key}"]`);
+    link?.setAttribute("aria-current", "true");
+    // Not `scrollIntoView`, which would also scroll the page.
+    if (link) {
+      const [inner, outer] = [link.getBoundingClientRect(), $("list").getBoundingClientRect()];
+      if (inner.top < outer.top) $("list").scrollTop -= outer.top - inner.top;
+      if (inner.bottom > outer.bottom) $("list").scrollTop += inner.bottom - outer.bottom;
+    }
+    return Boolean(link);
   };
 
   // ---- One trajectory ----
+  const segmenter = new Intl.Segmenter("en", { granularity: "word" });
+  const words = (text) => Array.from(segmenter.segment(text), ({ segment }) => segment);
   // Differences by words: the longest common subsequence.
   const difference = (before, after) => {
-    const [a, b] = [before, after].map((text) => text.match(/\s+|[^\s]+/g) ?? []);
-    if (a.length * b.length > 250000) return [document.createTextNode(after)];
+    const [a, b] = [words(before), words(after)];
+    if (a.length * b.length > 250000) return [plain(after)];
     const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
     for (let i = a.length - 1; i >= 0; i--) {
       for (let j = b.length - 1; j >= 0; j--) {
@@ -99,104 +141,126 @@
       else if (i < a.length && (j === b.length || length[i + 1][j] >= length[i][j + 1])) add("del", a[i++]);
       else add("ins", b[j++]);
     }
-    return parts.map(([tag, text]) => (tag ? make(tag, { textContent: text }) : document.createTextNode(text)));
+    return parts.map(([tag, text]) => (tag ? make(tag, { text }) : plain(text)));
   };
 
   const panel = (audit, at) => {
     const { text, prior, posterior, weight, rollouts, k, n } = audit.chunks[at];
-    const values = [["similarities, sum of n", `${number(k)} of ${n}`], ["prior", number(prior)],
-      ["posterior", number(posterior)], ["weight", number(weight)]];
-    const table = make("table", {}, make("tbody", {}, ...values.map(([name, value]) => (
-      make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: value }))))));
-    const head = make("thead", {}, make("tr", {}, ...["the teacher wrote, against the student", "times", "similarity"].map(
-      (name) => make("th", { scope: "col", textContent: name }))));
-    const body = make("tbody", {}, ...rollouts.map(([words, count, similarity]) => make("tr", {},
-      make("td", { className: "words" }, ...difference(text, words)),
-      make("td", { textContent: count }), make("td", { textContent: number(similarity) }))));
-    return [make("h3", { textContent: `Chunk ${at + 1} of ${audit.chunks.length}` }),
-      make("p", { className: "text chunk-text", textContent: text }), table,
+    const values = [["k_sem, sum of similarities", `${number(k)} of ${n}`], ["prior", number(prior)],
+      ["posterior", number(posterior)], ["weight in the loss", number(weight)]];
+    const cards = make("dl", { className: "cards" }, ...values.map(([name, value]) => (
+      make("div", {}, make("dt", { text: name }), make("dd", { text: value })))));
+    const head = make("thead", {}, make("tr", {}, ...["times", "similarity", "the teacher wrote (words that differ are marked)"].map(
+      (name) => make("th", { scope: "col", text: name }))));
+    const similarity = (value) => {
+      const bar = make("meter", { min: 0, max: 1, value });
+      bar.setAttribute("aria-hidden", "true");
+      return make("td", {}, bar, plain(number(value)));
+    };
+    const student = make("tr", { className: "student" }, make("td", { colSpan: 2, text: "the student wrote" }),
+      make("td", { className: "words", text }));
+    const body = make("tbody", {}, student, ...rollouts.map(([rollout, count, value]) => make("tr", {},
+      make("td", { text: count }), similarity(value),
+      make("td", { className: "words" }, ...difference(text, rollout)))));
+    return [make("h3", { text: `Chunk ${at + 1} of ${audit.chunks.length}` }), cards,
       make("table", { className: "rollouts" }, head, body)];
   };
 
-  const shaded = (audit) => {
-    // Offsets at which shading or outline change.
+  // Text nodes and spans for the characters from `start` to `end`. Offsets count characters, as Python does.
+  const spansOf = (audit) => {
+    const characters = Array.from(audit.text);
     const pieces = [];
     let offset = 0;
-    for (const [length, level] of audit.shades) { pieces.push([offset, offset + length, level]); offset += length; }
-    if (offset < audit.text.length) pieces.push([offset, audit.text.length, 0]);
-    const spans = (start, end, fork) => {
+    for (const [length, shade] of audit.shades) { pieces.push([offset, offset + length, shade]); offset += length; }
+    if (offset < characters.length) pieces.push([offset, characters.length, 0]);
+    const spans = (start, end, fork = -1) => {
       const parts = [];
-      for (const [from, to, level] of pieces) {
+      for (const [from, to, shade] of pieces) {
+        if (to <= start || from >= end) continue;
         for (const [a, b] of fork > from && fork < to ? [[from, fork], [fork, to]] : [[from, to]]) {
-          const text = audit.text.slice(Math.max(a, start), Math.min(b, end));
-          if (Math.max(a, start) >= Math.min(b, end)) continue;
-          const classes = [level ? `e${level}` : "", a === fork || (fork === start && Math.max(a, start) === start) ? "fork" : ""];
-          const name = classes.filter(Boolean).join(" ");
-          parts.push(name ? make("span", { className: name, textContent: text }) : document.createTextNode(text));
+          const [first, last] = [Math.max(a, start), Math.min(b, end)];
+          if (first >= last) continue;
+          const text = characters.slice(first, last).join("");
+          const name = [...(shade ? [`e${shade}`] : []), ...(first === fork ? ["fork"] : [])].join(" ");
+          parts.push(name ? make("span", { className: name, text }) : plain(text));
         }
       }
       return parts;
     };
-    return spans;
+    return [spans, characters.length];
   };
+
+  const LEGEND = () => make("p", { className: "legend" },
+    make("span", {}, make("i", { className: "low" }), "posterior below ⅓", make("i", { className: "middle" }), "below ⅔",
+      make("i", { className: "high" }), "above"),
+    make("span", {}, "entropy ", ...["0.05", "0.25", "0.75", "1.5", "2.5"].map((bound, i) => make("span", { className: `e${i + 1}`, text: bound })), " nats"),
+    make("span", {}, make("span", { className: "fork", text: "" }), "fork: the token with the highest entropy of its chunk"));
 
   const article = async (row, linked) => {
     const audit_ = await audit(row);
-    const spans = shaded(audit_);
+    const [spans, length] = spansOf(audit_);
     const body = make("p", { className: "text" });
     let offset = 0;
     audit_.chunks.forEach((part, at) => {
       const start = Math.max(offset, part.start); // chunks may overlap
-      body.append(...spans(offset, start, -1));
-      const title = `Chunk ${at + 1}, posterior ${number(part.posterior)}`;
-      const link = make("a", { className: "chunk", href: `#t=${linked}&c=${at}${other && row === other ? "&in=other" : ""}`, title },
-        ...spans(start, part.end, part.anchor));
+      body.append(...spans(offset, start));
+      const link = make("a", { className: `chunk ${level(part.posterior)}`, href: `#t=${linked}&c=${at}${row === other ? "&in=other" : ""}`,
+        title: `Chunk ${at + 1}, posterior ${number(part.posterior)}` }, ...spans(start, part.end, Math.max(start, part.fork)));
       link.dataset.chunk = at;
       body.append(link);
       offset = Math.max(offset, part.end);
     });
-    body.append(...spans(offset, audit_.text.length, -1));
-    const facts = [`${label(row)}`, ...audit_.facts].join(" · ");
+    body.append(...spans(offset, length));
+    const prompt = make("p", { className: "prompt", tabIndex: 0, text: index.prompts[row.prompt] });
+    prompt.setAttribute("role", "region");
+    prompt.setAttribute("aria-label", "Prompt");
     const result = make("article", {},
-      make("h3", { textContent: label(row) }), make("p", { className: "muted", textContent: facts }),
-      make("p", { className: "prompt", tabIndex: 0, textContent: index.prompts[row.prompt] }), body,
-      ...audit_.failures.map((text) => make("p", { className: "muted", textContent: `Dropped: ${text}` })));
-    result.querySelector(".prompt").setAttribute("role", "region");
-    result.querySelector(".prompt").setAttribute("aria-label", "Prompt");
-    result.append(make("div", { className: "panel" }));
+      make("div", { className: "head" }, make("h3", { text: label(row) })),
+      make("h4", { text: "Prompt" }), prompt,
+      make("h4", { text: "The student's answer" }), body, LEGEND(),
+      make("div", { className: "panel" }),
+      make("p", { className: "muted facts", text: `The whole trajectory: ${audit_.facts.join(" · ")}` }),
+      ...audit_.failures.map((text) => make("p", { className: "muted failure", text: `Missing: ${text}` })));
     return [result, audit_];
   };
 
+  const comparison = (row) => {
+    const same = rows.filter((each) => each.prompt === row.prompt && each !== row);
+    const select = make("select", { id: "compare" }, make("option", { value: "", text: "nothing" }),
+      ...same.slice(0, 500).map((each) => make("option", { value: each.key, text: label(each), selected: each === other })));
+    select.addEventListener("change", () => { location.hash = `t=${row.key}${select.value === "" ? "" : `&with=${select.value}`}`; });
+    return same.length ? make("label", {}, "Same prompt beside ", select) : "";
+  };
+
+  let columns = []; // of each trajectory that is shown, its element and its audit
   const show = async () => {
     const asked = new URLSearchParams(location.hash.slice(1));
-    if (!asked.has("t")) return;
-    const row = rows[Number(asked.get("t"))];
+    // Without a link, the first one with a chunk that the teacher would not have written is open.
+    const row = byKey.get(asked.get("t")) ?? (current && byKey.get(current.key)) ?? found.find((each) => each.low < 1 / 3) ?? found[0];
     if (!row) return;
-    other = asked.has("with") ? rows[Number(asked.get("with"))] ?? null : null;
-    chunk = asked.has("c") ? Number(asked.get("c")) : null;
-    const changed = row !== current;
     current = row;
-    const linked = `${row.id}${other ? `&with=${other.id}` : ""}`;
-    const columns = await Promise.all((other ? [row, other] : [row]).map((each) => article(each, linked)));
-    if (current !== row) return; // another one was chosen in the meantime
-    const same = rows.filter((each) => each.prompt === row.prompt && each !== row);
-    const compare = make("select", { id: "compare" }, make("option", { value: "", textContent: "nothing" }),
-      ...same.slice(0, 500).map((each) => make("option", { value: each.id, textContent: `${label(each)} (${each.id})`, selected: each === other })));
-    compare.addEventListener("change", () => { location.hash = `t=${row.id}${compare.value === "" ? "" : `&with=${compare.value}`}`; });
-    const tools = make("label", {}, "Compare the same prompt with ", compare);
-    columns[0][0].children[1].after(tools);
-    if (!same.length) tools.hidden = true;
+    other = byKey.get(asked.get("with")) ?? null;
+    const linked = `${row.key}${other ? `&with=${other.key}` : ""}`;
+    if (linked !== drawn) {
+      const made = await Promise.all((other ? [row, other] : [row]).map((each) => article(each, linked)));
+      if (current !== row) return; // another one was chosen in the meantime
+      made[0][0].querySelector(".head").append(comparison(row));
+      [columns, drawn] = [made, linked];
+    }
+    const wanted = asked.has("c") ? Number(asked.get("c")) : null;
+    const chosen = asked.get("in") === "other" && other ? 1 : 0;
+    columns.forEach(([element, audit_], at) => {
+      const { chunks } = audit_;
+      if (!chunks.length) return;
+      const lowest = chunks.reduce((best, part, i) => (part.posterior < chunks[best].posterior ? i : best), 0);
+      const open = at === chosen && chunks[wanted] ? wanted : lowest;
+      if (at === chosen) chunk = open;
+      element.querySelector(".panel").replaceChildren(...panel(audit_, open));
+      element.querySelector(".chunk[aria-current]")?.removeAttribute("aria-current");
+      element.querySelector(`[data-chunk="${open}"]`).setAttribute("aria-current", "true");
+    });
     $("details").replaceChildren(...columns.map(([element]) => element));
-    const where = asked.get("in") === "other" && other ? columns[1] : columns[0];
-    const [element, audit_] = where;
-    if (chunk === null && audit_.chunks.length) {
-      chunk = audit_.chunks.reduce((best, part, at) => (part.posterior < audit_.chunks[best].posterior ? at : best), 0);
-    }
-    if (chunk !== null && audit_.chunks[chunk]) {
-      element.querySelector(".panel").replaceChildren(...panel(audit_, chunk));
-      element.querySelector(`[data-chunk="${chunk}"]`)?.setAttribute("aria-current", "true");
-    }
-    if (changed) fill();
+    if (!mark()) fill();
   };
 
   document.addEventListener("keydown", (event) => {
@@ -205,34 +269,48 @@
     const turn = { n: 1, p: -1 }[event.key];
     if (move && found.length) {
       const at = found.indexOf(current);
-      const next = found[at < 0 ? 0 : Math.min(found.length - 1, Math.max(0, at + move))];
-      location.hash = `t=${next.id}`;
+      location.hash = `t=${found[at < 0 ? 0 : Math.min(found.length - 1, Math.max(0, at + move))].key}`;
     }
-    if (turn && current) {
-      const next = Math.min(current.chunks - 1, Math.max(0, (chunk ?? -1) + turn));
-      if (current.chunks) location.hash = `t=${current.id}${other ? `&with=${other.id}` : ""}&c=${next}`;
+    if (turn && current?.posteriors.length) {
+      const last = current.posteriors.length - 1;
+      location.hash = `t=${current.key}${other ? `&with=${other.key}` : ""}&c=${Math.min(last, Math.max(0, (chunk ?? -1) + turn))}`;
     }
   });
   $("filters").addEventListener("input", fill);
+  $("filters").addEventListener("reset", () => setTimeout(fill));
   $("filters").addEventListener("submit", (event) => event.preventDefault());
   window.addEventListener("hashchange", show);
+  await load();
   fill();
   await show();
   document.documentElement.dataset.ready = "true";
 
-  if (index.live) {
-    let version = null;
-    const look = async () => {
-      try {
-        const now = await (await fetch("version", { cache: "no-store" })).text();
-        if (version !== null && now !== version) return location.reload();
-        version = now;
-      } catch {
-        $("count").textContent += " The server has ended.";
-        return;
+  // ---- Beside a run that writes ----
+  if (!index.live) return;
+  const ask = async (path) => {
+    const answer = await fetch(path, { cache: "no-store" });
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(text);
+    return text;
+  };
+  let version = null;
+  const look = async () => {
+    try {
+      const now = await ask("version");
+      if (version !== null && now !== version) {
+        const page = new DOMParser().parseFromString(await ask("."), "text/html");
+        for (const id of ["sections", "left-out", "data"]) $(id).replaceWith(document.importNode(page.getElementById(id), true));
+        await load();
+        fill();
+        await show();
       }
-      setTimeout(look, 3000);
-    };
-    look();
-  }
+      version = now;
+      $("live").textContent = "● follows the run";
+    } catch (error) {
+      $("live").textContent = visible(`○ not updated: ${error.message}`);
+    }
+    $("live").hidden = false;
+    setTimeout(look, 3000);
+  };
+  look();
 })();

@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Both commands on journals of any kind: empty, of an earlier version, being written, damaged."""
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from omniopd_trl.cli.main import main
+from omniopd_trl.journal.browse import list_audits, read_audits, read_prompts, read_spent
+from omniopd_trl.journal.file import journal_path
+from omniopd_trl.journal.schema import ADDED
+from omniopd_trl.teachers import Usage
+from tests.support.journals import audit, journal, trajectory
+from tests.support.recorded_runs import record_run
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("good"), 3)
+
+
+@pytest.fixture
+def run(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "run")
+
+
+def change(run, *statements):
+    with closing(sqlite3.connect(journal_path(run, 0))) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+
+
+def truncated(run):
+    path = journal_path(run, 0)
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+def overwritten(run):
+    path = journal_path(run, 0)
+    data = bytearray(path.read_bytes())
+    data[16384:] = bytes(len(data) - 16384)
+    path.write_bytes(data)
+
+
+def another_file(run):
+    journal_path(run, 0).write_bytes(b"not a database, but a text that somebody put here" * 99)
+
+
+def without_records(run):
+    change(run, "DELETE FROM trajectories")
+
+
+def of_another_teacher(run):
+    change(run, "UPDATE audits SET payload = (SELECT payload FROM trajectories LIMIT 1)")
+
+
+def newer(run):
+    change(run, "PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize("command", ["audits", "report"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncated, "is damaged"),
+        (overwritten, "is damaged"),
+        (another_file, "is damaged"),
+        (without_records, "is damaged: a record is missing"),
+        (of_another_teacher, "is damaged: the checksum of a record does not match"),
+        (newer, "has schema version 99"),
+    ],
+)
+def test_a_damaged_journal(run, damage, said, command, capsys):
+    """One line says what is wrong, and nothing is written over an earlier report."""
+    (run / "report.html").write_text("an earlier report")
+    damage(run)
+    assert main([command, str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("JournalError: ")
+    assert said in error
+    assert (run / "report.html").read_text() == "an earlier report"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_journal_of_an_earlier_version(run, version, capsys):
+    tables = [table for since, added in ADDED.items() if since > version for table in added]
+    change(run, *(f"DROP TABLE {table}" for table in tables), f"PRAGMA user_version = {version}")
+    assert main(["audits", str(run), "--worst", "2", "--json"]) == 0
+    assert [chunk["posterior"] for chunk in json.loads(capsys.readouterr().out)] == [0.18, 0.18]
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_run_that_has_audited_nothing(tmp_path, capsys):
+    with journal(tmp_path):
+        assert main(["report", str(tmp_path)]) == 0
+        assert "Nothing has been audited yet." in (tmp_path / "report.html").read_text()
+        assert main(["audits", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"DataError: {tmp_path} holds no finished audit yet.\n"
+
+
+def test_damaged_metrics(run, capsys):
+    (run / "trainer_state.json").write_text('{"log_history": [')
+    assert main(["report", str(run)]) == 1
+    assert "cannot be read from trainer_state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-o", "{run}"], "cannot be written"),
+        (["-o", "{run}/trainer_state.json/report.html"], "cannot be written"),
+        (["--live", "--figures", "figures"], "--live writes no file"),
+    ],
+)
+def test_places_that_cannot_be_written(run, options, said, capsys):
+    (run / "trainer_state.json").write_text("{}")
+    assert main(["report", str(run), *(option.format(run=run) for option in options)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_audit_that_two_sessions_paid(tmp_path):
+    """What a resumed run finished counts with what the killed one had paid; a superseded attempt does not."""
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(1)])
+        j.record_usage(0, 0, Usage(5), 0.5)
+    with journal(tmp_path) as j:
+        j.record_trajectories(0, [trajectory(2)])
+        j.record_usage(0, 0, Usage(10), 1.0)
+    with journal(tmp_path) as j:
+        j.begin(0)
+        j.record_usage(0, 0, Usage(20), 2.0)
+        j.record(0, 0, audit())
+    (place,) = list_audits(tmp_path)
+    (trajectory_,) = read_audits(tmp_path, [place])
+    assert (trajectory_.usage, trajectory_.usd) == (Usage(30), 3.0)
+    assert read_spent(tmp_path) == [(0, Usage(35), 3.5)]
+
+
+@pytest.mark.parametrize("length", [1, 4094, 4095, 4096, 100_000])
+def test_prompts_alone(tmp_path, length):
+    """They are read without the rest of the record, wherever a piece of it ends."""
+    prompt = [{"role": "user", "content": "é" * length + "\ud83d"}]
+    with journal(tmp_path) as j:
+        one = trajectory()
+        j.record_trajectories(0, [type(one)(prompt, one.prompt_ids, one.completion_ids)])
+        j.record(0, 0, audit())
+    assert list(read_prompts(tmp_path, list_audits(tmp_path))) == [prompt]
