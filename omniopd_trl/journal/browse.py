@@ -67,6 +67,12 @@ class AuditedTrajectory:
         num_dropped: chunks with too few rollouts.
         failures: reasons for missing rollouts.
         outcomes: counts of the teacher.
+        prompt_ids: the rendered prompt.
+        seed: seed of the trajectory.
+        sampling_logprobs: as in `Trajectory`; `None` if the policy itself sampled.
+        logprobs: log-probability of each token under the policy of the step, in nats; empty when they were not
+            recorded.
+        models: names of the models that answered, as the service reports them.
     """
 
     step: int
@@ -82,6 +88,11 @@ class AuditedTrajectory:
     num_dropped: int = 0
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    prompt_ids: tuple[int, ...] = ()
+    seed: int = 0
+    sampling_logprobs: tuple[float | None, ...] | None = None
+    logprobs: tuple[float, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -169,7 +180,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     key = (place.attempt, place.index)
     row = db.execute("SELECT * FROM audits WHERE attempt = ? AND idx = ?", key).fetchone()
     session, values = row[2], decode(path, row)
-    prompt, _, completion_ids, *_ = decode(
+    prompt, prompt_ids, completion_ids, seed, *sampled = decode(
         path, db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
     )
     (teacher,) = db.execute("SELECT teacher FROM sessions WHERE id = ?", (session,)).fetchone()
@@ -178,10 +189,12 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         (session, place.step, place.index),
     ).fetchone() or (*astuple(Usage()), None)
     entropies: list[float] = []
+    logprobs: list[float] = []
     weights: list[float | None] = [None] * len(values["chunks"])
     shown = _has(db, "shown") and db.execute("SELECT * FROM shown WHERE attempt = ? AND idx = ?", key).fetchone()
     if shown:
-        steps, weights = decode(path, shown)
+        steps, weights, *recorded = decode(path, shown)
+        logprobs = recorded[0] if recorded else []
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
     return AuditedTrajectory(
@@ -198,6 +211,11 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         num_dropped=values["num_dropped"],
         failures=tuple(values["failures"]),
         outcomes=values["outcomes"],
+        prompt_ids=tuple(prompt_ids),
+        seed=seed,
+        sampling_logprobs=tuple(sampled[0]) if sampled else None,
+        logprobs=tuple(logprobs),
+        models=tuple(values.get("models", ())),
     )
 
 

@@ -3,6 +3,7 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ class Run:
             return []
         stream = DecodeStream(skip_special_tokens=True)
         return [stream.step(self._tokenizer, token) or "" for token in trajectory.completion_ids]
+
+    def text(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str | None:
+        """The text of tokens of the student; `None` when the run has saved no tokenizer yet."""
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:

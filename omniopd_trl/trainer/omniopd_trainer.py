@@ -37,11 +37,13 @@ from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.load import is_export
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import unmark
 from omniopd_trl.trainer.distributed import Failure, stop, together
 from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
+from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.generation import on_policy
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
@@ -173,9 +175,17 @@ class OmniOPDTrainer(DistillationTrainer):
         if tools:
             raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
 
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        export: Export | None = None
+        if is_export(teacher_model):
+            with together(args.process_index):
+                export, train_dataset = open_export(teacher_model, args, train_dataset)
         processing_class = check_inputs(
             model, args, train_dataset, eval_dataset, processing_class, quantization_config
         )
+        if export is not None:
+            with together(args.process_index):
+                check_first_step(export, processing_class, args)
         if isinstance(train_dataset, IterableDataset):
             # One endless epoch. transformers would restart the stream for each epoch, and a run that is resumed in a
             # later epoch would not find its position.
@@ -192,7 +202,6 @@ class OmniOPDTrainer(DistillationTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
         )
 
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise ConfigError(
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
@@ -202,7 +211,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._recorder = Recorder(lambda: self.state.global_step)
         paid = spent_before(teacher_model, args)
         with together(args.process_index):  # a key may be missing on one machine only
-            self.teacher = prepare_teacher(teacher_model, args, self._recorder, paid)
+            self.teacher = export or prepare_teacher(teacher_model, args, self._recorder, paid)
             check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset))
 
         # The reference is the initial student, so copy an instance before the base class changes it.
@@ -222,6 +231,8 @@ class OmniOPDTrainer(DistillationTrainer):
                 peft_config=peft_config,
             )
 
+        if export is not None:
+            self.shuffle_dataset = False  # a step takes the trajectories of its own number
         with together(args.process_index):
             check_student(self.model, args, self.accelerator)
         for module in self.model.modules():
@@ -486,7 +497,10 @@ class OmniOPDTrainer(DistillationTrainer):
         if self._sampled is not None:
             logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
             sampled = padded_logprobs(self._sampled, lengths)
-            self.step_metrics.add_sampling(mode, sampled, logprobs)
+            if isinstance(self.teacher, Export) and mode == "train":
+                self.step_metrics.add_drift(sampled, logprobs)
+            else:
+                self.step_metrics.add_sampling(mode, sampled, logprobs)
             if self.args.importance_sampling_correction:
                 ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
                 self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])
