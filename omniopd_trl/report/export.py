@@ -265,12 +265,13 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
     """
     number = about["num_trajectories"]
     bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    # No `configs`: with it, `datasets` 5 caches a local folder by the name of the folder and this header alone, and
+    # would return the rows of another export of the same name.
     header = DatasetCardData(
         pretty_name=f"OmniOPD audits of {about['run']}",
         tags=["omniopd", "on-policy-distillation", "trl"],
         task_categories=["text-generation"],
         size_categories=[next((name for bound, name in bounds if number < bound), "1M<n<10M")],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILES}]}],
     )
     settings, usage = about["settings"], about["usage"]
     student = settings.get("student") or "a local model"

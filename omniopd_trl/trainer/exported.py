@@ -189,13 +189,12 @@ def _exported(row: dict[str, Any]) -> ExportedTrajectory:
     )
 
 
-def open_export(name: str, args: OmniOPDConfig, train_dataset: Any) -> tuple[Export, Dataset]:
+def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
     """Open the export that a run trains from, and check that its settings fit, before anything else is loaded.
 
     Args:
         name: name of the export, with its prefix.
         args: configuration of the run.
-        train_dataset: training set of the run, which is not used.
 
     Returns:
         The export, and its prompts in the order of its steps, as the training set.
@@ -233,10 +232,10 @@ def open_export(name: str, args: OmniOPDConfig, train_dataset: Any) -> tuple[Exp
         )
     check_options("export", export.name, TeacherOptions.of(args))
     if args.process_index == 0:
-        prompts = "" if train_dataset is None else " Its prompts replace the training set, in their recorded order."
         logger.warning(
             f"Training from the export {export.source!r} of a run with {', '.join(export.about['teachers'])}: no "
-            f"teacher is asked, and training is off-policy. `off_policy/kl` in the log tells how far.{prompts}"
+            "teacher is asked, the prompts are those of the export in its order, and training is off-policy: "
+            "`off_policy/kl` in the log tells how far."
         )
     return export, Dataset(export.prompts(there * size))
 

@@ -179,7 +179,7 @@ class OmniOPDTrainer(DistillationTrainer):
         export: Export | None = None
         if is_export(teacher_model):
             with together(args.process_index):
-                export, train_dataset = open_export(teacher_model, args, train_dataset)
+                export, train_dataset = open_export(teacher_model, args)
         processing_class = check_inputs(
             model, args, train_dataset, eval_dataset, processing_class, quantization_config
         )
