@@ -104,12 +104,14 @@ class OmniOPDTrainer(DistillationTrainer):
             Teacher that continues the student's text: a path or *model id* (loaded with
             `args.teacher_model_init_kwargs`), an instantiated model, the name of a model behind a service such as
             `"anthropic:MODEL"` (docs/teachers.md lists the providers), `"scripted"`, or any
-            [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to
+            [`~omniopd_trl.teachers.Teacher`]. `"export:DIR"` trains on the trajectories and rollouts of an earlier run
+            without a teacher (docs/export.md). Its tokenizer and vocabulary may differ from the student's. Defaults to
             `args.teacher_model_name_or_path`.
         args ([`OmniOPDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset to use for training. It must include a column `"prompt"`, plain text or conversational.
+            Dataset to use for training. It must include a column `"prompt"`, plain text or conversational. Not used
+            with an export, which holds its prompts.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
             Dataset to use for evaluation. If it has a `"solution"` or `"answer"` column, pass@1 is reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
