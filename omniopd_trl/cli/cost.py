@@ -60,7 +60,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from omniopd_trl.cli.recipe import load_splits, parse_args
-    from omniopd_trl.teachers.load import split_name
+    from omniopd_trl.teachers.load import is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, Requests, aligned, forecast_run, trajectory_length_of
 
@@ -71,6 +71,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
         raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
 
+    if is_export(teacher):
+        raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
     capabilities = _capabilities(provider, model)
     price = TeacherOptions.of(args).price(provider, model)

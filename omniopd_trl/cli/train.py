@@ -175,30 +175,40 @@ def main(
     from omniopd_trl.cli.recipe import load_splits
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
-    from omniopd_trl.teachers.load import is_local
+    from omniopd_trl.teachers.load import is_export, is_local
 
     template = script_args.prompt_template
     if template is not None:
         template = resolve_template(template)
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
-    splits = load_splits(script_args, dataset_args)
-    train_dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    if isinstance(train_dataset, IterableDataset) and training_args.max_steps <= 0:
-        raise ConfigError(
-            f"max_steps={training_args.max_steps}: a streaming dataset has no length, so the number of steps must be "
-            "given. Set `max_steps`."
-        )
     evaluates = (
         training_args.do_eval
         or training_args.eval_strategy != "no"
         or training_args.eval_on_start
         or script_args.evaluate_teacher
     )
+    train_dataset = None
+    from_export = is_export(training_args.teacher_model_name_or_path)
+    if from_export and script_args.evaluate_teacher:
+        raise ConfigError(
+            f"evaluate_teacher=True needs a teacher to ask, and {training_args.teacher_model_name_or_path!r} is an "
+            "export. Set evaluate_teacher to false."
+        )
+    if evaluates or not from_export:
+        splits = load_splits(script_args, dataset_args)
+    if not from_export:
+        train_dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    if isinstance(train_dataset, IterableDataset) and training_args.max_steps <= 0:
+        raise ConfigError(
+            f"max_steps={training_args.max_steps}: a streaming dataset has no length, so the number of steps must be "
+            "given. Set `max_steps`."
+        )
     eval_dataset = None
     if evaluates:
         eval_dataset = get_split(splits, script_args.dataset_test_split, "dataset_test_split")
         eval_dataset = prepare_prompts(eval_dataset, template)
-    train_dataset = prepare_prompts(train_dataset, template)
+    if train_dataset is not None:
+        train_dataset = prepare_prompts(train_dataset, template)
 
     # Keyword arguments in the recipe override those that follow from its other options. Quantization applies to the
     # student only and is passed separately. The teacher keeps the dtype that it was saved in.

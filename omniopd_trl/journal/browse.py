@@ -69,6 +69,11 @@ class AuditedTrajectory:
         num_set_aside: rollouts that could not be encoded or scored.
         failures: reasons for missing rollouts.
         outcomes: counts of the teacher.
+        prompt_ids: the rendered prompt.
+        seed: seed of the trajectory.
+        sampling_logprobs: as in `Trajectory`; `None` if the policy itself sampled.
+        logprobs: log-probability of each token under the policy of the step, in nats; empty when they were not
+            recorded.
         models: names of the models that answered, as the service reports them.
     """
 
@@ -87,6 +92,10 @@ class AuditedTrajectory:
     num_set_aside: int = 0
     failures: tuple[str, ...] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    prompt_ids: tuple[int, ...] = ()
+    seed: int = 0
+    sampling_logprobs: tuple[float | None, ...] | None = None
+    logprobs: tuple[float, ...] = ()
     models: tuple[str, ...] = ()
 
 
@@ -224,7 +233,7 @@ def _row_of(db: sqlite3.Connection, table: str, place: AuditPlace) -> Any:
 def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTrajectory:
     row = _row_of(db, "audits", place)
     values = decode(path, row)
-    prompt, _, completion_ids, *_ = decode(path, _row_of(db, "trajectories", place))
+    prompt, prompt_ids, completion_ids, seed, *sampled = decode(path, _row_of(db, "trajectories", place))
     # A resumed run finishes the audits of an earlier session: both have paid.
     paid = f"SELECT {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage"
     sums = db.execute(
@@ -236,10 +245,12 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         raise damage_error(path, "a record is missing")
     teacher, *tokens, usd = sums
     entropies: list[float] = []
+    logprobs: list[float] = []
     weights: list[float | None] = [None] * len(values["chunks"])
     shown = _has(db, "shown") and _row_of(db, "shown", place)
     if shown:
-        steps, weights = decode(path, shown)
+        steps, weights, *recorded = decode(path, shown)
+        logprobs = recorded[0] if recorded else []
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
     return AuditedTrajectory(
@@ -258,6 +269,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         num_set_aside=values.get("num_set_aside", 0),
         failures=tuple(values["failures"]),
         outcomes=values["outcomes"],
+        prompt_ids=tuple(prompt_ids),
+        seed=seed,
+        sampling_logprobs=tuple(sampled[0]) if sampled else None,
+        logprobs=tuple(logprobs),
         models=tuple(values.get("models", ())),
     )
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables, records and errors of a journal."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import OmniOPDError
@@ -93,6 +93,8 @@ class Shown:
         high: highest posterior.
         entropies: entropy of each token of the completion, in nats.
         weights: weight of each chunk in the loss.
+        logprobs: log-probability of each token under the policy of the step, in nats. A run that trains from an export
+            then knows how far its student is from the one that sampled.
     """
 
     index: int
@@ -100,6 +102,7 @@ class Shown:
     high: float | None
     entropies: list[float]
     weights: list[float]
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

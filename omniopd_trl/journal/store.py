@@ -267,7 +267,9 @@ class Journal:
         with self._transaction() as db:
             attempt = self._attempt_to_add_to(step)
             for one in shown:
-                payload = encode([[round(entropy / ENTROPY_UNIT) for entropy in one.entropies], one.weights])
+                entropies = [round(entropy / ENTROPY_UNIT) for entropy in one.entropies]
+                logprobs = [float(f"{logprob:.9g}") for logprob in one.logprobs]  # exact for float32
+                payload = encode([entropies, one.weights, logprobs])
                 _insert(db, "shown", attempt, one.index, one.low, one.high, payload)
 
     def record_log(self, logs: Mapping[str, Any]) -> None:

@@ -118,6 +118,12 @@ class Run:
         """
         return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids, self._known)
 
+    def text(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str | None:
+        """The text of tokens of the student; `None` when the run has saved no tokenizer yet."""
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
+
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
         folders = [self.folder / "_audits", self.folder, *sorted(self.folder.glob("checkpoint-*"))]

@@ -6,7 +6,7 @@ import difflib
 import os
 from dataclasses import replace
 from datetime import date
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeGuard, get_args
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
@@ -29,6 +29,7 @@ from omniopd_trl.teachers.scripted import ScriptedTeacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXPORT_PREFIX = "export:"
 PREFIXES = tuple(f"{provider}:" for provider in PROVIDERS)
 
 _NAMES = f"{', '.join(f'{prefix}MODEL' for prefix in PREFIXES[:-1])} or {PREFIXES[-1]}MODEL"
@@ -46,7 +47,7 @@ CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Provider and model of a teacher behind a service; `None` for a path, an id on the Hub, or `"scripted"`.
+    """Provider and model of a teacher behind a service; `None` for a path, a Hub id, `"scripted"` or an export.
 
     Args:
         name: name of the teacher, as in a recipe. The provider is case-insensitive.
@@ -59,7 +60,7 @@ def split_name(name: str) -> tuple[str, str] | None:
         ('anthropic', 'claude-haiku-4-5')
     """
     provider, colon, model = (part.strip() for part in name.partition(":"))
-    if not colon:
+    if not colon or is_export(name):
         return None
     if provider.lower() in PROVIDERS:
         if not model:
@@ -74,6 +75,11 @@ def split_name(name: str) -> tuple[str, str] | None:
         f"teacher={name!r}: there is no provider {provider!r} and no folder of this name. A teacher behind a service "
         f"is named {_NAMES}.{hint}"
     )
+
+
+def is_export(teacher: "str | PreTrainedModel | Teacher | None") -> TypeGuard[str]:
+    """Whether a teacher names the export of an earlier run, as in `"export:runs/demo/_export"`."""
+    return isinstance(teacher, str) and teacher.startswith(EXPORT_PREFIX)
 
 
 def suggest_name(name: str) -> str | None:
@@ -198,6 +204,11 @@ def load_teacher(
     """
     options = options or TeacherOptions()
     kind, name = _kind_of(teacher)
+    if kind == "export":
+        raise ConfigError(
+            f"teacher={name!r}: an export answers only the audits of a run that trains from it, and cannot be asked "
+            "anything else. Name a teacher."
+        )
     check_options(kind, name, options)
     if isinstance(teacher, Teacher):
         return teacher
@@ -297,6 +308,8 @@ def _kind_of(teacher: "str | PreTrainedModel | Teacher") -> tuple[str, str]:
                 "instance of a subclass of `omniopd_trl.teachers.Teacher` (docs/customize.md)."
             )
         return "local", getattr(teacher.config, "_name_or_path", "")
+    if is_export(teacher):
+        return "export", teacher
     parts = split_name(teacher)
     if parts is not None:
         return parts[0], ":".join(parts)

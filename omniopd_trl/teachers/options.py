@@ -75,13 +75,14 @@ class TeacherOptions:
         )
 
 
-_ALL = (*PROVIDERS, "local", "scripted", "own")
+_ALL = (*PROVIDERS, "local", "scripted", "own", "export")
 
 # Kinds of teachers in messages. Services are named by their prefix.
 _WORDS = {
     "local": "a model in this process, which costs nothing",
     "scripted": "the scripted one, which costs nothing",
     "own": "a custom teacher",
+    "export": "an export, of which nothing is asked",
 }
 
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -122,7 +123,7 @@ def check_options(kind: str, name: str, options: TeacherOptions) -> None:
     within its limits, so one warning is enough.
 
     Args:
-        kind: a provider, `"local"`, `"scripted"` or `"own"`.
+        kind: a provider, `"local"`, `"scripted"`, `"own"` or `"export"`.
         name: name of the teacher, for the messages.
         options: options to check.
 

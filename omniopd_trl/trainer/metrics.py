@@ -253,6 +253,20 @@ class Metrics:
                 "See docs/generation.md.",
             )
 
+    def add_drift(self, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Add how far the student is from the one that sampled the trajectories of an export.
+
+        Args:
+            sampled: `(B, T)`, log-probabilities of the policy that sampled, in nats, NaN where there are none.
+            logprobs: `(B, T)`, log-probabilities of the student, in nats, NaN where there are none.
+        """
+        log_ratio = (logprobs - sampled)[~(logprobs - sampled).isnan()]
+        # With `r = theta / sampler` at the sampled token, `E_sampler[r - 1 - log r] = KL(sampler || theta)`.
+        kl = torch.expm1(log_ratio) - log_ratio
+        truncated = log_ratio > math.log(self._args.importance_sampling_clip_max)
+        ratios = {"off_policy/kl": kl.sum().item(), "off_policy/truncated": truncated.sum().item()}
+        self.add("train", {name: (value, len(kl)) for name, value in ratios.items()})
+
     def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
         """Add truncated importance weights, `(N,)`."""
         self.add(mode, {"sampling/importance_sampling_ratio/mean": (ratio.sum().item(), len(ratio))})

@@ -6,7 +6,7 @@ import copy
 import math
 import textwrap
 from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +28,10 @@ from trl.trainer.utils import get_config_model_id
 from omniopd_trl.audits.types import PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
-from omniopd_trl.errors import ConfigError, DataError, HubError, first_line, import_extra
+from omniopd_trl.errors import ConfigError, HubError, first_line, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.reader import identity_of_first, spent
+from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.method.similarity import name_or_function
@@ -39,13 +39,15 @@ from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, TeacherReply, Usage
+from omniopd_trl.teachers.load import is_export
 from omniopd_trl.trainer.audit_table import AuditTable
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
-from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
-from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop, together
+from omniopd_trl.trainer.checkpoints import unmark
+from omniopd_trl.trainer.distributed import Failure, stop, together
 from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
-from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
+from omniopd_trl.trainer.exported import Export, check_first_step, open_export
+from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.generation import on_policy
 from omniopd_trl.trainer.hub import Push, clear_pushes, open_repo, stage
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
@@ -62,6 +64,7 @@ from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import plan
 from omniopd_trl.trainer.progress import use_readable_lines
+from omniopd_trl.trainer.recording import checkpoint_to_resume, recording, warn_about_separate_folders
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.startup import check_logits, check_student, no_gradient
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
@@ -115,12 +118,14 @@ class OmniOPDTrainer(DistillationTrainer):
             Teacher that continues the student's text: a path or *model id* (loaded with
             `args.teacher_model_init_kwargs`), an instantiated model, the name of a model behind a service such as
             `"anthropic:MODEL"` (docs/teachers.md lists the providers), `"scripted"`, or any
-            [`~omniopd_trl.teachers.Teacher`]. Its tokenizer and vocabulary may differ from the student's. Defaults to
+            [`~omniopd_trl.teachers.Teacher`]. `"export:DIR"` trains on the trajectories and rollouts of an earlier run
+            without a teacher (docs/export.md). Its tokenizer and vocabulary may differ from the student's. Defaults to
             `args.teacher_model_name_or_path`.
         args ([`OmniOPDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset to use for training. It must include a column `"prompt"`, plain text or conversational.
+            Dataset to use for training. It must include a column `"prompt"`, plain text or conversational. Not used
+            with an export, which holds its prompts.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
             Dataset to use for evaluation. If it has a `"solution"` or `"answer"` column, pass@1 is reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -186,9 +191,17 @@ class OmniOPDTrainer(DistillationTrainer):
         if tools:
             raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
 
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        export: Export | None = None
+        if is_export(teacher_model):
+            with together(args.process_index):
+                export, train_dataset = open_export(teacher_model, args)
         processing_class = check_inputs(
             model, args, train_dataset, eval_dataset, processing_class, quantization_config
         )
+        if export is not None:
+            with together(args.process_index):
+                check_first_step(export, processing_class, args)
         if isinstance(train_dataset, IterableDataset):
             # One endless epoch. transformers would restart the stream for each epoch, and a run that is resumed in a
             # later epoch would not find its position.
@@ -210,7 +223,6 @@ class OmniOPDTrainer(DistillationTrainer):
                 if args.process_index == 0:
                     open_repo(args)
 
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise ConfigError(
                 "There is no teacher. Pass `teacher_model`, or set `teacher_model_name_or_path` in the configuration."
@@ -220,7 +232,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._recorder = Recorder(lambda: self.state.global_step)
         paid = spent_before(teacher_model, args)
         with together(args.process_index):  # a key may be missing on one machine only
-            self.teacher = prepare_teacher(teacher_model, args, self._recorder, paid)
+            self.teacher = export or prepare_teacher(teacher_model, args, self._recorder, paid)
             check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset))
 
         # The reference is the initial student, so copy an instance before the base class changes it.
@@ -240,6 +252,8 @@ class OmniOPDTrainer(DistillationTrainer):
                 peft_config=peft_config,
             )
 
+        if export is not None:
+            self.shuffle_dataset = False  # a step takes the trajectories of its own number
         with together(args.process_index):
             check_student(self.model, args, self.accelerator)
         for module in self.model.modules():
@@ -344,53 +358,19 @@ class OmniOPDTrainer(DistillationTrainer):
         Raises:
             DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         self._reset_step(checkpoint)
         if checkpoint:
             self.objective.reference.load(Path(checkpoint), self.accelerator.unwrap_model(self.model))
         try:
             with self._recording(replay=bool(resume_from_checkpoint)):
-                self._warn_about_separate_folders()
+                warn_about_separate_folders(self.args, self.accelerator)
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # `Trainer` leaves it set when training is interrupted
             self.step_audits.release()
-
-    def _checkpoint_to_resume(self, value: str | bool) -> str | None:
-        """The checkpoint to resume from; `None` for step 0. Every process has to call it, and finds the same.
-
-        Raises:
-            DataError: when there is nothing to resume, or when processes find different checkpoints.
-        """
-        process = self.accelerator.process_index
-        error: DataError | None = None
-        checkpoint = None
-        try:
-            checkpoint = resume_point(value, str(self.args.output_dir))
-        except DataError as caught:
-            error = caught
-        found = "nothing" if error is not None else "step 0"
-        if checkpoint is not None:
-            found = Path(checkpoint).name + (" (incomplete)" if state_of(Path(checkpoint)) is None else "")
-        everywhere = gather_object([found])
-        if len(set(everywhere)) > 1:
-            other = next(index for index, there in enumerate(everywhere) if there != everywhere[0])
-            different = DataError(
-                f"resume_from_checkpoint={value!r}: process 0 finds {everywhere[0]} in its output_dir, and process "
-                f"{other} finds {everywhere[other]}. Put `output_dir` on a file system that all machines share, or "
-                "copy the checkpoint of process 0 to each of them."
-            )
-            different.on_every_process = True
-            raise different
-        raise_together(error, process)
-        if checkpoint is not None and self.accelerator.num_processes > 1:
-            own = gather_object([(Path(checkpoint) / f"rng_state_{process}.pth").exists()])
-            if 0 < sum(own) < len(own) and process == 0:
-                logger.warning(
-                    f"{checkpoint} holds the random state of {sum(own)} of {len(own)} processes: files of it are "
-                    "missing, or it was saved by another number of processes. The run continues, but not exactly."
-                )
-        return checkpoint
 
     def _reset_step(self, checkpoint: str | None) -> None:
         """Reset the state within a step, since an earlier run in this process may have been interrupted."""
@@ -449,8 +429,7 @@ class OmniOPDTrainer(DistillationTrainer):
         if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
-        rank = self.accelerator.process_index
-        decisive = replay_key(
+        key = replay_key(
             self.args,
             self.train_dataset,
             self.model,
@@ -458,39 +437,13 @@ class OmniOPDTrainer(DistillationTrainer):
             self.auditor.similarity,
             self.step_audits.custom_weights,
         )
-        settings: dict[str, Any] = {
-            "run": str(self.args.run_name or Path(self.args.output_dir).name),
-            "teacher": self.teacher.name,
-            "fingerprint": fingerprint(decisive),
-            "settings": decisive,
-            "rank": rank,
-            "num_processes": self.accelerator.num_processes,
-        }
-        path = journal_path(self.args.output_dir, rank)
-        with ExitStack() as stack:
-            opened = self._recorder.open(path, self.teacher.budget, replay=replay, **settings)
-            on_every_process(lambda: stack.enter_context(opened), rank)
-            # Audits write to the journal, so cancel them before it is closed.
-            stack.callback(self.step_audits.cancel)
+        with recording(self._recorder, key, self.teacher, self.args, self.accelerator, replay=replay):
             if self.accelerator.is_main_process:
-                save_tokenizer(self._tokenizer, path.parent)
-            yield
-
-    def _warn_about_separate_folders(self) -> None:
-        """Warn when machines do not share `output_dir`: process 0 alone has the checkpoints.
-
-        `save_on_each_node` does not help: `save_pretrained` of transformers writes the weights on process 0 only.
-        """
-        if self.args.save_strategy == "no":
-            return
-        first = on_every_process(lambda: identity_of_first(self.args.output_dir), self.accelerator.process_index)
-        other = next((process for process, seen in enumerate(first) if seen != first[0]), None)
-        if other is not None and self.accelerator.is_main_process:
-            logger.warning(
-                f"Process {other} does not see the files of process 0 in output_dir={str(self.args.output_dir)!r}: "
-                "checkpoints are whole on the machine of process 0 only. Put `output_dir` on a file system that all "
-                "machines share, or copy a checkpoint of process 0 to each of them before you resume."
-            )
+                save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
+            try:
+                yield
+            finally:
+                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
 
     def _tokenize_prompts(self, prompts):
         # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style
@@ -600,7 +553,10 @@ class OmniOPDTrainer(DistillationTrainer):
         if self._sampled is not None:
             logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
             sampled = padded_logprobs(self._sampled, lengths)
-            self.step_metrics.add_sampling(mode, sampled, logprobs)
+            if isinstance(self.teacher, Export) and mode == "train":
+                self.step_metrics.add_drift(sampled, logprobs)
+            else:
+                self.step_metrics.add_sampling(mode, sampled, logprobs)
             if self.args.importance_sampling_correction:
                 ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
                 self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])

@@ -26,7 +26,8 @@ from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import JournalError, Shown
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
-from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together
+from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together, together
+from omniopd_trl.trainer.exported import Export, ExportedTrajectory, check_prompt_ids, rescore
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -130,6 +131,7 @@ class StepAudits:
         self._posteriors = (0.0, 0.0)  # sum and number
         self._waited = 0.0
         self._replays = False  # whether the batch comes from the journal
+        self._exported: list[ExportedTrajectory] = []  # the batch, if it comes from an export
 
     @property
     def overlap(self) -> bool:
@@ -140,14 +142,17 @@ class StepAudits:
     # ---- Trajectories ----
 
     def replay(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
-        """Trajectories of the current step that the journal holds for these prompts; `None` to generate instead.
+        """Trajectories of the current step that the journal or an export holds for these prompts; `None` to generate.
 
         Every process has to call it: generation is collective, so either all processes replay the step or none does.
 
         Raises:
             JournalError: on every process, when the records of one are damaged.
+            DataError: on every process, when the export does not hold these prompts.
         """
         journal, accelerator, step = self._recorder.journal, self._accelerator, self._step()
+        if isinstance(self._auditor.teacher, Export):
+            return self._from_export(self._auditor.teacher, prompt_ids)
         if journal is None:
             return None
         stored: list[Trajectory] | None = None
@@ -165,6 +170,13 @@ class StepAudits:
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return stored if self._replays else None
+
+    def _from_export(self, export: Export, prompt_ids: list[list[int]]) -> list[Trajectory]:
+        first = self._accelerator.process_index * len(prompt_ids)
+        with together(self._accelerator.process_index):
+            self._exported = export.trajectories(self._step(), first, len(prompt_ids))
+            check_prompt_ids(export, self._step(), self._exported, prompt_ids)
+        return [exported.trajectory for exported in self._exported]
 
     def trajectories(
         self,
@@ -215,7 +227,12 @@ class StepAudits:
             The audits in flight, by index.
         """
         step, journal = self._step(), self._recorder.journal
-        if mode == "train":
+        if mode == "train" and self._exported:
+            audits = [
+                rescore(self._auditor, self._exported[index], trajectories[index], row, journal, step, index)
+                for index, row in scores.items()
+            ]
+        elif mode == "train":
             audits = [
                 audit_or_replay(self._auditor, trajectories[index], row, journal, step, index)
                 for index, row in scores.items()
@@ -372,7 +389,8 @@ def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[floa
         posteriors = [chunk.posterior for chunk in audit.chunks]
         own = list(islice(rest, len(posteriors)))
         entropies = row.scores.entropy.tolist()
-        yield Shown(row.index, min(posteriors, default=None), max(posteriors, default=None), entropies, own)
+        logprobs = row.scores.logprobs.tolist()
+        yield Shown(row.index, min(posteriors, default=None), max(posteriors, default=None), entropies, own, logprobs)
 
 
 def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:

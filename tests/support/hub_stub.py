@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _send(self, answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(answer).encode()
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -292,16 +292,34 @@ def _info(hub: Hub, body: bytes, name: str) -> tuple[Any, ...]:
     return ({**info, "siblings": siblings},)
 
 
+def _tree(hub: Hub, body: bytes, name: str, revision: str) -> tuple[Any, ...]:
+    files = hub.repos[name].files.items()
+    return (
+        [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files
+        ],
+    )
+
+
+def _download(hub: Hub, body: bytes, name: str, revision: str, path: str) -> tuple[Any, ...]:
+    content = hub.repos[name].files[path]
+    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+    return content, 200, headers
+
+
 _NAME = r"([^/]+/[^/]+)"
 _ROUTES = (
     (r"/api/whoami-v2", _whoami),
     (r"/api/repos/create", _create),
     (r"/api/validate-yaml", _validate),
     (rf"/api/models/{_NAME}/branch/(.+)", _branch),
-    (rf"/api/models/{_NAME}/preupload/(.+)", _preupload),
-    (rf"/{_NAME}\.git/info/lfs/objects/batch", _large_files),
+    (rf"/api/(?:models|datasets)/{_NAME}/preupload/(.+)", _preupload),
+    (rf"(?:/datasets)?/{_NAME}\.git/info/lfs/objects/batch", _large_files),
     (r"/lfs/([0-9a-f]{64})", _upload),
     (r"/lfs/verify", _verify),
-    (rf"/api/models/{_NAME}/commit/(.+)", _commit),
-    (rf"/api/models/{_NAME}(?:/revision/.+)?", _info),
+    (rf"/api/(?:models|datasets)/{_NAME}/commit/(.+)", _commit),
+    (rf"/api/(?:models|datasets)/{_NAME}(?:/revision/.+)?", _info),
+    (rf"/api/datasets/{_NAME}/tree/([^/]+)", _tree),
+    (rf"/datasets/{_NAME}/resolve/([^/]+)/(.+)", _download),
 )

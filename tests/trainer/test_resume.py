@@ -24,7 +24,7 @@ from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import JournalError
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Rollout, Usage
-from omniopd_trl.trainer import omniopd_trainer
+from omniopd_trl.trainer import recording
 from omniopd_trl.trainer.checkpoints import last_checkpoint
 from tests.support import ROOT
 from tests.support.teachers import Here, Remote
@@ -132,24 +132,23 @@ def test_nothing_to_resume(tmp_path, tiny_model_dir):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
-def test_the_random_state_of_a_process_is_missing(tmp_path, tiny_model_dir, monkeypatch, caplog):
+def test_the_random_state_of_a_process_is_missing(tmp_path, monkeypatch, caplog):
     """The checkpoint is whole for process 0 only, and a resumed run would not continue exactly."""
     logging.enable_propagation()
-    trainer = make_trainer(tmp_path, tiny_model_dir)
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=2, process_index=0))
+    processes = SimpleNamespace(num_processes=2, process_index=0)
     for name in ("rng_state_0.pth", "rng_state_1.pth"):
         there = [(checkpoint / f"rng_state_{process}.pth").exists for process in range(2)]
         monkeypatch.setattr(
-            omniopd_trainer,
+            recording,
             "gather_object",
             lambda own, there=there: own * 2 if own != [True] else [f() for f in there],
         )
         (checkpoint / name).touch()
         caplog.clear()
-        assert trainer._checkpoint_to_resume(True) == str(checkpoint)
+        assert recording.checkpoint_to_resume(True, str(tmp_path), processes) == str(checkpoint)
         assert ("holds the random state of 1 of 2 processes" in caplog.text) == (name == "rng_state_0.pth")
 
 
