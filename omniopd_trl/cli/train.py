@@ -217,8 +217,8 @@ def main(
     saved_to = str(training_args.output_dir)
     if training_args.push_to_hub:
         name = script_args.dataset_name
-        # A local path is of no use in the model card.
-        trainer.push_to_hub(dataset_name=None if name is None or os.path.exists(name) else name)
+        # Only an id on the Hub is of use in the model card.
+        trainer.push_to_hub(dataset_name=None if name is None or ":" in name or os.path.exists(name) else name)
         saved_to += f", pushed to {trainer.hub_model_id}"
 
     trainer.accelerator.print(
