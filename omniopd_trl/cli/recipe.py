@@ -179,8 +179,8 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
     if script_args.dataset_name.startswith((BENCHMARK, GYM)):
         if script_args.dataset_config or script_args.dataset_streaming:
             raise ConfigError(
-                f"dataset_name={script_args.dataset_name!r} names sets whose configurations are known, and which are not "
-                "streamed. Leave out `dataset_config` and `dataset_streaming`."
+                f"dataset_name={script_args.dataset_name!r} names sets whose configurations are known, and which "
+                "are not streamed. Leave out `dataset_config` and `dataset_streaming`."
             )
         return load_benchmark_splits(script_args.dataset_name)
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)

@@ -166,8 +166,9 @@ def load_benchmark_splits(name: str) -> DatasetDict:
         columns = {tuple(sorted(dataset.column_names)) for dataset in datasets}
         if len(columns) > 1:
             raise DataError(
-                f"The sets of {name!r} for the split {split!r} have different columns ({' and '.join(map(str, columns))}"
-                "): problems with an answer and problems with tests cannot be joined. Name one kind."
+                f"The sets of {name!r} for the split {split!r} have different columns "
+                f"({' and '.join(map(str, columns))}): problems with an answer and problems with "
+                "tests cannot be joined. Name one kind."
             )
     return DatasetDict({split: concatenate_datasets(datasets) for split, datasets in parts.items()})
 
@@ -284,7 +285,8 @@ def gym_task(name: str) -> tuple[str, dict[str, Any]]:
         options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)} if query else {}
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{name!r} cannot be read ({first_line(error)}). Options of a task are `{GYM}TASK?option=value&option=value`."
+            f"{name!r} cannot be read ({first_line(error)}). Options of a task are "
+            f"`{GYM}TASK?option=value&option=value`."
         ) from error
     return task, options
 
@@ -354,7 +356,7 @@ def _math(question: str, answer: str) -> Callable[[Row], Row]:
     return lambda row: {"question": row[question].strip(), "answer": str(row[answer]).strip()}
 
 
-def tests_of(inputs: Sequence[Any], outputs: Sequence[Any], fn_name: str | None = None) -> str:
+def make_tests(inputs: Sequence[Any], outputs: Sequence[Any], fn_name: str | None = None) -> str:
     """Tests of a program as JSON text.
 
     Args:
@@ -374,7 +376,7 @@ def _input_output(text: str) -> dict[str, Any]:
     """The tests of APPS, TACO and Eurus: JSON text with `inputs`, `outputs`, and perhaps `fn_name`."""
     tests = json.loads(text)
     return {
-        "tests": tests_of(tests["inputs"], tests["outputs"], tests.get("fn_name")),
+        "tests": make_tests(tests["inputs"], tests["outputs"], tests.get("fn_name")),
         "task": f"Write the function `{tests['fn_name']}`." if tests.get("fn_name") else _STDIN,
     }
 
@@ -393,7 +395,9 @@ def _code_contests(row: Row) -> Row:
     tests = [row[name] for name in ("public_tests", "private_tests", "generated_tests")]
     return {
         "question": row["description"].strip(),
-        "tests": tests_of([i for test in tests for i in test["input"]], [o for test in tests for o in test["output"]]),
+        "tests": make_tests(
+            [i for test in tests for i in test["input"]], [o for test in tests for o in test["output"]]
+        ),
     }
 
 
@@ -405,7 +409,7 @@ def _codeforces(row: Row) -> Row:
     tests = row["official_tests"]
     return {
         "question": "\n\n".join(parts),
-        "tests": tests_of([test["input"] for test in tests], [test["output"] for test in tests]),
+        "tests": make_tests([test["input"] for test in tests], [test["output"] for test in tests]),
     }
 
 

@@ -119,11 +119,23 @@ LAYOUTS = {
     "eurus_taco_100": (EURUS, [2], CALL),
     "eurus_codecontests_100": (EURUS, [3], STDIN),
     "eurus_codeforces_100": (EURUS, [4], STDIN),
-    "aime_2024": ([{"id": 60, "problem": "P?", "solution": "...", "answer": "204", "url": "", "year": "2024"}], [0], "204"),
+    "aime_2024": (
+        [{"id": 60, "problem": "P?", "solution": "...", "answer": "204", "url": "", "year": "2024"}],
+        [0],
+        "204",
+    ),
     "aime_2025": ([{"problem": "P?", "answer": "70", "id": "0"}], [0], "70"),
     "amc_2023": ([{"id": 0, "question": "P?", "answer": 27.0, "url": ""}], [0], "27.0"),
     "math_500": (
-        [{"problem": "P?", "solution": "...", "answer": "\\frac{1}{2}", "subject": "Algebra", "unique_id": "test/1.json"}],
+        [
+            {
+                "problem": "P?",
+                "solution": "...",
+                "answer": "\\frac{1}{2}",
+                "subject": "Algebra",
+                "unique_id": "test/1.json",
+            }
+        ],
         [0],
         "\\frac{1}{2}",
     ),
@@ -263,7 +275,11 @@ def test_same_prompts_same_fingerprint(write):
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("math_500", [{"question": "P?", "answer": "1"}], r"The set 'math_500' has no column 'problem' \(it has: ques"),
+        (
+            "math_500",
+            [{"question": "P?", "answer": "1"}],
+            r"The set 'math_500' has no column 'problem' \(it has: ques",
+        ),
         ("aime_2025", [{"problem": "P?", "answer": "", "id": "0"}], r"Row 0 of the set 'aime_2025' .* no answer"),
         ("apps", [{**APPS, "input_output": "{'inputs'"}], r"Row 0 of the set 'apps' cannot be read \(JSONDecodeError"),
         ("apps", [{**APPS, "input_output": '{"inputs": ["1"], "outputs": []}'}], "1 inputs and 0 outputs"),
