@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import audits
+from omniopd_trl.cli import audits, data
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     audits.add_parsers(commands)
+    data.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",

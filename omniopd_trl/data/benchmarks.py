@@ -14,6 +14,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 
+from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.data.datasets import get_split, load_dataset_or_files
 from omniopd_trl.data.prompts import QUESTION_COLUMNS, prepare_prompts, resolve_template
 from omniopd_trl.errors import ConfigError, DataError, first_line, import_extra
@@ -171,6 +172,36 @@ def load_benchmark_splits(name: str) -> DatasetDict:
                 "tests cannot be joined. Name one kind."
             )
     return DatasetDict({split: concatenate_datasets(datasets) for split, datasets in parts.items()})
+
+
+def questions_of(name: str, split: str | None, default: str) -> list[str]:
+    """The text of each problem of a set, without instructions that we add.
+
+    Args:
+        name: a set as in [`load_benchmark`], or an id on the Hub.
+        split: the split; `None` for the set's own.
+        default: split of a file, a folder or an id, if it has several.
+
+    Raises:
+        ConfigError, DataError: when it cannot be loaded, or holds no problems.
+    """
+    name = name.removeprefix(BENCHMARK)
+    if name.startswith(GYM):
+        return list(load_benchmark(name, split or default)["question"])
+    if name.partition("@")[0] in BENCHMARKS:
+        return list(load_benchmark(name, split)["question"])
+    splits = load_dataset_or_files(name)
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else default
+    dataset = prepare_prompts(get_split(splits, split, "split"))
+    check_dataset(dataset, name)
+    column = next(column for column in (*QUESTION_COLUMNS, "prompt") if column in dataset.column_names)
+    return [
+        problem
+        if isinstance(problem, str)
+        else "\n".join(str(message["content"]) for message in problem if message["role"] == "user")
+        for problem in dataset[column]
+    ]
 
 
 def _advice(name: str, known: Iterable[str]) -> str:
