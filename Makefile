@@ -100,6 +100,7 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m scripts.configuration_reference
 	$(BIN)/python -m benchmarks.gpu_tables
+	$(BIN)/python -m scripts.datasets_table
 	$(BIN)/mkdocs build --strict
 
 # MathJax for the site's equations, served by the site itself. Without it the site is still built and shows TeX.

@@ -11,6 +11,8 @@ from omniopd_trl.data import BENCHMARKS, load_benchmark
 from omniopd_trl.data.benchmarks import load_benchmark_splits
 from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError
+from scripts import datasets_table
+from scripts.pages import page_with
 
 STDIN = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
 CALL = {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}
@@ -205,6 +207,17 @@ def test_layout(name, write):
     assert (json.loads(problem["tests"]) if scored == "tests" else problem["answer"]) == expected
     assert [message["role"] for message in problem["prompt"]] == ["user"]
     assert problem["question"] in problem["prompt"][0]["content"]
+
+
+def test_documented():
+    """The page lists every set as the table of the code has it: source, license, and what is left out."""
+    part = datasets_table.render()
+    text = datasets_table.PAGE.read_text(encoding="utf-8")
+    assert page_with(text, datasets_table.BEGIN, datasets_table.END, part) == text, "Run `make docs`."
+    for name, benchmark in BENCHMARKS.items():
+        (row,) = [line for line in part.splitlines() if line.startswith(f"| `{name}` |")]
+        assert benchmark.license in row
+        assert benchmark.source in row
 
 
 @pytest.mark.parametrize("name", ["dapo_math_17k_original", "codeforces", "apps"])
