@@ -215,9 +215,12 @@ def _load(name: str, benchmark: Benchmark, split: str | None, limit: int | None,
         if split is None and len(splits) == 1:
             split = next(iter(splits))  # a single file is the split `train`, whatever it holds
     else:
-        splits = load_dataset_or_files(
-            benchmark.source, benchmark.config, revision=benchmark.revision, data_dir=benchmark.folder
-        )
+        try:
+            splits = load_dataset_or_files(
+                benchmark.source, benchmark.config, revision=benchmark.revision, data_dir=benchmark.folder
+            )
+        except DataError as error:
+            raise DataError(f"{error} A copy with the same columns is named with its path: '{name}@PATH'.") from error
     dataset = get_split(splits, split or benchmark.split, "split")
     for column in benchmark.columns:
         if column not in dataset.column_names:

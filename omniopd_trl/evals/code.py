@@ -226,14 +226,14 @@ class CodeAccuracy:
         sandbox: a sandbox, or its name: see [`make_sandbox`]. It is created, and tried, at the first call. Defaults to
             the name in the environment variable `OMNIOPD_SANDBOX`, and without one to `"auto"`.
         limits: what a program may use, for a sandbox that is named.
-        workers: programs at a time. Defaults to the number of CPUs that this process may use.
+        workers: programs at a time. Defaults to the number of CPUs, and at most 32.
     """
 
     def __init__(self, sandbox: Sandbox | str | None = None, limits: Limits = Limits(), workers: int | None = None):  # noqa: B008
         self.__name__ = "code_accuracy"
         self._sandbox = sandbox
         self._limits = limits
-        self._pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="sandbox")
+        self._pool = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 32), thread_name_prefix="sandbox")
 
     def sandbox(self) -> Sandbox:
         """The sandbox, which runs.

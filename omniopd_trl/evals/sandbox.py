@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,6 +35,8 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 # A fixed hash seed: a program that prints a set gets the same score each time.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": _BOX, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 _FIRST_UID = 0x60000000
+# Seconds before a sandbox that failed is tried again.
+_WAITS = (1.0, 10.0)
 
 
 class SandboxError(OmniOPDError, RuntimeError):
@@ -160,9 +163,15 @@ class LocalSandbox:
         self._folders = folders + [p for p in prefixes if not p.startswith(tuple(f"{f}/" for f in folders))]
         self._root = os.geteuid() == 0
         self._users = itertools.count()
+        self._has_run = False
 
     def run(self, source: str, stdin: str = "") -> Outcome:
-        """See [`Sandbox.run`]."""
+        """See [`Sandbox.run`]. A sandbox that has run before, and does not start, is tried again."""
+        outcome = _tried(partial(self._run, source, stdin), _WAITS if self._has_run else ())
+        self._has_run = True
+        return outcome
+
+    def _run(self, source: str, stdin: str) -> Outcome:
         program = source.encode("utf-8", "surrogatepass")
         limits = self.limits
         # Without root, two of the wrapper's processes count.
@@ -266,8 +275,13 @@ def _interpreter(python: str | None) -> tuple[str, tuple[str, ...]]:
         ConfigError: when it does not run.
     """
     if python is None:
-        base = getattr(sys, "_base_executable", sys.executable)
-        return os.path.realpath(base), (os.path.realpath(sys.base_prefix),)
+        base, prefix = (
+            os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+            os.path.realpath(sys.base_prefix),
+        )
+        # Not the whole prefix: Conda keeps its settings there.
+        folders = (os.path.dirname(base), *(os.path.join(prefix, name) for name in ("lib", "lib64")))
+        return base, tuple(folder for folder in folders if os.path.isdir(folder))
     code = "import sys; print(sys.executable, sys.prefix, sys.base_prefix, sep='\\n')"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
@@ -277,6 +291,16 @@ def _interpreter(python: str | None) -> tuple[str, tuple[str, ...]]:
         ) from error
     executable, *prefixes = found.splitlines()
     return executable, tuple(dict.fromkeys([*prefixes, *map(os.path.realpath, prefixes)]))
+
+
+def _tried(run: Callable[[], Outcome], waits: Sequence[float]) -> Outcome:
+    """Run, and after each of the waits once more if the sandbox fails: one moment must not end a run of days."""
+    for wait in waits:
+        try:
+            return run()
+        except SandboxError:
+            time.sleep(wait)
+    return run()
 
 
 def _run(
@@ -378,7 +402,10 @@ class RemoteSandbox:
         self._client = httpx2.Client(timeout=limits.wall_seconds + 30)
 
     def run(self, source: str, stdin: str = "") -> Outcome:
-        """See [`Sandbox.run`]. A request that fails is sent once more."""
+        """See [`Sandbox.run`]. A request that fails is sent again."""
+        return _tried(partial(self._post, source, stdin), _WAITS)
+
+    def _post(self, source: str, stdin: str) -> Outcome:
         body = {
             "code": source,
             "language": "python",
@@ -386,18 +413,15 @@ class RemoteSandbox:
             "run_timeout": self.limits.wall_seconds,
             "memory_limit_MB": self.limits.memory_mib,
         }
-        for attempts_left in (1, 0):
-            try:
-                answer = self._client.post(f"{self.address}/run_code", json=body)
-                answer.raise_for_status()
-                return self._outcome(answer.json())
-            except self._errors as error:
-                if not attempts_left:
-                    raise SandboxError(
-                        f"The sandbox at {self.address} does not run programs ({type(error).__name__}: "
-                        f"{first_line(error)}). Check that a SandboxFusion service is running there."
-                    ) from error
-        raise AssertionError
+        try:
+            answer = self._client.post(f"{self.address}/run_code", json=body)
+            answer.raise_for_status()
+            return self._outcome(answer.json())
+        except self._errors as error:
+            raise SandboxError(
+                f"The sandbox at {self.address} does not run programs ({type(error).__name__}: {first_line(error)}). "
+                "Check that a SandboxFusion service is running there."
+            ) from error
 
     def _outcome(self, answer: dict[str, Any]) -> Outcome:
         result = answer["run_result"]

@@ -438,6 +438,34 @@ class TestWithoutIsolation:
         assert "ModuleNotFoundError" in box.run("import torch").stderr
 
 
+class TestTransientFailures:
+    """A sandbox that fails for a moment."""
+
+    @pytest.mark.parametrize("failures", [1, 2, 3])
+    def test_tried_again(self, failures, monkeypatch):
+        """What has run before is tried twice more; what never ran is not."""
+        monkeypatch.setattr(sandbox_module, "_WAITS", (0.01, 0.01))
+        box = LocalSandbox("none", LIMITS)
+        real, left = sandbox_module._run, []
+
+        def failing(*args):
+            if left and left.pop():
+                raise SandboxError("no processes left")
+            return real(*args)
+
+        monkeypatch.setattr(sandbox_module, "_run", failing)
+        left[:] = [True]
+        with pytest.raises(SandboxError, match="no processes left"):
+            box.run("print(1)")
+        assert report_of(box, "print(1)") == "1\n"
+        left[:] = [True] * failures
+        if failures == 3:
+            with pytest.raises(SandboxError, match="no processes left"):
+                box.run("print(2)")
+        else:
+            assert report_of(box, "print(2)") == "2\n"
+
+
 class TestRemote:
     """A service with SandboxFusion's `/run_code`."""
 
@@ -475,9 +503,11 @@ class TestRemote:
                 "memory_limit_MB": 256,
             }
 
-    def test_failures(self):
-        """A failed request is sent once more; a service that does not work is an error, not a wrong program."""
-        with Loopback(self.answer, fault=[Fault(status=502), None, Fault(how="drop"), Fault(status=500)]) as server:
+    def test_failures(self, monkeypatch):
+        """A failed request is sent again; a service that does not work is an error, not a wrong program."""
+        monkeypatch.setattr(sandbox_module, "_WAITS", (0.01, 0.01))
+        faults = [Fault(status=502), None, Fault(how="drop"), Fault(body="<html>"), Fault(status=500)]
+        with Loopback(self.answer, fault=faults) as server:
             box = RemoteSandbox(server.url, LIMITS)
             assert report_of(box, "print(1)") == "1\n"
             with pytest.raises(SandboxError, match=r"does not run programs \(HTTPStatusError.*500"):
