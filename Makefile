@@ -111,6 +111,7 @@ docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m scripts.configuration_reference
 	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/python -m benchmarks.result_tables
+	$(BIN)/python -m scripts.datasets_table
 	$(BIN)/mkdocs build --strict
 
 # RUN is the folder of a run of the demo.

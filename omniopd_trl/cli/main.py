@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, export, verify_estimator
+from omniopd_trl.cli import ablate, audits, data, export, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     ablate.add_parser(commands)
     verify_estimator.add_parser(commands)
     export.add_parser(commands)
+    data.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",

@@ -35,7 +35,8 @@ class OmniOPDScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Id of a dataset on the Hub, or path of a .json, .jsonl or .parquet file or of a folder of these."
+            "help": "Id of a dataset on the Hub; path of a .json, .jsonl or .parquet file or of a folder of these; "
+            "'benchmark:TRAINING,EVALUATION' for sets of docs/datasets.md; or 'reasoning_gym:TASK'."
         },
     )
     prompt_template: str | None = field(
@@ -156,6 +157,7 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
     """
     from trl import get_dataset
 
+    from omniopd_trl.data.benchmarks import BENCHMARK, GYM, load_benchmark_splits
     from omniopd_trl.data.datasets import load_dataset_or_files, local_builder
 
     if dataset_args.datasets:
@@ -172,6 +174,13 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
     if not script_args.dataset_name:
         raise ConfigError(
             "No dataset is named. Set `dataset_name` (the id of a dataset on the Hub, a local .json, .jsonl or "
-            ".parquet file, or a folder of them), or `datasets` for a mixture."
+            ".parquet file, a folder of them, or a named set: `benchmark:NAME`), or `datasets` for a mixture."
         )
+    if script_args.dataset_name.startswith((BENCHMARK, GYM)):
+        if script_args.dataset_config or script_args.dataset_streaming:
+            raise ConfigError(
+                f"dataset_name={script_args.dataset_name!r} names sets whose configurations are known, and which "
+                "are not streamed. Leave out `dataset_config` and `dataset_streaming`."
+            )
+        return load_benchmark_splits(script_args.dataset_name)
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)

@@ -258,8 +258,8 @@ def main(
 
     saved_to = str(training_args.output_dir)
     name = script_args.dataset_name
-    # A local path is of no use in the model card.
-    card = {"dataset_name": None if name is None or os.path.exists(name) else name}
+    # Only an id on the Hub is of use in the model card.
+    card = {"dataset_name": None if name is None or ":" in name or os.path.exists(name) else name}
     if training_args.push_to_hub:
         try:
             trainer.push_to_hub(**card)  # saves the model first

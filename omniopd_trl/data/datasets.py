@@ -45,7 +45,7 @@ def local_builder(name: str) -> str | None:
 
 
 def load_dataset_or_files(
-    name: str, config: str | None = None, streaming: bool = False
+    name: str, config: str | None = None, streaming: bool = False, **options: Any
 ) -> DatasetDict | IterableDatasetDict:
     """Load a dataset of the Hub, a local file, or a local folder of files.
 
@@ -55,6 +55,7 @@ def load_dataset_or_files(
             `train-00000-of-00002.parquet`, ...), as in a dataset repository on the Hub.
         config: name of the dataset's configuration.
         streaming: whether to read rows on demand instead of preparing all of them first.
+        **options: for a dataset of the Hub, other arguments of `datasets.load_dataset`, such as `revision`.
 
     Returns:
         The splits by name.
@@ -73,7 +74,8 @@ def load_dataset_or_files(
     try:
         if builder is not None:
             return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        return datasets.load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
+        source = str(path) if path.is_dir() else name
+        return datasets.load_dataset(source, name=config, streaming=streaming, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         # `datasets` wraps the actual error in a generic one ("An error occurred while generating the dataset").
         reason = first_line(error.__cause__ or error)

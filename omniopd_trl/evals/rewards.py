@@ -108,8 +108,9 @@ class Rewards:
 
     Args:
         funcs: one function or model, or several: a function with the signature of TRL's `reward_funcs`, synchronous
-            or asynchronous; a sequence classification model; or its id or path. `None` for [`math_accuracy`] if a
-            dataset has answers.
+            or asynchronous; a sequence classification model; or its id or path. `None` for the one that reads the
+            dataset's columns: `code_accuracy` for `tests`, `reasoning_gym_accuracy` for `gym`, [`math_accuracy`] for
+            `solution` or `answer`.
         eval_dataset: the evaluation set or sets, whose columns the functions get.
         device: device of reward models.
         lenient: argument of [`math_accuracy`].
@@ -135,7 +136,18 @@ class Rewards:
         columns = [column_names(dataset) for dataset in datasets]
         if funcs is None:
             funcs = []
-            if any({"solution", "answer"} & set(names) for names in columns):
+            named = {name for names in columns for name in names}
+            if "tests" in named:
+                from omniopd_trl.evals.code import code_accuracy
+
+                code_accuracy.sandbox()  # a machine without one is refused before anything is generated
+                funcs = [code_accuracy]
+            elif "gym" in named:
+                from omniopd_trl.evals.procedural import reasoning_gym_accuracy
+
+                import_extra("reasoning_gym", "gym")
+                funcs = [reasoning_gym_accuracy]
+            elif {"solution", "answer"} & named:
                 import_extra("math_verify", "eval")
                 funcs = [math_accuracy]
                 if lenient:

@@ -1,0 +1,46 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Problems of reasoning_gym are scored by their own verifiers."""
+
+import asyncio
+
+import pytest
+import reasoning_gym
+
+from omniopd_trl.data import load_benchmark
+from omniopd_trl.evals.procedural import reasoning_gym_accuracy
+from omniopd_trl.evals.rewards import Rewards
+
+
+# A number; a list of words in any order of equal ones; a puzzle with many right answers, whose verifier needs what is
+# not JSON.
+@pytest.mark.parametrize("task", ["chain_sum", "word_sorting", "zebra_puzzles", "countdown", "n_queens"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_scores(task, split):
+    """The problem that is scored is the one in the dataset: its own answer is right, that of another is not."""
+    rows = load_benchmark(f"reasoning_gym:{task}?size=4", split)
+    right = [f"I think so.\nAnswer: {answer}" for answer in rows["answer"]]
+    assert reasoning_gym_accuracy(right, rows["gym"]) == [1.0] * len(rows)
+    assert reasoning_gym_accuracy(["Answer: nonsense", ""], rows["gym"][:2]) == [0.0, 0.0]
+    assert reasoning_gym_accuracy(["x"], [None]) == [None]
+
+
+def test_equals_the_package():
+    """Scores are those of the package on the same problems, partial ones if asked."""
+    options = {"size": 20, "seed": 10**9}
+    reference = reasoning_gym.create_dataset("countdown", **options)
+    rows = load_benchmark("reasoning_gym:countdown?size=20")
+    answers = [row["answer"] if i % 3 else f"{i} + 1" for i, row in enumerate(rows)]
+    expected = [reference.score_answer(answer, problem) for answer, problem in zip(answers, reference, strict=True)]
+    assert reasoning_gym_accuracy([f"Answer: {a}" for a in answers], rows["gym"], partial=True) == expected
+    assert 0 < min(expected) < max(expected) == 1
+    assert reasoning_gym_accuracy(answers, rows["gym"]) == [float(score == 1) for score in expected]
+
+
+def test_as_the_default_of_an_evaluation():
+    """A procedural set is scored by its task, and its metric is `pass@1`."""
+    dataset = load_benchmark("reasoning_gym:chain_sum?size=2")
+    rewards = Rewards(None, dataset, device="cpu")
+    completions = [f"Answer: {dataset[0]['answer']}", "Answer: none"]
+    ((name, scores),) = rewards.score(list(dataset), completions, run=asyncio.run)
+    assert (name, scores.tolist()) == ("pass@1", [1.0, 0.0])
