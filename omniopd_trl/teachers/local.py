@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,6 +32,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.models.loading import loading, why_not_loaded
+from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
     Prefix,
     Prompt,
@@ -39,6 +41,7 @@ from omniopd_trl.teachers.base import (
     Teacher,
     TeacherReply,
     common_prefix_length,
+    seed_of_sample,
 )
 
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
@@ -104,6 +107,7 @@ class _Job:
     token_ids: list[list[int]]
     trunk: list[int]
     shared: list[int]
+    prefixes: Sequence[Prefix] = ()
 
     def cached_tokens(self, m: int) -> int:
         """Tokens of prefix `m` that were read from the cache. The prefix that is the trunk reads none."""
@@ -122,6 +126,11 @@ class LocalTeacher(Teacher):
         chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
         device: device of the model, unless `model_init_kwargs` holds a `device_map`.
         max_batch_tokens: maximum rows of a batch times their length in tokens. It bounds the memory of the cache.
+        seed_per_sample: whether each sample of a request with a seed has a seed of its own, which follows from its
+            prefix and its index ([`seed_of_sample`]). A sample is then the same in any batch, up to rounding.
+
+    Attributes:
+        context_length: maximum number of positions; `None` when the model's configuration does not state it.
 
     Raises:
         DataError: when the model or its tokenizer cannot be loaded.
@@ -138,6 +147,7 @@ class LocalTeacher(Teacher):
         chat_template_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        seed_per_sample: bool = False,
     ):
         if isinstance(model, str):
             self.name = model
@@ -178,6 +188,7 @@ class LocalTeacher(Teacher):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_batch_tokens = max_batch_tokens
+        self.seed_per_sample = seed_per_sample
         eos = model.generation_config.eos_token_id
         eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
@@ -186,7 +197,7 @@ class LocalTeacher(Teacher):
         # The model reads it in masked columns and after the end of a row: any token of its embedding will do.
         pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
         self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
-        self._context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._waiting: list[_Call] = []
@@ -255,7 +266,8 @@ class LocalTeacher(Teacher):
         Args:
             trajectories: the prefixes of each trajectory. They need not be nested. Tokens that a prefix shares with
                 the longest one are computed once.
-            request: how to sample. With a seed, the result is determined by the call as a whole.
+            request: how to sample. With a seed, the result is determined by the call as a whole, or with
+                `seed_per_sample` by each prefix.
 
         Returns:
             One reply per prefix, for each trajectory.
@@ -270,7 +282,7 @@ class LocalTeacher(Teacher):
     def _sample_trajectories(
         self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
     ) -> list[list[TeacherReply]]:
-        jobs = [self._job([self.encode(prefix) for prefix in prefixes]) for prefixes in trajectories]
+        jobs = [self._job([self.encode(prefix) for prefix in prefixes], prefixes) for prefixes in trajectories]
         replies: dict[tuple[int, int], TeacherReply] = {}
         # Sorted by length, the longest first, which keeps padding small.
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].trunk), reverse=True)
@@ -278,11 +290,11 @@ class LocalTeacher(Teacher):
             self._sample_batch(batch, jobs, request, replies)
         return [[replies[i, m] for m in range(len(job.token_ids))] for i, job in enumerate(jobs)]
 
-    def _job(self, token_ids: list[list[int]]) -> _Job:
+    def _job(self, token_ids: list[list[int]], prefixes: Sequence[Prefix] = ()) -> _Job:
         trunk = max(token_ids, key=len, default=[])
         # At least the last token is computed again: the first new token is sampled from its output.
         shared = [min(common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
-        return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids))
+        return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids), prefixes)
 
     def _batches(self, order: list[int], jobs: list[_Job], request: SamplingRequest) -> list[list[int]]:
         """Groups of trajectories whose rows fit in `max_batch_tokens` together."""
@@ -309,7 +321,7 @@ class LocalTeacher(Teacher):
         for k, i in enumerate(batch):
             for m, token_ids in enumerate(jobs[i].token_ids):
                 length = len(token_ids)
-                if self._context_length is not None and length + request.max_tokens > self._context_length:
+                if self.context_length is not None and length + request.max_tokens > self.context_length:
                     replies[i, m] = self._too_long(length, request)
                 else:
                     todo.append((k, i, m))
@@ -324,10 +336,11 @@ class LocalTeacher(Teacher):
             samples_left = request.num_samples
             while samples_left:
                 samples = min(samples_left, room) if take == 1 else samples_left
+                first = request.num_samples - samples_left
                 samples_left -= samples
-                rows = [row for row in range(len(part)) for _ in range(samples)]
-                generated = self._generate([part[row] for row in rows], jobs, trunks, request)
-                for row, new_ids in zip(rows, generated, strict=True):
+                rows = [(row, first + index) for row in range(len(part)) for index in range(samples)]
+                generated = self._generate([(*part[row], index) for row, index in rows], jobs, trunks, request)
+                for (row, _), new_ids in zip(rows, generated, strict=True):
                     rollout, num_tokens = self._rollout(new_ids)
                     texts[row].append(rollout)
                     written[row] += num_tokens
@@ -391,14 +404,19 @@ class LocalTeacher(Teacher):
 
     def _generate(
         self,
-        todo: list[tuple[int, int, int]],
+        todo: list[tuple[int, int, int, int]],  # index into the batch, trajectory, prefix, sample
         jobs: list[_Job],
         trunks: DynamicCache | None,
         request: SamplingRequest,
     ) -> list[list[int]]:
-        rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m in todo]
+        rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m, _ in todo]
         input_ids, attention_mask, cache = self.rows_from_trunks(rows, trunks)
         greedy = request.temperature == 0
+        processors = LogitsProcessorList()
+        if self.seed_per_sample and request.seed is not None and not greedy:
+            seeds = [seed_of_sample(request.seed, jobs[i].prefixes[m], index) for _, i, m, index in todo]
+            processors.append(SeededSampling(seeds, request.max_tokens, request.temperature, request.top_p))
+            greedy = True  # the processor leaves one token to choose from
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
             do_sample=not greedy,
@@ -415,6 +433,7 @@ class LocalTeacher(Teacher):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
+                logits_processor=processors,
                 **{self._cache_name: cache},
             )
         new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
@@ -429,7 +448,7 @@ class LocalTeacher(Teacher):
     def _too_long(self, length: int, request: SamplingRequest) -> TeacherReply:
         failure = (
             f"a prefix of {length} tokens and {request.max_tokens} more do not fit the teacher's context of "
-            f"{self._context_length}"
+            f"{self.context_length}"
         )
         message = f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`."
         self._warn_once(message, "context")

@@ -269,6 +269,7 @@ class OmniOPDTrainer(DistillationTrainer):
             chunk_weights=chunk_weights,
         )
         self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
+        self._eval_batch = 0  # index of the next batch in an evaluation
         self.step_metrics = Metrics(
             self.accelerator,
             args,
@@ -455,8 +456,9 @@ class OmniOPDTrainer(DistillationTrainer):
             self._sampled = None if any(row is None for row in known) else known
             return [trajectory.completion_ids for trajectory in replayed]
         try:
-            with on_policy(self.model, self.accelerator, self.args, self.state.global_step):
+            with on_policy(self.model, self.accelerator, self.args, self.state.global_step, self._eval_batch):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self._eval_batch += not self.model.training
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
@@ -673,6 +675,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self.step_audits.start()
         self.step_metrics.discard("eval")
         self._eval_samples.clear()
+        self._eval_batch = 0
         try:
             with uncast(self.args) as dtype:
                 # As `Trainer`: not for the evaluations during training.
