@@ -8,7 +8,11 @@ forecasts the tokens and dollars that a recipe takes from its teacher, without a
 
     omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
-trains with one process per GPU. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
+trains with one process per GPU.
+
+    omniopd eval --model out --dataset problems.jsonl --output_dir out/eval
+
+measures pass@1 of a model or a teacher. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import audits
+from omniopd_trl.cli import audits, eval
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -42,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     audits.add_parsers(commands)
+    eval.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",
@@ -154,6 +159,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "cost":
             cost(options, rest)
+        elif options.command == "eval":
+            eval.run(options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         elif options.command == "recipes":

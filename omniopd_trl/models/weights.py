@@ -31,8 +31,10 @@ def hash_of_model(model: torch.nn.Module) -> str:
     parts = []
     for name, weight in model.state_dict().items():
         flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64)
-        parts.append([name, list(weight.shape), sample.tolist()])
+        sample = flat[:: max(1, flat.numel() // 64)]
+        # Weights that are offloaded to the disk count by their shapes.
+        values = [] if sample.is_meta else sample.to("cpu", torch.float64).tolist()
+        parts.append([name, list(weight.shape), values])
     return _hash(parts)
 
 

@@ -8,6 +8,7 @@ keys and values serve every chunk and every rollout of that trajectory.
 
 import asyncio
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.models.loading import loading, why_not_loaded
 from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
+    Messages,
     Prefix,
     Prompt,
     Rollout,
@@ -96,6 +98,14 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
             raise error from None
 
 
+def end_tokens(model_eos: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of a model's generation configuration, and that of its tokenizer."""
+    eos_ids = [] if model_eos is None else [model_eos] if isinstance(model_eos, int) else list(model_eos)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+        eos_ids.append(tokenizer.eos_token_id)
+    return eos_ids
+
+
 # A waiting call of `sample`, and the future of its replies.
 _Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
 
@@ -114,7 +124,95 @@ class _Job:
         return 0 if m == self.token_ids.index(self.trunk) else self.shared[m]
 
 
-class LocalTeacher(Teacher):
+class InProcessTeacher(Teacher):
+    """Base class of teachers that compute in this process. Concurrent calls of `sample` share batches.
+
+    A subclass sets the attributes and implements `sample_trajectories`.
+
+    Attributes:
+        tokenizer: tokenizer of the teacher.
+        chat_template_kwargs: arguments for its chat template.
+        context_length: maximum number of positions; `None` when it is not known.
+        max_batch_tokens: rows of a batch times their length, in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template_kwargs: dict[str, Any]
+    context_length: int | None
+    max_batch_tokens: int
+    _waiting: list[_Call]
+
+    @abstractmethod
+    def sample_trajectories(
+        self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
+    ) -> list[list[TeacherReply]]:
+        """Continue the prefixes of several trajectories; one reply per prefix, for each trajectory."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        if not isinstance(prompt, str):
+            self._render(prompt)
+
+    def probe(self, prompt: Prompt) -> None:
+        self.encode(Prefix(prompt))
+
+    def encode(self, prefix: Prefix) -> list[int]:
+        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
+
+        Raises:
+            DataError: when the prompt is a conversation and the teacher has no chat template, or its template cannot
+                render it.
+        """
+        token_ids: list[int]
+        if isinstance(prefix.prompt, str):
+            (token_ids,) = encode_text(self.tokenizer, [prefix.prompt + prefix.completion])
+        else:
+            rendered = self._render(prefix.prompt)
+            token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
+        if not token_ids:
+            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
+        return token_ids
+
+    def _render(self, prompt: Messages) -> str:
+        return render_chat(self.tokenizer, prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
+        # batches: a model in this process gains from larger batches, not from concurrency.
+        future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((prefixes, request, future))
+        if len(self._waiting) == 1:
+            await asyncio.sleep(0)
+            waiting, self._waiting = self._waiting, []
+            self._serve(waiting)
+        return await future
+
+    def _serve(self, waiting: list[_Call]) -> None:
+        try:
+            while waiting:
+                request = waiting[0][1]
+                same = [call for call in waiting if _mergeable(call[1], request)]
+                waiting = [call for call in waiting if not _mergeable(call[1], request)]
+                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
+                for (_, _, future), reply in zip(same, replies, strict=True):
+                    future.set_result(reply)
+        except Exception as error:
+            # Every caller gets the error, not only the one that ran the batch.
+            for _, _, future in [*same, *waiting]:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
+    """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
+    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
+        second.num_samples,
+        second.max_tokens,
+        second.temperature,
+        second.top_p,
+    )
+
+
+class LocalTeacher(InProcessTeacher):
     """A causal or vision-language model of `transformers`, loaded in this process.
 
     Args:
@@ -189,11 +287,7 @@ class LocalTeacher(Teacher):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_batch_tokens = max_batch_tokens
         self.seed_per_sample = seed_per_sample
-        eos = model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
-            eos_ids.append(tokenizer.eos_token_id)
-        self.eos_token_ids: list[int] = eos_ids
+        self.eos_token_ids = eos_ids = end_tokens(model.generation_config.eos_token_id, tokenizer)
         # The model reads it in masked columns and after the end of a row: any token of its embedding will do.
         pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
         self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
@@ -202,60 +296,6 @@ class LocalTeacher(Teacher):
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        if not isinstance(prompt, str):
-            self._render(Prefix(prompt))
-
-    def probe(self, prompt: Prompt) -> None:
-        self.encode(Prefix(prompt))
-
-    def encode(self, prefix: Prefix) -> list[int]:
-        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
-
-        Raises:
-            DataError: when the prompt is a conversation and the teacher has no chat template, or its template cannot
-                render it.
-        """
-        token_ids: list[int]
-        if isinstance(prefix.prompt, str):
-            (token_ids,) = encode_text(self.tokenizer, [prefix.prompt + prefix.completion])
-        else:
-            rendered = self._render(prefix)
-            token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
-        if not token_ids:
-            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
-        return token_ids
-
-    def _render(self, prefix: Prefix) -> str:
-        assert not isinstance(prefix.prompt, str)
-        return render_chat(self.tokenizer, prefix.prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
-
-    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
-        # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
-        # batches: a model in this process gains from larger batches, not from concurrency.
-        future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((prefixes, request, future))
-        if len(self._waiting) == 1:
-            await asyncio.sleep(0)
-            waiting, self._waiting = self._waiting, []
-            self._serve(waiting)
-        return await future
-
-    def _serve(self, waiting: list[_Call]) -> None:
-        try:
-            while waiting:
-                request = waiting[0][1]
-                same = [call for call in waiting if _mergeable(call[1], request)]
-                waiting = [call for call in waiting if not _mergeable(call[1], request)]
-                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
-                for (_, _, future), reply in zip(same, replies, strict=True):
-                    future.set_result(reply)
-        except Exception as error:
-            # Every caller gets the error, not only the one that ran the batch.
-            for _, _, future in [*same, *waiting]:
-                if not future.done():
-                    future.set_exception(error)
 
     @torch.no_grad()
     def sample_trajectories(
@@ -422,7 +462,7 @@ class LocalTeacher(Teacher):
             do_sample=not greedy,
             temperature=1.0 if greedy else request.temperature,
             top_p=1.0 if greedy else request.top_p,
-            top_k=0,
+            top_k=None if greedy else 0,
             repetition_penalty=1.0,
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self._pad_id,
@@ -453,13 +493,3 @@ class LocalTeacher(Teacher):
         message = f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`."
         self._warn_once(message, "context")
         return TeacherReply(failure=failure)
-
-
-def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
-    """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
-    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
-        second.num_samples,
-        second.max_tokens,
-        second.temperature,
-        second.top_p,
-    )

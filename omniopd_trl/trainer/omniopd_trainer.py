@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from torch.utils.data import SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -386,6 +387,10 @@ class OmniOPDTrainer(DistillationTrainer):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset):
+        # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
+        return SequentialSampler(eval_dataset)
 
     @contextmanager
     def _recording(self, replay: bool = False) -> Iterator[None]:
