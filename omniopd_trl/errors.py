@@ -8,6 +8,7 @@ that do not end a run.
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -101,3 +102,17 @@ def import_extra(module: str, extra: str) -> ModuleType:
             f"`{module}` is needed here and could not be imported ({error}). "
             f"Install it, in the clone of this package, with: pip install -e '.[{extra}]'"
         ) from error
+
+
+def find_extra(module: str, extra: str) -> None:
+    """Check that an optional dependency is installed, without the time that its import takes.
+
+    Args:
+        module: name of the top-level module.
+        extra: as in [`import_extra`].
+
+    Raises:
+        MissingExtraError: as [`import_extra`].
+    """
+    if find_spec(module) is None:
+        import_extra(module, extra)

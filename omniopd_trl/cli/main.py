@@ -8,7 +8,11 @@ forecasts the tokens and dollars that a recipe takes from its teacher, without a
 
     omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
 
-trains with one process per GPU. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
+trains with one process per GPU.
+
+    omniopd eval --model out --dataset problems.jsonl --output_dir out/eval
+
+measures pass@1 of a model or a teacher. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, data, export, verify_estimator
+from omniopd_trl.cli import ablate, audits, data, eval, export, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -47,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify_estimator.add_parser(commands)
     export.add_parser(commands)
     data.add_parser(commands)
+    eval.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",
@@ -159,6 +164,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "cost":
             cost(options, rest)
+        elif options.command == "eval":
+            eval.run(options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         elif options.command == "recipes":

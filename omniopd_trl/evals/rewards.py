@@ -16,7 +16,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from omniopd_trl.data.datasets import column_names, named_datasets
-from omniopd_trl.errors import ConfigError, import_extra
+from omniopd_trl.errors import ConfigError, find_extra
 from omniopd_trl.evals.math import math_accuracy
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Rewards:
                 import_extra("reasoning_gym", "gym")
                 funcs = [reasoning_gym_accuracy]
             elif {"solution", "answer"} & named:
-                import_extra("math_verify", "eval")
+                find_extra("math_verify", "eval")
                 funcs = [math_accuracy]
                 if lenient:
                     logger.warning(

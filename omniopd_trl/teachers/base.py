@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a teacher: one method that continues a batch of prefixes and returns text."""
 
+import hashlib
 import inspect
+import json
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -112,6 +114,18 @@ class SamplingRequest:
     top_p: float = 1.0
     seed: int | None = None
     ledger: Ledger = field(default=NO_LEDGER, compare=False, repr=False)
+
+
+def seed_of_sample(seed: int, prefix: Prefix, index: int) -> int:
+    """The seed of one sample of a prefix, from 0 to 2^31 - 1: the same in any batch, for any model and on any machine.
+
+    Args:
+        seed: seed of the request.
+        prefix: the prefix.
+        index: index of the sample.
+    """
+    key = json.dumps([seed, prefix.prompt, prefix.completion, index], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) >> 1
 
 
 @dataclass(frozen=True, slots=True)

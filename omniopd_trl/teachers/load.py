@@ -187,6 +187,7 @@ def load_teacher(
     teacher: "str | PreTrainedModel | Teacher",
     options: TeacherOptions | None = None,
     spent: tuple[Usage, float] | None = None,
+    tokenizer: Any = None,
 ) -> Teacher:
     """Create a teacher from a name or a model. Sends no request.
 
@@ -197,6 +198,7 @@ def load_teacher(
             this process gets its share of them.
         spent: tokens and dollars that earlier runs of the same job paid. They count against the budget of a teacher
             behind a service. Defaults to zero.
+        tokenizer: tokenizer of a model in this process. Loaded from the model's path or id when it is not given.
 
     Raises:
         ConfigError: when there is no such teacher, or it cannot enforce an option.
@@ -221,7 +223,7 @@ def load_teacher(
     ):
         template = options.chat_template_kwargs
     if kind == "local":
-        return _local_teacher(teacher, options, template)
+        return _local_teacher(teacher, tokenizer, options, template)
     used, usd = spent or (Usage(), 0.0)
     return remote_teacher(
         name,
@@ -244,13 +246,17 @@ def load_teacher(
 
 
 def _local_teacher(
-    teacher: "str | PreTrainedModel", options: TeacherOptions, chat_template_kwargs: dict[str, Any] | None
+    teacher: "str | PreTrainedModel",
+    tokenizer: Any,
+    options: TeacherOptions,
+    chat_template_kwargs: dict[str, Any] | None,
 ) -> Teacher:
     from omniopd_trl.teachers.local import LocalTeacher
 
     try:
         return LocalTeacher(
             teacher,
+            tokenizer,
             model_init_kwargs=options.teacher_model_init_kwargs,
             revision=options.teacher_model_revision,
             trust_remote_code=options.trust_remote_code,

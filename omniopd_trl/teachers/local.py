@@ -8,6 +8,7 @@ keys and values serve every chunk and every rollout of that trajectory.
 
 import asyncio
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,7 +33,9 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.models.loading import loading, why_not_loaded
+from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
+    Messages,
     Prefix,
     Prompt,
     Rollout,
@@ -39,6 +43,7 @@ from omniopd_trl.teachers.base import (
     Teacher,
     TeacherReply,
     common_prefix_length,
+    seed_of_sample,
 )
 
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
@@ -93,6 +98,14 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
             raise error from None
 
 
+def end_tokens(model_eos: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of a model's generation configuration, and that of its tokenizer."""
+    eos_ids = [] if model_eos is None else [model_eos] if isinstance(model_eos, int) else list(model_eos)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+        eos_ids.append(tokenizer.eos_token_id)
+    return eos_ids
+
+
 # A waiting call of `sample`, and the future of its replies.
 _Call = tuple[Sequence[Prefix], SamplingRequest, asyncio.Future[list[TeacherReply]]]
 
@@ -104,13 +117,102 @@ class _Job:
     token_ids: list[list[int]]
     trunk: list[int]
     shared: list[int]
+    prefixes: Sequence[Prefix] = ()
 
     def cached_tokens(self, m: int) -> int:
         """Tokens of prefix `m` that were read from the cache. The prefix that is the trunk reads none."""
         return 0 if m == self.token_ids.index(self.trunk) else self.shared[m]
 
 
-class LocalTeacher(Teacher):
+class InProcessTeacher(Teacher):
+    """Base class of teachers that compute in this process. Concurrent calls of `sample` share batches.
+
+    A subclass sets the attributes and implements `sample_trajectories`.
+
+    Attributes:
+        tokenizer: tokenizer of the teacher.
+        chat_template_kwargs: arguments for its chat template.
+        context_length: maximum number of positions; `None` when it is not known.
+        max_batch_tokens: rows of a batch times their length, in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template_kwargs: dict[str, Any]
+    context_length: int | None
+    max_batch_tokens: int
+    _waiting: list[_Call]
+
+    @abstractmethod
+    def sample_trajectories(
+        self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
+    ) -> list[list[TeacherReply]]:
+        """Continue the prefixes of several trajectories; one reply per prefix, for each trajectory."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        if not isinstance(prompt, str):
+            self._render(prompt)
+
+    def probe(self, prompt: Prompt) -> None:
+        self.encode(Prefix(prompt))
+
+    def encode(self, prefix: Prefix) -> list[int]:
+        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
+
+        Raises:
+            DataError: when the prompt is a conversation and the teacher has no chat template, or its template cannot
+                render it.
+        """
+        token_ids: list[int]
+        if isinstance(prefix.prompt, str):
+            (token_ids,) = encode_text(self.tokenizer, [prefix.prompt + prefix.completion])
+        else:
+            rendered = self._render(prefix.prompt)
+            token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
+        if not token_ids:
+            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
+        return token_ids
+
+    def _render(self, prompt: Messages) -> str:
+        return render_chat(self.tokenizer, prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
+        # batches: a model in this process gains from larger batches, not from concurrency.
+        future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((prefixes, request, future))
+        if len(self._waiting) == 1:
+            await asyncio.sleep(0)
+            waiting, self._waiting = self._waiting, []
+            self._serve(waiting)
+        return await future
+
+    def _serve(self, waiting: list[_Call]) -> None:
+        try:
+            while waiting:
+                request = waiting[0][1]
+                same = [call for call in waiting if _mergeable(call[1], request)]
+                waiting = [call for call in waiting if not _mergeable(call[1], request)]
+                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
+                for (_, _, future), reply in zip(same, replies, strict=True):
+                    future.set_result(reply)
+        except Exception as error:
+            # Every caller gets the error, not only the one that ran the batch.
+            for _, _, future in [*same, *waiting]:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
+    """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
+    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
+        second.num_samples,
+        second.max_tokens,
+        second.temperature,
+        second.top_p,
+    )
+
+
+class LocalTeacher(InProcessTeacher):
     """A causal or vision-language model of `transformers`, loaded in this process.
 
     Args:
@@ -122,6 +224,11 @@ class LocalTeacher(Teacher):
         chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
         device: device of the model, unless `model_init_kwargs` holds a `device_map`.
         max_batch_tokens: maximum rows of a batch times their length in tokens. It bounds the memory of the cache.
+        seed_per_sample: whether each sample of a request with a seed has a seed of its own, which follows from its
+            prefix and its index ([`seed_of_sample`]). A sample is then the same in any batch, up to rounding.
+
+    Attributes:
+        context_length: maximum number of positions; `None` when the model's configuration does not state it.
 
     Raises:
         DataError: when the model or its tokenizer cannot be loaded.
@@ -138,6 +245,7 @@ class LocalTeacher(Teacher):
         chat_template_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        seed_per_sample: bool = False,
     ):
         if isinstance(model, str):
             self.name = model
@@ -178,47 +286,16 @@ class LocalTeacher(Teacher):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_batch_tokens = max_batch_tokens
-        eos = model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
-            eos_ids.append(tokenizer.eos_token_id)
-        self.eos_token_ids: list[int] = eos_ids
+        self.seed_per_sample = seed_per_sample
+        self.eos_token_ids = eos_ids = end_tokens(model.generation_config.eos_token_id, tokenizer)
         # The model reads it in masked columns and after the end of a row: any token of its embedding will do.
         pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
         self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
-        self._context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
         self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        if not isinstance(prompt, str):
-            self._render(Prefix(prompt))
-
-    def probe(self, prompt: Prompt) -> None:
-        self.encode(Prefix(prompt))
-
-    def encode(self, prefix: Prefix) -> list[int]:
-        """Token ids of a prefix: the prompt under the teacher's own template, then the student's text unchanged.
-
-        Raises:
-            DataError: when the prompt is a conversation and the teacher has no chat template, or its template cannot
-                render it.
-        """
-        token_ids: list[int]
-        if isinstance(prefix.prompt, str):
-            (token_ids,) = encode_text(self.tokenizer, [prefix.prompt + prefix.completion])
-        else:
-            rendered = self._render(prefix)
-            token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
-        if not token_ids:
-            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
-        return token_ids
-
-    def _render(self, prefix: Prefix) -> str:
-        assert not isinstance(prefix.prompt, str)
-        return render_chat(self.tokenizer, prefix.prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
 
     @torch.no_grad()
     def logprobs(
@@ -263,32 +340,6 @@ class LocalTeacher(Teacher):
                 results[n] = row[longest - len(pairs[n][1]) :]
         return results
 
-    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
-        # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
-        # batches: a model in this process gains from larger batches, not from concurrency.
-        future: asyncio.Future[list[TeacherReply]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((prefixes, request, future))
-        if len(self._waiting) == 1:
-            await asyncio.sleep(0)
-            waiting, self._waiting = self._waiting, []
-            self._serve(waiting)
-        return await future
-
-    def _serve(self, waiting: list[_Call]) -> None:
-        try:
-            while waiting:
-                request = waiting[0][1]
-                same = [call for call in waiting if _mergeable(call[1], request)]
-                waiting = [call for call in waiting if not _mergeable(call[1], request)]
-                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
-                for (_, _, future), reply in zip(same, replies, strict=True):
-                    future.set_result(reply)
-        except Exception as error:
-            # Every caller gets the error, not only the one that ran the batch.
-            for _, _, future in [*same, *waiting]:
-                if not future.done():
-                    future.set_exception(error)
-
     @torch.no_grad()
     def sample_trajectories(
         self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
@@ -298,7 +349,8 @@ class LocalTeacher(Teacher):
         Args:
             trajectories: the prefixes of each trajectory. They need not be nested. Tokens that a prefix shares with
                 the longest one are computed once.
-            request: how to sample. With a seed, the result is determined by the call as a whole.
+            request: how to sample. With a seed, the result is determined by the call as a whole, or with
+                `seed_per_sample` by each prefix.
 
         Returns:
             One reply per prefix, for each trajectory.
@@ -313,7 +365,7 @@ class LocalTeacher(Teacher):
     def _sample_trajectories(
         self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
     ) -> list[list[TeacherReply]]:
-        jobs = [self._job([self.encode(prefix) for prefix in prefixes]) for prefixes in trajectories]
+        jobs = [self._job([self.encode(prefix) for prefix in prefixes], prefixes) for prefixes in trajectories]
         replies: dict[tuple[int, int], TeacherReply] = {}
         # Sorted by length, the longest first, which keeps padding small.
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].trunk), reverse=True)
@@ -321,11 +373,11 @@ class LocalTeacher(Teacher):
             self._sample_batch(batch, jobs, request, replies)
         return [[replies[i, m] for m in range(len(job.token_ids))] for i, job in enumerate(jobs)]
 
-    def _job(self, token_ids: list[list[int]]) -> _Job:
+    def _job(self, token_ids: list[list[int]], prefixes: Sequence[Prefix] = ()) -> _Job:
         trunk = max(token_ids, key=len, default=[])
         # At least the last token is computed again: the first new token is sampled from its output.
         shared = [min(common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
-        return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids))
+        return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids), prefixes)
 
     def _batches(self, order: list[int], jobs: list[_Job], request: SamplingRequest) -> list[list[int]]:
         """Groups of trajectories whose rows fit in `max_batch_tokens` together."""
@@ -352,7 +404,7 @@ class LocalTeacher(Teacher):
         for k, i in enumerate(batch):
             for m, token_ids in enumerate(jobs[i].token_ids):
                 length = len(token_ids)
-                if self._context_length is not None and length + request.max_tokens > self._context_length:
+                if self.context_length is not None and length + request.max_tokens > self.context_length:
                     replies[i, m] = self._too_long(length, request)
                 else:
                     todo.append((k, i, m))
@@ -367,10 +419,11 @@ class LocalTeacher(Teacher):
             samples_left = request.num_samples
             while samples_left:
                 samples = min(samples_left, room) if take == 1 else samples_left
+                first = request.num_samples - samples_left
                 samples_left -= samples
-                rows = [row for row in range(len(part)) for _ in range(samples)]
-                generated = self._generate([part[row] for row in rows], jobs, trunks, request)
-                for row, new_ids in zip(rows, generated, strict=True):
+                rows = [(row, first + index) for row in range(len(part)) for index in range(samples)]
+                generated = self._generate([(*part[row], index) for row, index in rows], jobs, trunks, request)
+                for (row, _), new_ids in zip(rows, generated, strict=True):
                     rollout, num_tokens = self._rollout(new_ids)
                     texts[row].append(rollout)
                     written[row] += num_tokens
@@ -434,20 +487,25 @@ class LocalTeacher(Teacher):
 
     def _generate(
         self,
-        todo: list[tuple[int, int, int]],
+        todo: list[tuple[int, int, int, int]],  # index into the batch, trajectory, prefix, sample
         jobs: list[_Job],
         trunks: DynamicCache | None,
         request: SamplingRequest,
     ) -> list[list[int]]:
-        rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m in todo]
+        rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m, _ in todo]
         input_ids, attention_mask, cache = self.rows_from_trunks(rows, trunks)
         greedy = request.temperature == 0
+        processors = LogitsProcessorList()
+        if self.seed_per_sample and request.seed is not None and not greedy:
+            seeds = [seed_of_sample(request.seed, jobs[i].prefixes[m], index) for _, i, m, index in todo]
+            processors.append(SeededSampling(seeds, request.max_tokens, request.temperature, request.top_p))
+            greedy = True  # the processor leaves one token to choose from
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
             do_sample=not greedy,
             temperature=1.0 if greedy else request.temperature,
             top_p=1.0 if greedy else request.top_p,
-            top_k=0,
+            top_k=None if greedy else 0,
             repetition_penalty=1.0,
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self._pad_id,
@@ -458,6 +516,7 @@ class LocalTeacher(Teacher):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
+                logits_processor=processors,
                 **{self._cache_name: cache},
             )
         new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
@@ -472,18 +531,8 @@ class LocalTeacher(Teacher):
     def _too_long(self, length: int, request: SamplingRequest) -> TeacherReply:
         failure = (
             f"a prefix of {length} tokens and {request.max_tokens} more do not fit the teacher's context of "
-            f"{self._context_length}"
+            f"{self.context_length}"
         )
         message = f"{self.name}: {failure}; such chunks are dropped. Lower `max_completion_length`."
         self._warn_once(message, "context")
         return TeacherReply(failure=failure)
-
-
-def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
-    """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
-    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
-        second.num_samples,
-        second.max_tokens,
-        second.temperature,
-        second.top_p,
-    )

@@ -20,6 +20,7 @@ from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import replies_of
 from omniopd_trl.trainer.distributed import raise_together
+from omniopd_trl.trainer.generation import EVALUATION_SEED
 from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -155,7 +156,7 @@ def teacher_scores(
         max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length),
         temperature=args.teacher_temperature,
         top_p=args.teacher_top_p,
-        seed=args.seed,
+        seed=EVALUATION_SEED,
         ledger=ledger,
     )
     samples: list[tuple[str, float]] = []

@@ -23,6 +23,7 @@ from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.method.similarity import Similarity, name_or_function
 from omniopd_trl.method.weights import WeightFunction
+from omniopd_trl.models.weights import hash_of_folder
 from omniopd_trl.teachers import ScriptedTeacher, Teacher
 from omniopd_trl.trainer.credentials import is_secret_name
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -46,10 +47,6 @@ _IRRELEVANT_TO_AUDITS = (
 )
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# Other files of a checkpoint with the same suffixes. A copy without them is the same student.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "reference.")
 
 
 def replay_key(
@@ -83,7 +80,7 @@ def replay_key(
         settings["posterior_baseline"] = identity_of(chunk_weights)
     settings["train_dataset"] = getattr(train_dataset, "_fingerprint", None)
     source = get_config_model_id(model.config)
-    weights = _weights(source)
+    weights = hash_of_folder(source)
     # The path of a folder does not identify the student: the run may have been copied to another machine.
     settings["student"] = source if weights is None else None
     settings["student_weights"] = getattr(model.config, "_commit_hash", None) if weights is None else weights
@@ -93,7 +90,7 @@ def replay_key(
         for name, adapter in (getattr(model, "peft_config", None) or {}).items()
     }
     settings["teacher"] = teacher.name
-    settings["teacher_weights"] = _weights(teacher.name)
+    settings["teacher_weights"] = hash_of_folder(teacher.name)
     settings["teacher_base_url"] = _address(teacher)
     settings["teacher_code"] = _teacher_code(teacher)
     return {name: _as_json(value) for name, value in sorted(settings.items())}
@@ -198,35 +195,6 @@ def _as_json(value: Any) -> Any:
         value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
     )
     return value if is_json else str(value)
-
-
-# ---- Weights ----
-
-
-def _weights(source: str) -> str | None:
-    """A hash of the weight files of a folder; `None` when there are none.
-
-    It covers the name and size of each file and samples of its content, which is fast and sufficient, since training
-    changes most of the weights. Dates do not count, since copying a folder changes them.
-    """
-    folder = Path(source)
-    if not source or not folder.is_dir():
-        return None
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in _WEIGHTS and not f.name.startswith(_NO_WEIGHTS)]
-    return _hash([[f.name, f.stat().st_size, _sampled(f)] for f in files])[:16] if files else None
-
-
-def _sampled(path: Path) -> str:
-    """A hash of the last MiB of a file, and of 256 evenly spaced blocks of 4 KiB before it."""
-    size, end, block = path.stat().st_size, 2**20, 2**12
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for place in range(0, max(size - end, 0), max((size - end) // 256, block)):
-            file.seek(place)
-            digest.update(file.read(block))
-        file.seek(max(size - end, 0))
-        digest.update(file.read(end))
-    return digest.hexdigest()
 
 
 # ---- Functions ----

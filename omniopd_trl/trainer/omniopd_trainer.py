@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from torch.utils.data import SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -303,6 +304,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self._audit_table = AuditTable(
             self.accelerator, args, self._tokenizer, self.teacher.name, self.callback_handler
         )
+        self._eval_batch = 0  # index of the next batch in an evaluation
         self.step_metrics = Metrics(
             self.accelerator,
             args,
@@ -419,6 +421,10 @@ class OmniOPDTrainer(DistillationTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
+    def _get_eval_sampler(self, eval_dataset):
+        # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
+        return SequentialSampler(eval_dataset)
+
     @contextmanager
     def _recording(self, replay: bool = False) -> Iterator[None]:
         """Context with an open journal, if `save_audits` is set. Every process has to enter it at the same point.
@@ -461,8 +467,9 @@ class OmniOPDTrainer(DistillationTrainer):
             self._sampled = None if any(row is None for row in known) else known
             return [trajectory.completion_ids for trajectory in replayed]
         try:
-            with on_policy(self.model, self.accelerator, self.args, self.state.global_step):
+            with on_policy(self.model, self.accelerator, self.args, self.state.global_step, self._eval_batch):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self._eval_batch += not self.model.training
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
@@ -797,6 +804,7 @@ class OmniOPDTrainer(DistillationTrainer):
         self.step_metrics.discard("eval")
         self._eval_samples.clear()
         self._audit_table.discard("eval")
+        self._eval_batch = 0
         try:
             with uncast(self.args) as dtype, unprofiled(self.args):
                 # As `Trainer`: not for the evaluations during training.

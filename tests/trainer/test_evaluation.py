@@ -413,3 +413,27 @@ def test_the_lenient_reading_is_an_option_of_the_evaluation(tmp_path, tiny_model
         )
         assert trainer.evaluate_teacher() == {"pass@1": float(lenient)}
         assert ("lenient" in caplog.text) == lenient
+
+
+def test_an_evaluation_has_its_own_seed(tmp_path, tiny_model_dir):
+    """Runs with other seeds evaluate equal weights on equal samples, in every evaluation; batches differ."""
+    texts = []
+
+    def reward(completions, **kwargs):
+        texts.extend(completion[0]["content"] for completion in completions)
+        return [1.0] * len(completions)
+
+    for seed in (1, 2):
+        trainer = make_trainer(
+            tmp_path / str(seed),
+            tiny_model_dir,
+            eval_dataset=questions(2),
+            eval_reward_funcs=reward,
+            num_eval_generations=2,
+            per_device_eval_batch_size=1,
+            seed=seed,
+        )
+        trainer.evaluate()
+    trainer.evaluate()
+    assert texts[:4] == texts[4:8] == texts[8:]
+    assert len(set(texts)) == 4  # the samples of a problem are in batches of their own

@@ -35,6 +35,7 @@ HOOKS = {
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
+    "_get_eval_sampler": ["self", "eval_dataset"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_train_sampler": ["self", "dataset"],
     "_get_last_hidden_state": ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"],

@@ -1,0 +1,206 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd eval`: pass@1 of a model or a teacher on a set of problems, and the comparison of two results."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import check_arguments, check_paths, settings_of, split_config, stray_word
+from omniopd_trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Options of TRL for vLLM and the arguments of its engine. Their defaults leave room for training, so only those that
+# are set are passed.
+_VLLM = {
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_max_model_length": "max_model_len",
+    "vllm_tensor_parallel_size": "tensor_parallel_size",
+}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `omniopd`."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure pass@1 of a model or a teacher, or compare two results",
+        description="Sample answers to a set of problems and score them: pass@1 with a confidence interval, pass@k, "
+        "majority, truncation and length. The same command continues an evaluation that was interrupted.",
+        epilog="Any option of the training command may be added and overrides the recipe: --temperature 0.6, "
+        "--max_completion_length 8192, --prompt_template math, --teacher_budget_usd 5.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="path or id of a model, or a teacher: anthropic:MODEL. Defaults to the recipe's student",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="DATA",
+        help="id, file or folder of the problems, with `prompt`, "
+        "`question` or `problem`, and `answer` or `solution`. Defaults to the recipe's dataset",
+    )
+    parser.add_argument(
+        "--split", metavar="SPLIT", help="split of the dataset (default: that of the recipe, `test`, or the only one)"
+    )
+    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N problems")
+    parser.add_argument("--config", metavar="RECIPE", help="a recipe whose options are used")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--num_samples", type=_count, default=16, metavar="K", help="samples per problem (default: 16)"
+    )
+    parser.add_argument("--eval_seed", type=int, default=0, metavar="S", help="seed of the samples (default: 0)")
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates for a model by path or id (default: transformers)",
+    )
+    parser.add_argument(
+        "--max_batch_tokens",
+        type=_count,
+        metavar="T",
+        help="samples in a batch times their length, "
+        "for transformers (default: 16384). More is faster and needs more memory",
+    )
+    parser.add_argument("--lenient", action="store_true", help="count a calculation with the right value as right")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare the results in two folders by a paired test, and evaluate nothing",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Evaluate or compare, and print the result.
+
+    Args:
+        options: options of the command.
+        rest: options of the training command.
+
+    Raises:
+        OmniOPDError: when the settings, the model or the dataset cannot be used.
+    """
+    if rest and not rest[0].startswith("-"):
+        raise stray_word(rest[0])
+    if options.compare:
+        _compare(options.compare, options.json)
+        return
+    if options.output_dir is None:
+        raise ConfigError("`omniopd eval` needs a folder for its results: add `--output_dir DIR`.")
+    arguments = list(rest)
+    for name, value in (
+        ("config", options.config),
+        ("model_name_or_path", options.model),
+        ("dataset_name", options.dataset),
+        ("dataset_test_split", options.split),
+    ):
+        arguments += [] if value is None else [f"--{name}", value]
+    arguments = split_config(arguments)
+    recipe = check_arguments(arguments)
+    check_paths(arguments, recipe, ("model_name_or_path", "dataset_name"))
+    explicit = settings_of(arguments, recipe, ("use_cpu", "dtype", "dataset_test_split", *_VLLM))
+    filter_noise(arguments, recipe)
+
+    from omniopd_trl.cli.recipe import parse_args
+
+    # The parser must neither look for the GPU that a recipe is made for, nor compare the length of chunks with that of
+    # a sample.
+    unused = ("--use_cpu", "true", "--chunk_length", "1", "--min_chunk_length", "1")
+    parsed = parse_args([*arguments, "--output_dir", options.output_dir, *unused])
+    script_args, args, model_args, _ = parsed
+    if model_args.model_name_or_path is None or script_args.dataset_name is None:
+        missing = "--model" if model_args.model_name_or_path is None else "--dataset"
+        raise ConfigError(f"`omniopd eval` needs {missing}, or a recipe that names it: add `--config RECIPE.yaml`.")
+    if args.max_completion_length is None:
+        raise ConfigError("max_completion_length is not set, and a sample needs a limit. Set it.")
+
+    from omniopd_trl.evals.evaluate import EvalSettings, evaluate
+    from omniopd_trl.evals.results import table_of
+    from omniopd_trl.teachers.load import is_local
+    from omniopd_trl.teachers.options import TeacherOptions
+
+    teacher_options = replace(TeacherOptions.of(args), device="cpu" if _is_true(explicit["use_cpu"]) else None)
+    if is_local(model_args.model_name_or_path):
+        loading = {} if explicit["dtype"] is None else {"dtype": model_args.dtype}
+        if options.engine == "vllm":
+            loading |= {_VLLM[name]: getattr(args, name) for name in _VLLM if explicit[name] is not None}
+        elif model_args.attn_implementation is not None:
+            loading["attn_implementation"] = model_args.attn_implementation
+        teacher_options = replace(
+            teacher_options,
+            teacher_model_init_kwargs={**loading, **(args.model_init_kwargs or {})},
+            teacher_model_revision=model_args.model_revision,
+            teacher_chat_template_kwargs=None,
+        )
+    problems = _problems(
+        script_args.dataset_name,
+        script_args.dataset_config,
+        explicit["dataset_test_split"],
+        options.limit,
+        script_args.prompt_template,
+    )
+    result = evaluate(
+        model_args.model_name_or_path,
+        dataset=problems,
+        output_dir=options.output_dir,
+        engine=options.engine,
+        options=teacher_options,
+        settings=EvalSettings(
+            num_samples=options.num_samples,
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=options.eval_seed,
+            lenient=options.lenient,
+            max_batch_tokens=options.max_batch_tokens,
+        ),
+    )
+    if options.json:
+        sys.stdout.write(json.dumps({"metrics": result.metrics, "settings": result.settings}, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{table_of(result)}\nThe result and all samples are in {options.output_dir}.\n")
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "t", "y", "1")
+
+
+def _problems(name: str, config: str | None, split: str | None, limit: int | None, template: str | None) -> "Dataset":
+    from omniopd_trl.data.datasets import get_split, load_dataset_or_files
+    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+
+    template = None if template is None else resolve_template(template)
+    splits = load_dataset_or_files(name, config)
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "test"
+    problems = get_split(splits, split, "--split")
+    if limit is not None:
+        problems = problems.select(range(min(limit, len(problems))))
+    return prepare_prompts(problems, template)
+
+
+def _compare(folders: Sequence[str], is_json: bool) -> None:
+    from omniopd_trl.evals.results import EvalResult, as_json, compare, table_of_comparison
+
+    first, second = (EvalResult.load(folder) for folder in folders)
+    comparison = compare(first, second)
+    if is_json:
+        sys.stdout.write(json.dumps(as_json(comparison), indent=2) + "\n")
+    else:
+        sys.stdout.write(table_of_comparison(comparison, (folders[0], folders[1])) + "\n")

@@ -1,0 +1,192 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Read a mathematical answer and compare it with the right one.
+
+    python -m omniopd_trl.evals.reading SECONDS BYTES
+
+reads answers from its standard input, one JSON line each. Hostile answers (towers of powers, huge factorials, hundreds
+of brackets) take any time and memory, also inside code that no exception can stop. The process therefore limits
+itself: the kernel ends it after SECONDS for one answer, and it cannot hold more than BYTES. [`workers`] starts it.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import math_verify
+
+from omniopd_trl.evals.numbers import PlainNumber, plain_number
+from omniopd_trl.evals.workers import Reading
+
+# Maximum number of characters that are searched for an answer, taken from the end if no mark precedes the answer.
+# Otherwise a student that repeats itself for thousands of tokens would use up the time limit each time.
+_MAX_CHARACTERS = 1000
+
+_ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
+_LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_PLAIN_NUMBER = re.compile(r"[\d\s.,/%+-]*")
+
+
+@dataclass(frozen=True)
+class _Gold:
+    """A right answer: the expressions that math-verify finds, and the number if it is a plain one."""
+
+    parsed: tuple[Any, ...]
+    number: PlainNumber | None
+
+
+def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
+    """Read the answer of a completion, and compare it with the first right answer that can be parsed.
+
+    Args:
+        completion: the text.
+        golds: texts with the right answer, in order of precedence.
+        lenient: see [`math_accuracy`].
+    """
+    gold = next((gold for text in golds if text is not None and (gold := _parse_gold(text))), None)
+    if gold is None:
+        return Reading(None)
+    if gold.number is not None and not lenient:
+        number = _number_of(completion)
+        if number is None or not (number.is_reduced or gold.number.is_fraction):
+            return Reading(0.0)  # `74/2` is a calculation
+        return Reading(float(gold.number.equals(number)), str(min(number.values)))
+    parsed = _parse(completion)
+    if not parsed:
+        return Reading(0.0)
+    # Equal strings have equal values. Most right answers need no algebra.
+    if {part for part in parsed if isinstance(part, str)} & {part for part in gold.parsed if isinstance(part, str)}:
+        is_correct = True
+    else:
+        is_correct = math_verify.verify(list(gold.parsed), list(parsed), timeout_seconds=None)
+    return Reading(float(is_correct), _comparable(parsed))
+
+
+def _comparable(parsed: tuple[Any, ...]) -> str:
+    """Expressions as a text: equal numbers have equal texts, and so have formulas that sympy writes alike."""
+    source = next((part for part in parsed if isinstance(part, str)), "")
+    number = plain_number(source)
+    try:
+        return str(parsed[0] if number is None or number.has_words else min(number.values))
+    except ValueError:  # a number with more digits than Python writes
+        return source
+
+
+def _number_of(text: str) -> PlainNumber | None:
+    """The plain number that a completion or a right answer gives; `None` if it gives anything else."""
+    marked = _marked(text)
+    if marked is not None:
+        text = marked.split("\n", 1)[0]
+    # A line that consists of one number. A line without a mark may hold other numbers, and a mark may be followed by a
+    # displayed formula: what math-verify finds there must be a number.
+    if len(text) <= _MAX_CHARACTERS and (number := plain_number(text)) is not None:
+        # A letter beside a number is a unit or a variable: `37 m`, `37x`.
+        return number if not number.has_words or _is_constant(_parse_marked(text)) else None
+    if marked is not None and re.search(r"\d", text):
+        return None
+    source = next((part for part in _parse(text if marked is None else marked) if isinstance(part, str)), "")
+    return plain_number(source)
+
+
+def _is_constant(parsed: tuple[Any, ...]) -> bool:
+    """Whether no expression has a variable, apart from the one that it defines (`x = 37`)."""
+    sides = (getattr(part, "rhs", part) for part in parsed)
+    return not any(getattr(side, "free_symbols", None) for side in sides)
+
+
+# The same right answers are parsed at every evaluation and for every sample of a prompt.
+@lru_cache(maxsize=65536)
+def _parse_gold(text: str) -> _Gold | None:
+    parsed = _parse(text)
+    return _Gold(parsed, _number_of(text)) if parsed else None
+
+
+def _parse(text: str) -> tuple[Any, ...]:
+    """The expressions that math-verify finds in a text, each with its source string. Empty if there are none."""
+    tail = _marked(text)
+    if tail is None:
+        # A right answer alone is short. A longer text is parsed as prose.
+        return _parse_marked(text) if len(text) <= 100 else _parse_raw(text[-_MAX_CHARACTERS:])
+    # The prompt requests the answer on one line, and later lines are ignored. A line that cannot be parsed alone (the
+    # opening of a displayed formula) is parsed together with the rest.
+    head = tail.split("\n", 1)[0]
+    return _parse_marked(head) or _parse_marked(tail)
+
+
+def _marked(text: str) -> str | None:
+    """The text after the last mark of an answer; `None` without a mark."""
+    marks = list(_ANSWER_MARK.finditer(text))
+    return text[marks[-1].end() :].strip()[:_MAX_CHARACTERS] if marks else None
+
+
+def _parse_marked(text: str) -> tuple[Any, ...]:
+    """Parse a text that consists of an answer and little else."""
+    # A single dollar sign is a currency, a pair delimits a formula.
+    text = text.replace("\\$", "").strip()
+    if text.count("$") % 2:
+        text = text.replace("$", "")
+    text = text.rstrip(".* ")
+    readings = [text]
+    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) and not _PLAIN_NUMBER.fullmatch(text):
+        # math-verify parses LaTeX only between delimiters: outside of them `2^{10}` would be 2. Between them, a word
+        # is a product of its letters, so a text with words is first (or only) parsed as text.
+        words = _WORD.search(_LATEX_COMMAND.sub("", text))
+        formula = f"${text}$"
+        if not words:
+            readings = [formula, text]
+        elif "\\" in text:
+            readings = [text, formula]
+    for reading in readings:
+        parsed = _parse_raw(reading)
+        if parsed:
+            return parsed
+    return ()
+
+
+def _parse_raw(text: str) -> tuple[Any, ...]:
+    return tuple(math_verify.parse(text, parsing_timeout=None))
+
+
+def _serve(seconds: float, most_bytes: int) -> None:
+    """Answer each line of the standard input with a line, until its end."""
+    timer = partial(signal.setitimer, signal.ITIMER_REAL) if os.name == "posix" else lambda _: None
+    if os.name == "posix":
+        # The default action of the alarm ends the process. Another action and a mask may be inherited.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    # A Control-C reaches all processes of a terminal. This one ends with its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    _parse("$1$")  # builds the parsers
+    answers = os.fdopen(os.dup(1), "w")
+    answers.write("ready\n")
+    answers.flush()
+    # What a parser prints must not get between the answers, nor into the caller's terminal.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    for line in sys.stdin:
+        completion, golds, lenient = json.loads(line)
+        timer(seconds)
+        try:
+            reading = read(completion, golds, lenient)
+        except Exception as error:  # the text of a model may be anything; the caller names it
+            reading = Reading(0.0, problem=f"{type(error).__name__}: {error!s:.200}")
+        timer(0)
+        answers.write(json.dumps(reading) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]), int(sys.argv[2]))
