@@ -145,7 +145,7 @@ class Rewards:
             elif "gym" in named:
                 from omniopd_trl.evals.procedural import reasoning_gym_accuracy
 
-                import_extra("reasoning_gym", "gym")
+                find_extra("reasoning_gym", "gym")
                 funcs = [reasoning_gym_accuracy]
             elif {"solution", "answer"} & named:
                 find_extra("math_verify", "eval")
