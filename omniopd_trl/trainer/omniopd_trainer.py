@@ -397,14 +397,7 @@ class OmniOPDTrainer(DistillationTrainer):
             yield
             return
         rank = self.accelerator.process_index
-        decisive = replay_key(
-            self.args,
-            self.train_dataset,
-            self.model,
-            self.teacher,
-            self.auditor.similarity,
-            self.step_audits.custom_weights,
-        )
+        decisive = self._replay_key()
         settings: dict[str, Any] = {
             "run": str(self.args.run_name or Path(self.args.output_dir).name),
             "teacher": self.teacher.name,
@@ -422,6 +415,17 @@ class OmniOPDTrainer(DistillationTrainer):
             if self.accelerator.is_main_process:
                 save_tokenizer(self._tokenizer, path.parent)
             yield
+
+    def _replay_key(self) -> dict[str, Any]:
+        """The settings that the journal holds. Records of other settings are not replayed."""
+        return replay_key(
+            self.args,
+            self.train_dataset,
+            self.model,
+            self.teacher,
+            self.auditor.similarity,
+            self.step_audits.custom_weights,
+        )
 
     def _warn_about_separate_folders(self) -> None:
         """Warn when machines do not share `output_dir`: process 0 alone has the checkpoints.
