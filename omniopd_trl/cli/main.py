@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import audits
+from omniopd_trl.cli import audits, solutions
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     audits.add_parsers(commands)
+    solutions.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",
@@ -154,6 +155,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         if options.command == "cost":
             cost(options, rest)
+        elif options.command == "solutions":
+            solutions.solutions(options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         elif options.command == "recipes":
