@@ -113,9 +113,7 @@ class Baseline:
         self._logged = (0, Usage())  # step and usage of the last entry of the log
         use_readable_lines(self)
 
-    def train(
-        self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train the student, as [`~transformers.Trainer.train`] does.
 
         Args:
@@ -193,7 +191,9 @@ def config_of(
     return kind(**{**shared, **theirs, **off, **defaults, **section})
 
 
-def unused_options(kind: type[TrainingArguments], args: OmniOPDConfig, unlike: Collection[str], used: str) -> list[str]:
+def unused_options(
+    kind: type[TrainingArguments], args: OmniOPDConfig, unlike: Collection[str], used: str
+) -> list[str]:
     """The options of the run that are set and have no effect on a method.
 
     Args:

@@ -312,9 +312,7 @@ class _Collection:
                     is_text = isinstance(example["prompt"], str)
                     yield {
                         "prompt": example["prompt"],
-                        "completion": rollout.text
-                        if is_text
-                        else [{"role": "assistant", "content": rollout.text}],
+                        "completion": rollout.text if is_text else [{"role": "assistant", "content": rollout.text}],
                         "row": row,
                         "sample": sample,
                         "teacher": self._teacher.name,

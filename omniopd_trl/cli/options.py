@@ -238,7 +238,9 @@ def parse_section(name: str, section: Any) -> dict[str, Any]:
     if section is None:
         return {}
     if not isinstance(section, dict):
-        raise ConfigError(f"`{name}` is {section!r:.200}; it must be a mapping of options of {SECTIONS[name]} to values.")
+        raise ConfigError(
+            f"`{name}` is {section!r:.200}; it must be a mapping of options of {SECTIONS[name]} to values."
+        )
     hints, where = section_hints(name), f"the section `{name}`"
     check_names(map(str, section), [*hints], where)
     for key, value in section.items():

@@ -53,7 +53,6 @@ class OmniOPDScriptArguments(ScriptArguments):
             Options of [`~trl.GRPOConfig`] that apply to method `"grpo"` only, such as `{"num_generations": 8}`.
     """
 
-
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -97,7 +96,7 @@ class OmniOPDScriptArguments(ScriptArguments):
     sft: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Options of `SFTConfig` that apply to method \'sft\' only, such as `{"learning_rate": 1e-5}`.'
+            "help": "Options of `SFTConfig` that apply to method 'sft' only, such as `{\"learning_rate\": 1e-5}`."
         },
     )
     opd: dict[str, Any] | str | None = field(
@@ -109,7 +108,7 @@ class OmniOPDScriptArguments(ScriptArguments):
     grpo: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Options of `GRPOConfig` that apply to method \'grpo\' only, such as `{"num_generations": 8}`.'
+            "help": "Options of `GRPOConfig` that apply to method 'grpo' only, such as `{\"num_generations\": 8}`."
         },
     )
 

@@ -110,7 +110,9 @@ def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | 
     splits = load_splits(script_args, dataset_args)
     dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
     if not isinstance(dataset, Dataset):
-        raise DataError("dataset_streaming=True: solutions are collected for a dataset that can be counted. Set it to false.")
+        raise DataError(
+            "dataset_streaming=True: solutions are collected for a dataset that can be counted. Set it to false."
+        )
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
     identity = dataset._fingerprint
@@ -148,9 +150,7 @@ def _max_tokens(args: "OmniOPDConfig") -> int:
     return math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length)
 
 
-def _describe(
-    load: "Load", num_prompts: int, args: "OmniOPDConfig", options: argparse.Namespace, folder: str
-) -> str:
+def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: argparse.Namespace, folder: str) -> str:
     most = "" if options.solution_length else "at most "
     rows = [
         ("teacher", args.teacher_model_name_or_path),
@@ -225,5 +225,6 @@ def _collect(
         raise DataError(f"No solution was kept: {progress}. Nothing can be trained on {folder}.")
     _print(
         f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: omniopd train --config {options.config} --method sft "
-        f"--output_dir {args.output_dir}" + (f" --solutions {folder}" if Path(folder).parent != Path(args.output_dir) else "")
+        f"--output_dir {args.output_dir}"
+        + (f" --solutions {folder}" if Path(folder).parent != Path(args.output_dir) else "")
     )
