@@ -66,7 +66,7 @@ class Evaluator(OmniOPDTrainer):
         return self._settings
 
     def follow(self, trainer: Trainer) -> None:
-        """Take over the state of the other trainer: step, callbacks, and the student as its back end has wrapped it."""
+        """Take over the state of the other trainer: step, callbacks, and the student as its back end wraps it."""
         self.state, self.control, self.callback_handler = trainer.state, trainer.control, trainer.callback_handler
         self.accelerator, self.model_wrapped = trainer.accelerator, trainer.model_wrapped
         self.is_in_train = trainer.is_in_train
@@ -76,7 +76,7 @@ class Evaluator(OmniOPDTrainer):
             self._last_loaded_step = -1
 
     def recording(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Context with an open journal, if `save_audits` is set; it holds the settings and logs of the other trainer."""
+        """Context with an open journal, if `save_audits` is set, for settings and logs of the other trainer."""
         self._settings |= {"student": self.model.config._name_or_path, "teacher": self.teacher.name}
         self._settings |= trainer.args.to_sanitized_dict()
         return self._recording()

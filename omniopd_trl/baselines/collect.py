@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,7 +339,7 @@ def _verify(
     """Whether each solution is right: all functions give it 1. `None` where a function declines to score."""
     if not rewards or not rollouts:
         return [None] * len(rollouts)
-    logs = {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
+    logs: dict[str, Any] = {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
     texts = [rollout.text for rollout in rollouts]
     scored = rewards.score([example] * len(texts), texts, run=loop.run, trainer_state=None, **logs)
     columns = [values.tolist() for _, values in scored]

@@ -14,6 +14,7 @@ from omniopd_trl.baselines.opd import OPD, check_teacher
 from omniopd_trl.baselines.sft import SFT, load_solutions
 from omniopd_trl.errors import ConfigError, OmniOPDError, first_line
 from omniopd_trl.evals.rewards import RewardSource
+from omniopd_trl.teachers.local import LocalTeacher
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -60,9 +61,8 @@ def make_baseline(
     section = section or {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ConfigError(
-            f"method={method!r} does not run under DeepSpeed or FSDP yet: the evaluation shares the student with TRL's "
-            "trainer in one process per GPU. Launch it with DDP (`--accelerate_config multi_gpu`), and with LoRA where "
-            "memory is short."
+            f"method={method!r} does not run under DeepSpeed or FSDP yet: the evaluation shares the student with "
+            "TRL's trainer. Launch it with DDP (`--accelerate_config multi_gpu`), and with LoRA where memory is short."
         )
     trainer_class, teacher = TRAINERS[method], args.teacher_model_name_or_path
     special: dict[str, Any] = {"train_dataset": train_dataset}
@@ -97,6 +97,7 @@ def make_baseline(
         eval_reward_funcs=reward_funcs,
     )
     if method == "opd":
+        assert isinstance(evaluator.teacher, LocalTeacher)
         special["teacher_model"] = evaluator.teacher.model
     with _Explained(method):
         trainer = trainer_class(

@@ -35,8 +35,8 @@ def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> Non
     if differ is not None or len(own) != len(theirs):
         example = "" if differ is None else f", for example for {differ!r}"
         raise ConfigError(
-            f"method='opd' compares probabilities of the same tokens, and the tokenizers of {student!r} and {teacher!r} "
-            f"differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the student's tokenizer, or "
+            f"method='opd' compares probabilities of the same tokens, and the tokenizers of {student!r} and "
+            f"{teacher!r} differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the student's tokenizer, or "
             "method='omniopd'."
         )
 

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.baselines.base import Baseline
-from omniopd_trl.data.datasets import column_names, get_split, load_dataset_or_files
+from omniopd_trl.data.datasets import column_names, get_split, load_dataset_or_files, local_builder
 from omniopd_trl.errors import DataError
 from omniopd_trl.journal.reader import spent
 
@@ -44,7 +44,7 @@ def load_solutions(name: str, chat_template_kwargs: dict[str, Any] | None = None
     """
     folder = Path(name).expanduser()
     is_ours = (folder / SOLUTIONS_FILE).is_file()
-    if not is_ours and (not folder.exists() and folder.is_absolute() or folder.name == "solutions"):
+    if not is_ours and not folder.exists() and name.count("/") != 1 and local_builder(name) is None:
         raise DataError(
             f"There are no solutions in {name!r}. Collect them from the teacher with `omniopd solutions` and the same "
             "options, or set `solutions` to their folder or to a dataset with the columns `prompt` and `completion`."
@@ -71,7 +71,7 @@ class SFT(Baseline, SFTTrainer):
 
     method = "sft"
     config = SFTConfig
-    # TRL's `shuffle_dataset` shuffles once, besides the sampler, and unused columns are those of the tokenized dataset.
+    # TRL's `shuffle_dataset` shuffles once, besides the sampler; unused columns are those beside the tokens.
     unlike = ("shuffle_dataset", "remove_unused_columns")
 
     def used_until(self: Any, step: int) -> Usage:

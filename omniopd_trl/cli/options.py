@@ -41,6 +41,7 @@ _PARSED = ("OmniOPDScriptArguments", "OmniOPDConfig", "ModelConfig", "DatasetMix
 
 # The baselines, which have a section of options each, and TRL's configuration of each.
 SECTIONS = {"sft": "SFTConfig", "opd": "DistillationConfig", "grpo": "GRPOConfig"}
+METHODS = ("omniopd", *SECTIONS)
 # What a section may not set, since it holds for the whole run: the folder, the evaluation, the student and its engine.
 _OF_THE_RUN = re.compile(
     r"output_dir|run_name|resume_from_checkpoint|hub_.*|(do_|per_device_|bf16_full_|fp16_full_|batch_)?eval.*|"
@@ -200,9 +201,20 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         if position == len(arguments):
             raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
         recipe = check_recipe(arguments[position], hints)
+    check_method_name(settings_of(arguments, recipe, ["method"])["method"] or "omniopd")
     for name, section in settings_of(arguments, recipe, SECTIONS).items():
         parse_section(name, section)
     return recipe
+
+
+def check_method_name(method: str) -> None:
+    """Refuse a method that does not exist.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
 
 
 @cache
@@ -367,7 +379,8 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str
             if isinstance(value, bool):
                 advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
             raise ConfigError(
-                f"`{key}` is {value!r:.200} ({type(value).__name__}) in {where}; it must be of type {expected}.{advice}"
+                f"`{key}` is {value!r:.200} ({type(value).__name__}) in {where}; it must be of type "
+                f"{expected}.{advice}"
             )
 
 

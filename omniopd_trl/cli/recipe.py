@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from omniopd_trl.cli.options import SECTIONS, check_arguments, parse_section, resolve_demo_name, split_config
+from omniopd_trl.cli.options import (
+    SECTIONS,
+    check_arguments,
+    check_method_name,
+    parse_section,
+    resolve_demo_name,
+    split_config,
+)
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 if TYPE_CHECKING:
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-
-METHODS = ("omniopd", *SECTIONS)
 
 
 @dataclass
@@ -113,8 +118,7 @@ class OmniOPDScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        check_method_name(self.method)
         for name in SECTIONS:
             setattr(self, name, parse_section(name, getattr(self, name)))
 
@@ -266,7 +270,7 @@ def load_functions(names: Sequence[str] | None) -> list[Any] | None:
             functions.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"`reward_funcs` names {name!r}, which cannot be imported ({error}). Give the dotted path of a function, "
-                "or the id or path of a sequence classification model."
+                f"`reward_funcs` names {name!r}, which cannot be imported ({error}). Give the dotted path of a "
+                "function, or the id or path of a sequence classification model."
             ) from error
     return functions or None

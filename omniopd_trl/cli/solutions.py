@@ -223,8 +223,7 @@ def _collect(
     )
     if not progress.num_kept:
         raise DataError(f"No solution was kept: {progress}. Nothing can be trained on {folder}.")
-    _print(
-        f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: omniopd train --config {options.config} --method sft "
-        f"--output_dir {args.output_dir}"
-        + (f" --solutions {folder}" if Path(folder).parent != Path(args.output_dir) else "")
-    )
+    train = f"omniopd train --config {options.config} --method sft --output_dir {args.output_dir}"
+    if Path(folder) != Path(args.output_dir, "solutions"):
+        train += f" --solutions {folder}"
+    _print(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {train}")

@@ -148,9 +148,8 @@ def main(
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
     method = script_args.method
-    if training_args.teacher_model_name_or_path is None and (
-        method in ("omniopd", "opd") or script_args.evaluate_teacher
-    ):
+    needs_teacher = method in ("omniopd", "opd") or script_args.evaluate_teacher
+    if training_args.teacher_model_name_or_path is None and needs_teacher:
         raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
     if training_args.hub_token is not None:
         raise ConfigError(
