@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
@@ -69,7 +70,7 @@ def make_baseline(
     defaults: dict[str, Any] = {}
     data = None
     if method == "sft":
-        data = load_solutions(solutions or os.path.join(args.output_dir, "solutions"), args.chat_template_kwargs)
+        data = load_solutions(solutions or Path(args.output_dir, "solutions"), args.chat_template_kwargs)
         special["train_dataset"] = data.dataset
         defaults = {"max_length": None}  # TRL would cut solutions at 1,024 tokens
     elif method == "opd":

@@ -36,8 +36,8 @@ def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> Non
         example = "" if differ is None else f", for example for {differ!r}"
         raise ConfigError(
             f"method='opd' compares probabilities of the same tokens, and the tokenizers of {student!r} and "
-            f"{teacher!r} differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the student's tokenizer, or "
-            "method='omniopd'."
+            f"{teacher!r} differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the "
+            "student's tokenizer, or method='omniopd'."
         )
 
 

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.baselines.base import Baseline
-from omniopd_trl.data.datasets import column_names, get_split, load_dataset_or_files, local_builder
+from omniopd_trl.data.datasets import column_names, get_split, load_dataset_or_files
 from omniopd_trl.errors import DataError
 from omniopd_trl.journal.reader import spent
 
@@ -32,11 +32,12 @@ class Solutions(NamedTuple):
     usd: float
 
 
-def load_solutions(name: str, chat_template_kwargs: dict[str, Any] | None = None) -> Solutions:
+def load_solutions(name: str | Path, chat_template_kwargs: dict[str, Any] | None = None) -> Solutions:
     """Load the solutions of a teacher.
 
     Args:
-        name: folder that `omniopd solutions` has written, or any dataset with the columns `prompt` and `completion`.
+        name: folder that `omniopd solutions` has written, or any dataset with the columns `prompt` and `completion`. A
+            `Path` is never looked up on the Hub.
         chat_template_kwargs: arguments of the student's chat template, as for its own prompts.
 
     Raises:
@@ -44,16 +45,16 @@ def load_solutions(name: str, chat_template_kwargs: dict[str, Any] | None = None
     """
     folder = Path(name).expanduser()
     is_ours = (folder / SOLUTIONS_FILE).is_file()
-    if not is_ours and not folder.exists() and name.count("/") != 1 and local_builder(name) is None:
+    if isinstance(name, Path) and not is_ours:
         raise DataError(
-            f"There are no solutions in {name!r}. Collect them from the teacher with `omniopd solutions` and the same "
+            f"There are no solutions in {str(name)!r}. Collect them from the teacher with `omniopd solutions` and the same "
             "options, or set `solutions` to their folder or to a dataset with the columns `prompt` and `completion`."
         )
-    dataset = get_split(load_dataset_or_files(str(folder / SOLUTIONS_FILE) if is_ours else name), "train", "solutions")
+    dataset = get_split(load_dataset_or_files(str(folder / SOLUTIONS_FILE if is_ours else name)), "train", "solutions")
     missing = {"prompt", "completion"} - set(column_names(dataset))
     if missing:
         raise DataError(
-            f"The solutions {name!r} have no column {' and '.join(sorted(missing))} (they have: "
+            f"The solutions {str(name)!r} have no column {' and '.join(sorted(missing))} (they have: "
             f"{', '.join(column_names(dataset))}). `omniopd solutions` writes both."
         )
     dataset = dataset.select_columns(["prompt", "completion"])
