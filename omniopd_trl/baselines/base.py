@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
+from trl import DistillationConfig
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import TeacherError
@@ -191,18 +192,22 @@ def config_of(
     return kind(**{**shared, **theirs, **off, **defaults, **section})
 
 
-def unused_options(
-    kind: type[TrainingArguments], args: OmniOPDConfig, unlike: Collection[str], used: str
-) -> list[str]:
-    """The options of the run that are set and have no effect on a method.
+def unused_options(kind: type[TrainingArguments], args: OmniOPDConfig, *, asks: bool) -> list[str]:
+    """The options that are set and have no effect on a method: those of OmniOPD alone, and those of its teacher.
 
     Args:
         kind: class of TRL's configuration of the method.
         args: configuration of the run.
-        unlike: as in [`config_of`].
-        used: prefix of options that the method uses besides.
+        asks: whether a teacher is used.
     """
-    known = {field.name for field in fields(kind)} - set(unlike)
-    names = OmniOPDConfig.__dataclass_fields__.keys() - known - set(_OF_THE_EVALUATION)
-    is_set = [name for name in names if getattr(args, name) != default_of(name)]
-    return sorted(name for name in is_set if not used or not name.startswith(used))
+    known = {field.name for field in fields(kind)} | set(_OF_THE_EVALUATION)
+    own = OmniOPDConfig.__dataclass_fields__.keys() - DistillationConfig.__dataclass_fields__.keys() - known
+    teachers = {name for name in OmniOPDConfig.__dataclass_fields__ if name.startswith("teacher_")}
+    names = own - teachers if asks else own | teachers
+    return sorted(name for name in names | {"beta"} if _is_set(getattr(args, name), default_of(name)))
+
+
+def _is_set(value: Any, default: Any) -> bool:
+    if isinstance(value, dict) and all(entry is None for entry in value.values()):
+        return False  # entries that the command leaves at `None`
+    return bool(value != default)

@@ -81,8 +81,7 @@ def make_baseline(
         defaults = with_same_prompts(args, section)
     asks = method == "opd" or evaluate_teacher
     if args.process_index == 0:
-        used = "teacher_" if asks else ""
-        _log_unused(method, unused_options(trainer_class.config, args, trainer_class.unlike, used))
+        _log_unused(method, unused_options(trainer_class.config, args, asks=asks))
     with _Explained(method):
         config = config_of(trainer_class.config, args, section, unlike=trainer_class.unlike, **defaults)
     evaluator = Evaluator(

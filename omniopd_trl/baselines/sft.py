@@ -47,8 +47,9 @@ def load_solutions(name: str | Path, chat_template_kwargs: dict[str, Any] | None
     is_ours = (folder / SOLUTIONS_FILE).is_file()
     if isinstance(name, Path) and not is_ours:
         raise DataError(
-            f"There are no solutions in {str(name)!r}. Collect them from the teacher with `omniopd solutions` and the same "
-            "options, or set `solutions` to their folder or to a dataset with the columns `prompt` and `completion`."
+            f"There are no solutions in {str(name)!r}. Collect them from the teacher with `omniopd solutions` and the "
+            "same options, or set `solutions` to their folder or to a dataset with the columns `prompt` and "
+            "`completion`."
         )
     dataset = get_split(load_dataset_or_files(str(folder / SOLUTIONS_FILE if is_ours else name)), "train", "solutions")
     missing = {"prompt", "completion"} - set(column_names(dataset))

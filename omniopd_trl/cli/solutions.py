@@ -206,6 +206,7 @@ def _collect(
         args.seed,
         args.max_failed_chunks,
     )
+    args.num_rollouts = options.num_solutions  # the samples that the probe asks for
     recorder = Recorder(lambda: -1)  # requests outside of blocks belong to none
     teacher = prepare_teacher(args.teacher_model_name_or_path, args, recorder, spent(folder))
     check_prompts(teacher, [("train_dataset", dataset)])
