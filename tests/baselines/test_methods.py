@@ -5,6 +5,7 @@
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal.browse import read_logs, read_settings
 from omniopd_trl.report.page import write_page
 from omniopd_trl.report.runs import Run
+from tests.support.commands import run_process, succeeded
 from tests.support.training import questions
 
 SOLUTION = "We add. Answer: {}"
@@ -201,7 +203,7 @@ class TestRefused:
             )
 
     def test_sft_needs_solutions(self, tmp_path, tiny_model_dir):
-        with pytest.raises(DataError, match="no solutions in .*out/solutions'. Collect them .* `omniopd solutions`"):
+        with pytest.raises(DataError, match=r"no solutions in .*out/solutions'\. Collect .* `omniopd solutions`"):
             make_baseline("sft", model=str(tiny_model_dir), args=settings(tmp_path / "out"), train_dataset=questions())
         path = tmp_path / "other.jsonl"
         path.write_text('{"question": "1 + 1"}\n')
@@ -255,3 +257,35 @@ def test_resume(tmp_path, tiny_model_dir):
         weights.append(torch.load(tmp_path / name / "out" / "checkpoint-2" / "optimizer.pt"))
     first, second = (weight["state"][0]["exp_avg"] for weight in weights)
     assert torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, tiny_model_dir, teacher_dir):
+    """Under DDP the evaluation scores each problem once, and the teacher's tokens are those of both processes."""
+    rows = questions(16)
+    for name, count in (("train", 16), ("test", 3)):
+        rows.select(range(count)).to_json(tmp_path / "data" / f"{name}.jsonl")
+    options = {
+        **COMMON,
+        "model_name_or_path": tiny_model_dir,
+        "teacher_model_name_or_path": teacher_dir,
+        "dataset_name": "data",
+        "method": "opd",
+        "output_dir": "out",
+        "chunk_length": 8,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+        "per_device_eval_batch_size": 1,
+        "log_completions": True,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    command += ["--main_process_port", 0, "-m", "omniopd_trl.train"]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    process = succeeded(run_process(*command, cwd=tmp_path))
+    assert process.stdout.count("model saved to") == 1
+    logs = read_logs(tmp_path / "out")
+    assert [entry["step"] for entry in logs] == [0, 1, 1, 1]
+    (step,) = [entry for entry in logs if "teacher/prompt_tokens" in entry]
+    assert step["teacher/prompt_tokens"] == step["num_tokens"] > 16 * 16
+    completions = Dataset.from_parquet(str(tmp_path / "out" / "completions" / "eval_00001.parquet"))
+    assert len(completions) == 3
