@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from omniopd_trl.baselines.base import Baseline
 from omniopd_trl.cli.ablate import read_plan
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
 from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
@@ -64,16 +65,18 @@ def any_machine(monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Of each run, in order: the steps that it took, and the tokens that its teacher wrote for it."""
+    """Of each run, in order: the steps that it took, and the tokens that its teacher wrote for it; 1 for baselines."""
     runs = []
-    train = OmniOPDTrainer.train
+    for kind in (OmniOPDTrainer, Baseline):
 
-    def noted(trainer, *args, **kwargs):
-        result = train(trainer, *args, **kwargs)
-        runs.append((trainer.state.global_step, trainer.teacher_usage.completion_tokens))
-        return result
+        def noted(trainer, *args, train=kind.train, **kwargs):
+            result = train(trainer, *args, **kwargs)
+            written = trainer.teacher_usage.completion_tokens
+            # GRPO has no teacher.
+            runs.append((trainer.state.global_step, written if kind is OmniOPDTrainer else 1))
+            return result
 
-    monkeypatch.setattr(OmniOPDTrainer, "train", noted)
+        monkeypatch.setattr(kind, "train", noted)
     return runs
 
 

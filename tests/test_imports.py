@@ -14,7 +14,7 @@ import omniopd_trl
 PACKAGE = Path(omniopd_trl.__file__).parent
 
 # Each layer is a folder, or a file beside them, and imports from those before it.
-ORDER = "errors, method, accounting, models, data, teachers, audits, journal, evals, baselines, report, trainer, cli"
+ORDER = "errors, method, accounting, models, data, teachers, audits, journal, evals, report, trainer, baselines, cli"
 LAYERS = ORDER.split(", ")
 # A report reads what runs have written, and needs no model for it.
 EXCEPT = {"report": {"models"}}

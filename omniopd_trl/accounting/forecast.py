@@ -87,8 +87,8 @@ class Forecast:
         trajectory: load of the audit of one trajectory.
         step: load of one optimizer step.
         run: load of all steps.
-        sft_prompt: load of one complete solution by the teacher, as SFT needs it.
-        sft_run: load of one such solution for each distinct prompt of the run.
+        sft_prompt: load of the complete solutions of one prompt by the teacher, as SFT needs them.
+        sft_run: load of the solutions of each distinct prompt of the run.
     """
 
     trajectory: Load
@@ -122,6 +122,7 @@ def forecast(
     steps: int = 1,
     num_prompts: int | None = None,
     solution_length: float | None = None,
+    num_solutions: int = 1,
 ) -> Forecast:
     r"""Forecast the tokens and dollars of audits, with the paper's formulas (Section 9).
 
@@ -158,6 +159,7 @@ def forecast(
         steps: optimizer steps.
         num_prompts: distinct prompts of the run. Defaults to the number of its trajectories (one epoch).
         solution_length: length of a solution by the teacher, in student tokens. Defaults to `trajectory_length`.
+        num_solutions: solutions per prompt that SFT needs.
 
     Returns:
         The load of a trajectory, a step and the run, and of SFT on teacher solutions.
@@ -188,6 +190,7 @@ def forecast(
         ("prompt_tokens", min(lengths), 0),
         ("trajectory_length", trajectory_length, 1),
         ("solution_length", solution, 1),
+        ("num_solutions", num_solutions, 1),
         ("tokens_per_token", tokens_per_token, 0),
         ("asked_per_token", asked_per_token, tokens_per_token),
         ("prompt_overhead", prompt_overhead, 0),
@@ -228,8 +231,9 @@ def forecast(
                 cached = prefix >= min_cached_prefix
                 audits.add(share * count, prefix, requests, asked, kept, cached, before)
                 before = prefix if cached else None
-        written = tokens_per_token * solution
-        solutions.add(count, tokens_per_token * prompt, 1, written, written, False, None)
+        written = num_solutions * tokens_per_token * solution
+        calls = math.ceil(num_solutions / samples)
+        solutions.add(count, tokens_per_token * prompt, calls, written, written, False, None)
     trajectory, sft_prompt = audits.mean(len(lengths)), solutions.mean(len(lengths))
     step = trajectory.times(prompts_per_step)
     distinct = steps * prompts_per_step if num_prompts is None else num_prompts

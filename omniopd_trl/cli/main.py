@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, data, eval, export, verify_estimator
+from omniopd_trl.cli import ablate, audits, data, eval, export, solutions, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_parser(commands)
     data.add_parser(commands)
     eval.add_parser(commands)
+    solutions.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast the tokens and dollars that a recipe takes from its teacher",
@@ -166,6 +167,8 @@ def main(args: Sequence[str] | None = None) -> int:
             cost(options, rest)
         elif options.command == "eval":
             eval.run(options, rest)
+        elif options.command == "solutions":
+            solutions.solutions(options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         elif options.command == "recipes":

@@ -9,6 +9,7 @@ refused in less than a second (an import of TRL takes many), and the check alway
 import ast
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -33,8 +34,20 @@ _FILES = {
     "TrainingArguments": ("transformers", "training_args.py"),
     "ModelConfig": ("trl", "trainer/model_config.py"),
     "DatasetMixtureConfig": ("trl", "scripts/utils.py"),
+    "SFTConfig": ("trl", "trainer/sft_config.py"),
+    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
 }
 _PARSED = ("OmniOPDScriptArguments", "OmniOPDConfig", "ModelConfig", "DatasetMixtureConfig")
+
+# The baselines, which have a section of options each, and TRL's configuration of each.
+SECTIONS = {"sft": "SFTConfig", "opd": "DistillationConfig", "grpo": "GRPOConfig"}
+METHODS = ("omniopd", *SECTIONS)
+# What a section may not set, since it holds for the whole run: the folder, the evaluation, the student and its engine.
+_OF_THE_RUN = re.compile(
+    r"output_dir|run_name|resume_from_checkpoint|hub_.*|(do_|per_device_|bf16_full_|fp16_full_|batch_)?eval.*|"
+    r"load_best_model_at_end|metric_for_best_model|greater_is_better|use_vllm|vllm_(?!importance).*|"
+    r"(teacher_)?model_.*|use_cpu|deepspeed|fsdp.*|max_completion_length|num_generations_eval"
+)
 
 # Options that name a model or a dataset.
 _LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
@@ -182,12 +195,81 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         raise stray_word(arguments[0])
     options = [argument for argument in arguments if argument.startswith("--")]
     check_names(map(option_name, options), option_names(hints), "the command line")
-    if "--config" not in arguments:
+    recipe = {}
+    if "--config" in arguments:
+        position = arguments.index("--config") + 1
+        if position == len(arguments):
+            raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
+        recipe = check_recipe(arguments[position], hints)
+    check_method_name(settings_of(arguments, recipe, ["method"])["method"] or "omniopd")
+    for name, section in settings_of(arguments, recipe, SECTIONS).items():
+        parse_section(name, section)
+    return recipe
+
+
+def check_method_name(method: str) -> None:
+    """Refuse a method that does not exist.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
+
+
+@cache
+def section_hints(name: str) -> dict[str, Any]:
+    """The type of each option of a baseline's section, read as `option_hints` reads them."""
+    try:
+        return _hints_in_source(SECTIONS[name])
+    except _SourceChanged:
+        import trl
+
+        return hints_of([getattr(trl, SECTIONS[name])])
+
+
+def parse_section(name: str, section: Any) -> dict[str, Any]:
+    """The options in the section of a baseline, with numbers in place of texts such as `1e-6`.
+
+    Args:
+        name: name of the section, one of `SECTIONS`.
+        section: mapping of options to values, the same as JSON, or `None`.
+
+    Raises:
+        ConfigError: for anything else, an unknown option, a value of the wrong type, or an option that holds for the
+            whole run.
+    """
+    if isinstance(section, str):
+        try:
+            section = json.loads(section)
+        except ValueError as error:
+            raise ConfigError(
+                f"`{name}` is {section!r:.200}, which is not valid JSON ({error}). Write it as in "
+                f"--{name} '{{\"learning_rate\": 1e-5}}'."
+            ) from error
+    if section is None:
         return {}
-    position = arguments.index("--config") + 1
-    if position == len(arguments):
-        raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
-    return check_recipe(arguments[position], hints)
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"`{name}` is {section!r:.200}; it must be a mapping of options of {SECTIONS[name]} to values."
+        )
+    hints, where = section_hints(name), f"the section `{name}`"
+    check_names(map(str, section), [*hints], where)
+    for key, value in section.items():
+        if _OF_THE_RUN.fullmatch(key):
+            raise ConfigError(
+                f"`{key}` is {value!r:.200} in {where}, but it holds for every method. Set it beside `method`."
+            )
+    _check_types(section, hints, where)
+    return {key: _number(value, hints[key]) for key, value in section.items()}
+
+
+def _number(value: Any, hint: Any) -> Any:
+    """A number that YAML reads as a text, as the parser of the command line reads it."""
+    kinds = {hint, *typing.get_args(hint)}
+    if not isinstance(value, str) or str in kinds:
+        return value
+    return next((kind(value) for kind in (int, float) if kind in kinds and _converts(value, kind)), value)
 
 
 def stray_word(word: str) -> ConfigError:
@@ -256,15 +338,7 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"`env` is {env!r} in {path}; it must be a mapping of environment variables to their values."
         )
-    for key, value in recipe.items():
-        if key != "env" and not _fits(value, hints[key]):
-            expected = describe_type(hints[key])
-            advice = ""
-            if isinstance(value, bool):
-                advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
-            raise ConfigError(
-                f"`{key}` is {value!r:.200} ({type(value).__name__}) in {path}; it must be of type {expected}.{advice}"
-            )
+    _check_types({key: value for key, value in recipe.items() if key != "env"}, hints, path)
     return recipe
 
 
@@ -295,6 +369,19 @@ def _check_size(root: Any, path: str) -> None:
         raise ConfigError(
             f"The recipe {path!r} has aliases that multiply to more than {_MAX_NODES:,} values. Write the values out."
         )
+
+
+def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            expected = describe_type(hints[key])
+            advice = ""
+            if isinstance(value, bool):
+                advice = " YAML reads a bare yes, no, on or off as true or false: put it in quotes."
+            raise ConfigError(
+                f"`{key}` is {value!r:.200} ({type(value).__name__}) in {where}; it must be of type "
+                f"{expected}.{advice}"
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:

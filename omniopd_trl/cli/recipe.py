@@ -3,7 +3,9 @@
 """Parse a recipe and load its datasets. The checks that do not import TRL are in [`options`]."""
 
 import argparse
+import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from omniopd_trl.cli.options import check_arguments, resolve_demo_name, split_config
+from omniopd_trl.cli.options import (
+    SECTIONS,
+    check_arguments,
+    check_method_name,
+    parse_section,
+    resolve_demo_name,
+    split_config,
+)
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 if TYPE_CHECKING:
@@ -30,6 +39,23 @@ class OmniOPDScriptArguments(ScriptArguments):
             string that contains `{question}` once. By default, the question itself is the prompt.
         evaluate_teacher (`bool`, *optional*, defaults to `False`):
             Whether to measure the teacher's pass@1 on the evaluation set after training.
+        method (`str`, *optional*, defaults to `"omniopd"`):
+            What to train with: `"omniopd"`; or a baseline, with TRL's own trainer and the same evaluation: `"sft"` on
+            the teacher's solutions, `"opd"` on the probabilities of a local teacher, or `"grpo"` on rewards.
+        solutions (`str`, *optional*):
+            Solutions of the teacher: the folder that `omniopd solutions` writes and method `"sft"` trains on, or any
+            dataset with the columns `prompt` and `completion`. Defaults to `solutions` in `output_dir`.
+        reward_funcs (`list[str]`, *optional*):
+            Functions that score answers, in the evaluation of every method and as the reward of method `"grpo"`:
+            dotted paths of functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or
+            ids or paths of sequence classification models. By default, math-verify compares with the `solution` or
+            `answer` column.
+        sft (`dict[str, Any]`, *optional*):
+            Options of [`~trl.SFTConfig`] that apply to method `"sft"` only, such as `{"learning_rate": 1e-5}`.
+        opd (`dict[str, Any]`, *optional*):
+            Options of [`~trl.DistillationConfig`] that apply to method `"opd"` only. `beta` defaults to 0.5 there.
+        grpo (`dict[str, Any]`, *optional*):
+            Options of [`~trl.GRPOConfig`] that apply to method `"grpo"` only, such as `{"num_generations": 8}`.
     """
 
     dataset_name: str | None = field(
@@ -50,6 +76,52 @@ class OmniOPDScriptArguments(ScriptArguments):
         default=False,
         metadata={"help": "Whether to measure the teacher's pass@1 on the evaluation set after training."},
     )
+    method: str = field(
+        default="omniopd",
+        metadata={
+            "help": "What to train with: 'omniopd'; or a baseline, with TRL's own trainer and the same evaluation: "
+            "'sft' on the teacher's solutions, 'opd' on the probabilities of a local teacher, or 'grpo' on rewards."
+        },
+    )
+    solutions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Solutions of the teacher: the folder that `omniopd solutions` writes and method 'sft' trains on, "
+            "or any dataset with the columns `prompt` and `completion`. Defaults to `solutions` in `output_dir`."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that score answers, in the evaluation of every method and as the reward of method "
+            "'grpo': dotted paths of functions with the signature of TRL's `reward_funcs`, such as "
+            "`my_package.rewards.code`, or ids or paths of sequence classification models. By default, math-verify "
+            "compares with the `solution` or `answer` column."
+        },
+    )
+    sft: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of `SFTConfig` that apply to method 'sft' only, such as `{\"learning_rate\": 1e-5}`."
+        },
+    )
+    opd: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of `DistillationConfig` that apply to method 'opd' only. `beta` defaults to 0.5 there."
+        },
+    )
+    grpo: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of `GRPOConfig` that apply to method 'grpo' only, such as `{\"num_generations\": 8}`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_method_name(self.method)
+        for name in SECTIONS:
+            setattr(self, name, parse_section(name, getattr(self, name)))
 
 
 def dataclass_types() -> tuple[type, ...]:
@@ -88,6 +160,7 @@ _FIRST = {
         *("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split"),
         *("dataset_test_split", "prompt_template", "evaluate_teacher", "output_dir"),
     ),
+    "Method and baselines": ("method", "solutions", "reward_funcs", *SECTIONS),
 }
 _ENTRY = re.compile(r"^ *(?:> (?P<group>Parameters that control .+)|(?P<name>\w+) \(`.*\):)$")
 
@@ -184,3 +257,29 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
             )
         return load_benchmark_splits(script_args.dataset_name)
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+
+def load_functions(names: Sequence[str] | None) -> list[Any] | None:
+    """The functions of dotted paths such as `my_package.rewards.code`; ids and paths of models are left as they are.
+
+    Modules are looked up in the working directory, too.
+
+    Raises:
+        ConfigError: when a module cannot be imported, or has no such function.
+    """
+    functions: list[Any] = []
+    for name in names or ():
+        module, dot, attribute = name.rpartition(".")
+        if not dot or not name.replace(".", "_").isidentifier():
+            functions.append(name)
+            continue
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            functions.append(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"`reward_funcs` names {name!r}, which cannot be imported ({error}). Give the dotted path of a "
+                "function, or the id or path of a sequence classification model."
+            ) from error
+    return functions or None

@@ -60,6 +60,25 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool:
     return resume_point(wanted, output_dir) or True
 
 
+def check_method(method: str, output_dir: str) -> None:
+    """Refuse to write the run of one method into the folder of another's run.
+
+    Raises:
+        ConfigError: when the last run in the folder was of another method.
+    """
+    from omniopd_trl.journal.browse import read_settings
+    from omniopd_trl.journal.file import journals_of
+
+    if not journals_of(output_dir):
+        return
+    there = read_settings(output_dir).get("method", "omniopd")
+    if there != method:
+        raise ConfigError(
+            f"method={method!r}: the folder {output_dir!r} holds a run of {there!r}, whose checkpoints and journal "
+            "would be mixed with those of this run. Set `output_dir` to another folder."
+        )
+
+
 def summarize(
     log_history: Sequence[Mapping[str, Any]],
     *,
@@ -161,7 +180,9 @@ def main(
     """
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path` to a model's id or path.")
-    if training_args.teacher_model_name_or_path is None:
+    method = script_args.method
+    needs_teacher = method in ("omniopd", "opd") or script_args.evaluate_teacher
+    if training_args.teacher_model_name_or_path is None and needs_teacher:
         raise ConfigError("No teacher is named. Set `teacher_model_name_or_path` to a model's id or path.")
     if training_args.hub_token is not None:
         raise ConfigError(
@@ -172,7 +193,7 @@ def main(
     from datasets import IterableDataset
     from trl import get_peft_config, get_quantization_config
 
-    from omniopd_trl.cli.recipe import load_splits
+    from omniopd_trl.cli.recipe import load_functions, load_splits
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
     from omniopd_trl.teachers.load import is_export, is_local
@@ -180,6 +201,8 @@ def main(
     template = script_args.prompt_template
     if template is not None:
         template = resolve_template(template)
+    check_method(method, str(training_args.output_dir))
+    reward_funcs = load_functions(script_args.reward_funcs)
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
     evaluates = (
         training_args.do_eval
@@ -220,23 +243,37 @@ def main(
         **(training_args.model_init_kwargs or {}),
     }
     # The teachers of a service do not use it, and an option that is not used is reported.
-    if is_local(training_args.teacher_model_name_or_path):
+    teacher_name = training_args.teacher_model_name_or_path
+    if teacher_name is not None and is_local(teacher_name):
         training_args.teacher_model_init_kwargs = {
             "attn_implementation": model_args.attn_implementation,
             **(training_args.teacher_model_init_kwargs or {}),
         }
 
-    from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
+    arguments = {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+    trainer: Any
+    if method == "omniopd":
+        from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 
-    trainer = OmniOPDTrainer(
-        model=model_args.model_name_or_path,
-        teacher_model=training_args.teacher_model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        trainer = OmniOPDTrainer(teacher_model=teacher_name, eval_reward_funcs=reward_funcs, **arguments)
+    else:
+        from omniopd_trl.baselines.make import make_baseline
+
+        trainer = make_baseline(
+            method,
+            section=getattr(script_args, method),
+            solutions=script_args.solutions,
+            reward_funcs=reward_funcs,
+            evaluate_teacher=script_args.evaluate_teacher,
+            **arguments,
+        )
 
     start = time.perf_counter()
     try:
@@ -245,7 +282,8 @@ def main(
         raise Interrupted(trainer.state.global_step) from error
     seconds = time.perf_counter() - start
     # The teacher's tokens and dollars for training, before the evaluation of the teacher adds to them.
-    usage, dollars = trainer.teacher_usage, trainer.step_metrics.dollars()
+    usage = trainer.teacher_usage
+    dollars = trainer.step_metrics.dollars() if method == "omniopd" else trainer.teacher_dollars
 
     # Evaluate unless the last step was evaluated. `load_best_model_at_end` may have loaded the weights of an earlier
     # step.
@@ -287,7 +325,7 @@ def main(
             saved_to=saved_to,
         )
     )
-    if training_args.save_audits:
+    if training_args.save_audits and method == "omniopd":
         trainer.accelerator.print(f"\nSee what the teacher wrote: omniopd audits {training_args.output_dir}")
     # Finishes the trackers and destroys the process group.
     trainer.end()

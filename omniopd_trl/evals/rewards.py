@@ -193,6 +193,11 @@ class Rewards:
     def __bool__(self) -> bool:
         return bool(self._funcs)
 
+    @property
+    def functions(self) -> list[RewardFunc]:
+        """The functions in use, those of reward models included."""
+        return list(self._funcs)
+
     def score(
         self,
         examples: list[dict[str, Any]],

@@ -435,7 +435,17 @@ class OmniOPDTrainer(DistillationTrainer):
         if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
-        key = replay_key(
+        with recording(self._recorder, self._replay_key(), self.teacher, self.args, self.accelerator, replay=replay):
+            if self.accelerator.is_main_process:
+                save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
+            try:
+                yield
+            finally:
+                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
+
+    def _replay_key(self) -> dict[str, Any]:
+        """The settings that the journal holds. Records of other settings are not replayed."""
+        return replay_key(
             self.args,
             self.train_dataset,
             self.model,
@@ -443,13 +453,6 @@ class OmniOPDTrainer(DistillationTrainer):
             self.auditor.similarity,
             self.step_audits.custom_weights,
         )
-        with recording(self._recorder, key, self.teacher, self.args, self.accelerator, replay=replay):
-            if self.accelerator.is_main_process:
-                save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
-            try:
-                yield
-            finally:
-                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
 
     def _tokenize_prompts(self, prompts):
         # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style

@@ -1,0 +1,213 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the baselines share: TRL's trainer of a method, evaluated and recorded as a run of OmniOPD is."""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
+
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+from trl import DistillationConfig
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.errors import TeacherError
+from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
+from omniopd_trl.teachers.options import READ_BY
+from omniopd_trl.trainer.checkpoints import resume_point
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
+from omniopd_trl.trainer.progress import use_readable_lines
+
+logger = logging.get_logger(__name__)
+
+# Options of OmniOPD that a baseline uses too: they control the evaluation and the journal.
+_OF_THE_EVALUATION = (
+    *("ref_model_init_kwargs", "ref_model_offload", "save_audits", "num_eval_generations", "eval_lenient_answers"),
+)
+# When and on what an evaluation runs. TRL's trainers would ask for an evaluation set of their own.
+_SCHEDULE = ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+
+
+class NoTeacher(Teacher):
+    """Stands for the teacher of a run that asks none."""
+
+    name = "none"
+
+    async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
+        raise TeacherError("This run has no teacher to ask: its method needs none, and evaluate_teacher is off.")
+
+
+class Evaluator(OmniOPDTrainer):
+    """Evaluates the student of another trainer: the same code, sampling and metrics as in a run of OmniOPD.
+
+    Args:
+        method: name of the method that trains the student.
+        teacher: name of the teacher; `None` for a run that asks none.
+        args: configuration of the run. It is not changed.
+        own_engine: whether to create a vLLM engine for `use_vllm`. Otherwise that of the other trainer is used.
+        **kwargs: other arguments of [`OmniOPDTrainer`].
+    """
+
+    def __init__(self, method: str, teacher: str | None, args: OmniOPDConfig, *, own_engine: bool, **kwargs: Any):
+        args = copy.copy(args)
+        args.audit_eval = False
+        args.similarity = OmniOPDConfig.similarity  # another one may load a model
+        args.use_vllm = args.use_vllm and own_engine
+        if teacher is None:
+            for name in READ_BY:  # limits of a teacher that is not there cannot be kept
+                setattr(args, name, default_of(name))
+        self._settings: dict[str, Any] = {"method": method}
+        super().__init__(args=args, teacher_model=NoTeacher() if teacher is None else teacher, **kwargs)
+
+    def _replay_key(self) -> dict[str, Any]:
+        return self._settings
+
+    def follow(self, trainer: Trainer) -> None:
+        """Take over the state of the other trainer: step, callbacks, and the student as its back end wraps it."""
+        self.state, self.control, self.callback_handler = trainer.state, trainer.control, trainer.callback_handler
+        self.accelerator, self.model_wrapped = trainer.accelerator, trainer.model_wrapped
+        self.is_in_train = trainer.is_in_train
+        self._total_train_tokens = trainer._total_train_tokens
+        if getattr(trainer, "use_vllm", False):
+            self.use_vllm, self.vllm_mode, self.vllm_generation = True, trainer.vllm_mode, trainer.vllm_generation
+            self._last_loaded_step = -1
+
+    def recording(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Context with an open journal, if `save_audits` is set, for settings and logs of the other trainer."""
+        self._settings |= {"student": self.model.config._name_or_path, "teacher": self.teacher.name}
+        self._settings |= trainer.args.to_sanitized_dict()
+        return self._recording()
+
+    def record_log(self, logs: Mapping[str, Any]) -> None:
+        """Write an entry of the other trainer's log to the journal."""
+        if self.accelerator.is_main_process:
+            self._recorder.log(logs)
+
+
+class Baseline:
+    """Mixin for a trainer of TRL: evaluation and records are those of an [`Evaluator`] with the same student.
+
+    `train`, `evaluate`, `evaluate_teacher` and `log` work as those of [`OmniOPDTrainer`].
+
+    Attributes:
+        method: name of the method.
+        evaluator: evaluates the student, after [`adopt`].
+        teacher_usage: tokens of the teacher that the method has used so far, over all processes.
+        teacher_dollars: their cost in US dollars, of this run and with earlier ones; `None` without a price.
+    """
+
+    method: ClassVar[str]
+    evaluator: Evaluator
+    teacher_usage = Usage()
+    teacher_dollars: tuple[float, float] | None = None
+
+    def adopt(self: Any, evaluator: Evaluator) -> None:
+        """Evaluate with `evaluator`, at the times that its configuration sets."""
+        self.evaluator = evaluator
+        self.eval_dataset = evaluator.eval_dataset
+        for name in _SCHEDULE:
+            setattr(self.args, name, getattr(evaluator.args, name))
+        self._logged = (0, Usage())  # step and usage of the last entry of the log
+        use_readable_lines(self)
+
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train the student, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint: `True` continues from the last checkpoint in `output_dir`, or from step 0 if there
+                is none yet; a path continues from that checkpoint. Otherwise the run starts over.
+
+        Raises:
+            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
+        """
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = resume_point(resume_from_checkpoint, str(self.args.output_dir))
+        with self.evaluator.recording(self):
+            return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Evaluate the student, as [`OmniOPDTrainer`] does."""
+        self.evaluator.follow(self)
+        metrics = self.evaluator.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.control = self.evaluator.control
+        return metrics
+
+    def evaluate_teacher(self: Any) -> dict[str, float]:
+        """Evaluate pass@1 of the teacher, as [`OmniOPDTrainer.evaluate_teacher`] does."""
+        self.evaluator.follow(self)
+        return self.evaluator.evaluate_teacher()
+
+    def used_until(self, step: int) -> Usage:
+        """Tokens of the teacher that the first `step` steps have used."""
+        return self.teacher_usage
+
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics, with the teacher's under the names that a run of OmniOPD has."""
+        (before, used), step = self._logged, self.state.global_step
+        if self.model.training and step > before:
+            usage = self.used_until(step)
+            self._logged = (step, usage)
+            for name in ("prompt_tokens", "completion_tokens"):
+                logs[f"teacher/{name}"] = (getattr(usage, name) - getattr(used, name)) / (step - before)
+            if self.teacher_dollars is not None:
+                logs["teacher/usd_total"] = self.teacher_dollars[1]
+        super().log(logs, start_time)  # type: ignore[misc]
+        if self.state.log_history:
+            self.evaluator.record_log(self.state.log_history[-1])
+
+
+def default_of(name: str) -> Any:
+    """The default of a field of `OmniOPDConfig`."""
+    field = OmniOPDConfig.__dataclass_fields__[name]
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def config_of(
+    kind: type[TrainingArguments],
+    args: OmniOPDConfig,
+    section: Mapping[str, Any],
+    *,
+    unlike: Collection[str] = (),
+    **defaults: Any,
+) -> Any:
+    """The configuration of TRL's trainer of a method.
+
+    Args:
+        kind: class of the configuration.
+        args: configuration of the run. Fields of the same name are taken over.
+        section: options of the method, which override the others.
+        unlike: fields that have the same name in `args` and another meaning.
+        **defaults: values that differ from TRL's or from those of `args`.
+    """
+    names = {field.name for field in fields(kind) if field.init}
+    shared = {name: getattr(args, name) for name in names & OmniOPDConfig.__dataclass_fields__.keys() - set(unlike)}
+    # The student is passed as an instance. When to evaluate is set later: see `adopt`.
+    theirs = {"model_init_kwargs": None, "eval_strategy": "no"}
+    off = {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
+    return kind(**{**shared, **theirs, **off, **defaults, **section})
+
+
+def unused_options(kind: type[TrainingArguments], args: OmniOPDConfig, *, asks: bool) -> list[str]:
+    """The options that are set and have no effect on a method: those of OmniOPD alone, and those of its teacher.
+
+    Args:
+        kind: class of TRL's configuration of the method.
+        args: configuration of the run.
+        asks: whether a teacher is used.
+    """
+    known = {field.name for field in fields(kind)} | set(_OF_THE_EVALUATION)
+    own = OmniOPDConfig.__dataclass_fields__.keys() - DistillationConfig.__dataclass_fields__.keys() - known
+    teachers = {name for name in OmniOPDConfig.__dataclass_fields__ if name.startswith("teacher_")}
+    names = own - teachers if asks else own | teachers
+    return sorted(name for name in names | {"beta"} if _is_set(getattr(args, name), default_of(name)))
+
+
+def _is_set(value: Any, default: Any) -> bool:
+    if isinstance(value, dict) and all(entry is None for entry in value.values()):
+        return False  # entries that the command leaves at `None`
+    return bool(value != default)

@@ -1,0 +1,59 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""On-policy distillation from the probabilities of a teacher in this process."""
+
+from typing import Any
+
+from transformers import AutoTokenizer
+from trl import DistillationConfig, DistillationTrainer
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.baselines.base import Baseline
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.load import is_local
+from omniopd_trl.trainer.metrics import sum_over_processes
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.validation import load_tokenizer
+
+
+def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> None:
+    """Check that the probabilities of student and teacher can be compared, before a model is loaded.
+
+    Raises:
+        ConfigError: when the teacher is not a model in this process, or its tokens are not those of the student.
+    """
+    if teacher is None or teacher == "scripted" or not is_local(teacher):
+        raise ConfigError(
+            f"method='opd' compares probabilities, and the teacher {teacher!r} returns text. Set "
+            "`teacher_model_name_or_path` to a model with the student's tokenizer, or use method='omniopd'."
+        )
+    own = load_tokenizer(student, args).get_vocab()
+    theirs = AutoTokenizer.from_pretrained(
+        teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+    ).get_vocab()
+    differ = next((token for token, index in own.items() if theirs.get(token) != index), None)
+    if differ is not None or len(own) != len(theirs):
+        example = "" if differ is None else f", for example for {differ!r}"
+        raise ConfigError(
+            f"method='opd' compares probabilities of the same tokens, and the tokenizers of {student!r} and "
+            f"{teacher!r} differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the "
+            "student's tokenizer, or method='omniopd'."
+        )
+
+
+class OPD(Baseline, DistillationTrainer):
+    """TRL's [`~trl.DistillationTrainer`], evaluated as [`OmniOPDTrainer`].
+
+    `teacher_usage` counts the tokens that the teacher reads: prompts and completions. It writes none.
+    """
+
+    method = "opd"
+    config = DistillationConfig
+    unlike = ("beta", "teacher_model_init_kwargs", "teacher_model_revision")  # the teacher is an instance
+
+    def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
+        batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            read = (batch["prompt_mask"].sum() + batch["completion_mask"].sum()).item()
+            self.teacher_usage += Usage(int(*sum_over_processes(self.accelerator, read)))
+        return batch

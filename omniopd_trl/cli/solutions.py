@@ -1,0 +1,230 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd solutions`: collect complete solutions from the teacher of a recipe, for SFT."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import check_arguments, check_paths, split_config, stray_word
+from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from omniopd_trl.accounting.forecast import Load
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `omniopd`."""
+    parser = commands.add_parser(
+        "solutions",
+        help="collect complete solutions from the teacher of a recipe, for --method sft",
+        description="Ask the teacher of a recipe for complete solutions of the training prompts, and write them to "
+        "`solutions.jsonl` in the folder `solutions` of the run (the option `solutions` sets another). Answers are "
+        "recorded as they arrive, and count against `teacher_budget_usd` and `teacher_budget_tokens`: a command that "
+        "was stopped continues when it is started again, and pays for nothing twice.",
+        epilog="Any option of the training command may be added and overrides the recipe: --teacher_temperature 0.7.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "-k", "--num_solutions", type=_count, default=1, metavar="K", help="solutions per prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--verified", action="store_true", help="keep only solutions that are right; otherwise they are marked"
+    )
+    parser.add_argument(
+        "--num_prompts",
+        type=_count,
+        metavar="N",
+        help="ask with the first N prompts, in the order of `seed`; a later command may ask with more (default: all)",
+    )
+    parser.add_argument(
+        "--solution_length",
+        type=_count,
+        metavar="S",
+        help="mean length of a solution in tokens, for the forecast (default: the most that a request asks for)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print requests, tokens and dollars, and ask nothing")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Collect the solutions, after a forecast.
+
+    Args:
+        options: options of the command.
+        rest: options of the training command.
+
+    Raises:
+        OmniOPDError: when the recipe, its dataset or its teacher cannot be used.
+    """
+    if options.config is None:
+        if rest and not rest[0].startswith("-"):
+            raise stray_word(rest[0])
+        raise ConfigError("`omniopd solutions` needs a recipe: add `--config RECIPE.yaml`.")
+    arguments = split_config(["--config", options.config, *rest])
+    recipe = check_arguments(arguments)
+    check_paths(arguments, recipe)
+    filter_noise(arguments, recipe)
+
+    from omniopd_trl.cli.recipe import load_functions, parse_args
+
+    script_args, args, model_args, dataset_args = parse_args(arguments)
+    if args.teacher_model_name_or_path is None:
+        raise ConfigError(f"The recipe {options.config!r} does not set `teacher_model_name_or_path`. Set it.")
+    dataset, identity = _prompts(script_args, dataset_args, args.seed, options.num_prompts)
+    functions = load_functions(script_args.reward_funcs)
+    folder = script_args.solutions or os.path.join(args.output_dir, "solutions")
+    load = _forecast(dataset, args, model_args, options)
+    _print(_describe(load, len(dataset), args, options, folder))
+    if not options.dry_run:
+        _collect(dataset, identity, functions, folder, args, options)
+
+
+def _print(text: object) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | None) -> tuple[Any, str]:
+    """The training prompts in the order of the seed, and a name of the whole set."""
+    from datasets import Dataset
+
+    from omniopd_trl.cli.recipe import load_splits
+    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    splits = load_splits(script_args, dataset_args)
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            "dataset_streaming=True: solutions are collected for a dataset that can be counted. Set it to false."
+        )
+    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
+    check_dataset(dataset)
+    identity = dataset._fingerprint
+    dataset = dataset.shuffle(seed=seed)
+    return dataset.select(range(min(num_prompts or len(dataset), len(dataset)))), identity
+
+
+def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: argparse.Namespace) -> "Load":
+    from omniopd_trl.accounting.forecast import forecast
+    from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
+    from omniopd_trl.data.checks import prompt_ids
+    from omniopd_trl.teachers.load import split_name
+    from omniopd_trl.teachers.options import TeacherOptions
+
+    if model_args.model_name_or_path is None:
+        raise ConfigError("No student is named. Set `model_name_or_path`: its tokenizer measures the prompts.")
+    provider, model = split_name(args.teacher_model_name_or_path) or ("", args.teacher_model_name_or_path)
+    capabilities = _capabilities(provider, model)
+    samples = options.num_solutions if capabilities is None else capabilities.samples_per_request
+    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    return forecast(
+        prompt_tokens=[len(ids) for ids in prompt_ids(dataset, tokenizer, args.chat_template_kwargs)],
+        trajectory_length=1.0,
+        samples_per_request=min(samples, options.num_solutions),
+        solution_length=options.solution_length or _max_tokens(args),
+        num_solutions=options.num_solutions,
+        price=None if capabilities is None else TeacherOptions.of(args).price(provider, model),
+        num_prompts=len(dataset),
+    ).sft_run
+
+
+def _max_tokens(args: "OmniOPDConfig") -> int:
+    from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
+
+    return math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length)
+
+
+def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: argparse.Namespace, folder: str) -> str:
+    most = "" if options.solution_length else "at most "
+    rows = [
+        ("teacher", args.teacher_model_name_or_path),
+        ("solutions", f"{options.num_solutions} for each of {num_prompts:,} prompts, written to {folder}"),
+        ("requests", f"{load.requests:,.0f}"),
+        ("prompt tokens", f"{load.prompt_tokens:,.0f}, by the student's tokenizer"),
+        ("completion tokens", f"{most}{load.completion_tokens:,.0f}"),
+    ]
+    usd = load.no_cache.usd
+    rows.append(("dollars", "none or not known" if usd is None else f"{most}{usd:,.4f}"))
+    for name, limit in (
+        ("teacher_budget_usd", args.teacher_budget_usd),
+        ("teacher_budget_tokens", args.teacher_budget_tokens),
+    ):
+        if limit is not None:
+            rows.append((name, f"{limit:g}; the command stops before it would be exceeded"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _collect(
+    dataset: Any,
+    identity: str,
+    functions: list[Any] | None,
+    folder: str,
+    args: "OmniOPDConfig",
+    options: argparse.Namespace,
+) -> None:
+    from omniopd_trl.baselines.collect import SOLUTIONS_FILE, SolutionSettings, collect_solutions
+    from omniopd_trl.evals.rewards import Rewards
+    from omniopd_trl.journal.reader import spent
+    from omniopd_trl.journal.recorder import Recorder
+    from omniopd_trl.trainer.validation import check_prompts, prepare_teacher, probe_teacher
+
+    try:
+        rewards = Rewards(
+            functions,
+            dataset,
+            device=args.device,
+            lenient=args.eval_lenient_answers,
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+    except MissingExtraError:
+        if options.verified:
+            raise
+        rewards = None
+    settings = SolutionSettings(
+        options.num_solutions,
+        _max_tokens(args),
+        args.teacher_temperature,
+        args.teacher_top_p,
+        args.seed,
+        args.max_failed_chunks,
+    )
+    args.num_rollouts = options.num_solutions  # the samples that the probe asks for
+    recorder = Recorder(lambda: -1)  # requests outside of blocks belong to none
+    teacher = prepare_teacher(args.teacher_model_name_or_path, args, recorder, spent(folder))
+    check_prompts(teacher, [("train_dataset", dataset)])
+    probe_teacher(teacher, [("train_dataset", dataset)])
+    progress = collect_solutions(
+        teacher,
+        dataset,
+        folder,
+        settings,
+        recorder,
+        identity=identity,
+        rewards=rewards,
+        only_verified=options.verified,
+        report=_print,
+    )
+    if not progress.num_kept:
+        raise DataError(f"No solution was kept: {progress}. Nothing can be trained on {folder}.")
+    train = f"omniopd train --config {options.config} --method sft --output_dir {args.output_dir}"
+    if Path(folder) != Path(args.output_dir, "solutions"):
+        train += f" --solutions {folder}"
+    _print(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {train}")

@@ -1,0 +1,211 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd solutions`: what is asked, kept, written and paid for, with a service over loopback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import yaml
+
+from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.baselines.sft import load_solutions
+from omniopd_trl.cli.main import main
+from omniopd_trl.cli.train import run
+from omniopd_trl.journal.reader import spent
+from tests.support.commands import ENVIRONMENT
+from tests.support.loopback import Fault, Loopback, wire
+from tests.support.loopback.teachers import KEYS, services
+
+__all__ = ["services"]  # a fixture
+
+PROMPTS = 12
+
+
+def question_of(body):
+    """The question of a request."""
+    return re.search(r"What is (\d+) \+ \1\?", json.dumps(body))[0]
+
+
+def solve(path, body):
+    """The right answer to questions about small numbers, a wrong one to the others, and a cut one to the last."""
+    number = int(re.search(r"\d+", question_of(body))[0])
+    answer = wire.openai(path, body)
+    for index, choice in enumerate(answer["choices"]):
+        choice["message"]["content"] = f"Sum {index}. Answer: {2 * number if number < 8 else 1}"
+        choice["finish_reason"] = "length" if number == PROMPTS - 1 else "stop"
+    return answer
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model_dir, monkeypatch, services):
+    """A function that writes a recipe whose teacher is a server, and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(PROMPTS)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(server, **changes):
+        settings = {
+            "model_name_or_path": str(tiny_model_dir),
+            "teacher_model_name_or_path": "openai:gpt-6-luna",
+            "teacher_base_url": server.url + "/v1",
+            "teacher_input_price": 1.0,
+            "teacher_output_price": 10.0,
+            "teacher_max_concurrency": 3,
+            "dataset_name": "sums.jsonl",
+            "output_dir": "out",
+            "max_completion_length": 32,
+            "chunk_length": 8,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            **changes,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+        return "recipe.yaml"
+
+    return write
+
+
+def rows_of(folder="out/solutions"):
+    with open(f"{folder}/solutions.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def solutions(path, *options):
+    return main(["solutions", "--config", path, *options])
+
+
+def test_collects_and_trains(recipe, capsys):
+    """Complete solutions are written with their origin and cost, and SFT trains on them and names the same cost."""
+    with Loopback(solve) as server:
+        path = recipe(server)
+        assert solutions(path, "-k", "2") == 0
+    assert Counter(question_of(r.body) for r in server.requests).most_common(1)[0][1] == 2  # the probe's
+    assert len(server.requests) == PROMPTS + 1
+    assert len({json.dumps(r.body.get("seed")) for r in server.requests}) > 2
+    rows = rows_of()
+    assert len(rows) == 2 * (PROMPTS - 1)  # one was cut off
+    row = next(row for row in rows if row["prompt"][0]["content"] == "What is 3 + 3?" and row["sample"] == 1)
+    assert row["completion"] == [{"role": "assistant", "content": "Sum 1. Answer: 6"}]
+    assert (row["verified"], row["teacher"], row["model"]) == (True, "openai:gpt-6-luna", "gpt-6-luna")
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (20, 6)  # of both samples
+    assert row["usd"] == pytest.approx((20 + 60) / 1e6)
+    assert {row["verified"] for row in rows} == {True, False}
+    usage, usd = spent("out/solutions")
+    assert usage.prompt_tokens == 20 * (PROMPTS + 1)
+    assert load_solutions("out/solutions")[1:] == (usage, usd)
+    assert "2 cut off" in capsys.readouterr().out
+    assert run(["--config", path, "--method", "sft", "--teacher_model_name_or_path", "none"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"^teacher tokens +{usage.prompt_tokens} read, {usage.completion_tokens} written$", output, re.M)
+    assert re.search(rf"^teacher cost +\${usd:.4f}$", output, re.M)
+    assert len(server.requests) == PROMPTS + 1
+
+
+def test_only_verified(recipe, capsys):
+    """Only right solutions are kept, and the others are counted."""
+    with Loopback(solve) as server:
+        assert solutions(recipe(server), "--verified") == 0
+    assert sorted(row["prompt"][0]["content"] for row in rows_of()) == [f"What is {i} + {i}?" for i in range(8)]
+    assert "8 solutions kept | 1 cut off | 3 not right" in capsys.readouterr().out
+
+
+def test_dry_run(recipe, capsys):
+    """Requests, tokens and dollars, and nothing is asked or written."""
+    with Loopback(solve) as server:
+        path = recipe(server, teacher_budget_usd=1.0)
+        assert solutions(path, "-k", "3", "--solution_length", "10", "--dry_run") == 0
+    assert not server.requests
+    assert not os.path.exists("out")
+    output = capsys.readouterr().out
+    prompts = int(re.search(r"prompt tokens +(\d+),", output)[1])
+    assert f"completion tokens   {PROMPTS * 3 * 10}\n" in output
+    assert f"dollars             {(prompts + 10 * PROMPTS * 30) / 1e6:,.4f}\n" in output
+    assert re.search(rf"requests +{PROMPTS}\n", output)
+
+
+def test_more_prompts_and_other_settings(recipe, capsys):
+    """A later command asks for what is missing only, and does not mix settings."""
+    with Loopback(solve) as server:
+        path = recipe(server)
+        assert solutions(path, "--num_prompts", "5") == 0
+        assert solutions(path) == 0
+        # The probe of each command is asked again.
+        assert len(server.requests) == PROMPTS + 2
+        asked = Counter(question_of(r.body) for r in server.requests)
+        assert sorted(asked.values()) == [1] * (PROMPTS - 1) + [3]
+        assert "12 of 12 prompts answered (5 of them by earlier runs)" in capsys.readouterr().out
+        assert solutions(path, "-k", "2") == 2
+        assert "(num_solutions was 1 and is 2), which would be paid for again" in capsys.readouterr().err
+        assert len(rows_of()) == PROMPTS - 1
+
+
+def test_budget(recipe, capsys):
+    """The command stops before the budget is exceeded, keeps what it has, and continues with a larger one."""
+    with Loopback(solve) as server:
+        path = recipe(server)
+        assert solutions(path, "--teacher_budget_tokens", "100") == 1
+        worst = int(re.search(r"the next request may use (\d+)", capsys.readouterr().err)[1])  # the probe's
+        assert not server.requests
+        limit = str(worst + 150)
+        assert solutions(path, "--teacher_budget_tokens", limit, "--teacher_max_concurrency", "1") == 1
+        assert "The budget is used up" in capsys.readouterr().err
+        assert 0 < len(rows_of()) < PROMPTS - 1
+        assert solutions(path) == 0
+        assert len(server.requests) == PROMPTS + 2
+    usage, _ = spent("out/solutions")
+    assert usage == Usage(20 * len(server.requests), 12 * len(server.requests), 3 * len(server.requests))
+
+
+def test_failing_service(recipe, capsys):
+    """A service that fails stops the command with the reason; the next one asks for what is missing."""
+
+    def fail(number, body):
+        return Fault(400, wire.openai_error(400, "too odd")) if number > 6 else None
+
+    with Loopback(solve, fault=fail) as server:
+        path = recipe(server, max_failed_chunks=0.2)
+        assert solutions(path) == 1
+        error = capsys.readouterr().err
+    assert "too odd" in error
+    assert len(rows_of()) >= 5
+
+
+@pytest.mark.slow
+def test_killed(recipe, tmp_path):
+    """After `kill -9`, what was answered is neither lost nor paid for again."""
+    with Loopback(solve, delay=0.15) as server:
+        path = recipe(server)
+        command = [sys.executable, "-m", "omniopd_trl.cli.main", "solutions", "--config", path]
+        child = subprocess.Popen(command, cwd=tmp_path, env={**ENVIRONMENT, **KEYS}, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 200
+            while len(server.requests) < 8 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        before = Counter(question_of(r.body) for r in server.requests)
+        usage, _ = spent("out/solutions")
+        assert sum(before.values()) >= 8
+        server.delay = 0.0
+        assert solutions(path) == 0
+    after = Counter(question_of(r.body) for r in server.requests)
+    twice = [question for question in before if after[question] > before[question]]
+    assert len(twice) <= 3 + 1  # in flight at the kill, and the probe
+    assert len(rows_of()) == PROMPTS - 1
+    total, _ = spent("out/solutions")
+    assert total.completion_tokens >= usage.completion_tokens
+    assert len(after) == PROMPTS
