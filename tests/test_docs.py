@@ -69,7 +69,7 @@ def trained(monkeypatch):
     runs = []
     for kind in (OmniOPDTrainer, Baseline):
 
-        def noted(trainer, *args, train=kind.train, **kwargs):
+        def noted(trainer, *args, kind=kind, train=kind.train, **kwargs):
             result = train(trainer, *args, **kwargs)
             written = trainer.teacher_usage.completion_tokens
             # GRPO has no teacher.
