@@ -147,7 +147,7 @@ class Figure:
 
     def png(self) -> bytes:
         """The figure as PNG."""
-        return self._render("png", dark=False)
+        return self._render("png")
 
     def write(self, folder: Path) -> list[Path]:
         """Write the figure as SVG and PNG, and return the paths."""
