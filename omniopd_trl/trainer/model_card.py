@@ -5,7 +5,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from trl.trainer.utils import get_config_model_id
 from yaml import YAMLError
 
-from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import MissingExtraError
+from omniopd_trl.journal.reader import spent
+from omniopd_trl.method.similarity import name_or_function
 from omniopd_trl.report.figures import FIGURES, Figure
 from omniopd_trl.report.runs import series
-from omniopd_trl.teachers import Teacher
-from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 CARD = "README.md"
 FIGURE = "chunk_loss.png"
@@ -70,72 +70,83 @@ def dataset_id_of(dataset: Any) -> str | None:
     return next((source[1] for source in sources if source), None)
 
 
-def training_section(
-    args: OmniOPDConfig,
-    *,
-    student: str | None,
-    base_model: str | None,
-    is_adapter: bool,
-    teacher: Teacher,
-    num_prompts: int | None,
-    similarity: str | Callable[..., Any],
-    weights: str | Callable[..., Any],
-    usage: Usage,
-    log_history: Sequence[Mapping[str, Any]],
-    num_steps: int,
-    figure: str | None = None,
-) -> str:
-    """The card's section on the training, as Markdown.
+def complete_card(trainer: Any) -> None:
+    """Correct the metadata of the card that TRL wrote, and add the section on the training and the package's version.
 
     Args:
-        args: configuration of the run.
-        student: path or id of the student.
-        base_model: result of [`base_model_of`].
-        is_adapter: whether the model is an adapter of the student.
-        teacher: the teacher.
-        num_prompts: number of training prompts; `None` for a stream.
-        similarity: name of the similarity phi, or a custom function.
-        weights: name of the baseline of the posterior, or a custom function that replaces it.
-        usage: tokens of all requests.
-        log_history: the logged metrics, whose `eval_pass@1` and `teacher/usd_total` are reported.
-        num_steps: number of optimizer steps.
-        figure: description of the figure [`FIGURE`]; `None` without one.
+        trainer: the trainer, with the card in its `output_dir`.
     """
-    is_local = bool(student) and os.path.isdir(str(student))
-    name = "a local model" if is_local or not student else f"`{student}`"
-    rows = [("student", name + (f", derived from `{base_model}`" if is_local and base_model else ""))]
-    served = getattr(teacher, "served_model", None)
-    rows.append(("teacher", f"`{_basename(teacher.name)}`" + (f", served as `{served}`" if served else "")))
-    if num_prompts is not None:
-        rows.append(("training prompts", f"{num_prompts:,}"))
-    chunks = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
-    rows.append(("chunks", chunks))
-    rows.append(("prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"))
-    rows.append(("similarity phi", f"`{_name(similarity)}`"))
-    rows.append(("baseline of the posterior", f"`{_name(weights)}`"))
-    rows.append(("optimizer steps, learning rate", f"{num_steps:,}, {args.learning_rate:g}"))
-    scores = series(log_history, "eval_pass@1")
-    if scores:
-        ends = scores if len(scores) == 1 else (scores[0], scores[-1])
-        rows.append(("pass@1", " → ".join(f"{score:.3f} (step {step:g})" for step, score in ends)))
-    rows.append(("teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"))
-    dollars = series(log_history, "teacher/usd_total")
-    if dollars:
-        rows.append(("cost", f"{dollars[-1][1]:,.2f} US dollars"))
+    output_dir, logs = Path(trainer.args.output_dir), trainer.state.log_history
+    student = get_config_model_id(trainer.model.config)
+    base_model = base_model_of(student)
+    peft_config = getattr(trainer.model, "active_peft_config", None)
+    # A figure takes longer than the rest, and a card that is on disk only is written again at the end.
+    draws = trainer.args.push_to_hub or not trainer.is_in_train
     parts = [
         "### Distillation",
         "The student wrote its own solutions. At its most uncertain places, the teacher wrote what it would have said "
         "next, as text, and their similarity was the training signal.",
-        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]),
+        "\n".join(
+            ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _rows(trainer, base_model))]
+        ),
     ]
-    if figure is not None:
-        parts.append(f"![{figure}]({FIGURE})")
-    if is_adapter and is_local:
+    if draws and (description := draw_figure(output_dir, logs)):
+        parts.append(f"![{description}]({FIGURE})")
+    if peft_config is not None and base_model != student:
         parts.append(
             "This adapter belongs to the local model. It does not fit the model that the local one is derived from."
         )
-    parts.append(TERMS)
-    return "\n\n".join(parts) + "\n\n"
+    section = "\n\n".join([*parts, TERMS])
+
+    card = ModelCard.load(output_dir / CARD)
+    data = card.data
+    data.pop("licence")  # a placeholder of TRL
+    data.pipeline_tag = "text-generation"
+    data.base_model = base_model
+    if base_model is not None:
+        data.base_model_relation = "finetune" if peft_config is None else "adapter"
+    if peft_config is not None:
+        kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type)).lower()
+        data.library_name = "peft"
+        data.tags = [*(data.tags or []), kind, "transformers"]
+        data.tags += [] if base_model is None else [f"base_model:adapter:{base_model}"]
+    if result := evaluation_result(trainer.eval_dataset, logs):
+        data.eval_results = [result]
+    named = "model" if base_model is None else f"version of [{base_model}](https://huggingface.co/{base_model})"
+    card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
+    card.text = card.text.replace('model="None"', f'model="{output_dir.resolve().name}"')  # not pushed
+    versions = "### Framework versions\n\n"
+    card.text = card.text.replace(versions, f"{section}\n\n{versions}- omniopd_trl: {version('omniopd_trl')}\n")
+    card.save(output_dir / CARD)
+
+
+def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
+    """The table of the training, as names and values."""
+    args, teacher, logs = trainer.args, trainer.teacher, trainer.state.log_history
+    student = get_config_model_id(trainer.model.config)
+    if base_model and base_model == student:  # an id on the Hub
+        yield "student", f"`{student}`"
+    else:
+        yield "student", "a local model" + (f", derived from `{base_model}`" if base_model else "")
+    served = getattr(teacher, "served_model", None)
+    yield "teacher", f"`{_basename(teacher.name)}`" + (f", served as `{served}`" if served else "")
+    if isinstance(trainer.train_dataset, Dataset):
+        yield "training prompts", f"{len(trainer.train_dataset):,}"
+    sizes = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
+    yield "chunks", sizes
+    yield "prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"
+    yield "similarity phi", f"`{_name(name_or_function(trainer.auditor.similarity))}`"
+    yield "baseline of the posterior", f"`{_name(trainer.step_audits.custom_weights or args.posterior_baseline)}`"
+    yield "optimizer steps, learning rate", f"{trainer.state.global_step:,}, {args.learning_rate:g}"
+    if scores := series(logs, "eval_pass@1"):
+        ends = scores if len(scores) == 1 else (scores[0], scores[-1])
+        yield "pass@1", " → ".join(f"{score:.3f} (step {step:g})" for step, score in ends)
+    # Of all runs in the folder, as `teacher/usd_total`. Without `save_audits`, those of this process are known.
+    usages = (trainer.teacher_usage, spent(args.output_dir)[0])
+    usage = max(usages, key=lambda usage: usage.prompt_tokens + usage.completion_tokens)
+    yield "teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"
+    if dollars := series(logs, "teacher/usd_total"):
+        yield "cost", f"{dollars[-1][1]:,.2f} US dollars"
 
 
 def _name(value: str | Callable[..., Any]) -> str:
@@ -178,42 +189,3 @@ def evaluation_result(dataset: Any, log_history: Sequence[Mapping[str, Any]]) ->
         metric_type="pass@1",
         metric_value=round(scores[-1][1], 4),
     )
-
-
-def complete_card(
-    path: Path,
-    section: str,
-    *,
-    base_model: str | None,
-    adapter: str | None,
-    result: EvalResult | None,
-) -> None:
-    """Correct the metadata of TRL's card, and add the section on the training and the package's version.
-
-    Args:
-        path: the card.
-        section: result of [`training_section`].
-        base_model: result of [`base_model_of`].
-        adapter: type of the adapter, such as `"LORA"`; `None` for a full model.
-        result: result of [`evaluation_result`].
-    """
-    card = ModelCard.load(path)
-    data = card.data
-    data.pop("licence")  # a placeholder of TRL
-    data.pipeline_tag = "text-generation"
-    data.base_model = base_model
-    if base_model is not None:
-        data.base_model_relation = "finetune" if adapter is None else "adapter"
-    if adapter is not None:
-        data.library_name = "peft"
-        data.tags = [*(data.tags or []), adapter.lower(), "transformers"]
-        data.tags += [] if base_model is None else [f"base_model:adapter:{base_model}"]
-    if result is not None:
-        data.eval_results = [result]
-        data.model_name = data.model_name or path.resolve().parent.name
-    named = "model" if base_model is None else f"version of [{base_model}](https://huggingface.co/{base_model})"
-    card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
-    card.text = card.text.replace('model="None"', f'model="{path.resolve().parent.name}"')  # not pushed
-    versions = "### Framework versions\n\n"
-    card.text = card.text.replace(versions, f"{section}{versions}- omniopd_trl: {version('omniopd_trl')}\n")
-    card.save(path)

@@ -32,10 +32,8 @@ from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, HubError, first_line, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
-from omniopd_trl.method.similarity import name_or_function
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
@@ -52,15 +50,7 @@ from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.generation import on_policy
 from omniopd_trl.trainer.hub import Push, clear_pushes, open_repo, stage
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
-from omniopd_trl.trainer.model_card import (
-    CARD,
-    base_model_of,
-    complete_card,
-    dataset_id_of,
-    draw_figure,
-    evaluation_result,
-    training_section,
-)
+from omniopd_trl.trainer.model_card import complete_card, dataset_id_of
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import plan
@@ -660,36 +650,9 @@ class OmniOPDTrainer(DistillationTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if not self.is_world_process_zero():
             return
-        output_dir, logs = Path(self.args.output_dir), self.state.log_history
-        model_name = model_name or Path(self.args.hub_model_id or output_dir.absolute()).name
+        model_name = model_name or Path(self.args.hub_model_id or Path(self.args.output_dir).absolute()).name
         super().create_model_card(model_name, dataset_name or dataset_id_of(self.train_dataset), tags)
-        # Of all runs in the folder, as `teacher/usd_total`. Without `save_audits`, those of this process are known.
-        usages = (self.teacher_usage, spent(output_dir)[0])
-        student = get_config_model_id(self.model.config)
-        base_model, adapter = base_model_of(student), getattr(self.model, "active_peft_config", None)
-        # A figure takes longer than the rest, and a card that is only on disk is written again at the end.
-        draws = self.args.push_to_hub or not self.is_in_train
-        section = training_section(
-            self.args,
-            student=student,
-            base_model=base_model,
-            is_adapter=adapter is not None,
-            teacher=self.teacher,
-            num_prompts=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            similarity=name_or_function(self.auditor.similarity),
-            weights=self.step_audits.custom_weights or self.args.posterior_baseline,
-            usage=max(usages, key=lambda usage: usage.prompt_tokens + usage.completion_tokens),
-            log_history=logs,
-            num_steps=self.state.global_step,
-            figure=draw_figure(output_dir, logs) if draws else None,
-        )
-        complete_card(
-            output_dir / CARD,
-            section,
-            base_model=base_model,
-            adapter=None if adapter is None else str(getattr(adapter.peft_type, "value", adapter.peft_type)),
-            result=evaluation_result(self.eval_dataset, logs),
-        )
+        complete_card(self)
 
     def init_hf_repo(self, token=None, private=None):
         if self.is_world_process_zero():
@@ -736,7 +699,11 @@ class OmniOPDTrainer(DistillationTrainer):
         self._finish_current_push()
         clear_pushes(self.args.output_dir)
         push = self._make_push(Path(self.args.output_dir), commit_message, token, revision)
-        return push.run() if blocking else push.start()
+        if blocking:
+            return push.run()
+        job = push.start()
+        self.push_in_progress = PushInProgress([job])
+        return job
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Push a checkpoint in the background. A failure is logged and does not stop the training."""

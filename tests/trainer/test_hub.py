@@ -300,7 +300,9 @@ def test_a_push_in_the_background_fails_aloud(tmp_path, tiny_model_dir, hub, cap
         trainer.push_to_hub(blocking=False).result(timeout=60)
     assert "repeat it with: hf upload me/student" in caplog.text
     hub.faults.clear()
-    assert trainer.push_to_hub(blocking=False, private=True).result(timeout=60).commit_message == "End of training"
+    first = trainer.push_to_hub("First", blocking=False)  # the next one waits for it
+    assert trainer.push_to_hub(blocking=False).result(timeout=60).commit_message == "End of training"
+    assert first.result(timeout=60).commit_message == "First"
 
 
 def test_a_push_is_skipped_while_another_is_sent(tmp_path, tiny_model_dir, hub):
