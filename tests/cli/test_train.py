@@ -45,7 +45,7 @@ class TestRun:
         assert int(written.replace(",", "")) > 0
         assert table[7] == "model saved to          out"
         plan = process.stdout.partition("step 1 of 2")[0]
-        assert re.search(r"^teacher  scripted\na step   4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE)
+        assert re.search(r"^teacher   scripted\na step    4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE)
         assert "A chunk of the first step and one of the last" in process.stdout
         before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
