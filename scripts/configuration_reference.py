@@ -75,7 +75,7 @@ INHERITED: dict[str, tuple[type, tuple[str, ...]]] = {
         OmniOPDConfig,
         (
             *("output_dir", "run_name", "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size"),
-            *("logging_steps", "report_to", "log_completions", "num_completions_to_print", "log_unique_prompts"),
+            *("logging_steps", "report_to", "log_unique_prompts"),
             *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint"),
             *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
             *("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision"),

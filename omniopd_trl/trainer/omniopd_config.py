@@ -240,6 +240,16 @@ class OmniOPDConfig(DistillationConfig):
             Whether an answer that is not a plain number can be right where the right answer is one. By default
             `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question.
 
+        > Parameters that control the logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to log the completions and the audited chunks of the last step every `logging_steps` steps, and
+            those of each evaluation. Both tables are printed, written to `completions/` in `output_dir`, and sent to
+            W&B and Trackio; the audits also to TensorBoard and Comet.
+        num_completions_to_print (`int`, *optional*):
+            Number of completions, and of audited chunks, to print. Defaults to all completions and five chunks. The
+            chunks are evenly spaced by their posterior.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
     > - `beta`: Defaults to `0.1` instead of `1.0`, and has another meaning.
@@ -568,6 +578,23 @@ class OmniOPDConfig(DistillationConfig):
         metadata={
             "help": "Whether an answer that is not a plain number can be right where the right answer is one. By "
             "default `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question."
+        },
+    )
+
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log the completions and the audited chunks of the last step every `logging_steps` "
+            "steps, and those of each evaluation. Both tables are printed, written to `completions/` in "
+            "`output_dir`, and sent to W&B and Trackio; the audits also to TensorBoard and Comet."
+        },
+    )
+    num_completions_to_print: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of completions, and of audited chunks, to print. Defaults to all completions and five "
+            "chunks. The chunks are evenly spaced by their posterior."
         },
     )
 

@@ -180,22 +180,23 @@ def plan(
         steps=state.max_steps,
         num_rows=len(dataset) if is_map_style else None,
     )
-    most = "up to" if checkpoint is None else "about"
     run, done = result.run, f" ({state.global_step:,} done)" if state.global_step else ""
-    tokens = f"{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written"
+    tokens = f"{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written by the teacher"
+    source = "max_completion_length" if checkpoint is None else f"measured in {checkpoint}"
     rows = [
         ("student", student),
         ("teacher", teacher.name),
         ("a step", f"{prompts:,} prompts x up to {args.num_chunks} chunks x {args.num_rollouts} rollouts"),
-        ("the run", f"{state.max_steps:,} steps{done}: {most} {tokens} by the teacher"),
+        ("the run", f"{state.max_steps:,} steps{done}"),
+        ("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"),
     ]
     if teacher.is_remote:
         samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
-        rows.append(("requests", f"{most} {run.requests:,.0f}, for {samples} each"))
+        rows.append(("requests", f"{run.requests:,.0f}, for {samples} each"))
     if budget is not None and run.no_cache.usd is not None:
         limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
         paid = f"; {budget.usd_spent:,.2f} are spent" if budget.usd_spent else ""
-        rows.append(("price", f"{most} {run.no_cache.usd:,.2f} dollars without a prompt cache{limit}{paid}"))
+        rows.append(("price", f"{run.no_cache.usd:,.2f} dollars without a prompt cache{limit}{paid}"))
     if recorded[0]:
         steps, audits = recorded
         what = f"{steps:,} recorded {'step' if steps == 1 else 'steps'} with {audits:,} finished audits"

@@ -97,10 +97,11 @@ class TestCost:
             "student   tiny",
             "teacher   anthropic:claude-haiku-4-5",
             "a step    8 prompts x up to 10 chunks x 10 rollouts",
-            f"the run   5 steps (2 done): up to {run['prompt tokens']} tokens read and {run['completion tokens']} "
-            "written by the teacher",
-            f"requests  up to {run['requests']}, for 1 sample each",
-            f"price     up to {usd} dollars without a prompt cache, and the budget is 100.00",
+            "the run   5 steps (2 done)",
+            f"forecast  {run['prompt tokens']} tokens read and {run['completion tokens']} written by the teacher, "
+            "with completions of 6,340 tokens (max_completion_length)",
+            f"requests  {run['requests']}, for 1 sample each",
+            f"price     {usd} dollars without a prompt cache, and the budget is 100.00",
             "replayed  3 recorded steps with 20 finished audits, which are not paid again",
         ]
 

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,9 @@ class TestRun:
         assert int(written.replace(",", "")) > 0
         assert table[7] == "model saved to          out"
         plan = process.stdout.partition("step 1 of 2")[0]
-        assert re.search(r"^teacher  scripted\na step   4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE)
+        assert re.search(
+            r"^teacher   scripted\na step    4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE
+        )
         assert "A chunk of the first step and one of the last" in process.stdout
         before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -156,12 +159,28 @@ class TestRun:
         succeeded(train("--config", recipe(dataset_streaming=True, eval_on_start=True), cwd=tmp_path))
 
     def test_two_processes(self, recipe, tmp_path):
-        """Under `accelerate launch` with two processes the table is printed once."""
-        path = recipe(eval_on_start=True, evaluate_teacher=True, gradient_accumulation_steps=1)
+        """Under `accelerate launch` with two processes the tables are printed once, with the audits of both."""
+        tables = {"log_completions": True, "audit_eval": True, "num_completions_to_print": 1}
+        path = recipe(eval_on_start=True, evaluate_teacher=True, gradient_accumulation_steps=1, **tables)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
         command += ["--main_process_port", 0, "-m", "omniopd_trl.train", "--config", path]
         process = succeeded(run_process(*command, cwd=tmp_path))
         assert process.stdout.count("model saved to") == 1
+        assert re.findall(r"^(\w*audits), step (\d)", process.stdout, re.MULTILINE) == [
+            ("eval_audits", "0"),
+            ("audits", "1"),
+            ("audits", "2"),
+            ("eval_audits", "2"),
+        ]
+        folder = tmp_path / "out" / "completions"
+        audits = pq.read_table(folder / "audits_00002.parquet").to_pylist()
+        assert {(row["step"], row["rank"], row["index"]) for row in audits} == {
+            (1, r, i) for r in (0, 1) for i in (0, 1)
+        }
+        # Each of the two problems once: the batch of the second process is padding.
+        evaluated = pq.read_table(folder / "eval_audits_00002.parquet").to_pylist()
+        assert {row["prompt"] for row in evaluated} == {"user: What is 0 + 0?", "user: What is 1 + 1?"}
+        assert len({(row["rank"], row["index"]) for row in evaluated}) == 2
         assert "student after, pass@1" in process.stdout
 
 
