@@ -22,7 +22,7 @@ from omniopd_trl.journal.browse import (
     read_spent,
 )
 from omniopd_trl.journal.reader import spent
-from omniopd_trl.teachers.base import text_of_content
+from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS, text_of_content
 
 
 class Run:
@@ -117,11 +117,8 @@ class Run:
         return list_audits(self.folder)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
-        """The text of each token of a completion; empty when the run has saved no tokenizer yet.
-
-        A token that is a part of a character has no text, and the token that completes the character has all of it.
-        """
-        return [] if self._tokenizer is None else _pieces(self._tokenizer, trajectory.completion_ids, self._known)
+        """The text of each token of a completion; empty when the run has saved no tokenizer yet."""
+        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids, self._known)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -149,8 +146,17 @@ class Run:
         return rows
 
 
-def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
-    """The text of each token; see `Run.pieces`. One decoding for each different token, since a stream is slow."""
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
+    """The text of each token.
+
+    A token that is a part of a character has no text, and the token that completes the character has all of it.
+
+    Args:
+        tokenizer: the student's tokenizer.
+        token_ids: a completion.
+        known: what tokens add to a text, by token. It is filled here: a stream, which decodes each token again, is ten
+            times slower.
+    """
     letter = tokenizer.encode("a", add_special_tokens=False).ids
 
     def added(ids: list[int]) -> str:
@@ -225,13 +231,15 @@ def facts_of(trajectory: AuditedTrajectory) -> list[str]:
     if trajectory.models:
         facts.append(f"answered by {', '.join(trajectory.models)}")
     facts += [read, written]
+    if milliseconds := trajectory.outcomes.get(REQUEST_MILLISECONDS):
+        facts.append(f"{milliseconds / 1000 / trajectory.outcomes.get('requests', 1):.1f} s per request")
     if trajectory.usd is not None:
         facts.append(f"{trajectory.usd:.5f} dollars")
     counts: Iterable[tuple[str, int]] = (
         ("chunks dropped", trajectory.num_dropped),
         ("rollouts set aside", trajectory.num_set_aside),
         ("rollouts cut short", trajectory.num_short),
-        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items()),
+        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items() if name in OUTCOMES),
     )
     facts += [f"{name}: {count:,}" for name, count in counts if count]
     return facts

@@ -72,7 +72,7 @@ def record_run(
                     num_rollouts=8,
                     num_set_aside=2 * int(index == 1),
                     failures=(f"one was refused: {HOSTILE}",),
-                    outcomes={"requests": 2, "refused": 1} if index == 2 else {"requests": 2},
+                    outcomes={"requests": 2, "request_milliseconds": 2500, "refused": int(index == 2)},
                     models=(MODEL,),
                 )
                 j.record(step, index, whole)
