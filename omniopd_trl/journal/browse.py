@@ -239,7 +239,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     weights: list[float | None] = [None] * len(values["chunks"])
     shown = _has(db, "shown") and _row_of(db, "shown", place)
     if shown:
-        steps, weights, *_ = decode(path, shown)
+        steps, weights = decode(path, shown)
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
     return AuditedTrajectory(

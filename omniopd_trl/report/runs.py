@@ -117,8 +117,11 @@ class Run:
         return list_audits(self.folder)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
-        """The text of each token of a completion; empty when the run has saved no tokenizer yet."""
-        return [] if self._tokenizer is None else token_texts(self._tokenizer, trajectory.completion_ids, self._known)
+        """The text of each token of a completion; empty when the run has saved no tokenizer yet.
+
+        A token that is a part of a character has no text, and the token that completes the character has all of it.
+        """
+        return [] if self._tokenizer is None else _pieces(self._tokenizer, trajectory.completion_ids, self._known)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -146,17 +149,8 @@ class Run:
         return rows
 
 
-def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
-    """The text of each token.
-
-    A token that is a part of a character has no text, and the token that completes the character has all of it.
-
-    Args:
-        tokenizer: the student's tokenizer.
-        token_ids: a completion.
-        known: what tokens add to a text, by token. It is filled here: a stream, which decodes each token again, is ten
-            times slower.
-    """
+def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
+    """The text of each token; see `Run.pieces`. One decoding for each different token, since a stream is slow."""
     letter = tokenizer.encode("a", add_special_tokens=False).ids
 
     def added(ids: list[int]) -> str:
