@@ -80,6 +80,7 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         {"total/prompt_tokens": "read", "total/completion_tokens": "written"},
     ),
     ("dollars", "Cost so far", "US dollars", {"total/usd": "dollars"}),
+    ("latency", "Latency of the teacher", "seconds per request", {"teacher/latency": "latency"}),
     ("waiting", "Waiting for the teacher", "seconds per step", {"teacher/wait_seconds": "waiting"}),
     ("length", "Length of the completions", "tokens", {"completions/mean_length": "mean"}),
 )

@@ -22,7 +22,7 @@ from omniopd_trl.journal.browse import (
     read_spent,
 )
 from omniopd_trl.journal.reader import spent
-from omniopd_trl.teachers.base import text_of_content
+from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS, text_of_content
 
 
 class Run:
@@ -245,13 +245,15 @@ def facts_of(trajectory: AuditedTrajectory) -> list[str]:
     if trajectory.models:
         facts.append(f"answered by {', '.join(trajectory.models)}")
     facts += [read, written]
+    if milliseconds := trajectory.outcomes.get(REQUEST_MILLISECONDS):
+        facts.append(f"{milliseconds / 1000 / trajectory.outcomes.get('requests', 1):.1f} s per request")
     if trajectory.usd is not None:
         facts.append(f"{trajectory.usd:.5f} dollars")
     counts: Iterable[tuple[str, int]] = (
         ("chunks dropped", trajectory.num_dropped),
         ("rollouts set aside", trajectory.num_set_aside),
         ("rollouts cut short", trajectory.num_short),
-        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items()),
+        *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items() if name in OUTCOMES),
     )
     facts += [f"{name}: {count:,}" for name, count in counts if count]
     return facts

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # one: an instructed model started the solution over. A failed request was given up after its last attempt.
 # A reasoned sample has reasoning in front, which is removed, or is reasoning only and counts as empty, too.
 OUTCOMES = ("requests", "retries", "failed_requests", "refused", "filtered", "empty", "restarted", "reasoned")
+# Beside these counts: the time from each request to its answer or failure, in milliseconds.
+REQUEST_MILLISECONDS = "request_milliseconds"
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
@@ -154,7 +156,7 @@ class TeacherReply:
             prefix may exceed its context.
         usage: tokens that this prefix used.
         failure: reason for missing rollouts; `None` when none are missing.
-        outcomes: counts of events, under the names of `OUTCOMES`.
+        outcomes: counts of events, under the names of `OUTCOMES`, and `REQUEST_MILLISECONDS`.
         models: names of the models that answered, as a service reports them.
     """
 

@@ -17,6 +17,7 @@ from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.errors import NonFiniteError
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
 from omniopd_trl.teachers import OUTCOMES, Usage
+from omniopd_trl.teachers.base import REQUEST_MILLISECONDS
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -347,6 +348,7 @@ def audit_ratios(
         "teacher/prompt_tokens": (usage.prompt_tokens, steps),
         "teacher/cached_tokens": (usage.cached_tokens, steps),
         "teacher/completion_tokens": (usage.completion_tokens, steps),
+        "teacher/latency": (outcomes[REQUEST_MILLISECONDS] / 1000, outcomes["requests"]),
         **{f"teacher/{name}": (outcomes[name], steps) for name in OUTCOMES if is_remote},
     }
 

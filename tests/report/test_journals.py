@@ -13,6 +13,7 @@ from omniopd_trl.cli.main import main
 from omniopd_trl.journal.browse import list_audits, read_audits, read_prompts, read_spent
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.schema import ADDED
+from omniopd_trl.report.runs import Run, open_runs
 from omniopd_trl.teachers import Usage
 from tests.support.journals import audit, journal, trajectory
 from tests.support.recorded_runs import record_run
@@ -102,6 +103,24 @@ def test_a_run_that_has_audited_nothing(tmp_path, capsys):
         assert "Nothing has been audited yet." in (tmp_path / "report.html").read_text()
         assert main(["audits", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"DataError: {tmp_path} holds no finished audit yet.\n"
+
+
+def test_shares_of_samples(run):
+    """Of all samples that were asked for: 4 rollouts of 2 chunks, and as many dropped ones, of 4 trajectories."""
+    logs = [
+        {"step": 1, "audit/num_chunks": 2, "audit/dropped_chunks": 0.5, "teacher/refused": 16, "teacher/empty": 0},
+        {"step": 2, "audit/num_chunks": 0, "audit/dropped_chunks": 1.0, "teacher/refused": 64},
+    ]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    assert Run(run).series("share/refused") == [(1, 16 / 64)]
+    assert Run(run).series("share/empty") == [(1, 0)]
+    assert Run(run).series("share/restarted") == []
+
+
+def test_runs_whose_folders_have_one_name(good, tmp_path):
+    folders = [shutil.copytree(good, tmp_path / name / "out") for name in ("a", "b")]
+    assert [run.name for run in open_runs(folders)] == ["a/out", "b/out"]
+    assert [run.name for run in open_runs(folders[:1] * 2)] == ["out", "out"]
 
 
 def test_damaged_metrics(run, capsys):

@@ -87,7 +87,13 @@ def test_a_click_shows_the_rollouts_of_a_chunk(report, page):
     assert facts["k_sem, sum of similarities"] == "3.250 of 4"
     assert facts["posterior"] == "0.700"
     (usage,) = texts(browser, ".facts")
-    for fact in ("100 tokens read (10 from a cache)", "30 written", "0.00100 dollars", "rollouts set aside: 2"):
+    for fact in (
+        "100 tokens read (10 from a cache)",
+        "30 written",
+        "1.2 s per request",
+        "0.00100 dollars",
+        "rollouts set aside: 2",
+    ):
         assert fact in usage
 
 

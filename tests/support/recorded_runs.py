@@ -39,7 +39,7 @@ def record_run(
     result.
     """
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
-    with journal(folder, num_processes=1, settings={"num_chunks": 2, "seed": 0}, **overrides) as j:
+    with journal(folder, num_processes=1, settings={"num_chunks": 2, "num_rollouts": 4, "seed": 0}, **overrides) as j:
         for step in range(steps):
             texts = [student + (RIGHT if index % 2 else WRONG) for index in range(per_step)]
             ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -72,7 +72,7 @@ def record_run(
                     num_rollouts=8,
                     num_set_aside=2 * int(index == 1),
                     failures=(f"one was refused: {HOSTILE}",),
-                    outcomes={"requests": 2, "refused": 1} if index == 2 else {"requests": 2},
+                    outcomes={"requests": 2, "request_milliseconds": 2500, "refused": int(index == 2)},
                     models=(MODEL,),
                 )
                 j.record(step, index, whole)

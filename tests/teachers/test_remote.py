@@ -13,7 +13,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import BudgetError, DataError, TeacherError
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote import retries
 from omniopd_trl.teachers.remote.answers import Response
@@ -492,6 +492,15 @@ class TestOverTheWire:
         with Loopback(wire.openai, delay=0.2) as server:
             ask(teacher_of(SERVICES[0], server, settings=EngineSettings(max_concurrency=16)), *prefixes(64))
         assert server.most == 16
+
+    def test_the_time_of_requests(self):
+        """It begins when a request is sent: waiting for its turn is not a part of it."""
+        with Loopback(wire.openai, delay=0.2) as server:
+            start = time.monotonic()
+            teacher = teacher_of(SERVICES[0], server, settings=EngineSettings(max_concurrency=1))
+            times = [reply.outcomes[REQUEST_MILLISECONDS] for reply in ask(teacher, *prefixes(3))]
+            assert min(times) >= 200
+            assert sum(times) <= 1000 * (time.monotonic() - start)
 
     def test_wrong_n(self):
         """A server that ignores `n` silently costs requests, not rollouts."""

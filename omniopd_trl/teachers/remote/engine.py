@@ -29,7 +29,15 @@ from transformers.utils import logging
 from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
 from omniopd_trl.errors import NoRolloutError, OmniOPDError, TeacherError, WarnOnce
-from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply
+from omniopd_trl.teachers.base import (
+    REQUEST_MILLISECONDS,
+    Prefix,
+    Prompt,
+    Rollout,
+    SamplingRequest,
+    Teacher,
+    TeacherReply,
+)
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
 from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
 from omniopd_trl.teachers.remote.delivery import Delivery
@@ -571,6 +579,8 @@ class RemoteTeacher(Teacher):
             tally.given_up.append(error.failure)
             tally.counts["failed_requests"] += 1
             tally.problems.append(f"a request was given up ({error})")
+        finally:
+            tally.counts[REQUEST_MILLISECONDS] += round(1000 * clock.busy)
         return None
 
     def _log_repeated(self, state: RetryCallState) -> None:
