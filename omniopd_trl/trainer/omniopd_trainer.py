@@ -594,7 +594,7 @@ class OmniOPDTrainer(DistillationTrainer):
                 self.args,
                 teacher=self.teacher.name,
                 served=[served] if served else [],
-                is_remote=self.teacher.is_remote,
+                is_remote=self.teacher.is_remote or isinstance(self.teacher, Export),
                 usage=self.teacher_usage,
                 log_history=self.state.log_history,
                 num_steps=self.state.global_step,
