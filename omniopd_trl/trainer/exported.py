@@ -68,6 +68,7 @@ class Export(Teacher):
 
     Attributes:
         about: what is known about the run: its settings, counts, teachers and cost.
+        served_model: the models that answered, as the service reported them; `None` when it reported none.
     """
 
     def __init__(self, source: str):
@@ -86,6 +87,7 @@ class Export(Teacher):
                 f"reads {FORMAT}. Use omniopd_trl {self.about.get('omniopd_trl')}, or export the run again."
             )
         self.name = f"{', '.join(self.about['teachers'])} (export, off-policy)"
+        self.served_model = ", ".join(self.about["models"]) or None
         try:
             self._files = [pq.ParquetFile(path) for path in sorted(folder.glob(DATA_FILES))]
             # The first row of each row group, over all files, and the step of each row.

@@ -386,6 +386,11 @@ class TestMain:
             ({"teacher_model_name_or_path": ...}, ConfigError, "No teacher is named"),
             ({"hub_token": "hf_x"}, ConfigError, "HF_TOKEN"),
             ({"dataset_name": ...}, ConfigError, "No dataset is named"),
+            (
+                {"teacher_model_name_or_path": "export:x", "evaluate_teacher": True},
+                ConfigError,
+                "evaluate_teacher=True needs a teacher to ask, and 'export:x' is an export",
+            ),
             ({"datasets": [{"path": "x"}]}, ConfigError, "Both `datasets` and `dataset_name`"),
             ({"dataset_name": ..., "datasets": [{"path": "x.jsonl"}]}, DataError, "no dataset file 'x.jsonl'"),
             ({"prompt_template": "maths"}, ConfigError, "`prompt_template` is 'maths'"),

@@ -228,13 +228,13 @@ def test_no_export(name, tmp_path, tiny_model_dir, first):
 
 
 def test_an_export_cannot_be_asked(folder, tmp_path, capsys):
-    """Nor is it evaluated, and it has no cost to forecast."""
+    """It has no cost to forecast either."""
     with pytest.raises(ConfigError, match="cannot be asked anything else"):
         load_teacher(f"export:{folder}")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model_name_or_path: demo:student\nteacher_model_name_or_path: export:{folder}\ndataset_name: demo:problems\n"
-        "use_cpu: true\nbf16: false\nevaluate_teacher: true\n"
+        "use_cpu: true\nbf16: false\n"
     )
     assert main(["cost", "--config", str(recipe)]) == 2
     assert "asks no teacher and costs nothing" in capsys.readouterr().err
