@@ -219,9 +219,7 @@ class LocalSandbox:
                 command += ["--cap-add", capability]
         else:
             command = ["bwrap", "--unshare-all", "--cap-drop", "ALL"]
-        command += ["--die-with-parent", "--new-session", "--clearenv"]
-        for name, value in _ENVIRONMENT.items():
-            command += ["--setenv", name, value]
+        command += ["--die-with-parent", "--new-session"]
         for kind, paths in (("--ro-bind", self._folders), ("--dev-bind", _DEVICES)):
             for path in paths:
                 # bubblewrap makes missing parents that only its own user can enter.
