@@ -344,8 +344,8 @@ def passes_here(program, check, entry_point):
         raise TimeoutError
 
     space = {"__name__": "reference"}
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 2)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1)  # CPU time
     try:
         exec(program, space)
         exec(check, space)
@@ -353,8 +353,8 @@ def passes_here(program, check, entry_point):
     except Exception:
         return False
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
     return True
 
 
