@@ -378,6 +378,8 @@ def test_without_root(box):
         "print(os.path.exists('/etc/passwd'), os.listdir('.'))\n"
         "try: open('/a', 'w'); print('written')\n"
         "except OSError as error: print(error.strerror)\n"
+        "try: os.chroot('.'); print('root of its namespace')\n"
+        "except OSError as error: print(error.strerror)\n"
     )
     code = (
         "from omniopd_trl.evals.sandbox import *\n"
@@ -405,7 +407,9 @@ def test_without_root(box):
         )
     if "SandboxError" in process.stderr:
         pytest.skip(f"This machine refuses user namespaces: {process.stderr.splitlines()[-1]}")
-    assert process.stdout == "PermissionError\nTrue\nFalse []\nRead-only file system\n\n", process.stderr
+    assert process.stdout == "PermissionError\nTrue\nFalse []\nRead-only file system\nOperation not permitted\n\n", (
+        process.stderr
+    )
 
 
 class TestWithoutIsolation:
