@@ -6,6 +6,7 @@
 library only. The program is the first bytes of standard input, and the rest is its own input.
 """
 
+import builtins
 import ctypes
 import os
 import resource
@@ -94,6 +95,9 @@ if __name__ == "__main__":
     _source = read_program(_length)
     limit(*_limits)
     refuse_system_calls()
+    # Names that the module `site` makes, which an interpreter without its packages does not import.
+    if not hasattr(builtins, "exit"):
+        builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     os.write(2, READY)
     # A module of its own: the program finds no name of this file.
     sys.argv = ["main.py"]

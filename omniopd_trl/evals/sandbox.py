@@ -150,15 +150,14 @@ class LocalSandbox:
     Args:
         isolation: how it is isolated. `"none"` sets limits and a system call filter only.
         limits: what a program may use.
-        python: interpreter that runs the programs. Defaults to the one that runs this process, without the packages
-            of its virtual environment. Name the interpreter of another environment for programs that import its
-            packages.
+        python: interpreter that runs the programs. Defaults to the one that runs this process, without any packages.
+            Name the interpreter of another environment for programs that import its packages.
     """
 
     def __init__(self, isolation: Isolation, limits: Limits = Limits(), python: str | None = None):
         self.limits = limits
         self.isolation = isolation
-        self.python, prefixes = _interpreter(python)
+        self._python, prefixes = _interpreter(python)
         folders = [folder for folder in _SYSTEM if os.path.isdir(folder)]
         self._folders = folders + [p for p in prefixes if not p.startswith(tuple(f"{f}/" for f in folders))]
         self._root = os.geteuid() == 0
@@ -176,7 +175,7 @@ class LocalSandbox:
         limits = self.limits
         # Without root, two of the wrapper's processes count.
         processes = 0 if self.isolation == "none" else limits.processes + 2 * (not self._root)
-        inside = [self.python, "-X", "utf8", "-c", _INSIDE]
+        inside = [*self._python, "-X", "utf8", "-c", _INSIDE]
         inside += map(str, (len(program), limits.cpu_seconds, limits.memory_mib, processes, limits.folder_mib))
         sent = program + stdin.encode("utf-8", "surrogatepass")
         start = time.monotonic()
@@ -219,9 +218,7 @@ class LocalSandbox:
                 command += ["--cap-add", capability]
         else:
             command = ["bwrap", "--unshare-all", "--cap-drop", "ALL"]
-        command += ["--die-with-parent", "--new-session", "--clearenv"]
-        for name, value in _ENVIRONMENT.items():
-            command += ["--setenv", name, value]
+        command += ["--die-with-parent", "--new-session"]
         for kind, paths in (("--ro-bind", self._folders), ("--dev-bind", _DEVICES)):
             for path in paths:
                 # bubblewrap makes missing parents that only its own user can enter.
@@ -268,8 +265,8 @@ class LocalSandbox:
 
 
 @cache
-def _interpreter(python: str | None) -> tuple[str, tuple[str, ...]]:
-    """The path of an interpreter, and the folders that it needs.
+def _interpreter(python: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The command of an interpreter, and the folders that it needs.
 
     Raises:
         ConfigError: when it does not run.
@@ -281,7 +278,8 @@ def _interpreter(python: str | None) -> tuple[str, tuple[str, ...]]:
         )
         # Not the whole prefix: Conda keeps its settings there.
         folders = (os.path.dirname(base), *(os.path.join(prefix, name) for name in ("lib", "lib64")))
-        return base, tuple(folder for folder in folders if os.path.isdir(folder))
+        # Without its packages, whose start-up code takes longer than the rest.
+        return (base, "-S"), tuple(folder for folder in folders if os.path.isdir(folder))
     code = "import sys; print(sys.executable, sys.prefix, sys.base_prefix, sep='\\n')"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
@@ -290,7 +288,7 @@ def _interpreter(python: str | None) -> tuple[str, tuple[str, ...]]:
             f"The interpreter {python!r} of the sandbox does not run ({first_line(error)}). Name a Python 3."
         ) from error
     executable, *prefixes = found.splitlines()
-    return executable, tuple(dict.fromkeys([*prefixes, *map(os.path.realpath, prefixes)]))
+    return (executable,), tuple(dict.fromkeys([*prefixes, *map(os.path.realpath, prefixes)]))
 
 
 def _tried(run: Callable[[], Outcome], waits: Sequence[float]) -> Outcome:

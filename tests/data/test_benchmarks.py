@@ -278,11 +278,21 @@ def test_one_hundred(write):
 
 
 def test_same_prompts_same_fingerprint(write):
-    """A run is resumed by the fingerprint of its prompts: the same file gives the same one, another set another."""
-    path = write("aime.jsonl", LAYOUTS["aime_2025"][0])
-    first, again = (load_benchmark(f"aime_2025@{path}")._fingerprint for _ in range(2))
-    assert first == again
-    assert first != load_benchmark(f"aime_2025@{write('other.jsonl', [{'problem': 'Q', 'answer': '1', 'id': '2'}])}")
+    """A run is resumed by the fingerprint of its prompts: the same files give the same one, other files another."""
+    math, own = (write(name, LAYOUTS["aime_2025"][0]) for name in ("aime.jsonl", "own.jsonl"))
+    code = write("code.parquet", EURUS)
+    other = write("other.jsonl", [{"problem": "Q", "answer": "1", "id": "2"}])
+    for name in (
+        f"aime_2025@{math}",
+        str(own),
+        f"eurus_apps_100@{code}",
+        f"aime_2025@{math},aime_2025@{other}",
+        "reasoning_gym:chain_sum?size=3",
+    ):
+        first, again = (load_benchmark_splits(name)["test"]._fingerprint for _ in range(2))
+        assert first == again, name
+    first, second = (load_benchmark(f"aime_2025@{path}")._fingerprint for path in (math, other))
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
 from omniopd_trl.errors import DataError
 from omniopd_trl.evals.code import CodeAccuracy, program_of, run_tests, same_output
@@ -278,6 +279,31 @@ class TestReward:
         ((name, scores),) = rewards.score(rows, [READS, "print(0)"], run=asyncio.run)
         assert (name, scores.tolist()) == ("pass@1", [1.0, 0.0])
 
+    def test_in_grpo(self, tiny_model_dir, tmp_path):
+        """TRL's `GRPOTrainer` takes it as a reward: it passes the column, awaits the scores, and logs the name."""
+
+        class Right:
+            def run(self, source, stdin=""):
+                return Outcome("finished", 0, stdin, "", 0.0)
+
+        trainer = GRPOTrainer(
+            model=str(tiny_model_dir),
+            reward_funcs=CodeAccuracy(Right()),
+            args=GRPOConfig(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4,
+                num_generations=2,
+                max_completion_length=4,
+                max_steps=1,
+                logging_steps=1,
+                report_to=[],
+                **{"use_cpu": True, "bf16": False, "save_strategy": "no"},
+            ),
+            train_dataset=Dataset.from_list([{"prompt": "Echo.", "tests": '{"inputs": ["1"], "outputs": ["1"]}'}] * 2),
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["rewards/code_accuracy/mean"] == 1.0
+
     def test_refused_before_anything_is_generated(self, monkeypatch):
         """An evaluation that needs a sandbox which is not there fails when it is set up."""
         monkeypatch.setenv("OMNIOPD_SANDBOX", "docker")
@@ -318,8 +344,8 @@ def passes_here(program, check, entry_point):
         raise TimeoutError
 
     space = {"__name__": "reference"}
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 2)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1)  # CPU time
     try:
         exec(program, space)
         exec(check, space)
@@ -327,8 +353,8 @@ def passes_here(program, check, entry_point):
     except Exception:
         return False
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
     return True
 
 
