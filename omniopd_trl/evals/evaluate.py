@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 Engine = Literal["transformers", "vllm"]
 
+# Columns with the right answer, in order of precedence.
+_GOLDS = ("answer", "solution")
+
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 
@@ -226,7 +229,7 @@ def _rows(dataset: Dataset | None, reads_answers: bool) -> list[dict[str, Any]]:
             f"The dataset has no column `prompt` (it has: {', '.join(columns)}). `prepare_prompts` makes it from "
             "`question` or `problem`."
         )
-    if reads_answers and not {"answer", "solution"} & set(columns):
+    if reads_answers and not {*_GOLDS} & set(columns):
         raise DataError(
             f"The dataset has neither a column `answer` nor `solution` (it has: {', '.join(columns)}). Add one, or "
             "pass `reward_func`."
@@ -476,6 +479,7 @@ def _line(key: str, row: dict[str, Any], reply: TeacherReply, num_samples: int, 
         "key": key,
         "id": None if row.get("id") is None else str(row["id"]),
         "prompt": row["prompt"],
+        **{name: row[name] for name in _GOLDS if name in row},
         "samples": samples,
         "tokens": (reply.usage.completion_tokens or None) if is_counted else None,
         "failure": reply.failure,
@@ -544,7 +548,7 @@ def _score(
     timed_out = [False] * len(texts)
     scores: list[float | None]
     if reward_func is None:
-        columns = {name: [row[name] for row in repeated] for name in ("answer", "solution") if name in repeated[0]}
+        columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
         readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
         answers = [reading.answer for reading in readings]
