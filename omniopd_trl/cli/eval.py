@@ -162,7 +162,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         output_dir=options.output_dir,
         engine=options.engine,
         options=teacher_options,
-        reward_func=_scorer(problems.column_names),
         settings=EvalSettings(
             num_samples=options.num_samples,
             max_tokens=args.max_completion_length,
@@ -187,13 +186,12 @@ def _problems(name: str, config: str | None, split: str | None, limit: int | Non
     from omniopd_trl.data.datasets import get_split, load_dataset_or_files
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
-    benchmarks = _module("omniopd_trl.data.benchmarks")
-    known = name.removeprefix("benchmark:").partition("@")[0]
-    if benchmarks is not None and (
-        known in benchmarks.BENCHMARKS or name.startswith(("benchmark:", "reasoning_gym:"))
-    ):
-        problems: Dataset = benchmarks.load_benchmark(name, split=split, limit=limit)
-        return problems
+    if importlib.util.find_spec("omniopd_trl.data.benchmarks") is not None:  # sets by name
+        benchmarks = importlib.import_module("omniopd_trl.data.benchmarks")
+        known = name.removeprefix("benchmark:").partition("@")[0]
+        if known in benchmarks.BENCHMARKS or name.startswith(("benchmark:", "reasoning_gym:")):
+            problems: Dataset = benchmarks.load_benchmark(name, split=split, limit=limit)
+            return problems
     template = None if template is None else resolve_template(template)
     splits = load_dataset_or_files(name, config)
     if split is None:
@@ -202,26 +200,6 @@ def _problems(name: str, config: str | None, split: str | None, limit: int | Non
     if limit is not None:
         problems = problems.select(range(min(limit, len(problems))))
     return prepare_prompts(problems, template)
-
-
-# Columns of sets that are not scored by their right answers, and the function that scores each.
-_SCORERS = {
-    "tests": ("omniopd_trl.evals.code", "code_accuracy"),
-    "gym": ("omniopd_trl.evals.procedural", "reasoning_gym_accuracy"),
-}
-
-
-def _scorer(columns: Sequence[str]) -> Any:
-    """The reward function of a set with these columns; `None` for mathematics."""
-    for column, (module, function) in _SCORERS.items():
-        if column in columns and (found := _module(module)) is not None:
-            return getattr(found, function)
-    return None
-
-
-def _module(name: str) -> Any:
-    """A module that not every version of the package has; `None` without it."""
-    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
 def _compare(folders: Sequence[str], is_json: bool) -> None:
