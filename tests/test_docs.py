@@ -18,6 +18,7 @@ import yaml
 from omniopd_trl.baselines.base import Baseline
 from omniopd_trl.cli.ablate import read_plan
 from omniopd_trl.cli.launch import launch_options, resolve_config, split_arguments
+from omniopd_trl.cli.main import make_parser
 from omniopd_trl.cli.options import check_names, check_recipe, option_hints, option_names
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
 from omniopd_trl.method.posterior import posterior_mean
@@ -200,6 +201,9 @@ def problems_of(words):
         if module == "omniopd_trl.train":
             options = [word[2:].partition("=")[0] for word in words[words.index(module) :] if word.startswith("--")]
             check_names(options, [*HINTS, *(f"no_{name}" for name in HINTS), "config", "help"], "a page")
+    if words[:2] == ["omniopd", "eval"]:
+        _, rest = make_parser().parse_known_args(words[1:])
+        check_names([word[2:] for word in rest if word.startswith("--")], option_names(HINTS), "a page")
     if words[:2] == ["omniopd", "train"]:
         config = split_arguments(words[2:], option_names(HINTS), launch_options()).accelerate_config
         if config is not None:
@@ -234,6 +238,8 @@ def test_commands_are_looked_at():
     assert list(problems_of(["x", "--config", "recipes/none.yaml"])) == ["no file recipes/none.yaml"]
     with pytest.raises(ValueError, match="num_proces"):
         list(problems_of(["omniopd", "train", "--num_proces", "3"]))
+    with pytest.raises(ValueError, match="temprature"):
+        list(problems_of(["omniopd", "eval", "--model", "x", "--temprature", "1"]))
     with pytest.raises(ValueError, match="zero4"):
         list(problems_of(["omniopd", "train", "--accelerate_config", "zero4"]))
     with pytest.raises(ValueError, match="num_chunk"):

@@ -3,6 +3,7 @@
 """`omniopd eval`: pass@1 of a model or a teacher on a set of problems, and the comparison of two results."""
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -185,6 +186,12 @@ def _problems(name: str, config: str | None, split: str | None, limit: int | Non
     from omniopd_trl.data.datasets import get_split, load_dataset_or_files
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
+    if importlib.util.find_spec("omniopd_trl.data.benchmarks") is not None:  # sets by name
+        benchmarks = importlib.import_module("omniopd_trl.data.benchmarks")
+        known = name.removeprefix("benchmark:").partition("@")[0]
+        if known in benchmarks.BENCHMARKS or name.startswith(("benchmark:", "reasoning_gym:")):
+            problems: Dataset = benchmarks.load_benchmark(name, split=split, limit=limit)
+            return problems
     template = None if template is None else resolve_template(template)
     splits = load_dataset_or_files(name, config)
     if split is None:

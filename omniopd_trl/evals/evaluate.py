@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 
 Engine = Literal["transformers", "vllm"]
 
+# Columns with the right answer, in order of precedence.
+_GOLDS = ("answer", "solution")
+# Columns of problems that are no mathematics. `Rewards` chooses the function that scores them.
+_OTHERS = ("tests", "gym")
+
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 
@@ -135,8 +140,8 @@ def evaluate(
         engine: what generates for a model by path or id.
         options: options of a teacher. `teacher_model_revision`, `teacher_model_init_kwargs`, the chat template's
             arguments and `device` also hold for a model in this process.
-        reward_func: function that scores samples, with the signature of TRL's `reward_funcs`. `None` for
-            [`math_accuracy`].
+        reward_func: function that scores samples, with the signature of TRL's `reward_funcs`. `None` for that of the
+            trainer's evaluation: [`math_accuracy`], or what fits the set.
 
     Raises:
         ConfigError: when a setting is out of range, or `output_dir` belongs to something else.
@@ -150,7 +155,8 @@ def evaluate(
         ```
     """
     settings = settings or EvalSettings()
-    rows = _rows(dataset, reads_answers=reward_func is None)
+    rows = _rows(dataset, has_function=reward_func is not None)
+    reads_answers = reward_func is None and not {*_OTHERS} & rows[0].keys()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder)
@@ -200,13 +206,13 @@ def evaluate(
             + ("The others are kept: the same command asks for these again." if folder else "Evaluate again.")
         )
     in_order = [replies[index] for index in range(len(rows))]
-    problems = _score(rows, keys, in_order, settings, reward_func)
+    problems = _score(rows, keys, in_order, settings, reads_answers, reward_func)
     described["served_models"] = sorted({name for line in in_order for name in line["models"]})
     cost: dict[str, Any] = {}
     if teacher.budget is not None:
         used, usd = teacher.budget.used, teacher.budget.usd_spent if teacher.budget.price is not None else None
         cost = {"prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens, "usd": usd}
-    result = EvalResult(problems, described, _versions(), reward_func is None, cost)
+    result = EvalResult(problems, described, _versions(), reads_answers, cost)
     if folder is not None:
         result.save(folder)
     return result
@@ -215,7 +221,7 @@ def evaluate(
 # ---- Before anything is generated ----
 
 
-def _rows(dataset: Dataset | None, reads_answers: bool) -> list[dict[str, Any]]:
+def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
     if not isinstance(dataset, Dataset) or not len(dataset):
         raise DataError(
             f"dataset={dataset!r:.200}: an evaluation needs a `datasets.Dataset` with at least one problem."
@@ -226,7 +232,7 @@ def _rows(dataset: Dataset | None, reads_answers: bool) -> list[dict[str, Any]]:
             f"The dataset has no column `prompt` (it has: {', '.join(columns)}). `prepare_prompts` makes it from "
             "`question` or `problem`."
         )
-    if reads_answers and not {"answer", "solution"} & set(columns):
+    if not has_function and not {*_GOLDS, *_OTHERS} & set(columns):
         raise DataError(
             f"The dataset has neither a column `answer` nor `solution` (it has: {', '.join(columns)}). Add one, or "
             "pass `reward_func`."
@@ -237,7 +243,7 @@ def _rows(dataset: Dataset | None, reads_answers: bool) -> list[dict[str, Any]]:
 def _key(row: dict[str, Any]) -> str:
     """What identifies a problem in results of other models, and of the same model with another prompt."""
     name = row.get("id")
-    parts = [row["prompt"] if name is None else str(name), row.get("answer"), row.get("solution")]
+    parts = [row["prompt"] if name is None else str(name), *(row.get(column) for column in _GOLDS)]
     return _hash(parts)
 
 
@@ -476,6 +482,7 @@ def _line(key: str, row: dict[str, Any], reply: TeacherReply, num_samples: int, 
         "key": key,
         "id": None if row.get("id") is None else str(row["id"]),
         "prompt": row["prompt"],
+        **{name: row[name] for name in _GOLDS if name in row},
         "samples": samples,
         "tokens": (reply.usage.completion_tokens or None) if is_counted else None,
         "failure": reply.failure,
@@ -535,6 +542,7 @@ def _score(
     keys: Sequence[str],
     lines: Sequence[dict[str, Any]],
     settings: EvalSettings,
+    reads_answers: bool,
     reward_func: "RewardFunc | None",
 ) -> list[Problem]:
     n = settings.num_samples
@@ -543,8 +551,8 @@ def _score(
     answers: list[str | None] = [None] * len(texts)
     timed_out = [False] * len(texts)
     scores: list[float | None]
-    if reward_func is None:
-        columns = {name: [row[name] for row in repeated] for name in ("answer", "solution") if name in repeated[0]}
+    if reads_answers:
+        columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
         readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
         answers = [reading.answer for reading in readings]
@@ -570,7 +578,7 @@ def _score(
     return problems
 
 
-def _rewards(reward_func: "RewardFunc", rows: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
+def _rewards(reward_func: "RewardFunc | None", rows: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
     from omniopd_trl.evals.rewards import Rewards
 
     rewards = Rewards(reward_func, Dataset.from_list(rows[:1]), device=torch.device("cpu"))
