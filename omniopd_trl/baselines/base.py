@@ -17,6 +17,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.options import READ_BY
+from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import resume_point
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
@@ -111,8 +112,12 @@ class Baseline:
         self.eval_dataset = evaluator.eval_dataset
         for name in _SCHEDULE:
             setattr(self.args, name, getattr(evaluator.args, name))
-        self._logged = (0, Usage())  # step and usage of the last entry of the log
+        self.add_callback(OnTrainBegin(self._begin))
         use_readable_lines(self)
+
+    def _begin(self: Any) -> None:
+        step = self.state.global_step  # of the checkpoint of a resumed run
+        self._logged = (step, self.used_until(step))
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train the student, as [`~transformers.Trainer.train`] does.
