@@ -112,6 +112,9 @@ def test_collects_and_trains(recipe, capsys):
     assert re.search(rf"^teacher tokens +{usage.prompt_tokens} read, {usage.completion_tokens} written$", output, re.M)
     assert re.search(rf"^teacher cost +\${usd:.4f}$", output, re.M)
     assert len(server.requests) == PROMPTS + 1
+    used, dollars = spent("out")  # what the report shows
+    assert (used.prompt_tokens, used.completion_tokens) == (usage.prompt_tokens, usage.completion_tokens)
+    assert dollars == pytest.approx(usd)
 
 
 def test_only_verified(recipe, capsys):
