@@ -72,9 +72,9 @@ def trained(monkeypatch):
 
         def noted(trainer, *args, kind=kind, train=kind.train, **kwargs):
             result = train(trainer, *args, **kwargs)
-            written = trainer.teacher_usage.completion_tokens
-            # GRPO has no teacher.
-            runs.append((trainer.state.global_step, written if kind is OmniOPDTrainer else 1))
+            # A baseline may have no teacher.
+            written = trainer.teacher_usage.completion_tokens if isinstance(trainer, OmniOPDTrainer) else 1
+            runs.append((trainer.state.global_step, written))
             return result
 
         monkeypatch.setattr(kind, "train", noted)

@@ -17,6 +17,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.options import READ_BY
+from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import resume_point
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
@@ -82,10 +83,18 @@ class Evaluator(OmniOPDTrainer):
         self._settings |= trainer.args.to_sanitized_dict()
         return self._recording()
 
-    def record_log(self, logs: Mapping[str, Any]) -> None:
-        """Write an entry of the other trainer's log to the journal."""
+    def record(self, logs: Mapping[str, Any], usage: Usage, usd: float) -> None:
+        """Write an entry of the other trainer's log to the journal, and what its teacher has used since the last one.
+
+        Args:
+            logs: the entry.
+            usage: tokens, over all processes.
+            usd: their cost in US dollars; 0 without a price.
+        """
         if self.accelerator.is_main_process:
             self._recorder.log(logs)
+            if usage != Usage():
+                self._recorder.paid(usage, usd or None)
 
 
 class Baseline:
@@ -111,8 +120,12 @@ class Baseline:
         self.eval_dataset = evaluator.eval_dataset
         for name in _SCHEDULE:
             setattr(self.args, name, getattr(evaluator.args, name))
-        self._logged = (0, Usage())  # step and usage of the last entry of the log
+        self.add_callback(OnTrainBegin(self._begin))
         use_readable_lines(self)
+
+    def _begin(self: Any) -> None:
+        step = self.state.global_step  # of the checkpoint of a resumed run
+        self._logged = (step, *self.cost_until(step))  # of the last entry of the log
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train the student, as [`~transformers.Trainer.train`] does.
@@ -142,23 +155,29 @@ class Baseline:
         self.evaluator.follow(self)
         return self.evaluator.evaluate_teacher()
 
-    def used_until(self, step: int) -> Usage:
-        """Tokens of the teacher that the first `step` steps have used."""
-        return self.teacher_usage
+    def cost_until(self, step: int) -> tuple[Usage, float]:
+        """Tokens and US dollars of the teacher for the first `step` steps."""
+        return self.teacher_usage, 0.0
 
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log metrics, with the teacher's under the names that a run of OmniOPD has."""
-        (before, used), step = self._logged, self.state.global_step
+        (before, used, spent), step = self._logged, self.state.global_step
+        new, usd = Usage(), 0.0
         if self.model.training and step > before:
-            usage = self.used_until(step)
-            self._logged = (step, usage)
-            for name in ("prompt_tokens", "completion_tokens"):
-                logs[f"teacher/{name}"] = (getattr(usage, name) - getattr(used, name)) / (step - before)
-            if self.teacher_dollars is not None:
-                logs["teacher/usd_total"] = self.teacher_dollars[1]
+            usage, total = self.cost_until(step)
+            self._logged = (step, usage, total)
+            new = Usage(
+                prompt_tokens=usage.prompt_tokens - used.prompt_tokens,
+                completion_tokens=usage.completion_tokens - used.completion_tokens,
+            )
+            usd = total - spent
+            logs["teacher/prompt_tokens"] = new.prompt_tokens / (step - before)
+            logs["teacher/completion_tokens"] = new.completion_tokens / (step - before)
+            if total:
+                logs["teacher/usd"], logs["teacher/usd_total"] = usd / (step - before), total
         super().log(logs, start_time)  # type: ignore[misc]
         if self.state.log_history:
-            self.evaluator.record_log(self.state.log_history[-1])
+            self.evaluator.record(self.state.log_history[-1], new, usd)
 
 
 def default_of(name: str) -> Any:

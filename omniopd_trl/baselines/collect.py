@@ -28,7 +28,7 @@ from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.base import replies_of
-from omniopd_trl.trainer.fingerprint import fingerprint
+from omniopd_trl.trainer.fingerprint import fingerprint, teacher_key
 
 # Prompts that a model in this process answers in one call. A service is asked for one prompt at a time.
 LOCAL_BATCH = 64
@@ -153,8 +153,7 @@ def collect_solutions(
     size = 1 if teacher.is_remote else LOCAL_BATCH
     key = {
         "method": "solutions",
-        "teacher": teacher.name,
-        "teacher_base_url": getattr(teacher, "base_url", None),
+        **teacher_key(teacher),
         "dataset": identity,
         "prompts_per_request": size,
         **{name: value for name, value in asdict(settings).items() if name != "max_failed"},

@@ -76,9 +76,10 @@ class SFT(Baseline, SFTTrainer):
     # TRL's `shuffle_dataset` shuffles once, besides the sampler; unused columns are those beside the tokens.
     unlike = ("shuffle_dataset", "remove_unused_columns")
 
-    def used_until(self: Any, step: int) -> Usage:
+    def cost_until(self: Any, step: int) -> tuple[Usage, float]:
         share = min(1.0, step / max(1, self.state.max_steps))
-        used = self.teacher_usage
-        return Usage(
+        used, (_, usd) = self.teacher_usage, self.teacher_dollars or (0.0, 0.0)
+        spread = Usage(
             prompt_tokens=round(used.prompt_tokens * share), completion_tokens=round(used.completion_tokens * share)
         )
+        return spread, usd * share

@@ -101,6 +101,17 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return _hash(settings)
 
 
+def teacher_key(teacher: Teacher) -> dict[str, Any]:
+    """What identifies a teacher without its weights, by name. The values can be written as JSON, without secrets."""
+    return {
+        "teacher": teacher.name,
+        "teacher_base_url": _address(teacher),
+        "teacher_code": _teacher_code(teacher),
+        "teacher_extra_body": getattr(teacher, "extra_body", None) or None,
+        "teacher_chat_template_kwargs": getattr(teacher, "chat_template_kwargs", None) or None,
+    }
+
+
 def identity_of(function: Any) -> str:
     """Identify a callable by its name and a hash of its code.
 

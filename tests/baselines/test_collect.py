@@ -18,6 +18,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.baselines.sft import load_solutions
 from omniopd_trl.cli.main import main
 from omniopd_trl.cli.train import run
+from omniopd_trl.journal.browse import read_settings
 from omniopd_trl.journal.reader import spent
 from tests.support.commands import ENVIRONMENT
 from tests.support.loopback import Fault, Loopback, wire
@@ -112,6 +113,9 @@ def test_collects_and_trains(recipe, capsys):
     assert re.search(rf"^teacher tokens +{usage.prompt_tokens} read, {usage.completion_tokens} written$", output, re.M)
     assert re.search(rf"^teacher cost +\${usd:.4f}$", output, re.M)
     assert len(server.requests) == PROMPTS + 1
+    used, dollars = spent("out")  # what the report shows
+    assert (used.prompt_tokens, used.completion_tokens) == (usage.prompt_tokens, usage.completion_tokens)
+    assert dollars == pytest.approx(usd)
 
 
 def test_only_verified(recipe, capsys):
@@ -147,6 +151,7 @@ def test_more_prompts_and_other_settings(recipe, capsys):
         asked = Counter(question_of(r.body) for r in server.requests)
         assert sorted(asked.values()) == [1] * (PROMPTS - 1) + [3]
         assert "12 of 12 prompts answered (5 of them by earlier runs)" in capsys.readouterr().out
+        assert read_settings("out/solutions")["teacher_base_url"] == f"{server.url}/v1"
         assert solutions(path, "-k", "2") == 2
         assert "(num_solutions was 1 and is 2), which would be paid for again" in capsys.readouterr().err
         assert len(rows_of()) == PROMPTS - 1

@@ -19,6 +19,7 @@ from omniopd_trl.baselines.make import make_baseline
 from omniopd_trl.baselines.sft import load_solutions
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal.browse import read_logs, read_settings
+from omniopd_trl.journal.reader import spent
 from omniopd_trl.report.page import write_page
 from omniopd_trl.report.runs import Run
 from tests.support.commands import run_process, succeeded
@@ -161,6 +162,7 @@ class TestCounts:
         assert trainer.teacher_usage == Usage(int(trainer.state.log_history[-2]["num_tokens"]))
         assert sum(entry["teacher/prompt_tokens"] for entry in entries) == trainer.teacher_usage.prompt_tokens
         assert [entry["teacher/completion_tokens"] for entry in entries] == [0, 0]
+        assert spent(tmp_path / "out")[0] == trainer.teacher_usage
         assert trainer.teacher_dollars is None
 
     def test_grpo(self, tmp_path, tiny_model_dir):

@@ -80,6 +80,17 @@ class TestQuick:
             (["{train}", "--dataset_name=./none"], "", 1, "no dataset folder './none' (`dataset_name`; looked in"),
             (["train", "--config", "r.yaml"], "dataset_name: demo:problem", 2, "Did you mean 'demo:problems'?"),
             (["cost", "--config", "r.yaml"], "dataset_name: none.jsonl", 1, "no dataset file 'none.jsonl'"),
+            (
+                ["{train}", "--config", "r.yaml"],
+                "method: ppo",
+                2,
+                "method='ppo' is unknown; choose one of omniopd, sft",
+            ),
+            (["train", "--config", "r.yaml"], "grpo: {num_generation: 4}", 2, "Did you mean `num_generations`?"),
+            (["{train}", "--grpo", '{"beta": "x"}'], "", 2, "`beta` is 'x' (str) in the section `grpo`; it must be"),
+            (["{train}", "--sft", "{"], "", 2, "`sft` is '{', which is not valid JSON"),
+            (["train", "--config", "r.yaml"], "opd: {eval_steps: 5}", 2, "Set it beside `method`."),
+            (["solutions", "--config", "r.yaml"], "num_chunk: 5", 2, "Did you mean `num_chunks`?"),
             (["train", "r.yaml"], "", 2, "Name the recipe with `--config r.yaml`."),
             (["{train}", "--teacher_api_key", "x"], "", 2, "Keys are read from the environment"),
             (["--version"], "", 0, "omniopd_trl 0."),
@@ -247,3 +258,18 @@ def test_recipe_with_aliases(tmp_path):
         "model_init_kwargs": {"revision": "a"},
         "teacher_model_init_kwargs": {"revision": "a", "dtype": "auto"},
     }
+
+
+def test_sections():
+    """The options of a baseline are those of TRL's configuration, from a recipe and from the command line."""
+    for name, config in options.SECTIONS.items():
+        import trl
+
+        oracle = options.hints_of([getattr(trl, config)])
+        hints = options.section_hints(name)
+        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
+    script_args, *_ = parse_args(
+        ["--grpo", '{"num_generations": 4, "learning_rate": "1e-5"}', "--use_cpu", "true", "--bf16", "false"]
+    )
+    assert script_args.grpo == {"num_generations": 4, "learning_rate": 1e-5}
+    assert script_args.sft == {}
