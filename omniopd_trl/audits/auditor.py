@@ -75,6 +75,7 @@ class Auditor:
             placement=settings.chunk_placement,
             selection=settings.chunk_selection,
             seed=trajectory.seed,
+            min_anchor_entropy=settings.min_anchor_entropy,
         )
 
     async def audit(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Audit:

@@ -40,6 +40,7 @@ class AuditSettings:
     teacher_temperature: float
     teacher_top_p: float
     keep_special_tokens: bool = False
+    min_anchor_entropy: float = 0.0
 
 
 @dataclass(frozen=True)

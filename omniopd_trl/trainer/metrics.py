@@ -36,6 +36,9 @@ LEAST_RELATIVE_SPREAD = 0.15
 
 # Rollouts of at least this many characters. Equal shorter ones may be the only way to continue.
 LONG_ROLLOUT = 40
+# An anchor with less entropy, in nats, is hardly a choice: the student writes the same token nearly always.
+LOW_ENTROPY = 0.1
+
 # A warning is logged when more of the long rollouts of a batch are duplicates.
 MANY_DUPLICATES = 0.8
 
@@ -297,6 +300,8 @@ def audit_ratios(
     usage = sum((audit.usage for audit in audits), Usage())
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
     num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
+    anchors = [s.entropy[c.chunk.anchor].item() for s, c in chunks]
+    equal_pairs, pairs = _equal_pairs(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
     return {
@@ -308,7 +313,9 @@ def audit_ratios(
         "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
         "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
-        "audit/anchor_entropy": (sum(s.entropy[c.chunk.anchor].item() for s, c in chunks), num_chunks),
+        "audit/rollout_agreement": (equal_pairs, pairs),
+        "audit/anchor_entropy": (sum(anchors), num_chunks),
+        "audit/frac_low_entropy": (sum(entropy < LOW_ENTROPY for entropy in anchors), num_chunks),
         "audit/num_chunks": (num_chunks, len(audits)),
         "audit/audited_fraction": (num_audited, num_tokens),
         "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
@@ -332,13 +339,23 @@ def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     return repeated, repeatable
 
 
+def _equal_pairs(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
+    """The number of pairs of equal rollouts of one chunk, apart from outer white space, and that of all pairs."""
+    equal = pairs = 0
+    for rollouts in chunks:
+        equal += sum(math.comb(count, 2) for count in Counter(map(str.strip, rollouts)).values())
+        pairs += math.comb(len(rollouts), 2)
+    return equal, pairs
+
+
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
     """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
     if not any(audit.chunks for audit in audits):
         yield (
             "no chunks",
             f"No chunk of a batch could be audited at step {step}: the completions are shorter than "
-            f"min_chunk_length={args.min_chunk_length} tokens, or all were truncated and mask_truncated_completions "
+            f"min_chunk_length={args.min_chunk_length} tokens, or no token's entropy is above "
+            f"min_anchor_entropy={args.min_anchor_entropy:g}, or all were truncated and mask_truncated_completions "
             "excludes them, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
         )
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)

@@ -64,7 +64,7 @@ _SWITCHES = (
 # Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
-    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p"),
+    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p", "min_anchor_entropy"),
 )
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
@@ -118,6 +118,10 @@ class OmniOPDConfig(DistillationConfig):
         chunk_selection (`str`, *optional*, defaults to `"entropy"`):
             How to select the anchor tokens. `"entropy"` selects those with the highest entropy of the student;
             `"uniform"` draws them at random (the paper's ablation).
+        min_anchor_entropy (`float`, *optional*, defaults to `0.0`):
+            Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer chunks, or none:
+            where the student has no alternative, an answer of the teacher teaches little. `0` is the paper's method,
+            without a limit.
 
         > Parameters that control the loss
 
@@ -322,6 +326,14 @@ class OmniOPDConfig(DistillationConfig):
         metadata={
             "help": "How to select the anchor tokens. 'entropy' selects those with the highest entropy of the "
             "student; 'uniform' draws them at random (the paper's ablation)."
+        },
+    )
+    min_anchor_entropy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer "
+            "chunks, or none: where the student has no alternative, an answer of the teacher teaches little. `0` is "
+            "the paper's method, without a limit."
         },
     )
 
