@@ -8,14 +8,26 @@ This module works on text and numbers only and does not depend on the trainer.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.alignment import Alignment
-from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
+from omniopd_trl.audits.types import (
+    Audit,
+    AuditSettings,
+    Branch,
+    ChunkAudit,
+    Fork,
+    PolicyScores,
+    Tokenizer,
+    Trajectory,
+)
 from omniopd_trl.errors import OmniOPDError, WarnOnce
+from omniopd_trl.method.branches import leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
@@ -34,6 +46,18 @@ class Answered(NamedTuple):
     chunks: list[Chunk]
     texts: list[tuple[str, str]]
     replies: list[TeacherReply]
+
+
+class Compared(NamedTuple):
+    """What the rollouts of a chunk are compared with.
+
+    Attributes:
+        tokens: as many tokens as the chunk has.
+        text: their text.
+    """
+
+    tokens: list[int]
+    text: str
 
 
 class Auditor:
@@ -63,12 +87,12 @@ class Auditor:
         self._warn_once = WarnOnce(__name__)
 
     def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
-        """The chunks of a trajectory (Eq. 7)."""
+        """The chunks of a trajectory (Eq. 7). With branches, these are the candidates of [`forks`]."""
         settings = self.settings
         return select_chunks(
             scores.entropy,
             trajectory.mask,
-            num_chunks=settings.num_chunks,
+            num_chunks=settings.fork_candidates or settings.num_chunks,
             chunk_length=settings.chunk_length,
             min_chunk_length=settings.min_chunk_length,
             overlap=settings.chunk_overlap,
@@ -77,6 +101,38 @@ class Auditor:
             seed=trajectory.seed,
             min_anchor_entropy=settings.min_anchor_entropy,
         )
+
+    def forks(
+        self,
+        trajectory: Trajectory,
+        scores: PolicyScores,
+        chunks: Sequence[Chunk],
+        branches: Iterable[Sequence[Branch]],
+    ) -> tuple[Fork, ...]:
+        """The `num_chunks` chunks with the most diverse branches, in ascending order.
+
+        Args:
+            trajectory: trajectory with a completion of `T` tokens.
+            scores: scores of these tokens, `(T,)`.
+            chunks: the candidates.
+            branches: the sampled branches of each candidate. Their texts are filled in here.
+        """
+        if not chunks:
+            return ()
+        texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
+        forks = []
+        for chunk, (_, text), sampled in zip(chunks, texts, branches, strict=True):
+            own = Branch(tuple(trajectory.completion_ids[chunk.start : chunk.end]), text)
+            before = trajectory.prompt_ids + trajectory.completion_ids[: chunk.start]
+            known = {own.token_ids: text}
+            for branch in sampled:
+                if branch.token_ids not in known:
+                    whole = Chunk(0, len(branch.token_ids), 0)
+                    ((_, known[branch.token_ids]),) = self.alignment.split_texts([*branch.token_ids], [whole], before)
+            forks.append(Fork(chunk, (own, *(replace(branch, text=known[branch.token_ids]) for branch in sampled))))
+        entropies = [scores.entropy[chunk.anchor].item() for chunk in chunks]
+        kept = most_diverse([fork.diversity for fork in forks], entropies, self.settings.num_chunks)
+        return tuple(forks[index] for index in kept)
 
     async def audit(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Audit:
         """Audit one trajectory.
@@ -94,7 +150,10 @@ class Auditor:
 
     async def ask(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Answered:
         """Ask the teacher for the rollouts of one trajectory; see [`audit`]."""
-        chunks = self.select(trajectory, scores)
+        if trajectory.forks is None:
+            chunks = self.select(trajectory, scores)
+        else:
+            chunks = [fork.chunk for fork in trajectory.forks if fork.diversity > 0]
         if not chunks:
             return Answered(trajectory, scores, [], [], [])
         texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
@@ -121,24 +180,37 @@ class Auditor:
         no number in [0, 1], is a bug, and its error is raised.
         """
         trajectory, scores, chunks, texts, replies = answered
-        chunk_texts = [text for _, text in texts]
+        forks = {fork.chunk: fork for fork in trajectory.forks or ()}
+        compared = [
+            _compared(trajectory, chunk, text, forks.get(chunk))
+            for chunk, (_, text) in zip(chunks, texts, strict=True)
+        ]
         given = [reply.rollouts for reply in replies]
         set_aside: list[str] = []
         try:
-            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
+            rollouts, num_short, matrices = self._compare_all(compared, given)
         except OmniOPDError:
             raise
         except Exception as error:
-            given, set_aside = self._set_aside(trajectory, chunks, chunk_texts, given, error)
-            rollouts, num_short, matrix = self._compare(trajectory, chunks, chunk_texts, given)
+            given, set_aside = self._set_aside(compared, given, error)
+            rollouts, num_short, matrices = self._compare_all(compared, given)
         audits = []
-        for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
+        for chunk, (prefix, text), units, answers, matrix in zip(
+            chunks, texts, compared, rollouts, matrices, strict=True
+        ):
             if len(answers) < self.settings.min_rollouts:
                 continue
+            similarities = matrix[0]
             prior = chunk_prior(scores.prior_logprobs[chunk.start : chunk.end])
             posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
+            branches: tuple[Branch, ...] = ()
+            if chunk in forks:
+                mean_of = {unit.text: sum(row) / len(row) for unit, row in zip(units, matrix, strict=True)}
+                branches = self._judged(forks[chunk], mean_of)
             audits.append(
-                ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))
+                ChunkAudit(
+                    chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior), branches
+                )
             )
         return Audit(
             chunks=tuple(audits),
@@ -150,25 +222,48 @@ class Auditor:
             failures=(*(reply.failure for reply in replies if reply.failure is not None), *set_aside),
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
             models=tuple(sorted({name for reply in replies for name in reply.models})),
+            agreed=tuple(chunk for chunk, fork in forks.items() if fork.diversity == 0),
         )
 
-    def _compare(
-        self, trajectory: Trajectory, chunks: list[Chunk], texts: list[str], rollouts: Sequence[Sequence[Rollout]]
-    ) -> tuple[list[list[str]], int, list[list[float]]]:
-        """The cut rollouts of each chunk, the number of short ones, and their similarities.
+    def _judged(self, fork: Fork, similarity_of: Mapping[str, float]) -> tuple[Branch, ...]:
+        """The branches of a fork with their similarities and advantages."""
+        similarities = [similarity_of[branch.text] for branch in fork.branches]
+        advantages = leave_one_out(similarities, self.settings.scale_advantages)
+        judged = zip(fork.branches, similarities, advantages, strict=True)
+        return tuple(replace(branch, similarity=s, advantage=a) for branch, s, a in judged)
 
-        Without any rollout, the chunks' own texts are not encoded: they are of no use then.
+    def _compare_all(
+        self, compared: Sequence[Sequence[Compared]], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[str]], int, list[list[list[float]]]]:
+        """For each chunk, its rollouts, cut for its own text, and their similarities to each of its texts.
+
+        Also returns the number of rollouts that are short, compared with the chunk's own text.
+        """
+        cut, num_short, first = self._compare([units[0] for units in compared], rollouts)
+        others = [(unit, given) for units, given in zip(compared, rollouts, strict=True) for unit in units[1:]]
+        _, _, rows = self._compare([unit for unit, _ in others], [given for _, given in others])
+        rest = iter(rows)
+        matrices = [[row, *islice(rest, len(units) - 1)] for row, units in zip(first, compared, strict=True)]
+        return cut, num_short, matrices
+
+    def _compare(
+        self, compared: Sequence[Compared], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[str]], int, list[list[float]]]:
+        """The cut rollouts of each text, the number of short ones, and their similarities.
+
+        Without any rollout, the texts are not encoded: they are of no use then.
         """
         if not any(rollouts):
-            return [[] for _ in chunks], 0, [[] for _ in chunks]
-        cut, num_short = self.alignment.cut(trajectory.completion_ids, chunks, texts, rollouts)
+            return [[] for _ in compared], 0, [[] for _ in compared]
+        ends = list(accumulate(len(unit.tokens) for unit in compared))
+        chunks = [Chunk(end - len(unit.tokens), end, end - 1) for unit, end in zip(compared, ends, strict=True)]
+        texts = [unit.text for unit in compared]
+        cut, num_short = self.alignment.cut([t for unit in compared for t in unit.tokens], chunks, texts, rollouts)
         return cut, num_short, similarity_matrix(texts, cut, self.similarity)
 
     def _set_aside(
         self,
-        trajectory: Trajectory,
-        chunks: list[Chunk],
-        texts: list[str],
+        compared: Sequence[Sequence[Compared]],
         rollouts: Sequence[Sequence[Rollout]],
         error: Exception,
     ) -> tuple[list[tuple[Rollout, ...]], list[str]]:
@@ -178,15 +273,16 @@ class Auditor:
             Exception: `error`, when the similarity fails for each of several rollouts.
         """
         kept, reasons, num_encoded, num_failed = [], [], 0, 0
-        for chunk, text, of_chunk in zip(chunks, texts, rollouts, strict=True):
-            scored = []
+        for units, of_chunk in zip(compared, rollouts, strict=True):
+            scored, texts = [], [unit.text for unit in units]
             for rollout in of_chunk:
                 what = "encoded with the student's tokenizer"
                 try:
-                    ((cut,),), _ = self.alignment.cut(trajectory.completion_ids, [chunk], [text], [[rollout]])
+                    size, own = len(units[0].tokens), units[0]
+                    ((cut,),), _ = self.alignment.cut(own.tokens, [Chunk(0, size, 0)], [own.text], [[rollout]])
                     what = "scored by the similarity"
                     num_encoded += 1
-                    similarity_matrix([text], [[cut]], self.similarity)
+                    similarity_matrix(texts, [[cut]] * len(texts), self.similarity)
                 except OmniOPDError:
                     raise
                 except Exception as caught:
@@ -195,7 +291,7 @@ class Auditor:
                     reasons.append(why)
                     self._warn_once(
                         f"{why[0].upper()}{why[1:]}, and is set aside, like others of this kind. It is "
-                        f"{rollout.text!r:.200}, and its chunk is {text!r:.200}.",
+                        f"{rollout.text!r:.200}, and its chunk is {texts[0]!r:.200}.",
                         f"{what} {type(caught).__name__}",
                     )
                 else:
@@ -204,3 +300,14 @@ class Auditor:
         if num_failed == num_encoded > 1:
             raise error
         return kept, reasons
+
+
+def _compared(trajectory: Trajectory, chunk: Chunk, text: str, fork: Fork | None) -> list[Compared]:
+    """What the rollouts of a chunk are compared with: its own text, and each other text of its fork once."""
+    size = chunk.end - chunk.start
+    compared = {text: trajectory.completion_ids[chunk.start : chunk.end]}
+    for branch in fork.branches[1:] if fork is not None else ():
+        # A branch that ended is compared with rollouts of the chunk's length. Its last token has no text.
+        padding = [branch.token_ids[-1]] * (size - len(branch.token_ids))
+        compared.setdefault(branch.text, [*branch.token_ids, *padding])
+    return [Compared(tokens, text) for text, tokens in compared.items()]

@@ -76,6 +76,8 @@ def training_section(
     """
     rows = [("teacher", f"`{_basename(teacher)}`" + (f", served as {', '.join(served)}" if served else ""))]
     chunks = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
+    if args.num_branches:
+        chunks += f", compared with K = {args.num_branches} branches besides"
     rows.append(("chunks", chunks))
     rows.append(("prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"))
     rows.append(("similarity phi", f"`{args.similarity}`"))

@@ -52,13 +52,13 @@ _CHOICES = {
 
 _COUNTS = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
-    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
+    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens", "fork_candidates"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
 _SWITCHES = (
     *("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "keep_special_tokens"),
-    *("eval_lenient_answers", "importance_sampling_correction"),
+    *("eval_lenient_answers", "importance_sampling_correction", "scale_advantages"),
 )
 
 # Options that must be at least 0, and options that must be above 0.
@@ -122,6 +122,16 @@ class OmniOPDConfig(DistillationConfig):
             Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer chunks, or none:
             where the student has no alternative, an answer of the teacher teaches little. `0` is the paper's method,
             without a limit.
+        num_branches (`int`, *optional*, defaults to `0`):
+            Number of further continuations that the student writes in the place of each chunk, K. They are compared
+            with the same rollouts as the chunk, and all of them are trained, each by its advantage over the others.
+            The teacher is asked only where they differ. `0` is the paper's method. See docs/branches.md.
+        fork_candidates (`int`, *optional*):
+            Number of chunks per trajectory for which branches are sampled, with `num_branches`. The `num_chunks` with
+            the most diverse branches are kept. Defaults to `num_chunks`.
+        scale_advantages (`bool`, *optional*, defaults to `False`):
+            Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. `"edit"` and
+            other similarities with small differences need it.
 
         > Parameters that control the loss
 
@@ -334,6 +344,29 @@ class OmniOPDConfig(DistillationConfig):
             "help": "Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer "
             "chunks, or none: where the student has no alternative, an answer of the teacher teaches little. `0` is "
             "the paper's method, without a limit."
+        },
+    )
+    num_branches: int = field(
+        default=0,
+        metadata={
+            "help": "Number of further continuations that the student writes in the place of each chunk, K. They are "
+            "compared with the same rollouts as the chunk, and all of them are trained, each by its advantage over "
+            "the others. The teacher is asked only where they differ. `0` is the paper's method. See "
+            "docs/branches.md."
+        },
+    )
+    fork_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
+            "`num_chunks` with the most diverse branches are kept. Defaults to `num_chunks`."
+        },
+    )
+    scale_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. "
+            "'edit' and other similarities with small differences need it."
         },
     )
 
@@ -646,6 +679,8 @@ class OmniOPDConfig(DistillationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        if isinstance(self.num_branches, bool) or not isinstance(self.num_branches, int) or self.num_branches < 0:
+            raise ConfigError(f"num_branches={self.num_branches!r} must be a whole number of at least 0.")
         for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
             if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
@@ -697,10 +732,36 @@ class OmniOPDConfig(DistillationConfig):
                 f"min_chunk_length={self.min_chunk_length} is larger than chunk_length={self.chunk_length}. Lower it: "
                 "it is the shortest trajectory that still gives a chunk."
             )
+        self._check_branches()
         if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
             raise ConfigError(
                 "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
                 "prior='policy'."
+            )
+
+    def _check_branches(self) -> None:
+        if not self.num_branches:
+            for name in ("fork_candidates", "scale_advantages"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect without branches. Set num_branches, to 7 for "
+                        "example, or leave it out."
+                    )
+            return
+        if self.fork_candidates is not None and self.fork_candidates < self.num_chunks:
+            raise ConfigError(
+                f"fork_candidates={self.fork_candidates} is less than num_chunks={self.num_chunks}, and that many of "
+                "them are kept. Raise it, or lower num_chunks."
+            )
+        if self.posterior_baseline not in ("none", "shuffled"):
+            raise ConfigError(
+                f"posterior_baseline={self.posterior_baseline!r} and num_branches={self.num_branches}: the mean of "
+                "the other branches is the baseline of a branch. Leave it out; 'shuffled' is the control."
+            )
+        if self.prior == "reference":
+            raise ConfigError(
+                f"prior='reference' has no effect with num_branches={self.num_branches}: advantages do not use the "
+                "prior, and it would cost a pass of the reference. Leave it out."
             )
 
     def _check_inherited(self) -> None:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread, release
-from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import JournalError, Shown
+from omniopd_trl.method.branches import Suffix, branch_weights
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together
@@ -34,6 +35,9 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
+# Function from prefixes, with the lengths of their chunks, to the branches of each, without their texts.
+Sampler = Callable[[list[tuple[list[int], int]]], list[list[Branch]]]
+
 
 @dataclass(frozen=True)
 class PendingAudit:
@@ -42,6 +46,7 @@ class PendingAudit:
     index: int
     scores: PolicyScores
     future: "Future[Audit]"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Collected:
         weights: `(B, T)`, float32, the weight of the chunk on audited tokens and 0 elsewhere.
         audited: `(B, T)`, true on audited tokens.
         waited: time spent waiting for the audits, in seconds.
+        suffixes: for each row, what is trained of its branches besides the trajectory. Their `start` is a position in
+            the completion.
     """
 
     audits: list[Audit]
@@ -61,6 +68,7 @@ class Collected:
     weights: torch.Tensor
     audited: torch.Tensor
     waited: float
+    suffixes: list[list[Suffix]] = field(default_factory=list)
 
 
 class StepAudits:
@@ -122,6 +130,7 @@ class StepAudits:
         self._posteriors = (0.0, 0.0)  # sum and number
         self._waited = 0.0
         self._replays = False  # whether the batch comes from the journal
+        self._known_forks: dict[int, tuple[Fork, ...]] = {}  # of the journal, by index of the trajectory
 
     @property
     def overlap(self) -> bool:
@@ -140,6 +149,7 @@ class StepAudits:
             JournalError: on every process, when the records of one are damaged.
         """
         journal, accelerator, step = self._recorder.journal, self._accelerator, self._step()
+        self._known_forks = {}
         if journal is None:
             return None
         stored: list[Trajectory] | None = None
@@ -154,6 +164,8 @@ class StepAudits:
         if failed:
             raise_together(error, accelerator.process_index)
         self._replays = num_stored == accelerator.num_processes
+        if self._replays:
+            self._known_forks = {i: t.forks for i, t in enumerate(stored or ()) if t.forks is not None}
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return stored if self._replays else None
@@ -191,6 +203,37 @@ class StepAudits:
         if self._recorder.journal is not None and not self._replays:
             self._recorder.journal.record_trajectories(self._step(), trajectories)
 
+    def fork(
+        self, trajectories: Sequence[Trajectory], scores: Mapping[int, PolicyScores], sample: Sampler
+    ) -> dict[int, Trajectory]:
+        """Trajectories with their forks: those of the journal, or new ones, which are recorded before the audits.
+
+        Every process has to call it at the same point, and calls `sample` if any of them does.
+
+        Args:
+            trajectories: all trajectories of this process's generation batch.
+            scores: scores of the trajectories that get forks now, by index, each `(T,)` on the CPU.
+            sample: samples the branches.
+        """
+        missing = [index for index in scores if index not in self._known_forks]
+        (num_missing,) = sum_over_processes(self._accelerator, len(missing))
+        if num_missing:
+            chunks = {index: self._auditor.select(trajectories[index], scores[index]) for index in missing}
+            prefixes = [
+                (trajectories[i].prompt_ids + trajectories[i].completion_ids[: chunk.start], chunk.end - chunk.start)
+                for i in missing
+                for chunk in chunks[i]
+            ]
+            branches = iter(sample(prefixes))
+            forks = {
+                i: self._auditor.forks(trajectories[i], scores[i], chunks[i], islice(branches, len(chunks[i])))
+                for i in missing
+            }
+            if self._recorder.journal is not None:
+                self._recorder.journal.record_forks(self._step(), forks)
+            self._known_forks |= forks
+        return {index: replace(trajectories[index], forks=self._known_forks[index]) for index in scores}
+
     # ---- In flight ----
 
     def submit(
@@ -217,7 +260,7 @@ class StepAudits:
             audits = [self._auditor.audit(trajectories[index], row, ledger) for index, row in scores.items()]
         futures = self._loop.submit(*audits)
         pairs = zip(scores, futures, strict=True)
-        return {index: PendingAudit(index, scores[index], future) for index, future in pairs}
+        return {i: PendingAudit(i, scores[i], future, trajectories[i].seed) for i, future in pairs}
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that asks the teacher outside of an audit, and return its result."""
@@ -273,16 +316,24 @@ class StepAudits:
             return failure
         weights = torch.zeros(len(rows), length)
         audited = torch.zeros(len(rows), length, dtype=torch.bool)
-        spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
+        suffixes: list[list[Suffix]] = [[] for _ in rows]
         of_chunks = self._weigh(audits, rows, mode, is_last)
         if isinstance(of_chunks, Failure):
             return of_chunks
-        for (b, chunk), weight in zip(spans, of_chunks.tolist(), strict=True):
-            weights[b, chunk.start : chunk.end] = weight
-            audited[b, chunk.start : chunk.end] = True
+        of_chunk = iter(of_chunks.tolist())
+        for b, audit in enumerate(audits):
+            for chunk in audit.chunks:
+                span, weight = slice(chunk.chunk.start, chunk.chunk.end), next(of_chunk)
+                weights[b, span], audited[b, span] = weight, True
+                if chunk.branches:
+                    own, others = self._weigh_branches(chunk, rows[b].seed)
+                    weights[b, span] = torch.tensor(own)
+                    suffixes[b] += [replace(suffix, start=suffix.start + chunk.chunk.start) for suffix in others]
+            for agreed in audit.agreed:
+                audited[b, agreed.start : agreed.end] = True
         if mode == "train":
             self._recorder.show(_shown(audits, rows, of_chunks.tolist()))
-        return Collected(audits, [row.scores for row in rows], weights, audited, waited)
+        return Collected(audits, [row.scores for row in rows], weights, audited, waited, suffixes)
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
         self._dropped += sum(audit.num_dropped for audit in audits)
@@ -309,7 +360,10 @@ class StepAudits:
     def _weigh(
         self, audits: list[Audit], rows: Sequence[PendingAudit], mode: str, is_last: bool
     ) -> torch.Tensor | Failure:
-        """The weights of this process's chunks, `(K,)`."""
+        """The weights of this process's chunks, `(K,)`. With branches, those of the trajectories' own."""
+        if self._args.num_branches and mode == "train":
+            own = [chunk.branches[0].advantage / len(chunk.branches) for audit in audits for chunk in audit.chunks]
+            return torch.tensor(own, dtype=torch.float32)
         table = torch.tensor([*_columns(audits, rows)], dtype=torch.float64).reshape(-1, 6)
         tables, first, count = [table], 0, len(table)
         if self.chunk_weights.needs_whole_step and self._accelerator.num_processes > 1:
@@ -352,6 +406,16 @@ class StepAudits:
                 average.update(*sum_over_processes(self._accelerator, *self._posteriors))
                 self._posteriors = (0.0, 0.0)
         return weights
+
+    def _weigh_branches(self, chunk: ChunkAudit, seed: int) -> tuple[list[float], list[Suffix]]:
+        """The weights of a fork; see `branch_weights`. The control permutes its advantages, seeded by the chunk."""
+        advantages = [branch.advantage for branch in chunk.branches]
+        if self._args.posterior_baseline == "shuffled":
+            random.Random(repr((seed, "branches", chunk.chunk.start))).shuffle(advantages)
+        sampled = [branch.sampling_logprobs for branch in chunk.branches]
+        return branch_weights(
+            [branch.token_ids for branch in chunk.branches], advantages, sampled if any(sampled) else ()
+        )
 
 
 def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[float]) -> Iterator[Shown]:
