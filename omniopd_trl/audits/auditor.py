@@ -86,13 +86,13 @@ class Auditor:
         self.scoring = ThreadPoolExecutor(1, thread_name_prefix="omniopd-scoring")
         self._warn_once = WarnOnce(__name__)
 
-    def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
-        """The chunks of a trajectory (Eq. 7). With branches, these are the candidates of [`forks`]."""
+    def select(self, trajectory: Trajectory, scores: PolicyScores, num_chunks: int | None = None) -> list[Chunk]:
+        """The chunks of a trajectory (Eq. 7): `num_chunks` at most, which defaults to the setting."""
         settings = self.settings
         return select_chunks(
             scores.entropy,
             trajectory.mask,
-            num_chunks=settings.fork_candidates or settings.num_chunks,
+            num_chunks=num_chunks or settings.num_chunks,
             chunk_length=settings.chunk_length,
             min_chunk_length=settings.min_chunk_length,
             overlap=settings.chunk_overlap,
@@ -101,6 +101,10 @@ class Auditor:
             seed=trajectory.seed,
             min_anchor_entropy=settings.min_anchor_entropy,
         )
+
+    def candidates(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
+        """The chunks that may become forks."""
+        return self.select(trajectory, scores, self.settings.fork_candidates)
 
     def forks(
         self,
@@ -114,7 +118,7 @@ class Auditor:
         Args:
             trajectory: trajectory with a completion of `T` tokens.
             scores: scores of these tokens, `(T,)`.
-            chunks: the candidates.
+            chunks: the result of [`candidates`].
             branches: the sampled branches of each candidate. Their texts are filled in here.
         """
         if not chunks:
@@ -275,11 +279,11 @@ class Auditor:
         kept, reasons, num_encoded, num_failed = [], [], 0, 0
         for units, of_chunk in zip(compared, rollouts, strict=True):
             scored, texts = [], [unit.text for unit in units]
+            whole = Chunk(0, len(units[0].tokens), 0)
             for rollout in of_chunk:
                 what = "encoded with the student's tokenizer"
                 try:
-                    size, own = len(units[0].tokens), units[0]
-                    ((cut,),), _ = self.alignment.cut(own.tokens, [Chunk(0, size, 0)], [own.text], [[rollout]])
+                    ((cut,),), _ = self.alignment.cut(units[0].tokens, [whole], texts[:1], [[rollout]])
                     what = "scored by the similarity"
                     num_encoded += 1
                     similarity_matrix(texts, [[cut]] * len(texts), self.similarity)

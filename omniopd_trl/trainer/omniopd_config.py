@@ -880,10 +880,12 @@ class OmniOPDConfig(DistillationConfig):
                 if self.corrected_filters is not None
                 else "Nothing corrects this, and the student drifts towards what the filter keeps"
             )
+            # The advantages of branches are centered already.
+            baseline = " posterior_baseline='batch' also removes most of this drift." if not self.num_branches else ""
             logger.warning(
                 f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
                 "log-probabilities are those of the full distribution at `temperature`. Training is then not exactly "
-                f"on-policy. {correction}. posterior_baseline='batch' also removes most of this drift."
+                f"on-policy. {correction}.{baseline}"
             )
         if self.teacher_temperature == 0 and self.num_rollouts > 1:
             logger.warning(

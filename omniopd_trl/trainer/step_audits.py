@@ -218,7 +218,7 @@ class StepAudits:
         missing = [index for index in scores if index not in self._known_forks]
         (num_missing,) = sum_over_processes(self._accelerator, len(missing))
         if num_missing:
-            chunks = {index: self._auditor.select(trajectories[index], scores[index]) for index in missing}
+            chunks = {index: self._auditor.candidates(trajectories[index], scores[index]) for index in missing}
             prefixes = [
                 (trajectories[i].prompt_ids + trajectories[i].completion_ids[: chunk.start], chunk.end - chunk.start)
                 for i in missing
@@ -323,8 +323,8 @@ class StepAudits:
         of_chunk = iter(of_chunks.tolist())
         for b, audit in enumerate(audits):
             for chunk in audit.chunks:
-                span, weight = slice(chunk.chunk.start, chunk.chunk.end), next(of_chunk)
-                weights[b, span], audited[b, span] = weight, True
+                span = slice(chunk.chunk.start, chunk.chunk.end)
+                weights[b, span], audited[b, span] = next(of_chunk), True
                 if chunk.branches:
                     own, others = self._weigh_branches(chunk, rows[b].seed)
                     weights[b, span] = torch.tensor(own)

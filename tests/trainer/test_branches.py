@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Branches in the trainer: the step, its gradient, the journal and the metrics."""
 
+import json
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -10,19 +13,22 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
-from omniopd_trl.errors import ConfigError
+from omniopd_trl import OmniOPDTrainer
+from omniopd_trl.cli.main import main
+from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
+from omniopd_trl.journal.store import Journal
 from omniopd_trl.method import Suffix
-from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
 from omniopd_trl.teachers import Prefix
 from omniopd_trl.trainer import objective
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
 from tests.support.objective import LORA, load
-from tests.support.teachers import Remote
+from tests.support.teachers import Here, Remote
 from tests.support.training import (
     FOUR_MICRO_BATCHES,
+    FOUR_STEPS,
     RecordingTrainer,
     kept_log_mass,
     make_trainer,
@@ -197,7 +203,7 @@ def test_branches_of_another_sampler(tmp_path, tiny_model_dir, tiny_tokenizer):
 
     def sampled(trajectory, fork, j):
         own, branch = fork.branches[0].token_ids, fork.branches[j]
-        shared = next((t for t, (a, b) in enumerate(zip(own, branch.token_ids)) if a != b), len(own))
+        shared = next((t for t, (a, b) in enumerate(zip(own, branch.token_ids, strict=False)) if a != b), len(own))
         first = trainer._sampled[trainer.batches[0]["prompts"].index(trajectory.prompt)][fork.chunk.start :]
         known = [*first[:shared], *branch.sampling_logprobs[shared:]] if j else first
         return known[: len(branch.token_ids)]
@@ -362,3 +368,172 @@ def test_branches_are_draws_of_the_policy(tmp_path, tiny_model_dir, tiny_tokeniz
     (other,) = trainer._sample_branches([(prefix, 2)], {k: v.repeat(3000, 1) for k, v in batch.items()}, 1)
     assert other != branches
     assert trainer.generation_config.max_new_tokens == 40
+
+
+# ---- The journal ----
+
+RUN = {**FOUR_STEPS, **BRANCHES, "max_steps": 2, "save_steps": 1}
+
+
+def not_sampled(*args, **kwargs):
+    raise AssertionError("branches were sampled again")
+
+
+def test_recorded_branches_are_replayed(tmp_path, tiny_model_dir):
+    """Same branches, same advantages and same step, without a draw and without a request."""
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **RUN)
+    first.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote.silent(), **RUN)
+    again._sample_branches = not_sampled
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-6)
+    assert again.state.log_history[1]["branches/agreed"] == first.state.log_history[1]["branches/agreed"]
+
+
+def test_branches_of_unfinished_audits_are_replayed(tmp_path, tiny_model_dir):
+    """A teacher that fails after its first answers: the others are asked for the branches that were recorded."""
+    settings = {**RUN, "max_steps": 1}
+    teacher = Remote()
+    failing = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **settings)
+    kept = keep_forks(failing)
+    submit = failing.step_audits.submit
+
+    def submit_until_answered(*args):
+        for _ in range(1000 * bool(teacher.calls)):
+            teacher.is_silent = bool(teacher.finished)
+            if teacher.is_silent:
+                break
+            time.sleep(0.01)
+        return submit(*args)
+
+    failing.step_audits.submit = submit_until_answered
+    with pytest.raises(TeacherError):
+        failing.train()
+    teacher = Remote()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **settings)
+    again._sample_branches = not_sampled
+    replayed = keep_forks(again)
+    again.train(resume_from_checkpoint=True)
+    assert {prompt: t.forks for prompt, t in replayed.items()} == {prompt: t.forks for prompt, t in kept.items()}
+    num_asked = sum(any(fork.diversity for fork in t.forks) for t in kept.values())
+    assert 0 < teacher.calls < num_asked, "what was answered is asked for again, or nothing is"
+
+
+def test_trajectories_without_recorded_branches_get_new_ones(tmp_path, tiny_model_dir, monkeypatch):
+    """A run that was killed between the two samples them again, and gets the same: they have a seed of their own."""
+    settings = {**RUN, "max_steps": 1}
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "record_forks", killed)
+        make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **settings).train()
+    runs = []
+    for folder, resumes in ((tmp_path, True), (tmp_path / "whole", False)):
+        trainer = make_trainer(folder, tiny_model_dir, teacher=Remote(), **settings)
+        kept = keep_forks(trainer)
+        trainer.train(resume_from_checkpoint=resumes)
+        runs.append({prompt: t.forks for prompt, t in kept.items()})
+    assert runs[0] == runs[1]
+    assert any(runs[0].values())
+
+
+def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
+    """The journal holds the branches of each fork that was asked for, and `omniopd audits` shows them."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES)
+    kept = keep_forks(trainer)
+    trainer.train()
+    asked = 0
+    for audit in read_audits(tmp_path, list_audits(tmp_path)):
+        forks = {f.chunk.start: f for f in kept[audit.prompt[-1]["content"]].forks if f.diversity}
+        asked += len(forks)
+        assert {chunk.start for chunk in audit.chunks} == set(forks)
+        for chunk in audit.chunks:
+            assert [b.text for b in chunk.branches] == [b.text for b in forks[chunk.start].branches]
+            own = chunk.branches[0]
+            assert own.similarity == pytest.approx(sum(chunk.similarities) / len(chunk.similarities))
+            assert chunk.weight == pytest.approx(own.advantage / (K + 1))
+            assert sum(b.advantage for b in chunk.branches) == pytest.approx(0, abs=1e-12)
+            distinct = chunk.distinct_branches()
+            assert sum(count for _, count in distinct) == K + 1
+            assert distinct[0][0] == own
+    assert asked
+    capsys.readouterr()
+    assert main(["audits", str(tmp_path), "--json", "--worst", "1"]) == 0
+    [shown] = json.loads(capsys.readouterr().out)
+    assert sum(branch["count"] for branch in shown["branches"]) == K + 1
+    assert main(["audits", str(tmp_path), "--worst", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "advantage" in printed
+    assert f"{shown['branches'][0]['advantage']:+.3f}" in printed
+
+
+class Uncut(RecordingTrainer):
+    """Completions as they were sampled."""
+
+    _generate_single_turn = OmniOPDTrainer._generate_single_turn
+
+
+def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir):
+    """A student without a choice: no request, no chunk loss, and the anchor leaves the forks out."""
+    teacher = Here()
+    trainer = make_trainer(
+        tmp_path, tiny_model_dir, teacher=teacher, top_k=1, importance_sampling_correction=False, **BRANCHES
+    )
+    trainer.__class__ = Uncut
+    trainer.train()
+    assert teacher.calls == 0
+    [batch], logged = trainer.batches, trainer.state.log_history[0]
+    assert logged["branches/agreed"] == 1
+    assert logged["chunk_loss"] == 0
+    assert batch["audited_mask"].any()
+    assert not batch["weights"].any()
+    assert not any(batch["suffixes"])
+    assert logged["audit/audited_fraction"] == pytest.approx(
+        (batch["audited_mask"].sum() / batch["completion_mask"].sum()).item()
+    )
+    assert "audit/posterior" not in logged
+
+
+def test_the_control_permutes_the_advantages_of_a_fork(tmp_path, tiny_model_dir):
+    """The rollouts and the advantages in the journal are those of the plain run; the weights are others."""
+    steps = []
+    for baseline in ("none", "shuffled"):
+        trainer = make_trainer(tmp_path / baseline, tiny_model_dir, posterior_baseline=baseline, **BRANCHES)
+        trainer.train()
+        audits = read_audits(tmp_path / baseline, list_audits(tmp_path / baseline))
+        advantages = [[b.advantage for b in chunk.branches] for audit in audits for chunk in audit.chunks]
+        steps.append((advantages, trainer.batches[0]["weights"], trainer.state.log_history[0]["branches/similarity"]))
+    assert steps[0][0] == steps[1][0]
+    assert steps[0][2] == steps[1][2]
+    assert not torch.equal(steps[0][1], steps[1][1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_branches": -1}, "num_branches=-1 must be a whole number of at least 0"),
+        ({"num_branches": True}, "num_branches=True must be a whole number"),
+        ({"fork_candidates": 8}, "fork_candidates=8 has no effect without branches"),
+        ({"scale_advantages": True}, "scale_advantages=True has no effect without branches"),
+        ({"num_branches": 3, "fork_candidates": 1}, "fork_candidates=1 is less than num_chunks=2"),
+        ({"num_branches": 3, "posterior_baseline": "batch"}, "posterior_baseline='batch' and num_branches=3"),
+        ({"num_branches": 3, "prior": "reference"}, "prior='reference' has no effect with num_branches=3"),
+        ({"num_branches": 3, "chunk_weights": lambda chunks: chunks.posteriors}, "`chunk_weights` cannot be used"),
+        ({"min_anchor_entropy": -1.0}, "min_anchor_entropy=-1.0 must not be negative"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(tmp_path, tiny_model_dir, settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_trainer(tmp_path, tiny_model_dir, **settings)
+
+
+def test_an_evaluation_audits_chunks_without_branches(tmp_path, tiny_model_dir):
+    """It asks for `num_chunks` chunks, not for the candidates, and logs the paper's metrics."""
+    settings = {**BRANCHES, "fork_candidates": 4, "num_chunks": 1, "audit_eval": True}
+    trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions(4), **settings)
+    logged = trainer.evaluate()
+    assert logged["eval_audit/num_chunks"] == 1
+    assert logged["eval_audit/posterior"] > 0
+    assert "eval_branches/agreed" not in logged
