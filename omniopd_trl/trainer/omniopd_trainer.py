@@ -633,7 +633,8 @@ class OmniOPDTrainer(DistillationTrainer):
         if mode == "train" and self.args.num_branches:
             batch["suffixes"] = collected.suffixes
         is_weighted = any(collected.suffixes) or bool((batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any())
-        self._is_weighted |= mode == "train" and is_weighted
+        if mode == "train" and is_weighted:
+            self._is_weighted = True
         audits = collected.audits
         self.step_metrics.add_audits(
             mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
