@@ -8,15 +8,26 @@ This module works on text and numbers only and does not depend on the trainer.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Tally, Usage
 from omniopd_trl.audits.alignment import Alignment
-from omniopd_trl.audits.types import Audit, AuditSettings, ChunkAudit, PolicyScores, Tokenizer, Trajectory
+from omniopd_trl.audits.types import (
+    Audit,
+    AuditSettings,
+    Branch,
+    ChunkAudit,
+    Fork,
+    PolicyScores,
+    Tokenizer,
+    Trajectory,
+)
 from omniopd_trl.errors import OmniOPDError, WarnOnce
+from omniopd_trl.method.branches import leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
@@ -27,8 +38,9 @@ from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher,
 TEACHER_TOKENS_PER_STUDENT_TOKEN = 1.4
 
 
-# From chunks, their texts and their rollouts to the cut rollouts, and the number of short ones; see `Alignment.cut`.
-Cut = Callable[[Sequence[Chunk], Sequence[str], Sequence[Sequence[Rollout]]], tuple[list[list[str]], int]]
+# From tokens, chunks in them, their texts and their rollouts to the cut rollouts, and the number of short ones; see
+# `Alignment.cut`.
+Cut = Callable[[list[int], Sequence[Chunk], Sequence[str], Sequence[Sequence[Rollout]]], tuple[list[list[str]], int]]
 
 
 class Answered(NamedTuple):
@@ -44,6 +56,18 @@ class Answered(NamedTuple):
     replies: list[TeacherReply]
     usd: float | None = None
     is_cut: bool = False
+
+
+class Compared(NamedTuple):
+    """What the rollouts of a chunk are compared with.
+
+    Attributes:
+        tokens: as many tokens as the chunk has.
+        text: their text.
+    """
+
+    tokens: list[int]
+    text: str
 
 
 class Auditor:
@@ -72,20 +96,57 @@ class Auditor:
         self.scoring = ThreadPoolExecutor(1, thread_name_prefix="omniopd-scoring")
         self._warn_once = WarnOnce(__name__)
 
-    def select(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
-        """The chunks of a trajectory (Eq. 7)."""
+    def select(self, trajectory: Trajectory, scores: PolicyScores, num_chunks: int | None = None) -> list[Chunk]:
+        """The chunks of a trajectory (Eq. 7): `num_chunks` at most, which defaults to the setting."""
         settings = self.settings
         return select_chunks(
             scores.entropy,
             trajectory.mask,
-            num_chunks=settings.num_chunks,
+            num_chunks=num_chunks or settings.num_chunks,
             chunk_length=settings.chunk_length,
             min_chunk_length=settings.min_chunk_length,
             overlap=settings.chunk_overlap,
             placement=settings.chunk_placement,
             selection=settings.chunk_selection,
             seed=trajectory.seed,
+            min_anchor_entropy=settings.min_anchor_entropy,
         )
+
+    def candidates(self, trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
+        """The chunks that may become forks."""
+        return self.select(trajectory, scores, self.settings.fork_candidates)
+
+    def forks(
+        self,
+        trajectory: Trajectory,
+        scores: PolicyScores,
+        chunks: Sequence[Chunk],
+        branches: Iterable[Sequence[Branch]],
+    ) -> tuple[Fork, ...]:
+        """The `num_chunks` chunks with the most diverse branches, in ascending order.
+
+        Args:
+            trajectory: trajectory with a completion of `T` tokens.
+            scores: scores of these tokens, `(T,)`.
+            chunks: the result of [`candidates`].
+            branches: the sampled branches of each candidate. Their texts are filled in here.
+        """
+        if not chunks:
+            return ()
+        texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
+        forks = []
+        for chunk, (_, text), sampled in zip(chunks, texts, branches, strict=True):
+            own = Branch(tuple(trajectory.completion_ids[chunk.start : chunk.end]), text)
+            before = trajectory.prompt_ids + trajectory.completion_ids[: chunk.start]
+            known = {own.token_ids: text}
+            for branch in sampled:
+                if branch.token_ids not in known:
+                    whole = Chunk(0, len(branch.token_ids), 0)
+                    ((_, known[branch.token_ids]),) = self.alignment.split_texts([*branch.token_ids], [whole], before)
+            forks.append(Fork(chunk, (own, *(replace(branch, text=known[branch.token_ids]) for branch in sampled))))
+        entropies = [scores.entropy[chunk.anchor].item() for chunk in chunks]
+        kept = most_diverse([fork.diversity for fork in forks], entropies, self.settings.num_chunks)
+        return tuple(forks[index] for index in kept)
 
     async def audit(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Audit:
         """Audit one trajectory.
@@ -103,7 +164,10 @@ class Auditor:
 
     async def ask(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Answered:
         """Ask the teacher for the rollouts of one trajectory; see [`audit`]."""
-        chunks = self.select(trajectory, scores)
+        if trajectory.forks is None:
+            chunks = self.select(trajectory, scores)
+        else:
+            chunks = [fork.chunk for fork in trajectory.forks if fork.diversity > 0]
         if not chunks:
             return Answered(trajectory, scores, [], [], [])
         tally = Tally(ledger)
@@ -131,25 +195,38 @@ class Auditor:
         no number in [0, 1], is a bug, and its error is raised.
         """
         trajectory, scores, chunks, texts, replies, usd, is_cut = answered
-        chunk_texts = [text for _, text in texts]
+        forks = {fork.chunk: fork for fork in trajectory.forks or ()}
+        compared = [
+            _compared(trajectory, chunk, text, forks.get(chunk))
+            for chunk, (_, text) in zip(chunks, texts, strict=True)
+        ]
         given = [reply.rollouts for reply in replies]
         set_aside: list[str] = []
-        cut = _already_cut if is_cut else partial(self.alignment.cut, trajectory.completion_ids)
+        cut = _already_cut if is_cut else self.alignment.cut
         try:
-            rollouts, num_short, matrix = self._compare(cut, chunks, chunk_texts, given)
+            rollouts, num_short, matrices = self._compare_all(cut, compared, given)
         except OmniOPDError:
             raise
         except Exception as error:
-            given, set_aside = self._set_aside(cut, chunks, chunk_texts, given, error)
-            rollouts, num_short, matrix = self._compare(cut, chunks, chunk_texts, given)
+            given, set_aside = self._set_aside(cut, compared, given, error)
+            rollouts, num_short, matrices = self._compare_all(cut, compared, given)
         audits = []
-        for chunk, (prefix, text), answers, similarities in zip(chunks, texts, rollouts, matrix, strict=True):
+        for chunk, (prefix, text), units, answers, matrix in zip(
+            chunks, texts, compared, rollouts, matrices, strict=True
+        ):
             if len(answers) < self.settings.min_rollouts:
                 continue
+            similarities = matrix[0]
             prior = chunk_prior(scores.prior_logprobs[chunk.start : chunk.end])
             posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
+            branches: tuple[Branch, ...] = ()
+            if chunk in forks:
+                mean_of = {unit.text: sum(row) / len(row) for unit, row in zip(units, matrix, strict=True)}
+                branches = self._judged(forks[chunk], mean_of)
             audits.append(
-                ChunkAudit(chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior))
+                ChunkAudit(
+                    chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior), branches
+                )
             )
         return Audit(
             chunks=tuple(audits),
@@ -162,25 +239,49 @@ class Auditor:
             outcomes=dict(sum((Counter(reply.outcomes) for reply in replies), Counter())),
             models=tuple(sorted({name for reply in replies for name in reply.models})),
             usd=usd,
+            agreed=tuple(chunk for chunk, fork in forks.items() if fork.diversity == 0),
         )
 
-    def _compare(
-        self, cut: Cut, chunks: list[Chunk], texts: list[str], rollouts: Sequence[Sequence[Rollout]]
-    ) -> tuple[list[list[str]], int, list[list[float]]]:
-        """The cut rollouts of each chunk, the number of short ones, and their similarities.
+    def _judged(self, fork: Fork, similarity_of: Mapping[str, float]) -> tuple[Branch, ...]:
+        """The branches of a fork with their similarities and advantages."""
+        similarities = [similarity_of[branch.text] for branch in fork.branches]
+        advantages = leave_one_out(similarities, self.settings.scale_advantages)
+        judged = zip(fork.branches, similarities, advantages, strict=True)
+        return tuple(replace(branch, similarity=s, advantage=a) for branch, s, a in judged)
 
-        Without any rollout, the chunks' own texts are not encoded: they are of no use then.
+    def _compare_all(
+        self, cut: Cut, compared: Sequence[Sequence[Compared]], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[str]], int, list[list[list[float]]]]:
+        """For each chunk, its rollouts, cut for its own text, and their similarities to each of its texts.
+
+        Also returns the number of rollouts that are short, compared with the chunk's own text.
+        """
+        kept, num_short, first = self._compare(cut, [units[0] for units in compared], rollouts)
+        others = [(unit, given) for units, given in zip(compared, rollouts, strict=True) for unit in units[1:]]
+        _, _, rows = self._compare(cut, [unit for unit, _ in others], [given for _, given in others])
+        rest = iter(rows)
+        matrices = [[row, *islice(rest, len(units) - 1)] for row, units in zip(first, compared, strict=True)]
+        return kept, num_short, matrices
+
+    def _compare(
+        self, cut: Cut, compared: Sequence[Compared], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[str]], int, list[list[float]]]:
+        """The cut rollouts of each text, the number of short ones, and their similarities.
+
+        Without any rollout, the texts are not encoded: they are of no use then.
         """
         if not any(rollouts):
-            return [[] for _ in chunks], 0, [[] for _ in chunks]
-        kept, num_short = cut(chunks, texts, rollouts)
+            return [[] for _ in compared], 0, [[] for _ in compared]
+        ends = list(accumulate(len(unit.tokens) for unit in compared))
+        chunks = [Chunk(end - len(unit.tokens), end, end - 1) for unit, end in zip(compared, ends, strict=True)]
+        texts = [unit.text for unit in compared]
+        kept, num_short = cut([t for unit in compared for t in unit.tokens], chunks, texts, rollouts)
         return kept, num_short, similarity_matrix(texts, kept, self.similarity)
 
     def _set_aside(
         self,
         cut: Cut,
-        chunks: list[Chunk],
-        texts: list[str],
+        compared: Sequence[Sequence[Compared]],
         rollouts: Sequence[Sequence[Rollout]],
         error: Exception,
     ) -> tuple[list[tuple[Rollout, ...]], list[str]]:
@@ -190,15 +291,16 @@ class Auditor:
             Exception: `error`, when the similarity fails for each of several rollouts.
         """
         kept, reasons, num_encoded, num_failed = [], [], 0, 0
-        for chunk, text, of_chunk in zip(chunks, texts, rollouts, strict=True):
-            scored = []
+        for units, of_chunk in zip(compared, rollouts, strict=True):
+            scored, texts = [], [unit.text for unit in units]
+            whole = Chunk(0, len(units[0].tokens), 0)
             for rollout in of_chunk:
                 what = "encoded with the student's tokenizer"
                 try:
-                    kept_text, _ = cut([chunk], [text], [[rollout]])
+                    ((kept_text,),), _ = cut(units[0].tokens, [whole], texts[:1], [[rollout]])
                     what = "scored by the similarity"
                     num_encoded += 1
-                    similarity_matrix([text], kept_text, self.similarity)
+                    similarity_matrix(texts, [[kept_text]] * len(texts), self.similarity)
                 except OmniOPDError:
                     raise
                 except Exception as caught:
@@ -207,7 +309,7 @@ class Auditor:
                     reasons.append(why)
                     self._warn_once(
                         f"{why[0].upper()}{why[1:]}, and is set aside, like others of this kind. It is "
-                        f"{rollout.text!r:.200}, and its chunk is {text!r:.200}.",
+                        f"{rollout.text!r:.200}, and its chunk is {texts[0]!r:.200}.",
                         f"{what} {type(caught).__name__}",
                     )
                 else:
@@ -219,6 +321,17 @@ class Auditor:
 
 
 def _already_cut(
-    chunks: Sequence[Chunk], texts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]
+    token_ids: list[int], chunks: Sequence[Chunk], texts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]
 ) -> tuple[list[list[str]], int]:
     return [[rollout.text for rollout in of_chunk] for of_chunk in rollouts], 0
+
+
+def _compared(trajectory: Trajectory, chunk: Chunk, text: str, fork: Fork | None) -> list[Compared]:
+    """What the rollouts of a chunk are compared with: its own text, and each other text of its fork once."""
+    size = chunk.end - chunk.start
+    compared = {text: trajectory.completion_ids[chunk.start : chunk.end]}
+    for branch in fork.branches[1:] if fork is not None else ():
+        # A branch that ended is compared with rollouts of the chunk's length. Its last token has no text.
+        padding = [branch.token_ids[-1]] * (size - len(branch.token_ids))
+        compared.setdefault(branch.text, [*branch.token_ids, *padding])
+    return [Compared(tokens, text) for text, tokens in compared.items()]

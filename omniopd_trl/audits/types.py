@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.method.branches import diversity
 from omniopd_trl.method.chunks import Chunk, Overlap, Placement, Selection
 from omniopd_trl.teachers.base import Prompt
 
@@ -40,6 +41,48 @@ class AuditSettings:
     teacher_temperature: float
     teacher_top_p: float
     keep_special_tokens: bool = False
+    min_anchor_entropy: float = 0.0
+    num_branches: int = 0
+    fork_candidates: int | None = None
+    scale_advantages: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One continuation of the student at a fork.
+
+    Attributes:
+        token_ids: its tokens, as many as the chunk has, or fewer if it ended.
+        text: their text.
+        sampling_logprobs: as in [`Trajectory`], for these tokens. Empty if the policy itself sampled, and for the
+            trajectory's own chunk.
+        similarity: mean similarity to the rollouts, in [0, 1]; `None` before the audit.
+        advantage: advantage over the other branches of the fork (`leave_one_out`).
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    sampling_logprobs: tuple[float | None, ...] = ()
+    similarity: float | None = None
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A chunk, and what the student writes in its place.
+
+    Attributes:
+        chunk: position of the chunk, in tokens.
+        branches: the trajectory's own chunk, and then the `num_branches` others.
+    """
+
+    chunk: Chunk
+    branches: tuple[Branch, ...]
+
+    @property
+    def diversity(self) -> float:
+        """How much the texts of the branches differ, in [0, 1). The teacher is asked only if it is above 0."""
+        return diversity([branch.text for branch in self.branches])
 
 
 @dataclass(frozen=True)
@@ -55,6 +98,8 @@ class Trajectory:
         sampling_logprobs: log-probabilities that the tokens were sampled with, in nats, `None` for a token where it is
             not known. `None` if the policy itself sampled. It may be shorter or longer than the completion, when an
             end was added or when the completion is excluded.
+        forks: the chunks with their branches, in ascending order. `None` without branches: the chunks are then
+            selected by the audit.
     """
 
     prompt: Prompt
@@ -63,6 +108,7 @@ class Trajectory:
     mask: torch.Tensor | None = None
     seed: int = 0
     sampling_logprobs: list[float | None] | None = None
+    forks: tuple[Fork, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +146,9 @@ class ChunkAudit:
         rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.cut`).
         similarities: `phi(text, rollout)` for each rollout, in [0, 1].
         prior: geometric mean probability of the chunk's tokens (Eq. 4).
-        posterior: posterior mean (Eq. 5).
+        posterior: posterior mean (Eq. 5). With branches, it weights nothing.
+        branches: the branches of the fork with their similarities and advantages, the trajectory's own chunk first.
+            Empty without branches.
     """
 
     chunk: Chunk
@@ -110,6 +158,7 @@ class ChunkAudit:
     similarities: tuple[float, ...]
     prior: float
     posterior: float
+    branches: tuple[Branch, ...] = ()
 
     @property
     def mean_similarity(self) -> float:
@@ -133,6 +182,8 @@ class Audit:
         outcomes: other counts of the teacher, under the names of `omniopd_trl.teachers.OUTCOMES`.
         models: names of the models that answered, as the service reports them.
         usd: US dollars of the requests; `None` without a price.
+        agreed: forks whose branches all have one text. The teacher was not asked, and their tokens are neither trained
+            nor anchored.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
@@ -145,3 +196,4 @@ class Audit:
     outcomes: Mapping[str, int] = field(default_factory=dict)
     models: tuple[str, ...] = ()
     usd: float | None = None
+    agreed: tuple[Chunk, ...] = ()

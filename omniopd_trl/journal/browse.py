@@ -18,6 +18,21 @@ from omniopd_trl.journal.schema import TOKENS
 
 
 @dataclass(frozen=True)
+class ShownBranch:
+    """One continuation of the student at a fork.
+
+    Attributes:
+        text: its text.
+        similarity: mean similarity to the rollouts, in [0, 1].
+        advantage: advantage over the other branches.
+    """
+
+    text: str
+    similarity: float
+    advantage: float
+
+
+@dataclass(frozen=True)
 class ShownChunk:
     """One audited chunk, as a journal holds it; see `ChunkAudit` for most fields.
 
@@ -25,7 +40,9 @@ class ShownChunk:
         start: position of the first token in the completion.
         end: position after the last token.
         anchor: position of the token with the highest entropy.
-        weight: weight of the chunk in the loss; `None` when the step was interrupted before it was known.
+        weight: weight of the chunk in the loss; `None` when the step was interrupted before it was known. With
+            branches, it is that of the trajectory's own.
+        branches: the branches of the fork, the trajectory's own chunk first; empty without branches.
     """
 
     start: int
@@ -38,6 +55,12 @@ class ShownChunk:
     prior: float
     posterior: float
     weight: float | None = None
+    branches: tuple[ShownBranch, ...] = ()
+
+    def distinct_branches(self) -> list[tuple[ShownBranch, int]]:
+        """Each distinct text of the branches with its count, the trajectory's own first."""
+        counts = Counter(branch.text for branch in self.branches)
+        return [(branch, counts.pop(branch.text)) for branch in self.branches if branch.text in counts]
 
     def fork(self, pieces: Sequence[str]) -> int:
         """Characters of the chunk before its anchor, from the text of each token; 0 when the texts are not known."""
@@ -252,7 +275,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         steps, weights, *recorded = decode(path, shown)
         logprobs = recorded[0] if recorded else []
         entropies = [step * ENTROPY_UNIT for step in steps]
-    chunks = [ShownChunk(*span, *rest) for span, *rest in restore_chunks(values["chunks"])]
+    chunks = [
+        ShownChunk(*span, *[*rest, None, tuple(ShownBranch(text, *judged) for _, text, _, *judged in branches)])
+        for span, *rest, branches in restore_chunks(values["chunks"])
+    ]
     return AuditedTrajectory(
         place.step,
         place.rank,
@@ -271,7 +297,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         outcomes=values["outcomes"],
         prompt_ids=tuple(prompt_ids),
         seed=seed,
-        sampling_logprobs=tuple(sampled[0]) if sampled else None,
+        sampling_logprobs=tuple(sampled[0]) if sampled and sampled[0] is not None else None,
         logprobs=tuple(logprobs),
         models=tuple(values.get("models", ())),
     )

@@ -58,10 +58,11 @@ def restore_chunks(stored: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
     """The chunks of a stored audit, with their prefixes.
 
     Yields:
-        The span `(start, end, anchor)`, the prefix, the text, the rollouts, their similarities, prior and posterior.
+        The span `(start, end, anchor)`, the prefix, the text, the rollouts, their similarities, prior and posterior,
+        and the branches, each as a list of the fields of `Branch`.
     """
     before = ""
-    for start, end, anchor, shared, added, text, rollouts, similarities, prior, posterior in stored:
+    for start, end, anchor, shared, added, text, rollouts, similarities, prior, posterior, *branches in stored:
         prefix = before[:shared] + added
         before = prefix + text
-        yield (start, end, anchor), prefix, text, tuple(rollouts), tuple(similarities), prior, posterior
+        yield (start, end, anchor), prefix, text, tuple(rollouts), tuple(similarities), prior, posterior, branches

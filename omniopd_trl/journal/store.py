@@ -4,7 +4,8 @@
 
 There are five kinds of records:
 
-- *Trajectories* of a generation batch are written before their audits are requested, all or none.
+- *Trajectories* of a generation batch are written before their audits are requested, all or none. Their branches are
+  added to them before that as well.
 - An *audit* is written as soon as it is finished.
 - An *answer* is written as it arrives, until the audit that needs it is finished.
 - *Usage* is written for each request as soon as it is answered, in one transaction with the answer if that is kept.
@@ -45,13 +46,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, Trajectory
 from omniopd_trl.journal.file import (
     check,
     check_log,
@@ -217,6 +218,26 @@ class Journal:
         self._checked.add(number)
         _supersede(self._attempts, _Attempt(number, step, self._session, True, len(payloads), 0, False))
 
+    def record_forks(self, step: int, forks: Mapping[int, tuple[Fork, ...]]) -> None:
+        """Add the forks of trajectories of the current attempt to their records, all or none.
+
+        Args:
+            step: optimizer step of the trajectories.
+            forks: forks by the index of the trajectory.
+
+        Raises:
+            JournalError: when they cannot be written, or there are no recorded trajectories.
+        """
+        with self._transaction() as db:
+            attempt = self._attempt_to_add_to(step)
+            for index, of_trajectory in forks.items():
+                key = (attempt, index)
+                row = db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
+                # A place for the log-probabilities of the sampler, which are left out when there are none.
+                recorded = [*decode(self.path, row), None][:5]
+                stored = [(astuple(fork.chunk), list(map(astuple, fork.branches))) for fork in of_trajectory]
+                _insert(db, "trajectories", *key, encode([*recorded, stored]))
+
     def trajectories(self, step: int) -> list[Trajectory] | None:
         """The trajectories of the current attempt at a step; `None` when there is none to replay.
 
@@ -229,8 +250,9 @@ class Journal:
             self._check_records(db, attempt)
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
         # In the order in which `record_trajectories` writes them.
-        names = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs")
-        return [Trajectory(**dict(zip(names, decode(self.path, row), strict=False))) for row in rows]
+        names = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks")
+        stored = [Trajectory(**dict(zip(names, decode(self.path, row), strict=False))) for row in rows]
+        return [t if t.forks is None else replace(t, forks=_forks_from_json(t.forks)) for t in stored]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
         """Write a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
@@ -599,14 +621,30 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
         before = chunk.prefix + chunk.text
         span = [chunk.chunk.start, chunk.chunk.end, chunk.chunk.anchor]
         rest = [chunk.text, chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior]
-        chunks.append([*span, shared, chunk.prefix[shared:], *rest])
+        chunks.append([*span, shared, chunk.prefix[shared:], *rest, *map(astuple, chunk.branches)])
     values = {field.name: getattr(audit, field.name) for field in fields(audit)}
     values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    if not audit.agreed:
+        del values["agreed"]  # as before there were branches
+    else:
+        values["agreed"] = [*map(astuple, audit.agreed)]
     return {**values, "chunks": chunks, "usage": astuple(audit.usage)}
 
 
 def _audit_from_json(values: dict[str, Any]) -> Audit:
-    chunks = [ChunkAudit(Chunk(*span), *rest) for span, *rest in restore_chunks(values.pop("chunks"))]
+    chunks = [
+        ChunkAudit(Chunk(*span), *[*rest, _branches_from_json(branches)])
+        for span, *rest, branches in restore_chunks(values.pop("chunks"))
+    ]
+    agreed = tuple(Chunk(*span) for span in values.pop("agreed", ()))
     usage = Usage(*values.pop("usage"))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return Audit(chunks=tuple(chunks), usage=usage, **values)
+    return Audit(chunks=tuple(chunks), usage=usage, agreed=agreed, **values)
+
+
+def _forks_from_json(stored: Iterable[Any]) -> tuple[Fork, ...]:
+    return tuple(Fork(Chunk(*span), _branches_from_json(branches)) for span, branches in stored)
+
+
+def _branches_from_json(stored: Iterable[Any]) -> tuple[Branch, ...]:
+    return tuple(Branch(tuple(ids), text, tuple(logprobs), *judged) for ids, text, logprobs, *judged in stored)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The equations of the paper as pure functions, one file per equation. They depend on torch and numpy only."""
 
+from omniopd_trl.method.branches import Suffix, branch_weights, diversity, leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.entropy import token_entropy
 from omniopd_trl.method.importance import SamplingFilters, importance_weights, kept_log_mass, lowest_kept_logit
@@ -17,16 +18,21 @@ __all__ = [
     "SamplingFilters",
     "Similarity",
     "StepChunks",
+    "Suffix",
     "WeightFunction",
     "anchor_kl",
+    "branch_weights",
     "chunk_loss",
     "chunk_prior",
     "combine",
+    "diversity",
     "get_chunk_weights",
     "get_similarity",
     "importance_weights",
     "kept_log_mass",
+    "leave_one_out",
     "lowest_kept_logit",
+    "most_diverse",
     "posterior_mean",
     "select_chunks",
     "similarity_matrix",

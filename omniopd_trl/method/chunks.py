@@ -46,6 +46,7 @@ def select_chunks(
     placement: Placement = "start",
     selection: Selection = "entropy",
     seed: int | None = None,
+    min_anchor_entropy: float = 0.0,
 ) -> list[Chunk]:
     r"""Places up to `num_chunks` disjoint chunks on the positions of highest entropy.
 
@@ -69,6 +70,8 @@ def select_chunks(
         placement: `"start"` puts the anchor first in its window, `"center"` at index `C // 2` of it.
         selection: `"entropy"` ranks the anchors by entropy. `"uniform"` draws their order at random.
         seed: seed of the uniform draw. `None` draws differently at each call.
+        min_anchor_entropy: only positions whose entropy is above this are anchors, in nats. 0 is no limit: it admits
+            positions whose entropy is 0 as well. It is not in the paper.
 
     Returns:
         The chunks, sorted by `start`. Empty when no chunk can be formed.
@@ -91,6 +94,11 @@ def select_chunks(
     _one_of("selection", selection, get_args(Selection))
     if seed is not None:
         _at_least("seed", seed, 0)
+    if not 0 <= min_anchor_entropy < float("inf"):
+        raise ConfigError(
+            f"`min_anchor_entropy` is {min_anchor_entropy!r}, but it must be a finite number of nats of at least 0. "
+            "Use 0 for no limit."
+        )
     scores = _vector("entropy", entropy).astype(np.float64)
     unmasked = np.ones(scores.shape, bool) if mask is None else _vector("mask", mask).astype(bool)
     if unmasked.shape != scores.shape:
@@ -121,6 +129,8 @@ def select_chunks(
         order = np.random.default_rng(seed).permutation(positions.size)
     else:
         order = np.argsort(-scores[positions], kind="stable")
+    if min_anchor_entropy > 0:
+        order = order[scores[positions[order]] > min_anchor_entropy]
     choose = _merge if overlap == "merge" else _resample
     return choose(start, end, positions, order, num_chunks)
 

@@ -66,6 +66,10 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "prior": chunk.prior,
         "posterior": chunk.posterior,
         "weight": chunk.weight,
+        "branches": [
+            {"text": branch.text, "count": count, "similarity": branch.similarity, "advantage": branch.advantage}
+            for branch, count in chunk.distinct_branches()
+        ],
         "trajectory_usage": asdict(trajectory.usage),
         "trajectory_usd": trajectory.usd,
         "trajectory_chunks": len(trajectory.chunks),
@@ -103,8 +107,20 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     for text, count, similarity in chunk.distinct_rollouts():
         style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
         rollouts.add_row(str(count), f"{similarity:.3f}", Text(visible(text), style=style))
+    branches = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (
+        ("times", "right"),
+        ("similarity", "right"),
+        ("advantage", "right"),
+        ("the student", "left"),
+    ):
+        branches.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for branch, count in chunk.distinct_branches():
+        style = "green" if branch.advantage > 0 else "red" if branch.advantage < 0 else ""
+        numbers = (str(count), f"{branch.similarity:.3f}", f"{branch.advantage:+.3f}")
+        branches.add_row(*numbers, Text(visible(branch.text), style=style))
     weight = "" if chunk.weight is None else f"   weight {chunk.weight:+.3f}"
-    numbers = (
+    summary = (
         f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   prior {chunk.prior:.3f}   "
         f"posterior {chunk.posterior:.3f}{weight}"
     )
@@ -115,8 +131,9 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         Text.assemble(context, student),
         Text(),
         rollouts,
+        *((Text(), branches) if chunk.branches else ()),
         Text(),
-        Text(numbers),
+        Text(summary),
         Text(visible(whole), style="dim"),
         *(Text(f"missing: {visible(failure)}", style="dim") for failure in trajectory.failures),
     )

@@ -2,12 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of trajectories: TRL's format, the packed format of the forward passes, and the split into micro-batches."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 from trl.trainer.utils import flush_left
+
+from omniopd_trl.method.branches import Suffix
 
 # Keys of TRL's batch that the forward passes read. Prompts are `(B, P)`, the others `(B, T)`.
 TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
@@ -69,6 +74,104 @@ class PackedBatch:
     def select(self, rows: torch.Tensor) -> "PackedBatch":
         """The selected rows as a batch."""
         return PackedBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class BranchedBatch:
+    """A packed batch with the branches of its trajectories, as the inputs of one forward pass.
+
+    The rows and columns of the packed batch come first. A branch is its *suffix*: what it does not share with its
+    trajectory. Its tokens have the positions that they would have in the trajectory's place, and attend to the
+    trajectory before the branch and to the suffix so far.
+
+    Attributes:
+        input_ids: `(R, L)`.
+        attention_mask: `(R, L)`, or `(R, 1, L, L)`, true where a position attends to another.
+        position_ids: `(R, L)`.
+        predictors: `(2, S)`, row and column of the position that predicts each token of the suffixes.
+        targets: `(S,)`, these tokens.
+        weights: `(S,)`, their weights in the loss.
+        sampling_logprobs: `(S,)`, log-probabilities that they were sampled with, in nats. NaN where they are unknown.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    sampling_logprobs: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        tokens: PackedBatch,
+        prompt_lengths: Sequence[int],
+        suffixes: Sequence[Sequence[Suffix]],
+        pad_token_id: int,
+        is_packed: bool,
+    ) -> "BranchedBatch":
+        """Add branches to a packed batch.
+
+        Args:
+            tokens: the B trajectories.
+            prompt_lengths: number of tokens of each prompt.
+            suffixes: the suffixes of each trajectory; `start` is a position in the completion.
+            pad_token_id: token that fills up rows.
+            is_packed: whether suffixes are behind their trajectory in one row, so a prefix is computed once. Otherwise
+                each suffix has a row of its own, after the rows of the batch, that begins with its prefix.
+        """
+        device = tokens.input_ids.device
+        num_rows, width = tokens.input_ids.shape
+        branches = [
+            (row, prompt_lengths[row] + suffix.start, suffix)
+            for row, of_row in enumerate(suffixes)
+            for suffix in of_row
+        ]
+        added: list[list[int]] = [[] for _ in range(num_rows)]  # tokens behind each row, and then the other rows
+        places = []  # row and column of the first token of each suffix
+        for row, start, suffix in branches:
+            inputs = suffix.token_ids[:-1]  # the last token predicts nothing
+            if is_packed or not inputs:
+                places.append((row, width + len(added[row])))
+                added[row] += inputs
+            else:
+                places.append((len(added), start))
+                added.append([*tokens.input_ids[row, :start].tolist(), *inputs])
+        offsets = [width] * num_rows + [0] * (len(added) - num_rows)
+        length = max(offset + len(ids) for offset, ids in zip(offsets, added, strict=True))
+        input_ids = torch.full((len(added), length), pad_token_id, device=device)
+        is_token = torch.zeros(len(added), length, dtype=torch.bool, device=device)
+        input_ids[:num_rows, :width], is_token[:num_rows, :width] = tokens.input_ids, tokens.attention_mask.bool()
+        for row, (offset, ids) in enumerate(zip(offsets, added, strict=True)):
+            input_ids[row, offset : offset + len(ids)] = torch.tensor(ids, dtype=torch.long)
+            is_token[row, offset : offset + len(ids)] = True
+        position_ids = torch.arange(length, device=device).repeat(len(added), 1)
+        mask = is_token
+        if is_packed:
+            mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() & is_token[:, None]
+            for (row, start, suffix), (_, first) in zip(branches, places, strict=True):
+                size = len(suffix.token_ids) - 1
+                position_ids[row, first : first + size] = torch.arange(start, start + size)
+                mask[row, first : first + size, start:first] = False
+            mask |= torch.eye(length, dtype=torch.bool, device=device)  # a softmax over nothing is NaN
+            mask = mask[:, None]
+        predictors = [
+            (row, start - 1) if t == 0 else (other, first + t - 1)
+            for (row, start, suffix), (other, first) in zip(branches, places, strict=True)
+            for t in range(len(suffix.token_ids))
+        ]
+        flat = [
+            (token, suffix.weight, math.nan if logprob is None else logprob)
+            for _, _, suffix in branches
+            for token, logprob in zip_longest(suffix.token_ids, suffix.sampling_logprobs)
+        ]
+        targets, weights, sampled = zip(*flat, strict=True) if flat else ((), (), ())
+        parts = (
+            *(input_ids, mask, position_ids, torch.tensor(predictors, dtype=torch.long).reshape(-1, 2).T),
+            *(torch.tensor(targets, dtype=torch.long), torch.tensor(weights), torch.tensor(sampled)),
+        )
+        return cls(*(part.to(device) for part in parts))
 
 
 def rows_by_length(batch: dict[str, Any], size: int) -> list[list[int]]:

@@ -219,6 +219,11 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             f"The export {export.source!r} holds no rollouts for these settings: {', '.join(different)}. Restore "
             "them, or train with a teacher."
         )
+    if args.num_branches or recorded.get("num_branches"):
+        raise ConfigError(
+            f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the student, "
+            "and they cannot be sampled off-policy. Train with a teacher."
+        )
     if args.audit_eval:
         raise ConfigError("audit_eval=True needs a teacher to ask, and the run trains from an export. Leave it out.")
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

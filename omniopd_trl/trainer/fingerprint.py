@@ -45,6 +45,9 @@ _IRRELEVANT_TO_AUDITS = (
     *("cache_implementation", "pad_to_multiple", "ds3_gather", "auto_find", "bf16_full_eval", "fp16_full_eval"),
     *("enable_jit", "average_tokens", "debug"),
 )
+# Settings that did not exist when earlier records were written. Their defaults are what these runs did, and are left
+# out: otherwise no record of an earlier version would be replayed.
+_SINCE_EARLIER_RECORDS = ("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages")
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -73,6 +76,9 @@ def replay_key(
         Values that can be written as JSON, without secrets.
     """
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(_IRRELEVANT_TO_AUDITS) and k not in _BATCH}
+    for name in _SINCE_EARLIER_RECORDS:
+        if settings[name] == type(args).__dataclass_fields__[name].default:
+            del settings[name]
     settings[" x ".join(_BATCH)] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     phi = name_or_function(similarity)
     settings["similarity"] = phi if isinstance(phi, str) else identity_of(phi)

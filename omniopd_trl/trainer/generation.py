@@ -3,7 +3,7 @@
 """Sampling from the student: from its unmodified distribution, and reproducible."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.teachers.local import without_generation_defaults
 from omniopd_trl.trainer.objective import evaluation_mode
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -22,7 +23,12 @@ EVALUATION_SEED = 0
 
 @contextmanager
 def on_policy(
-    model: nn.Module, accelerator: Accelerator, args: OmniOPDConfig, step: int, eval_batch: int
+    model: nn.Module,
+    accelerator: Accelerator,
+    args: OmniOPDConfig,
+    step: int,
+    eval_batch: int,
+    purpose: str = "generation",
 ) -> Iterator[None]:
     """Context that samples without dropout, without `generation_config.json`, and with a seed.
 
@@ -32,9 +38,10 @@ def on_policy(
         args: configuration of the run.
         step: current optimizer step.
         eval_batch: index of the batch in an evaluation.
+        purpose: what is sampled in a training step. Each purpose has its own seed.
     """
     _reshard(model)
-    key = (args.seed, "generation", step) if model.training else (EVALUATION_SEED, "evaluation", eval_batch)
+    key = (args.seed, purpose, step) if model.training else (EVALUATION_SEED, "evaluation", eval_batch)
     with _seeded(key, accelerator, args), evaluation_mode(model), without_generation_defaults(model):
         yield
 
@@ -73,3 +80,54 @@ def _seeded(key: tuple[Any, ...], accelerator: Accelerator, args: OmniOPDConfig)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
+
+
+# Function from prompts and the most tokens of a completion to the completions, and their log-probabilities if another
+# model than the policy sampled them.
+Generate = Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float | None]] | None]]
+
+
+def sample_branches(
+    generate: Generate,
+    prefixes: list[tuple[list[int], int]],
+    *,
+    num_branches: int,
+    max_tokens: int,
+    filler: list[int],
+    accelerator: Accelerator,
+) -> list[list[Branch]]:
+    """Sample the student's continuations of prefixes. Every process has to call it at the same point.
+
+    Generation is collective under several back ends. All processes therefore generate equally many rows in equally
+    many batches: one that has fewer prefixes than another adds fillers, and drops their continuations.
+
+    Args:
+        generate: the engine, at the temperature and with the filters of the trajectories.
+        prefixes: token ids of each prefix, and the length of its chunk.
+        num_branches: number of continuations per prefix, K.
+        max_tokens: most tokens of a batch, padding included. At least one row is generated at a time.
+        filler: token ids of a prompt.
+        accelerator: accelerator of the run.
+
+    Returns:
+        For each prefix its branches, without texts, cut to the length of the chunk.
+    """
+    rows = [(ids, length, index) for index, (ids, length) in enumerate(prefixes) for _ in range(num_branches)]
+    rows.sort(key=lambda row: -len(row[0]))  # similar lengths together, which keeps padding small
+    sizes = [
+        *(len(rows), max((len(ids) for ids, *_ in rows), default=1), max((row[1] for row in rows), default=1)),
+        -max_tokens,
+    ]
+    gathered = accelerator.gather(torch.tensor([sizes], device=accelerator.device))
+    number, longest, length, max_tokens = gathered.amax(0).tolist()
+    rows += [(filler, 1, -1)] * (number - len(rows))
+    branches: list[list[Branch]] = [[] for _ in prefixes]
+    size = max(1, -max_tokens // (longest + length))
+    for start in range(0, number, size):
+        batch = rows[start : start + size]
+        completions, logprobs = generate([ids for ids, *_ in batch], length)
+        for row, ((_, limit, index), ids) in enumerate(zip(batch, completions, strict=True)):
+            if index >= 0:
+                sampled = () if logprobs is None else tuple(logprobs[row][:limit])
+                branches[index].append(Branch(tuple(ids[:limit]), "", sampled))
+    return branches

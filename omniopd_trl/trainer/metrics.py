@@ -15,6 +15,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.audits.types import Audit, PolicyScores
 from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.method.branches import diversity
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
 from omniopd_trl.teachers import OUTCOMES, Usage
 from omniopd_trl.teachers.base import REQUEST_MILLISECONDS
@@ -37,6 +38,9 @@ LEAST_RELATIVE_SPREAD = 0.15
 
 # Rollouts of at least this many characters. Equal shorter ones may be the only way to continue.
 LONG_ROLLOUT = 40
+# An anchor with less entropy, in nats, is hardly a choice: the student writes the same token nearly always.
+LOW_ENTROPY = 0.1
+
 # A warning is logged when more of the long rollouts of a batch are duplicates.
 MANY_DUPLICATES = 0.8
 
@@ -117,7 +121,9 @@ class Metrics:
         Raises:
             NonFiniteError: on every process, when the loss of one process is not finite.
         """
-        names = ("kl/unaudited", "kl/audited", "entropy", "sampling/importance_sampling_ratio/mean")
+        names: tuple[str, ...] = ("kl/unaudited", "kl/audited", "entropy", "sampling/importance_sampling_ratio/mean")
+        if mode == "train" and self._args.num_branches:
+            names = (*names, "chunk_loss")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
         (failed,) = self.add(mode, ratios, float(not loss.isfinite()))
         if failed:
@@ -152,40 +158,51 @@ class Metrics:
             per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         steps = len(audits) / per_step / num_processes
         ratios = audit_ratios(audits, scores, waited, steps, num_processes, is_remote)
+        is_branched = mode == "train" and self._args.num_branches > 0
+        if is_branched:
+            ratios = {name: ratio for name, ratio in ratios.items() if name not in OF_POSTERIORS}
+            ratios |= branch_ratios(audits)
         usd, tokens = self._spent()
         if self._has_price:
             ratios["teacher/usd"] = (usd - self._usd_counted, steps)
         self._usd_counted = usd
-        posteriors = [chunk.posterior for audit in audits for chunk in audit.chunks]
-        moments = (len(posteriors), sum(posteriors), sum(p * p for p in posteriors))
+        signal = [chunk.posterior for audit in audits for chunk in audit.chunks]
+        if is_branched:
+            signal = [b.advantage for audit in audits for chunk in audit.chunks for b in chunk.branches]
+        moments = (len(signal), sum(signal), sum(value * value for value in signal))
         all_usd, all_tokens, *totals = self.add(mode, ratios, usd, tokens, *moments)
         if mode == "train":
             self._logged[mode] |= {name: [value] for name, value in self._balance(all_usd, all_tokens).items()}
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
-            self._add_spread(mode)
+            self._add_spread(mode, is_branched)
         for kind, message in audit_warnings(audits, self._step(), self._args):
             self.warn_once(kind, message)
 
-    def _add_spread(self, mode: str) -> None:
-        """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from."""
+    def _add_spread(self, mode: str, is_branched: bool) -> None:
+        """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.
+
+        With branches, it is that of the advantages.
+        """
         (count, total, squares), self._posteriors = self._posteriors, [0.0, 0.0, 0.0]
         if count < 2:
             return
         mean = total / count
         spread = math.sqrt(max(squares / count - mean * mean, 0.0))
-        self.add_global(mode, "audit/posterior_std", spread, 1)
+        self.add_global(mode, "branches/advantage_std" if is_branched else "audit/posterior_std", spread, 1)
         if mode != "train":
             return
-        least = max(LEAST_SPREAD, LEAST_RELATIVE_SPREAD * mean if self._is_plain else 0.0)
+        is_plain = self._is_plain and not is_branched
+        least = max(LEAST_SPREAD, LEAST_RELATIVE_SPREAD * mean if is_plain else 0.0)
         self._without_signal = self._without_signal + 1 if spread < least else 0
         if self._without_signal < STEPS_WITHOUT_SIGNAL:
             return
-        baseline = "posterior_baseline='batch', " if self._is_plain and spread >= LEAST_SPREAD else ""
+        baseline = "posterior_baseline='batch', " if is_plain and spread >= LEAST_SPREAD else ""
+        what = "advantages of the branches" if is_branched else "posteriors of the chunks"
         self.warn_once(
             "no signal",
-            f"For {STEPS_WITHOUT_SIGNAL} steps the posteriors of the chunks have hardly differed: at step "
-            f"{self._step()} their standard deviation is {spread:.3g} around a mean of {mean:.3g}. All chunks get "
+            f"For {STEPS_WITHOUT_SIGNAL} steps the {what} have hardly differed: at step "
+            f"{self._step()} their standard deviation is {spread:.3g} around a mean of {mean:.3g}. All get "
             "almost the same weight, and the student learns little. Inspect the rollouts, and try the following: "
             f"{baseline}another `similarity` or `chunk_length`, or a teacher whose style is closer to the student's. "
             "See docs/metrics.md.",
@@ -322,11 +339,14 @@ def audit_ratios(
     """
     chunks = [(s, chunk) for s, audit in zip(scored, audits, strict=True) for chunk in audit.chunks]
     num_chunks, num_tokens = len(chunks), sum(len(s.entropy) for s in scored)
-    num_audited = sum(c.chunk.end - c.chunk.start for _, c in chunks)
+    agreed = [chunk for audit in audits for chunk in audit.agreed]
+    num_audited = sum(chunk.end - chunk.start for chunk in [*(c.chunk for _, c in chunks), *agreed])
     num_dropped = sum(audit.num_dropped for audit in audits)
     usage = sum((audit.usage for audit in audits), Usage())
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
     num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
+    anchors = [s.entropy[c.chunk.anchor].item() for s, c in chunks]
+    equal_pairs, pairs = _equal_pairs(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
     return {
@@ -338,7 +358,9 @@ def audit_ratios(
         "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
         "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
-        "audit/anchor_entropy": (sum(s.entropy[c.chunk.anchor].item() for s, c in chunks), num_chunks),
+        "audit/rollout_agreement": (equal_pairs, pairs),
+        "audit/anchor_entropy": (sum(anchors), num_chunks),
+        "audit/frac_low_entropy": (sum(entropy < LOW_ENTROPY for entropy in anchors), num_chunks),
         "audit/num_chunks": (num_chunks, len(audits)),
         "audit/audited_fraction": (num_audited, num_tokens),
         "audit/dropped_chunks": (num_dropped, num_chunks + num_dropped),
@@ -353,6 +375,23 @@ def audit_ratios(
     }
 
 
+# Metrics of what does not weight the loss of branches.
+OF_POSTERIORS = ("chunk_loss", "audit/posterior", "audit/prior")
+
+
+def branch_ratios(audits: list[Audit]) -> dict[str, tuple[float, float]]:
+    """Metrics of the forks of one process, as numerators and denominators, in place of `OF_POSTERIORS`."""
+    forks = [chunk.branches for audit in audits for chunk in audit.chunks]
+    similarities = [branch.similarity or 0.0 for fork in forks for branch in fork]
+    num_agreed = sum(len(audit.agreed) for audit in audits)
+    num_forks = num_agreed + len(forks) + sum(audit.num_dropped for audit in audits)
+    return {
+        "branches/agreed": (num_agreed, num_forks),
+        "branches/diversity": (sum(diversity([b.text for b in fork]) for fork in forks), len(forks)),
+        "branches/similarity": (sum(similarities), len(similarities)),
+    }
+
+
 def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     """The number of long rollouts that equal an earlier one of their chunk, and of those that could."""
     repeated = repeatable = 0
@@ -363,13 +402,23 @@ def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     return repeated, repeatable
 
 
+def _equal_pairs(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
+    """The number of pairs of equal rollouts of one chunk, apart from outer white space, and that of all pairs."""
+    equal = pairs = 0
+    for rollouts in chunks:
+        equal += sum(math.comb(count, 2) for count in Counter(map(str.strip, rollouts)).values())
+        pairs += math.comb(len(rollouts), 2)
+    return equal, pairs
+
+
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
     """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
     if not any(audit.chunks for audit in audits):
         yield (
             "no chunks",
             f"No chunk of a batch could be audited at step {step}: the completions are shorter than "
-            f"min_chunk_length={args.min_chunk_length} tokens, or all were truncated and mask_truncated_completions "
+            f"min_chunk_length={args.min_chunk_length} tokens, or no token's entropy is above "
+            f"min_anchor_entropy={args.min_anchor_entropy:g}, or all were truncated and mask_truncated_completions "
             "excludes them, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
         )
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)

@@ -133,6 +133,8 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     if isinstance(trainer.train_dataset, Dataset):
         yield "training prompts", f"{len(trainer.train_dataset):,}"
     sizes = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
+    if args.num_branches:
+        sizes += f", compared with K = {args.num_branches} branches besides"
     yield "chunks", sizes
     yield "prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"
     yield "similarity phi", f"`{_name(name_or_function(trainer.auditor.similarity))}`"

@@ -13,11 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from omniopd_trl.audits.types import PolicyScores
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, WarnOnce
+from omniopd_trl.method.importance import importance_weights
 from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, log_kept_mass, logprobs_of
 from omniopd_trl.models.reference import Reference
-from omniopd_trl.trainer.batches import PackedBatch
+from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
+from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 # The sum and the count of each metric that is averaged over tokens, `(2,)`, by name.
@@ -58,6 +60,8 @@ class Objective:
         self._redirect = redirect
         self._last_hidden_states = hidden_states
         plugins = ("deepspeed_plugin", "fsdp_plugin")
+        self._why_apart: str | None = None  # why branches are not packed; "" if they are
+        self._warn_once = WarnOnce(__name__)
         self.is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
 
     @torch.no_grad()
@@ -151,11 +155,12 @@ class Objective:
                 batch.
             batch: a batch with the keys `TOKEN_KEYS`. A training batch also holds `num_items_in_batch` and the other
                 counts over the global batch; an evaluation batch is normalized by its own counts. With the key
-                `importance`, its `weights` hold importance weights.
+                `importance`, its `weights` hold importance weights. With branches, `suffixes` holds what is trained of
+                them besides the trajectories.
 
         Returns:
             The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited`,
-            `entropy`, and with filters `sampling/importance_sampling_ratio/mean`.
+            `entropy`, with branches `chunk_loss`, and with filters `sampling/importance_sampling_ratio/mean`.
         """
         is_train = model.training
         tokens = self._packed(batch)
@@ -186,14 +191,32 @@ class Objective:
         Returns:
             The loss, a scalar tensor.
         """
-        hidden = self._hidden_states(student, tokens)
+        branched = None
+        if "suffixes" in batch:
+            branched = self._branched(student, tokens, batch)
+            states = last_hidden_states(student, branched.input_ids, branched.attention_mask, branched.position_ids)
+            hidden = states[: len(tokens.input_ids), : tokens.targets.size(1)]
+        else:
+            hidden = self._hidden_states(student, tokens)
         with lm_head_of(student) as head:
-            hidden = hidden.to(head.weight.device)
-            logprobs, _ = self._project(hidden, head, tokens, tokens.audited)
-            chunk_sum = self._chunk_loss(hidden, head, tokens, logprobs, "importance" in batch, sums)
+            device = head.weight.device
+            hidden = hidden.to(device)
+            trained = (part[tokens.audited].to(device) for part in (hidden, tokens.targets, tokens.weights))
+            if branched is not None:
+                of_branches = (states[tuple(branched.predictors)], branched.targets, branched.weights)
+                trained = (torch.cat([own, other.to(device)]) for own, other in zip(trained, of_branches, strict=True))
+            predictors, targets, weights = trained
+            logprobs, _ = logprobs_of(predictors, head, targets, self.temperature)
+            num_audited = int(tokens.audited.sum())
+            if branched is not None and "importance" in batch:
+                sampled, clip_max = branched.sampling_logprobs, self._args.importance_sampling_clip_max
+                weights[num_audited:] *= importance_weights(logprobs[num_audited:], sampled.to(device), clip_max)
+            chunk_sum = self._chunk_loss(predictors, head, targets, weights, logprobs, "importance" in batch, sums)
+            if branched is not None:
+                sums["chunk_loss"] = torch.stack([chunk_sum.detach(), chunk_sum.new_tensor(num_audited)])
             kl_sum = torch.zeros_like(chunk_sum)
             if self._args.beta > 0:
-                kl_sum = self._anchor(student, tokens, hidden, head, logprobs.detach(), sums)
+                kl_sum = self._anchor(student, tokens, hidden, head, logprobs[:num_audited].detach(), sums)
             elif not is_train and not self._args.audit_eval:
                 _, entropy = self._project(hidden, head, tokens, tokens.completion)
                 sums["entropy"] = _sum_and_count(entropy)
@@ -219,26 +242,43 @@ class Objective:
         self,
         hidden: torch.Tensor,
         head: LMHead,
-        tokens: PackedBatch,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
         logprobs: torch.Tensor,
         is_weighted: bool,
         sums: Sums,
     ) -> torch.Tensor:
-        """The first term of Eq. 8. With sampling filters, it is that of the filtered policy.
+        """The first term of Eq. 8 over N tokens. With sampling filters, it is that of the filtered policy.
 
-        `is_weighted` tells whether the weights hold the importance weights already. They are known otherwise when the
-        policy itself is filtered: the ratio of its probability to the sampler's is the probability that is kept.
+        `hidden` is `(N, H)`, the other tensors are `(N,)`. `is_weighted` tells whether the weights hold the importance
+        weights already. They are known otherwise when the policy itself is filtered: the ratio of its probability to
+        the sampler's is the probability that is kept.
         """
-        weights = tokens.weights[tokens.audited].to(hidden.device)
         if self._filters is None:
             return chunk_loss(logprobs, weights)
-        targets = tokens.targets[tokens.audited].to(hidden.device)
-        log_mass = log_kept_mass(hidden[tokens.audited], head, targets, self.temperature, self._filters)
+        log_mass = log_kept_mass(hidden, head, targets, self.temperature, self._filters)
         if not is_weighted:
             ratio = log_mass.detach().exp()  # at most 1, so nothing to truncate
             sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio)
             weights = weights * ratio
         return chunk_loss(logprobs - log_mass, weights)
+
+    def _branched(self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any]) -> BranchedBatch:
+        """The batch with its branches, packed if the student can."""
+        if self._why_apart is None:
+            with evaluation_mode(student):
+                self._why_apart = why_not_packed(student) or ""
+        reason, window, width = self._why_apart, attention_window(student), tokens.input_ids.size(1)
+        if not reason and window is not None and width > window:
+            reason = f"a row of {width} tokens is longer than the attention window of {window}"
+        if reason and self._accelerator.is_main_process:
+            self._warn_once(
+                f"Each branch is computed in a row that begins with its prefix, since {reason}. This is exact, but "
+                "takes more time and memory than one row for all branches of a trajectory.",
+                "branches",
+            )
+        lengths = batch["prompt_mask"].sum(1).tolist()
+        return BranchedBatch.of(tokens, lengths, batch["suffixes"], self._pad_token_id, is_packed=not reason)
 
     def run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
         """Run `body(reference model)` without gradients and dropout.

@@ -52,19 +52,19 @@ _CHOICES = {
 
 _COUNTS = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
-    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
+    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens", "fork_candidates"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
 _SWITCHES = (
     *("ref_model_offload", "mask_truncated_completions", "save_audits", "audit_eval", "keep_special_tokens"),
-    *("eval_lenient_answers", "importance_sampling_correction"),
+    *("eval_lenient_answers", "importance_sampling_correction", "scale_advantages"),
 )
 
 # Options that must be at least 0, and options that must be above 0.
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
-    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p"),
+    *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p", "min_anchor_entropy"),
 )
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
@@ -118,6 +118,20 @@ class OmniOPDConfig(DistillationConfig):
         chunk_selection (`str`, *optional*, defaults to `"entropy"`):
             How to select the anchor tokens. `"entropy"` selects those with the highest entropy of the student;
             `"uniform"` draws them at random (the paper's ablation).
+        min_anchor_entropy (`float`, *optional*, defaults to `0.0`):
+            Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer chunks, or none:
+            where the student has no alternative, an answer of the teacher teaches little. `0` is the paper's method,
+            without a limit.
+        num_branches (`int`, *optional*, defaults to `0`):
+            Number of further continuations that the student writes in the place of each chunk, K. They are compared
+            with the same rollouts as the chunk, and all of them are trained, each by its advantage over the others.
+            The teacher is asked only where they differ. `0` is the paper's method. See docs/branches.md.
+        fork_candidates (`int`, *optional*):
+            Number of chunks per trajectory for which branches are sampled, with `num_branches`. The `num_chunks` with
+            the most diverse branches are kept. Defaults to `num_chunks`.
+        scale_advantages (`bool`, *optional*, defaults to `False`):
+            Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. `"edit"` and
+            other similarities with small differences need it.
 
         > Parameters that control the loss
 
@@ -332,6 +346,37 @@ class OmniOPDConfig(DistillationConfig):
         metadata={
             "help": "How to select the anchor tokens. 'entropy' selects those with the highest entropy of the "
             "student; 'uniform' draws them at random (the paper's ablation)."
+        },
+    )
+    min_anchor_entropy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer "
+            "chunks, or none: where the student has no alternative, an answer of the teacher teaches little. `0` is "
+            "the paper's method, without a limit."
+        },
+    )
+    num_branches: int = field(
+        default=0,
+        metadata={
+            "help": "Number of further continuations that the student writes in the place of each chunk, K. They are "
+            "compared with the same rollouts as the chunk, and all of them are trained, each by its advantage over "
+            "the others. The teacher is asked only where they differ. `0` is the paper's method. See "
+            "docs/branches.md."
+        },
+    )
+    fork_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
+            "`num_chunks` with the most diverse branches are kept. Defaults to `num_chunks`."
+        },
+    )
+    scale_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. "
+            "'edit' and other similarities with small differences need it."
         },
     )
 
@@ -664,6 +709,8 @@ class OmniOPDConfig(DistillationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        if isinstance(self.num_branches, bool) or not isinstance(self.num_branches, int) or self.num_branches < 0:
+            raise ConfigError(f"num_branches={self.num_branches!r} must be a whole number of at least 0.")
         for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
             if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
@@ -715,10 +762,36 @@ class OmniOPDConfig(DistillationConfig):
                 f"min_chunk_length={self.min_chunk_length} is larger than chunk_length={self.chunk_length}. Lower it: "
                 "it is the shortest trajectory that still gives a chunk."
             )
+        self._check_branches()
         if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
             raise ConfigError(
                 "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
                 "prior='policy'."
+            )
+
+    def _check_branches(self) -> None:
+        if not self.num_branches:
+            for name in ("fork_candidates", "scale_advantages"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect without branches. Set num_branches, to 7 for "
+                        "example, or leave it out."
+                    )
+            return
+        if self.fork_candidates is not None and self.fork_candidates < self.num_chunks:
+            raise ConfigError(
+                f"fork_candidates={self.fork_candidates} is less than num_chunks={self.num_chunks}, and that many of "
+                "them are kept. Raise it, or lower num_chunks."
+            )
+        if self.posterior_baseline not in ("none", "shuffled"):
+            raise ConfigError(
+                f"posterior_baseline={self.posterior_baseline!r} and num_branches={self.num_branches}: the mean of "
+                "the other branches is the baseline of a branch. Leave it out; 'shuffled' is the control."
+            )
+        if self.prior == "reference":
+            raise ConfigError(
+                f"prior='reference' has no effect with num_branches={self.num_branches}: advantages do not use the "
+                "prior, and it would cost a pass of the reference. Leave it out."
             )
 
     def _check_inherited(self) -> None:
@@ -837,10 +910,12 @@ class OmniOPDConfig(DistillationConfig):
                 if self.corrected_filters is not None
                 else "Nothing corrects this, and the student drifts towards what the filter keeps"
             )
+            # The advantages of branches are centered already.
+            baseline = " posterior_baseline='batch' also removes most of this drift." if not self.num_branches else ""
             logger.warning(
                 f"{', '.join(used)} makes the student sample from a filtered distribution, while entropies and "
                 "log-probabilities are those of the full distribution at `temperature`. Training is then not exactly "
-                f"on-policy. {correction}. posterior_baseline='batch' also removes most of this drift."
+                f"on-policy. {correction}.{baseline}"
             )
         if self.teacher_temperature == 0 and self.num_rollouts > 1:
             logger.warning(

@@ -7,6 +7,8 @@ import math
 import textwrap
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +28,7 @@ from transformers.utils import PushInProgress, logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
-from omniopd_trl.audits.types import PolicyScores
+from omniopd_trl.audits.types import Branch, PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, HubError, first_line, import_extra
@@ -47,7 +49,7 @@ from omniopd_trl.trainer.distributed import Failure, stop, together
 from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.fingerprint import replay_key
-from omniopd_trl.trainer.generation import on_policy
+from omniopd_trl.trainer.generation import on_policy, sample_branches
 from omniopd_trl.trainer.hub import Push, clear_pushes, open_repo, stage
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
 from omniopd_trl.trainer.model_card import complete_card, dataset_id_of
@@ -198,6 +200,11 @@ class OmniOPDTrainer(DistillationTrainer):
             # later epoch would not find its position.
             train_dataset = train_dataset.repeat(None)
         phi = get_similarity(similarity if similarity is not None else args.similarity)
+        if chunk_weights is not None and args.num_branches:
+            raise ConfigError(
+                f"`chunk_weights` cannot be used with num_branches={args.num_branches}: the advantages of branches "
+                "are the weights. Leave one of them out."
+            )
         # Raise an error of `chunk_weights` before models are loaded.
         get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         self._rewards = Rewards(
@@ -459,17 +466,62 @@ class OmniOPDTrainer(DistillationTrainer):
             known = [trajectory.sampling_logprobs for trajectory in replayed]
             self._sampled = None if any(row is None for row in known) else known
             return [trajectory.completion_ids for trajectory in replayed]
+        completion_ids, self._sampled = self._sample(prompt_ids, *args, **kwargs)
+        return completion_ids
+
+    def _sample(
+        self, prompt_ids: list[list[int]], *args: Any, purpose: str = "generation", **kwargs: Any
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        """Completions of the student, and their log-probabilities if another model than the policy sampled them."""
         try:
-            with on_policy(self.model, self.accelerator, self.args, self.state.global_step, self._eval_batch):
+            with on_policy(self.model, self.accelerator, self.args, self.state.global_step, self._eval_batch, purpose):
                 completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             self._eval_batch += not self.model.training
         except RuntimeError as error:
             if "probability tensor contains" in str(error):  # torch.multinomial
                 raise non_finite("the student's next-token probabilities", self.state.global_step) from error
             raise
-        self._sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
+        sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
         # An engine may return an empty completion, but the base class reads the last token of each.
-        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids], sampled
+
+    def _sample_branches(
+        self, prefixes: list[tuple[list[int], int]], batch: dict[str, torch.Tensor], part: int
+    ) -> list[list[Branch]]:
+        """Branches of the student after the prefixes; see [`sample_branches`].
+
+        Args:
+            prefixes: token ids of each prefix, and the length of its chunk.
+            batch: the generation batch. A batch of branches is no larger than it may be.
+            part: index of the part of the generation batch that the prefixes are from.
+        """
+        calls = count()
+
+        def generate(prompts: list[list[int]], max_tokens: int) -> Any:
+            with self._completion_limit(max_tokens):
+                return self._sample(prompts, None, {}, purpose=f"branches {part}.{next(calls)}")
+
+        return sample_branches(
+            generate,
+            prefixes,
+            num_branches=self.args.num_branches,
+            max_tokens=batch["prompt_ids"].size(0) * (batch["prompt_ids"].size(1) + self.max_completion_length),
+            filler=batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist(),
+            accelerator=self.accelerator,
+        )
+
+    @contextmanager
+    def _completion_limit(self, max_tokens: int) -> Iterator[None]:
+        """Context in which the engine generates at most `max_tokens` tokens."""
+        owner, name = self.generation_config, "max_new_tokens"
+        if self.use_vllm:
+            owner, name = self.vllm_generation, "max_completion_length"
+        before = getattr(owner, name)
+        setattr(owner, name, max_tokens)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
@@ -538,12 +590,17 @@ class OmniOPDTrainer(DistillationTrainer):
         scores: dict[int, PolicyScores] = {}
         unsent: dict[int, PolicyScores] = {}
         pending: dict[int, PendingAudit] = {}
-        for rows in rows_by_length(batch, self.args.per_device_train_batch_size):
+        for part_index, rows in enumerate(rows_by_length(batch, self.args.per_device_train_batch_size)):
             part = {key: batch[key][rows] for key in TOKEN_KEYS}
             scored = self.objective.score(self.model_wrapped, part)
             if not self.accelerator.gather(scored.is_finite()[None]).all():
                 raise non_finite("the student's log-probabilities", self.state.global_step)
-            unsent |= dict(zip(rows, scored.rows([lengths[b] for b in rows]), strict=True))
+            new = dict(zip(rows, scored.rows([lengths[b] for b in rows]), strict=True))
+            if mode == "train" and self.args.num_branches:
+                sample = partial(self._sample_branches, batch=batch, part=part_index)
+                for index, trajectory in self.step_audits.fork(trajectories, new, sample).items():
+                    trajectories[index] = trajectory
+            unsent |= new
             scores |= unsent
             if self.step_audits.overlap:
                 pending |= self.step_audits.submit(trajectories, unsent, mode)
@@ -585,7 +642,10 @@ class OmniOPDTrainer(DistillationTrainer):
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
         if "importance" in batch:
             batch["weights"] *= batch["importance"]
-        if mode == "train" and (batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any():
+        if mode == "train" and self.args.num_branches:
+            batch["suffixes"] = collected.suffixes
+        is_weighted = any(collected.suffixes) or bool((batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any())
+        if mode == "train" and is_weighted:
             self._is_weighted = True
         audits = collected.audits
         self.step_metrics.add_audits(

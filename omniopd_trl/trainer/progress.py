@@ -62,6 +62,8 @@ def describe(logs: Mapping[str, Any], step: int, num_steps: int, scores: str | N
     if (mean := logs.get("audit/posterior")) is not None:
         spread = logs.get("audit/posterior_std")
         parts.append(f"posterior {mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else ""))
+    if (spread := logs.get("branches/advantage_std")) is not None:
+        parts.append(f"advantages ± {spread:.3f}")
     if (kl := logs.get("kl/unaudited")) is not None:
         parts.append(f"KL {kl:.3g}")
     if (chunks := logs.get("audit/num_chunks")) is not None:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread, release
-from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import JournalError, Shown
+from omniopd_trl.method.branches import Suffix, branch_weights
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together, together
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 # `StepAudits.on_wait` is called this often during a wait, in seconds.
 WAIT_SECONDS = 1.0
+# Function from prefixes, with the lengths of their chunks, to the branches of each, without their texts.
+Sampler = Callable[[list[tuple[list[int], int]]], list[list[Branch]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Collected:
         weights: `(B, T)`, float32, the weight of the chunk on audited tokens and 0 elsewhere.
         audited: `(B, T)`, true on audited tokens.
         waited: time spent waiting for the audits, in seconds.
+        suffixes: for each row, what is trained of its branches besides the trajectory. Their `start` is a position in
+            the completion.
     """
 
     audits: list[Audit]
@@ -68,6 +73,7 @@ class Collected:
     weights: torch.Tensor
     audited: torch.Tensor
     waited: float
+    suffixes: list[list[Suffix]] = field(default_factory=list)
 
 
 class StepAudits:
@@ -132,6 +138,7 @@ class StepAudits:
         self._waited = 0.0
         self._replays = False  # whether the batch comes from the journal
         self._exported: list[ExportedTrajectory] = []  # the batch, if it comes from an export
+        self._known_forks: dict[int, tuple[Fork, ...]] = {}  # of the journal, by index of the trajectory
 
     @property
     def overlap(self) -> bool:
@@ -151,6 +158,7 @@ class StepAudits:
             DataError: on every process, when the export does not hold these prompts.
         """
         journal, accelerator, step = self._recorder.journal, self._accelerator, self._step()
+        self._known_forks = {}
         if isinstance(self._auditor.teacher, Export):
             return self._from_export(self._auditor.teacher, prompt_ids)
         if journal is None:
@@ -167,6 +175,8 @@ class StepAudits:
         if failed:
             raise_together(error, accelerator.process_index)
         self._replays = num_stored == accelerator.num_processes
+        if self._replays:
+            self._known_forks = {i: t.forks for i, t in enumerate(stored or ()) if t.forks is not None}
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return stored if self._replays else None
@@ -210,6 +220,37 @@ class StepAudits:
         """Write the trajectories of a step to the journal before they are audited, unless they come from it."""
         if self._recorder.journal is not None and not self._replays:
             self._recorder.journal.record_trajectories(self._step(), trajectories)
+
+    def fork(
+        self, trajectories: Sequence[Trajectory], scores: Mapping[int, PolicyScores], sample: Sampler
+    ) -> dict[int, Trajectory]:
+        """Trajectories with their forks: those of the journal, or new ones, which are recorded before the audits.
+
+        Every process has to call it at the same point, and calls `sample` if any of them does.
+
+        Args:
+            trajectories: all trajectories of this process's generation batch.
+            scores: scores of the trajectories that get forks now, by index, each `(T,)` on the CPU.
+            sample: samples the branches.
+        """
+        missing = [index for index in scores if index not in self._known_forks]
+        (num_missing,) = sum_over_processes(self._accelerator, len(missing))
+        if num_missing:
+            chunks = {index: self._auditor.candidates(trajectories[index], scores[index]) for index in missing}
+            prefixes = [
+                (trajectories[i].prompt_ids + trajectories[i].completion_ids[: chunk.start], chunk.end - chunk.start)
+                for i in missing
+                for chunk in chunks[i]
+            ]
+            branches = iter(sample(prefixes))
+            forks = {
+                i: self._auditor.forks(trajectories[i], scores[i], chunks[i], islice(branches, len(chunks[i])))
+                for i in missing
+            }
+            if self._recorder.journal is not None:
+                self._recorder.journal.record_forks(self._step(), forks)
+            self._known_forks |= forks
+        return {index: replace(trajectories[index], forks=self._known_forks[index]) for index in scores}
 
     # ---- In flight ----
 
@@ -301,17 +342,25 @@ class StepAudits:
             return failure
         weights = torch.zeros(len(rows), length)
         audited = torch.zeros(len(rows), length, dtype=torch.bool)
-        spans = [(b, chunk.chunk) for b, audit in enumerate(audits) for chunk in audit.chunks]
+        suffixes: list[list[Suffix]] = [[] for _ in rows]
         of_chunks = self._weigh(audits, rows, mode, is_last)
         if isinstance(of_chunks, Failure):
             return of_chunks
-        for (b, chunk), weight in zip(spans, of_chunks.tolist(), strict=True):
-            weights[b, chunk.start : chunk.end] = weight
-            audited[b, chunk.start : chunk.end] = True
+        of_chunk = iter(of_chunks.tolist())
+        for b, audit in enumerate(audits):
+            for chunk in audit.chunks:
+                span = slice(chunk.chunk.start, chunk.chunk.end)
+                weights[b, span], audited[b, span] = next(of_chunk), True
+                if chunk.branches:
+                    own, others = self._weigh_branches(chunk, rows[b].trajectory.seed)
+                    weights[b, span] = torch.tensor(own)
+                    suffixes[b] += [replace(suffix, start=suffix.start + chunk.chunk.start) for suffix in others]
+            for agreed in audit.agreed:
+                audited[b, agreed.start : agreed.end] = True
         shown = list(_shown(audits, rows, of_chunks.tolist()))
         if mode == "train":
             self._recorder.show(shown)
-        return Collected(audits, [row.scores for row in rows], shown, weights, audited, waited)
+        return Collected(audits, [row.scores for row in rows], shown, weights, audited, waited, suffixes)
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
         self._dropped += sum(audit.num_dropped for audit in audits)
@@ -338,7 +387,10 @@ class StepAudits:
     def _weigh(
         self, audits: list[Audit], rows: Sequence[PendingAudit], mode: str, is_last: bool
     ) -> torch.Tensor | Failure:
-        """The weights of this process's chunks, `(K,)`."""
+        """The weights of this process's chunks, `(K,)`. With branches, those of the trajectories' own."""
+        if self._args.num_branches and mode == "train":
+            own = [chunk.branches[0].advantage / len(chunk.branches) for audit in audits for chunk in audit.chunks]
+            return torch.tensor(own, dtype=torch.float32)
         table = torch.tensor([*_columns(audits, rows)], dtype=torch.float64).reshape(-1, 6)
         tables, first, count = [table], 0, len(table)
         if self.chunk_weights.needs_whole_step and self._accelerator.num_processes > 1:
@@ -381,6 +433,16 @@ class StepAudits:
                 average.update(*sum_over_processes(self._accelerator, *self._posteriors))
                 self._posteriors = (0.0, 0.0)
         return weights
+
+    def _weigh_branches(self, chunk: ChunkAudit, seed: int) -> tuple[list[float], list[Suffix]]:
+        """The weights of a fork; see `branch_weights`. The control permutes its advantages, seeded by the chunk."""
+        advantages = [branch.advantage for branch in chunk.branches]
+        if self._args.posterior_baseline == "shuffled":
+            random.Random(repr((seed, "branches", chunk.chunk.start))).shuffle(advantages)
+        sampled = [branch.sampling_logprobs for branch in chunk.branches]
+        return branch_weights(
+            [branch.token_ids for branch in chunk.branches], advantages, sampled if any(sampled) else ()
+        )
 
 
 def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[float]) -> Iterator[Shown]:

@@ -341,6 +341,17 @@ def test_a_trajectory_without_chunks_asks_nothing(tiny_tokenizer):
     assert teacher.calls == []
 
 
+def test_a_trajectory_whose_anchors_are_all_certain_asks_nothing(tiny_tokenizer):
+    """With `min_anchor_entropy`, a trajectory may have no chunk. The teacher is not asked, and all is un-audited."""
+    teacher = Recorder(["x"])
+    written = trajectory(tiny_tokenizer, "First we add 3 and 4.", {2: 0.75})
+    gated = auditor(tiny_tokenizer, teacher, min_anchor_entropy=0.75)
+    assert asyncio.run(gated.audit(*written)) == Audit()
+    assert teacher.calls == []
+    [chunk] = asyncio.run(auditor(tiny_tokenizer, teacher, min_anchor_entropy=0.5).audit(*written)).chunks
+    assert chunk.chunk.anchor == 2
+
+
 def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
     """Borders inside a character of several bytes: texts without replacement characters that join to the whole."""
     text = "x = 漢字 é 😀 end"

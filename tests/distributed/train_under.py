@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.models import offloading
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.support.training import questions, script, within
@@ -59,6 +60,18 @@ class Trainer(OmniOPDTrainer):
         if self.model.training:
             self.completions += completions
         return completions
+
+    def _sample_branches(self, prefixes: list[tuple[list[int], int]], **kwargs: Any) -> list[list[Branch]]:
+        """Branches that depend on their prefix only, in place of those that the back end has sampled."""
+        branches = super()._sample_branches(prefixes, **kwargs)
+        assert [len(of_one) for of_one in branches] == [self.args.num_branches] * len(prefixes)
+        return [
+            [
+                Branch(tuple(crc32(bytes([k, t, sum(ids) % 251])) % 290 + 3 for t in range(length)), "")
+                for k in range(self.args.num_branches)
+            ]
+            for ids, length in prefixes
+        ]
 
     @property
     def eos(self) -> int:

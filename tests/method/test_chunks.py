@@ -28,6 +28,7 @@ def reference(
     placement: str = "start",
     selection: str = "entropy",
     seed: int | None = None,
+    min_anchor_entropy: float = 0.0,
 ) -> list[Chunk]:
     """Slow and obvious: positions are looked at one by one, and coverage is a set of positions."""
     size = len(entropy)
@@ -61,6 +62,8 @@ def reference(
         order = [anchors[i] for i in np.random.default_rng(seed).permutation(len(anchors))]
     else:
         order = sorted(anchors, key=lambda position: (-entropy[position], position))
+
+    order = [position for position in order if min_anchor_entropy == 0 or entropy[position] > min_anchor_entropy]
 
     if overlap == "resample":
         chunks: list[Chunk] = []
@@ -101,6 +104,7 @@ def arguments(draw: st.DrawFn) -> tuple[list[float], list[bool] | None, dict[str
         "placement": draw(st.sampled_from(["start", "center"])),
         "selection": draw(st.sampled_from(["entropy", "uniform"])),
         "seed": draw(st.integers(0, 5)),
+        "min_anchor_entropy": draw(st.sampled_from([0.0, 0.0, 0.5, 1.7, 4.0])),
     }
     return entropy, mask, options
 
@@ -312,6 +316,8 @@ def test_20_000_positions_take_less_than_10_ms(name: str, num_chunks: int, overl
         ({"chunk_length": -5}, "`chunk_length` is -5"),
         ({"min_chunk_length": -1}, "`min_chunk_length` is -1"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"min_anchor_entropy": -0.1}, "`min_anchor_entropy` is -0.1"),
+        ({"min_anchor_entropy": float("nan")}, "`min_anchor_entropy` is nan"),
         ({"overlap": "drop"}, "`overlap` is 'drop', but it must be one of resample, merge"),
         ({"placement": "end"}, "`placement` is 'end', but it must be one of start, center"),
         ({"selection": "random"}, "`selection` is 'random', but it must be one of entropy, uniform"),

@@ -69,7 +69,8 @@ class RecordingTrainer(OmniOPDTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         prompts = [example["prompt"] for example in inputs]
-        self.batches.append({"prompts": prompts, **{k: v.clone() for k, v in batch.items() if k != "audits"}})
+        kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "audits"}
+        self.batches.append({"prompts": prompts, **kept})
         return batch
 
 

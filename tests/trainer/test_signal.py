@@ -64,6 +64,16 @@ class TestSignal:
         assert measured["audit/frac_similarity_one"] == 0.25
         assert measured["audit/posterior_std"] == pytest.approx(statistics.pstdev([0.1, 0.9, 0.5, 0.6]))
 
+    def test_agreement_of_the_teacher_and_certain_anchors(self, trainer):
+        """Of the pairs aa, ab, ab and cc, two are equal. All anchors here have an entropy of 1 nat, then of 0.05."""
+        audits = [audit((0.5, (0.5,) * 3, ("a", " a\n", "b")), (0.5, (0.5,) * 2, ("c", "c")))]
+        measured = logged(trainer, audits)
+        assert measured["audit/rollout_agreement"] == 0.5
+        assert measured["audit/frac_low_entropy"] == 0.0
+        scores = [PolicyScores(torch.ones(16), torch.tensor([0.05] * 4 + [0.1] * 12), torch.ones(16))]
+        trainer.step_metrics.add_audits("train", audits, scores, 0.0, False)
+        assert trainer.step_metrics.take("train")["audit/frac_low_entropy"] == 0.5
+
     def test_only_longer_rollouts_count_as_duplicates(self, trainer):
         """Of four long rollouts two could and one does repeat another; short ones do not count."""
         rollouts = [("a", "a", "a"), (LONG, LONG, "a"), (LONG, LONG + "!", "a"), (LONG, "b", "c")]
