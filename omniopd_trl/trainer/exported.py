@@ -221,8 +221,8 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         )
     if args.num_branches or recorded.get("num_branches"):
         raise ConfigError(
-            f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the student, "
-            "and they cannot be sampled off-policy. Train with a teacher."
+            f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the "
+            "student, and they cannot be sampled off-policy. Train with a teacher."
         )
     if args.audit_eval:
         raise ConfigError("audit_eval=True needs a teacher to ask, and the run trains from an export. Leave it out.")
