@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError, WarnOnce, first_line
-from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, read_audits
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, read_audits, settings_of
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import TOKENS
 from omniopd_trl.report.runs import Run
@@ -128,7 +128,10 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
     staged = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     (staged / "data").mkdir(parents=True)
-    about = _write_rows(run, read_audits(run.folder, places), staged)
+    # Not those of the newest run in the folder: it may have recorded none of the rows.
+    recorded = settings_of(run.folder, places)
+    settings = recorded[-1] if recorded else {}
+    about = _write_rows(run, read_audits(run.folder, places), staged, bool(settings.get("keep_special_tokens")))
     usage, usd = spent(run.folder)
     about |= {
         "format": FORMAT,
@@ -138,7 +141,9 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
         "num_processes": len({place.rank for place in places}),
         "usage": asdict(usage),
         "usd": usd,
-        "settings": {name: run.settings[name] for name in _SETTINGS if name in run.settings},
+        "settings": {name: settings[name] for name in _SETTINGS if name in settings},
+        # Names of settings that some rows were recorded with other values of.
+        "mixed": [name for name in DECISIVE if any(one.get(name) != settings.get(name) for one in recorded)],
     }
     if student := about["settings"].get("student"):
         about["settings"]["student"] = _without_folders(student)
@@ -150,11 +155,10 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
     return about
 
 
-def _write_rows(run: Run, trajectories: Iterable[AuditedTrajectory], folder: Path) -> dict[str, Any]:
-    """Write the data files, and count what is in them."""
+def _write_rows(run: Run, trajectories: Iterable[AuditedTrajectory], folder: Path, keep: bool) -> dict[str, Any]:
+    """Write the data files, and count what is in them. `keep` tells whether texts keep special tokens."""
     counts = Counter[str]()
     teachers, models = dict[str, None](), set[str]()
-    keep = bool(run.settings.get("keep_special_tokens"))
     schema = None
     names = (folder / DATA_FILES.replace("*", f"{number:05d}") for number in count())
     with ExitStack() as stack:

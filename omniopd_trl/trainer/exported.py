@@ -206,6 +206,11 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         DataError: when there is no such export, or it cannot be read.
     """
     export = Export(name.removeprefix(EXPORT_PREFIX))
+    if export.about["mixed"]:
+        raise ConfigError(
+            f"Steps of the export {export.source!r} were recorded with different {', '.join(export.about['mixed'])}, "
+            "so no run has the settings of all. Export a run that kept its settings."
+        )
     recorded = export.about["settings"]
     different = [
         f"{option} is {getattr(args, option)!r} and was {recorded[option]!r}"

@@ -89,6 +89,25 @@ def test_while_the_run_writes(tmp_path):
         assert len(rows_of(tmp_path / "_export")) == 2
 
 
+def test_settings_of_several_runs_in_a_folder(tmp_path):
+    """Those of the runs whose rows are exported, and what differs among these."""
+
+    def exported(value, steps):
+        settings = {"fingerprint": f"C={value}", "settings": {"chunk_length": value}, "num_processes": 1}
+        with journal(tmp_path, **settings) as open_journal:
+            for step in steps:
+                open_journal.record_trajectories(step, [trajectory()])
+                open_journal.record(step, 0, audit())
+        assert main(["export", str(tmp_path)]) == 0
+        about = json.loads((tmp_path / "_export" / "export.json").read_text())
+        return about["settings"]["chunk_length"], about["mixed"]
+
+    assert exported(10, (0, 1)) == (10, [])
+    assert exported(12, ()) == (10, [])
+    assert exported(12, (1,)) == (12, ["chunk_length"])
+    assert exported(12, (0,)) == (12, [])
+
+
 def test_keys_of_messages(tmp_path, caplog):
     """The column holds roles and texts; what else a message holds is named."""
     parts = [{"type": "text", "text": "2 +"}, {"type": "text", "text": "2"}]
