@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the table of docs/datasets.md from the named sets.
 
-    python -m scripts.datasets_table           # write
-    python -m scripts.datasets_table --check   # exit 1 if the page is out of date
+python -m scripts.datasets_table           # write
+python -m scripts.datasets_table --check   # exit 1 if the page is out of date
 """
 
 import sys
