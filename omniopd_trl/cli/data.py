@@ -61,11 +61,13 @@ def _share(text: str) -> float:
 def list_sets() -> None:
     """Print the named sets."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from omniopd_trl.data.benchmarks import BENCHMARKS
 
-    table = Table("name", "purpose", "scored by", "source", "license", box=None)
+    name_width = max(map(len, BENCHMARKS))
+    columns = (Column("name", min_width=name_width), "purpose", "scored by", Column("source", overflow="fold"))
+    table = Table(*columns, "license", box=None, pad_edge=False)
     for name, benchmark in BENCHMARKS.items():
         table.add_row(name, benchmark.purpose, benchmark.scorer, benchmark.source, benchmark.license)
     Console().print(table)

