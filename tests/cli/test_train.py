@@ -45,10 +45,8 @@ class TestRun:
         assert int(read.replace(",", "")) > 0
         assert int(written.replace(",", "")) > 0
         assert table[7] == "model saved to          out"
-        plan = process.stdout.partition("step 1 of 2")[0]
-        assert re.search(
-            r"^teacher   scripted\na step    4 prompts x up to 2 chunks x 2 rollouts$", plan, re.MULTILINE
-        )
+        plan = process.stdout.partition("step 1 of 2")[0].splitlines()
+        assert {"teacher   scripted", "a step    4 prompts x up to 2 chunks x 2 rollouts"} <= set(plan)
         assert "A chunk of the first step and one of the last" in process.stdout
         before = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -174,9 +172,7 @@ class TestRun:
         ]
         folder = tmp_path / "out" / "completions"
         audits = pq.read_table(folder / "audits_00002.parquet").to_pylist()
-        assert {(row["step"], row["rank"], row["index"]) for row in audits} == {
-            (1, r, i) for r in (0, 1) for i in (0, 1)
-        }
+        assert {(row["step"], row["rank"]) for row in audits} == {(1, 0), (1, 1)}
         # Each of the two problems once: the batch of the second process is padding.
         evaluated = pq.read_table(folder / "eval_audits_00002.parquet").to_pylist()
         assert {row["prompt"] for row in evaluated} == {"user: What is 0 + 0?", "user: What is 1 + 1?"}
