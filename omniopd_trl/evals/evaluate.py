@@ -16,7 +16,7 @@ in the journal are not paid for again.
 import hashlib
 import json
 import platform
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -60,15 +60,8 @@ SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 
 _PACKAGES = (
-    "omniopd_trl",
-    "torch",
-    "transformers",
-    "vllm",
-    "math-verify",
-    "sympy",
-    "openai",
-    "anthropic",
-    "google-genai",
+    *("omniopd_trl", "torch", "transformers", "vllm", "math-verify", "sympy"),
+    *("openai", "anthropic", "google-genai"),
 )
 
 _Answered: TypeAlias = "tuple[int, TeacherReply, bool]"
@@ -165,49 +158,14 @@ def evaluate(
         device = torch.accelerator.current_accelerator(check_available=True)
         options = replace(options, device=device or torch.device("cpu"))
     earlier = spent(folder) if folder is not None and is_service(model) else None
+    keys = _keys(rows)
     with _unchanged(model):
         teacher = _load(model, tokenizer, engine, options, settings, earlier)
-        prompts = [row["prompt"] for row in rows]
-        group_size = _check_prompts(teacher, prompts, settings)
-        keys = [_key(row) for row in rows]
-        if len(set(keys)) < len(keys):
-            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-            raise DataError(
-                f"Row {len(keys) - 1 - keys[::-1].index(twice)} repeats an earlier problem, and a problem counts "
-                "once. Remove the repetition, or give the rows different values of `id`."
-            )
-        described = _described(teacher, options, settings, keys, prompts)
-        replies: dict[int, dict[str, Any]] = {}
-        with ExitStack() as stack:
-            ledgers: Any = lambda index: NO_LEDGER  # noqa: E731
-            lines = None
-            if folder is not None:
-                decisive = _decisive(described)
-                _compare_settings(folder, decisive)
-                ledgers = stack.enter_context(_journal(folder, teacher, decisive, prompts))
-                lines = stack.enter_context(_Lines(folder / SAMPLES))
-                places = {key: index for index, key in enumerate(keys)}
-                replies = {places[line["key"]]: line for line in lines.read()}
-            missing: list[str] = []
-            with logging.tqdm(total=len(rows), initial=len(replies), desc="problems", unit="") as bar:
-                todo = [index for index in range(len(rows)) if index not in replies]
-                for index, reply, is_counted in _generate(teacher, prompts, todo, settings, ledgers, group_size):
-                    bar.update()
-                    if reply.outcomes.get("failed_requests"):
-                        missing.append(str(reply.failure))
-                        continue
-                    line = _line(keys[index], rows[index], reply, settings.num_samples, is_counted)
-                    replies[index] = line
-                    if lines is not None:
-                        lines.write(line)
-    if missing:
-        raise TeacherError(
-            f"{teacher.name} did not answer {len(missing)} of {len(rows)} problems: {missing[0]}. "
-            + ("The others are kept: the same command asks for these again." if folder else "Evaluate again.")
-        )
-    in_order = [replies[index] for index in range(len(rows))]
-    problems = _score(rows, keys, in_order, settings, reads_answers, reward_func)
-    described["served_models"] = sorted({name for line in in_order for name in line["models"]})
+        group_size = _check_prompts(teacher, [row["prompt"] for row in rows], settings)
+        described = _described(teacher, options, settings, keys, rows)
+        lines = _sample(teacher, rows, keys, settings, group_size, folder, _decisive(described))
+    problems = _score(rows, keys, lines, settings, reads_answers, reward_func)
+    described["served_models"] = sorted({name for line in lines for name in line["models"]})
     cost: dict[str, Any] = {}
     if teacher.budget is not None:
         used, usd = teacher.budget.used, teacher.budget.usd_spent if teacher.budget.price is not None else None
@@ -240,11 +198,22 @@ def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
     return list(dataset)
 
 
-def _key(row: dict[str, Any]) -> str:
-    """What identifies a problem in results of other models, and of the same model with another prompt."""
-    name = row.get("id")
-    parts = [row["prompt"] if name is None else str(name), *(row.get(column) for column in _GOLDS)]
-    return _hash(parts)
+def _keys(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What identifies each problem in results of other models, and of the same model with another prompt.
+
+    Raises:
+        DataError: when a problem occurs twice. It would count twice, and its samples would be the same.
+    """
+    first: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        name = row.get("id")
+        key = _hash([row["prompt"] if name is None else str(name), *(row.get(column) for column in _GOLDS)])
+        if (earlier := first.setdefault(key, index)) != index:
+            raise DataError(
+                f"Row {index} of the dataset repeats row {earlier}, and a problem counts once. Remove it, or give the "
+                "rows different values of `id`."
+            )
+    return list(first)
 
 
 def _hash(value: Any) -> str:
@@ -335,7 +304,7 @@ def _described(
     options: TeacherOptions,
     settings: EvalSettings,
     keys: Sequence[str],
-    prompts: Sequence[Prompt],
+    rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """What determines the samples and their scores. It holds no secret, since it is written to files."""
     described: dict[str, Any] = {"model": teacher.name, "engine": type(teacher).__name__, **asdict(settings)}
@@ -358,7 +327,11 @@ def _described(
         described["continuation"] = teacher.capabilities.continuation
         # The values may be secrets.
         described["extra"] = _hash([teacher.extra_body, teacher.extra_headers])
-    described["problems"] = {"number": len(keys), "keys": _hash(keys), "prompts": _hash(list(prompts))}
+    described["problems"] = {
+        "number": len(keys),
+        "keys": _hash(keys),
+        "prompts": _hash([row["prompt"] for row in rows]),
+    }
     return described
 
 
@@ -407,8 +380,54 @@ def _versions() -> dict[str, str]:
 # ---- Samples ----
 
 
+def _sample(
+    teacher: Teacher,
+    rows: Sequence[dict[str, Any]],
+    keys: Sequence[str],
+    settings: EvalSettings,
+    group_size: int,
+    folder: Path | None,
+    decisive: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The line of each problem: those that the folder holds, and new ones, which are written as they arrive.
+
+    Raises:
+        TeacherError: when some problems were not answered.
+    """
+    prompts = [row["prompt"] for row in rows]
+    lines: dict[int, dict[str, Any]] = {}
+    missing: list[str] = []
+    with ExitStack() as stack:
+        ledgers: Callable[[int], Ledger] = lambda index: NO_LEDGER  # noqa: E731
+        file = None
+        if folder is not None:
+            _compare_settings(folder, decisive)
+            ledgers = stack.enter_context(_journal(folder, teacher, decisive, prompts))
+            file = stack.enter_context(_Lines(folder / SAMPLES))
+            places = {key: index for index, key in enumerate(keys)}
+            lines = {places[line["key"]]: line for line in file.read() if line["key"] in places}
+        todo = [index for index in range(len(rows)) if index not in lines]
+        bar = stack.enter_context(logging.tqdm(total=len(rows), initial=len(lines), desc="problems", unit=""))
+        for index, reply, is_counted in _generate(teacher, prompts, todo, settings, ledgers, group_size):
+            bar.update()
+            if reply.outcomes.get("failed_requests"):
+                missing.append(str(reply.failure))
+                continue
+            lines[index] = _line(keys[index], rows[index], reply, settings.num_samples, is_counted)
+            if file is not None:
+                file.write(lines[index])
+    if missing:
+        raise TeacherError(
+            f"{teacher.name} did not answer {len(missing)} of {len(rows)} problems: {missing[0]}. "
+            + ("The others are kept: the same command asks for these again." if folder else "Evaluate again.")
+        )
+    return [lines[index] for index in range(len(rows))]
+
+
 @contextmanager
-def _journal(folder: Path, teacher: Teacher, decisive: dict[str, Any], prompts: Sequence[Prompt]) -> Iterator[Any]:
+def _journal(
+    folder: Path, teacher: Teacher, decisive: dict[str, Any], prompts: Sequence[Prompt]
+) -> Iterator[Callable[[int], Ledger]]:
     """Context with an open journal, which yields the function from a problem's index to its ledger.
 
     The journal also keeps other processes out of the folder, so the settings of a new evaluation are written then.
@@ -430,7 +449,7 @@ def _generate(
     prompts: Sequence[Prompt],
     todo: Sequence[int],
     settings: EvalSettings,
-    ledgers: Any,
+    ledgers: Callable[[int], Ledger],
     group_size: int,
 ) -> Iterator[_Answered]:
     """The replies for some prompts as they arrive, with their indices and whether their usage is that of all samples.
@@ -443,7 +462,7 @@ def _generate(
     )
 
     async def ask(index: int) -> _Answered:
-        ledger: Ledger = ledgers(index)
+        ledger = ledgers(index)
         (reply,) = await replies_of(teacher, [Prefix(prompts[index])], replace(request, ledger=ledger))
         is_counted = True
         if isinstance(ledger, AuditLedger):

@@ -3,6 +3,7 @@
 """Math accuracy: what is read from a completion, what counts as equal, and what happens when nothing can be read."""
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from omniopd_trl.evals import math_accuracy
 from omniopd_trl.evals.math import read_answers
 from omniopd_trl.evals.numbers import plain_number
 from omniopd_trl.evals.workers import Reading
+from tests.support import ROOT
 
 
 def score(completion, gold, **options):
@@ -277,6 +279,16 @@ def test_endless_repetition_is_quick_and_quiet(caplog):
 def test_what_is_read(completion, gold, expected):
     """The last answer, in a form in which equal numbers are equal texts; `None` where nothing can be read."""
     assert read_answers([completion], answer=[gold]) == [expected]
+
+
+def test_the_table_of_forms():
+    """docs/evaluation.md says which forms count; its columns of other packages come from benchmarks/harness.py."""
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| ([01]) \| ([01]) \| [01] \| [01] \|", page, re.MULTILINE)
+    assert len(rows) > 10
+    for completion, gold, strict, lenient in rows:
+        text = completion.replace(" ⏎ ", "\n")
+        assert (score(text, gold), score(text, gold, lenient=True)) == (float(strict), float(lenient)), completion
 
 
 def test_missing_package(monkeypatch):
