@@ -120,24 +120,28 @@ def test_first_step_is_that_of_trl(method, tmp_path, tiny_model_dir, teacher_dir
         assert torch.equal(parameter, weights[name]), name
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def omniopd_log(tmp_path_factory, tiny_model_dir):
+    """What a run of OmniOPD logs before its first step."""
+    args = settings(tmp_path_factory.mktemp("omniopd"), **EVALUATED)
+    data = {"train_dataset": questions(), "eval_dataset": questions(4)}
+    trainer = OmniOPDTrainer(str(tiny_model_dir), "scripted", args, eval_reward_funcs=reward, **data)
+    torch.manual_seed(7)
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
 @pytest.mark.parametrize("method", SECTIONS)
-def test_evaluation_is_that_of_omniopd(method, tmp_path, tiny_model_dir, teacher_dir):
+def test_evaluation_is_that_of_omniopd(method, tmp_path, tiny_model_dir, teacher_dir, omniopd_log):
     """Before training all methods log what a run of OmniOPD logs, under the same names, and the journal holds it."""
     rows = questions(4)
-    schedule = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
-    reference = OmniOPDTrainer(
-        str(tiny_model_dir),
-        "scripted",
-        settings(tmp_path / "omniopd", **schedule),
-        train_dataset=questions(),
-        eval_dataset=rows,
-        eval_reward_funcs=reward,
-    )
-    trainer = make(method, tmp_path, tiny_model_dir, teacher_dir, SECTIONS[method], rows, [reward], **schedule)
-    for run in (reference, trainer):
-        torch.manual_seed(7)
-        run.train()
-    before, ours = reference.state.log_history[0], trainer.state.log_history[0]
+    trainer = make(method, tmp_path, tiny_model_dir, teacher_dir, SECTIONS[method], rows, [reward], **EVALUATED)
+    torch.manual_seed(7)
+    trainer.train()
+    before, ours = omniopd_log, trainer.state.log_history[0]
     times = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in before.items() if k not in times}
     assert {"eval_pass@1", "eval_kl/unaudited", "eval_completions/mean_length"} <= ours.keys()
