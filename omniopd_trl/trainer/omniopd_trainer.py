@@ -4,6 +4,7 @@
 
 import copy
 import math
+import sys
 import textwrap
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
@@ -492,10 +493,13 @@ class OmniOPDTrainer(DistillationTrainer):
 
         Args:
             prefixes: token ids of each prefix, and the length of its chunk.
-            batch: the generation batch. A batch of branches is no larger than it may be.
+            batch: the generation batch. A batch of branches has no more tokens than it may have; vLLM limits its
+                batches itself.
             part: index of the part of the generation batch that the prefixes are from.
         """
         calls = count()
+        batch_size, prompt_length = batch["prompt_ids"].shape
+        max_tokens = batch_size * (prompt_length + self.max_completion_length)
 
         def generate(prompts: list[list[int]], max_tokens: int) -> Any:
             with self._completion_limit(max_tokens):
@@ -505,7 +509,7 @@ class OmniOPDTrainer(DistillationTrainer):
             generate,
             prefixes,
             num_branches=self.args.num_branches,
-            max_tokens=batch["prompt_ids"].size(0) * (batch["prompt_ids"].size(1) + self.max_completion_length),
+            max_tokens=sys.maxsize if self.use_vllm else max_tokens,
             filler=batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist(),
             accelerator=self.accelerator,
         )

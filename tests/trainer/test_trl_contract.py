@@ -91,6 +91,7 @@ def test_the_engine_has_what_we_change_and_read():
     assert {"logprobs", "generation_kwargs"} <= set(parameters), HINT
     source = inspect.getsource(VLLMGeneration.generate)
     assert '"logprobs": self.logprobs' in source, HINT
+    assert "max_completion_length = self.max_completion_length" in source, HINT
     assert "generation_kwargs.update(self.generation_kwargs)" in source, HINT
     assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in source, HINT
     single_turn = inspect.getsource(DistillationTrainer._generate_single_turn)
