@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
-from omniopd_trl.audits.types import Audit, AuditSettings, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, AuditSettings, Branch, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.method.chunks import Chunk
@@ -350,6 +350,28 @@ def test_a_trajectory_whose_anchors_are_all_certain_asks_nothing(tiny_tokenizer)
     assert teacher.calls == []
     [chunk] = asyncio.run(auditor(tiny_tokenizer, teacher, min_anchor_entropy=0.5).audit(*written)).chunks
     assert chunk.chunk.anchor == 2
+
+
+def test_a_branch_that_ended_is_compared_with_whole_rollouts(tiny_tokenizer):
+    """Not with rollouts of its own length, which would pay the student for ending early. Agreed forks ask nothing."""
+    written, scores = trajectory(tiny_tokenizer, "First we add 3 and 4.", {})
+    ids = written.completion_ids
+    chunk, same = Chunk(5, 9, 5), Chunk(0, 4, 0)
+    text = tiny_tokenizer.decode(ids[5:9])
+    teacher = Recorder([text])
+    judge = auditor(tiny_tokenizer, teacher, num_rollouts=1)
+    ended = Branch((ids[5], tiny_tokenizer.eos_token_id), "")
+    forks = judge.forks(written, scores, [same, chunk], [[Branch(tuple(ids[:4]), "")], [ended]])
+    audit = asyncio.run(judge.audit(replace(written, forks=forks), scores))
+    [audited] = audit.chunks
+    own, short = audited.branches
+    assert (own.text, short.text) == (text, tiny_tokenizer.decode(ids[5:6]))
+    assert own.similarity == 1
+    assert short.similarity == pytest.approx(len(short.text.strip()) / len(text.strip()))
+    assert [own.advantage, -short.advantage] == pytest.approx([1 - short.similarity] * 2)
+    assert audit.agreed == (same,)
+    [(prefixes, _)] = teacher.calls
+    assert [prefix.completion for prefix in prefixes] == [tiny_tokenizer.decode(ids[:5])]
 
 
 def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
