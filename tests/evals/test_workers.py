@@ -115,12 +115,13 @@ def test_many_threads_share_a_pool():
     assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
 
 
-def test_a_worker_that_cannot_start(monkeypatch, capfd):
+def test_a_worker_that_cannot_start(monkeypatch, capfd, tmp_path):
     """One line, and the reason on the standard error."""
-    monkeypatch.setattr(sys, "path", [])
+    (tmp_path / "math_verify.py").write_text("raise ImportError('a broken installation')")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(OmniOPDError, match="ended at its start, with exit code 1"):
         Worker().read(RIGHT)
-    assert "No module named" in capfd.readouterr().err
+    assert "a broken installation" in capfd.readouterr().err
 
 
 SCRIPT = """
