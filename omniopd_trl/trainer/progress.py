@@ -55,7 +55,7 @@ def describe(logs: Mapping[str, Any], step: int, num_steps: int, scores: str | N
         parts.append(scores)
     if (loss := logs.get("chunk_loss")) is not None:
         parts.append(f"chunk loss {loss:.3g}")
-    elif (loss := logs.get("loss")) is not None:  # of a baseline
+    elif (loss := logs.get("loss")) is not None and "kl/unaudited" not in logs:  # of a baseline
         parts.append(f"loss {loss:.3g}")
     if (reward := logs.get("reward")) is not None:
         parts.append(f"reward {reward:.3f}")

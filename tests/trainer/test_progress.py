@@ -41,6 +41,7 @@ STEP = {
             "teacher read 12,345, wrote 678 | 1.23 dollars, 8.77 left | waited 2.5 s",
         ),
         ({"loss": 0.1, "kl/unaudited": 0.0}, "step 3 of 40 | KL 0"),  # a batch without chunks
+        ({"loss": 0.1, "reward": 0.5, "kl": 0.0}, "step 3 of 40 | loss 0.1 | reward 0.500"),  # a baseline
         (
             {"eval_loss": 0.1, "eval_runtime": 3, "eval_pass@1": 0.414, "eval_completions/mean_length": 27.4},
             "evaluation at step 3 | pass@1 0.414 | 27 tokens",
