@@ -238,14 +238,17 @@ def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def settings_of(output_dir: str | os.PathLike[str], places: Collection[AuditPlace]) -> list[dict[str, Any]]:
     """The settings under which the trajectories at these places were recorded, by name, in order of their runs."""
-    for rank, path, db in _journals(output_dir):
-        attempts = {place.attempt for place in places if place.rank == rank}
-        found = db.execute("SELECT id, session FROM attempts")
-        sessions = sorted({session for attempt, session in found if attempt in attempts})
-        rows = [db.execute("SELECT * FROM settings WHERE session = ?", (session,)).fetchone() for session in sessions]
-        settings = [dict(decode(path, row)) for row in rows if row is not None]
-        if settings:
-            return settings
+    query = "SELECT * FROM settings WHERE session = ?"
+    with _opened(output_dir) as journals:
+        for rank, (path, db) in journals.items():
+            attempts = {place.attempt for place in places if place.rank == rank}
+            with explained(path):
+                found = db.execute("SELECT id, session FROM attempts")
+                sessions = sorted({session for attempt, session in found if attempt in attempts})
+                rows = [db.execute(query, (session,)).fetchone() for session in sessions]
+                settings = [dict(decode(path, row)) for row in rows if row is not None]
+            if settings:
+                return settings
     return []
 
 
