@@ -91,7 +91,8 @@ class TestHelp:
     def test_ours_first(self):
         """The options of this package come first, by what they control; then those of TRL and transformers."""
         titles = re.findall(r"^(\w.*):$", make_parser().format_help(), re.MULTILINE)
-        assert titles[:3] == ["options", "Student, teacher and data", "Parameters that control the audits"]
+        ours = ["Student, teacher and data", "Method and baselines", "Parameters that control the audits"]
+        assert titles[:4] == ["options", *ours]
         first_inherited = next(i for i, title in enumerate(titles) if title.startswith("Inherited from"))
         assert all(title.startswith("Inherited from ") for title in titles[first_inherited:])
         assert titles[first_inherited] == "Inherited from trl: DistillationConfig"
