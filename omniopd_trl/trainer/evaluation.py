@@ -1,17 +1,20 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""pass@1 of the student and of the teacher."""
+"""pass@1 of the student and of the teacher, and the trainer's hooks for it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerState
+from trl import DistillationTrainer
 
 from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
@@ -23,6 +26,8 @@ from omniopd_trl.trainer.distributed import raise_together
 from omniopd_trl.trainer.generation import EVALUATION_SEED
 from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.trackers import unprofiled
+from omniopd_trl.trainer.validation import repeated
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -199,3 +204,94 @@ def uncast(args: OmniOPDConfig) -> Iterator[torch.dtype | None]:
         yield torch.float16 if before[1] else torch.bfloat16 if before[0] else None
     finally:
         args.bf16_full_eval, args.fp16_full_eval = before
+
+
+class Evaluates(DistillationTrainer):
+    """The hooks of [`OmniOPDTrainer`] for evaluation and prediction."""
+
+    def _get_eval_sampler(self, eval_dataset):
+        # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
+        return SequentialSampler(eval_dataset)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
+        if not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
+        return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        test_dataset = repeated(test_dataset, self.args.num_eval_generations)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
+        return output
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Evaluate or predict, and return the metrics of exactly these samples, under `metric_key_prefix`.
+
+        TRL adds them when it logs: under `eval_` whatever the prefix, and only after `evaluate`. Those of a prediction
+        or of an interrupted evaluation would count in the next evaluation.
+        """
+        if not self.is_in_train:
+            # The base class sends the weights to vLLM once per step. Outside of training, they may change without a
+            # step: a user loads others, or `load_best_model_at_end` does after the last evaluation.
+            self._last_loaded_step = -1
+        self.step_audits.start()
+        self.step_metrics.discard("eval")
+        self._eval_samples.clear()
+        self._audit_table.discard("eval")
+        self._eval_batch = 0
+        try:
+            with uncast(self.args) as dtype, unprofiled(self.args):
+                # As `Trainer`: not for the evaluations during training.
+                is_cast = dtype is not None and not self.is_in_train
+                with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
+                    output = super().evaluation_loop(
+                        dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                    )
+            metrics = self.step_metrics.take("eval")
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            if self._eval_samples and self.accelerator.is_main_process:
+                folder = Path(self.args.output_dir, "completions")
+                path = folder / f"{metric_key_prefix}_{self.state.global_step:05d}.parquet"
+                Dataset.from_list(self._eval_samples).to_parquet(path)
+            return output
+        finally:
+            self.step_metrics.discard("eval")
+            if not self.is_in_train:
+                self.step_audits.cancel()  # nothing unless the evaluation was interrupted
+
+    def evaluate_teacher(self) -> dict[str, float]:
+        """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
+
+        Returns:
+            The scores by name, including `"pass@1"`, the same on all processes.
+
+        Raises:
+            DataError: when there is nothing to score against.
+        """
+
+        def ask(coroutine: Coroutine[Any, Any, list[TeacherReply]]) -> list[TeacherReply]:
+            try:
+                with self._recording():
+                    return self.step_audits.ask(coroutine)
+            finally:
+                if not self.is_in_train:
+                    self.step_audits.release()
+
+        scores, usage = teacher_scores(
+            self._rewards,
+            self.eval_dataset,
+            self.teacher,
+            ask,
+            self.step_audits.ask,
+            self._recorder,
+            self.accelerator,
+            self.args,
+            self.state,
+        )
+        self.teacher_usage += usage
+        return scores

@@ -23,11 +23,13 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, hf_api, logging
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, PushInProgress, hf_api, logging
+from trl import DistillationTrainer
 
 from omniopd_trl.errors import HubError, first_line
 from omniopd_trl.teachers.remote.failures import redact
-from omniopd_trl.trainer.model_card import CARD, FIGURE
+from omniopd_trl.trainer.model_card import CARD, FIGURE, complete_card, dataset_id_of
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -245,3 +247,102 @@ class Push:
 def clear_pushes(output_dir: Any) -> None:
     """Remove the folders of failed pushes, which the next push replaces."""
     shutil.rmtree(Path(output_dir, PUSH_FOLDER), ignore_errors=True)
+
+
+class PushesToHub(DistillationTrainer):
+    """The hooks of [`OmniOPDTrainer`] for the model card and for pushes to the Hub."""
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if not self.is_world_process_zero():
+            return
+        model_name = model_name or Path(self.args.hub_model_id or Path(self.args.output_dir).absolute()).name
+        super().create_model_card(model_name, dataset_name or dataset_id_of(self.train_dataset), tags)
+        complete_card(self)
+
+    def init_hf_repo(self, token=None, private=None):
+        if self.is_world_process_zero():
+            self.hub_model_id = open_repo(self.args, token, private)
+            self.push_in_progress = None
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        try:
+            super().save_model(output_dir, _internal_call)
+        except HubError as error:  # with `push_to_hub`, saving also pushes. The model is saved
+            logger.warning(str(error))
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Save the student and its card, and push both. Every process has to call it.
+
+        Pushed are the files of the model, of its tokenizer and of the card, and `training_args.bin`: nothing else that
+        is in `output_dir`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
+            token (`str`, *optional*): Token with write access. Defaults to `args.hub_token`, then to `HF_TOKEN`.
+            revision (`str`, *optional*): Branch. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*): Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            kwargs: Arguments of `create_model_card`, such as `dataset_name`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it with `blocking=False`; `None` on other processes than
+            the first.
+
+        Raises:
+            HubError: when the Hub cannot be reached or refuses the push. The message holds the command that repeats
+                the push. Everything is on disk by then.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._push_trackers()
+        self.create_model_card(**{"tags": getattr(self.model, "model_tags", None), **kwargs})
+        self._finish_current_push()
+        clear_pushes(self.args.output_dir)
+        push = self._make_push(Path(self.args.output_dir), commit_message, token, revision)
+        if blocking:
+            return push.run()
+        job = push.start()
+        self.push_in_progress = PushInProgress([job])
+        return job
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Push a checkpoint in the background. A failure is logged and does not stop the training."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        jobs = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+        if jobs and not self.args.hub_always_push:
+            return
+        self._push_trackers()
+        if not jobs:
+            clear_pushes(self.args.output_dir)
+        folder = Path(checkpoint_folder)
+        copies = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            push = self._make_push(folder, message, checkpoint=copies.get(strategy))
+        except HubError as error:
+            logger.warning(str(error))
+        else:
+            self.push_in_progress = PushInProgress([*jobs, push.start()])
+
+    def _push_trackers(self):
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # of other packages, which reach for the network
+            logger.warning(f"A callback failed at a push to the Hub, which continues without it: {first_line(error)}")
+
+    def _make_push(self, folder, message, token=None, revision=None, checkpoint=None):
+        step = self.state.global_step
+        return Push(
+            folder=stage(self.args, folder, self.model, self._tokenizer, step=step, checkpoint=checkpoint),
+            repo_id=self.hub_model_id,
+            message=message,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )

@@ -6,8 +6,8 @@ import copy
 import math
 import sys
 import textwrap
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch.utils.data import SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -24,15 +23,14 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
-from transformers.utils import PushInProgress, logging
-from trl import DistillationTrainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 from omniopd_trl.audits.types import Branch, PolicyScores
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
-from omniopd_trl.errors import ConfigError, HubError, first_line, import_extra
+from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
@@ -40,20 +38,19 @@ from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, ge
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
-from omniopd_trl.teachers import Teacher, TeacherReply, Usage
+from omniopd_trl.teachers import Teacher, Usage
 from omniopd_trl.teachers.load import is_export
 from omniopd_trl.trainer.audit_table import AuditTable
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.checkpoints import unmark
 from omniopd_trl.trainer.distributed import Failure, stop, together
-from omniopd_trl.trainer.evaluation import student_scores, teacher_scores, uncast
+from omniopd_trl.trainer.evaluation import Evaluates, student_scores, uncast
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.generation import on_policy, sample_branches
-from omniopd_trl.trainer.hub import Push, clear_pushes, open_repo, stage
+from omniopd_trl.trainer.hub import PushesToHub, open_repo
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
-from omniopd_trl.trainer.model_card import complete_card, dataset_id_of
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import plan
@@ -79,7 +76,7 @@ logger = logging.get_logger(__name__)
 NEGLIGIBLE_WEIGHT = 1e-6
 
 
-class OmniOPDTrainer(DistillationTrainer):
+class OmniOPDTrainer(PushesToHub, Evaluates):
     """
     Trainer for OmniOPD, a logit-free on-policy distillation method. The student samples its own solutions. At the
     tokens where the student is most uncertain, a teacher that returns only text samples continuations. The similarity
@@ -419,10 +416,6 @@ class OmniOPDTrainer(DistillationTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
-    def _get_eval_sampler(self, eval_dataset):
-        # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
-        return SequentialSampler(eval_dataset)
-
     @contextmanager
     def _recording(self, replay: bool = False) -> Iterator[None]:
         """Context with an open journal, if `save_audits` is set. Every process has to enter it at the same point.
@@ -708,185 +701,3 @@ class OmniOPDTrainer(DistillationTrainer):
             self._recorder.log(self.state.log_history[-1])
         if self.model.training:
             self._audit_table.show("train", self.state.global_step)
-
-    # ---- Model card and Hub ----
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        if not self.is_world_process_zero():
-            return
-        model_name = model_name or Path(self.args.hub_model_id or Path(self.args.output_dir).absolute()).name
-        super().create_model_card(model_name, dataset_name or dataset_id_of(self.train_dataset), tags)
-        complete_card(self)
-
-    def init_hf_repo(self, token=None, private=None):
-        if self.is_world_process_zero():
-            self.hub_model_id = open_repo(self.args, token, private)
-            self.push_in_progress = None
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        try:
-            super().save_model(output_dir, _internal_call)
-        except HubError as error:  # with `push_to_hub`, saving also pushes. The model is saved
-            logger.warning(str(error))
-
-    def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
-        """Save the student and its card, and push both. Every process has to call it.
-
-        Pushed are the files of the model, of its tokenizer and of the card, and `training_args.bin`: nothing else that
-        is in `output_dir`.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`): Message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
-            token (`str`, *optional*): Token with write access. Defaults to `args.hub_token`, then to `HF_TOKEN`.
-            revision (`str`, *optional*): Branch. Defaults to `args.hub_revision`.
-            private (`bool`, *optional*): Whether a new repository is private. Defaults to `args.hub_private_repo`.
-            kwargs: Arguments of `create_model_card`, such as `dataset_name`.
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`], or a `Future` of it with `blocking=False`; `None` on other processes than
-            the first.
-
-        Raises:
-            HubError: when the Hub cannot be reached or refuses the push. The message holds the command that repeats
-                the push. Everything is on disk by then.
-        """
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
-        self._push_trackers()
-        self.create_model_card(**{"tags": getattr(self.model, "model_tags", None), **kwargs})
-        self._finish_current_push()
-        clear_pushes(self.args.output_dir)
-        push = self._make_push(Path(self.args.output_dir), commit_message, token, revision)
-        if blocking:
-            return push.run()
-        job = push.start()
-        self.push_in_progress = PushInProgress([job])
-        return job
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Push a checkpoint in the background. A failure is logged and does not stop the training."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        jobs = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
-        if jobs and not self.args.hub_always_push:
-            return
-        self._push_trackers()
-        if not jobs:
-            clear_pushes(self.args.output_dir)
-        folder = Path(checkpoint_folder)
-        copies = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        message = f"Training in progress, step {self.state.global_step}"
-        try:
-            push = self._make_push(folder, message, checkpoint=copies.get(strategy))
-        except HubError as error:
-            logger.warning(str(error))
-        else:
-            self.push_in_progress = PushInProgress([*jobs, push.start()])
-
-    def _push_trackers(self):
-        try:
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        except Exception as error:  # of other packages, which reach for the network
-            logger.warning(f"A callback failed at a push to the Hub, which continues without it: {first_line(error)}")
-
-    def _make_push(self, folder, message, token=None, revision=None, checkpoint=None):
-        step = self.state.global_step
-        return Push(
-            folder=stage(self.args, folder, self.model, self._tokenizer, step=step, checkpoint=checkpoint),
-            repo_id=self.hub_model_id,
-            message=message,
-            revision=revision or self.args.hub_revision,
-            token=token or self.args.hub_token,
-        )
-
-    # ---- Evaluation ----
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
-        if not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
-        return metrics
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        test_dataset = repeated(test_dataset, self.args.num_eval_generations)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
-        return output
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """Evaluate or predict, and return the metrics of exactly these samples, under `metric_key_prefix`.
-
-        TRL adds them when it logs: under `eval_` whatever the prefix, and only after `evaluate`. Those of a prediction
-        or of an interrupted evaluation would count in the next evaluation.
-        """
-        if not self.is_in_train:
-            # The base class sends the weights to vLLM once per step. Outside of training, they may change without a
-            # step: a user loads others, or `load_best_model_at_end` does after the last evaluation.
-            self._last_loaded_step = -1
-        self.step_audits.start()
-        self.step_metrics.discard("eval")
-        self._eval_samples.clear()
-        self._audit_table.discard("eval")
-        self._eval_batch = 0
-        try:
-            with uncast(self.args) as dtype, unprofiled(self.args):
-                # As `Trainer`: not for the evaluations during training.
-                is_cast = dtype is not None and not self.is_in_train
-                with torch.autocast(self.accelerator.device.type, dtype) if is_cast else nullcontext():
-                    output = super().evaluation_loop(
-                        dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                    )
-            metrics = self.step_metrics.take("eval")
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-            if self._eval_samples and self.accelerator.is_main_process:
-                folder = Path(self.args.output_dir, "completions")
-                path = folder / f"{metric_key_prefix}_{self.state.global_step:05d}.parquet"
-                Dataset.from_list(self._eval_samples).to_parquet(path)
-            return output
-        finally:
-            self.step_metrics.discard("eval")
-            if not self.is_in_train:
-                self.step_audits.cancel()  # nothing unless the evaluation was interrupted
-
-    def evaluate_teacher(self) -> dict[str, float]:
-        """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
-
-        Returns:
-            The scores by name, including `"pass@1"`, the same on all processes.
-
-        Raises:
-            DataError: when there is nothing to score against.
-        """
-
-        def ask(coroutine: Coroutine[Any, Any, list[TeacherReply]]) -> list[TeacherReply]:
-            try:
-                with self._recording():
-                    return self.step_audits.ask(coroutine)
-            finally:
-                if not self.is_in_train:
-                    self.step_audits.release()
-
-        scores, usage = teacher_scores(
-            self._rewards,
-            self.eval_dataset,
-            self.teacher,
-            ask,
-            self.step_audits.ask,
-            self._recorder,
-            self.accelerator,
-            self.args,
-            self.state,
-        )
-        self.teacher_usage += usage
-        return scores
