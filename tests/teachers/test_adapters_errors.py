@@ -11,7 +11,7 @@ import pytest
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.errors import BudgetError, TeacherError
-from omniopd_trl.teachers.base import Prefix
+from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire
@@ -111,7 +111,8 @@ def test_given_up(service):
     assert len(server.requests) == 4
     assert reply.rollouts == ()
     assert "out of order" in reply.failure
-    assert reply.outcomes == {"requests": 4, "retries": 3, "failed_requests": 1}
+    counts = {"requests": 4, "retries": 3, "failed_requests": 1}
+    assert reply.outcomes == {**counts, REQUEST_MILLISECONDS: reply.outcomes[REQUEST_MILLISECONDS]}
     assert reply.usage.prompt_tokens == 0
 
 
