@@ -16,7 +16,7 @@ from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.answers import without_common_space
 from omniopd_trl.teachers.remote.engine import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
-from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
+from tests.support.loopback.teachers import KEYS, SERVICES, ask, counts_of, services, teacher_of  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("services")
 
@@ -380,7 +380,7 @@ class TestClaude:
             "anthropic:claude-haiku-4-5", answer=lambda p, b: {**wire.anthropic(p, b), **change}, path=""
         )
         assert reply.rollouts == ()
-        assert reply.outcomes == {"requests": 1, "retries": 0, **outcome}
+        assert counts_of(reply) == {"requests": 1, "retries": 0, **outcome}
         assert reply.usage == Usage(45, 30, 7, 2, 10)
 
     @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ class TestEverywhere:
             prefix = Prefix(problem, "First we count the bags, there are 3 of them. Then we count the apples")
             (reply,) = ask(teacher, prefix, num_samples=2)
         assert [rollout.text for rollout in reply.rollouts] == ([] if kept is None else [kept] * 2)
-        counts = {name: n for name, n in reply.outcomes.items() if name not in ("requests", "retries")}
+        counts = {name: n for name, n in counts_of(reply).items() if name not in ("requests", "retries")}
         assert counts == ({} if outcome is None else {outcome: 2})
         assert (f"a sample was {outcome}" in (reply.failure or "")) == (kept is None)
 

@@ -18,7 +18,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.teachers import Rollout
-from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix, SamplingRequest, clean_text
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, clean_text
 from omniopd_trl.teachers.providers import anthropic, gemini, openai
 from omniopd_trl.teachers.remote import answers
 from omniopd_trl.teachers.remote.answers import Asked, Response, Sample, counts, from_kept, read_sample, to_kept
@@ -27,7 +27,7 @@ from omniopd_trl.teachers.remote.failures import MalformedResponseError
 from tests.support.journals import journal, trajectory
 from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire
-from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
+from tests.support.loopback.teachers import SERVICES, ask, counts_of, services, teacher_of  # noqa: F401 (a fixture)
 
 PREFIX = Prefix("What is 3 + 4?", "We add 3 and 4, so the sum")
 ASKED = Asked(PREFIX, 2, 70)
@@ -48,12 +48,6 @@ FORMATS = {
     "messages": (anthropic.read_answer, CLAUDE),
     "generateContent": (gemini.read_answer, GEMINI),
 }
-
-
-def counts_of(reply):
-    """The outcomes of a reply without their time, which differs from run to run."""
-    assert reply.outcomes[REQUEST_MILLISECONDS] >= 0
-    return {name: count for name, count in reply.outcomes.items() if name != REQUEST_MILLISECONDS}
 
 
 def paths(value, before=()):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from omniopd_trl.teachers.base import Prefix, SamplingRequest, TeacherReply
+from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix, SamplingRequest, TeacherReply
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote import retries
 from omniopd_trl.teachers.remote.engine import EngineSettings, RemoteTeacher
@@ -108,3 +108,9 @@ def ask(
             await teacher.aclose()
 
     return asyncio.run(run())
+
+
+def counts_of(reply):
+    """The outcomes of a reply without their time, which differs from run to run."""
+    assert reply.outcomes[REQUEST_MILLISECONDS] >= 0
+    return {name: count for name, count in reply.outcomes.items() if name != REQUEST_MILLISECONDS}
