@@ -48,6 +48,9 @@ class Scripted(RemoteTeacher):
             Budget(max_tokens=max_tokens, price=price),
         )
 
+    def connect(self):
+        return None  # there is nothing to connect to
+
     async def request(self, prefix, num_samples, request):
         number = len(self.seen)
         self.seen.append((prefix.completion, num_samples, request))

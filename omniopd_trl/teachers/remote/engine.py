@@ -611,6 +611,7 @@ class RemoteTeacher(Teacher):
     ) -> Response:
         capabilities, delivery = self.capabilities, Delivery()
         try:
+            _ = self.client  # before the limit begins: importing an SDK takes seconds on a busy machine
             async with asyncio.timeout(min(self.settings.timeout, seconds)):
                 response = await self.request(prefix, num_samples, request)
         except Exception as error:
