@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores
+from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores, Trajectory
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Chunk, StepChunks
@@ -147,7 +147,7 @@ def test_two_processes_weigh_the_step_as_one(tmp_path, tiny_model_dir, monkeypat
         future: Future[Audit] = Future()
         chunks = (ChunkAudit(span, "", "", ("a",), (0.5,), 0.5, value) for span, value in zip(spans, row, strict=True))
         future.set_result(Audit(tuple(chunks)))
-        return PendingAudit(0, PolicyScores(*torch.ones(3, 12)), future)
+        return PendingAudit(0, Trajectory("", [], [0] * 12), PolicyScores(*torch.ones(3, 12)), future)
 
     def weights(audits, rows):
         collected = audits.collect([pending(row) for row in rows], 12, "train")
