@@ -99,7 +99,7 @@ DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 	@echo "Installing PyTorch, TRL and math-verify into .venv-demo, which takes a few minutes."
 	$(PYTHON) -m venv .venv-demo
 	@echo '*' > .venv-demo/.gitignore
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,report]'
 	@touch $@
 
 demo: $(DEMO_VENV)/.installed
