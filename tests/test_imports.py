@@ -47,8 +47,8 @@ def allowed(layer):
     """The layers that one may import. The demo is apart: it imports errors, and only the commands import it."""
     if layer in LAYERS:
         own = {*LAYERS[: LAYERS.index(layer) + 1]} - EXCEPT.get(layer, set())
-        # The commands know the root's version as well.
-        return own | {"demo", "root"} if layer == "cli" else own
+        # The root has nothing but names that are imported on first use, and the version.
+        return own | {"root"} | ({"demo"} if layer == "cli" else set())
     return {"errors", layer} if layer == "demo" else set()
 
 

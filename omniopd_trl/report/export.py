@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
-from omniopd_trl import __version__
+import omniopd_trl
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError, WarnOnce, first_line
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, read_audits, settings_of
 from omniopd_trl.journal.reader import spent
@@ -135,7 +135,7 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
     usage, usd = spent(run.folder)
     about |= {
         "format": FORMAT,
-        "omniopd_trl": __version__,
+        "omniopd_trl": omniopd_trl.__version__,
         "run": run.name,
         "steps": [places[0].step, places[-1].step],
         "num_processes": len({place.rank for place in places}),

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from trl.trainer.utils import get_config_model_id
 from yaml import YAMLError
 
-from omniopd_trl import __version__
+import omniopd_trl
 from omniopd_trl.errors import MissingExtraError
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.method.similarity import name_or_function
@@ -116,7 +116,7 @@ def complete_card(trainer: Any) -> None:
     card.text = re.sub(r"(a fine-tuned )version of \[[^\]]*\]\([^)]*\)", rf"\g<1>{named}", card.text, count=1)
     card.text = card.text.replace('model="None"', f'model="{output_dir.resolve().name}"')  # not pushed
     versions = "### Framework versions\n\n"
-    card.text = card.text.replace(versions, f"{section}\n\n{versions}- omniopd_trl: {__version__}\n")
+    card.text = card.text.replace(versions, f"{section}\n\n{versions}- omniopd_trl: {omniopd_trl.__version__}\n")
     card.save(output_dir / CARD)
 
 
