@@ -266,6 +266,7 @@ def test_resume(tmp_path, tiny_model_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes(tmp_path, tiny_model_dir, teacher_dir):
     """Under DDP the evaluation scores each problem once, and the teacher's tokens are those of both processes."""
     rows = questions(16)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # scripts must choose their device before they import torch
 SCRIPTS = ROOT / "tests" / "distributed"
 BACK_ENDS = ("one", "ddp", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 # They share their code with others: CI has time for those.
-EXHAUSTIVE = ("zero1", "zero1_offload", "zero2_offload")
+EXHAUSTIVE = ("zero1", "zero1_offload", "zero2_offload", "zero3_offload")
 # Settings of `OmniOPDConfig` for the steps that are compared.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
