@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from omniopd_trl.cli.options import positive_int
 from omniopd_trl.errors import ConfigError, DataError
 
 
@@ -29,9 +30,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     audits.add_argument("--step", type=int, metavar="N", help="only audits of this optimizer step")
     audits.add_argument("--prompt", metavar="TEXT", help="only audits whose prompt contains this text")
     choice = audits.add_mutually_exclusive_group()
-    choice.add_argument("--worst", type=_count, metavar="K", help="the K chunks with the lowest posterior")
-    choice.add_argument("--best", type=_count, metavar="K", help="the K chunks with the highest posterior")
-    choice.add_argument("--random", type=_count, metavar="K", help="K random chunks")
+    choice.add_argument("--worst", type=positive_int, metavar="K", help="the K chunks with the lowest posterior")
+    choice.add_argument("--best", type=positive_int, metavar="K", help="the K chunks with the highest posterior")
+    choice.add_argument("--random", type=positive_int, metavar="K", help="K random chunks")
     form = audits.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON list")
     form.add_argument("--jsonl", action="store_true", help="print one JSON object per line")
@@ -59,12 +60,6 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="limit of the embedded audits in MiB (default: 20); evenly spaced prompts are kept",
     )
     report.set_defaults(call=write_report)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _port(text: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, settings_of, split_config, stray_word
+from omniopd_trl.cli.options import check_arguments, check_paths, positive_int, settings_of, split_config, stray_word
 from omniopd_trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--split", metavar="SPLIT", help="split of the dataset (default: that of the recipe, `test`, or the only one)"
     )
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N problems")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N problems")
     parser.add_argument("--config", metavar="RECIPE", help="a recipe whose options are used")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the results")
     parser.add_argument(
-        "--num_samples", type=_count, default=16, metavar="K", help="samples per problem (default: 16)"
+        "--num_samples", type=positive_int, default=16, metavar="K", help="samples per problem (default: 16)"
     )
     parser.add_argument("--eval_seed", type=int, default=0, metavar="S", help="seed of the samples (default: 0)")
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--max_batch_tokens",
-        type=_count,
+        type=positive_int,
         metavar="T",
         help="samples in a batch times their length, "
         "for transformers (default: 16384). More is faster and needs more memory",
@@ -79,12 +79,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar=("A", "B"),
         help="compare the results in two folders by a paired test, and evaluate nothing",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import omniopd_trl
 from omniopd_trl.cli import ablate, audits, data, eval, export, solutions, verify_estimator
 from omniopd_trl.cli.cost import cost
+from omniopd_trl.cli.options import positive_int
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     prompts = cost.add_mutually_exclusive_group()
     prompts.add_argument(
         "--max_prompts",
-        type=_positive_int,
+        type=positive_int,
         metavar="K",
         help="measure K prompts, evenly spaced in the dataset, instead of all",
     )
@@ -106,14 +107,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     cost.add_argument(
         "--num_processes",
-        type=_positive_int,
+        type=positive_int,
         default=1,
         metavar="P",
         help="number of processes of the run (default: 1)",
     )
     cost.add_argument(
         "--samples_per_request",
-        type=_positive_int,
+        type=positive_int,
         metavar="K",
         help="number of samples per request. Defaults to what the teacher is known to support",
     )
@@ -125,12 +126,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of teacher tokens per student token (default: 1.0)",
     )
     return parser
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _positive_number(text: str) -> float:

@@ -6,6 +6,7 @@ The names and types of the options are read from the source files of the install
 refused in less than a second (an import of TRL takes many), and the check always matches the installed versions.
 """
 
+import argparse
 import ast
 import difflib
 import importlib.util
@@ -166,6 +167,13 @@ def describe_type(hint: Any) -> str:
 def split_config(args: Iterable[str]) -> list[str]:
     """The command line with `--config=x.yaml` split into two words, since TRL only reads `--config x.yaml`."""
     return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+
+
+def positive_int(text: str) -> int:
+    """The `type` of an option whose value is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def option_names(hints: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, split_config, stray_word
+from omniopd_trl.cli.options import check_arguments, check_paths, positive_int, split_config, stray_word
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -33,30 +33,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument(
-        "-k", "--num_solutions", type=_count, default=1, metavar="K", help="solutions per prompt (default: 1)"
+        "-k", "--num_solutions", type=positive_int, default=1, metavar="K", help="solutions per prompt (default: 1)"
     )
     parser.add_argument(
         "--verified", action="store_true", help="keep only solutions that are right; otherwise they are marked"
     )
     parser.add_argument(
         "--num_prompts",
-        type=_count,
+        type=positive_int,
         metavar="N",
         help="ask with the first N prompts, in the order of `seed`; a later command may ask with more (default: all)",
     )
     parser.add_argument(
         "--solution_length",
-        type=_count,
+        type=positive_int,
         metavar="S",
         help="mean length of a solution in tokens, for the forecast (default: the most that a request asks for)",
     )
     parser.add_argument("--dry_run", action="store_true", help="print requests, tokens and dollars, and ask nothing")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:

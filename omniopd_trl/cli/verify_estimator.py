@@ -69,7 +69,7 @@ def verify_estimator(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from omniopd_trl.method.similarity import get_similarity
-    from omniopd_trl.report.runs import Run
+    from omniopd_trl.report.runs import Run, without_folders
 
     for name in options.similarity:
         get_similarity(name)
@@ -90,10 +90,9 @@ def verify_estimator(options: argparse.Namespace) -> None:
         )
     logprobs = _teacher_logprobs(_load_teacher(options, settings), trajectories, settings["teacher_temperature"])
     table = compare(trajectories, logprobs, options.similarity, counts, alpha)
-    teacher = Path(options.teacher or settings["teacher_model_name_or_path"])
     about = {
         "run": run.name,
-        "teacher": teacher.name if teacher.exists() else str(teacher),
+        "teacher": without_folders(options.teacher or settings["teacher_model_name_or_path"]),
         "chunk_selection": settings.get("chunk_selection"),
         "chunk_length": settings.get("chunk_length"),
         "prior_strength": alpha,

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from omniopd_trl.errors import DataError, first_line
-from omniopd_trl.evals.math import _text_of
+from omniopd_trl.evals.math import text_of_completion
 from omniopd_trl.evals.sandbox import Limits, Sandbox, make_sandbox
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class CodeAccuracy:
         loop = asyncio.get_running_loop()
         sandbox = await loop.run_in_executor(self._pool, self.sandbox)
         pairs = [
-            None if given is None else (program_of(_text_of(completion)), given)
+            None if given is None else (program_of(text_of_completion(completion)), given)
             for completion, given in zip(completions, tests, strict=True)
         ]
         distinct = [*dict.fromkeys(pair for pair in pairs if pair is not None)]

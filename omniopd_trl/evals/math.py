@@ -78,7 +78,7 @@ def read_answers(
     nothing: list[Any] = [None] * len(completions)
     rows = list(zip(completions, answer or nothing, solution or nothing, strict=True))
     tasks = [
-        (_text_of(completion), [None if gold is None else str(gold) for gold in golds], lenient)
+        (text_of_completion(completion), [None if gold is None else str(gold) for gold in golds], lenient)
         for completion, *golds in rows
     ]
     readings = workers.read(tasks)
@@ -100,7 +100,7 @@ def read_answers(
     return readings
 
 
-def _text_of(completion: str | list[dict[str, Any]]) -> str:
+def text_of_completion(completion: str | list[dict[str, Any]]) -> str:
     if isinstance(completion, str):
         return completion
     return (completion[-1].get("content") or "") if completion else ""

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from omniopd_trl.data.benchmarks import make_gym_dataset
-from omniopd_trl.evals.math import _text_of
+from omniopd_trl.evals.math import text_of_completion
 
 
 def reasoning_gym_accuracy(
@@ -40,7 +40,7 @@ def reasoning_gym_accuracy(
             scores.append(None)
             continue
         dataset, problem = _problem(named)
-        answer = _text_of(completion).rpartition("Answer:")[2].strip(" \n*$")
+        answer = text_of_completion(completion).rpartition("Answer:")[2].strip(" \n*$")
         score = float(dataset.score_answer(answer, problem))
         scores.append(score if partial else float(score == 1.0))
     return scores

@@ -22,7 +22,7 @@ from omniopd_trl.errors import ConfigError, DataError, OmniOPDError, WarnOnce, f
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, read_audits, settings_of
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import TOKENS
-from omniopd_trl.report.runs import Run
+from omniopd_trl.report.runs import Run, without_folders
 from omniopd_trl.teachers.base import clean_text, text_of_content
 
 # The file with the settings and counts of the run, beside the data. A reader refuses another version of the format.
@@ -146,7 +146,7 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
         "mixed": [name for name in DECISIVE if any(one.get(name) != settings.get(name) for one in recorded)],
     }
     if student := about["settings"].get("student"):
-        about["settings"]["student"] = _without_folders(student)
+        about["settings"]["student"] = without_folders(student)
     (staged / ABOUT_FILE).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (staged / "README.md").write_text(card(about), "utf-8")
     if folder.exists():
@@ -204,7 +204,7 @@ def _row(trajectory: AuditedTrajectory, completion: str | None) -> dict[str, Any
         "step": trajectory.step,
         "process": trajectory.rank,
         "index": trajectory.index,
-        "teacher": _without_folders(trajectory.teacher),
+        "teacher": without_folders(trajectory.teacher),
         "models": trajectory.models,
         "prompt": _prompt(trajectory.prompt),
         "prompt_ids": trajectory.prompt_ids,
@@ -252,12 +252,6 @@ def _prompt(prompt: Any) -> Any:
         }
         for message in prompt
     ]
-
-
-def _without_folders(name: str) -> str:
-    """A path says something about a machine, so only its end is exported."""
-    is_path = name.startswith((".", "~")) or os.path.exists(name) or os.path.isabs(name)
-    return os.path.basename(os.path.normpath(name)) if is_path else name
 
 
 def card(about: dict[str, Any], repo_id: str | None = None) -> str:

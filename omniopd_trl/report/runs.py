@@ -3,6 +3,7 @@
 """What a run left in its folder: settings, logged metrics, and audits."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -222,6 +223,12 @@ def short_name(name: str) -> str:
     """The name of a model, or the end of its path."""
     path = Path(name)
     return "/".join(("…", *path.parts[-2:])) if path.is_absolute() else name
+
+
+def without_folders(name: str) -> str:
+    """A path says something about a machine, so only its end is published."""
+    is_path = name.startswith((".", "~")) or os.path.exists(name) or os.path.isabs(name)
+    return os.path.basename(os.path.normpath(name)) if is_path else name
 
 
 def visible(text: str) -> str:

@@ -20,7 +20,7 @@ from omniopd_trl.errors import MissingExtraError
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.method.similarity import name_or_function
 from omniopd_trl.report.figures import FIGURES, Figure
-from omniopd_trl.report.runs import series
+from omniopd_trl.report.runs import series, without_folders
 
 CARD = "README.md"
 FIGURE = "chunk_loss.png"
@@ -129,7 +129,7 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     else:
         yield "student", "a local model" + (f", derived from `{base_model}`" if base_model else "")
     served = getattr(teacher, "served_model", None)
-    yield "teacher", f"`{_basename(teacher.name)}`" + (f", served as `{served}`" if served else "")
+    yield "teacher", f"`{without_folders(teacher.name)}`" + (f", served as `{served}`" if served else "")
     if isinstance(trainer.train_dataset, Dataset):
         yield "training prompts", f"{len(trainer.train_dataset):,}"
     sizes = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
@@ -153,11 +153,6 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
 
 def _name(value: str | Callable[..., Any]) -> str:
     return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
-
-
-def _basename(name: str) -> str:
-    """A path says something about a machine, so only its end is published."""
-    return os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
 
 
 def draw_figure(folder: Path, log_history: Sequence[Mapping[str, Any]]) -> str | None:

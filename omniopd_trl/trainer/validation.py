@@ -31,8 +31,6 @@ from omniopd_trl.trainer.startup import check_student_config, check_tokenizer
 
 logger = logging.get_logger(__name__)
 
-logger = logging.get_logger(__name__)
-
 # Prompts that the teacher is asked with at the start, when it returns nothing for the ones before.
 PROBE_PROMPTS = 3
 

@@ -322,7 +322,7 @@ def test_unreadable(name, rows, message, write):
 
 
 def test_own_file(write):
-    """A file of one's own needs a question and what it is scored against, and keeps its other columns."""
+    """A custom file needs a question and what it is scored against. Its other columns are kept."""
     (problem,) = load_benchmark(str(write("own.jsonl", [{"question": "1 + 1?", "answer": "2", "level": 3}])))
     assert problem["prompt"][0]["content"].endswith("\n\n1 + 1?")
     assert (problem["answer"], problem["level"], problem["id"]) == ("2", 3, "0")

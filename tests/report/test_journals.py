@@ -49,7 +49,7 @@ def overwritten(run):
 
 
 def another_file(run):
-    journal_path(run, 0).write_bytes(b"not a database, but a text that somebody put here" * 99)
+    journal_path(run, 0).write_bytes(b"not a database, but some other text" * 99)
 
 
 def without_records(run):
