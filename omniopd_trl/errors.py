@@ -3,10 +3,12 @@
 """Exceptions of the package. All derive from `OmniOPDError` and from a built-in exception type.
 
 Every message names the value that was received, the rule that it breaks, and the next step. `WarnOnce` logs problems
-that do not end a run.
+that do not end a run, and `did_you_mean` is the next step after a mistyped name.
 """
 
+import difflib
 import logging
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -57,6 +59,23 @@ class MissingExtraError(OmniOPDError, ImportError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type if it has none. Others' messages may have many lines."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], otherwise: str | None = None, written: Callable[[str], str] = str
+) -> str:
+    """Advice on a name that does not exist, for the end of a message.
+
+    Args:
+        name: the name that was given.
+        known: the names that exist.
+        otherwise: the advice if none of them is similar. Defaults to all of them.
+        written: function of the most similar name that returns what to write in its place.
+    """
+    known = list(known)
+    for similar in difflib.get_close_matches(name, known, n=1):
+        return f"Did you mean `{written(similar)}`?"
+    return f"There are {', '.join(known)}." if otherwise is None else otherwise
 
 
 class WarnOnce:

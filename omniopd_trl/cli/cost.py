@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, split_config, stray_word
+from omniopd_trl.cli.opening import open_recipe, with_recipe
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -46,16 +45,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the recipe, its dataset or its student's tokenizer cannot be used.
     """
-    if options.config is None:
-        if rest and not rest[0].startswith("-"):
-            raise stray_word(rest[0])
-        raise ConfigError("`omniopd cost` needs a recipe: add `--config RECIPE.yaml`.")
     # This machine may not be the one that trains, and may have no GPU with bf16.
-    arguments = split_config(["--config", options.config, *rest, "--use_cpu", "true"])
-    recipe = check_arguments(arguments)
-    if options.prompt_length is None:
-        check_paths(arguments, recipe, ("model_name_or_path", "dataset_name"))
-    filter_noise(arguments, recipe)
+    arguments = [*with_recipe("cost", options.config, rest), "--use_cpu", "true"]
+    read = ("model_name_or_path", "dataset_name") if options.prompt_length is None else ()
+    arguments, _ = open_recipe(arguments, read)
 
     from transformers.utils import logging
 

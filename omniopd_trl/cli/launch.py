@@ -20,11 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.opening import open_recipe
 from omniopd_trl.cli.options import (
-    check_arguments,
     check_names,
-    check_paths,
     option_hints,
     option_name,
     option_names,
@@ -33,7 +31,7 @@ from omniopd_trl.cli.options import (
     stray_word,
 )
 from omniopd_trl.cli.recipes import FOLDER
-from omniopd_trl.errors import ConfigError, import_extra
+from omniopd_trl.errors import ConfigError, did_you_mean, import_extra
 
 MODULE = "omniopd_trl.train"
 # Options of `accelerate launch` that the command sets itself, and what to do instead.
@@ -59,17 +57,14 @@ def resolve_config(value: str) -> Path:
     Raises:
         ConfigError: when there is no such name or file.
     """
-    from difflib import get_close_matches
-
     files = config_files()
     if value in files:
         return files[value]
     if os.path.isfile(value):
         return Path(value)
-    similar = get_close_matches(value, files, n=1)
     raise ConfigError(
         f"`accelerate_config` is {value!r}, which is neither a file nor one of {', '.join(files)}. "
-        + (f"Did you mean `{similar[0]}`?" if similar else "Give one of the names, or the path of a file.")
+        + did_you_mean(value, files, otherwise="Give one of the names, or the path of a file.")
     )
 
 
@@ -189,10 +184,8 @@ def train(arguments: Sequence[str]) -> int:
 
     # The checks without an import of torch, TRL or accelerate come first, since these imports are slow.
     value, launch, training = split_arguments(split_config(arguments), option_names(option_hints()), launch_options())
-    recipe = check_arguments(training)
-    check_paths(training, recipe)
+    training, recipe = open_recipe(training)
     path = None if value is None else resolve_config(value)
-    filter_noise(training, recipe)
 
     from accelerate.commands.launch import launch_command_parser
 

@@ -8,7 +8,6 @@ refused in less than a second (an import of TRL takes many), and the check alway
 
 import argparse
 import ast
-import difflib
 import importlib.util
 import json
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from omniopd_trl.demo import ASSETS, asset_path
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 
 # The dataclasses of the parser and their base classes, with the package and file of each.
 _FILES = {
@@ -51,7 +50,7 @@ _OF_THE_RUN = re.compile(
 )
 
 # Options that name a model or a dataset.
-_LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
+LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
 _DATA_FILES = (".json", ".jsonl", ".parquet")
 _DEMO = "demo:"
 
@@ -300,8 +299,7 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
     """
     for name in names:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            advice = f"Did you mean `{similar[0]}`?" if similar else "`--help` lists the options."
+            advice = did_you_mean(name, known, otherwise="`--help` lists the options.")
             if re.search(r"(api_?|secret_?|access_?|teacher_)key$|(?<!max)_token$|secret$", name.lower()):
                 named = [key for key, words in _KEYS.items() if set(words) & set(name.lower().split("_"))]
                 advice = (
@@ -435,7 +433,7 @@ def settings_of(arguments: Sequence[str], recipe: Mapping[str, Any], names: Iter
     return settings
 
 
-def check_paths(arguments: Sequence[str], recipe: Mapping[str, Any], options: Iterable[str] = _LOADED) -> None:
+def check_paths(arguments: Sequence[str], recipe: Mapping[str, Any], options: Iterable[str] = LOADED) -> None:
     """Refuse paths of models and datasets that do not exist.
 
     A name counts as a path if it starts with `/`, `.` or `~`, has more than one `/`, or has the suffix of a data file.
@@ -491,9 +489,7 @@ def resolve_demo_name(name: Any) -> Any:
         return os.path.expanduser(name)
     part = name.removeprefix(_DEMO)
     if part not in ASSETS:
-        known = [_DEMO + asset for asset in ASSETS]
-        similar = difflib.get_close_matches(name, known, n=1)
-        advice = f"Did you mean {similar[0]!r}?" if similar else f"There are {', '.join(known)}."
+        advice = did_you_mean(name, [_DEMO + asset for asset in ASSETS])
         raise ConfigError(f"{name!r} is no part of the demo. {advice}")
     return str(asset_path(part))
 

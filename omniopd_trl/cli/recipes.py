@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`omniopd recipes` lists or copies the recipes that ship with the package; `omniopd demo` runs the smallest one."""
 
-import difflib
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, did_you_mean
 
 # In a wheel, the recipes are inside the package; in a clone, they are beside it.
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
@@ -58,9 +57,7 @@ def recipes(name: str | None) -> None:
         return
     stem = name.removesuffix(".yaml")
     if stem not in files:
-        similar = difflib.get_close_matches(stem, files, n=1)
-        advice = f"Did you mean `{similar[0]}`?" if similar else f"There are {', '.join(files)}."
-        raise ConfigError(f"There is no recipe {name!r}. {advice}")
+        raise ConfigError(f"There is no recipe {name!r}. {did_you_mean(stem, files)}")
     target = Path(files[stem].name)
     if target.exists():
         raise ConfigError(f"There is a file {target} in the current folder. Rename or remove it first.")

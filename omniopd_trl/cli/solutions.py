@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, positive_int, split_config, stray_word
+from omniopd_trl.cli.opening import open_recipe, with_recipe
+from omniopd_trl.cli.options import positive_int
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -63,14 +63,7 @@ def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the recipe, its dataset or its teacher cannot be used.
     """
-    if options.config is None:
-        if rest and not rest[0].startswith("-"):
-            raise stray_word(rest[0])
-        raise ConfigError("`omniopd solutions` needs a recipe: add `--config RECIPE.yaml`.")
-    arguments = split_config(["--config", options.config, *rest])
-    recipe = check_arguments(arguments)
-    check_paths(arguments, recipe)
-    filter_noise(arguments, recipe)
+    arguments, _ = open_recipe(with_recipe("solutions", options.config, rest))
 
     from omniopd_trl.cli.recipe import load_functions, parse_args
 

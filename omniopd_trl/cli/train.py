@@ -22,8 +22,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, split_config
+from omniopd_trl.cli.opening import open_recipe
 from omniopd_trl.errors import ConfigError, HubError, OmniOPDError
 
 if TYPE_CHECKING:
@@ -408,12 +407,8 @@ def run(args: Sequence[str] | None = None) -> int:
     """
     parsed = None
     try:
-        arguments = split_config(sys.argv[1:] if args is None else args)
         # The checks without an import of torch and TRL come first, since these imports take many seconds.
-        recipe = check_arguments(arguments)
-        check_paths(arguments, recipe)
-        apply_env(recipe)
-        filter_noise(arguments, recipe)
+        arguments, _ = open_recipe(sys.argv[1:] if args is None else args)
 
         from omniopd_trl.cli.recipe import parse_args
 

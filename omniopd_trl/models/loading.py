@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a model: a progress bar that names it, and why it cannot be loaded."""
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from omniopd_trl.errors import first_line
+from omniopd_trl.errors import did_you_mean, first_line
 
 
 @contextmanager
@@ -58,6 +57,6 @@ def what_is_beside(name: str) -> str:
     path = Path(name)
     if path.parent == Path() or not path.parent.is_dir():
         return ""
-    similar = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    advice = f"Did you mean {str(path.parent / similar[0])!r}? " if similar else ""
-    return f"the folder {str(path.parent)!r} is here and has no {path.name!r}. {advice}"
+    there = [entry.name for entry in path.parent.iterdir()]
+    advice = did_you_mean(path.name, there, otherwise="", written=lambda entry: str(path.parent / entry))
+    return f"the folder {str(path.parent)!r} is here and has no {path.name!r}. " + (advice and f"{advice} ")

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Create a teacher from its name."""
 
-import difflib
 import os
 from dataclasses import replace
 from datetime import date
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, get_args
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 from omniopd_trl.teachers.base import Teacher
 from omniopd_trl.teachers.options import TeacherOptions, check_options
 from omniopd_trl.teachers.providers.anthropic import AnthropicTeacher
@@ -69,11 +68,10 @@ def split_name(name: str) -> tuple[str, str] | None:
     # No id on the Hub has a colon. A path may have one, and a drive letter is not a provider.
     if "/" in provider or "\\" in provider or len(provider) < 2 or os.path.exists(name):
         return None
-    similar = difflib.get_close_matches(provider.lower(), PROVIDERS, n=1)
-    hint = f" Did you mean '{similar[0]}:{model}'?" if similar else ""
+    hint = did_you_mean(provider.lower(), PROVIDERS, otherwise="", written=lambda known: f"{known}:{model}")
     raise ConfigError(
         f"teacher={name!r}: there is no provider {provider!r} and no folder of this name. A teacher behind a service "
-        f"is named {_NAMES}.{hint}"
+        f"is named {_NAMES}. {hint}".rstrip()
     )
 
 

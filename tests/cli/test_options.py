@@ -78,7 +78,7 @@ class TestQuick:
             (["train", "--config", "r.yaml"], "num_chunks: ten", 2, "`num_chunks` is 'ten' (str)"),
             (["train", "--config", "r.yaml"], "model_name_or_path: runs/a/b", 1, "no model folder 'runs/a/b'"),
             (["{train}", "--dataset_name=./none"], "", 1, "no dataset folder './none' (`dataset_name`; looked in"),
-            (["train", "--config", "r.yaml"], "dataset_name: demo:problem", 2, "Did you mean 'demo:problems'?"),
+            (["train", "--config", "r.yaml"], "dataset_name: demo:problem", 2, "Did you mean `demo:problems`?"),
             (["cost", "--config", "r.yaml"], "dataset_name: none.jsonl", 1, "no dataset file 'none.jsonl'"),
             (
                 ["{train}", "--config", "r.yaml"],

@@ -391,7 +391,7 @@ class TestMain:
             ({"dataset_name": ..., "datasets": [{"path": "x.jsonl"}]}, DataError, "no dataset file 'x.jsonl'"),
             ({"prompt_template": "maths"}, ConfigError, "`prompt_template` is 'maths'"),
             ({"resume_from_checkpoint": True}, DataError, "'out' holds neither a complete checkpoint nor"),
-            ({"dataset_name": "benchmark:math_50"}, ConfigError, "Did you mean 'math_500'"),
+            ({"dataset_name": "benchmark:math_50"}, ConfigError, "Did you mean `math_500`"),
             ({"dataset_name": "benchmark:math_500", "dataset_streaming": True}, ConfigError, "are not streamed"),
             ({"dataset_train_split": "training"}, DataError, "no split 'training'.*`dataset_train_split`"),
             ({"do_eval": True, "dataset_test_split": "dev"}, DataError, "no split 'dev'.*`dataset_test_split`"),

@@ -196,7 +196,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
-            ("antropic:claude-haiku-4-5", "Did you mean 'anthropic:claude-haiku-4-5'?"),
+            ("antropic:claude-haiku-4-5", "Did you mean `anthropic:claude-haiku-4-5`?"),
             ("claude:claude-haiku-4-5", "no provider 'claude'"),
             ("http://127.0.0.1:8000/v1", "no provider 'http'"),
             ("openai:", "no model"),

@@ -118,7 +118,7 @@ class TestStudents:
         ("files", "name", "message"),
         [
             ([], "runs/student", "no such folder. The name was looked up on the Hub"),
-            (["runs/demo/config.json"], "runs/demos", "'runs' is here and has no 'demos'.*Did you mean 'runs/demo'"),
+            (["runs/demo/config.json"], "runs/demos", "'runs' is here and has no 'demos'.*Did you mean `runs/demo`"),
             (["runs/a/notes.txt"], "runs/a", "holds no model"),
             (["runs/checkpoint-4/config.json"], "runs", "Name one of its checkpoints: checkpoint-4"),
             (["runs/a/config.json"], "runs/a", "Check that the folder is a complete model"),

@@ -1,0 +1,52 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What every command does with a recipe before the slow imports: refuse mistyped options, and prepare the process."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import LOADED, apply_env, check_arguments, check_paths, split_config, stray_word
+from omniopd_trl.errors import ConfigError
+
+
+def with_recipe(command: str, config: str | None, rest: Sequence[str]) -> list[str]:
+    """The command line for the parser of recipes.
+
+    Args:
+        command: name of the command, for the message.
+        config: value of `--config`.
+        rest: options of the training command.
+
+    Raises:
+        ConfigError: without a recipe, or for a word that belongs to no option.
+    """
+    if rest and not rest[0].startswith("-"):
+        raise stray_word(rest[0])
+    if config is None:
+        raise ConfigError(f"`omniopd {command}` needs a recipe: add `--config RECIPE.yaml`.")
+    return ["--config", config, *rest]
+
+
+def open_recipe(arguments: Sequence[str], paths: Iterable[str] = LOADED) -> tuple[list[str], dict[str, Any]]:
+    """Check a command line and its recipe, set the recipe's environment, and hide messages of other packages.
+
+    Neither torch nor TRL is imported: a mistyped option is refused in less than a second.
+
+    Args:
+        arguments: the command line.
+        paths: names of the options whose paths must exist.
+
+    Returns:
+        The command line as the parser reads it, and the recipe; an empty one without `--config`.
+
+    Raises:
+        ConfigError: for an unknown option, or a recipe that cannot be used.
+        DataError: for a path that does not exist.
+    """
+    arguments = split_config(arguments)
+    recipe = check_arguments(arguments)
+    check_paths(arguments, recipe, paths)
+    apply_env(recipe)
+    filter_noise(arguments, recipe)
+    return arguments, recipe
