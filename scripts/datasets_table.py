@@ -9,7 +9,7 @@ python -m scripts.datasets_table --check   # exit 1 if the page is out of date
 import sys
 from pathlib import Path
 
-from omniopd_trl.data.benchmarks import BENCHMARKS
+from omniopd_trl.data.sets import BENCHMARKS
 from scripts.pages import update
 
 PAGE = Path(__file__).parents[1] / "docs" / "datasets.md"

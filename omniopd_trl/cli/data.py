@@ -63,7 +63,7 @@ def list_sets() -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from omniopd_trl.data.benchmarks import BENCHMARKS
+    from omniopd_trl.data.sets import BENCHMARKS
 
     name_width = max(map(len, BENCHMARKS))
     columns = (Column("name", min_width=name_width), "purpose", "scored by", Column("source", overflow="fold"))

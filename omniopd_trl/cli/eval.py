@@ -3,15 +3,14 @@
 """`omniopd eval`: pass@1 of a model or a teacher on a set of problems, and the comparison of two results."""
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import check_arguments, check_paths, positive_int, settings_of, split_config, stray_word
+from omniopd_trl.cli.opening import open_recipe
+from omniopd_trl.cli.options import positive_int, settings_of, stray_word
 from omniopd_trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,11 +105,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         ("dataset_test_split", options.split),
     ):
         arguments += [] if value is None else [f"--{name}", value]
-    arguments = split_config(arguments)
-    recipe = check_arguments(arguments)
-    check_paths(arguments, recipe, ("model_name_or_path", "dataset_name"))
+    arguments, recipe = open_recipe(arguments, ("model_name_or_path", "dataset_name"))
     explicit = settings_of(arguments, recipe, ("use_cpu", "dtype", "dataset_test_split", *_VLLM))
-    filter_noise(arguments, recipe)
 
     from omniopd_trl.cli.recipe import parse_args
 
@@ -177,20 +173,15 @@ def _is_true(value: Any) -> bool:
 
 
 def _problems(name: str, config: str | None, split: str | None, limit: int | None, template: str | None) -> "Dataset":
-    from omniopd_trl.data.datasets import get_split, load_dataset_or_files
+    from omniopd_trl.data.benchmarks import BENCHMARK, BENCHMARKS, GYM, load_benchmark
+    from omniopd_trl.data.datasets import get_split, load_dataset_or_files, only_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
-    if importlib.util.find_spec("omniopd_trl.data.benchmarks") is not None:  # sets by name
-        benchmarks = importlib.import_module("omniopd_trl.data.benchmarks")
-        known = name.removeprefix("benchmark:").partition("@")[0]
-        if known in benchmarks.BENCHMARKS or name.startswith(("benchmark:", "reasoning_gym:")):
-            problems: Dataset = benchmarks.load_benchmark(name, split=split, limit=limit)
-            return problems
+    if name.partition("@")[0] in BENCHMARKS or name.startswith((BENCHMARK, GYM)):
+        return load_benchmark(name, split=split, limit=limit)
     template = None if template is None else resolve_template(template)
     splits = load_dataset_or_files(name, config)
-    if split is None:
-        split = next(iter(splits)) if len(splits) == 1 else "test"
-    problems = get_split(splits, split, "--split")
+    problems = get_split(splits, split or only_split(splits, "test"), "--split")
     if limit is not None:
         problems = problems.select(range(min(limit, len(problems))))
     return prepare_prompts(problems, template)

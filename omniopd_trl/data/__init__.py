@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets: loading, prompt templates, and checks before training."""
 
-from omniopd_trl.data.benchmarks import BENCHMARKS, load_benchmark
+from omniopd_trl.data.benchmarks import load_benchmark
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import (
     column_names,
@@ -12,6 +12,7 @@ from omniopd_trl.data.datasets import (
     named_datasets,
 )
 from omniopd_trl.data.prompts import PROMPT_TEMPLATES, QUESTION_COLUMNS, prepare_prompts, resolve_template
+from omniopd_trl.data.sets import BENCHMARKS
 
 __all__ = [
     "BENCHMARKS",

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Named training and evaluation sets: where each comes from, its license, its columns, and what is left out."""
+"""Load named training and evaluation sets, local files of problems, and procedural problems.
 
-import difflib
+The table of the sets is in [`sets`].
+"""
+
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qsl
 
 import yaml
@@ -16,18 +16,13 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from datasets.fingerprint import Hasher
 
 from omniopd_trl.data.checks import check_dataset
-from omniopd_trl.data.datasets import get_split, load_dataset_or_files
+from omniopd_trl.data.datasets import get_split, load_dataset_or_files, only_split
 from omniopd_trl.data.prompts import QUESTION_COLUMNS, prepare_prompts, resolve_template
-from omniopd_trl.errors import ConfigError, DataError, first_line, import_extra
+from omniopd_trl.data.sets import BENCHMARKS, STDIN, Benchmark, Row
+from omniopd_trl.errors import ConfigError, DataError, did_you_mean, first_line, import_extra
 
 BENCHMARK = "benchmark:"
 GYM = "reasoning_gym:"
-
-# Python's limit for the conversion of text to a whole number.
-_LONG_NUMBER = re.compile(r"\d{4301}")
-
-Row = dict[str, Any]
-Scorer = Literal["math", "code", "reasoning_gym"]
 
 # Part of the fingerprint of what is loaded. Raise it when the same rows become other prompts, answers or tests:
 # `datasets` would reuse what an earlier version cached.
@@ -50,52 +45,10 @@ CODE_TEMPLATE = (
     "Solve the following programming problem in Python. {task} Put the whole program into one block that starts with "
     "```python.\n\n{question}"
 )
-_STDIN = "Read the input from standard input and write the output to standard output."
 GYM_TEMPLATE = (
     "{question}\n\nThe last line of your response should be of the form Answer: $Answer (without quotes) where "
     "$Answer is the answer to the problem."
 )
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One set of the table.
-
-    Attributes:
-        source: id on the Hub.
-        split: the split that is loaded by default.
-        purpose: whether it is a set to train on or to evaluate on.
-        scorer: what scores its answers: `math` reads `answer`, `code` reads `tests`.
-        license: license that the source states, or `"not stated"`.
-        columns: columns that are read. A set without one of them is refused.
-        row: function of a row that returns `question` or `prompt`, and `answer` or `tests`.
-        id: column that names a problem. `None` for its number.
-        config: configuration on the Hub.
-        revision: branch on the Hub.
-        folder: folder in the repository.
-        keep: function of `kept_by` that returns whether a row is part of the set. The others are left out.
-        kept_by: columns that `keep` gets.
-        left_out: what `keep` leaves out, in words.
-        sample: number of problems that are drawn with a fixed seed. `None` for all.
-        unique: `"COLUMN.KEY"` whose repetitions are left out.
-    """
-
-    source: str
-    split: str
-    purpose: Literal["training", "evaluation"]
-    scorer: Scorer
-    license: str
-    columns: tuple[str, ...]
-    row: Callable[[Row], Row]
-    id: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    folder: str | None = None
-    keep: Callable[..., bool] | None = None
-    kept_by: tuple[str, ...] = field(default=())
-    left_out: str = ""
-    sample: int | None = None
-    unique: str | None = None
 
 
 def load_benchmark(name: str, split: str | None = None, limit: int | None = None) -> Dataset:
@@ -135,7 +88,7 @@ def load_benchmark(name: str, split: str | None = None, limit: int | None = None
         return _load(known, BENCHMARKS[known], split, limit, path)
     if "/" not in name and "." not in name:
         raise ConfigError(
-            f"There is no set {name!r}. {_advice(name, BENCHMARKS)} A local file of your own is named with its "
+            f"There is no set {name!r}. {did_you_mean(name, BENCHMARKS)} A local file of your own is named with its "
             "ending (`problems.jsonl`), a folder with a slash (`./problems`)."
         )
     return _load_files(name, split, limit)
@@ -195,9 +148,7 @@ def questions_of(name: str, split: str | None, default: str) -> list[str]:
     if name.partition("@")[0] in BENCHMARKS:
         return list(load_benchmark(name, split)["question"])
     splits = load_dataset_or_files(name)
-    if split is None:
-        split = next(iter(splits)) if len(splits) == 1 else default
-    dataset = prepare_prompts(get_split(splits, split, "split"))
+    dataset = prepare_prompts(get_split(splits, split or only_split(splits, default), "split"))
     check_dataset(dataset, name)
     column = next(column for column in (*QUESTION_COLUMNS, "prompt") if column in dataset.column_names)
     return [
@@ -208,16 +159,10 @@ def questions_of(name: str, split: str | None, default: str) -> list[str]:
     ]
 
 
-def _advice(name: str, known: Iterable[str]) -> str:
-    similar = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {similar[0]!r}?" if similar else f"There are {', '.join(known)}."
-
-
 def _load(name: str, benchmark: Benchmark, split: str | None, limit: int | None, path: str) -> Dataset:
     if path:
         splits = load_dataset_or_files(path)
-        if split is None and len(splits) == 1:
-            split = next(iter(splits))  # a single file is the split `train`, whatever it holds
+        split = split or only_split(splits, benchmark.split)
     else:
         try:
             splits = load_dataset_or_files(
@@ -248,9 +193,9 @@ def _load(name: str, benchmark: Benchmark, split: str | None, limit: int | None,
 
 def _select(name: str, benchmark: Benchmark, dataset: Dataset, limit: int | None) -> Dataset:
     """The rows that belong to the set. Only the columns that decide are read."""
-    if benchmark.keep is not None:
-        columns = zip(*(dataset[column] for column in benchmark.kept_by), strict=True)
-        dataset = dataset.select([i for i, values in enumerate(columns) if benchmark.keep(*values)])
+    if benchmark.keep:
+        columns = zip(*(dataset[column] for column in benchmark.keep), strict=True)
+        dataset = dataset.select([i for i, values in enumerate(columns) if benchmark.keeps(*values)])
     if benchmark.unique is not None:
         column, key = benchmark.unique.split(".")
         numbers: dict[Any, int] = {}
@@ -265,7 +210,7 @@ def _select(name: str, benchmark: Benchmark, dataset: Dataset, limit: int | None
 def _problem(row: Row, index: int, name: str, benchmark: Benchmark) -> Row:
     """A row of the set in our columns."""
     try:
-        problem = benchmark.row(row)
+        problem = benchmark.read(row)
         for column in problem:
             if problem[column] in (None, ""):
                 raise ValueError(f"there is no {column}")
@@ -276,16 +221,14 @@ def _problem(row: Row, index: int, name: str, benchmark: Benchmark) -> Row:
         ) from error
     if "prompt" not in problem:
         template = CODE_TEMPLATE if benchmark.scorer == "code" else resolve_template("math")
-        text = template.replace("{task}", problem.pop("task", _STDIN)).replace("{question}", problem["question"])
+        text = template.replace("{task}", problem.pop("task", STDIN)).replace("{question}", problem["question"])
         problem["prompt"] = [{"role": "user", "content": text}]
     return problem | {"id": str(index if benchmark.id is None else row[benchmark.id]), "source": name}
 
 
 def _load_files(name: str, split: str | None, limit: int | None) -> Dataset:
     splits = load_dataset_or_files(name)
-    if split is None:
-        split = next(iter(splits)) if len(splits) == 1 else "test"
-    dataset = get_split(splits, split, "split")
+    dataset = get_split(splits, split or only_split(splits, "test"), "split")
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     questions = [column for column in ("prompt", *QUESTION_COLUMNS) if column in dataset.column_names]
@@ -300,7 +243,7 @@ def _load_files(name: str, split: str | None, limit: int | None) -> Dataset:
             "nothing can be scored without. Rename the column that holds the right answer."
         )
     is_code = "tests" in dataset.column_names
-    template = CODE_TEMPLATE.replace("{task}", _STDIN) if is_code else "math"
+    template = CODE_TEMPLATE.replace("{task}", STDIN) if is_code else "math"
     dataset = prepare_prompts(dataset, None if questions[0] == "prompt" else template)
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])
@@ -342,7 +285,7 @@ def make_gym_dataset(task: str, options: Mapping[str, Any]) -> Any:
     """
     gym = import_extra("reasoning_gym", "gym")
     if task not in gym.factory.DATASETS:
-        raise ConfigError(f"reasoning_gym has no task {task!r}. {_advice(task, gym.factory.DATASETS)}")
+        raise ConfigError(f"reasoning_gym has no task {task!r}. {did_you_mean(task, gym.factory.DATASETS)}")
     try:
         return gym.create_dataset(task, **options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -385,288 +328,3 @@ def _gym_problems(name: str, split: str, limit: int | None) -> Dataset:
         if limit is not None and len(rows) == limit:
             break
     return Dataset.from_list(rows)
-
-
-# The table
-
-
-def _math(question: str, answer: str) -> Callable[[Row], Row]:
-    return lambda row: {"question": row[question].strip(), "answer": str(row[answer]).strip()}
-
-
-def make_tests(inputs: Sequence[Any], outputs: Sequence[Any], fn_name: str | None = None) -> str:
-    """Tests of a program as JSON text.
-
-    Args:
-        inputs: standard inputs; with `fn_name`, lists of arguments.
-        outputs: the outputs or results that belong to them.
-        fn_name: function to call. `None` for a program that reads standard input.
-
-    Raises:
-        ValueError: when there are none, or not as many outputs as inputs.
-    """
-    if len(inputs) != len(outputs) or not inputs:
-        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
-    return json.dumps({"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": fn_name} if fn_name else {}))
-
-
-def _input_output(text: str) -> dict[str, Any]:
-    """The tests of APPS, TACO and Eurus: JSON text with `inputs`, `outputs`, and perhaps `fn_name`."""
-    tests = json.loads(text)
-    return {
-        "tests": make_tests(tests["inputs"], tests["outputs"], tests.get("fn_name")),
-        "task": f"Write the function `{tests['fn_name']}`." if tests.get("fn_name") else _STDIN,
-    }
-
-
-def _apps(row: Row) -> Row:
-    starter = row["starter_code"] or ""
-    begin = f"\n\nStart with this code:\n```python\n{starter.strip()}\n```" if starter.strip() else ""
-    return {"question": row["question"].strip() + begin, **_input_output(row["input_output"])}
-
-
-def _has_tests(text: str | None) -> bool:
-    """Whether there are tests that can be read. A few functions have results of more digits than Python converts."""
-    if not text or text in ("{}", "null") or '"inputs": []' in text[:100]:
-        return False
-    if _LONG_NUMBER.search(text):
-        try:
-            json.loads(text)
-        except ValueError:
-            return False
-    return True
-
-
-def _code_contests(row: Row) -> Row:
-    tests = [row[name] for name in ("public_tests", "private_tests", "generated_tests")]
-    return {
-        "question": row["description"].strip(),
-        "tests": make_tests(
-            [i for test in tests for i in test["input"]], [o for test in tests for o in test["output"]]
-        ),
-    }
-
-
-def _codeforces(row: Row) -> Row:
-    parts = [row["description"].strip()]
-    for title, text in (("Input", row["input_format"]), ("Output", row["output_format"]), ("Note", row["note"])):
-        parts += [f"{title}\n{text.strip()}"] if text else []
-    parts += [f"Example input\n{e['input']}\nExample output\n{e['output']}" for e in row["examples"] or []]
-    tests = row["official_tests"]
-    return {
-        "question": "\n\n".join(parts),
-        "tests": make_tests([test["input"] for test in tests], [test["output"] for test in tests]),
-    }
-
-
-def _eurus(row: Row) -> Row:
-    # The system message describes the actions of the set's own agent.
-    messages = [message for message in row["prompt"] if message["role"] != "system"]
-    problem = {
-        "prompt": [{"role": message["role"], "content": message["content"].strip()} for message in messages],
-        "question": messages[-1]["content"].strip(),
-    }
-    truth = row["reward_model"]["ground_truth"]
-    if row["ability"] == "math":
-        return problem | {"answer": str(truth)}
-    return problem | {"tests": _input_output(truth)["tests"]}
-
-
-_EURUS = partial(
-    Benchmark,
-    source="PRIME-RL/Eurus-2-RL-Data",
-    license="MIT",
-    columns=("data_source", "prompt", "ability", "reward_model"),
-    row=_eurus,
-)
-
-
-def _eurus_validation(category: str) -> Benchmark:
-    """The paper's way: 100 random validation problems of a category."""
-    return _EURUS(
-        split="validation",
-        purpose="evaluation",
-        scorer="code",
-        keep=lambda source, model: source == category and _has_tests(model["ground_truth"]),
-        kept_by=("data_source", "reward_model"),
-        left_out=f"other categories than {category}",
-        sample=100,
-    )
-
-
-def _dapo_question(row: Row) -> Row:
-    messages = [{"role": message["role"], "content": message["content"].strip()} for message in row["prompt"]]
-    truth = row["reward_model"]["ground_truth"]
-    return {"prompt": messages, "question": messages[-1]["content"], "answer": str(truth)}
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "dapo_math_17k": Benchmark(
-        source="open-r1/DAPO-Math-17k-Processed",
-        config="en",
-        split="train",
-        purpose="training",
-        scorer="math",
-        license="Apache-2.0",
-        columns=("prompt", "solution"),
-        row=_math("prompt", "solution"),
-        left_out="problems in Chinese (the configuration `en`)",
-    ),
-    "dapo_math_17k_original": Benchmark(
-        source="BytedTsinghua-SIA/DAPO-Math-17k",
-        split="train",
-        purpose="training",
-        scorer="math",
-        license="Apache-2.0",
-        columns=("prompt", "reward_model", "extra_info"),
-        row=_dapo_question,
-        unique="extra_info.index",
-        left_out="repetitions of an `extra_info.index`: nearly all of 1.8 million rows",
-    ),
-    "eurus_math": _EURUS(
-        split="train",
-        purpose="training",
-        scorer="math",
-        keep=lambda ability: ability == "math",
-        kept_by=("ability",),
-        left_out="code, and the system message of PRIME's agent",
-    ),
-    "eurus_code": _EURUS(
-        split="train",
-        purpose="training",
-        scorer="code",
-        keep=lambda ability, model: ability == "code" and _has_tests(model["ground_truth"]),
-        kept_by=("ability", "reward_model"),
-        left_out="mathematics, numbers of more than 4,300 digits, and the system message of PRIME's agent",
-    ),
-    "aime_2024": Benchmark(
-        source="HuggingFaceH4/aime_2024",
-        split="train",
-        purpose="evaluation",
-        scorer="math",
-        license="not stated",
-        columns=("id", "problem", "answer"),
-        row=_math("problem", "answer"),
-        id="id",
-    ),
-    "aime_2025": Benchmark(
-        source="math-ai/aime25",
-        split="test",
-        purpose="evaluation",
-        scorer="math",
-        license="Apache-2.0",
-        columns=("problem", "answer", "id"),
-        row=_math("problem", "answer"),
-        id="id",
-    ),
-    "amc_2023": Benchmark(
-        source="math-ai/amc23",
-        split="test",
-        purpose="evaluation",
-        scorer="math",
-        license="not stated",
-        columns=("question", "answer", "id"),
-        row=_math("question", "answer"),
-        id="id",
-    ),
-    "math_500": Benchmark(
-        source="HuggingFaceH4/MATH-500",
-        split="test",
-        purpose="evaluation",
-        scorer="math",
-        license="MIT",
-        columns=("problem", "answer", "unique_id"),
-        row=_math("problem", "answer"),
-        id="unique_id",
-    ),
-    "olympiad_bench": Benchmark(
-        source="Hothan/OlympiadBench",
-        config="OE_TO_maths_en_COMP",
-        split="train",
-        purpose="evaluation",
-        scorer="math",
-        license="Apache-2.0",
-        columns=("id", "question", "final_answer", "language", "modality", "question_type", "error"),
-        row=lambda row: {"question": row["question"].strip(), "answer": ", ".join(row["final_answer"])},
-        id="id",
-        keep=lambda language, modality, kind, error: (
-            language == "English" and modality == "Text-only" and kind == "Open-ended" and not error
-        ),
-        kept_by=("language", "modality", "question_type", "error"),
-        left_out="proofs, other languages than English, problems with images, problems marked as erroneous",
-    ),
-    "apps": Benchmark(
-        source="codeparrot/apps",
-        revision="refs/convert/parquet",
-        folder="all",
-        split="test",
-        purpose="evaluation",
-        scorer="code",
-        license="MIT",
-        columns=("problem_id", "question", "input_output", "starter_code"),
-        row=_apps,
-        id="problem_id",
-        keep=_has_tests,
-        kept_by=("input_output",),
-        left_out="problems without tests, or with numbers of more than 4,300 digits",
-    ),
-    "code_contests": Benchmark(
-        source="deepmind/code_contests",
-        split="test",
-        purpose="evaluation",
-        scorer="code",
-        license="CC BY 4.0",
-        columns=("name", "description", "public_tests", "private_tests", "generated_tests", "input_file"),
-        row=_code_contests,
-        id="name",
-        keep=lambda file: not file,
-        kept_by=("input_file",),
-        left_out="problems that read a file",
-    ),
-    "taco": Benchmark(
-        source="BAAI/TACO",
-        folder="ALL",
-        split="test",
-        purpose="evaluation",
-        scorer="code",
-        license="Apache-2.0",
-        columns=("question", "starter_code", "input_output"),
-        row=_apps,
-        keep=_has_tests,
-        kept_by=("input_output",),
-        left_out="problems without tests, or with numbers of more than 4,300 digits",
-    ),
-    "codeforces": Benchmark(
-        source="open-r1/codeforces",
-        split="test",
-        purpose="evaluation",
-        scorer="code",
-        license="CC BY 4.0",
-        columns=(
-            *("id", "description", "input_format", "output_format", "interaction_format", "note", "examples"),
-            *("official_tests", "official_tests_complete", "input_mode", "generated_checker"),
-        ),
-        row=_codeforces,
-        id="id",
-        keep=lambda mode, complete, interaction, checker: (
-            mode == "stdio" and bool(complete) and not interaction and not checker
-        ),
-        kept_by=("input_mode", "official_tests_complete", "interaction_format", "generated_checker"),
-        left_out="incomplete tests, several right outputs (a checker), interaction, files",
-    ),
-    "humaneval": Benchmark(
-        source="openai/openai_humaneval",
-        split="test",
-        purpose="evaluation",
-        scorer="code",
-        license="MIT",
-        columns=("task_id", "prompt", "test", "entry_point"),
-        row=lambda row: {
-            "question": f"```python\n{row['prompt'].rstrip()}\n```",
-            "task": f"Complete the function `{row['entry_point']}`, and repeat its signature.",
-            "tests": json.dumps({"check": row["test"], "entry_point": row["entry_point"]}),
-        },
-        id="task_id",
-    ),
-    **{f"eurus_{name}_100": _eurus_validation(name) for name in ("apps", "codecontests", "taco", "codeforces")},
-}

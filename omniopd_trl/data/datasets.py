@@ -116,6 +116,11 @@ def get_split(splits: Mapping[str, Any], split: str, option: str) -> Any:
     return splits[split]
 
 
+def only_split(splits: Mapping[str, Any], otherwise: str) -> str:
+    """The name of the only split, or `otherwise` if there are several. A single file is `train`, whatever it holds."""
+    return next(iter(splits)) if len(splits) == 1 else otherwise
+
+
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The column names. A stream without declared columns is read up to its first row; an empty one gives `[]`.
 

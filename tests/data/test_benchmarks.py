@@ -338,7 +338,7 @@ def test_own_file(write):
 
 def test_unknown_names():
     """A mistyped name gets a suggestion, and is not looked up on the Hub."""
-    with pytest.raises(ConfigError, match=r"no set 'math500'\. Did you mean 'math_500'"):
+    with pytest.raises(ConfigError, match=r"no set 'math500'\. Did you mean `math_500`"):
         load_benchmark("math500")
     with pytest.raises(ConfigError, match="There are dapo_math_17k, "):
         load_benchmark("xyz")
@@ -370,7 +370,7 @@ class TestReasoningGym:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("reasoning_gym:chain_sums", "no task 'chain_sums'. Did you mean 'chain_sum'"),
+            ("reasoning_gym:chain_sums", "no task 'chain_sums'. Did you mean `chain_sum`"),
             ("reasoning_gym:chain_sum?terms=2", "unexpected keyword argument 'terms'"),
             ("reasoning_gym:chain_sum?min_terms=-1", "cannot create 'chain_sum' with {'min_terms': -1"),
             ("reasoning_gym:chain_sum?min_terms", "Options of a task are"),

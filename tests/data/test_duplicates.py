@@ -9,8 +9,8 @@ import time
 import pytest
 
 from omniopd_trl.cli.main import main
-from omniopd_trl.data.benchmarks import BENCHMARKS
 from omniopd_trl.data.duplicates import NearDuplicate, near_duplicates
+from omniopd_trl.data.sets import BENCHMARKS
 
 PROBLEM = "Let $a$ and $b$ be positive integers with $a + b = 10$. Find the largest value of the product $ab$."
 OTHER = "A train leaves the station at noon and travels 60 miles per hour. How far does it go in three hours?"
