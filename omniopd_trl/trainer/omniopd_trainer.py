@@ -23,7 +23,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
@@ -32,8 +31,7 @@ from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
-from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.recorder import Recorder, save_tokenizer
+from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
@@ -43,11 +41,9 @@ from omniopd_trl.teachers.load import is_export
 from omniopd_trl.trainer.audit_table import AuditTable
 from omniopd_trl.trainer.batches import TOKEN_KEYS, group_by_length, has_ended, rows_by_length
 from omniopd_trl.trainer.callbacks import OnTrainBegin
-from omniopd_trl.trainer.checkpoints import unmark
-from omniopd_trl.trainer.distributed import Failure, stop, together
+from omniopd_trl.trainer.distributed import Failure, together
 from omniopd_trl.trainer.evaluation import Evaluates, student_scores, uncast
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
-from omniopd_trl.trainer.fingerprint import replay_key
 from omniopd_trl.trainer.generation import on_policy, sample_branches
 from omniopd_trl.trainer.hub import PushesToHub, open_repo
 from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
@@ -55,7 +51,7 @@ from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import plan
 from omniopd_trl.trainer.progress import use_readable_lines
-from omniopd_trl.trainer.recording import checkpoint_to_resume, recording, warn_about_separate_folders
+from omniopd_trl.trainer.recording import Records
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.startup import check_logits, check_student, no_gradient
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
@@ -76,7 +72,7 @@ logger = logging.get_logger(__name__)
 NEGLIGIBLE_WEIGHT = 1e-6
 
 
-class OmniOPDTrainer(PushesToHub, Evaluates):
+class OmniOPDTrainer(Records, PushesToHub, Evaluates):
     """
     Trainer for OmniOPD, a logit-free on-policy distillation method. The student samples its own solutions. At the
     tokens where the student is most uncertain, a teacher that returns only text samples continuations. The similarity
@@ -344,31 +340,6 @@ class OmniOPDTrainer(PushesToHub, Evaluates):
 
     # ---- Generation batch: trajectories -> entropy -> audits -> weights ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train the student, as [`~transformers.Trainer.train`] does.
-
-        Args:
-            resume_from_checkpoint: `True` continues from the last checkpoint in `output_dir`, or from step 0 if there
-                is none yet; a path continues from that checkpoint. Both replay what the journal holds from there on.
-                Otherwise the run starts over: it replays nothing, and what was spent before counts.
-
-        Raises:
-            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
-        """
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
-        self._reset_step(checkpoint)
-        if checkpoint:
-            self.objective.reference.load(Path(checkpoint), self.accelerator.unwrap_model(self.model))
-        try:
-            with self._recording(replay=bool(resume_from_checkpoint)):
-                warn_about_separate_folders(self.args, self.accelerator)
-                return super().train(checkpoint, *args, **kwargs)
-        finally:
-            self.is_in_train = False  # `Trainer` leaves it set when training is interrupted
-            self.step_audits.release()
-
     def _reset_step(self, checkpoint: str | None) -> None:
         """Reset the state within a step, since an earlier run in this process may have been interrupted."""
         self._step = 0
@@ -382,68 +353,12 @@ class OmniOPDTrainer(PushesToHub, Evaluates):
         self._last_loaded_step = -1  # see `evaluation_loop`
         self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
 
-    def _save_checkpoint(self, model, trial):
-        """Save a checkpoint. The trainer's state is written last and marks it as complete: remove an old one first."""
-        folder = self._checkpoint_folder()
-        if self.args.should_save:
-            unmark(folder)
-            if not self.args.save_only_model:
-                self.objective.reference.save(folder)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self._whole_checkpoint = folder.resolve()
-
-    def _save(self, output_dir=None, state_dict=None):
-        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin, which is pushed
-        try:
-            with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
-                super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-
-    def _save_rng_state(self, output_dir):
-        """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if not self.shuffle_dataset:
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
-
-    @contextmanager
-    def _recording(self, replay: bool = False) -> Iterator[None]:
-        """Context with an open journal, if `save_audits` is set. Every process has to enter it at the same point.
-
-        Args:
-            replay: whether records of earlier runs are replayed.
-        """
-        if not self.args.save_audits or self._recorder.journal is not None:
-            yield
-            return
-        with recording(self._recorder, self._replay_key(), self.teacher, self.args, self.accelerator, replay=replay):
-            if self.accelerator.is_main_process:
-                save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
-            try:
-                yield
-            finally:
-                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
-
-    def _replay_key(self) -> dict[str, Any]:
-        """The settings that the journal holds. Records of other settings are not replayed."""
-        return replay_key(
-            self.args,
-            self.train_dataset,
-            self.model,
-            self.teacher,
-            self.auditor.similarity,
-            self.step_audits.custom_weights,
-        )
 
     def _tokenize_prompts(self, prompts):
         # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style
@@ -650,21 +565,6 @@ class OmniOPDTrainer(PushesToHub, Evaluates):
         )
         usage = sum((audit.usage for audit in audits), Usage())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
-
-    def _stop(self, failure: Failure) -> Exception:
-        """Save a checkpoint and return the error to raise. Every process has to call it, or the others would wait."""
-        self.step_audits.cancel()  # spend nothing more
-        where = ""
-        if self.is_in_train:
-            # Do not overwrite a complete checkpoint of this step.
-            if self._whole_checkpoint != self._checkpoint_folder().resolve():
-                self._save_checkpoint(self.model, trial=None)
-            # A launcher ends all processes as soon as one has ended, and another may still be writing.
-            self.accelerator.wait_for_everyone()
-            where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
-        text = failure.text.rstrip()
-        end = "" if text.endswith((".", "!", "?", "…")) else "."
-        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{end}{where}")
 
     # ---- Loss and metrics ----
 

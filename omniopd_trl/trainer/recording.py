@@ -9,16 +9,18 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
+from trl import DistillationTrainer
 
 from omniopd_trl.errors import DataError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
-from omniopd_trl.journal.recorder import Recorder
+from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.teachers import Teacher
-from omniopd_trl.trainer.checkpoints import resume_point, state_of
-from omniopd_trl.trainer.distributed import on_every_process, raise_together
-from omniopd_trl.trainer.fingerprint import fingerprint
+from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
+from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop
+from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -121,3 +123,103 @@ def warn_about_separate_folders(args: OmniOPDConfig, accelerator: Accelerator) -
             "checkpoints are whole on the machine of process 0 only. Put `output_dir` on a file system that all "
             "machines share, or copy a checkpoint of process 0 to each of them before you resume."
         )
+
+
+class Records(DistillationTrainer):
+    """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train the student, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint: `True` continues from the last checkpoint in `output_dir`, or from step 0 if there
+                is none yet; a path continues from that checkpoint. Both replay what the journal holds from there on.
+                Otherwise the run starts over: it replays nothing, and what was spent before counts.
+
+        Raises:
+            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
+        """
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        self._reset_step(checkpoint)
+        if checkpoint:
+            self.objective.reference.load(Path(checkpoint), self.accelerator.unwrap_model(self.model))
+        try:
+            with self._recording(replay=bool(resume_from_checkpoint)):
+                warn_about_separate_folders(self.args, self.accelerator)
+                return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.is_in_train = False  # `Trainer` leaves it set when training is interrupted
+            self.step_audits.release()
+
+    def _save_checkpoint(self, model, trial):
+        """Save a checkpoint. The trainer's state is written last and marks it as complete: remove an old one first."""
+        folder = self._checkpoint_folder()
+        if self.args.should_save:
+            unmark(folder)
+            if not self.args.save_only_model:
+                self.objective.reference.save(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self._whole_checkpoint = folder.resolve()
+
+    def _save(self, output_dir=None, state_dict=None):
+        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin, which is pushed
+        try:
+            with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
+                super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def _save_rng_state(self, output_dir):
+        """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    @contextmanager
+    def _recording(self, replay: bool = False) -> Iterator[None]:
+        """Context with an open journal, if `save_audits` is set. Every process has to enter it at the same point.
+
+        Args:
+            replay: whether records of earlier runs are replayed.
+        """
+        if not self.args.save_audits or self._recorder.journal is not None:
+            yield
+            return
+        with recording(self._recorder, self._replay_key(), self.teacher, self.args, self.accelerator, replay=replay):
+            if self.accelerator.is_main_process:
+                save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
+            try:
+                yield
+            finally:
+                self.step_audits.cancel()  # audits write to the journal, so cancel them before it is closed
+
+    def _replay_key(self) -> dict[str, Any]:
+        """The settings that the journal holds. Records of other settings are not replayed."""
+        return replay_key(
+            self.args,
+            self.train_dataset,
+            self.model,
+            self.teacher,
+            self.auditor.similarity,
+            self.step_audits.custom_weights,
+        )
+
+    def _stop(self, failure: Failure) -> Exception:
+        """Save a checkpoint and return the error to raise. Every process has to call it, or the others would wait."""
+        self.step_audits.cancel()  # spend nothing more
+        where = ""
+        if self.is_in_train:
+            # Do not overwrite a complete checkpoint of this step.
+            if self._whole_checkpoint != self._checkpoint_folder().resolve():
+                self._save_checkpoint(self.model, trial=None)
+            # A launcher ends all processes as soon as one has ended, and another may still be writing.
+            self.accelerator.wait_for_everyone()
+            where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
+        text = failure.text.rstrip()
+        end = "" if text.endswith((".", "!", "?", "…")) else "."
+        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{end}{where}")
