@@ -320,6 +320,13 @@ def test_site_is_self_contained(tmp_path):
         assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", text), page
 
 
+def test_overview_lists_every_page():
+    """The overview names each guide: a reader of a clone, who has no navigation, finds all of them there."""
+    overview = (ROOT / "docs" / "index.md").read_text("utf-8")
+    missing = [page.name for page in ROOT.glob("docs/*.md") if f"]({page.name})" not in overview]
+    assert missing == ["index.md"], "Add the pages to the tables of docs/index.md."
+
+
 @pytest.mark.case("F6")
 def test_a_row_for_each_service():
     """Each service that users name has a row that says how it works, or that it does not."""

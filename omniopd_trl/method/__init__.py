@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The equations of the paper as pure functions, one file per equation. They depend on torch and numpy only."""
+"""The equations of the paper as pure functions, which depend on torch and numpy only.
+
+Eq. 3: `similarity`. Eqs. 4 and 5: `posterior`. Eq. 6: `entropy`. Eq. 7: `chunks`. Eq. 8: `loss`, with the posteriors
+as weights; `weights` has others. Not in the paper: `branches` and `importance`.
+"""
 
 from omniopd_trl.method.branches import Suffix, branch_weights, diversity, leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks

@@ -16,7 +16,7 @@ from omniopd_trl.errors import BudgetError, ConfigError, TeacherError
 from tests.support.ledgers import MemoryLedger
 
 PRICE = Price(1.0, 5.0, 0.1, 1.25)
-DOLLAR = Price(1e6, 1e6)  # a dollar a token, so that dollars are counted as tokens are
+DOLLAR = Price(1e6, 1e6)  # a dollar a token, so dollars are counted as tokens are
 
 
 async def turns(number=5):

@@ -148,7 +148,7 @@ class TestDates:
         return TablePrice(0, 0, provider="p", model="m").worst_cost(1_000_000, 0)
 
     def test_coming_price_counts(self, entries):
-        """A dearer price that begins within a day counts for the worst case; one in a month does not yet."""
+        """A higher price that begins within a day counts for the worst case; one in a month does not yet."""
         today = datetime.now(tz=UTC).date()
         entries[:] = [self.entry(1), self.entry(9, StartDateConstraint(today + timedelta(days=30)))]
         assert self.worst() == 1

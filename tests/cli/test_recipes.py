@@ -141,7 +141,7 @@ class TestPaper:
 
     @pytest.mark.parametrize("name", TABLE_1)
     def test_reported(self, name):
-        """The paper's number stands in the recipe and beside it on the page."""
+        """The paper's number is in the recipe and beside it on the page."""
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| [{name}]"))
         assert TABLE_1[name] in row
         assert TABLE_1[name] in text_of(name)

@@ -211,7 +211,7 @@ class TestLeave:
         assert process.stdout.split("\n") == ["a thread", "registered", ""]
 
     def test_one_process_ends_as_ever(self, tmp_path):
-        """So that the test above can fail."""
+        """Without this, the test above could not fail."""
         process = run_process(sys.executable, "-c", ABORTS, 0, cwd=tmp_path, env={"WORLD_SIZE": "1"})
         assert process.returncode == -signal.SIGABRT
         assert process.stdout.split("\n") == ["a thread", "registered", ""]

@@ -285,7 +285,7 @@ def reentrant(trainer: OmniOPDTrainer) -> bool | None:
 
 
 def be_away_between_uses(trainer: OmniOPDTrainer) -> None:
-    """Make the reference NaN wherever it rests, so that it can only be read where it was lent to.
+    """Make the reference NaN wherever it rests: it can then be read only where it was lent to.
 
     The device of these runs is the CPU, and a move to where a tensor is already is none. ZeRO-3 moves what it gathers
     itself, within one call: see `rests_on_cpu`.

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 FLOAT32_VALUE = 1e-4
 # A relative error of the norm. The gradient of the head sums up to 20,000 tokens.
 FLOAT32_GRADIENT = 1e-5
-# bf16: the divergence's kernel keeps logits in float32, so that its values are as exact as those of float32 inputs,
+# bf16: the divergence's kernel keeps logits in float32, so its values are as exact as those of float32 inputs,
 # but for the order in which tensor cores add.
 BF16_DIVERGENCE = 1e-3
 # The log-probabilities' kernel rounds the logits to bf16, by at most 2^-8 of a logit. To first order a log-probability
@@ -99,7 +99,7 @@ def states_and_head(
 
 
 def token_weights(case: Case, generator: torch.Generator) -> torch.Tensor:
-    """Another weight for each token, so that tokens that are mixed up show."""
+    """Another weight for each token, so tokens that are mixed up show."""
     return torch.rand(case.tokens, generator=generator, device=generator.device) + 0.5
 
 

@@ -662,7 +662,7 @@ def test_opening_reads_no_audits(tmp_path, monkeypatch):
 
 # ---- Other processes and threads ----
 
-# Importing takes seconds and writing milliseconds, so that one process imports and forks those that are killed.
+# Importing takes seconds and writing milliseconds, so one process imports and forks those that are killed.
 NURSERY = f"""
 import itertools, json, os, sys, time
 from omniopd_trl.journal.file import journal_path
@@ -883,7 +883,7 @@ def test_damaged_log(tmp_path, nursery):
     with closing(sqlite3.connect(path)) as db:
         db.execute(statement.strip("'"))
     with journal(tmp_path) as j:
-        assert j.trajectories(0) is not None  # what stood before the damage
+        assert j.trajectories(0) is not None  # what was before the damage
 
 
 def test_damage_is_left_alone(tmp_path):

@@ -87,7 +87,7 @@ def reference(
 @st.composite
 def arguments(draw: st.DrawFn) -> tuple[list[float], list[bool] | None, dict[str, Any]]:
     size = draw(st.integers(0, 60))
-    # Few distinct values, so that ties are common.
+    # Few distinct values, so ties are common.
     entropy = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]), min_size=size, max_size=size))
     mask = None
     if draw(st.booleans()):

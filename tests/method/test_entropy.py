@@ -83,7 +83,7 @@ def test_impossible_tokens_add_nothing() -> None:
 
 @pytest.mark.parametrize("row", [[float("nan"), 0.0], [-INF, -INF], [INF, 0.0]])
 def test_a_row_that_is_no_distribution_is_nan(row: list[float]) -> None:
-    """It is NaN, and only it, so that the caller can stop."""
+    """It is NaN, and only it, so the caller can stop."""
     result = token_entropy(torch.tensor([row, [0.0, 0.0]]))
     assert math.isnan(result[0])
     torch.testing.assert_close(result[1], torch.tensor(math.log(2)))

@@ -68,7 +68,7 @@ def largest_of_a_step(tmp_path, make_tiny_model) -> LargestTensor:
 def test_nothing_of_tokens_times_vocabulary(tmp_path, make_tiny_model):
     """Scoring, loss and backward of one trajectory hold nothing near a tensor of shape (T, V), not even a part of it.
 
-    20 of the 40 tokens are audited and 20 are not, so that logits of either part alone would be half of it. The
+    20 of the 40 tokens are audited and 20 are not, so logits of either part alone would be half of it. The
     largest things are the head and its gradient.
     """
     largest = largest_of_a_step(tmp_path, make_tiny_model)

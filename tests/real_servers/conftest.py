@@ -51,7 +51,7 @@ def teacher_dir(tmp_path_factory):
 
     Its tokenizer begins every text with a `bos`, which its template writes too, as Llama's does: a server that is not
     told would begin with two. Its folder holds defaults for sampling, which servers apply to whatever a request leaves
-    open. Its context is longer than what it was trained on, so that there is room for instructions.
+    open. Its context is longer than what it was trained on, so there is room for instructions.
     """
     from tokenizers import processors
     from transformers import AutoTokenizer

@@ -36,7 +36,7 @@ MISSED = 3
 
 
 class MissedUpdate(TrainerCallback):
-    """Weights are not sent at one step, so that there is a difference to measure."""
+    """Weights are not sent at one step, so there is a difference to measure."""
 
     def __init__(self, sync: FolderSync):
         self.sync = sync

@@ -296,7 +296,7 @@ def test_settings_of_the_sampling_reach_the_engine(trainer_of, student_dir, name
     """Each leaves one choice: token for token what transformers writes without any. So does another end of a turn."""
     tokenizer = AutoTokenizer.from_pretrained(student_dir, padding_side="left")
     penalty = 1.3 if name == "repetition_penalty" else 1.0
-    if name == "end":  # a text of the student's, so that the engine's own tokenizer would continue
+    if name == "end":  # a text of the student's, so the engine's own tokenizer would continue
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode(".")[-1])
     trainer = trainer_of(
         temperature=2.0, processing_class=tokenizer, repetition_penalty=penalty, **GREEDY.get(name, {"top_k": 1})

@@ -67,7 +67,7 @@ class Odd:
 
     @property
     def is_charged(self) -> bool:
-        """Whether the service may charge for it, so that it has to be counted, once."""
+        """Whether the service may charge for it, so it has to be counted, once."""
         return self.fault.how in ("drop", "cut") or self.fault.status in CHARGED
 
 

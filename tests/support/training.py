@@ -170,6 +170,32 @@ def kept_log_mass(logp: torch.Tensor, token: int, args: OmniOPDConfig) -> torch.
     return logp[sorted({*kept, *(v for v in order if probabilities[v] >= probabilities[token])})].logsumexp(0)
 
 
+def cut_rollouts(prompt: Any, before: str, text: str, length: int, tokenizer: Any, number: int) -> list[str]:
+    """The teacher's rollouts in the place of the student's `text`, cut to as many tokens as its chunk has.
+
+    A rollout is cut as if the white space before it were the chunk's. The tokens of these students are random, so the
+    tokens of a chunk's text differ from those of the chunk.
+    """
+    space = text[: len(text) - len(text.lstrip())] if text.strip() else None
+    rollouts = []
+    for i in range(number):
+        rollout = script(Prefix(prompt, before), i)
+        rollout = rollout if space is None else space + rollout.lstrip()
+        rollouts.append(tokenizer.decode(tokenizer(rollout, add_special_tokens=False)["input_ids"][:length]))
+    return rollouts
+
+
+def normalized(
+    chunk_sum: torch.Tensor, kl_sum: Any, num_audited: int, num_unaudited: int, num_rows: int, args: OmniOPDConfig
+) -> torch.Tensor:
+    """Eq. 8 from the sums of its terms."""
+    if args.loss_normalization == "tokens":
+        return (chunk_sum + args.beta * kl_sum) / (num_audited + num_unaudited)
+    if args.loss_normalization == "sum":
+        return (chunk_sum + args.beta * kl_sum) / num_rows
+    return chunk_sum / num_audited + args.beta * kl_sum / num_unaudited
+
+
 def dense_objective(
     student: torch.nn.Module,
     reference: torch.nn.Module,
@@ -216,15 +242,7 @@ def dense_objective(
             end = start + chunk_length
             before = tokenizer.decode(completion[:start], skip_special_tokens=True).rstrip("\ufffd")
             text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
-            # A rollout is cut as if the white space before it were the chunk's. The tokens of these students are
-            # random, so the tokens of a chunk's text differ from those of the chunk.
-            space = text[: len(text) - len(text.lstrip())] if text.strip() else None
-            rollouts = []
-            for i in range(args.num_rollouts):
-                rollout = script(Prefix(prompt, before), i)
-                rollout = rollout if space is None else space + rollout.lstrip()
-                ids = tokenizer(rollout, add_special_tokens=False)["input_ids"]
-                rollouts.append(tokenizer.decode(ids[:chunk_length]))
+            rollouts = cut_rollouts(prompt, before, text, chunk_length, tokenizer, args.num_rollouts)
             prior = math.exp(token_logp[start:end].detach().mean().item())
             k_sem = sum(similarity(text, rollout) for rollout in rollouts)
             posterior = (k_sem + args.prior_strength * prior) / (args.num_rollouts + args.prior_strength)
@@ -246,12 +264,7 @@ def dense_objective(
         num_audited += int(audited.sum())
         num_unaudited += int((~audited).sum())
 
-    if args.loss_normalization == "tokens":
-        loss = (chunk_sum + args.beta * kl_sum) / (num_audited + num_unaudited)
-    elif args.loss_normalization == "sum":
-        loss = (chunk_sum + args.beta * kl_sum) / len(batch["prompts"])
-    else:
-        loss = chunk_sum / num_audited + args.beta * kl_sum / num_unaudited
+    loss = normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args)
     metrics = {
         "chunk_loss": plain_chunk_sum / num_audited,
         "kl/unaudited": kl_sum.item() / num_unaudited,

@@ -335,7 +335,7 @@ class TestClaude:
         assert sent.body["top_p"] == 0.9
 
     def test_empty_prefix(self):
-        """An empty turn is refused, so that none is sent."""
+        """An empty turn is refused, so none is sent."""
         _, (sent,) = exchange("anthropic:claude-haiku-4-5", Prefix("3 + 4", "\n"), answer=wire.anthropic, path="")
         assert sent.body["messages"] == [{"role": "user", "content": "3 + 4"}]
 

@@ -20,21 +20,21 @@ from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method import Suffix
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
-from omniopd_trl.teachers import Prefix
 from omniopd_trl.trainer import objective
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
-from tests.support.objective import LORA, load
+from tests.support.objective import LORA, compare, load
 from tests.support.teachers import Here, Remote
 from tests.support.training import (
     FOUR_MICRO_BATCHES,
     FOUR_STEPS,
     RecordingTrainer,
+    cut_rollouts,
     kept_log_mass,
     make_trainer,
+    normalized,
     perturb,
     questions,
-    script,
     similarity,
     step_and_gradient,
     trainable,
@@ -91,14 +91,8 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
                 continue
             values = []
             for text in texts:
-                space = text[: len(text) - len(text.lstrip())] if text.strip() else None
-                total = 0.0
-                for i in range(args.num_rollouts):
-                    rollout = script(Prefix(prompt, before), i)
-                    rollout = rollout if space is None else space + rollout.lstrip()
-                    cut = tokenizer(rollout, add_special_tokens=False)["input_ids"][: chunk.end - chunk.start]
-                    total += similarity(text, tokenizer.decode(cut))
-                values.append(total / args.num_rollouts)
+                rollouts = cut_rollouts(prompt, before, text, chunk.end - chunk.start, tokenizer, args.num_rollouts)
+                values.append(sum(similarity(text, rollout) for rollout in rollouts) / len(rollouts))
             mean = sum(values) / len(values)
             sigma = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
             for j, ids in enumerate(branches):
@@ -119,13 +113,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
         kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()
         num_audited += int(audited.sum())
         num_unaudited += int((~audited).sum())
-    if args.loss_normalization == "tokens":
-        loss = (chunk_sum + args.beta * kl_sum) / (num_audited + num_unaudited)
-    elif args.loss_normalization == "sum":
-        loss = (chunk_sum + args.beta * kl_sum) / len(batch["prompts"])
-    else:
-        loss = chunk_sum / num_audited + args.beta * kl_sum / num_unaudited
-    return loss, {
+    return normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args), {
         "chunk_loss": chunk_sum.item() / num_audited,
         "kl/unaudited": kl_sum.item() / num_unaudited,
         "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
@@ -140,15 +128,7 @@ def check(trainer, initial, tokenizer, **options):
     gradient, student = step_and_gradient(trainer)
     loss, metrics = dense(student, load(initial), trainer.batches[0], kept, tokenizer, trainer.args, **options)
     loss.backward()
-    expected = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
-    assert max(g.abs().max() for g in expected.values()) > 1e-3, "the reference has no gradient to compare with"
-    for name, value in expected.items():
-        difference = (gradient[name].double() - value).abs()
-        assert (difference <= 2e-6 + 1e-3 * value.abs()).all(), (name, difference.max())
-    logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
-    for name, value in metrics.items():
-        assert logged[name] == pytest.approx(value, rel=2e-4, abs=1e-7), name
+    logged = compare(trainer, gradient, student, loss, metrics)
     assert any(fork.diversity for t in kept.values() for fork in t.forks)
     return logged
 
@@ -175,14 +155,7 @@ def test_gradient_equals_dense_reference(tmp_path, tiny_model_dir, tiny_tokenize
 def test_adapters(tmp_path, tiny_model_dir, tiny_tokenizer):
     """With LoRA, the packed rows go through the adapters of the student."""
     trainer = make_trainer(tmp_path, tiny_model_dir, peft_config=LoraConfig(**LORA), **BRANCHES)
-    perturb(trainer.model)
-    kept = keep_forks(trainer)
-    gradient, student = step_and_gradient(trainer)
-    loss, _ = dense(student, load(tiny_model_dir), trainer.batches[0], kept, tiny_tokenizer, trainer.args)
-    loss.backward()
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(gradient[name].double(), parameter.grad, rtol=1e-3, atol=2e-6)
+    check(trainer, tiny_model_dir, tiny_tokenizer)
 
 
 class OtherSampler(RecordingTrainer):
@@ -372,7 +345,7 @@ RUN = {**FOUR_STEPS, **BRANCHES, "max_steps": 2, "save_steps": 1}
 
 
 def not_sampled(*args, **kwargs):
-    raise AssertionError("branches were sampled again")
+    raise AssertionError("the student has generated again")
 
 
 def test_recorded_branches_are_replayed(tmp_path, tiny_model_dir):
@@ -380,7 +353,7 @@ def test_recorded_branches_are_replayed(tmp_path, tiny_model_dir):
     first = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **RUN)
     first.train()
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote.silent(), **RUN)
-    again._sample_branches = not_sampled
+    again.model.generate = not_sampled
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-6)
     assert again.state.log_history[1]["branches/agreed"] == first.state.log_history[1]["branches/agreed"]
@@ -407,7 +380,7 @@ def test_branches_of_unfinished_audits_are_replayed(tmp_path, tiny_model_dir):
         failing.train()
     teacher = Remote()
     again = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **settings)
-    again._sample_branches = not_sampled
+    again.model.generate = not_sampled
     replayed = keep_forks(again)
     again.train(resume_from_checkpoint=True)
     assert {prompt: t.forks for prompt, t in replayed.items()} == {prompt: t.forks for prompt, t in kept.items()}

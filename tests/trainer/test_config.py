@@ -118,7 +118,7 @@ def test_a_seed_for_vllm_is_refused():
 
 
 def test_generation_kwargs_that_change_the_policy_are_said(caplog):
-    """Whoever samples: they count as filters. Those that change nothing do not."""
+    """Of every sampler: they count as filters. Those that change nothing do not."""
     logging.enable_propagation()
     changed = config(use_vllm=True, generation_kwargs={"frequency_penalty": 0.1, "logprobs": 0})
     assert changed.sampling_filters == ["generation_kwargs={'frequency_penalty': 0.1}"]

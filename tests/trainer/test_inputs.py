@@ -280,7 +280,7 @@ class TestLocalTeachers:
     @pytest.mark.case("R12")
     @pytest.mark.parametrize("changes", [{"pad_token": "<new>"}, {"pad_token": None, "eos_token": None}])
     def test_padding(self, tiny_teacher_dir, changes):
-        """A teacher's padding is masked, so that its token need not exist; the rollouts are the same."""
+        """A teacher's padding is masked, so its token need not exist; the rollouts are the same."""
         plain = LocalTeacher(str(tiny_teacher_dir))
         tokenizer = AutoTokenizer.from_pretrained(tiny_teacher_dir)
         for name, token in changes.items():

@@ -237,7 +237,7 @@ def test_quantized_student(tmp_path, make_tiny_model, tiny_tokenizer):
     ours = torch.cat([(before[name].float() - after[name].float()).flatten() for name in before]).double()
     dense = torch.cat([student.get_parameter(name).grad.flatten() for name in before])
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=2e-2)
-    # TRL keeps the adapters of a quantized model in bfloat16, so that a step is rounded to it.
+    # TRL keeps the adapters of a quantized model in bfloat16, so a step is rounded to it.
     assert torch.nn.functional.cosine_similarity(ours, dense, dim=0) > 0.98
     assert ours.norm().item() == pytest.approx(dense.norm().item(), rel=0.05)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ from tests.support.teachers import Here, Remote
 from tests.support.training import FOUR_MICRO_BATCHES, make_trainer, questions, trainable
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "sum", "components"])
-@pytest.mark.parametrize("baseline", ["none", "batch", "trajectory", "moving_average", "shuffled", "constant"])
+# Weights and normalizations that need the whole step leave nothing to overlap: each once.
+@pytest.mark.parametrize(
+    ("baseline", "normalization"),
+    [
+        *product(("none", "trajectory", "moving_average"), ("tokens", "sum")),
+        *[("none", "components"), ("batch", "tokens"), ("shuffled", "sum"), ("constant", "components")],
+    ],
+)
 def test_overlapped_equals_waiting_for_all(tmp_path, tiny_model_dir, baseline, normalization):
     """Two steps with audits that overlap end with the weights of a run that waits for every audit first."""
     runs = []

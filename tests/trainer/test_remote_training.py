@@ -104,7 +104,7 @@ def test_faults_change_nothing(tmp_path, tiny_model_dir, services, monkeypatch, 
     # A service that returned too few samples is asked for one at a time from then on.
     most_per_request = max(body.get("n") or 1 for body in bodies)
     assert num_clean < num_faulty <= 2.5 * num_clean * most_per_request
-    # Prompts are the same, so that samples are: what was answered is counted once. A sample that was asked for in a
+    # Prompts are the same, so samples are: what was answered is counted once. A sample that was asked for in a
     # request of its own, after a service returned too few, has its prompt counted once more.
     assert faulty.teacher_usage.completion_tokens == clean.teacher_usage.completion_tokens
 

@@ -31,6 +31,21 @@ from tests.support.teachers import Here, Remote
 from tests.support.training import FOUR_STEPS, make_trainer, questions, trainable
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir):
+    """A run of four steps that has ended."""
+    trainer = make_trainer(tmp_path_factory.mktemp("finished"), tiny_model_dir, teacher=Here(), **FOUR_STEPS)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def first(finished, tmp_path):
+    """The run that has ended, with a copy of its folder in `tmp_path`."""
+    shutil.copytree(finished.args.output_dir, tmp_path, dirs_exist_ok=True)
+    return finished
+
+
 @pytest.mark.parametrize(
     ("teacher", "leaves_out"), [(Here, False), (Remote, False), (Remote, True)], ids=["here", "remote", "truncated"]
 )
@@ -73,6 +88,7 @@ def test_a_run_that_does_not_resume_starts_over(tmp_path, tiny_model_dir, caplog
     old = make_trainer(tmp_path, tiny_model_dir, teacher=Versioned(), **ONE_STEP)
     old.train()
     assert "This run starts over" not in caplog.text
+    assert "paid again" not in caplog.text
     paid, _ = spent(tmp_path)
 
     teacher = Versioned()
@@ -109,10 +125,10 @@ def test_a_run_that_starts_over_by_mistake(tmp_path, tiny_model_dir, caplog):
 
 
 @pytest.mark.case("U1")
+@pytest.mark.usefixtures("first")
 def test_a_checkpoint_that_is_not_of_the_newest_run(tmp_path, tiny_model_dir, caplog):
     """A folder in which a run was started over holds checkpoints of both, and the later step may be the older one."""
     logging.enable_propagation()
-    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
     make_trainer(tmp_path, tiny_model_dir, teacher=Here(), callbacks=[StopAt(1)], **FOUR_STEPS).train()
     assert "newest run" not in caplog.text
     older = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), callbacks=[StopAt(3)], **FOUR_STEPS)
@@ -203,12 +219,11 @@ def test_a_resumed_run_continues_like_one_that_was_never_interrupted(tmp_path, t
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.usefixtures("first")
 def test_other_settings_are_requested_again(tmp_path, tiny_model_dir, caplog):
     """A step of another learning rate is another step: its records are counted, not replayed, and that is said."""
     logging.enable_propagation()
-    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
     paid, _ = spent(tmp_path)
-    assert "paid again" not in caplog.text
     changes = {"learning_rate": 0.06, "min_rollouts": 2, "logging_steps": 2}
     other = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **{**FOUR_STEPS, **changes})
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -243,11 +258,9 @@ def test_settings_that_are_put_back_replay(tmp_path, tiny_model_dir, caplog):
     assert caplog.text.count("was recorded with other prompts") == 1
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog):
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path, tiny_model_dir, caplog, first):
     """A run that is killed while it saves resumes from the one before, pays nothing again, and saves again."""
     logging.enable_propagation()
-    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
-    first.train()
     for name in ("model.safetensors", "trainer_state.json"):  # as a kill in the middle of saving leaves it
         (tmp_path / "checkpoint-4" / name).unlink()
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **FOUR_STEPS)
@@ -286,7 +299,7 @@ def test_an_interrupted_step_starts_over_in_the_same_process(tmp_path, tiny_mode
 
 
 def test_a_failed_step_starts_over_in_the_same_process(tmp_path, tiny_model_dir):
-    """Mended and resumed, as the message says: all of the step's trajectories are audited."""
+    """Fixed and resumed, as the message says: all of the step's trajectories are audited."""
     teacher = Remote(fail_at=10)
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **FOUR_STEPS)
     with pytest.raises(TeacherError, match="Stopped at step 1"):
@@ -298,10 +311,9 @@ def test_a_failed_step_starts_over_in_the_same_process(tmp_path, tiny_model_dir)
     torch.testing.assert_close(trainable(trainer.model), trainable(whole.model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("first")
 def test_a_kill_while_a_checkpoint_is_written_over(tmp_path, tiny_model_dir, monkeypatch):
     """What an earlier run left there does not make the new one look whole."""
-    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
-    first.train()
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS)
 
     def killed(output_dir):
@@ -336,9 +348,9 @@ def test_a_whole_checkpoint_is_not_put_at_risk(tmp_path, tiny_model_dir, monkeyp
     assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("first")
 def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
     """Other timeouts or another log interval do not invalidate what was paid for."""
-    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **FOUR_STEPS).train()
     changed = {"teacher_timeout": 7.0, "teacher_max_seconds": 9.0, "logging_steps": 3, "max_failed_chunks": 0.5}
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **{**FOUR_STEPS, **changed})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -346,7 +358,7 @@ def test_limits_may_change_between_runs(tmp_path, tiny_model_dir):
 
 
 def test_another_number_of_processes_asks_again_and_says_so(tmp_path, tiny_model_dir, caplog):
-    """Prompts are shared out in another way, so that nothing can be replayed."""
+    """Prompts are shared out in another way, so nothing can be replayed."""
     logging.enable_propagation()
     path = journal_path(tmp_path, 0)
     Journal(path, run="r", teacher="t", fingerprint="f", rank=0, num_processes=2).close()

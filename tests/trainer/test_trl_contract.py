@@ -101,7 +101,7 @@ def test_the_engine_has_what_we_change_and_read():
 
 
 def test_constructor_takes_what_trl_takes():
-    """Every argument of the base trainer is there, in its order, so that a TRL user finds it."""
+    """Every argument of the base trainer is there, in its order, as a TRL user expects."""
     base = list(inspect.signature(DistillationTrainer.__init__).parameters)
     ours = list(inspect.signature(OmniOPDTrainer.__init__).parameters)
     assert ours[: len(base)] == base, HINT
@@ -123,7 +123,7 @@ def test_batch_keys(tmp_path, tiny_model_dir):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_kernels_take_the_arguments_we_pass(kernel):
-    """autograd functions take no keywords, so that the order is the contract."""
+    """autograd functions take no keywords, so the order is the contract."""
     parameters = list(inspect.signature(kernel.forward).parameters)[1:]
     assert parameters == KERNELS[kernel], f"{HINT}: {kernel.__name__}{tuple(parameters)}"
 

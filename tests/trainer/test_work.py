@@ -90,7 +90,7 @@ def settings(path):
 
 
 def one_question():
-    """The same prompt in each row: nothing is padded, so that every token that is counted is a real one."""
+    """The same prompt in each row: nothing is padded, so every token that is counted is a real one."""
     data = questions(1)
     return data.select([0] * ROWS)
 

@@ -89,7 +89,7 @@
     const order = $("order").value;
     if (order === "worst") found.sort((a, b) => a.low - b.low);
     if (order === "best") found.sort((a, b) => b.high - a.high);
-    // A window around the current trajectory, so that keys reach all of them.
+    // A window around the current trajectory: keys reach all of them.
     const first = Math.max(0, found.indexOf(current) - SHOWN / 2);
     const shown = found.slice(first, first + SHOWN);
     $("list").firstElementChild.replaceChildren(...shown.map((row) => {
