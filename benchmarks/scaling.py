@@ -198,6 +198,15 @@ def step_table() -> list[str]:
     return rows
 
 
+def gpu_table() -> list[str]:
+    """The GPUs that `omniopd cost` knows."""
+    rows = ["| name | GPU | memory, GB | bf16, TFLOP/s | bandwidth, GB/s | from |", "|---|---|---|---|---|---|"]
+    for name, gpu in GPUS.items():
+        numbers = [f"{gpu.memory / 1e9:.0f}", f"{gpu.flops / 1e12:.0f}", f"{gpu.bandwidth / 1e9:,.0f}"]
+        rows.append(f"| `{name}` | {' | '.join([gpu.name, *numbers, gpu.source])} |")
+    return rows
+
+
 def measured_table() -> list[str]:
     """The measured steps of docs/results/gpu beside the formulas: peak memory, and seconds without generation."""
     rows = [
@@ -423,7 +432,9 @@ def main() -> int:
     if options.states:
         return check_states()
     if not options.check:
-        print("\n".join([*memory_table(), "", *time_table(), "", *step_table(), "", *measured_table()]))
+        print(
+            "\n".join([*memory_table(), "", *time_table(), "", *step_table(), "", *gpu_table(), "", *measured_table()])
+        )
         return 0
     rows = check(QWEN3, TOKENS)
     print("| student | | formula | code | formula / code |\n|---|---|---|---|---|")

@@ -691,19 +691,20 @@ class Job:
 
     def remedies(self) -> "tuple[list[str], Job] | None":
         """Options that make a job fit, as few as possible, and the job with them; `None` when none do."""
-        found: list[str] = []
-        job = self
-        changes = list(self._changes())
-        for option, change in changes:  # one of them alone
-            alone = replace(self, **change)
-            if alone.fits:
-                return [option], alone
-        for option, change in changes:
-            job = replace(job, **change)
-            found.append(option)
-            if job.fits:
-                return found, job
-        return None
+        changes = dict(self._changes())
+
+        def job(options: Iterable[str]) -> Job:
+            return replace(self, **{key: value for option in options for key, value in changes[option].items()})
+
+        alone = next(([option] for option in changes if job([option]).fits), None)
+        found = [*changes] if alone is None else alone
+        if not job(found).fits:
+            return None
+        for option in reversed(changes):  # leave out what is not needed, the most expensive first
+            fewer = [other for other in found if other != option]
+            if job(fewer).fits:
+                found = fewer
+        return found, job(found)
 
     def _changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Options that save memory, those that cost least first."""

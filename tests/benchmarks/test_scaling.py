@@ -11,6 +11,7 @@ from benchmarks.scaling import (
     NUM_GPUS,
     TOKENS,
     check,
+    gpu_table,
     measured_table,
     memory_table,
     per_gpu,
@@ -85,7 +86,7 @@ def test_what_does_not_fit_has_no_time():
     assert not [row for row in step_table() if "Qwen3-32B | `zero2` |" in row]
 
 
-@pytest.mark.parametrize("table", [memory_table, time_table, step_table, measured_table])
+@pytest.mark.parametrize("table", [memory_table, time_table, step_table, gpu_table, measured_table])
 def test_the_page_has_the_tables_that_are_printed(table):
     """Line by line."""
     assert "\n".join(table()) in PAGE.read_text()
