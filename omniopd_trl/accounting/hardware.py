@@ -576,14 +576,12 @@ class Job:
                 sends=(gathers, 0),
                 hides=base.hides,
             )
-        itemsize = self.reference_itemsize
-        if itemsize is not None and not self.ref_model_offload:
-            whole, split = base.whole_reference, base.split_reference
-            base = replace(base, whole_reference=min(whole, itemsize), split_reference=min(split, itemsize))
-        if self.ref_model_offload and itemsize != 0:
-            each = itemsize or base.whole_reference or base.split_reference
-            base = replace(base, whole_reference=0, split_reference=0, lends=each)
-        return base
+        whole, split, itemsize = base.whole_reference, base.split_reference, self.reference_itemsize
+        if itemsize is not None:
+            whole, split = min(whole, itemsize), min(split, itemsize)
+        if self.ref_model_offload:
+            return replace(base, whole_reference=0, split_reference=0, lends=max(whole, split))
+        return replace(base, whole_reference=whole, split_reference=split)
 
     @property
     def trajectories(self) -> float:

@@ -79,6 +79,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif method == "grpo" or teacher is None:
         teacher = "scripted"  # none is asked
 
+    if options.gpu is not None:  # what cannot be calculated is refused before the dataset is read
+        hardware.job_of(options, script_args, args, model_args, 0)
     if is_export(teacher):
         raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
@@ -184,7 +186,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         job = hardware.job_of(options, script_args, args, model_args, max(prompts.lengths))
         mean = sum(prompts.lengths) / len(prompts.lengths) + (solution if method == "sft" else trajectory_length)
         on_service = result.step if method == "omniopd" and capabilities is not None else None
-        more, remarks = hardware.describe(job, args, mean, on_service)
+        more, remarks = hardware.describe(job, args, model_args, mean, on_service)
         rows, notes = [*rows, *more], [*notes, *remarks]
     sys.stdout.write("\n".join([aligned(rows), "", *lines, *notes]) + "\n")
 

@@ -145,13 +145,14 @@ def _shape_of(name: str, revision: str | None, trust_remote_code: bool) -> Shape
 
 
 def describe(
-    job: Job, args: "OmniOPDConfig", tokens: float, requested: "Load | None"
+    job: Job, args: "OmniOPDConfig", model_args: Any, tokens: float, requested: "Load | None"
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Rows and notes about memory and time.
 
     Args:
         job: the job.
         args: configuration of the run.
+        model_args: see `parse_args`.
         tokens: mean length of a trajectory with its prompt, in tokens.
         requested: load of a step on a teacher behind a service; `None` without one.
     """
@@ -195,6 +196,11 @@ def describe(
     notes = ["Memory and time are calculated, not measured (docs/scaling.md): an H200 needed 7 to 16% less memory."]
     if optim not in _ADAMW:
         notes.append(f"optim={optim} is counted as AdamW with moments in 32 bits.")
+    if job.lora_parameters and model_args.lora_dropout:
+        notes.append(
+            f"lora_dropout={model_args.lora_dropout:g} keeps a copy of what an adapter reads, up to 40% of a layer's "
+            "activations, which are not counted. Set it to 0."
+        )
     if args.num_branches:
         notes.append("Branches (num_branches) are not counted in memory and time.")
     if job.teacher is not None and job.method == "omniopd":
