@@ -112,6 +112,7 @@ docs: $(STAMP) $(MATHJAX)
 	$(BIN)/python -m benchmarks.gpu_tables
 	$(BIN)/python -m benchmarks.result_tables
 	$(BIN)/python -m scripts.datasets_table
+	$(BIN)/python -m scripts.recipes
 	$(BIN)/mkdocs build --strict
 
 # RUN is the folder of a run of the demo.

@@ -29,7 +29,8 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks.results import add_result
-from benchmarks.shapes import QWEN3, Shape, best_device, now, tokenizer
+from benchmarks.shapes import best_device, model_of, now, tokenizer
+from omniopd_trl.accounting.hardware import QWEN3, Shape
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
 
 CHUNK, ROLLOUTS = 50, 10
@@ -99,7 +100,7 @@ def main() -> None:
     device, dtype = best_device()
     shape = QWEN3[0] if device.type == "cuda" else TEACHER
     words = tokenizer(shape.vocabulary)
-    teacher = LocalTeacher(shape.model(device, dtype), words)
+    teacher = LocalTeacher(model_of(shape, device, dtype), words)
     teacher.eos_token_ids = []  # both ways generate the same number of tokens
     counter = Prefilled(teacher.model)
     generator = torch.Generator().manual_seed(0)

@@ -23,8 +23,9 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
-from benchmarks.shapes import Shape, tokenizer
+from benchmarks.shapes import model_of, tokenizer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.accounting.hardware import Shape
 from omniopd_trl.teachers import ScriptedTeacher
 
 LONGEST, BOUND = 512, 1.1
@@ -103,7 +104,7 @@ def main() -> None:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        model = TINY.model(cpu, torch.float32)
+        model = model_of(TINY, cpu, torch.float32)
         Replayed.completions = completions
         ours = Ours(
             model,
@@ -113,7 +114,7 @@ def main() -> None:
             processing_class=words,
         )
         results.append(("OmniOPD", *processed(ours, ours.ref_model)))
-        model, teacher = TINY.model(cpu, torch.float32), TINY.model(cpu, torch.float32)
+        model, teacher = model_of(TINY, cpu, torch.float32), model_of(TINY, cpu, torch.float32)
         theirs = Theirs(
             model,
             teacher,

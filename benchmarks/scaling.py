@@ -15,10 +15,11 @@ are three processes: with two, a whole gradient in bf16 has as many bytes as hal
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,24 +29,44 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import QWEN3, Shape, tokenizer
+from benchmarks.shapes import model_of, tokenizer
+from benchmarks.step_time import PROMPT_TOKENS
+from omniopd_trl.accounting.hardware import (
+    BACK_ENDS,
+    DECODE_EFFICIENCY,
+    GIB,
+    GPUS,
+    QWEN3,
+    RESERVED,
+    UTILIZATION,
+    BackEnd,
+    Job,
+    Shape,
+    gathered,
+    generation_seconds,
+    last_layer_bytes,
+    layer_bytes,
+    lent,
+    loss_bytes,
+    moved_seconds,
+    reference_bytes,
+    sent_bytes,
+    state_bytes,
+    step_flops,
+    student_bytes,
+    waiting_seconds,
+    work_bytes,
+)
 from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 
-GIB = 2**30
 TOKENS = 20_000  # one trajectory with its prompt: the paper's maximum
 SEQUENCES = 16  # trajectories of one optimizer step; one per GPU if there are more GPUs
-GPUS = (1, 8, 64)
+NUM_GPUS = (1, 8, 64)
 
-# Assumptions about a GPU: an H100 with 80 GB, in bf16. None of these values were measured.
-GPU_MEMORY = 80e9  # bytes
-# Data sheet of an H100 SXM: dense bf16 operations and bytes, per second.
-GPU_FLOPS, GPU_BANDWIDTH = 989e12, 3.35e12
-UTILIZATION = 0.4  # the share of GPU_FLOPS that training reaches
-DECODE_EFFICIENCY = 0.5  # the share of GPU_BANDWIDTH that generation reaches
-LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, less than NVLink
-PCIE = 25e9  # bytes per second between a GPU and the CPU's memory: half of PCIe 5.0's nominal rate
-CPU_BANDWIDTH = 40e9  # bytes per second and GPU of the CPU's memory: an eighth of half of two sockets' 614 GB/s
+GPU = GPUS["h100-80"]
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu"  # what benchmarks/gpu.sh measured
 
 # A self-hosted teacher: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
 # that serves four of five prompt tokens.
@@ -54,185 +75,9 @@ TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 6
 # The method's defaults.
 NUM_CHUNKS, CHUNK_LENGTH, NUM_ROLLOUTS, ROLLOUT_TOKENS = 10, 50, 10, 70
 
-
-# ---- Memory ----
-
-
-@dataclass(frozen=True)
-class BackEnd:
-    """Bytes per parameter on one of N GPUs: `whole + split / N`, for the student and for the reference.
-
-    Attributes:
-        name: name of the launch in the tables.
-        whole: bytes on every GPU: the weight, its gradient, optimizer states.
-        split: bytes that the GPUs share.
-        whole_reference: bytes of the frozen reference on every GPU.
-        split_reference: bytes of the frozen reference that the GPUs share.
-        buckets: bytes of the communication buffers of gradients, with several GPUs.
-        waits: bytes of a whole gradient that is kept between the micro-batches of a step. The last backward reduces it
-            layer by layer into 4 bytes of `split`.
-        gathers: bytes of the head and one layer, gathered while they are used.
-        copies: bytes of copies of the layers' weights, from their use to the end of a forward.
-        gathers_reference: bytes of the reference's embeddings, head and one layer, gathered in its forward.
-        lends: bytes of the reference's embeddings, head and one layer on the GPU, with an offloaded reference.
-        autocasts: whether weights and the states between layers are in float32.
-        adapters: whether only a LoRA adapter is trained. Other weights have no gradients then.
-        clones: bytes of the copy of the reference's head, from its forward to the backward.
-        sends: bytes that a GPU sends per micro-batch, and in addition per step. An all-reduce counts twice, as a
-            reduce-scatter and an all-gather.
-        hides: whether communication overlaps with computation.
-        copies_over: bytes that a GPU exchanges with the CPU, per parameter of its share: for each micro-batch after
-            the first, and per step.
-        updates_on_cpu: bytes that Adam on the CPU reads and writes.
-        min_gpus: least number of GPUs.
-    """
-
-    name: str
-    whole: float
-    split: float
-    whole_reference: float
-    split_reference: float
-    buckets: float = 0.0
-    waits: float = 0.0
-    gathers: float = 0.0
-    copies: float = 0.0
-    gathers_reference: float = 0.0
-    lends: float = 0.0
-    autocasts: bool = False
-    adapters: bool = False
-    clones: float = 0.0
-    sends: tuple[float, float] = (0.0, 0.0)
-    hides: bool = False
-    copies_over: tuple[float, float] = (0.0, 0.0)
-    updates_on_cpu: float = 0.0
-    min_gpus: int = 1
-
-
-# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: DDP on autocast's
-# copies of the trained weights, FSDP2 on the gathered weights. DeepSpeed has bf16 weights and gradients, and float32
-# gradients, weights and moments of the part that a GPU updates. Gathered weights and their gradients are bf16.
-#
-# Communication: DDP reduces float32 gradients once per step. ZeRO-2 reduces them in bf16 with every micro-batch, as an
-# all-reduce, and gathers the new weights at the end. ZeRO-3 gathers all weights five times per micro-batch: for
-# scoring, in the student's forward, twice in its backward, since checkpointing runs the layers again, and for the
-# reference. FSDP2 gathers once in the backward, and reduces once per step.
-_DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
-_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off by default for ZeRO-2
-_ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}
-# bf16 gradients are copied to the CPU, and back for accumulation. For the update they are copied in float32, and the
-# weights return in bf16. Adam reads gradients, weights and two moments in float32, and writes all but the gradients.
-_CPU: dict[str, Any] = {"copies_over": (2 + 2, 4 + 2), "updates_on_cpu": 4 * (4 + 3)}
-
-BACK_ENDS = (
-    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, **_DDP),
-    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, lends=4, **_DDP),
-    BackEnd("the same, LoRA", 4, 0, 0, 0, autocasts=True, adapters=True),
-    BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8, **_ZERO2),
-    BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0, **_ZERO2, **_CPU),
-    BackEnd("`zero3`", 0, 2 + 2 + 4 + 4 + 8, 0, 2, **_ZERO3),
-    BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, **_ZERO3, **_CPU),
-    BackEnd(
-        "`fsdp2`",
-        *(0, 4 + 4 + 8, 0, 4),
-        waits=2,
-        gathers=4,
-        gathers_reference=2,
-        clones=2,
-        sends=(4 * 2, 2),
-        hides=True,
-        min_gpus=8,
-    ),
-)
 _BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
-TILE = 4096 * 32_768  # logits: tokens by vocabulary entries
 
-
-def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
-    """Weights, gradients and optimizer states on one GPU. `accumulates`: whether a step has several micro-batches."""
-    per_parameter = back_end.whole + back_end.split / gpus
-    if gpus > 1:
-        per_parameter += back_end.buckets
-    if accumulates:
-        per_parameter += max(0.0, back_end.waits - 4 / gpus)
-    return per_parameter * student.parameters
-
-
-def reference_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """Bytes of the reference's weights on one GPU."""
-    return (back_end.whole_reference + back_end.split_reference / gpus) * student.parameters
-
-
-def gathered(student: Shape) -> int:
-    """Parameters of the head and one layer."""
-    return student.head_parameters + student.layer_parameters
-
-
-def lent(student: Shape) -> int:
-    """Parameters of the embeddings, the head and one layer."""
-    return student.parameters - (student.layers - 1) * student.layer_parameters
-
-
-def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
-    """Weights, gradients, optimizer states and the reference on one GPU, with gathered weights."""
-    states = student_bytes(student, back_end, gpus, accumulates) + reference_bytes(student, back_end, gpus)
-    return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
-
-
-def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
-    """Peak memory of one layer while it is recomputed and differentiated, in bf16.
-
-    The coefficients come from the code of Qwen3 in transformers, by the check below. They are the number of
-    activations of each width at the peak, where float32 activations count twice. Autocast makes norms, residuals and
-    their gradients float32, and keeps copies of weights.
-    """
-    queries, keys = student.heads * student.head_dim, student.kv_heads * student.head_dim
-    hidden, weights = (15 * student.hidden, 1.5 * student.layer_weights) if autocasts else (10 * student.hidden, 0.0)
-    return 2 * tokens * (hidden + 5 * queries + 6 * student.intermediate + 5.5 * keys) + weights
-
-
-def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """The maximum of three moments in the backward of chunk loss and anchor, with the states at each moment.
-
-    The anchor is first. It needs two tiles of logits in float32, and the casts of two tiles. Its gradient of the head
-    is accumulated in float32. If the head is in bf16, the gradient is then cast while the tiles still exist. The chunk
-    loss has a separate gradient of the head until the two are added: 4 and 4 bytes, or 2 with 4 and 2.
-    """
-    head, states = student.head_parameters, tokens * student.hidden
-    # States of the student, of un-audited tokens and of the reference. Their gradient is float32, with a cast in bf16.
-    anchor = 3 * state_size(back_end) + (4 if back_end.autocasts else 4 + 2)
-    tiles = (2 * 4 + 2 * 2) * TILE
-    if back_end.adapters:
-        return anchor * states + tiles
-    moments = [anchor * states + tiles + (4 + back_end.clones) * head, 4 * state_size(back_end) * states + 8 * head]
-    if not back_end.autocasts:  # the last tile is narrower: its cast counts half
-        moments.append(anchor * states + (2 * 4 + 1) * TILE + (4 + 2 + back_end.clones) * head)
-    return max(moments)
-
-
-def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """At the end of a forward: copies of weights, gathered and cloned weights of the reference, states, two tiles."""
-    weights = back_end.copies * student.layers * student.layer_weights
-    weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
-    states = 3 * state_size(back_end) * tokens * student.hidden
-    return weights + max(states + 2 * 4 * TILE, last_layer_bytes(student, tokens))
-
-
-def last_layer_bytes(student: Shape, tokens: int) -> float:
-    """Bytes of the last layer in a forward: three activations of its MLP in bf16, and two float32 states."""
-    return tokens * (2 * 3 * student.intermediate + 4 * 2 * student.hidden)
-
-
-def state_size(back_end: BackEnd) -> int:
-    """Bytes of a number in the states between layers."""
-    return 4 if back_end.autocasts else 2
-
-
-def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """Bytes of a forward and backward with gradient checkpointing: the layers' inputs, and the peak above them."""
-    inputs = state_size(back_end) * tokens * student.layers * student.hidden
-    layer = layer_bytes(student, tokens, back_end.autocasts)
-    loss = loss_bytes(student, back_end, tokens)
-    return inputs + max(layer, loss, forward_bytes(student, back_end, tokens))
+# ---- Memory and time of the page's jobs ----
 
 
 def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS) -> float:
@@ -243,29 +88,12 @@ def gpu_bytes(student: Shape, back_end: BackEnd, gpus: int, tokens: int = TOKENS
 
 def runs(student: Shape, back_end: BackEnd, gpus: int) -> bool:
     """Whether there are enough GPUs with enough memory. 5% are reserved for the allocator."""
-    return gpus >= back_end.min_gpus and gpu_bytes(student, back_end, gpus) < 0.95 * GPU_MEMORY
-
-
-# ---- Work ----
-
-
-def step_flops(student: Shape, tokens: int = TOKENS, adapters: bool = False) -> float:
-    """Operations for one trajectory except generation: scoring, the student's forward and backward, the reference.
-
-    A backward costs two forwards, and gradient checkpointing adds one: 1 + (1 + 1 + 2) + 1 forwards in total. There is
-    one projection for the scores. The loss has two in the forward (student and reference), two in the backward, which
-    recomputes its tiles, and two for the gradients. Frozen matrices have no gradients: with adapters only, each has
-    one product less.
-    """
-    flops = 6 * student.forward_flops(tokens) + (1 + 2 + 2 + 2) * student.projection_flops(tokens)
-    if adapters:
-        flops -= tokens * student.layers * 2 * student.layer_weights + student.projection_flops(tokens)
-    return flops
+    return gpus >= back_end.min_gpus and gpu_bytes(student, back_end, gpus) < (1 - RESERVED) * GPU.memory
 
 
 def training_seconds(student: Shape, gpus: int, adapters: bool = False) -> float:
     """Seconds of one optimizer step without generation."""
-    return per_gpu(gpus) * step_flops(student, adapters=adapters) / (UTILIZATION * GPU_FLOPS)
+    return per_gpu(gpus) * step_flops(student, TOKENS, adapters) / (UTILIZATION * GPU.flops)
 
 
 def per_gpu(gpus: int) -> float:
@@ -273,49 +101,22 @@ def per_gpu(gpus: int) -> float:
     return max(SEQUENCES, gpus) / gpus
 
 
-def generation_seconds(student: Shape, gpus: int) -> float:
-    """Seconds of generation in one optimizer step. Every GPU decodes its trajectories in one batch.
-
-    Each decoding step reads all weights once, and the keys and values of each trajectory.
-    """
-    weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
-    cache = per_gpu(gpus) * student.cache_bytes(TOKENS / 2, 2)
-    return TOKENS * (weights + cache) / (DECODE_EFFICIENCY * GPU_BANDWIDTH)
+def waits(student: Shape, back_end: BackEnd, gpus: int) -> float:
+    """Seconds of communication in one optimizer step that do not overlap with computation."""
+    training = training_seconds(student, gpus, back_end.adapters)
+    moved = moved_seconds(student, back_end, GPU, gpus, per_gpu(gpus))
+    return waiting_seconds(back_end, *moved, training, per_gpu(gpus))
 
 
-def sent_bytes(student: Shape, back_end: BackEnd, gpus: int, micro_batches: float) -> float:
-    """Bytes that a GPU sends to others in one optimizer step."""
-    per_micro_batch, per_step = back_end.sends
-    return (micro_batches * per_micro_batch + per_step) * student.parameters * (gpus - 1) / gpus
-
-
-def moved_seconds(student: Shape, back_end: BackEnd, gpus: int) -> tuple[float, float]:
-    """Seconds of one optimizer step: sending to other GPUs, and transfers between GPU, CPU and CPU memory."""
-    n, micro_batches = student.parameters, per_gpu(gpus)
-    sent = sent_bytes(student, back_end, gpus, micro_batches) / LINK
-    further, once = back_end.copies_over
-    over = ((micro_batches - 1) * further + once) * n / gpus / PCIE
-    over += back_end.updates_on_cpu * n / gpus / CPU_BANDWIDTH
-    return sent, over + micro_batches * back_end.lends * n / PCIE  # the offloaded reference is copied for each
-
-
-def waiting_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
-    """The part of `moved_seconds` that does not overlap with computation.
-
-    Communication of every micro-batch overlaps with all of its computation. Communication once per step overlaps with
-    one backward.
-    """
-    sent, over = moved_seconds(student, back_end, gpus)
-    if back_end.hides:
-        training = training_seconds(student, gpus, back_end.adapters)
-        sent = max(0.0, sent - (training if back_end.sends[0] else training / per_gpu(gpus) / 2))
-    return sent + over
+def generated_seconds(student: Shape, gpus: int) -> float:
+    """Seconds of generation in one optimizer step. Every GPU decodes its trajectories in one batch."""
+    return generation_seconds(student, GPU, per_gpu(gpus), TOKENS)
 
 
 def step_seconds(student: Shape, back_end: BackEnd, gpus: int) -> float:
     """Seconds of one optimizer step: generation, training and waiting."""
     training = training_seconds(student, gpus, back_end.adapters)
-    return generation_seconds(student, gpus) + training + waiting_seconds(student, back_end, gpus)
+    return generated_seconds(student, gpus) + training + waits(student, back_end, gpus)
 
 
 def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
@@ -326,8 +127,8 @@ def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
 
 def teacher_servers(reads: float, writes: float) -> float:
     """Number of self-hosted teachers that deliver this many prompt and completion tokens per second."""
-    decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * GPU_BANDWIDTH * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
-    prefill = UTILIZATION * GPU_FLOPS * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
+    decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * GPU.bandwidth * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
+    prefill = UTILIZATION * GPU.flops * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
     return reads / prefill + writes / decode
 
 
@@ -337,13 +138,13 @@ def teacher_servers(reads: float, writes: float) -> float:
 def memory_table() -> list[str]:
     """GiB per GPU. Bold if it does not fit."""
     rows = [
-        f"| student | launch | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in GPUS)} |",
-        "|---|---|" + "---|" * len(GPUS),
+        f"| student | launch | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in NUM_GPUS)} |",
+        "|---|---|" + "---|" * len(NUM_GPUS),
     ]
     for student in QWEN3:
         for back_end in BACK_ENDS:
             cells = []
-            for gpus in GPUS:
+            for gpus in NUM_GPUS:
                 if gpus < back_end.min_gpus:
                     cells.append("")
                     continue
@@ -360,13 +161,13 @@ def time_table() -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for student in QWEN3:
-        for gpus in GPUS:
+        for gpus in NUM_GPUS:
             fitting = [back_end for back_end in BACK_ENDS if runs(student, back_end, gpus)]
             if not fitting:
                 rows.append(f"| {student.name} | {gpus} | no launch fits | | | | | | |")
                 continue
             step = min(step_seconds(student, back_end, gpus) for back_end in fitting)
-            parts = [generation_seconds(student, gpus)]
+            parts = [generated_seconds(student, gpus)]
             parts += [training_seconds(student, gpus, adapters) for adapters in (False, True)]
             reads, writes = teacher_tokens(gpus, step)
             cells = [student.name, str(gpus), *(f"{p:.0f}" for p in parts), f"{step:.0f}"]
@@ -377,19 +178,60 @@ def time_table() -> list[str]:
 
 def step_table() -> list[str]:
     """Seconds per step of each launch: transfers, the waiting part of them, and the step. Blank if it does not run."""
-    columns = [f"{n} GPU{'s' * (n > 1)}: moves | waits | step" for n in GPUS]
-    rows = [f"| student | launch | {' | '.join(columns)} |", "|---|---|" + "---|" * 3 * len(GPUS)]
+    columns = [f"{n} GPU{'s' * (n > 1)}: moves | waits | step" for n in NUM_GPUS]
+    rows = [f"| student | launch | {' | '.join(columns)} |", "|---|---|" + "---|" * 3 * len(NUM_GPUS)]
     for student in QWEN3:
         for back_end in BACK_ENDS:
             cells = []
-            for gpus in GPUS:
+            for gpus in NUM_GPUS:
                 if not runs(student, back_end, gpus):
                     cells += [""] * 3
                     continue
-                moves, waits = sum(moved_seconds(student, back_end, gpus)), waiting_seconds(student, back_end, gpus)
-                cells += [f"{moves:.1f}", f"{waits:.1f}", f"{step_seconds(student, back_end, gpus):.0f}"]
+                moves = sum(moved_seconds(student, back_end, GPU, gpus, per_gpu(gpus)))
+                cells += [
+                    f"{moves:.1f}",
+                    f"{waits(student, back_end, gpus):.1f}",
+                    f"{step_seconds(student, back_end, gpus):.0f}",
+                ]
             if any(cells):
                 rows.append(f"| {student.name} | {back_end.name} | {' | '.join(cells)} |")
+    return rows
+
+
+def gpu_table() -> list[str]:
+    """The GPUs that `omniopd cost` knows."""
+    rows = ["| name | GPU | memory, GB | bf16, TFLOP/s | bandwidth, GB/s | from |", "|---|---|---|---|---|---|"]
+    for name, gpu in GPUS.items():
+        numbers = [f"{gpu.memory / 1e9:.0f}", f"{gpu.flops / 1e12:.0f}", f"{gpu.bandwidth / 1e9:,.0f}"]
+        rows.append(f"| `{name}` | {' | '.join([gpu.name, *numbers, gpu.source])} |")
+    return rows
+
+
+def measured_table() -> list[str]:
+    """The measured steps of docs/results/gpu beside the formulas: peak memory, and seconds without generation."""
+    rows = [
+        "| GPU | student | tokens | memory: formula, GiB | measured | ratio | time: formula, s | measured | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    newest: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("*/results.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8"))["parts"].get("fast", {}).values():
+            for each in entry.get("measured", ()):
+                if "peak_gib" in each:
+                    newest[each["device"], each["shape"], each["tokens"]] = each
+    for (device, name, tokens), each in sorted(newest.items()):
+        gpu = next(gpu for gpu in GPUS.values() if gpu.name in device)
+        student = next(shape for shape in QWEN3 if shape.name == name)
+        job = Job(student, gpu, max_tokens=tokens + PROMPT_TOKENS, rows=each["rows"], half=True)
+        # The method's part on the host is not counted by the formula.
+        seconds = each["step"][0] - each["seconds"]["generation"][0]
+        cells = [device.removeprefix("NVIDIA "), name, f"{tokens:,}"]
+        for formula, measured, digits in (
+            (job.training_bytes / GIB, each["peak_gib"][0], 1),
+            (job.step(tokens + PROMPT_TOKENS).training, seconds, 2),
+        ):
+            cells += [f"{formula:.{digits}f}", f"{measured:.{digits}f}", f"{formula / measured:.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
@@ -421,7 +263,7 @@ def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dic
     cpu = torch.device("cpu")
     dtype = torch.float32 if autocasts else torch.bfloat16
     with FakeTensorMode():
-        model = student.model(cpu, dtype).train()
+        model = model_of(student, cpu, dtype).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -554,7 +396,7 @@ def states(name: str, folder: Path) -> list[tuple[str, float, float]]:
     from tests.support.back_ends import SCRIPTS, run
 
     launch, kind, back_end = LAUNCHES[name]
-    TINY.model(torch.device("cpu"), torch.float32).save_pretrained(folder / "model")
+    model_of(TINY, torch.device("cpu"), torch.float32).save_pretrained(folder / "model")
     tokenizer(TINY.vocabulary).save_pretrained(folder / "model")
     script, result = SCRIPTS / "states_under.py", folder / "result.json"
     counted = run(launch, script, result, str(folder / "model"), kind, num_processes=PROCESSES)
@@ -590,7 +432,9 @@ def main() -> int:
     if options.states:
         return check_states()
     if not options.check:
-        print("\n".join([*memory_table(), "", *time_table(), "", *step_table()]))
+        print(
+            "\n".join([*memory_table(), "", *time_table(), "", *step_table(), "", *gpu_table(), "", *measured_table()])
+        )
         return 0
     rows = check(QWEN3, TOKENS)
     print("| student | | formula | code | formula / code |\n|---|---|---|---|---|")

@@ -11,87 +11,32 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Qwen3 model, and derived counts."""
-
-    name: str
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    tied: bool = True
-    kv_heads: int = 8
-    head_dim: int = 128
-    vocabulary: int = 151_936
-
-    def config(self) -> Qwen3Config:
-        """The configuration for transformers."""
-        return Qwen3Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=40_960,
-            tie_word_embeddings=self.tied,
-            eos_token_id=None,
-        )
-
-    def model(self, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
-        """A model with random weights, created on the device."""
-        torch.manual_seed(0)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the matrices in one layer. A forward uses each weight once per token."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: its matrices, two norms, and the norms of queries and keys."""
-        return self.layer_weights + 2 * self.hidden + 2 * self.head_dim
-
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of the LM head. A tied model shares them with its embeddings."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the whole model."""
-        embeddings = self.head_parameters * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + embeddings + self.hidden
-
-    def forward_flops(self, tokens: int) -> float:
-        """Floating-point operations of the layers on one sequence.
-
-        Two per weight and token. Causal attention compares half of all pairs of tokens.
-        """
-        attention = 4 * self.heads * self.head_dim * tokens / 2
-        return tokens * self.layers * (2 * self.layer_weights + attention)
-
-    def projection_flops(self, tokens: int) -> float:
-        """Floating-point operations of projecting `tokens` states to the vocabulary."""
-        return 2 * tokens * self.head_parameters
-
-    def cache_bytes(self, tokens: float, itemsize: int) -> float:
-        """Bytes of the keys and values of one sequence."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+from omniopd_trl.accounting.hardware import QWEN3, Shape
 
 
-QWEN3 = (
-    Shape("Qwen3-1.7B", 2048, 28, 6144, 16),
-    Shape("Qwen3-4B", 2560, 36, 9728, 32),
-    Shape("Qwen3-8B", 4096, 36, 12_288, 32, tied=False),
-    Shape("Qwen3-32B", 5120, 64, 25_600, 64, tied=False),
-)
+def config_of(shape: Shape) -> Qwen3Config:
+    """The configuration of a shape for transformers."""
+    return Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=shape.tied,
+        eos_token_id=None,
+    )
+
+
+def model_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    """A model with random weights, created on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
+
+
 QWEN_VOCABULARY = QWEN3[0].vocabulary
 
 

@@ -54,8 +54,9 @@ from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks.results import add_result
-from benchmarks.shapes import QWEN3, Limits, Shape, best_device, limits_of, now, tokenizer
+from benchmarks.shapes import Limits, best_device, limits_of, model_of, now, tokenizer
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.accounting.hardware import QWEN3, Shape
 from omniopd_trl.teachers import ScriptedTeacher
 
 STEP_BOUND, METHOD_BOUND = 1.15, 0.01
@@ -262,7 +263,7 @@ class Models:
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
         self.shape, self.device, self.dtype = shape, device, dtype
         self.words = tokenizer(shape.vocabulary)
-        self.student = shape.model(device, dtype)
+        self.student = model_of(shape, device, dtype)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6, fused=device.type == "cuda")
 
 

@@ -22,11 +22,7 @@ def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> Non
     Raises:
         ConfigError: when the teacher is not a model in this process, or its tokens are not those of the student.
     """
-    if teacher is None or teacher == "scripted" or not is_local(teacher):
-        raise ConfigError(
-            f"method='opd' compares probabilities, and the teacher {teacher!r} returns text. Set "
-            "`teacher_model_name_or_path` to a model with the student's tokenizer, or use method='omniopd'."
-        )
+    check_is_local(teacher)
     own = load_tokenizer(student, args).get_vocab()
     theirs = AutoTokenizer.from_pretrained(
         teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
@@ -38,6 +34,19 @@ def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> Non
             f"method='opd' compares probabilities of the same tokens, and the tokenizers of {student!r} and "
             f"{teacher!r} differ ({len(own)} and {len(theirs)} tokens{example}). Use a teacher with the "
             "student's tokenizer, or method='omniopd'."
+        )
+
+
+def check_is_local(teacher: str | None) -> None:
+    """Check that a teacher is a model in this process.
+
+    Raises:
+        ConfigError: when it returns text.
+    """
+    if teacher is None or teacher == "scripted" or not is_local(teacher):
+        raise ConfigError(
+            f"method='opd' compares probabilities, and the teacher {teacher!r} returns text. Set "
+            "`teacher_model_name_or_path` to a model with the student's tokenizer, or use method='omniopd'."
         )
 
 

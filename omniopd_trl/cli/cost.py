@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""`omniopd cost`: forecast the tokens and dollars that a recipe takes from its teacher, without any request."""
+"""`omniopd cost`: forecast tokens, dollars, memory and time of a recipe, without any request."""
 
 import argparse
 import math
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from omniopd_trl.cli import hardware
 from omniopd_trl.cli.opening import open_recipe, with_recipe
 from omniopd_trl.errors import ConfigError, DataError
 
@@ -60,10 +61,19 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     logging.set_verbosity_error()
     script_args, args, model_args, dataset_args = parse_args(arguments)
     teacher = args.teacher_model_name_or_path
-    if model_args.model_name_or_path is None or teacher is None:
+    method = script_args.method
+    if model_args.model_name_or_path is None or (teacher is None and method != "grpo"):
         missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
         raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
+    if method == "opd":
+        from omniopd_trl.baselines.opd import check_is_local
 
+        check_is_local(teacher)
+    elif method == "grpo" or teacher is None:
+        teacher = "scripted"  # none is asked
+
+    if options.gpu is not None:  # what cannot be calculated is refused before the dataset is read
+        hardware.job_of(options, script_args, args, model_args, 0)
     if is_export(teacher):
         raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
@@ -105,33 +115,73 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
     )
-    chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
-    if options.chunks_per_trajectory is not None:
-        chunks += f", {options.chunks_per_trajectory:g} on average, as given"
-    if options.rollout_tokens is not None:
-        chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
-    head = [
-        ("teacher", teacher),
-        ("samples per request", f"{requests.samples} of N = {args.num_rollouts}"),
-        ("price", _describe_price(price, args)),
-        ("chunks", chunks),
+    asks = method in ("omniopd", "sft")
+    rows = [("method", method), ("teacher", teacher)]
+    if not asks:
+        rows[1] = ("teacher", f"{teacher} in the same process" if method == "opd" else "none")
+    if method == "omniopd":
+        chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
+        if options.chunks_per_trajectory is not None:
+            chunks += f", {options.chunks_per_trajectory:g} on average, as given"
+        if options.rollout_tokens is not None:
+            chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
+        rows = [
+            *rows[1:],
+            ("samples per request", f"{requests.samples} of N = {args.num_rollouts}"),
+            ("price", _describe_price(price, args)),
+            ("chunks", chunks),
+        ]
+    elif method == "sft":
+        rows.append(("price", _describe_price(price, args)))
+    solution = options.solution_length or trajectory_length
+    length = ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}")
+    if method == "sft":
+        given = "as given" if options.solution_length is not None else source
+        length = ("solution length", f"{solution:,.0f} tokens, {given}")
+    rows += [
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
-        ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}"),
+        length,
         ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
     ]
-    notes = _notes(script_args, args, result, options)
-    if requests.overhead and tokenizer is None:
+    tables = {
+        "omniopd": {
+            "trajectory": result.trajectory,
+            "step": result.step,
+            "run": result.run,
+            "SFT, one solution per prompt": result.sft_run,
+        },
+        "sft": {"omniopd solutions, one per prompt": result.sft_run},
+    }
+    lines = [*_table(tables[method]), ""] if asks else []
+    if method == "sft":
+        notes = [
+            "Tokens are counted with the student's tokenizer. Training asks no teacher: `omniopd solutions` does."
+        ]
+        notes += _budget_notes(args, result.sft_run)
+    elif method == "omniopd":
+        notes = _notes(script_args, args, result, options)
+    else:
+        notes = [
+            f"method={method!r} sends no request to a service."
+            + ("" if options.gpu else " --gpu adds memory and time.")
+        ]
+    if asks and requests.overhead and tokenizer is None and method == "omniopd":
         notes.append(
             f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
             f"{requests.overhead} tokens."
         )
-    if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
+    if asks and capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
         )
-    lines = [aligned(head), "", *_table(result), "", *notes]
-    sys.stdout.write("\n".join(lines) + "\n")
+    if options.gpu is not None:
+        job = hardware.job_of(options, script_args, args, model_args, max(prompts.lengths))
+        mean = sum(prompts.lengths) / len(prompts.lengths) + (solution if method == "sft" else trajectory_length)
+        on_service = result.step if method == "omniopd" and capabilities is not None else None
+        more, remarks = hardware.describe(job, args, model_args, mean, on_service)
+        rows, notes = [*rows, *more], [*notes, *remarks]
+    sys.stdout.write("\n".join([aligned(rows), "", *lines, *notes]) + "\n")
 
 
 def _capabilities(provider: str, model: str) -> Any:
@@ -215,7 +265,9 @@ def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
     return f"{', '.join(parts)} (dollars per million tokens, from {source})"
 
 
-def _table(result: "Forecast") -> list[str]:
+def _table(columns: "dict[str, Load]") -> list[str]:
+    """The table of loads, one column each."""
+
     def count(value: float) -> str:
         return f"{value:,.0f}"
 
@@ -223,24 +275,34 @@ def _table(result: "Forecast") -> list[str]:
         value = value or 0.0
         return f"{value:,.4f}" if value < 1 else f"{value:,.2f}"
 
-    columns: list[Load] = [result.trajectory, result.step, result.run, result.sft_run]
+    loads = columns.values()
+    cached = any(load.trajectory_cache.cached_tokens for load in loads) or len(columns) > 1
     rows: list[tuple[str, ...]] = [
-        ("", "trajectory", "step", "run", "SFT, one solution per prompt"),
-        ("requests", *(count(load.requests) for load in columns)),
-        ("prompt tokens", *(count(load.prompt_tokens) for load in columns)),
-        ("  a cache per chunk serves", *(count(load.chunk_cache.cached_tokens) for load in columns)),
-        ("  a cache per trajectory serves", *(count(load.trajectory_cache.cached_tokens) for load in columns)),
-        ("completion tokens", *(count(load.completion_tokens) for load in columns)),
-        ("  of them compared", *(count(load.kept_tokens) for load in columns)),
+        ("", *columns),
+        ("requests", *(count(load.requests) for load in loads)),
+        ("prompt tokens", *(count(load.prompt_tokens) for load in loads)),
     ]
-    if result.run.no_cache.usd is not None:
+    if cached:
         rows += [
-            ("dollars, no prompt cache", *(dollars(load.no_cache.usd) for load in columns)),
-            ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in columns)),
-            ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in columns)),
+            ("  a cache per chunk serves", *(count(load.chunk_cache.cached_tokens) for load in loads)),
+            ("  a cache per trajectory serves", *(count(load.trajectory_cache.cached_tokens) for load in loads)),
         ]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
+    rows.append(("completion tokens", *(count(load.completion_tokens) for load in loads)))
+    if cached:
+        rows.append(("  of them compared", *(count(load.kept_tokens) for load in loads)))
+    if all(load.no_cache.usd is not None for load in loads):
+        rows.append(("dollars, no prompt cache", *(dollars(load.no_cache.usd) for load in loads)))
+        if cached:
+            rows += [
+                ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in loads)),
+                ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in loads)),
+            ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{row[0]:<{widths[0]}}  "
+        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
 
 
 def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options: argparse.Namespace) -> list[str]:
@@ -254,9 +316,15 @@ def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options:
             "tokens as the longest chunk needs: a run may take more than this. Pass what a run has logged with "
             "--chunks_per_trajectory and --rollout_tokens."
         )
+    return notes + _budget_notes(args, result.run)
+
+
+def _budget_notes(args: "OmniOPDConfig", load: "Load") -> list[str]:
+    """Whether the budgets of the recipe are enough for a load."""
+    notes = []
     budgets: list[tuple[str, float | None, float | None]] = [
-        ("teacher_budget_usd", args.teacher_budget_usd, result.run.no_cache.usd),
-        ("teacher_budget_tokens", args.teacher_budget_tokens, result.run.prompt_tokens + result.run.completion_tokens),
+        ("teacher_budget_usd", args.teacher_budget_usd, load.no_cache.usd),
+        ("teacher_budget_tokens", args.teacher_budget_tokens, load.prompt_tokens + load.completion_tokens),
     ]
     for name, limit, expected in budgets:
         if limit is None:

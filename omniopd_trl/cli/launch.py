@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`omniopd train`: `accelerate launch -m omniopd_trl.train`, with configurations by name.
 
-    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_from_qwen3_32b.yaml
 
 What can be checked without a model is checked once, before any process is started.
 """

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `omniopd` command.
 
-    omniopd cost --config recipes/math_qwen3_4b.yaml --trajectory_length 6340
+    omniopd cost --config recipes/math_qwen3_4b_from_qwen3_32b.yaml --trajectory_length 6340 --gpu h100-80
 
-forecasts the tokens and dollars that a recipe takes from its teacher, without any request.
+forecasts the tokens and dollars that a recipe takes from its teacher, memory and time, without any request.
 
-    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_vllm.yaml
+    omniopd train --accelerate_config zero3 --config recipes/math_qwen3_4b_from_qwen3_32b.yaml
 
 trains with one process per GPU.
 
@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, data, eval, export, solutions, verify_estimator
+from omniopd_trl.cli import ablate, audits, data, eval, export, hardware, solutions, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.options import positive_int
 from omniopd_trl.cli.recipes import demo, recipes
@@ -56,10 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
     solutions.add_parser(commands)
     cost = commands.add_parser(
         "cost",
-        help="forecast the tokens and dollars that a recipe takes from its teacher",
+        help="forecast tokens, dollars, memory and time of a recipe",
         description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
-        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). Prompts are "
-        "measured with the student's tokenizer; nothing is sent to the teacher.",
+        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). With --gpu, "
+        "also memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to "
+        "the teacher.",
         epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
         allow_abbrev=False,
     )
@@ -112,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="number of processes of the run (default: 1)",
     )
+    hardware.add_options(cost)
     cost.add_argument(
         "--samples_per_request",
         type=positive_int,

@@ -7,23 +7,23 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.scaling import (
-    BACK_ENDS,
-    GPUS,
+    GPU,
+    NUM_GPUS,
     TOKENS,
     check,
-    gathered,
+    gpu_table,
+    measured_table,
     memory_table,
-    moved_seconds,
+    per_gpu,
     runs,
-    state_bytes,
-    step_flops,
     step_seconds,
     step_table,
     time_table,
-    waiting_seconds,
+    waits,
 )
-from benchmarks.shapes import QWEN3, Limits
+from benchmarks.shapes import Limits
 from benchmarks.step_time import PROMPT_TOKENS, Batch, seconds_at_the_limit
+from omniopd_trl.accounting.hardware import BACK_ENDS, QWEN3, gathered, moved_seconds, state_bytes, step_flops
 from tests.support import ROOT
 
 LORA = next(back_end for back_end in BACK_ENDS if back_end.adapters)
@@ -65,17 +65,17 @@ def test_training_is_the_work_that_benchmarks_hold_against_the_clock(student):
     batch = Batch(student, (TOKENS,), micro_batch=1, micro_batches=1)
     limit = seconds_at_the_limit(batch, TOKENS - PROMPT_TOKENS, 2, Limits(1.0, 1.0))
     work = limit["scoring"] + limit["reference"] + limit["student"] + student.forward_flops(TOKENS)
-    assert step_flops(student) == pytest.approx(work, rel=0.005)  # prompts are not projected
+    assert step_flops(student, TOKENS) == pytest.approx(work, rel=0.005)  # prompts are not projected
 
 
 @pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)
 def test_a_step_takes_at_least_what_it_waits_for(student):
     """Nothing is sent by one GPU; what waits is part of what moves; LoRA is the fastest."""
-    for gpus in GPUS:
+    for gpus in NUM_GPUS:
         for back_end in BACK_ENDS:
-            sent, over = moved_seconds(student, back_end, gpus)
+            sent, over = moved_seconds(student, back_end, GPU, gpus, per_gpu(gpus))
             assert (sent == 0) == (gpus == 1 or back_end.adapters)
-            assert over <= waiting_seconds(student, back_end, gpus) <= sent + over
+            assert over <= waits(student, back_end, gpus) <= sent + over
             assert back_end.adapters or step_seconds(student, back_end, gpus) > step_seconds(student, LORA, gpus)
 
 
@@ -86,7 +86,7 @@ def test_what_does_not_fit_has_no_time():
     assert not [row for row in step_table() if "Qwen3-32B | `zero2` |" in row]
 
 
-@pytest.mark.parametrize("table", [memory_table, time_table, step_table])
+@pytest.mark.parametrize("table", [memory_table, time_table, step_table, gpu_table, measured_table])
 def test_the_page_has_the_tables_that_are_printed(table):
     """Line by line."""
     assert "\n".join(table()) in PAGE.read_text()

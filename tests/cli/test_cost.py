@@ -314,6 +314,131 @@ class TestCost:
         assert "cannot be switched off" not in capsys.readouterr().out
 
 
+class TestMethods:
+    """What the baselines take from a teacher."""
+
+    def test_sft(self, recipe, capsys):
+        """The requests of `omniopd solutions`: the column that the forecast of OmniOPD has beside its own."""
+        path = recipe(teacher_budget_usd=1.0)
+        options = ["--config", path, "--solution_length", "500"]
+        assert main(["cost", *options]) == 0
+        beside = capsys.readouterr().out
+        assert main(["cost", *options, "--method", "sft"]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^solution length +500 tokens, as given$", printed, re.MULTILINE)
+        for name in ("requests", "prompt tokens", "completion tokens", "dollars, no prompt cache"):
+            (last,) = re.findall(rf"^{name} .* (\S+)$", beside, re.MULTILINE)
+            assert re.search(rf"^{name} +{last}$", printed, re.MULTILINE)
+        assert "cached" not in printed
+        assert "of them compared" not in printed
+        assert re.search(r"^teacher_budget_usd=1 is enough", printed, re.MULTILINE)
+        assert "`omniopd solutions` does" in printed
+
+    @pytest.mark.parametrize(
+        ("method", "teacher", "shown"),
+        [
+            ("grpo", None, "none"),
+            ("grpo", "anthropic:claude-haiku-4-5", "none"),
+            ("opd", "some/model", "some/model in"),
+        ],
+    )
+    def test_no_service(self, recipe, capsys, method, teacher, shown):
+        """GRPO asks nobody, OPD a model in the process."""
+        assert main(["cost", "--config", recipe(method=method, teacher_model_name_or_path=teacher)]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"^teacher +{shown}", printed, re.MULTILINE)
+        assert "requests" not in printed
+        assert f"method='{method}' sends no request to a service. --gpu adds memory and time." in printed
+
+
+class TestHardware:
+    """`--gpu`."""
+
+    def test_the_page(self, capsys, tmp_path, monkeypatch):
+        """What docs/scaling.md shows is what its command prints, and what another GPU says."""
+        page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+        command = re.search(r"^omniopd (cost .+)$", page, re.MULTILINE)[1].split()
+        command[2] = str(ROOT / command[2])
+        shown, other = re.findall(r"^```text\n(.+?)\n```$", page, re.MULTILINE | re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        assert main(command) == 0
+        assert shown in capsys.readouterr().out
+        assert main([*command[:-1], "a100-40"]) == 0
+        assert other in capsys.readouterr().out
+
+    def test_small_student(self, forecast, tiny_model_dir):
+        """Any student whose configuration can be read; generation with transformers; lengths of the data."""
+        rows = forecast("--gpu", "l4", "--trajectory_length", 900)
+        assert rows["hardware"].startswith("L4, 21.2 GiB of it usable; single_gpu, full fine-tuning, adamw_torch")
+        assert rows["fits"] == "yes"
+        prompt = float(re.search(r"([\d.]+) tokens on average, at most (\d+)", rows["prompts"])[1])
+        longest = int(re.search(r"at most (\d+)", rows["prompts"])[1])
+        assert rows["seconds per step"].endswith(f"trajectories of {900 + prompt:,.0f} tokens with prompt")
+        assert rows["all at the longest"].endswith(f"trajectories of {6340 + longest:,} tokens with prompt")
+
+    def test_launch(self, forecast):
+        """Several GPUs are DDP, unless another launch is named."""
+        two = {"gradient_accumulation_steps": 1}
+        hardware = forecast("--gpu", "l4", "--num_processes", 2, **two)["hardware"]
+        assert hardware.startswith("2 x L4, 21.2 GiB of it usable; multi_gpu,")
+        words = ("--num_processes", 2, "--accelerate_config", "zero3", "--use_peft", "true")
+        rows = forecast("--gpu", "l4", *words, **two)
+        assert "; zero3, LoRA," in rows["hardware"]
+
+    def test_engine(self, forecast):
+        """A colocated vLLM that sleeps, a server, and a limit that is reached before the GPU's."""
+        settings = {"use_vllm": True, "vllm_enable_sleep_mode": True, "teacher_requests_per_minute": 60}
+        rows = forecast("--gpu", "h100-80", "--trajectory_length", 2000, **settings)
+        assert "22.4 vLLM, whose cache holds" in rows["memory of generation"]
+        assert "vLLM" not in rows["memory of training"]
+        assert rows["the teacher's limits"] == "at least 800 seconds per step for its requests"
+        rows = forecast("--gpu", "h100-80", use_vllm=True, vllm_mode="server", vllm_max_model_length=2048)
+        assert rows["memory of generation"].endswith("vLLM is on other GPUs")
+        assert rows["all at the longest"].split(";")[1] == " trajectories of 2,048 tokens with prompt"
+
+    @pytest.mark.parametrize(
+        ("settings", "note"),
+        [
+            ({"optim": "adafactor"}, "optim=adafactor is counted as AdamW"),
+            ({"use_peft": True}, "lora_dropout=0.05 keeps a copy"),
+            ({"num_branches": 2}, "Branches (num_branches) are not counted"),
+            ({"teacher_model_name_or_path": "Qwen/Qwen3-1.7B"}, "teacher in the same process are not counted"),
+            ({"use_vllm": True, "vllm_mode": "server"}, "counted as one GPU of the same kind"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_notes(self, recipe, capsys, settings, note):
+        """What is not counted is said."""
+        assert main(["cost", "--config", recipe(**settings), "--gpu", "h200"]) == 0
+        assert note in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("settings", "options", "code", "message"),
+        [
+            ({"gradient_checkpointing": False}, [], 2, "gradient_checkpointing=False: the memory of all layers'"),
+            ({"use_peft": True, "load_in_4bit": True}, [], 2, "memory of a quantized student is not known"),
+            ({}, ["--accelerate_config", "single_gpu", "--num_processes", "2"], 2, "Leave out one of them"),
+            ({"optim": "adamw_bnb_8bit"}, ["--accelerate_config", "zero3"], 2, "known for single_gpu and multi_gpu"),
+            ({"use_peft": True, "lora_target_modules": ["x"]}, [], 2, "the size of the adapter is not known"),
+            ({"model_name_or_path": "no/model", "max_steps": 1}, ["--prompt_length", "9"], 1, "sizes of 'no/model'"),
+            ({"method": "opd"}, [], 2, "the teacher 'anthropic:claude-haiku-4-5' returns text"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_refused(self, recipe, capsys, settings, options, code, message):
+        """What the formulas do not describe is one line."""
+        assert main(["cost", "--config", recipe(**settings), "--gpu", "h100-80", *options]) == code
+        captured = capsys.readouterr()
+        assert message in captured.err.splitlines()[-1]
+        assert "measured" not in captured.out
+
+    def test_unknown(self, recipe, capsys):
+        """The error of an unknown GPU lists the known ones."""
+        with pytest.raises(SystemExit):
+            main(["cost", "--config", recipe(), "--gpu", "h300"])
+        assert "h100-80" in capsys.readouterr().err
+
+
 class TestErrors:
     """What goes wrong is one line, and an exit code."""
 

@@ -6,9 +6,11 @@ That they parse is in `test_docs.py`.
 """
 
 import copy
+import json
 import re
 import shlex
 import socket
+from argparse import Namespace
 from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
@@ -16,12 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 import trl
 import yaml
-from transformers import AutoModelForCausalLM, Qwen3Config
 
+from omniopd_trl.accounting.hardware import GIB
+from omniopd_trl.cli import train
+from omniopd_trl.cli.hardware import job_of
+from omniopd_trl.cli.launch import launch_options, split_arguments
 from omniopd_trl.cli.main import main
+from omniopd_trl.cli.options import option_hints, option_names
 from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import TeacherOptions, load_teacher
@@ -30,30 +35,27 @@ from omniopd_trl.teachers.providers.anthropic import AnthropicTeacher
 from omniopd_trl.teachers.providers.capabilities import capabilities_of
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
 from omniopd_trl.teachers.providers.openai import OpenAITeacher
+from scripts import recipes
 from tests.support import ROOT
 
 FOLDER = ROOT / "recipes"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
-MATH = [name for name in RECIPES if name.startswith("math_")]
-LIMITED = [
-    "math_qwen3_4b_anthropic.yaml",
-    "math_qwen3_4b_haiku_5_5.yaml",
-    "math_qwen3_4b_gemini.yaml",
-    "math_qwen3_4b_openai.yaml",
-]
-SERVICES = {
-    "math_qwen3_4b_vllm.yaml": OpenAITeacher,
-    "math_qwen3_4b_anthropic.yaml": AnthropicTeacher,
-    "math_qwen3_4b_haiku_5_5.yaml": AnthropicTeacher,
-    "math_qwen3_4b_gemini.yaml": GeminiTeacher,
-    "math_qwen3_4b_openai.yaml": OpenAITeacher,
+ROWS = {f"{row.name}.yaml": row for row in recipes.ROWS}
+PAPERS = [*ROWS]  # all but the demo
+LIMITED = [name for name, row in ROWS.items() if recipes.TEACHERS[row.teacher].key is not None]
+SERVED = [name for name in ROWS if name not in LIMITED]
+ADAPTERS = {
+    "vllm": OpenAITeacher,
+    "openai": OpenAITeacher,
+    "anthropic": AnthropicTeacher,
+    "gemini": GeminiTeacher,
 }
+HAIKU_4_5, HAIKU_5_5 = (f"math_qwen3_4b_from_claude_haiku_{version}.yaml" for version in ("4_5", "5_5"))
+GEMINI = "math_qwen3_4b_from_gemini_3.5_flash_lite.yaml"
 
 # Where the paper gives the value: option -> (value, place).
 PAPER = {
-    "model_name_or_path": ("Qwen/Qwen3-4B", "Section 5.1"),
-    "prompt_template": ("math", "Table 7"),
     "num_chunks": (10, "Section 5.1"),
     "chunk_length": (50, "Section 5.1"),
     "num_rollouts": (10, "Section 5.1"),
@@ -67,12 +69,15 @@ PAPER = {
     "per_device_train_batch_size": (2, "Section 5.1"),
     "temperature": (1.0, "Section 5.1"),
 }
-# Table 1: what each student reaches, by its teacher in the paper.
-TABLE_1 = {
-    "math_qwen3_4b.yaml": "69.08",
-    "math_qwen3_4b_vllm.yaml": "69.08",
-    "math_qwen3_4b_anthropic.yaml": "74.92",
-    "math_qwen3_4b_gemini.yaml": "75.67",
+# Tables 1 and 2: what each student reaches: base (Table 1 only), GRPO (likewise), SFT, OPD, OmniOPD.
+TABLES = {
+    "math_qwen3_1.7b_from_qwen3_32b.yaml": ("51.87", "62.41", "53.76", "61.70", "60.67"),
+    "math_qwen3_4b_from_qwen3_32b.yaml": ("54.01", "70.24", "63.80", "64.16", "69.08"),
+    "math_qwen3_4b_from_qwen3_30b_a3b.yaml": ("54.01", "70.24", "49.77", "56.22", "72.32"),
+    HAIKU_4_5: ("54.01", "70.24", "67.52", "74.92"),
+    GEMINI: ("54.01", "70.24", "73.51", "75.67"),
+    "code_qwen3_1.7b_from_qwen3_32b.yaml": ("40.44", "47.06", "47.93"),
+    "code_qwen3_4b_from_qwen3_32b.yaml": ("62.03", "65.26", "63.78"),
 }
 
 
@@ -105,7 +110,7 @@ class TestPaper:
     """The values, and where they come from."""
 
     @pytest.mark.parametrize("option", PAPER)
-    @pytest.mark.parametrize("name", MATH)
+    @pytest.mark.parametrize("name", PAPERS)
     def test_value(self, name, option):
         """What the paper gives is what the recipe has, and the line says where the paper gives it."""
         value, place = PAPER[option]
@@ -115,7 +120,16 @@ class TestPaper:
         line = next(line for line in text_of(name).splitlines() if line.startswith(f"{option}:"))
         assert place in line
 
-    @pytest.mark.parametrize("name", MATH)
+    @pytest.mark.parametrize("name", PAPERS)
+    def test_student_and_data(self, name):
+        """The student and the set of its name, with the prompt of Table 7 for mathematics."""
+        settings = settings_of(name)
+        assert settings["model_name_or_path"].lower().removeprefix("qwen/").replace("-", "_") in name
+        data = (settings["dataset_name"], settings.get("prompt_template"))
+        is_code = name.startswith("code_")
+        assert data == (("benchmark:eurus_code", None) if is_code else ("open-r1/DAPO-Math-17k-Processed", "math"))
+
+    @pytest.mark.parametrize("name", PAPERS)
     def test_length(self, name):
         """One epoch, or 50 steps with a closed teacher; sequences of 20K tokens with their prompt."""
         _, args, _, _ = arguments_of(name)
@@ -123,7 +137,7 @@ class TestPaper:
         assert args.max_steps == (50 if name in LIMITED else -1)
         assert args.num_train_epochs == (3.0 if name in LIMITED else 1)
 
-    @pytest.mark.parametrize("name", MATH)
+    @pytest.mark.parametrize("name", PAPERS)
     def test_every_value_has_a_source(self, name):
         """A line, the comment above it, or the heading of its block says where in the paper it stands, or "ours"."""
         heading, above, missing = "", "", []
@@ -139,35 +153,188 @@ class TestPaper:
                 above = ""
         assert missing == []
 
-    @pytest.mark.parametrize("name", TABLE_1)
+    @pytest.mark.parametrize("name", TABLES)
     def test_reported(self, name):
-        """The paper's number is in the recipe and beside it on the page."""
+        """The numbers of the paper are in the recipe, and those of the teacher beside it on the page."""
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| [{name}]"))
-        assert TABLE_1[name] in row
-        assert TABLE_1[name] in text_of(name)
-        assert "not run it" in text_of(name).replace("\n# ", " ")
+        assert set(TABLES[name][-3:] if name in SERVED else TABLES[name][-2:]) <= set(re.findall(r"\d\d\.\d\d", row))
+        assert set(re.findall(r"\d\d\.\d\d(?=[,.] |$)", text_of(name).partition("# Models")[0])) == set(TABLES[name])
+        assert "not run it" in text_of(name)
+
+    @pytest.mark.parametrize("name", set(ROWS) - set(TABLES))
+    def test_not_reported(self, name):
+        """A teacher that the paper does not have is said to have no number."""
+        assert "We know of no number for this teacher" in text_of(name)
+
+
+def commands_of(name):
+    """The commands of `omniopd train` at the top of a recipe, by the line above each, as words."""
+    lines = text_of(name).partition("# Models")[0].splitlines()
+    found = {}
+    for line, above in zip(lines[2:], lines, strict=False):
+        if line.startswith("#   omniopd train"):
+            found[above if above != "#" and ":" in above else line] = shlex.split(line.removeprefix("#"))[2:]
+    return found
+
+
+class TestGenerated:
+    """The files are those of the table, and fit the hardware that they name."""
+
+    def test_up_to_date(self):
+        """`make docs` would change nothing."""
+        assert list(recipes.outdated()) == []
+
+    def test_out_of_date_is_noticed(self, tmp_path, monkeypatch, capsys):
+        """A file that was edited by hand is named, and written again."""
+        for name in ("README.md", *ROWS):
+            (tmp_path / name).write_text(text_of(name), encoding="utf-8")
+        (tmp_path / HAIKU_5_5).write_text(text_of(HAIKU_5_5).replace("beta: 0.1", "beta: 0.2"))
+        monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+        monkeypatch.setattr(recipes, "PAGE", tmp_path / "README.md")
+        assert recipes.main(["--check"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"{tmp_path / HAIKU_5_5} is out of date. Run `make docs`."
+        assert recipes.main([]) == recipes.main(["--check"]) == 0
+        assert (tmp_path / HAIKU_5_5).read_text(encoding="utf-8") == text_of(HAIKU_5_5)
+
+    @pytest.mark.parametrize("name", PAPERS)
+    def test_fits(self, name):
+        """Every command at the top parses, takes 16 prompts per step, and fits the card of the line above it."""
+        commands = commands_of(name)
+        assert len(commands) == (6 if name in SERVED else 5)
+        gpus = {"24 GB": "rtx4090", "80 GB": "h100-80", "H200": "h200"}
+        for above, words in commands.items():
+            launch, training = split_arguments(words, option_names(option_hints()), launch_options())[::2]
+            processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
+            training[1] = str(ROOT / training[1])
+            script_args, args, model_args, _ = parse_args([*training, "--use_cpu", "true"])
+            gpu = next((gpu for card, gpu in gpus.items() if card in above), "h100-80")
+            options = Namespace(gpu=gpu, num_processes=processes, accelerate_config=launch)
+            job = job_of(options, script_args, args, model_args, 1024)
+            assert job.fits, (above, list(job.shortfalls()))
+            assert job.rows * job.micro_batches * processes == 16
+            if job.method == "omniopd":
+                needed, usable = re.search(r": (\d+) of (\d+) GiB", above).groups()
+                assert int(needed) == round(max(job.training_bytes, job.generation_bytes) / GIB) < int(usable)
+                first, last = re.search(r"(\d+) to (\d+) seconds", above).groups()
+                assert (int(first), int(last)) == (round(job.step(6540).total), round(job.step(20_480).total))
+            else:
+                assert args.output_dir.endswith(job.method)
+            # As a file of another launch would: the baselines do not run under DeepSpeed.
+            assert job.method == "omniopd" or launch is None
+
+
+CODE_ROW = {
+    "data_source": "apps",
+    "prompt": [{"role": "system", "content": "Use actions."}, {"role": "user", "content": "Add two numbers."}],
+    "ability": "code",
+    "reward_model": {"ground_truth": json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]}), "style": "rule"},
+    "extra_info": {"index": 0, "split": "dummy"},
+}
+
+
+@pytest.fixture(scope="session")
+def long_student(make_tiny_model):
+    """A student whose context holds the prompts of the recipes in bytes."""
+    return make_tiny_model(max_position_embeddings=2048)
+
+
+class TestTwoSteps:
+    """The recipes run, with a tiny student and the scripted teacher."""
+
+    @pytest.fixture
+    def run_two_steps(self, long_student, tmp_path, monkeypatch, capsys):
+        """A function that runs a recipe for two steps, and returns what it printed."""
+        monkeypatch.chdir(tmp_path)
+
+        def run(name, **options):
+            if name.startswith("math"):
+                data, rows = (
+                    "data.jsonl",
+                    [{"prompt": f"What is {i} + {i}?", "solution": str(2 * i)} for i in range(8)],
+                )
+            else:
+                data, rows = "benchmark:eurus_code@./data.jsonl", [CODE_ROW] * 8
+            Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            smaller = {
+                "model_name_or_path": str(long_student),
+                "teacher_model_name_or_path": "scripted",
+                "dataset_name": data,
+                "use_vllm": False,
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_accumulation_steps": 2,
+                "max_completion_length": 24,
+                "chunk_length": 8,
+                "max_steps": 2,
+                "save_strategy": "no",
+                "report_to": "none",
+                "output_dir": "out",
+            }
+            settings = {**settings_of(name), **smaller, **options}
+            settings.pop("dataset_config", None)  # local files have none
+            Path("recipe.yaml").write_text(yaml.safe_dump(settings))
+            assert train.run(["--config", "recipe.yaml"]) == 0
+            return capsys.readouterr().out
+
+        return run
+
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name == HAIKU_4_5 else pytest.mark.slow) for name in PAPERS]
+    )
+    def test_omniopd(self, run_two_steps, name):
+        """As it is."""
+        printed = run_two_steps(name)
+        assert re.search(r"^optimizer steps +2$", printed, re.MULTILINE)
+        assert re.search(r"^teacher tokens +[1-9]", printed, re.MULTILINE)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", [PAPERS[0], PAPERS[-1]])
+    def test_grpo(self, run_two_steps, name):
+        """With the rewards of mathematics and of code."""
+        printed = run_two_steps(name, method="grpo", grpo={"num_generations": 2})
+        assert re.search(r"^teacher tokens +0 read, 0 written$", printed, re.MULTILINE)
+
+    @pytest.mark.slow
+    def test_opd(self, run_two_steps, long_student):
+        """With a teacher of the student's tokenizer in the process."""
+        printed = run_two_steps(PAPERS[0], method="opd", teacher_model_name_or_path=str(long_student))
+        assert re.search(r"^teacher tokens +[1-9][\d,]* read, 0 written$", printed, re.MULTILINE)
+
+    @pytest.mark.slow
+    def test_sft(self, run_two_steps, tmp_path):
+        """On solutions in the place that `omniopd solutions` writes to."""
+        folder = tmp_path / "out" / "solutions"
+        folder.mkdir(parents=True)
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],
+                "completion": [{"role": "assistant", "content": f"We add. Answer: {2 * i}"}],
+            }
+            for i in range(8)
+        ]
+        (folder / "solutions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert re.search(r"^optimizer steps +2$", run_two_steps(PAPERS[0], method="sft"), re.MULTILINE)
 
 
 class TestTeachers:
     """Who the recipes name."""
 
     @pytest.mark.usefixtures("offline")
-    @pytest.mark.parametrize("name", SERVICES)
+    @pytest.mark.parametrize("name", PAPERS)
     def test_adapter(self, name, tmp_path, monkeypatch):
         """The name resolves to the provider's adapter, with the recipe's limits, without a key or a connection."""
         monkeypatch.chdir(tmp_path)
         _, args, _, _ = arguments_of(name)
         teacher = load_teacher(args.teacher_model_name_or_path, TeacherOptions.of(args))
-        assert type(teacher) is SERVICES[name]
+        assert type(teacher) is ADAPTERS[args.teacher_model_name_or_path.partition(":")[0]]
         assert teacher.name == args.teacher_model_name_or_path
         assert teacher.settings.max_concurrency == args.teacher_max_concurrency
         assert teacher.budget.max_usd == args.teacher_budget_usd
 
-    def test_all_services_are_here(self):
-        """A recipe with a teacher behind a service is looked at by the tests of this file."""
-        teachers = {name: settings_of(name)["teacher_model_name_or_path"] for name in RECIPES}
-        named = {name for name, teacher in teachers.items() if ":" in teacher and not teacher.startswith("demo:")}
-        assert named == set(SERVICES)
+    def test_all_are_here(self):
+        """Every recipe but the demo is looked at by the tests of this file."""
+        assert sorted([*ROWS, "demo.yaml"]) == RECIPES
 
     @pytest.mark.parametrize("name", LIMITED)
     def test_current(self, name):
@@ -181,7 +348,7 @@ class TestTeachers:
     @pytest.mark.case("U7")
     def test_haiku(self):
         """The later Haiku is instructed, takes no temperature, and costs a ninth."""
-        name = "math_qwen3_4b_haiku_5_5.yaml"
+        name = HAIKU_5_5
         capabilities = capabilities_of("anthropic", "claude-haiku-5-5")
         assert (capabilities.continuation, capabilities.takes_temperature) == ("instruct", False)
         assert settings_of(name)["teacher_model_name_or_path"] == "anthropic:claude-haiku-5-5"
@@ -191,14 +358,14 @@ class TestTeachers:
             for cost in costs_of_page()
             if not cost.options and cost.dollars[0] != "none"
         }
-        assert plain["math_qwen3_4b_anthropic.yaml"] / plain[name] == pytest.approx(9.1, abs=0.1)
+        assert plain[HAIKU_4_5] / plain[name] == pytest.approx(9.1, abs=0.1)
 
     @pytest.mark.case("U7")
     def test_five_chunks(self):
         """The paper's cheaper setting stands on the page with its numbers, and costs half without a cache."""
         assert "68.38" in PAGE
         costs = {(cost.recipe, cost.options): cost for cost in costs_of_page()}
-        for name in ("math_qwen3_4b_anthropic.yaml", "math_qwen3_4b_haiku_5_5.yaml"):
+        for name in (HAIKU_4_5, HAIKU_5_5):
             all_chunks, half = (float(costs[name, options].dollars[0]) for options in ((), ("--num_chunks", "5")))
             assert half == pytest.approx(all_chunks / 2, abs=0.01)
 
@@ -206,13 +373,13 @@ class TestTeachers:
         """The date on which the paper's teacher ends is the one that a run warns of."""
         assert capabilities_of("gemini", "gemini-2.5-flash").shutdown == date(2026, 12, 1)
         assert "2026-12-01" in PAGE
-        assert "2026-12-01" in text_of("math_qwen3_4b_gemini.yaml")
+        assert "2026-12-01" in text_of(GEMINI)
 
     @pytest.mark.parametrize("thinking", [True, False])
     def test_vllm_continues_in_the_thought(self, thinking, tiny_tokenizer, tmp_path, monkeypatch):
         """Under Qwen3's own template the teacher reads the student's prompt and text as they are, and nothing else."""
         monkeypatch.chdir(tmp_path)
-        _, args, _, _ = arguments_of("math_qwen3_4b_vllm.yaml")
+        _, args, _, _ = arguments_of(SERVED[0])
         if not thinking:
             args.teacher_chat_template_kwargs = None
         tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -226,9 +393,9 @@ class TestTeachers:
         rendered, _ = teacher._render(Prefix(prompt, text))
         assert (rendered == own + text) == thinking
 
-    def test_vllm_server(self):
+    @pytest.mark.parametrize("name", SERVED)
+    def test_vllm_server(self, name):
         """The server that the recipe starts is the one that it asks, on this machine only, with its cache shown."""
-        name = "math_qwen3_4b_vllm.yaml"
         (line,) = [line for line in text_of(name).splitlines() if "vllm serve" in line]
         words = shlex.split(line.removeprefix("#"))
         settings = settings_of(name)
@@ -311,28 +478,6 @@ class TestPage:
 
     def test_forecast_needs_max_steps(self, capsys):
         """The other recipes have no number of steps until their data is read, which is said."""
-        command = ["cost", "--config", str(FOLDER / "math_qwen3_4b_vllm.yaml"), "--prompt_length", "200"]
+        command = ["cost", "--config", str(FOLDER / SERVED[0]), "--prompt_length", "200"]
         assert main(command) == 2
         assert ConfigError.__name__ in capsys.readouterr().err
-
-    def test_memory(self):
-        """The page's gigabytes are those of the models' shapes."""
-        common = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
-        student = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
-        teacher = {
-            "hidden_size": 5120,
-            "intermediate_size": 25_600,
-            "num_hidden_layers": 64,
-            "num_attention_heads": 64,
-        }
-        with torch.device("meta"):
-            sizes = [
-                AutoModelForCausalLM.from_config(
-                    Qwen3Config(**common, **shape, tie_word_embeddings=tied)
-                ).num_parameters()
-                for shape, tied in ((student, True), (teacher, False))
-            ]
-        # Five numbers of four bytes for each weight of the student, one of two bytes for each of the teacher.
-        assert f"{sizes[0] / 1e9:.2f} billion" in PAGE
-        assert f"{5 * 4 * sizes[0] / 1e9:.1f} GB" in PAGE
-        assert f"{2 * sizes[1] / 1e9:.1f} GB" in PAGE

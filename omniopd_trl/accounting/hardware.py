@@ -1,0 +1,730 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Memory per GPU and time per step of a training run, by the formulas of docs/scaling.md.
+
+This module is arithmetic. It needs neither a GPU nor torch. Sizes are in bytes, and times in seconds.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+from omniopd_trl.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder with gated MLPs, such as Qwen3, and derived counts.
+
+    Attributes:
+        name: name of the model.
+        hidden: width of the states between layers.
+        layers: number of layers.
+        intermediate: width of an MLP, of one expert in a mixture of experts.
+        heads: heads of the queries.
+        tied: whether the LM head is the embedding matrix.
+        kv_heads: heads of the keys and of the values.
+        head_dim: width of a head.
+        vocabulary: rows of the embedding matrix.
+        experts: MLPs of a layer.
+        active_experts: MLPs of a layer that a token uses.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    tied: bool = True
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151_936
+    experts: int = 1
+    active_experts: int = 1
+
+    @classmethod
+    def of(cls, name: str, config: Any) -> "Shape":
+        """The sizes in a configuration of `transformers`.
+
+        Args:
+            name: name of the model.
+            config: its text configuration.
+
+        Raises:
+            ConfigError: when a size is missing, as in a model that is no decoder with attention.
+        """
+        heads = getattr(config, "num_attention_heads", None)
+        hidden = getattr(config, "hidden_size", None)
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+        sizes: dict[str, Any] = {
+            "hidden": hidden,
+            "layers": getattr(config, "num_hidden_layers", None),
+            "intermediate": getattr(config, "moe_intermediate_size", None)
+            or getattr(config, "intermediate_size", None),
+            "heads": heads,
+            "vocabulary": getattr(config, "vocab_size", None),
+            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None),
+        }
+        missing = [key for key, value in sizes.items() if not isinstance(value, int)]
+        if missing:
+            raise ConfigError(
+                f"The configuration of {name!r} ({type(config).__name__}) does not state its {', '.join(missing)}, on "
+                "which the memory of a GPU depends. Leave out --gpu."
+            )
+        return cls(
+            name,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            experts=experts,
+            active_experts=min(experts, getattr(config, "num_experts_per_tok", None) or 1),
+            **sizes,
+        )
+
+    @property
+    def _attention_weights(self) -> int:
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    def _mlp_weights(self, experts: int) -> int:
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return 3 * self.hidden * self.intermediate * experts + router
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matrices in one layer that a token uses. A forward uses each of them once per token."""
+        return self._attention_weights + self._mlp_weights(self.active_experts)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer: its matrices, two norms, and the norms of queries and keys."""
+        return self._attention_weights + self._mlp_weights(self.experts) + 2 * self.hidden + 2 * self.head_dim
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the LM head. A tied model shares them with its embeddings."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        embeddings = self.head_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+    def lora_parameters(self, rank: int, targets: "str | Iterable[str] | None") -> int:
+        """Parameters of a LoRA adapter.
+
+        Args:
+            rank: rank of the adapter.
+            targets: names of the adapted matrices, as in `lora_target_modules`; `"all-linear"` for those of all
+                layers; `None` for PEFT's choice, which is the projections of queries and values.
+        """
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sides = {
+            **{"q_proj": self.hidden + queries, "k_proj": self.hidden + keys, "v_proj": self.hidden + keys},
+            "o_proj": queries + self.hidden,
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.experts * (self.hidden + self.intermediate)),
+        }
+        if targets is None:
+            targets = ("q_proj", "v_proj")
+        names = sides if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
+        return self.layers * rank * sum(sides.get(name, 0) for name in names)
+
+    def forward_flops(self, tokens: float) -> float:
+        """Floating-point operations of the layers on one sequence.
+
+        Two per weight and token. Causal attention compares half of all pairs of tokens.
+        """
+        attention = 4 * self.heads * self.head_dim * tokens / 2
+        return tokens * self.layers * (2 * self.layer_weights + attention)
+
+    def projection_flops(self, tokens: float) -> float:
+        """Floating-point operations of projecting `tokens` states to the vocabulary."""
+        return 2 * tokens * self.head_parameters
+
+    def cache_bytes(self, tokens: float, itemsize: int) -> float:
+        """Bytes of the keys and values of one sequence."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+
+
+# Sizes of the published models, so that a forecast needs no network.
+QWEN3 = (
+    Shape("Qwen3-1.7B", 2048, 28, 6144, 16),
+    Shape("Qwen3-4B", 2560, 36, 9728, 32),
+    Shape("Qwen3-8B", 4096, 36, 12_288, 32, tied=False),
+    Shape("Qwen3-32B", 5120, 64, 25_600, 64, tied=False),
+)
+_QWEN3_30B_A3B = Shape("Qwen3-30B-A3B", 2048, 48, 768, 32, False, kv_heads=4, experts=128, active_experts=8)
+
+
+def known_shape(name: str) -> Shape | None:
+    """The sizes of a Qwen3 model by its id on the Hub, such as `"Qwen/Qwen3-4B"`; `None` for any other name."""
+    plain = name.removeprefix("Qwen/").removesuffix("-Instruct-2507").removesuffix("-Thinking-2507")
+    plain = plain.removesuffix("-Base")
+    return next(
+        (shape for shape in (*QWEN3, _QWEN3_30B_A3B) if name.startswith("Qwen/") and shape.name == plain), None
+    )
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Limits of a GPU, from its data sheet.
+
+    Attributes:
+        name: its name in words.
+        memory: bytes.
+        flops: dense bf16 operations per second, accumulated in float32.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second to the other GPUs, in one direction. An assumption.
+        source: where the numbers are from.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+PCIE = 25e9  # bytes per second between a GPU and the CPU's memory: half of PCIe 5.0's nominal rate
+LINK = 50e9  # bytes per second and GPU between GPUs: 400 Gbit/s, less than NVLink
+
+GPUS: Mapping[str, GPU] = {
+    "rtx3090": GPU("GeForce RTX 3090", 24e9, 71e12, 936e9, PCIE, "NVIDIA Ampere GA102 white paper"),
+    "rtx4090": GPU("GeForce RTX 4090", 24e9, 165e12, 1008e9, PCIE, "NVIDIA Ada GPU architecture white paper"),
+    "l4": GPU("L4", 24e9, 121e12, 300e9, PCIE, "NVIDIA L4 data sheet"),
+    "a100-40": GPU("A100 40 GB", 40e9, 312e12, 1555e9, LINK, "NVIDIA A100 data sheet"),
+    "a100-80": GPU("A100 80 GB", 80e9, 312e12, 2039e9, LINK, "NVIDIA A100 data sheet, SXM"),
+    "h100-80": GPU("H100 80 GB", 80e9, 989e12, 3.35e12, LINK, "NVIDIA H100 data sheet, SXM"),
+    "h200": GPU("H200", 141e9, 989e12, 4.8e12, LINK, "NVIDIA H200 data sheet, SXM"),
+}
+
+# Assumptions. docs/scaling.md compares them with measurements.
+RESERVED = 0.05  # the share of a GPU's memory that the allocator and the driver need
+UTILIZATION = 0.4  # the share of the arithmetic that training reaches
+DECODE_EFFICIENCY = 0.5  # the share of the bandwidth that vLLM reaches
+TRANSFORMERS_EFFICIENCY = 0.08  # the same for generation with transformers, as measured on a CPU
+CPU_BANDWIDTH = 40e9  # bytes per second and GPU of the CPU's memory: an eighth of half of two sockets' 614 GB/s
+ENGINE_BYTES = 2 * GIB  # what vLLM needs beside weights and cache: activations, graphs, the tables of its sampler
+MAX_SEQUENCES = 256  # sequences that vLLM decodes at once
+
+TILE = 4096 * 32_768  # logits: tokens by vocabulary entries
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """Bytes per parameter on one of N GPUs: `whole + split / N`, for the student and for the reference.
+
+    Attributes:
+        name: name of the launch in the tables.
+        whole: bytes on every GPU: the weight, its gradient, optimizer states.
+        split: bytes that the GPUs share.
+        whole_reference: bytes of the frozen reference on every GPU.
+        split_reference: bytes of the frozen reference that the GPUs share.
+        buckets: bytes of the communication buffers of gradients, with several GPUs.
+        waits: bytes of a whole gradient that is kept between the micro-batches of a step. The last backward reduces it
+            layer by layer into 4 bytes of `split`.
+        gathers: bytes of the head and one layer, gathered while they are used.
+        copies: bytes of copies of the layers' weights, from their use to the end of a forward.
+        gathers_reference: bytes of the reference's embeddings, head and one layer, gathered in its forward.
+        lends: bytes of the reference's embeddings, head and one layer on the GPU, with an offloaded reference.
+        autocasts: whether weights and the states between layers are in float32.
+        adapters: whether only a LoRA adapter is trained. Other weights have no gradients then.
+        clones: bytes of the copy of the reference's head, from its forward to the backward.
+        sends: bytes that a GPU sends per micro-batch, and in addition per step. An all-reduce counts twice, as a
+            reduce-scatter and an all-gather.
+        hides: whether communication overlaps with computation.
+        copies_over: bytes that a GPU exchanges with the CPU, per parameter of its share: for each micro-batch after
+            the first, and per step.
+        updates_on_cpu: bytes that Adam on the CPU reads and writes.
+        min_gpus: least number of GPUs.
+    """
+
+    name: str
+    whole: float
+    split: float
+    whole_reference: float
+    split_reference: float
+    buckets: float = 0.0
+    waits: float = 0.0
+    gathers: float = 0.0
+    copies: float = 0.0
+    gathers_reference: float = 0.0
+    lends: float = 0.0
+    autocasts: bool = False
+    adapters: bool = False
+    clones: float = 0.0
+    sends: tuple[float, float] = (0.0, 0.0)
+    hides: bool = False
+    copies_over: tuple[float, float] = (0.0, 0.0)
+    updates_on_cpu: float = 0.0
+    min_gpus: int = 1
+
+
+# DDP and FSDP2 keep weights, gradients and Adam's two moments in float32, and compute in bf16: DDP on autocast's
+# copies of the trained weights, FSDP2 on the gathered weights. DeepSpeed has bf16 weights and gradients, and float32
+# gradients, weights and moments of the part that a GPU updates. Gathered weights and their gradients are bf16.
+#
+# Communication: DDP reduces float32 gradients once per step. ZeRO-2 reduces them in bf16 with every micro-batch, as an
+# all-reduce, and gathers the new weights at the end. ZeRO-3 gathers all weights five times per micro-batch: for
+# scoring, in the student's forward, twice in its backward, since checkpointing runs the layers again, and for the
+# reference. FSDP2 gathers once in the backward, and reduces once per step.
+_DDP: dict[str, Any] = {"autocasts": True, "buckets": 4, "copies": 2, "sends": (0, 2 * 4), "hides": True}
+_ZERO2: dict[str, Any] = {"sends": (2 * 2, 2)}  # DeepSpeed's `overlap_comm` is off by default for ZeRO-2
+_ZERO3: dict[str, Any] = {"gathers": 4, "sends": (5 * 2 + 2, 0), "hides": True, "min_gpus": 8}
+# bf16 gradients are copied to the CPU, and back for accumulation. For the update they are copied in float32, and the
+# weights return in bf16. Adam reads gradients, weights and two moments in float32, and writes all but the gradients.
+_CPU: dict[str, Any] = {"copies_over": (2 + 2, 4 + 2), "updates_on_cpu": 4 * (4 + 3)}
+
+BACK_ENDS = (
+    BackEnd("`single_gpu`, `multi_gpu`", 4 + 4 + 8, 0, 4, 0, **_DDP),
+    BackEnd("the same, `ref_model_offload`", 4 + 4 + 8, 0, 0, 0, lends=4, **_DDP),
+    BackEnd("the same, LoRA", 4, 0, 0, 0, autocasts=True, adapters=True),
+    BackEnd("`zero2`", 2, 2 + 4 + 4 + 8, 2, 0, min_gpus=8, **_ZERO2),
+    BackEnd("`zero2`, optimizer on the CPU", 2, 0, 2, 0, **_ZERO2, **_CPU),
+    BackEnd("`zero3`", 0, 2 + 2 + 4 + 4 + 8, 0, 2, **_ZERO3),
+    BackEnd("`zero3`, optimizer on the CPU", 0, 2, 0, 2, **_ZERO3, **_CPU),
+    BackEnd(
+        "`fsdp2`",
+        *(0, 4 + 4 + 8, 0, 4),
+        waits=2,
+        gathers=4,
+        gathers_reference=2,
+        clones=2,
+        sends=(4 * 2, 2),
+        hides=True,
+        min_gpus=8,
+    ),
+)
+
+
+def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
+    """Weights, gradients and optimizer states on one GPU. `accumulates`: whether a step has several micro-batches."""
+    per_parameter = back_end.whole + back_end.split / gpus
+    if gpus > 1:
+        per_parameter += back_end.buckets
+    if accumulates:
+        per_parameter += max(0.0, back_end.waits - 4 / gpus)
+    return per_parameter * student.parameters
+
+
+def reference_bytes(student: Shape, back_end: BackEnd, gpus: int) -> float:
+    """Bytes of the reference's weights on one GPU."""
+    return (back_end.whole_reference + back_end.split_reference / gpus) * student.parameters
+
+
+def gathered(student: Shape) -> int:
+    """Parameters of the head and one layer."""
+    return student.head_parameters + student.layer_parameters
+
+
+def lent(student: Shape) -> int:
+    """Parameters of the embeddings, the head and one layer."""
+    return student.parameters - (student.layers - 1) * student.layer_parameters
+
+
+def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
+    """Weights, gradients, optimizer states and the reference on one GPU, with gathered weights."""
+    states = student_bytes(student, back_end, gpus, accumulates) + reference_bytes(student, back_end, gpus)
+    return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
+
+
+def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
+    """Peak memory of one layer while it is recomputed and differentiated, in bf16.
+
+    The coefficients come from the code of Qwen3 in transformers, by the check below. They are the number of
+    activations of each width at the peak, where float32 activations count twice. Autocast makes norms, residuals and
+    their gradients float32, and keeps copies of weights.
+    """
+    queries, keys = student.heads * student.head_dim, student.kv_heads * student.head_dim
+    hidden, weights = (15 * student.hidden, 1.5 * student.layer_weights) if autocasts else (10 * student.hidden, 0.0)
+    return 2 * tokens * (hidden + 5 * queries + 6 * student.intermediate + 5.5 * keys) + weights
+
+
+def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """The maximum of three moments in the backward of chunk loss and anchor, with the states at each moment.
+
+    The anchor is first. It needs two tiles of logits in float32, and the casts of two tiles. Its gradient of the head
+    is accumulated in float32. If the head is in bf16, the gradient is then cast while the tiles still exist. The chunk
+    loss has a separate gradient of the head until the two are added: 4 and 4 bytes, or 2 with 4 and 2.
+    """
+    head, states = student.head_parameters, tokens * student.hidden
+    # States of the student, of un-audited tokens and of the reference. Their gradient is float32, with a cast in bf16.
+    anchor = 3 * state_size(back_end) + (4 if back_end.autocasts else 4 + 2)
+    tiles = (2 * 4 + 2 * 2) * TILE
+    if back_end.adapters:
+        return anchor * states + tiles
+    moments = [anchor * states + tiles + (4 + back_end.clones) * head, 4 * state_size(back_end) * states + 8 * head]
+    if not back_end.autocasts:  # the last tile is narrower: its cast counts half
+        moments.append(anchor * states + (2 * 4 + 1) * TILE + (4 + 2 + back_end.clones) * head)
+    return max(moments)
+
+
+def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """At the end of a forward: copies of weights, gathered and cloned weights of the reference, states, two tiles."""
+    weights = back_end.copies * student.layers * student.layer_weights
+    weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
+    states = 3 * state_size(back_end) * tokens * student.hidden
+    return weights + max(states + 2 * 4 * TILE, last_layer_bytes(student, tokens))
+
+
+def last_layer_bytes(student: Shape, tokens: int) -> float:
+    """Bytes of the last layer in a forward: three activations of its MLP in bf16, and two float32 states."""
+    return tokens * (2 * 3 * student.intermediate + 4 * 2 * student.hidden)
+
+
+def state_size(back_end: BackEnd) -> int:
+    """Bytes of a number in the states between layers."""
+    return 4 if back_end.autocasts else 2
+
+
+def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+    """Bytes of a forward and backward with gradient checkpointing: the layers' inputs, and the peak above them."""
+    inputs = state_size(back_end) * tokens * student.layers * student.hidden
+    layer = layer_bytes(student, tokens, back_end.autocasts)
+    loss = loss_bytes(student, back_end, tokens)
+    return inputs + max(layer, loss, forward_bytes(student, back_end, tokens))
+
+
+def sent_bytes(student: Shape, back_end: BackEnd, gpus: int, micro_batches: float) -> float:
+    """Bytes that a GPU sends to others in one optimizer step."""
+    per_micro_batch, per_step = back_end.sends
+    return (micro_batches * per_micro_batch + per_step) * student.parameters * (gpus - 1) / gpus
+
+
+def moved_seconds(
+    student: Shape, back_end: BackEnd, gpu: GPU, num_gpus: int, micro_batches: float
+) -> tuple[float, float]:
+    """Seconds of one optimizer step: sending to other GPUs, and transfers between GPU, CPU and CPU memory."""
+    n = student.parameters
+    sent = sent_bytes(student, back_end, num_gpus, micro_batches) / gpu.link
+    further, once = back_end.copies_over
+    over = ((micro_batches - 1) * further + once) * n / num_gpus / PCIE
+    over += back_end.updates_on_cpu * n / num_gpus / CPU_BANDWIDTH
+    return sent, over + micro_batches * back_end.lends * n / PCIE  # the offloaded reference is copied for each
+
+
+def waiting_seconds(back_end: BackEnd, sent: float, over: float, training: float, micro_batches: float) -> float:
+    """The part of `sent` and `over` of [`moved_seconds`] that does not overlap with `training` seconds of computation.
+
+    Communication of every micro-batch overlaps with all of its computation. Communication once per step overlaps with
+    one backward.
+    """
+    if back_end.hides:
+        sent = max(0.0, sent - (training if back_end.sends[0] else training / micro_batches / 2))
+    return sent + over
+
+
+# Forwards of the layers and projections to the vocabulary for one trajectory, by method. A backward costs two
+# forwards, and gradient checkpointing adds one: 1 + 1 + 2 forwards for the student. A loss has one projection in the
+# forward, one in the backward, which recomputes its tiles, and two for the gradients.
+# omniopd: scoring and the reference add a forward each. Scoring has one projection; the loss projects two models.
+# opd: the loss projects two models. The teacher's forward is counted apart.
+# grpo: scoring, as omniopd. TRL scores because vLLM samples.
+_PASSES = {
+    "omniopd": (1 + 4 + 1, 1 + 2 + 2 + 2),
+    "opd": (4, 2 + 2 + 2),
+    "sft": (4, 1 + 1 + 2),
+    "grpo": (1 + 4, 1 + 1 + 1 + 2),
+}
+
+
+def step_flops(student: Shape, tokens: float, adapters: bool = False, method: str = "omniopd") -> float:
+    """Operations for one trajectory except generation and a local teacher: scoring, training, the reference.
+
+    Frozen matrices have no gradients: with adapters only, each has one product less.
+    """
+    forwards, projections = _PASSES[method]
+    flops = forwards * student.forward_flops(tokens) + projections * student.projection_flops(tokens)
+    if adapters:
+        flops -= tokens * student.layers * 2 * student.layer_weights + student.projection_flops(tokens)
+    return flops
+
+
+def generation_seconds(
+    student: Shape,
+    gpu: GPU,
+    sequences: float,
+    tokens: float,
+    *,
+    cache_tokens: float = math.inf,
+    efficiency: float = DECODE_EFFICIENCY,
+) -> float:
+    """Seconds in which one GPU writes `sequences` sequences of `tokens` tokens, decoded together.
+
+    Each decoding step reads all weights once, and the keys and values of each sequence.
+
+    Args:
+        student: sizes of the model, whose weights are in bf16.
+        gpu: the GPU.
+        sequences: number of sequences.
+        tokens: length of each.
+        cache_tokens: tokens of keys and values that fit at once. The sequences are decoded in turns if all do not fit.
+        efficiency: share of the bandwidth that is reached.
+    """
+    weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
+    turns = max(1.0, sequences * tokens / cache_tokens, sequences / MAX_SEQUENCES)
+    cache = sequences * student.cache_bytes(tokens / 2, 2)
+    return tokens * (turns * weights + cache) / (efficiency * gpu.bandwidth)
+
+
+Launch = Literal["single_gpu", "multi_gpu", "zero2", "zero3", "fsdp2"]
+LAUNCHES: tuple[Launch, ...] = get_args(Launch)
+_BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
+# Bytes per parameter of the frozen weights with LoRA: on every GPU, and shared by the GPUs.
+_FROZEN: Mapping[Launch, tuple[float, float]] = {
+    **{"single_gpu": (4, 0), "multi_gpu": (4, 0), "zero2": (2, 0), "zero3": (0, 2), "fsdp2": (0, 4)}
+}
+_ADAPTER_BYTES = 4 + 4 + 8  # an adapter's weights, gradients and moments are in float32
+
+
+class Step(NamedTuple):
+    """Seconds of one optimizer step, without a teacher's answers."""
+
+    generation: float
+    training: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run on GPUs of one kind, one process per GPU, with gradient checkpointing.
+
+    Attributes:
+        student: sizes of the student.
+        gpu: the GPU.
+        num_gpus: number of GPUs.
+        launch: launch configuration, as in `--accelerate_config`.
+        method: training method.
+        max_tokens: longest trajectory with its prompt, in tokens.
+        rows: trajectories of a micro-batch.
+        micro_batches: micro-batches per step and GPU.
+        num_generations: samples of a prompt, each of them a trajectory (GRPO).
+        half: whether weights, gradients and moments are in bf16. Only with `single_gpu` and `multi_gpu`.
+        lora_parameters: parameters of the adapter; 0 for full fine-tuning.
+        reference_itemsize: bytes of a number in the reference's weights; 0 without a reference, `None` for those of
+            the student's weights.
+        ref_model_offload: whether the reference is in the CPU's memory between uses.
+        optimizer_8bit: whether Adam's moments are in 8 bits. bitsandbytes keeps those of embeddings in 32. Only with
+            `single_gpu` and `multi_gpu`.
+        teacher: sizes of a teacher on the same GPUs, in bf16; `None` for a service.
+        vllm: how vLLM generates; `None` for generation with transformers.
+        vllm_utilization: the share of the GPU's memory that a colocated vLLM takes.
+        vllm_sleeps: whether a colocated vLLM releases its memory during training.
+        vllm_tensor_parallel: GPUs that share one colocated vLLM.
+    """
+
+    student: Shape
+    gpu: GPU
+    num_gpus: int = 1
+    launch: Launch = "single_gpu"
+    method: str = "omniopd"
+    max_tokens: int = 20_480
+    rows: int = 1
+    micro_batches: float = 1
+    num_generations: int = 1
+    half: bool = False
+    lora_parameters: int = 0
+    reference_itemsize: int | None = None
+    ref_model_offload: bool = False
+    optimizer_8bit: bool = False
+    teacher: Shape | None = None
+    vllm: Literal["colocate", "server"] | None = None
+    vllm_utilization: float = 0.3
+    vllm_sleeps: bool = False
+    vllm_tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.student.experts > 1:
+            raise ConfigError(
+                f"{self.student.name} is a mixture of {self.student.experts} experts; the formulas of memory and time "
+                "are for dense students. Leave out --gpu."
+            )
+        if self.launch not in ("single_gpu", "multi_gpu") and (self.half or self.optimizer_8bit):
+            what = "an optimizer in 8 bits" if self.optimizer_8bit else "weights in bf16"
+            raise ConfigError(
+                f"The memory of {what} is known for single_gpu and multi_gpu, not for {self.launch}, which shards the "
+                "optimizer anyway. Set `optim: adamw_torch_fused` and `dtype: float32`, or --accelerate_config."
+            )
+
+    @cached_property
+    def back_end(self) -> BackEnd:
+        """Bytes per parameter of this run."""
+        if self.launch in ("single_gpu", "multi_gpu"):
+            base = _BY_NAME["`single_gpu`, `multi_gpu`"]
+            if self.half:
+                base = replace(base, whole=2 + 2 + 4, whole_reference=2, autocasts=False, buckets=2, copies=0)
+        else:
+            base = _BY_NAME[f"`{self.launch}`"]
+        if self.lora_parameters:  # frozen weights have no gradients and no moments, and are the reference too
+            whole, split = (2, 0) if self.half else _FROZEN[self.launch]
+            gathers = {"zero3": 5 * 2, "fsdp2": 4 * 2}.get(self.launch, 0)
+            return BackEnd(
+                base.name,
+                *(whole, split, 0, 0),
+                gathers=base.gathers / 2,
+                autocasts=base.autocasts,
+                adapters=True,
+                sends=(gathers, 0),
+                hides=base.hides,
+            )
+        whole, split, itemsize = base.whole_reference, base.split_reference, self.reference_itemsize
+        if itemsize is not None:
+            whole, split = min(whole, itemsize), min(split, itemsize)
+        if self.ref_model_offload:
+            return replace(base, whole_reference=0, split_reference=0, lends=max(whole, split))
+        return replace(base, whole_reference=whole, split_reference=split)
+
+    @property
+    def trajectories(self) -> float:
+        """Trajectories of a step per GPU."""
+        return self.rows * self.micro_batches * self.num_generations
+
+    @property
+    def available(self) -> float:
+        """Bytes of a GPU that can be used."""
+        return (1 - RESERVED) * self.gpu.memory
+
+    @cached_property
+    def states(self) -> float:
+        """Bytes of weights, gradients, optimizer, reference, adapter and local teacher on each GPU."""
+        accumulates = self.micro_batches * self.num_generations > 1
+        size = state_bytes(self.student, self.back_end, self.num_gpus, accumulates)
+        if self.optimizer_8bit and not self.lora_parameters:
+            # Two moments of 1 byte instead of 4 (of 2 with bf16 weights), with a float32 scale per block of 256.
+            saved = 2 * ((2 if self.half else 4) - 1 - 4 / 256)
+            size -= saved * (self.student.parameters - self.student.head_parameters)
+        size += _ADAPTER_BYTES * self.lora_parameters
+        return size + (2 * self.teacher.parameters if self.teacher is not None else 0)
+
+    @cached_property
+    def work(self) -> float:
+        """Bytes of the forward and backward of a micro-batch, beside the states."""
+        tokens = self.rows * self.max_tokens
+        # Rows of different lengths need a mask, of one byte for each pair of tokens.
+        mask = self.rows * self.max_tokens**2 if self.rows > 1 else 0
+        teacher = last_layer_bytes(self.teacher, tokens) if self.teacher is not None else 0
+        return work_bytes(self.student, self.back_end, tokens) + mask + teacher
+
+    @property
+    def generates(self) -> bool:
+        """Whether the student writes its own trajectories."""
+        return self.method != "sft"
+
+    @cached_property
+    def engine(self) -> float:
+        """Bytes of a colocated vLLM on each GPU."""
+        return self.vllm_utilization * self.gpu.memory if self.vllm == "colocate" and self.generates else 0.0
+
+    @cached_property
+    def least_engine(self) -> float:
+        """Bytes that a colocated vLLM needs for its weights and one trajectory, on each GPU."""
+        size = 2 * self.student.parameters + self.student.cache_bytes(self.max_tokens, 2)
+        return ENGINE_BYTES + size / self.vllm_tensor_parallel
+
+    @cached_property
+    def cache_tokens(self) -> float:
+        """Tokens whose keys and values fit into vLLM at once. A server is assumed to be a GPU of the same kind."""
+        size, split = (
+            (self.engine, self.vllm_tensor_parallel) if self.vllm == "colocate" else (0.9 * self.gpu.memory, 1)
+        )
+        left = size - 2 * self.student.parameters / split - ENGINE_BYTES
+        return max(0.0, left) / (self.student.cache_bytes(1, 2) / split)
+
+    @cached_property
+    def training_bytes(self) -> float:
+        """Peak bytes of a GPU during training."""
+        return self.states + self.work + (0.0 if self.vllm_sleeps else self.engine)
+
+    @cached_property
+    def generation_bytes(self) -> float:
+        """Peak bytes of a GPU during generation. The gradients count, although most are freed before."""
+        if not self.generates:
+            return 0.0
+        if self.vllm is not None:
+            return self.states + self.engine
+        return self.states + self.trajectories * self.student.cache_bytes(self.max_tokens, state_size(self.back_end))
+
+    def shortfalls(self) -> Iterator[tuple[str, float]]:
+        """Where memory is short, and by how many bytes."""
+        for what, needed in (("training", self.training_bytes), ("generation", self.generation_bytes)):
+            if needed > self.available:
+                yield what, needed - self.available
+        if self.generates and self.vllm == "colocate" and self.cache_tokens < self.max_tokens:
+            yield "vLLM", self.least_engine - self.engine
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has enough memory."""
+        return not any(self.shortfalls())
+
+    def step(self, tokens: float) -> Step:
+        """Seconds of one optimizer step whose trajectories have `tokens` tokens each, with their prompts."""
+        generation = 0.0
+        if self.generates:
+            split = self.vllm_tensor_parallel if self.vllm == "colocate" else 1
+            generation = generation_seconds(
+                self.student,
+                replace(self.gpu, bandwidth=split * self.gpu.bandwidth),
+                split * self.trajectories,
+                tokens,
+                cache_tokens=math.inf if self.vllm is None else max(self.cache_tokens, tokens),
+                efficiency=TRANSFORMERS_EFFICIENCY if self.vllm is None else DECODE_EFFICIENCY,
+            )
+        flops = step_flops(self.student, tokens, self.back_end.adapters, self.method)
+        if self.teacher is not None and self.method == "opd":
+            flops += self.teacher.forward_flops(tokens)
+        training = self.trajectories * flops / (UTILIZATION * self.gpu.flops)
+        micro_batches = self.micro_batches * self.num_generations
+        sent, over = moved_seconds(self.student, self.back_end, self.gpu, self.num_gpus, micro_batches)
+        return Step(generation, training, waiting_seconds(self.back_end, sent, over, training, micro_batches))
+
+    def remedies(self) -> "tuple[list[str], Job] | None":
+        """Options that make a job fit, as few as possible, and the job with them; `None` when none do."""
+        changes = dict(self._changes())
+
+        def job(options: Iterable[str]) -> Job:
+            return replace(self, **{key: value for option in options for key, value in changes[option].items()})
+
+        alone = next(([option] for option in changes if job([option]).fits), None)
+        found = [*changes] if alone is None else alone
+        if not job(found).fits:
+            return None
+        for option in reversed(changes):  # leave out what is not needed, the most expensive first
+            fewer = [other for other in found if other != option]
+            if job(fewer).fits:
+                found = fewer
+        return found, job(found)
+
+    def _changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Options that save memory, those that cost least first."""
+        if self.generates and self.vllm is None:
+            yield "--use_vllm true --vllm_enable_sleep_mode true", {"vllm": "colocate", "vllm_sleeps": True}
+        if self.vllm == "colocate" and not self.vllm_sleeps:
+            yield "--vllm_enable_sleep_mode true", {"vllm_sleeps": True}
+        if self.rows > 1:
+            yield (
+                f"--per_device_train_batch_size 1 --gradient_accumulation_steps {self.rows * self.micro_batches:g}",
+                {"rows": 1, "micro_batches": self.rows * self.micro_batches},
+            )
+        is_ddp = self.launch in ("single_gpu", "multi_gpu")
+        if is_ddp and not self.optimizer_8bit and not self.lora_parameters:
+            yield "--optim adamw_bnb_8bit", {"optimizer_8bit": True}
+        if not self.ref_model_offload and not self.lora_parameters and self.reference_itemsize != 0:
+            yield "--ref_model_offload true", {"ref_model_offload": True}
+        if is_ddp and self.num_gpus > 1 and not self.lora_parameters:
+            yield "--accelerate_config zero3", {"launch": "zero3", "optimizer_8bit": False, "half": False}
+        if not self.lora_parameters:
+            yield "--use_peft true", {"lora_parameters": self.student.lora_parameters(16, None)}
+        if self.vllm == "colocate":
+            share = math.ceil(20 * self.least_engine / self.gpu.memory) / 20
+            if share < 1 and share != self.vllm_utilization:
+                yield f"--vllm_gpu_memory_utilization {share:g}", {"vllm_utilization": share}
