@@ -71,6 +71,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="samples in a batch times their length, "
         "for transformers (default: 16384). More is faster and needs more memory",
     )
+    parser.add_argument(
+        "--with_teacher_context",
+        action="store_true",
+        help="show the model what only the teacher of a run sees (teacher_context_column)",
+    )
     parser.add_argument("--lenient", action="store_true", help="count a calculation with the right value as right")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -127,6 +132,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from omniopd_trl.evals.evaluate import EvalSettings, evaluate
     from omniopd_trl.evals.results import table_of
+    from omniopd_trl.teachers.context import NO_CONTEXT
     from omniopd_trl.teachers.load import is_local
     from omniopd_trl.teachers.options import TeacherOptions
 
@@ -150,6 +156,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         options.limit,
         script_args.prompt_template,
     )
+    context = args.teacher_context if options.with_teacher_context else NO_CONTEXT
+    if options.with_teacher_context and context.column is None:
+        raise ConfigError(
+            "--with_teacher_context needs the name of a column: add `--teacher_context_column NAME`, or a recipe that "
+            "sets it."
+        )
     result = evaluate(
         model_args.model_name_or_path,
         dataset=problems,
@@ -165,6 +177,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             lenient=options.lenient,
             max_batch_tokens=options.max_batch_tokens,
         ),
+        context=context,
     )
     if options.json:
         sys.stdout.write(json.dumps({"metrics": result.metrics, "settings": result.settings}, indent=2) + "\n")
