@@ -198,7 +198,9 @@ def _problems(name: str, config: str | None, split: str | None, limit: int | Non
         known = name.removeprefix("benchmark:").partition("@")[0]
         if known in benchmarks.BENCHMARKS or name.startswith(("benchmark:", "reasoning_gym:")):
             problems: Dataset = benchmarks.load_benchmark(name, split=split, limit=limit)
-            return problems
+            if template is None or not name.startswith(benchmarks.GYM):
+                return problems
+            return prepare_prompts(problems.remove_columns("prompt"), resolve_template(template))
     template = None if template is None else resolve_template(template)
     splits = load_dataset_or_files(name, config)
     if split is None:
