@@ -32,6 +32,7 @@ from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
 from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, replies_of
+from omniopd_trl.teachers.context import with_context
 
 # The teacher has its own tokenizer. Rollouts are requested with this many times the chunk's length, and are then cut
 # to the chunk's length in student tokens.
@@ -180,7 +181,8 @@ class Auditor:
             seed=trajectory.seed,
             ledger=tally,
         )
-        replies = await replies_of(self.teacher, [Prefix(trajectory.prompt, prefix) for prefix, _ in texts], request)
+        prompt = with_context(trajectory.prompt, trajectory.teacher_context, self.settings.teacher_context_template)
+        replies = await replies_of(self.teacher, [Prefix(prompt, prefix) for prefix, _ in texts], request)
         return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
 
     async def score_later(self, answered: Answered) -> Audit:

@@ -45,6 +45,7 @@ class AuditSettings:
     num_branches: int = 0
     fork_candidates: int | None = None
     scale_advantages: bool = False
+    teacher_context_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Trajectory:
             end was added or when the completion is excluded.
         forks: the chunks with their branches, in ascending order. `None` without branches: the chunks are then
             selected by the audit.
+        teacher_context: what only the teacher sees of the row, beside the prompt; `None` for nothing.
     """
 
     prompt: Prompt
@@ -109,6 +111,7 @@ class Trajectory:
     seed: int = 0
     sampling_logprobs: list[float | None] | None = None
     forks: tuple[Fork, ...] | None = None
+    teacher_context: str | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.base import replies_of
+from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.trainer.fingerprint import fingerprint, teacher_key
 
 # Prompts that a model in this process answers in one call. A service is asked for one prompt at a time.
@@ -113,6 +114,7 @@ def collect_solutions(
     identity: str | None = None,
     rewards: Rewards | None = None,
     only_verified: bool = False,
+    context: TeacherContext = NO_CONTEXT,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Ask a teacher for complete solutions, and write those that are complete to `solutions.jsonl` in `folder`.
@@ -134,6 +136,7 @@ def collect_solutions(
             appended to it later.
         rewards: functions that verify solutions.
         only_verified: whether to keep only solutions that a reward function gives 1. Without it they are marked.
+        context: what only the teacher sees. The rows hold the student's prompt.
         report: called with the counts at most every few seconds, and at the end.
 
     Returns:
@@ -158,11 +161,13 @@ def collect_solutions(
         "prompts_per_request": size,
         **{name: value for name, value in asdict(settings).items() if name != "max_failed"},
     }
+    if context.identity:
+        key["teacher_context"] = context.identity
     path = journal_path(folder, 0)
     run = {"run": Path(folder).name, "teacher": teacher.name, "fingerprint": fingerprint(key), "settings": key}
     with recorder.open(path, teacher.budget, replay=True, rank=0, num_processes=1, **run):
         assert recorder.journal is not None
-        collection = _Collection(teacher, dataset, settings, recorder.journal, size, report)
+        collection = _Collection(teacher, dataset, settings, recorder.journal, size, context, report)
         other = recorder.journal.begin(0)
         if other is not None and other.differences:
             differences = ", ".join(f"{name} was {was} and is {now}" for name, (was, now) in other.differences.items())
@@ -198,6 +203,7 @@ class _Collection:
         settings: SolutionSettings,
         journal: Journal,
         size: int,
+        context: TeacherContext,
         report: Callable[[Progress], None],
     ):
         self.progress = Progress(len(dataset))
@@ -210,6 +216,7 @@ class _Collection:
         self._partial: dict[int, TeacherReply] = {}  # by row: replies that miss samples of failed requests
         self._failed: list[str] = []
         self._size = size
+        self._context = context
 
     def _blocks(self) -> Iterator[_Block]:
         for step, first in enumerate(range(0, len(self._dataset), self._size)):
@@ -233,16 +240,21 @@ class _Collection:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
     async def _answer(self, block: _Block) -> None:
-        prompts = [self._dataset[row]["prompt"] for row in block.rows]
+        examples = [self._dataset[row] for row in block.rows]
+        prompts = [example["prompt"] for example in examples]
         stored = self._journal.trajectories(block.step)
         if stored is None or [trajectory.prompt for trajectory in stored] != prompts:
-            trajectories = [Trajectory(prompt, [], [], seed=block.seed) for prompt in prompts]
+            trajectories = [
+                Trajectory(one["prompt"], [], [], seed=block.seed, teacher_context=self._context.of(one))
+                for one in examples
+            ]
             self._journal.record_trajectories(block.step, trajectories)
         if all(self._kept(block, row) for row in block.rows):
             self.progress.num_replayed += len(block.rows)
             self.progress.num_asked += len(block.rows)
         else:
-            for row, reply in zip(block.rows, await self._ask(block, prompts), strict=True):
+            theirs = [self._context.prompt(example) for example in examples]
+            for row, reply in zip(block.rows, await self._ask(block, theirs), strict=True):
                 if not reply.outcomes.get("failed_requests"):
                     self._journal.record_answer(block.step, row - block.rows[0], _REPLY, 0, _to_json(reply), Usage())
                     self.progress.num_asked += 1

@@ -4,12 +4,15 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import pad
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.baselines.base import Baseline
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers import Prefix
 from omniopd_trl.teachers.load import is_local
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -53,6 +56,7 @@ def check_is_local(teacher: str | None) -> None:
 class OPD(Baseline, DistillationTrainer):
     """TRL's [`~trl.DistillationTrainer`], evaluated as [`OmniOPDTrainer`].
 
+    With `teacher_context_column`, the teacher's probabilities are those after the prompt that only it sees.
     `teacher_usage` counts the tokens that the teacher reads: prompts and completions. It writes none.
     """
 
@@ -63,6 +67,23 @@ class OPD(Baseline, DistillationTrainer):
     def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            read = (batch["prompt_mask"].sum() + batch["completion_mask"].sum()).item()
+            context = self.evaluator.args.teacher_context
+            if context.column is not None:
+                prompts = [self.evaluator.teacher.encode(Prefix(context.prompt(row))) for row in inputs]
+                rows = [torch.tensor(ids, device=batch["prompt_ids"].device) for ids in prompts]
+                batch["teacher_ids"] = pad(rows, self._tokenizer.pad_token_id, padding_side="left")
+                batch["teacher_mask"] = pad([torch.ones_like(row) for row in rows], 0, padding_side="left")
+            mask = batch.get("teacher_mask", batch["prompt_mask"])
+            read = (mask.sum() + batch["completion_mask"].sum()).item()
             self.teacher_usage += Usage(int(*sum_over_processes(self.accelerator, read)))
         return batch
+
+    def _compute_loss(self: Any, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        self._inputs = inputs
+        return super()._compute_loss(student, inputs, num_items_in_batch)
+
+    def _get_last_hidden_state(self: Any, model: Any, ids: Any, mask: Any, logits_to_keep: int, **kwargs: Any) -> Any:
+        if "teacher_ids" in self._inputs and model is self.accelerator.unwrap_model(self.teacher_model):
+            ids = torch.cat([self._inputs["teacher_ids"], self._inputs["completion_ids"]], dim=1)
+            mask = torch.cat([self._inputs["teacher_mask"], self._inputs["completion_mask"]], dim=1)
+        return super()._get_last_hidden_state(model, ids, mask, logits_to_keep, **kwargs)

@@ -285,7 +285,7 @@ def run_job(job: Job, device: str | None) -> int:
         ["omniopd_trl.train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]
     ]
     if job.solutions is not None:
-        words = [word for name, value in job.solutions.items() for word in (f"--{name}", str(value))]
+        words = words_of(job.solutions)
         commands.insert(0, ["omniopd_trl.cli.main", "solutions", "--config", str(path), *words])
     environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     start = time.perf_counter()
@@ -303,6 +303,19 @@ def run_job(job: Job, device: str | None) -> int:
     seconds = time.perf_counter() - start
     (job.folder / FINISHED).write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
     return 0
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command. A switch is its name alone, and is left out when it is false.
+
+    Example:
+        >>> words_of({"num_prompts": 64, "verified": True, "dry_run": False})
+        ['--num_prompts', '64', '--verified']
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        words += [] if value is False else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
 
 def read_result(folder: Path) -> Result:

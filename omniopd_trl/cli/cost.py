@@ -208,7 +208,7 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
 def _measure_prompts(
     splits: Any, script_args: Any, args: "OmniOPDConfig", tokenizer: Any, max_prompts: int | None
 ) -> _Prompts:
-    """Lengths of the training prompts in student tokens, as the trainer renders them."""
+    """Lengths of the training prompts in student tokens, as the teacher sees them."""
     from datasets import Dataset
 
     from omniopd_trl.data.checks import check_dataset
@@ -222,6 +222,7 @@ def _measure_prompts(
     dataset = some_rows(dataset, max_prompts or total or _STREAMED_PROMPTS)
     dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
     check_dataset(dataset)
+    args.teacher_context.check(dataset)
     return _Prompts(prompt_lengths(dataset, tokenizer, args), total)
 
 

@@ -70,6 +70,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="samples in a batch times their length, "
         "for transformers (default: 16384). More is faster and needs more memory",
     )
+    parser.add_argument(
+        "--with_teacher_context",
+        action="store_true",
+        help="show the model what only the teacher of a run sees (teacher_context_column)",
+    )
     parser.add_argument("--lenient", action="store_true", help="count a calculation with the right value as right")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -123,6 +128,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from omniopd_trl.evals.evaluate import EvalSettings, evaluate
     from omniopd_trl.evals.results import table_of
+    from omniopd_trl.teachers.context import NO_CONTEXT
     from omniopd_trl.teachers.load import is_local
     from omniopd_trl.teachers.options import TeacherOptions
 
@@ -146,6 +152,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         options.limit,
         script_args.prompt_template,
     )
+    context = args.teacher_context if options.with_teacher_context else NO_CONTEXT
+    if options.with_teacher_context and context.column is None:
+        raise ConfigError(
+            "--with_teacher_context needs the name of a column: add `--teacher_context_column NAME`, or a recipe that "
+            "sets it."
+        )
     result = evaluate(
         model_args.model_name_or_path,
         dataset=problems,
@@ -161,6 +173,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             lenient=options.lenient,
             max_batch_tokens=options.max_batch_tokens,
         ),
+        context=context,
     )
     if options.json:
         sys.stdout.write(json.dumps({"metrics": result.metrics, "settings": result.settings}, indent=2) + "\n")
@@ -178,7 +191,10 @@ def _problems(name: str, config: str | None, split: str | None, limit: int | Non
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
     if name.partition("@")[0] in BENCHMARKS or name.startswith((BENCHMARK, GYM)):
-        return load_benchmark(name, split=split, limit=limit)
+        problems = load_benchmark(name, split=split, limit=limit)
+        if template is None or not name.startswith(GYM):
+            return problems
+        return prepare_prompts(problems.remove_columns("prompt"), resolve_template(template))
     template = None if template is None else resolve_template(template)
     splits = load_dataset_or_files(name, config)
     problems = get_split(splits, split or only_split(splits, "test"), "--split")

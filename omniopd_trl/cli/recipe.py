@@ -255,7 +255,10 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
                 f"dataset_name={script_args.dataset_name!r} names sets whose configurations are known, and which "
                 "are not streamed. Leave out `dataset_config` and `dataset_streaming`."
             )
-        return load_benchmark_splits(script_args.dataset_name)
+        splits = load_benchmark_splits(script_args.dataset_name)
+        if script_args.prompt_template is not None and script_args.dataset_name.startswith(GYM):
+            return splits.remove_columns("prompt")  # the recipe's template replaces that of the set
+        return splits
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 

@@ -71,6 +71,7 @@ def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if args.teacher_model_name_or_path is None:
         raise ConfigError(f"The recipe {options.config!r} does not set `teacher_model_name_or_path`. Set it.")
     dataset, identity = _prompts(script_args, dataset_args, args.seed, options.num_prompts)
+    args.teacher_context.check(dataset)
     functions = load_functions(script_args.reward_funcs)
     folder = script_args.solutions or os.path.join(args.output_dir, "solutions")
     load = _forecast(dataset, args, model_args, options)
@@ -110,9 +111,9 @@ def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | 
 def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: argparse.Namespace) -> "Load":
     from omniopd_trl.accounting.forecast import forecast
     from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
-    from omniopd_trl.data.checks import prompt_ids
     from omniopd_trl.teachers.load import split_name
     from omniopd_trl.teachers.options import TeacherOptions
+    from omniopd_trl.trainer.plan import prompt_lengths
 
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path`: its tokenizer measures the prompts.")
@@ -121,7 +122,7 @@ def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: arg
     samples = options.num_solutions if capabilities is None else capabilities.samples_per_request
     tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     return forecast(
-        prompt_tokens=[len(ids) for ids in prompt_ids(dataset, tokenizer, args.chat_template_kwargs)],
+        prompt_tokens=prompt_lengths(dataset, tokenizer, args),
         trajectory_length=1.0,
         samples_per_request=min(samples, options.num_solutions),
         solution_length=options.solution_length or _max_tokens(args),
@@ -196,8 +197,8 @@ def _collect(
     args.num_rollouts = options.num_solutions  # the samples that the probe asks for
     recorder = Recorder(lambda: -1)  # requests outside of blocks belong to none
     teacher = prepare_teacher(args.teacher_model_name_or_path, args, recorder, spent(folder))
-    check_prompts(teacher, [("train_dataset", dataset)])
-    probe_teacher(teacher, [("train_dataset", dataset)])
+    check_prompts(teacher, [("train_dataset", dataset)], args.teacher_context)
+    probe_teacher(teacher, [("train_dataset", dataset)], args.teacher_context)
     progress = collect_solutions(
         teacher,
         dataset,
@@ -207,6 +208,7 @@ def _collect(
         identity=identity,
         rewards=rewards,
         only_verified=options.verified,
+        context=args.teacher_context,
         report=_print,
     )
     if not progress.num_kept:

@@ -274,6 +274,9 @@ def main(
             **arguments,
         )
 
+    if script_args.evaluate_teacher:
+        training_args.teacher_context.check(eval_dataset, "eval_dataset")
+
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

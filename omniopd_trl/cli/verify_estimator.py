@@ -88,7 +88,9 @@ def verify_estimator(options: argparse.Namespace) -> None:
             f"--num_rollouts is {' '.join(map(str, counts))}, but the chunks of {options.folder} have between 1 and "
             f"{most} rollouts. Record a run with `--num_rollouts {max(counts)}`."
         )
-    logprobs = _teacher_logprobs(_load_teacher(options, settings), trajectories, settings["teacher_temperature"])
+    template = settings.get("teacher_context_template")
+    teacher = _load_teacher(options, settings)
+    logprobs = _teacher_logprobs(teacher, trajectories, settings["teacher_temperature"], template)
     table = compare(trajectories, logprobs, options.similarity, counts, alpha)
     about = {
         "run": run.name,
@@ -198,13 +200,18 @@ def _load_teacher(options: argparse.Namespace, settings: dict[str, Any]) -> "Loc
 
 
 def _teacher_logprobs(
-    teacher: "LocalTeacher", trajectories: "Sequence[AuditedTrajectory]", temperature: float
+    teacher: "LocalTeacher",
+    trajectories: "Sequence[AuditedTrajectory]",
+    temperature: float,
+    template: str | None,
 ) -> list[list[float]]:
     from omniopd_trl.teachers.base import Prefix
+    from omniopd_trl.teachers.context import with_context
 
     prefixes, texts = [], []
     for trajectory in trajectories:
-        prefixes += [Prefix(trajectory.prompt, chunk.prefix) for chunk in trajectory.chunks]
+        prompt = with_context(trajectory.prompt, trajectory.teacher_context, template)
+        prefixes += [Prefix(prompt, chunk.prefix) for chunk in trajectory.chunks]
         texts += [chunk.text for chunk in trajectory.chunks]
     # A greedy teacher samples the mode of the distribution at temperature 1.
     return [row.tolist() for row in teacher.logprobs(prefixes, texts, temperature or 1.0)]

@@ -3,6 +3,7 @@
 """Prompt templates, and the conversion of questions to prompts."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -92,9 +93,7 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
                 "has no effect on them.",
                 stacklevel=2,
             )
-        if not isinstance(dataset, Dataset):
-            return dataset.map(_without_answer)
-        return dataset.map(_without_answer, new_fingerprint=Hasher.hash(["messages", dataset._fingerprint]))
+        return map_prompts(dataset, _without_answer, ["messages"])
     if not questions:
         return dataset
 
@@ -117,7 +116,25 @@ def prepare_prompts(dataset: AnyDataset, template: str | None = None) -> AnyData
     return dataset.map(add_prompt, with_indices=True, new_fingerprint=identity)
 
 
-def _without_answer(row: dict[str, Any]) -> dict[str, Any]:
+def map_prompts(dataset: AnyDataset, function: Callable[[dict[str, Any]], Any], identity: Sequence[str]) -> AnyDataset:
+    """The dataset with another `prompt` in each row. All other columns are kept.
+
+    Args:
+        dataset: a map-style or streaming dataset.
+        function: function from a row to its prompt.
+        identity: what determines the function's result, besides the row. With the dataset's own fingerprint, it
+            identifies the prompts; see [`prepare_prompts`].
+    """
+
+    def add_prompt(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": function(row)}
+
+    if not isinstance(dataset, Dataset):
+        return dataset.map(add_prompt)
+    return dataset.map(add_prompt, new_fingerprint=Hasher.hash([*identity, dataset._fingerprint]))
+
+
+def _without_answer(row: dict[str, Any]) -> Any:
     messages = row[MESSAGES_COLUMN]
     has_answer = bool(messages) and messages[-1].get("role") == "assistant"
-    return {"prompt": messages[:-1] if has_answer else messages}
+    return messages[:-1] if has_answer else messages

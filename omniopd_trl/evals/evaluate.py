@@ -41,6 +41,7 @@ from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.models.weights import hash_of_folder, hash_of_model
 from omniopd_trl.teachers.base import Prefix, Prompt, SamplingRequest, Teacher, TeacherReply, replies_of
+from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.load import is_local, is_service, load_teacher
 from omniopd_trl.teachers.local import InProcessTeacher, LocalTeacher
 from omniopd_trl.teachers.options import TeacherOptions
@@ -115,6 +116,7 @@ def evaluate(
     engine: Engine = "transformers",
     options: TeacherOptions | None = None,
     reward_func: "RewardFunc | None" = None,
+    context: TeacherContext = NO_CONTEXT,
 ) -> EvalResult:
     """Sample `num_samples` answers per problem, and score them.
 
@@ -135,6 +137,7 @@ def evaluate(
             arguments and `device` also hold for a model in this process.
         reward_func: function that scores samples, with the signature of TRL's `reward_funcs`. `None` for that of the
             trainer's evaluation: [`math_accuracy`], or what fits the set.
+        context: a column that the model sees beside the prompt, as the teacher of a run does.
 
     Raises:
         ConfigError: when a setting is out of range, or `output_dir` belongs to something else.
@@ -150,6 +153,8 @@ def evaluate(
     settings = settings or EvalSettings()
     rows = _rows(dataset, has_function=reward_func is not None)
     reads_answers = reward_func is None and not {*_OTHERS} & rows[0].keys()
+    context.check(dataset, "dataset")
+    asked = [{**row, "prompt": context.prompt(row)} for row in rows]
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder)
@@ -161,9 +166,11 @@ def evaluate(
     keys = _keys(rows)
     with _unchanged(model):
         teacher = _load(model, tokenizer, engine, options, settings, earlier)
-        group_size = _check_prompts(teacher, [row["prompt"] for row in rows], settings)
-        described = _described(teacher, options, settings, keys, rows)
-        lines = _sample(teacher, rows, keys, settings, group_size, folder, _decisive(described))
+        group_size = _check_prompts(teacher, [row["prompt"] for row in asked], settings)
+        described = _described(teacher, options, settings, keys, asked)
+        if context.identity:
+            described["teacher_context"] = context.identity
+        lines = _sample(teacher, asked, keys, settings, group_size, folder, _decisive(described))
     problems = _score(rows, keys, lines, settings, reads_answers, reward_func)
     described["served_models"] = sorted({name for line in lines for name in line["models"]})
     cost: dict[str, Any] = {}

@@ -250,8 +250,11 @@ def table_of(result: EvalResult) -> str:
     """The metrics as lines of text."""
     metrics = result.metrics
     low, high = metrics["interval"]
+    known = result.settings.get("teacher_context")
+    context = [] if known is None else [("in its prompt", f"the column {known[0]!r}")]
     rows = [
         ("model", str(result.settings.get("model"))),
+        *context,
         ("problems x samples", f"{metrics['num_problems']} x {metrics['num_samples']}"),
         ("pass@1", f"{metrics['pass@1']:.3f}, 95% interval {low:.3f} to {high:.3f}"),
     ]

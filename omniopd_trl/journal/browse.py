@@ -98,6 +98,7 @@ class AuditedTrajectory:
         logprobs: log-probability of each token under the policy of the step, in nats; empty when they were not
             recorded.
         models: names of the models that answered, as the service reports them.
+        teacher_context: what only the teacher saw beside the prompt; `None` for nothing.
     """
 
     step: int
@@ -120,6 +121,7 @@ class AuditedTrajectory:
     sampling_logprobs: tuple[float | None, ...] | None = None
     logprobs: tuple[float, ...] = ()
     models: tuple[str, ...] = ()
+    teacher_context: str | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -272,7 +274,9 @@ def _row_of(db: sqlite3.Connection, table: str, place: AuditPlace) -> Any:
 def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTrajectory:
     row = _row_of(db, "audits", place)
     values = decode(path, row)
-    prompt, prompt_ids, completion_ids, seed, *sampled = decode(path, _row_of(db, "trajectories", place))
+    recorded = decode(path, _row_of(db, "trajectories", place))
+    # The forks are in the audit as well.
+    prompt, prompt_ids, completion_ids, seed, sampled, _, context = [*recorded, None, None, None][:7]
     # A resumed run finishes the audits of an earlier session: both have paid.
     paid = f"SELECT {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage"
     sums = db.execute(
@@ -313,9 +317,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         outcomes=values["outcomes"],
         prompt_ids=tuple(prompt_ids),
         seed=seed,
-        sampling_logprobs=tuple(sampled[0]) if sampled and sampled[0] is not None else None,
+        sampling_logprobs=None if sampled is None else tuple(sampled),
         logprobs=tuple(logprobs),
         models=tuple(values.get("models", ())),
+        teacher_context=context,
     )
 
 

@@ -76,6 +76,10 @@ from omniopd_trl.teachers.base import common_prefix_length
 logger = logging.getLogger(__name__)
 
 
+# The values of a recorded trajectory, in order. The last ones are left out when they are `None`.
+_TRAJECTORY = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks", "teacher_context")
+
+
 class Journal:
     """The journal of one process. Its methods may be called from any thread.
 
@@ -207,8 +211,10 @@ class Journal:
         """
         payloads = []
         for t in trajectories:
-            sampled = [] if t.sampling_logprobs is None else [t.sampling_logprobs]
-            payloads.append(encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *sampled]))
+            optional = [t.sampling_logprobs, None, t.teacher_context]  # the forks follow: see `record_forks`
+            while optional and optional[-1] is None:
+                optional.pop()
+            payloads.append(encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *optional]))
         # One commit per generation batch waits for the disk, and makes everything before it durable.
         with self._transaction(synchronous="FULL") as db:
             number = _insert_numbered(db, "attempts", self._session, step)
@@ -233,10 +239,11 @@ class Journal:
             for index, of_trajectory in forks.items():
                 key = (attempt, index)
                 row = db.execute("SELECT * FROM trajectories WHERE attempt = ? AND idx = ?", key).fetchone()
-                # A place for the log-probabilities of the sampler, which are left out when there are none.
-                recorded = [*decode(self.path, row), None][:5]
-                stored = [(astuple(fork.chunk), list(map(astuple, fork.branches))) for fork in of_trajectory]
-                _insert(db, "trajectories", *key, encode([*recorded, stored]))
+                recorded = decode(self.path, row)
+                recorded += [None] * (len(_TRAJECTORY) - len(recorded))
+                forks_of = [(astuple(fork.chunk), list(map(astuple, fork.branches))) for fork in of_trajectory]
+                recorded[_TRAJECTORY.index("forks")] = forks_of
+                _insert(db, "trajectories", *key, encode(recorded))
 
     def trajectories(self, step: int) -> list[Trajectory] | None:
         """The trajectories of the current attempt at a step; `None` when there is none to replay.
@@ -249,9 +256,7 @@ class Journal:
                 return None
             self._check_records(db, attempt)
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
-        # In the order in which `record_trajectories` writes them.
-        names = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks")
-        stored = [Trajectory(**dict(zip(names, decode(self.path, row), strict=False))) for row in rows]
+        stored = [Trajectory(**dict(zip(_TRAJECTORY, decode(self.path, row), strict=False))) for row in rows]
         return [t if t.forks is None else replace(t, forks=_forks_from_json(t.forks)) for t in stored]
 
     def record(self, step: int, index: int, audit: Audit) -> None:

@@ -36,6 +36,7 @@ DECISIVE = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "chunk_overlap", "chunk_placement"),
     *("chunk_selection", "keep_special_tokens", "mask_truncated_completions", "max_completion_length", "temperature"),
     *("top_p", "top_k", "min_p", "repetition_penalty", "teacher_temperature", "teacher_top_p"),
+    "teacher_context_column",
 )
 
 # Limits of what is in memory at once, and of one file.
@@ -71,6 +72,7 @@ _FIELDS = (
     ("teacher", pa.string(), "name of the teacher"),
     ("models", pa.list_(pa.string()), "models that answered, as the service reports them"),
     ("prompt", None, "prompt, as in the training set"),
+    ("teacher_context", pa.string(), "what only the teacher saw beside the prompt, if anything"),
     ("prompt_ids", pa.list_(pa.int32()), "its tokens, rendered with the student's chat template"),
     ("completion", pa.string(), "what the student wrote"),
     ("completion_ids", pa.list_(pa.int32()), "its tokens"),
@@ -207,6 +209,7 @@ def _row(trajectory: AuditedTrajectory, completion: str | None) -> dict[str, Any
         "teacher": without_folders(trajectory.teacher),
         "models": trajectory.models,
         "prompt": _prompt(trajectory.prompt),
+        "teacher_context": None if trajectory.teacher_context is None else clean_text(trajectory.teacher_context),
         "prompt_ids": trajectory.prompt_ids,
         "completion": completion,
         "completion_ids": trajectory.completion_ids,

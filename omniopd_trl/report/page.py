@@ -223,6 +223,7 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
         "chunks": chunks,
         "facts": facts_of(trajectory),
         "failures": list(trajectory.failures),
+        "context": trajectory.teacher_context,
     }
 
 

@@ -52,6 +52,7 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "chunk": audited.number,
         "teacher": trajectory.teacher,
         "prompt": trajectory.prompt,
+        "teacher_context": trajectory.teacher_context,
         "context": chunk.prefix,
         "student": chunk.text,
         "start": chunk.start,
@@ -125,8 +126,11 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         f"posterior {chunk.posterior:.3f}{weight}"
     )
     whole = f"its trajectory: {len(trajectory.chunks)} chunks, {', '.join(facts_of(trajectory))}"
+    seen = trajectory.teacher_context
+    only_teacher = () if seen is None else (Text(f"only the teacher saw: {_end(seen, PROMPT)}", style="dim"),)
     body = Group(
         Text(_end(text_of_prompt(trajectory.prompt), PROMPT), style="italic"),
+        *only_teacher,
         Text(),
         Text.assemble(context, student),
         Text(),

@@ -153,9 +153,11 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
     values = as_json(audited)
     fork = audited.chunk.fork(pieces(audited.trajectory))
     usage = audited.trajectory.usage
+    context = audited.trajectory.teacher_context
     return {
         **{name: values[name] for name in ("step", "rank", "index")},
         "prompt": text_of_prompt(values["prompt"]),
+        **({} if context is None else {"teacher_context": context}),
         "context": values["context"][-CONTEXT:],
         "chunk": values["student"][:fork] + FORK + values["student"][fork:],
         **{name: values[name] for name in ("rollouts", "k_sem", "num_rollouts", "prior", "posterior", "weight")},
@@ -227,4 +229,5 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
         num_dropped=audit.num_dropped,
         failures=audit.failures,
         outcomes=audit.outcomes,
+        teacher_context=row.trajectory.teacher_context,
     )

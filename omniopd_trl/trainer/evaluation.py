@@ -155,6 +155,7 @@ def teacher_scores(
             "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
             f"`eval_reward_funcs`. Got {type(dataset).__name__}."
         )
+    args.teacher_context.check(dataset, "eval_dataset")
     repeats = args.num_eval_generations
     request = SamplingRequest(
         num_samples=repeats,
@@ -172,7 +173,8 @@ def teacher_scores(
     logged = Logged()
     try:
         if examples:
-            replies = ask(replies_of(teacher, [Prefix(example["prompt"]) for example in examples], request))
+            prefixes = [Prefix(args.teacher_context.prompt(example)) for example in examples]
+            replies = ask(replies_of(teacher, prefixes, request))
         pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
         if pairs:
             inputs, texts = (list(column) for column in zip(*pairs, strict=True))

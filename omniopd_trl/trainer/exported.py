@@ -119,9 +119,16 @@ class Export(Teacher):
         """The number of trajectories of step 0."""
         return int((self._steps == 0).sum())
 
-    def prompts(self, count: int) -> pa.Table:
-        """The column `prompt` of the first `count` trajectories, in the order of the steps."""
-        return pa.concat_tables([file.read(["prompt"]) for file in self._files]).slice(0, count)
+    def prompts(self, count: int, context: str | None = None) -> pa.Table:
+        """The prompts of the first `count` trajectories, in the order of the steps.
+
+        Args:
+            count: number of trajectories.
+            context: name of a second column, of what only the teacher saw; `None` leaves it out.
+        """
+        columns = {"prompt": "prompt"} | ({} if context is None else {"teacher_context": context})
+        table = pa.concat_tables([file.read([*columns]) for file in self._files]).slice(0, count)
+        return table.rename_columns([columns[name] for name in table.column_names])
 
     def trajectories(self, step: int, first: int, count: int) -> list[ExportedTrajectory]:
         """Trajectories of a step, by process and index.
@@ -249,7 +256,7 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             "teacher is asked, the prompts are those of the export in its order, and training is off-policy: "
             "`off_policy/kl` in the log tells how far."
         )
-    return export, Dataset(export.prompts(there * size))
+    return export, Dataset(export.prompts(there * size, args.teacher_context_column))
 
 
 def check_prompt_ids(

@@ -47,7 +47,10 @@ _IRRELEVANT_TO_AUDITS = (
 )
 # Settings that did not exist when earlier records were written. Their defaults are what these runs did, and are left
 # out: otherwise no record of an earlier version would be replayed.
-_SINCE_EARLIER_RECORDS = ("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages")
+_SINCE_EARLIER_RECORDS = (
+    *("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages"),
+    *("teacher_context_column", "teacher_context_template"),
+)
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -79,6 +82,8 @@ def replay_key(
     for name in _SINCE_EARLIER_RECORDS:
         if settings[name] == type(args).__dataclass_fields__[name].default:
             del settings[name]
+    if args.teacher_context_column is not None:  # the text, since the default may change
+        settings["teacher_context_column"], settings["teacher_context_template"] = args.teacher_context.identity
     settings[" x ".join(_BATCH)] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     phi = name_or_function(similarity)
     settings["similarity"] = phi if isinstance(phi, str) else identity_of(phi)

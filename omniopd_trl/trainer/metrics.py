@@ -13,10 +13,12 @@ from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.audits.types import Audit, PolicyScores
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.evals.copying import num_quotes
 from omniopd_trl.method.branches import diversity
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
+from omniopd_trl.report.runs import text_of_prompt
 from omniopd_trl.teachers import OUTCOMES, Usage
 from omniopd_trl.teachers.base import REQUEST_MILLISECONDS
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -390,6 +392,17 @@ def branch_ratios(audits: list[Audit]) -> dict[str, tuple[float, float]]:
         "branches/diversity": (sum(diversity([b.text for b in fork]) for fork in forks), len(forks)),
         "branches/similarity": (sum(similarities), len(similarities)),
     }
+
+
+def context_ratios(audits: list[Audit], trajectories: list[Trajectory]) -> dict[str, tuple[float, float]]:
+    """The share of rollouts that quote what only the teacher saw, as numerator and denominator: `num_quotes`."""
+    quoted = total = 0
+    for audit, trajectory in zip(audits, trajectories, strict=True):
+        prompt = text_of_prompt(trajectory.prompt)
+        for chunk in audit.chunks:
+            total += len(chunk.rollouts)
+            quoted += num_quotes(trajectory.teacher_context or "", chunk.rollouts, f"{prompt}\n{chunk.prefix}")
+    return {"rollouts/context_quoted": (quoted, total)}
 
 
 def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:

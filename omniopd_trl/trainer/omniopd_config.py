@@ -18,6 +18,7 @@ from omniopd_trl.method.loss import NORMALIZATIONS
 from omniopd_trl.method.posterior import Prior
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import BASELINES
+from omniopd_trl.teachers.context import TeacherContext
 from omniopd_trl.teachers.remote.engine import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
 
@@ -182,6 +183,14 @@ class OmniOPDConfig(DistillationConfig):
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for the teacher's chat template. A local model and your own server default to the
             student's `chat_template_kwargs`; closed services get none. `{}` passes none.
+        teacher_context_column (`str`, *optional*):
+            Column of the dataset that only the teacher sees, beside the prompt: a reference solution, an answer, a
+            rubric or feedback. The student's prompt is unchanged. Needed in an evaluation set if the teacher is asked
+            there (`audit_eval`, `evaluate_teacher`). By default, the teacher sees what the student sees.
+        teacher_context_template (`str`, *optional*):
+            The prompt of the teacher, with `{prompt}` and `{context}` once each. It replaces a prompt of plain text,
+            and the content of the last message of the user in a conversation. By default, the context comes before
+            the prompt, with the request to neither mention nor quote it.
         keep_special_tokens (`bool`, *optional*, defaults to `False`):
             Whether the teacher's prefix keeps the special tokens inside the student's text, such as gpt-oss's
             `<|channel|>`. By default they are left out, since they mean nothing to a teacher of another family.
@@ -467,6 +476,23 @@ class OmniOPDConfig(DistillationConfig):
         },
     )
 
+    teacher_context_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset that only the teacher sees, beside the prompt: a reference solution, an "
+            "answer, a rubric or feedback. The student's prompt is unchanged. Needed in an evaluation set if the "
+            "teacher is asked there (`audit_eval`, `evaluate_teacher`). By default, the teacher sees what the student "
+            "sees."
+        },
+    )
+    teacher_context_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of the teacher, with {prompt} and {context} once each. It replaces a prompt of plain "
+            "text, and the content of the last message of the user in a conversation. By default, the context comes "
+            "before the prompt, with the request to neither mention nor quote it."
+        },
+    )
     keep_special_tokens: bool = field(
         default=False,
         metadata={
@@ -763,6 +789,7 @@ class OmniOPDConfig(DistillationConfig):
                 "it is the shortest trajectory that still gives a chunk."
             )
         self._check_branches()
+        TeacherContext(self.teacher_context_column, self.teacher_context_template)
         if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
             raise ConfigError(
                 "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
@@ -876,6 +903,11 @@ class OmniOPDConfig(DistillationConfig):
                 f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is not a field of transformers' "
                 "GenerationConfig and would be ignored. Correct its name, or leave it out."
             )
+
+    @property
+    def teacher_context(self) -> TeacherContext:
+        """What only the teacher sees."""
+        return TeacherContext(self.teacher_context_column, self.teacher_context_template)
 
     @property
     def sampling_filters(self) -> list[str]:

@@ -46,7 +46,7 @@ from omniopd_trl.trainer.evaluation import Evaluates, student_scores, uncast
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.generation import on_policy, sample_branches
 from omniopd_trl.trainer.hub import PushesToHub, open_repo
-from omniopd_trl.trainer.metrics import Metrics, non_finite, sum_over_processes
+from omniopd_trl.trainer.metrics import Metrics, context_ratios, non_finite, sum_over_processes
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import plan
@@ -225,7 +225,7 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         paid = spent_before(teacher_model, args)
         with together(args.process_index):  # a key may be missing on one machine only
             self.teacher = export or prepare_teacher(teacher_model, args, self._recorder, paid)
-            check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset))
+            check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset), args.teacher_context)
 
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None
@@ -268,7 +268,7 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         if not self.objective.is_sharded:
             self._check_logits()
         with together(args.process_index):
-            probe_teacher(self.teacher, named_datasets(train_dataset, eval_dataset))
+            probe_teacher(self.teacher, named_datasets(train_dataset, eval_dataset), args.teacher_context)
 
         self.sampling_logprobs: SamplingLogprobs | None = None
         # Log-probabilities that the last completions were sampled with, if another model than the policy sampled them.
@@ -361,10 +361,7 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
     def _tokenize_prompts(self, prompts):
-        # The base class would let a tokenizer append the end of the sequence to a plain prompt. Prompts of map-style
-        # datasets were checked at the start; those of streams are checked here, before the student answers them.
-        for prompt in prompts:
-            self.teacher.check_prompt(prompt)
+        # The base class would let a tokenizer append the end of the sequence to a plain prompt.
         return encode_prompts(prompts, self._tokenizer, self.chat_template_kwargs), None, {}
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -437,12 +434,16 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        asks = mode == "train" or self.args.audit_eval
+        # Prompts of map-style datasets were checked at the start. Those of streams are checked before the student
+        # answers them.
+        for row in inputs if asks else ():
+            self.teacher.check_prompt(self.args.teacher_context.prompt(row))
         batch = super()._generate_and_score_completions(inputs)
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
-        prompts = [example["prompt"] for example in inputs]
         if mode == "train":
-            self.step_audits.record(self.step_audits.trajectories(prompts, batch, mode, self._sampled))
+            self.step_audits.record(self.step_audits.trajectories(inputs, batch, mode, self._sampled))
             if self.args.mask_truncated_completions:
                 self._mask_truncated(batch)
         else:
@@ -458,8 +459,8 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
             )
             for name, total, count in scores:
                 self.step_metrics.add_global(mode, name, total, count)
-        if mode == "train" or self.args.audit_eval:
-            batch["audits"] = self._start_audits(prompts, batch, mode)
+        if asks:
+            batch["audits"] = self._start_audits(inputs, batch, mode)
             if mode == "eval" or not self.step_audits.overlap:
                 self._finish_audits(batch, mode)
         if mode == "train" and self.args.loss_normalization == "components":
@@ -491,13 +492,13 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
             self._finish_audits(inputs, "train", is_last=position == self.args.gradient_accumulation_steps - 1)
         return inputs
 
-    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
+    def _start_audits(self, inputs: list[dict[str, Any]], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
         """Score the completions, and start the audit of each trajectory as soon as its chunks are known.
 
         Raises:
             NonFiniteError: when a log-probability or an entropy is not finite.
         """
-        trajectories = self.step_audits.trajectories(prompts, batch, mode)
+        trajectories = self.step_audits.trajectories(inputs, batch, mode)
         lengths = [len(trajectory.completion_ids) for trajectory in trajectories]
         scores: dict[int, PolicyScores] = {}
         unsent: dict[int, PolicyScores] = {}
@@ -518,7 +519,7 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
                 pending |= self.step_audits.submit(trajectories, unsent, mode)
                 unsent = {}
         pending |= self.step_audits.submit(trajectories, unsent, mode)
-        in_order = range(len(prompts))
+        in_order = range(len(inputs))
         if self._sampled is not None:
             logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
             sampled = padded_logprobs(self._sampled, lengths)
@@ -563,6 +564,8 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         self.step_metrics.add_audits(
             mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
         )
+        if self.args.teacher_context_column is not None:
+            self.step_metrics.add(mode, context_ratios(audits, [row.trajectory for row in rows]))
         usage = sum((audit.usage for audit in audits), Usage())
         self.teacher_usage = sum(gather_object([usage]), self.teacher_usage)
 

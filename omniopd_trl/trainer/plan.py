@@ -79,8 +79,9 @@ def some_rows(dataset: Any, number: int) -> Any:
 
 
 def prompt_lengths(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig) -> list[float]:
-    """Lengths of the prompts of a dataset in student tokens, as the trainer renders them."""
-    return [len(ids) for ids in prompt_ids(dataset, tokenizer, args.chat_template_kwargs)]
+    """Lengths of the prompts of a dataset in student tokens, with what only the teacher sees."""
+    seen = args.teacher_context.rows(dataset)
+    return [len(ids) for ids in prompt_ids(seen, tokenizer, args.chat_template_kwargs)]
 
 
 def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:

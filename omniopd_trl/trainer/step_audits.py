@@ -190,7 +190,7 @@ class StepAudits:
 
     def trajectories(
         self,
-        prompts: list[Any],
+        rows: list[dict[str, Any]],
         batch: dict[str, torch.Tensor],
         mode: str,
         sampling_logprobs: list[list[float | None]] | None = None,
@@ -198,22 +198,24 @@ class StepAudits:
         """The trajectories of a batch of TRL, each with its own seed.
 
         Args:
-            prompts: prompts as in the dataset.
+            rows: rows of the dataset.
             batch: batch with the ids and masks of prompts and completions.
             mode: `"train"` or `"eval"`.
             sampling_logprobs: log-probabilities that each completion was sampled with; see [`Trajectory`].
         """
         prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
         key = (self._args.seed, mode, self._step(), self._accelerator.process_index)
+        context = self._args.teacher_context
         return [
             Trajectory(
-                prompt=prompt,
+                prompt=row["prompt"],
                 prompt_ids=batch["prompt_ids"][b][prompt_masks[b]].tolist(),
                 completion_ids=batch["completion_ids"][b][completion_masks[b]].tolist(),
                 seed=random.Random(repr((*key, b))).getrandbits(31),
                 sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs[b],
+                teacher_context=context.of(row),
             )
-            for b, prompt in enumerate(prompts)
+            for b, row in enumerate(rows)
         ]
 
     def record(self, trajectories: list[Trajectory]) -> None:

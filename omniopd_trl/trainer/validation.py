@@ -24,6 +24,7 @@ from omniopd_trl.journal.reader import merge, spent_by_journal
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
+from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -57,6 +58,8 @@ def check_inputs(
     check_reporting(args)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_dataset(dataset, name)
+        if dataset is train_dataset or args.audit_eval:
+            args.teacher_context.check(dataset, name)
     config = config_of(model, args)
     processing_class = processing_class or load_tokenizer(model, args)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
@@ -262,8 +265,13 @@ def prepare_teacher(
     return prepared
 
 
-def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
+def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]], context: TeacherContext = NO_CONTEXT) -> None:
     """Check that a teacher can render every prompt of the map-style datasets, without asking it.
+
+    Args:
+        teacher: the teacher.
+        datasets: the datasets with their names.
+        context: what only the teacher sees. An evaluation set need not have it.
 
     Raises:
         DataError: when it cannot, with the row.
@@ -272,24 +280,27 @@ def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None
         return
     for name, dataset in datasets:
         if isinstance(dataset, Dataset):
-            for index, row in enumerate(dataset.select_columns("prompt")):
+            seen = context if context.column in dataset.column_names else NO_CONTEXT
+            columns = ["prompt"] if seen.column is None else ["prompt", seen.column]
+            for index, row in enumerate(dataset.select_columns(columns)):
                 try:
-                    teacher.check_prompt(row["prompt"])
+                    teacher.check_prompt(seen.prompt(row))
                 except DataError as error:
                     raise DataError(f"Row {index} of `{name}`: {error}") from error
 
 
-def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]]) -> None:
+def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]], context: TeacherContext = NO_CONTEXT) -> None:
     """Send the teacher one question as a check: the first prompt of the first dataset.
 
-    If the teacher returns nothing for a prompt, it is asked with the next one, `PROBE_PROMPTS` in all.
+    If the teacher returns nothing for a prompt, it is asked with the next one, `PROBE_PROMPTS` in all. `context` is
+    what only the teacher sees.
 
     Raises:
         DataError: when the teacher cannot render the question.
         TeacherError: when the teacher does not answer.
     """
     for _, dataset in islice(datasets, 1):
-        prompts = [row["prompt"] for row in islice(dataset, PROBE_PROMPTS)]
+        prompts = [context.prompt(row) for row in islice(dataset, PROBE_PROMPTS)]
         for index, prompt in enumerate(prompts, start=1):
             try:
                 teacher.probe(prompt)

@@ -118,6 +118,23 @@ def test_collects_and_trains(recipe, capsys):
     assert dollars == pytest.approx(usd)
 
 
+def test_what_only_the_teacher_sees(recipe, capsys):
+    """Every request holds it, and no row. Another template would be another answer."""
+    context = {"teacher_context_column": "answer", "teacher_context_template": "{prompt} (= {context})"}
+    with Loopback(solve) as server:
+        path = recipe(server, **context)
+        assert solutions(path) == 0
+        assert solutions(path) == 0
+        assert len(server.requests) == PROMPTS + 2  # two probes
+        path = recipe(server, **context | {"teacher_context_template": "(= {context}) {prompt}"})
+        assert solutions(path) == 2
+    assert "teacher_context was" in capsys.readouterr().err
+    for request in server.requests[: PROMPTS + 1]:
+        number = int(re.search(r"\d+", question_of(request.body))[0])
+        assert f"{question_of(request.body)} (= {2 * number})" in json.dumps(request.body)
+    assert all("(=" not in json.dumps(row["prompt"]) for row in rows_of())
+
+
 def test_only_verified(recipe, capsys):
     """Only right solutions are kept, and the others are counted."""
     with Loopback(solve) as server:

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import math
 import shutil
 import sys
 
@@ -168,6 +169,40 @@ class TestCounts:
         assert [entry["teacher/completion_tokens"] for entry in entries] == [0, 0]
         assert spent(tmp_path / "out")[0] == trainer.teacher_usage
         assert trainer.teacher_dollars is None
+
+    def test_opd_with_what_only_the_teacher_sees(self, tmp_path, tiny_model_dir, teacher_dir):
+        """The loss compares the student after its prompt with the teacher after its own, which holds the answer."""
+        context = {"teacher_context_column": "answer", "teacher_context_template": "({context}) {prompt}"}
+        trainer = make("opd", tmp_path, tiny_model_dir, teacher_dir, max_grad_norm=0.0, **context)
+        batches, original = [], trainer._compute_loss
+        trainer._compute_loss = lambda student, inputs, n: batches.append(inputs) or original(student, inputs, n)
+        trainer.train()
+        tokenizer = trainer.processing_class
+        student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_model_dir, teacher_dir))
+        total, count, read = 0.0, 0, 0
+        known = {
+            tokenizer.apply_chat_template(q["prompt"], add_generation_prompt=True, tokenize=False): q
+            for q in questions()
+        }
+        for inputs in batches:
+            for index, mask in enumerate(inputs["completion_mask"].bool()):
+                ids = inputs["completion_ids"][index][mask]
+                prompt = inputs["prompt_ids"][index][inputs["prompt_mask"][index].bool()]
+                row = known[tokenizer.decode(prompt)]
+                assert "(" not in row["prompt"][0]["content"]
+                message = {"role": "user", "content": f"({row['answer']}) {row['prompt'][0]['content']}"}
+                theirs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+                theirs = torch.tensor(theirs["input_ids"])
+                own, other = (
+                    model(torch.cat([before, ids])[None]).logits[0, len(before) - 1 : -1].log_softmax(-1).double()
+                    for model, before in ((student, prompt), (teacher, theirs))
+                )
+                mean = torch.logaddexp(own, other) - math.log(2)
+                divergence = sum((one.exp() * (one - mean)).sum() for one in (own, other)) / 2
+                total, count, read = total + divergence.item(), count + len(ids), read + len(theirs) + len(ids)
+        logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert logged["loss"] == pytest.approx(total / count, rel=1e-4)
+        assert trainer.teacher_usage == Usage(read)
 
     def test_grpo(self, tmp_path, tiny_model_dir):
         """No teacher is asked or loaded, and each step has all prompts, with several samples each."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from omniopd_trl.cli import ablate
-from omniopd_trl.cli.ablate import Plan, Result, Row, jobs_of, markdown, read_plan, summarize
+from omniopd_trl.cli.ablate import Plan, Result, Row, jobs_of, markdown, read_plan, summarize, words_of
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.evals.copying import copied_share
@@ -115,6 +115,10 @@ def test_the_table():
 )
 def test_copied_share(prompt, completion, share):
     assert copied_share(prompt, completion) == pytest.approx(share)
+
+
+def test_words_of_a_command():
+    assert words_of({"num_prompts": 64, "verified": True, "dry_run": False}) == ["--num_prompts", "64", "--verified"]
 
 
 @pytest.mark.slow

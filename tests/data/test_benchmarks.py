@@ -6,8 +6,11 @@ import json
 
 import pytest
 from datasets import Dataset
+from trl import DatasetMixtureConfig
 
-from omniopd_trl.data import BENCHMARKS, load_benchmark
+from omniopd_trl.cli.eval import _problems
+from omniopd_trl.cli.recipe import OmniOPDScriptArguments, load_splits
+from omniopd_trl.data import BENCHMARKS, load_benchmark, prepare_prompts
 from omniopd_trl.data.benchmarks import load_benchmark_splits
 from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError
@@ -346,6 +349,16 @@ def test_unknown_names():
 
 class TestReasoningGym:
     """`reasoning_gym:TASK`."""
+
+    def test_the_template_of_a_recipe(self):
+        """It replaces the prompt of the set, in training and in `omniopd eval`."""
+        name, template = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size=3", "{question} So"
+        arguments = OmniOPDScriptArguments(dataset_name=name, prompt_template=template)
+        test = prepare_prompts(load_splits(arguments, DatasetMixtureConfig()), template)["test"]
+        assert [row["prompt"][0]["content"] for row in test] == [f"{row['question']} So" for row in test]
+        assert list(test["prompt"]) == list(_problems(name, None, "test", None, template)["prompt"])
+        plain = _problems(name, None, "test", None, None)
+        assert "Answer: " in plain[0]["prompt"][0]["content"]
 
     def test_problems(self):
         """Options reach the task; the same name gives the same problems, another seed others."""

@@ -21,6 +21,7 @@ from omniopd_trl.evals.evaluate import EvalSettings, evaluate
 from omniopd_trl.evals.results import EvalResult, compare, table_of, table_of_comparison
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.teachers import ScriptedTeacher
+from omniopd_trl.teachers.context import TeacherContext
 from omniopd_trl.teachers.options import TeacherOptions
 from tests.support.commands import ENVIRONMENT
 from tests.support.loopback import Fault, Loopback, wire
@@ -46,6 +47,32 @@ def script(prefix, index):
 @pytest.fixture
 def result(tmp_path):
     return evaluate(ScriptedTeacher(script), dataset=SUMS.select(range(4)), settings=FOUR, output_dir=tmp_path / "a")
+
+
+def test_a_column_that_the_model_sees(tmp_path, tiny_model_dir, capsys):
+    """The prompts hold it, the problems stay the same, and the result says so."""
+    seen = []
+    context = TeacherContext("answer", "(= {context}) {prompt}")
+
+    def answer(prefix, index):
+        seen.append(prefix.prompt)
+        return "Answer: 2"
+
+    known = evaluate(ScriptedTeacher(answer), dataset=SUMS, settings=FOUR, output_dir=tmp_path / "a", context=context)
+    assert set(seen) == {f"(= {2 * n}) {n} + {n} =" for n in range(6)}
+    plain = evaluate(ScriptedTeacher(["Answer: 2"]), dataset=SUMS, settings=FOUR)
+    assert compare(known, plain).num_problems == 6
+    assert "in its prompt" in table_of(known)
+    assert "in its prompt" not in table_of(plain)
+    with pytest.raises(ConfigError, match="holds an evaluation"):  # not the samples of this evaluation
+        evaluate(ScriptedTeacher(answer), dataset=SUMS, settings=FOUR, output_dir=tmp_path / "a")
+    SUMS.to_json(tmp_path / "sums.jsonl")
+    command = ["eval", "--model", "scripted", "--dataset", str(tmp_path / "sums.jsonl"), "--num_samples", "1"]
+    command += ["--max_completion_length", "8", "--output_dir", str(tmp_path / "b"), "--with_teacher_context"]
+    assert main(command) == 2
+    assert "add `--teacher_context_column NAME`" in capsys.readouterr().err
+    assert main([*command, "--teacher_context_column", "answer"]) == 0
+    assert "the column 'answer'" in capsys.readouterr().out
 
 
 class TestMetrics:

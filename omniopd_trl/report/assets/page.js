@@ -211,12 +211,16 @@
       offset = Math.max(offset, part.end);
     });
     body.append(...spans(offset, length));
-    const prompt = make("p", { className: "prompt", tabIndex: 0, text: index.prompts[row.prompt] });
-    prompt.setAttribute("role", "region");
-    prompt.setAttribute("aria-label", "Prompt");
+    const region = (name, text) => {
+      const shown = make("p", { className: "prompt", tabIndex: 0, text });
+      shown.setAttribute("role", "region");
+      shown.setAttribute("aria-label", name);
+      return [make("h4", { text: name }), shown];
+    };
     const result = make("article", {},
       make("div", { className: "head" }, make("h3", { text: label(row) })),
-      make("h4", { text: "Prompt" }), prompt,
+      ...region("Prompt", index.prompts[row.prompt]),
+      ...(audit_.context === null ? [] : region("What only the teacher saw", audit_.context)),
       make("h4", { text: "The student's answer" }), body, LEGEND(),
       make("div", { className: "panel" }),
       make("p", { className: "muted facts", text: `The whole trajectory: ${audit_.facts.join(" · ")}` }),
