@@ -97,6 +97,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     else:
         trajectory_length, checkpoint = trajectory_length_of(args)
         source = f"measured in {checkpoint}" if checkpoint is not None else _ASSUMED
+    share: dict[str, float] = {} if options.rollout_share is None else {"rollout_share": options.rollout_share}
+    if share and args.signal != "cascade":
+        raise ConfigError(
+            f"--rollout_share {options.rollout_share:g} has no effect with signal={args.signal!r}. Leave it out."
+        )
     requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
     result = forecast_run(
         args,
@@ -111,15 +116,17 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks_per_trajectory=options.chunks_per_trajectory,
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
+        **share,
     )
     chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
     if options.chunks_per_trajectory is not None:
         chunks += f", {options.chunks_per_trajectory:g} on average, as given"
     if options.rollout_tokens is not None:
         chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
+    samples = f"{requests.samples} of N = {args.num_rollouts}"
     head = [
         ("teacher", teacher),
-        ("samples per request", f"{requests.samples} of N = {args.num_rollouts}"),
+        ("samples per request", samples if args.signal != "judge" else "1, with all marks of a trajectory"),
         ("price", _describe_price(price, args)),
         ("chunks", chunks),
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
@@ -127,10 +134,15 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
     ]
     notes = _notes(script_args, args, result, options)
-    if requests.overhead and tokenizer is None:
+    if args.signal == "cascade" and not share:
+        notes.append(
+            "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: pass "
+            "the logged judge/frac_rollouts with --rollout_share."
+        )
+    if (requests.overhead or requests.judge_overhead) and tokenizer is None:
         notes.append(
             f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
-            f"{requests.overhead} tokens."
+            f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
         )
     if capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(

@@ -47,7 +47,10 @@ _IRRELEVANT_TO_AUDITS = (
 )
 # Settings that did not exist when earlier records were written. Their defaults are what these runs did, and are left
 # out: otherwise no record of an earlier version would be replayed.
-_SINCE_EARLIER_RECORDS = ("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages")
+_SINCE_EARLIER_RECORDS = (
+    *("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages"),
+    *("signal", "cascade_low", "cascade_high"),
+)
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -16,7 +16,8 @@ from omniopd_trl.cli.main import main
 from omniopd_trl.cli.recipe import load_splits, parse_args
 from omniopd_trl.data.prompts import prepare_prompts
 from omniopd_trl.teachers import TeacherOptions, load_teacher
-from omniopd_trl.trainer.plan import instruction_length, plan
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.trainer.plan import length_of, plan
 from tests.support import ROOT
 from tests.support.training import make_trainer, questions
 
@@ -255,7 +256,8 @@ class TestCost:
 
     def test_letters_per_token(self, tiny_tokenizer):
         """The instruction's estimate is that of its letters."""
-        assert 200 < instruction_length(None) < instruction_length(tiny_tokenizer)
+        instruction = render_messages("", "So the")
+        assert 200 < length_of(instruction, None) < length_of(instruction, tiny_tokenizer)
 
     def test_chunks_of_a_log(self, forecast):
         """What a run has logged replaces what is assumed of its chunks."""
