@@ -231,7 +231,7 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         )
     if args.signal != "rollouts":
         raise ConfigError(
-            f"signal={args.signal!r} needs a judge to ask, and the run trains from an export. Leave it out."
+            f"signal={args.signal!r} needs a teacher to ask, and the run trains from an export. Leave it out."
         )
     if args.audit_eval:
         raise ConfigError("audit_eval=True needs a teacher to ask, and the run trains from an export. Leave it out.")

@@ -131,6 +131,23 @@ class TestCost:
         # Prompts of about a thousand tokens are too short for this model's cache.
         assert numbers(rows["a cache per chunk serves"])[0] == 0
 
+    def test_marks(self, forecast, capsys, recipe):
+        """One request reads the whole trajectory; a cascade adds a share of the rollouts."""
+        plain, judge = (forecast("--trajectory_length", 2000, **s) for s in ({}, {"signal": "judge"}))
+        half = forecast("--trajectory_length", 2000, "--rollout_share", 0.5, signal="cascade")
+        branches = forecast("--trajectory_length", 2000, signal="judge", num_branches=7)
+        assert judge["samples per request"] == "1, with all marks of a trajectory"
+        assert numbers(judge["requests"])[0] == 1
+        assert numbers(judge["completion tokens"])[0] == 50
+        assert numbers(branches["completion tokens"])[0] == 400
+        read = {name: numbers(rows["prompt tokens"])[0] for name, rows in (("plain", plain), ("judge", judge))}
+        assert 2000 < read["judge"] < read["plain"] / 25
+        assert numbers(branches["prompt tokens"])[0] > read["judge"] + 80 * 50
+        assert numbers(half["prompt tokens"])[0] == pytest.approx(read["judge"] + read["plain"] / 2, abs=2)
+        assert numbers(half["requests"])[0] == 51
+        assert main(["cost", "--config", recipe(), "--rollout_share", "0.5"]) == 2
+        assert "--rollout_share 0.5 has no effect with signal='rollouts'" in capsys.readouterr().err
+
     def test_cache(self, forecast):
         """Longer prompts are cached, and a cache makes the run cheaper."""
         rows = forecast("--trajectory_length", 16_000, max_completion_length=16_000)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from omniopd_trl.audits.judge import MAX_ANSWERS, ask_marks
 from omniopd_trl.errors import DataError
-from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, ScriptedTeacher
+from omniopd_trl.teachers import (
+    LocalTeacher,
+    Prefix,
+    SamplingRequest,
+    ScriptedTeacher,
+    TeacherOptions,
+    load_teacher,
+)
 from omniopd_trl.teachers.base import Usage
 from omniopd_trl.teachers.instruct.judge import (
     INSTRUCTION,
@@ -227,6 +234,15 @@ def test_a_worst_case_holds_a_question(services):  # noqa: F811
         teacher = teacher_of(SERVICES[1], server, continuation="instruct")
         prefix = Prefix(render_question("p" * 1000, PASSAGES), is_question=True)
         assert teacher.max_prompt_tokens(prefix) > sum(len(m["content"].encode()) for m in prefix.prompt)
+
+
+def test_a_probe_for_a_judge_asks_no_continuation(services):  # noqa: F811
+    """A model that refuses a prefill passes, and none of its capabilities is changed."""
+    options = {"teacher_continuation": "prefill", "signal": "judge"}
+    with Loopback(SERVICES[2].answer) as server:
+        teacher = load_teacher(SERVICES[2].name, TeacherOptions(teacher_base_url=server.url, **options))
+        teacher.probe("3 + 4")
+    assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "3 + 4"}]]
 
 
 def test_the_scripted_teacher_marks_by_a_hash():
