@@ -31,8 +31,9 @@ TRAINED = (
 LORA = {"init_lora_weights": False}
 # What a run has that sets neither. Comparisons to 1e-4 have to do without the first.
 DEFAULT = {"bf16": True, "gradient_checkpointing": True}
-# Limits on gradient norms. Some steps of these students are above theirs: adapters, sharded weights, branches.
-UNCLIPPED, CLIPPED = 0.5, {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.5}
+# Limits on gradient norms. Some steps of these students are above theirs: adapters, sharded weights, branches, marks.
+UNCLIPPED = 0.5
+CLIPPED = {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.5, "judge_full": 0.5}
 # Completions that are given, and chunks that no rounding moves to another place: one for each long completion.
 GIVEN = {"observed": True, "chunk_length": 40, "num_chunks": 1, "min_chunk_length": 20, "prior": "reference"}
 # Everything that a checkpoint has to bring back: completions and dropout that are drawn, a learning rate that falls, a
