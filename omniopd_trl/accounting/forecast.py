@@ -16,6 +16,9 @@ from omniopd_trl.errors import ConfigError
 # The paper's cost of a decoded token, in prefilled tokens (section 9).
 DECODE_TO_PREFILL = 8.3
 
+# Tokens that a judge writes for a mark: its number, the mark, and what is between them.
+TOKENS_PER_MARK = 5
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -46,7 +49,7 @@ class Load:
         prompt_tokens: prompt tokens (prefill), cached ones included.
         completion_tokens: generated tokens (decode).
         kept_tokens: generated tokens that are compared with a chunk. More are requested, since the tokenizers of
-            teacher and student differ.
+            teacher and student differ. A mark counts as one.
         no_cache: cost without a prompt cache.
         chunk_cache: cost if the requests of one chunk share their prompt: the first writes it to the cache, and the
             others read it. Equals `no_cache` if one request returns all samples.
@@ -123,6 +126,9 @@ def forecast(
     num_prompts: int | None = None,
     solution_length: float | None = None,
     num_solutions: int = 1,
+    judge_marks: int = 0,
+    judge_overhead: float = 0.0,
+    rollout_share: float = 1.0,
 ) -> Forecast:
     r"""Forecast the tokens and dollars of audits, with the paper's formulas (Section 9).
 
@@ -160,6 +166,11 @@ def forecast(
         num_prompts: distinct prompts of the run. Defaults to the number of its trajectories (one epoch).
         solution_length: length of a solution by the teacher, in student tokens. Defaults to `trajectory_length`.
         num_solutions: solutions per prompt that SFT needs.
+        judge_marks: marks that a judge gives for each chunk, with one request per trajectory, which reads all of it. 0
+            without a judge. The texts of more than one mark per chunk are read in addition.
+        judge_overhead: teacher tokens that the question to the judge adds to its prompt, with its tags.
+        rollout_share: share of the chunks for which rollouts are asked for: 0 with a judge alone, and with a cascade
+            the share of middling marks.
 
     Returns:
         The load of a trajectory, a step and the run, and of SFT on teacher solutions.
@@ -196,6 +207,9 @@ def forecast(
         ("prompt_overhead", prompt_overhead, 0),
         ("rollout_tokens", 0 if rollout_tokens is None else rollout_tokens, 0),
         ("min_cached_prefix", min_cached_prefix, 0),
+        ("judge_marks", judge_marks, 0),
+        ("judge_overhead", judge_overhead, 0),
+        ("rollout_share", rollout_share, 0),
     ):
         if not least <= value < math.inf:
             raise ConfigError(f"{name}={value} must be a number of at least {least}.")
@@ -229,8 +243,13 @@ def forecast(
                 start = trajectory_length * (j + 1) / (number + 1)
                 prefix = prompt_overhead + tokens_per_token * (prompt + start)
                 cached = prefix >= min_cached_prefix
-                audits.add(share * count, prefix, requests, asked, kept, cached, before)
+                audits.add(rollout_share * share * count, prefix, requests, asked, kept, cached, before)
                 before = prefix if cached else None
+            if judge_marks and number and share:
+                marks = judge_marks * number
+                candidates = marks * length if judge_marks > 1 else 0.0
+                question = judge_overhead + tokens_per_token * (prompt + trajectory_length + candidates)
+                audits.add(share * count, question, 1, TOKENS_PER_MARK * marks, marks, False, None)
         written = num_solutions * tokens_per_token * solution
         calls = math.ceil(num_solutions / samples)
         solutions.add(count, tokens_per_token * prompt, calls, written, written, False, None)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The audit of one trajectory: chunks -> rollouts -> similarity -> posterior.
+"""The audit of one trajectory: chunks -> rollouts or marks -> similarity -> posterior.
 
 This module works on text and numbers only and does not depend on the trainer.
 """
@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Tally, Usage
 from omniopd_trl.audits.alignment import Alignment
+from omniopd_trl.audits.judge import Judged, ask_marks, text_of_candidate
 from omniopd_trl.audits.types import (
     Audit,
     AuditSettings,
@@ -33,6 +34,7 @@ from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
 from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, replies_of
 from omniopd_trl.teachers.context import with_context
+from omniopd_trl.teachers.instruct.judge import Passage, is_middling
 
 # The teacher has its own tokenizer. Rollouts are requested with this many times the chunk's length, and are then cut
 # to the chunk's length in student tokens.
@@ -47,7 +49,8 @@ Cut = Callable[[list[int], Sequence[Chunk], Sequence[str], Sequence[Sequence[Rol
 class Answered(NamedTuple):
     """A trajectory with its chunks, the texts before and in each, the teacher's reply for each, and the cost.
 
-    `is_cut` tells whether the rollouts are already cut to the length of their chunk, as recorded ones are.
+    `is_cut` tells whether the rollouts are already cut to the length of their chunk, as recorded ones are. `judged` is
+    what the teacher wrote as a judge; the reply is empty for a chunk that was not asked for.
     """
 
     trajectory: Trajectory
@@ -57,6 +60,7 @@ class Answered(NamedTuple):
     replies: list[TeacherReply]
     usd: float | None = None
     is_cut: bool = False
+    judged: Judged | None = None
 
 
 class Compared(NamedTuple):
@@ -164,7 +168,7 @@ class Auditor:
         return await self.score_later(await self.ask(trajectory, scores, ledger))
 
     async def ask(self, trajectory: Trajectory, scores: PolicyScores, ledger: Ledger = NO_LEDGER) -> Answered:
-        """Ask the teacher for the rollouts of one trajectory; see [`audit`]."""
+        """Ask the teacher for the rollouts or the marks of one trajectory; see [`audit`]."""
         if trajectory.forks is None:
             chunks = self.select(trajectory, scores)
         else:
@@ -173,17 +177,47 @@ class Auditor:
             return Answered(trajectory, scores, [], [], [])
         tally = Tally(ledger)
         texts = self.alignment.split_texts(trajectory.completion_ids, chunks, trajectory.prompt_ids)
+        settings = self.settings
+        prompt = with_context(trajectory.prompt, trajectory.teacher_context, settings.teacher_context_template)
         request = SamplingRequest(
-            num_samples=self.settings.num_rollouts,
+            num_samples=settings.num_rollouts,
             max_tokens=math.ceil(TEACHER_TOKENS_PER_STUDENT_TOKEN * max(chunk.end - chunk.start for chunk in chunks)),
-            temperature=self.settings.teacher_temperature,
-            top_p=self.settings.teacher_top_p,
+            temperature=settings.teacher_temperature,
+            top_p=settings.teacher_top_p,
             seed=trajectory.seed,
             ledger=tally,
         )
-        prompt = with_context(trajectory.prompt, trajectory.teacher_context, self.settings.teacher_context_template)
-        replies = await replies_of(self.teacher, [Prefix(prompt, prefix) for prefix, _ in texts], request)
-        return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
+        if settings.signal == "rollouts":
+            replies = await replies_of(self.teacher, [Prefix(prompt, prefix) for prefix, _ in texts], request)
+            return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
+        judged = await ask_marks(self.teacher, prompt, *self._passages(trajectory, chunks), request)
+        replies = [TeacherReply()] * len(chunks)
+        asked = [index for index, marks in enumerate(judged.marks) if self._needs_rollouts(marks)]
+        if asked:
+            prefixes = [Prefix(prompt, texts[index][0]) for index in asked]
+            for index, reply in zip(asked, await replies_of(self.teacher, prefixes, request), strict=True):
+                replies[index] = reply
+        return Answered(trajectory, scores, chunks, texts, replies, tally.usd, judged=judged)
+
+    def _needs_rollouts(self, marks: Mapping[str, float]) -> bool:
+        """Whether the rollouts of a chunk are asked for, since its marks decide nothing."""
+        settings = self.settings
+        return settings.signal == "cascade" and is_middling(marks, settings.cascade_low, settings.cascade_high)
+
+    def _passages(self, trajectory: Trajectory, chunks: Sequence[Chunk]) -> tuple[list[Passage], str]:
+        """The chunks of a trajectory as a judge reads them, and the text after the last one."""
+        ids = trajectory.completion_ids
+        ends = [0, *(end for chunk in chunks for end in (chunk.start, chunk.end)), len(ids)]
+        spans = [Chunk(start, end, start) for start, end in pairwise(ends)]
+        *texts, rest = [text for _, text in self.alignment.split_texts(ids, spans, trajectory.prompt_ids)]
+        forks = {fork.chunk: fork for fork in trajectory.forks or ()}
+        passages = []
+        for chunk, before, text in zip(chunks, texts[::2], texts[1::2], strict=True):
+            branches = forks[chunk].branches if chunk in forks else ()
+            # Sorted, so the order does not tell which one the student's text continues.
+            candidates = {text_of_candidate(branch.text): branch.text for branch in branches} or {text: text}
+            passages.append(Passage(before, text, tuple(candidates[key] for key in sorted(candidates))))
+        return passages, rest
 
     async def score_later(self, answered: Answered) -> Audit:
         """Score a trajectory in the thread for it; see [`score`]."""
@@ -196,7 +230,7 @@ class Auditor:
         missing, and a warning quotes it. A similarity that raises an error for each of several rollouts, or returns
         no number in [0, 1], is a bug, and its error is raised.
         """
-        trajectory, scores, chunks, texts, replies, usd, is_cut = answered
+        trajectory, scores, chunks, texts, replies, usd, is_cut, judged = answered
         forks = {fork.chunk: fork for fork in trajectory.forks or ()}
         compared = [
             _compared(trajectory, chunk, text, forks.get(chunk))
@@ -213,23 +247,26 @@ class Auditor:
             given, set_aside = self._set_aside(cut, compared, given, error)
             rollouts, num_short, matrices = self._compare_all(cut, compared, given)
         audits = []
-        for chunk, (prefix, text), units, answers, matrix in zip(
-            chunks, texts, compared, rollouts, matrices, strict=True
+        marks_of_chunks = [{}] * len(chunks) if judged is None else judged.marks
+        for chunk, (prefix, text), units, answers, matrix, marks in zip(
+            chunks, texts, compared, rollouts, matrices, marks_of_chunks, strict=True
         ):
-            if len(answers) < self.settings.min_rollouts:
+            rows = matrix
+            if marks and not self._needs_rollouts(marks):
+                rows = [[marks[text_of_candidate(unit.text)]] for unit in units]  # one observation for each text
+            elif len(answers) < self.settings.min_rollouts:
                 continue
-            similarities = matrix[0]
+            similarities = rows[0]
             prior = chunk_prior(scores.prior_logprobs[chunk.start : chunk.end])
-            posterior = posterior_mean(sum(similarities), len(answers), prior, self.settings.prior_strength)
+            posterior = posterior_mean(sum(similarities), len(similarities), prior, self.settings.prior_strength)
             branches: tuple[Branch, ...] = ()
             if chunk in forks:
-                mean_of = {unit.text: sum(row) / len(row) for unit, row in zip(units, matrix, strict=True)}
-                branches = self._judged(forks[chunk], mean_of)
-            audits.append(
-                ChunkAudit(
-                    chunk, prefix, text, tuple(answers), tuple(similarities), float(prior), float(posterior), branches
-                )
-            )
+                mean_of = {unit.text: sum(row) / len(row) for unit, row in zip(units, rows, strict=True)}
+                branches = self._with_advantages(forks[chunk], mean_of)
+            of_teacher = (tuple(answers), tuple(similarities))
+            mark = marks.get(text_of_candidate(text))
+            audits.append(ChunkAudit(chunk, prefix, text, *of_teacher, float(prior), float(posterior), branches, mark))
+        replies = [*replies, *(judged.replies if judged is not None else ())]
         return Audit(
             chunks=tuple(audits),
             num_dropped=len(chunks) - len(audits),
@@ -242,14 +279,15 @@ class Auditor:
             models=tuple(sorted({name for reply in replies for name in reply.models})),
             usd=usd,
             agreed=tuple(chunk for chunk, fork in forks.items() if fork.diversity == 0),
+            answers=() if judged is None else judged.answers,
         )
 
-    def _judged(self, fork: Fork, similarity_of: Mapping[str, float]) -> tuple[Branch, ...]:
+    def _with_advantages(self, fork: Fork, similarity_of: Mapping[str, float]) -> tuple[Branch, ...]:
         """The branches of a fork with their similarities and advantages."""
         similarities = [similarity_of[branch.text] for branch in fork.branches]
         advantages = leave_one_out(similarities, self.settings.scale_advantages)
-        judged = zip(fork.branches, similarities, advantages, strict=True)
-        return tuple(replace(branch, similarity=s, advantage=a) for branch, s, a in judged)
+        of_branches = zip(fork.branches, similarities, advantages, strict=True)
+        return tuple(replace(branch, similarity=s, advantage=a) for branch, s, a in of_branches)
 
     def _compare_all(
         self, cut: Cut, compared: Sequence[Sequence[Compared]], rollouts: Sequence[Sequence[Rollout]]

@@ -13,6 +13,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.method.branches import diversity
 from omniopd_trl.method.chunks import Chunk, Overlap, Placement, Selection
 from omniopd_trl.teachers.base import Prompt
+from omniopd_trl.teachers.instruct.judge import Signal
 
 
 class Tokenizer(Protocol):
@@ -46,6 +47,9 @@ class AuditSettings:
     fork_candidates: int | None = None
     scale_advantages: bool = False
     teacher_context_template: str | None = None
+    signal: Signal = "rollouts"
+    cascade_low: float = 0.3
+    cascade_high: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Branch:
         text: their text.
         sampling_logprobs: as in [`Trajectory`], for these tokens. Empty if the policy itself sampled, and for the
             trajectory's own chunk.
-        similarity: mean similarity to the rollouts, in [0, 1]; `None` before the audit.
+        similarity: mean similarity to the rollouts, or the mark, in [0, 1]; `None` before the audit.
         advantage: advantage over the other branches of the fork (`leave_one_out`).
     """
 
@@ -147,11 +151,12 @@ class ChunkAudit:
         prefix: the student's text before the chunk.
         text: the student's text in the chunk.
         rollouts: the teacher's texts, cut to the chunk's length in student tokens (`Alignment.cut`).
-        similarities: `phi(text, rollout)` for each rollout, in [0, 1].
+        similarities: `phi(text, rollout)` for each rollout, in [0, 1]. The mark alone for a chunk without rollouts.
         prior: geometric mean probability of the chunk's tokens (Eq. 4).
         posterior: posterior mean (Eq. 5). With branches, it weights nothing.
         branches: the branches of the fork with their similarities and advantages, the trajectory's own chunk first.
             Empty without branches.
+        mark: mark of the judge, in [0, 1]; `None` without one. With rollouts, it weights nothing.
     """
 
     chunk: Chunk
@@ -162,10 +167,11 @@ class ChunkAudit:
     prior: float
     posterior: float
     branches: tuple[Branch, ...] = ()
+    mark: float | None = None
 
     @property
     def mean_similarity(self) -> float:
-        """The frequentist estimate, `k_sem / n`."""
+        """The frequentist estimate, `k_sem / n`. The mark, for a chunk without rollouts."""
         return sum(self.similarities) / len(self.similarities)
 
 
@@ -175,7 +181,8 @@ class Audit:
 
     Attributes:
         chunks: the chunks with at least `min_rollouts` rollouts, in ascending order.
-        num_dropped: selected chunks with fewer than `min_rollouts` rollouts. Their tokens count as un-audited.
+        num_dropped: selected chunks with fewer than `min_rollouts` rollouts, or without the mark that was asked for.
+            Their tokens count as un-audited.
         num_rollouts: rollouts that the teacher returned.
         num_short: rollouts that ended at the teacher's token limit before they filled their chunk. The teacher's
             tokens are shorter than expected, and the similarity is less accurate.
@@ -187,6 +194,7 @@ class Audit:
         usd: US dollars of the requests; `None` without a price.
         agreed: forks whose branches all have one text. The teacher was not asked, and their tokens are neither trained
             nor anchored.
+        answers: what the judge wrote, as it wrote it. The last one holds the marks, unless there are none.
     """
 
     chunks: tuple[ChunkAudit, ...] = ()
@@ -200,3 +208,4 @@ class Audit:
     models: tuple[str, ...] = ()
     usd: float | None = None
     agreed: tuple[Chunk, ...] = ()
+    answers: tuple[str, ...] = ()

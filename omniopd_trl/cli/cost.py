@@ -100,6 +100,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     else:
         trajectory_length, checkpoint = trajectory_length_of(args)
         source = f"measured in {checkpoint}" if checkpoint is not None else _ASSUMED
+    share: dict[str, float] = {} if options.rollout_share is None else {"rollout_share": options.rollout_share}
+    if share and args.signal != "cascade":
+        raise ConfigError(
+            f"--rollout_share {options.rollout_share:g} has no effect with signal={args.signal!r}. Leave it out."
+        )
     requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
     result = forecast_run(
         args,
@@ -114,12 +119,14 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks_per_trajectory=options.chunks_per_trajectory,
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
+        **share,
     )
     asks = method in ("omniopd", "sft")
     rows = [("method", method), ("teacher", teacher)]
     if not asks:
         rows[1] = ("teacher", f"{teacher} in the same process" if method == "opd" else "none")
     if method == "omniopd":
+        samples = f"{requests.samples} of N = {args.num_rollouts}"
         chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
         if options.chunks_per_trajectory is not None:
             chunks += f", {options.chunks_per_trajectory:g} on average, as given"
@@ -127,7 +134,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
             chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
         rows = [
             *rows[1:],
-            ("samples per request", f"{requests.samples} of N = {args.num_rollouts}"),
+            ("samples per request", samples if args.signal != "judge" else "1, with all marks of a trajectory"),
             ("price", _describe_price(price, args)),
             ("chunks", chunks),
         ]
@@ -160,15 +167,20 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         notes += _budget_notes(args, result.sft_run)
     elif method == "omniopd":
         notes = _notes(script_args, args, result, options)
+        if args.signal == "cascade" and not share:
+            notes.append(
+                "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
+                "pass the logged judge/frac_rollouts with --rollout_share."
+            )
     else:
         notes = [
             f"method={method!r} sends no request to a service."
             + ("" if options.gpu else " --gpu adds memory and time.")
         ]
-    if asks and requests.overhead and tokenizer is None and method == "omniopd":
+    if method == "omniopd" and (requests.overhead or requests.judge_overhead) and tokenizer is None:
         notes.append(
             f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
-            f"{requests.overhead} tokens."
+            f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
         )
     if asks and capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(

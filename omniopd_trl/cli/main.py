@@ -107,6 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
         "step, the chunks per trajectory and the rollouts per chunk. Defaults to the maximum of a request",
     )
     cost.add_argument(
+        "--rollout_share",
+        type=_share,
+        metavar="S",
+        help="share of the chunks that get rollouts with `signal: cascade`: the logged `judge/frac_rollouts`. "
+        "Defaults to 1, the upper bound",
+    )
+    cost.add_argument(
         "--num_processes",
         type=positive_int,
         default=1,
@@ -137,6 +144,16 @@ def _positive_number(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
     return number
 
 

@@ -82,6 +82,10 @@ def verify_estimator(options: argparse.Namespace) -> None:
     if not any(trajectory.chunks for trajectory in trajectories):
         raise DataError(f"{options.folder} holds no audited chunk yet.")
     most = min(len(chunk.rollouts) for trajectory in trajectories for chunk in trajectory.chunks)
+    if most == 0:
+        raise DataError(
+            f"{options.folder} holds chunks with a mark and no rollouts. Record a run with `--signal rollouts`."
+        )
     counts = options.num_rollouts or [most]
     if not all(1 <= count <= most for count in counts):
         raise ConfigError(

@@ -43,6 +43,7 @@ class ShownChunk:
         weight: weight of the chunk in the loss; `None` when the step was interrupted before it was known. With
             branches, it is that of the trajectory's own.
         branches: the branches of the fork, the trajectory's own chunk first; empty without branches.
+        mark: mark of the judge, in [0, 1]; `None` without one.
     """
 
     start: int
@@ -56,6 +57,7 @@ class ShownChunk:
     posterior: float
     weight: float | None = None
     branches: tuple[ShownBranch, ...] = ()
+    mark: float | None = None
 
     def distinct_branches(self) -> list[tuple[ShownBranch, int]]:
         """Each distinct text of the branches with its count, the trajectory's own first."""
@@ -67,7 +69,9 @@ class ShownChunk:
         return len("".join(pieces[self.start : self.anchor]))
 
     def distinct_rollouts(self) -> list[tuple[str, int, float]]:
-        """Text, count and similarity of each distinct rollout, the most frequent first."""
+        """Text, count and similarity of each distinct rollout, the most frequent first; empty with a mark alone."""
+        if not self.rollouts:
+            return []
         counts = Counter(zip(self.rollouts, self.similarities, strict=True))
         return [(text, count, similarity) for (text, similarity), count in counts.most_common()]
 
@@ -99,6 +103,7 @@ class AuditedTrajectory:
             recorded.
         models: names of the models that answered, as the service reports them.
         teacher_context: what only the teacher saw beside the prompt; `None` for nothing.
+        answers: what the judge wrote, in order; empty without a judge.
     """
 
     step: int
@@ -122,6 +127,7 @@ class AuditedTrajectory:
     logprobs: tuple[float, ...] = ()
     models: tuple[str, ...] = ()
     teacher_context: str | None = None
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -306,7 +312,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         teacher,
         prompt,
         tuple(completion_ids),
-        tuple(replace(chunk, weight=weight) for chunk, weight in zip(chunks, weights, strict=True)),
+        tuple(
+            replace(chunk, weight=weight, mark=mark)
+            for chunk, weight, mark in zip(chunks, weights, values.get("marks", [None] * len(chunks)), strict=True)
+        ),
         tuple(entropies),
         usage=Usage(*(count or 0 for count in tokens)),
         usd=usd,
@@ -321,6 +330,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         logprobs=tuple(logprobs),
         models=tuple(values.get("models", ())),
         teacher_context=context,
+        answers=tuple(values.get("answers", ())),
     )
 
 

@@ -47,7 +47,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, dataclass, fields, replace
-from itertools import takewhile
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -633,13 +633,19 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
         del values["agreed"]  # as before there were branches
     else:
         values["agreed"] = [*map(astuple, audit.agreed)]
+    if not audit.answers:
+        del values["answers"]
+    else:
+        values["marks"] = [chunk.mark for chunk in audit.chunks]
     return {**values, "chunks": chunks, "usage": astuple(audit.usage)}
 
 
 def _audit_from_json(values: dict[str, Any]) -> Audit:
     chunks = [
-        ChunkAudit(Chunk(*span), *[*rest, _branches_from_json(branches)])
-        for span, *rest, branches in restore_chunks(values.pop("chunks"))
+        ChunkAudit(Chunk(*span), *[*rest, _branches_from_json(branches), mark])
+        for (span, *rest, branches), mark in zip(
+            restore_chunks(values.pop("chunks")), chain(values.pop("marks", ()), repeat(None)), strict=False
+        )
     ]
     agreed = tuple(Chunk(*span) for span in values.pop("agreed", ()))
     usage = Usage(*values.pop("usage"))

@@ -35,7 +35,7 @@ DATA_FILES = "data/train-*.parquet"
 DECISIVE = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "chunk_overlap", "chunk_placement"),
     *("chunk_selection", "keep_special_tokens", "mask_truncated_completions", "max_completion_length", "temperature"),
-    *("top_p", "top_k", "min_p", "repetition_penalty", "teacher_temperature", "teacher_top_p"),
+    *("top_p", "top_k", "min_p", "repetition_penalty", "teacher_temperature", "teacher_top_p", "signal"),
     "teacher_context_column",
 )
 
@@ -49,7 +49,7 @@ _SETTINGS = (
     *("student", "student_parameters", "student_weights", *DECISIVE, "min_rollouts", "similarity", "prior"),
     *("prior_strength", "beta", "loss_normalization", "posterior_baseline", "importance_sampling_correction"),
     *("importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "max_steps"),
-    *("num_train_epochs", "seed", _BATCH),
+    *("num_train_epochs", "seed", _BATCH, "cascade_low", "cascade_high"),
 )
 
 _CHUNK = pa.struct(
@@ -63,6 +63,7 @@ _CHUNK = pa.struct(
         pa.field("prior", pa.float64()),
         pa.field("posterior", pa.float64()),
         pa.field("weight", pa.float64()),
+        pa.field("mark", pa.float64()),
     ]
 )
 _FIELDS = (
@@ -85,7 +86,7 @@ _FIELDS = (
         pa.list_(_CHUNK),
         "audited chunks: tokens `[start, end)` with the anchor; `offset`, the number of characters of `completion` "
         "before `text`; the rollouts with their similarity (Eq. 3); `prior` (Eq. 4), `posterior` (Eq. 5), and the "
-        "weight in the loss",
+        "weight in the loss; `mark`, that of a judge, if there is one",
     ),
     ("num_dropped_chunks", pa.int32(), "chunks with too few rollouts"),
     ("usage", pa.struct([(name, pa.int64()) for name in TOKENS]), "tokens of the teacher's requests"),
@@ -225,7 +226,7 @@ def _row(trajectory: AuditedTrajectory, completion: str | None) -> dict[str, Any
 
 
 def _chunk(chunk: ShownChunk, completion: str | None) -> dict[str, Any]:
-    pairs = zip(chunk.rollouts, chunk.similarities, strict=True)
+    pairs = zip(chunk.rollouts, chunk.similarities, strict=bool(chunk.rollouts))  # a mark has no rollout
     return {
         "start": chunk.start,
         "end": chunk.end,
@@ -236,6 +237,7 @@ def _chunk(chunk: ShownChunk, completion: str | None) -> dict[str, Any]:
         "prior": chunk.prior,
         "posterior": chunk.posterior,
         "weight": chunk.weight,
+        "mark": chunk.mark,
     }
 
 

@@ -43,6 +43,7 @@ OUTCOMES: tuple[tuple[str, Callable[[AuditedTrajectory], object]], ...] = (
     ("no chunk was audited", lambda t: not t.chunks),
     ("a chunk has no similar rollout", lambda t: any(not any(chunk.similarities) for chunk in t.chunks)),
     ("a chunk equals every rollout", lambda t: any(min(c.similarities, default=0) == 1 for c in t.chunks)),
+    ("an answer of the judge has no marks", lambda t: t.outcomes.get("malformed")),
 )
 MIB = 2**20
 
@@ -213,7 +214,8 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
                 "weight": chunk.weight,
                 "rollouts": chunk.distinct_rollouts(),
                 "k": sum(chunk.similarities),
-                "n": len(chunk.similarities),
+                "n": len(chunk.rollouts),
+                "mark": chunk.mark,
             }
         )
     last = trajectory.chunks[-1] if trajectory.chunks else None
@@ -222,7 +224,10 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
         "shades": _shades(map(len, pieces), trajectory.entropies) if trajectory.entropies else [],
         "chunks": chunks,
         "facts": facts_of(trajectory),
-        "failures": list(trajectory.failures),
+        "failures": [
+            *(f"the judge wrote: {' | '.join(answer.splitlines())}" for answer in trajectory.answers),
+            *trajectory.failures,
+        ],
         "context": trajectory.teacher_context,
     }
 

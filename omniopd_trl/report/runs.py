@@ -91,8 +91,8 @@ class Run:
         return sorted({name for entry in self.logs for name in entry if name.endswith(ending)})
 
     def _samples(self) -> Iterator[tuple[float, float]]:
-        """How many samples an optimizer step asks the teacher for, by logged step."""
-        rollouts = self.settings.get("num_rollouts")
+        """How many samples an optimizer step asks the teacher for, by logged step. Not known with a judge."""
+        rollouts = None if "signal" in self.settings else self.settings.get("num_rollouts")
         steps = len({place.step for place in self.places})
         if not rollouts or not steps:
             return
@@ -260,6 +260,7 @@ def facts_of(trajectory: AuditedTrajectory) -> list[str]:
         ("chunks dropped", trajectory.num_dropped),
         ("rollouts set aside", trajectory.num_set_aside),
         ("rollouts cut short", trajectory.num_short),
+        ("answers of the judge without marks", trajectory.outcomes.get("malformed", 0)),
         *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items() if name in OUTCOMES),
     )
     facts += [f"{name}: {count:,}" for name, count in counts if count]

@@ -63,7 +63,8 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
             for text, count, similarity in chunk.distinct_rollouts()
         ],
         "k_sem": sum(chunk.similarities),
-        "num_rollouts": len(chunk.similarities),
+        "num_rollouts": len(chunk.rollouts),
+        "mark": chunk.mark,
         "prior": chunk.prior,
         "posterior": chunk.posterior,
         "weight": chunk.weight,
@@ -78,6 +79,7 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "trajectory_set_aside_rollouts": trajectory.num_set_aside,
         "trajectory_outcomes": dict(trajectory.outcomes),
         "trajectory_failures": list(trajectory.failures),
+        "trajectory_judge_answers": list(trajectory.answers),
         "models": list(trajectory.models),
     }
 
@@ -108,10 +110,11 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     for text, count, similarity in chunk.distinct_rollouts():
         style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
         rollouts.add_row(str(count), f"{similarity:.3f}", Text(visible(text), style=style))
+    marked = chunk.mark is not None and not chunk.rollouts
     branches = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (
         ("times", "right"),
-        ("similarity", "right"),
+        ("mark" if marked else "similarity", "right"),
         ("advantage", "right"),
         ("the student", "left"),
     ):
@@ -121,10 +124,9 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         numbers = (str(count), f"{branch.similarity:.3f}", f"{branch.advantage:+.3f}")
         branches.add_row(*numbers, Text(visible(branch.text), style=style))
     weight = "" if chunk.weight is None else f"   weight {chunk.weight:+.3f}"
-    summary = (
-        f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   prior {chunk.prior:.3f}   "
-        f"posterior {chunk.posterior:.3f}{weight}"
-    )
+    mark = "" if chunk.mark is None else f"mark {chunk.mark:.3f}   "
+    k_sem = "" if marked else f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   "
+    summary = f"{mark}{k_sem}prior {chunk.prior:.3f}   posterior {chunk.posterior:.3f}{weight}"
     whole = f"its trajectory: {len(trajectory.chunks)} chunks, {', '.join(facts_of(trajectory))}"
     seen = trajectory.teacher_context
     only_teacher = () if seen is None else (Text(f"only the teacher saw: {_end(seen, PROMPT)}", style="dim"),)
@@ -134,11 +136,14 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         Text(),
         Text.assemble(context, student),
         Text(),
-        rollouts,
-        *((Text(), branches) if chunk.branches else ()),
-        Text(),
+        *(() if marked else (rollouts, Text())),
+        *((branches, Text()) if chunk.branches else ()),
         Text(summary),
         Text(visible(whole), style="dim"),
+        *(
+            Text(f"the judge wrote: {visible(' | '.join(answer.splitlines()))}", style="dim")
+            for answer in trajectory.answers
+        ),
         *(Text(f"missing: {visible(failure)}", style="dim") for failure in trajectory.failures),
     )
     title = (

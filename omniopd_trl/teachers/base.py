@@ -36,6 +36,8 @@ class Prefix:
         prompt: plain text, or a list of chat messages. The teacher renders it with its own template. Content that is a
             list of text parts is replaced by their text, so adapters see text only.
         completion: the student's text so far. The assistant's turn begins with it, byte for byte.
+        is_question: whether the prompt is a question that the teacher answers in its own words, without a completion.
+            No instruction to continue a text is added to it.
 
     Raises:
         DataError: when a message holds a part that is not text.
@@ -43,6 +45,7 @@ class Prefix:
 
     prompt: Prompt
     completion: str = ""
+    is_question: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) and any(isinstance(m.get("content"), list | tuple) for m in self.prompt):

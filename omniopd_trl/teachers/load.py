@@ -296,7 +296,8 @@ def _settings(options: TeacherOptions) -> EngineSettings:
         max_attempts=options.teacher_max_attempts,
         max_seconds=options.teacher_max_seconds,
         max_retry_after=options.teacher_max_retry_after,
-        probe_samples=options.num_rollouts,
+        probe_samples=1 if options.signal == "judge" else options.num_rollouts,
+        probe_continues=options.signal != "judge",
     )
 
 

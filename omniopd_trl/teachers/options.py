@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from omniopd_trl.accounting.pricing import Price, price_of
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.teachers.instruct.judge import Signal
 from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE, PROVIDERS
 from omniopd_trl.teachers.remote.engine import Continuation
 
@@ -54,6 +55,7 @@ class TeacherOptions:
     teacher_output_price: float | None = None
     teacher_cached_price: float | None = None
     num_rollouts: int = 10
+    signal: Signal = "rollouts"
     device: "torch.device | str | None" = None
     world_size: int = 1
     process_index: int = 0

@@ -4,11 +4,13 @@
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
+from omniopd_trl.teachers.instruct.judge import HIGHEST, asked_marks
 
 Script = Callable[[Prefix, int], str | None]
 
@@ -20,7 +22,7 @@ class ScriptedTeacher(Teacher):
         script: a function of the prefix and the sample's index that returns the continuation, or `None` for a refusal.
             A sequence of texts gives every prefix the same samples: sample `i` is text `i` modulo the number of texts.
             By default, words of the prompt, chosen by a hash of the prefix and the index: the same on every machine,
-            different for different prefixes.
+            different for different prefixes. A question of `signal: judge` gets marks, chosen in the same way.
 
     Usage counts words, since there is no tokenizer. `max_tokens` and the temperature are ignored.
 
@@ -65,7 +67,11 @@ def _prompt_text(prefix: Prefix) -> str:
 
 
 def _words_of_prompt(prefix: Prefix, index: int) -> str:
-    words = re.findall(r"\w+", _prompt_text(prefix)) or ["nothing"]
     key = json.dumps([prefix.prompt, prefix.completion, index], sort_keys=True)
+    if prefix.is_question and not isinstance(prefix.prompt, str):
+        marks = random.Random(key)
+        numbers = range(1, asked_marks(prefix.prompt) + 1)
+        return "\n".join(f"{number}: {marks.randint(0, HIGHEST)}" for number in numbers)
+    words = re.findall(r"\w+", _prompt_text(prefix)) or ["nothing"]
     digest = hashlib.sha256(key.encode()).digest()
     return " ".join(words[byte % len(words)] for byte in digest)

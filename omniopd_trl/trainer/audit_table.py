@@ -161,6 +161,7 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
         "context": values["context"][-CONTEXT:],
         "chunk": values["student"][:fork] + FORK + values["student"][fork:],
         **{name: values[name] for name in ("rollouts", "k_sem", "num_rollouts", "prior", "posterior", "weight")},
+        **({} if audited.chunk.mark is None else {"mark": audited.chunk.mark}),
         "trajectory_tokens": usage.prompt_tokens + usage.completion_tokens,
         "trajectory_usd": values["trajectory_usd"],
     }
@@ -213,6 +214,7 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
             *(chunk.chunk.start, chunk.chunk.end, chunk.chunk.anchor, chunk.prefix, chunk.text),
             *(chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior),
             weight=weight,
+            mark=chunk.mark,
         )
         for chunk, weight in zip(audit.chunks, shown.weights, strict=True)
     ]
@@ -230,4 +232,5 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
         failures=audit.failures,
         outcomes=audit.outcomes,
         teacher_context=row.trajectory.teacher_context,
+        answers=audit.answers,
     )

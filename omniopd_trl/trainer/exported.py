@@ -236,6 +236,10 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the "
             "student, and they cannot be sampled off-policy. Train with a teacher."
         )
+    if args.signal != "rollouts":
+        raise ConfigError(
+            f"signal={args.signal!r} needs a teacher to ask, and the run trains from an export. Leave it out."
+        )
     if args.audit_eval:
         raise ConfigError("audit_eval=True needs a teacher to ask, and the run trains from an export. Leave it out.")
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -164,6 +164,8 @@ class Metrics:
         if is_branched:
             ratios = {name: ratio for name, ratio in ratios.items() if name not in OF_POSTERIORS}
             ratios |= branch_ratios(audits)
+        if self._args.signal != "rollouts":
+            ratios |= judge_ratios(audits)
         usd, tokens = self._spent()
         if self._has_price:
             ratios["teacher/usd"] = (usd - self._usd_counted, steps)
@@ -405,6 +407,17 @@ def context_ratios(audits: list[Audit], trajectories: list[Trajectory]) -> dict[
     return {"rollouts/context_quoted": (quoted, total)}
 
 
+def judge_ratios(audits: list[Audit]) -> dict[str, tuple[float, float]]:
+    """Metrics of the marks of one process, as numerators and denominators."""
+    chunks = [chunk for audit in audits for chunk in audit.chunks if chunk.mark is not None]
+    answers = sum(len(audit.answers) for audit in audits)
+    return {
+        "judge/mark": (sum(chunk.mark or 0.0 for chunk in chunks), len(chunks)),
+        "judge/frac_rollouts": (sum(bool(chunk.rollouts) for chunk in chunks), len(chunks)),
+        "judge/malformed": (sum(audit.outcomes.get("malformed", 0) for audit in audits), answers),
+    }
+
+
 def _duplicates(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     """The number of long rollouts that equal an earlier one of their chunk, and of those that could."""
     repeated = repeatable = 0
@@ -453,4 +466,5 @@ def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Itera
         )
     failures = [failure for audit in audits for failure in audit.failures]
     if failures:
-        yield "failures", f"Some rollouts are missing, for example: {failures[0]}."
+        what = "rollouts" if args.signal == "rollouts" else "rollouts or marks"
+        yield "failures", f"Some {what} are missing, for example: {failures[0]}."

@@ -132,7 +132,7 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     yield "teacher", f"`{without_folders(teacher.name)}`" + (f", served as `{served}`" if served else "")
     if isinstance(trainer.train_dataset, Dataset):
         yield "training prompts", f"{len(trainer.train_dataset):,}"
-    sizes = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, N = {args.num_rollouts} rollouts each"
+    sizes = f"M = {args.num_chunks} of at most C = {args.chunk_length} tokens, {answers_per_chunk(args)}"
     if args.num_branches:
         sizes += f", compared with K = {args.num_branches} branches besides"
     yield "chunks", sizes
@@ -149,6 +149,16 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     yield "teacher tokens", f"{usage.prompt_tokens:,} read, {usage.completion_tokens:,} written"
     if dollars := series(logs, "teacher/usd_total"):
         yield "cost", f"{dollars[-1][1]:,.2f} US dollars"
+
+
+def answers_per_chunk(args: Any) -> str:
+    """What the teacher answers for each chunk, in words."""
+    rollouts = f"N = {args.num_rollouts} rollouts each"
+    if args.signal == "judge":
+        return "1 mark of the teacher each"
+    if args.signal == "cascade":
+        return f"1 mark each, and {rollouts} between {args.cascade_low:g} and {args.cascade_high:g}"
+    return rollouts
 
 
 def _name(value: str | Callable[..., Any]) -> str:

@@ -19,6 +19,7 @@ from omniopd_trl.method.posterior import Prior
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import BASELINES
 from omniopd_trl.teachers.context import TeacherContext
+from omniopd_trl.teachers.instruct.judge import Signal
 from omniopd_trl.teachers.remote.engine import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
 
@@ -49,6 +50,7 @@ _CHOICES = {
     "posterior_baseline": BASELINES,
     "vllm_mode": ("colocate", "server"),  # TRL's
     "teacher_continuation": (None, *get_args(Continuation)),
+    "signal": get_args(Signal),
 }
 
 _COUNTS = (
@@ -66,6 +68,7 @@ _SWITCHES = (
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
     *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p", "min_anchor_entropy"),
+    *("cascade_low", "cascade_high"),
 )
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
@@ -133,6 +136,16 @@ class OmniOPDConfig(DistillationConfig):
         scale_advantages (`bool`, *optional*, defaults to `False`):
             Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. `"edit"` and
             other similarities with small differences need it.
+        signal (`str`, *optional*, defaults to `"rollouts"`):
+            What the teacher is asked for. `"rollouts"` are continuations that chunks are compared with, as in the
+            paper. `"judge"` asks for a mark of each chunk, or of each branch, with one request per trajectory; the
+            mark takes the place of the mean similarity, and counts as one observation. `"cascade"` asks for marks
+            first, and for rollouts of the chunks whose marks are between `cascade_low` and `cascade_high`. The
+            teacher must be able to follow an instruction. See docs/judge.md.
+        cascade_low (`float`, *optional*, defaults to `0.3`):
+            Marks up to here are clearly bad, with `signal="cascade"`: no rollouts are asked for.
+        cascade_high (`float`, *optional*, defaults to `0.7`):
+            Marks from here on are clearly good, with `signal="cascade"`: no rollouts are asked for.
 
         > Parameters that control the loss
 
@@ -387,6 +400,24 @@ class OmniOPDConfig(DistillationConfig):
             "help": "Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. "
             "'edit' and other similarities with small differences need it."
         },
+    )
+    signal: str = field(
+        default="rollouts",
+        metadata={
+            "help": "What the teacher is asked for. 'rollouts' are continuations that chunks are compared with, as in "
+            "the paper. 'judge' asks for a mark of each chunk, or of each branch, with one request per trajectory; "
+            "the mark takes the place of the mean similarity, and counts as one observation. 'cascade' asks for marks "
+            "first, and for rollouts of the chunks whose marks are between `cascade_low` and `cascade_high`. The "
+            "teacher must be able to follow an instruction. See docs/judge.md."
+        },
+    )
+    cascade_low: float = field(
+        default=0.3,
+        metadata={"help": "Marks up to here are clearly bad, with `signal='cascade'`: no rollouts are asked for."},
+    )
+    cascade_high: float = field(
+        default=0.7,
+        metadata={"help": "Marks from here on are clearly good, with `signal='cascade'`: no rollouts are asked for."},
     )
 
     # Parameters that control the loss
@@ -737,7 +768,7 @@ class OmniOPDConfig(DistillationConfig):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
         if isinstance(self.num_branches, bool) or not isinstance(self.num_branches, int) or self.num_branches < 0:
             raise ConfigError(f"num_branches={self.num_branches!r} must be a whole number of at least 0.")
-        for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks"):
+        for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks", "cascade_low", "cascade_high"):
             if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
         # vLLM accepts -1 for no limit as well.
@@ -790,6 +821,7 @@ class OmniOPDConfig(DistillationConfig):
             )
         self._check_branches()
         TeacherContext(self.teacher_context_column, self.teacher_context_template)
+        self._check_signal()
         if self.prior == "reference" and self.beta == 0 and self.prior_strength > 0:
             raise ConfigError(
                 "prior='reference' needs the reference model, which beta=0 does not load. Set `beta` above 0, or "
@@ -819,6 +851,25 @@ class OmniOPDConfig(DistillationConfig):
             raise ConfigError(
                 f"prior='reference' has no effect with num_branches={self.num_branches}: advantages do not use the "
                 "prior, and it would cost a pass of the reference. Leave it out."
+            )
+
+    def _check_signal(self) -> None:
+        if self.signal != "cascade":
+            for name in ("cascade_low", "cascade_high"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name):g} has no effect with signal={self.signal!r}. Set "
+                        "signal='cascade', or leave it out."
+                    )
+        elif self.cascade_low >= self.cascade_high:
+            raise ConfigError(
+                f"cascade_low={self.cascade_low:g} is not below cascade_high={self.cascade_high:g}, so no mark is "
+                "between them. Lower it, or set signal='judge'."
+            )
+        if self.signal == "judge" and self.min_rollouts > 1:
+            raise ConfigError(
+                f"min_rollouts={self.min_rollouts} with signal='judge': a chunk gets one mark and no rollouts. Leave "
+                "it out."
             )
 
     def _check_inherited(self) -> None:
@@ -949,7 +1000,7 @@ class OmniOPDConfig(DistillationConfig):
                 "log-probabilities are those of the full distribution at `temperature`. Training is then not exactly "
                 f"on-policy. {correction}.{baseline}"
             )
-        if self.teacher_temperature == 0 and self.num_rollouts > 1:
+        if self.teacher_temperature == 0 and self.num_rollouts > 1 and self.signal != "judge":
             logger.warning(
                 f"teacher_temperature=0 makes all num_rollouts={self.num_rollouts} rollouts of a chunk equal. Set "
                 "num_rollouts=1 to pay for one."

@@ -225,7 +225,9 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         paid = spent_before(teacher_model, args)
         with together(args.process_index):  # a key may be missing on one machine only
             self.teacher = export or prepare_teacher(teacher_model, args, self._recorder, paid)
-            check_prompts(self.teacher, named_datasets(train_dataset, eval_dataset), args.teacher_context)
+            check_prompts(
+                self.teacher, named_datasets(train_dataset, eval_dataset), args.teacher_context, signal=args.signal
+            )
 
         # The reference is the initial student, so copy an instance before the base class changes it.
         reference = copy.deepcopy(model) if needs_copy(model, args, peft_config) else None

@@ -3,6 +3,7 @@
 """The plan that a run prints at its start, with the forecast that `omniopd cost` prints."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -13,6 +14,7 @@ from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.data.checks import prompt_ids
 from omniopd_trl.teachers import Teacher
+from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -31,11 +33,13 @@ class Requests(NamedTuple):
         samples: samples per request.
         min_cached_prefix: shortest prompt that the service caches, in tokens; 0 if unknown.
         overhead: tokens that an instruction adds to each prompt.
+        judge_overhead: tokens that the question to a judge adds to its prompt; 0 without a judge.
     """
 
     samples: int
     min_cached_prefix: int
     overhead: int
+    judge_overhead: int = 0
 
     @classmethod
     def of(
@@ -58,16 +62,20 @@ class Requests(NamedTuple):
             samples = capabilities.samples_per_request
             min_cached_prefix = capabilities.min_cached_prefix or 0
             if (args.teacher_continuation or capabilities.continuation) == "instruct":
-                overhead = instruction_length(tokenizer)
-        return cls(min(samples_per_request or samples, args.num_rollouts), min_cached_prefix, overhead)
+                overhead = length_of(render_messages("", "So the"), tokenizer)
+        judge_overhead = 0
+        if args.signal != "rollouts":
+            chunks = [Passage("", "", ("",) * (args.num_branches + 1))] * args.num_chunks
+            judge_overhead = length_of(render_question("", chunks), tokenizer)
+        samples = min(samples_per_request or samples, args.num_rollouts)
+        return cls(samples, min_cached_prefix, overhead, judge_overhead)
 
 
-def instruction_length(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Tokens that an instructed continuation adds to a prompt, as the student's tokenizer counts them."""
-    messages = render_messages("", "So the")
+def length_of(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Tokens of the texts of an instruction, as the student's tokenizer counts them, or estimated without one."""
     if tokenizer is None:
         return math.ceil(sum(len(message["content"]) for message in messages) / LETTERS_PER_TOKEN)
-    return sum(len(tokenizer(text=message["content"])["input_ids"]) for message in messages)
+    return sum(len(tokenizer(text=message["content"], verbose=False)["input_ids"]) for message in messages)
 
 
 def some_rows(dataset: Any, number: int) -> Any:
@@ -139,7 +147,9 @@ def forecast_run(
         prompts_per_step=prompts_per_step,
         steps=steps,
         num_prompts=trajectories if num_rows is None else min(trajectories, num_rows),
-        **others,
+        judge_marks=0 if args.signal == "rollouts" else args.num_branches + 1,
+        judge_overhead=requests.judge_overhead,
+        **{"rollout_share": 0.0 if args.signal == "judge" else 1.0, **others},
     )
 
 
@@ -187,11 +197,13 @@ def plan(
     rows = [
         ("student", student),
         ("teacher", teacher.name),
-        ("a step", f"{prompts:,} prompts x up to {args.num_chunks} chunks x {args.num_rollouts} rollouts"),
+        ("a step", f"{prompts:,} prompts x up to {args.num_chunks} chunks x {_per_chunk(args)}"),
         ("the run", f"{state.max_steps:,} steps{done}"),
         ("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"),
     ]
-    if teacher.is_remote:
+    if teacher.is_remote and args.signal == "judge":
+        rows.append(("requests", f"{run.requests:,.0f}, for the marks of a trajectory each"))
+    elif teacher.is_remote:
         samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
         rows.append(("requests", f"{run.requests:,.0f}, for {samples} each"))
     if budget is not None and run.no_cache.usd is not None:
@@ -203,6 +215,13 @@ def plan(
         what = f"{steps:,} recorded {'step' if steps == 1 else 'steps'} with {audits:,} finished audits"
         rows.append(("replayed", f"{what}, which are not paid again"))
     return aligned(rows)
+
+
+def _per_chunk(args: OmniOPDConfig) -> str:
+    rollouts = f"{args.num_rollouts} rollouts"
+    marks = "1 mark" if not args.num_branches else f"up to {args.num_branches + 1} marks"
+    between = f"up to {rollouts} (forecast for marks that all are between the thresholds)"
+    return {"rollouts": rollouts, "judge": marks, "cascade": f"{marks} and {between}"}[args.signal]
 
 
 def aligned(rows: list[tuple[str, str]]) -> str:

@@ -380,8 +380,11 @@ class StepAudits:
         if dropped <= args.max_failed_chunks * asked:
             return None
         why = next(iter(gather_object(failures)), "no reason given")
+        too_few = f"fewer than min_rollouts={args.min_rollouts} rollouts"
+        if args.signal != "rollouts":
+            too_few = "no mark" if args.signal == "judge" else f"no mark, or {too_few}"
         reason = (
-            f"{dropped} of {asked} chunks got fewer than min_rollouts={args.min_rollouts} rollouts, more than "
+            f"{dropped} of {asked} chunks got {too_few}, more than "
             f"max_failed_chunks={args.max_failed_chunks:g} of the batch. One of the causes: {why}"
         )
         return Failure(TeacherError, reason, is_ours=True)

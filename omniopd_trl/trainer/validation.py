@@ -25,6 +25,7 @@ from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
+from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.load import is_service
 from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -265,18 +266,30 @@ def prepare_teacher(
     return prepared
 
 
-def check_prompts(teacher: Teacher, datasets: Iterable[tuple[str, Any]], context: TeacherContext = NO_CONTEXT) -> None:
+def check_prompts(
+    teacher: Teacher,
+    datasets: Iterable[tuple[str, Any]],
+    context: TeacherContext = NO_CONTEXT,
+    *,
+    signal: str = "rollouts",
+) -> None:
     """Check that a teacher can render every prompt of the map-style datasets, without asking it.
 
     Args:
         teacher: the teacher.
         datasets: the datasets with their names.
         context: what only the teacher sees. An evaluation set need not have it.
+        signal: what the teacher is asked for. A judge renders a question about a prompt, and has to have a chat
+            template. All questions have the same two turns.
 
     Raises:
         DataError: when it cannot, with the row.
     """
     if type(teacher).check_prompt is Teacher.check_prompt:
+        return
+    if signal != "rollouts":
+        teacher.check_prompt(render_question("", [Passage("", "", ("",))]))
+    if signal == "judge":
         return
     for name, dataset in datasets:
         if isinstance(dataset, Dataset):

@@ -16,7 +16,8 @@ from omniopd_trl.cli.main import main
 from omniopd_trl.cli.recipe import load_splits, parse_args
 from omniopd_trl.data.prompts import prepare_prompts
 from omniopd_trl.teachers import TeacherOptions, load_teacher
-from omniopd_trl.trainer.plan import instruction_length, plan
+from omniopd_trl.teachers.instruct.prompt import render_messages
+from omniopd_trl.trainer.plan import length_of, plan
 from tests.support import ROOT
 from tests.support.training import make_trainer, questions
 
@@ -129,6 +130,23 @@ class TestCost:
         assert numbers(rows["dollars, no prompt cache"])[3] == pytest.approx((9 * mean + 18_000 * 5) / 1e6, abs=1e-4)
         # Prompts of about a thousand tokens are too short for this model's cache.
         assert numbers(rows["a cache per chunk serves"])[0] == 0
+
+    def test_marks(self, forecast, capsys, recipe):
+        """One request reads the whole trajectory; a cascade adds a share of the rollouts."""
+        plain, judge = (forecast("--trajectory_length", 2000, **s) for s in ({}, {"signal": "judge"}))
+        half = forecast("--trajectory_length", 2000, "--rollout_share", 0.5, signal="cascade")
+        branches = forecast("--trajectory_length", 2000, signal="judge", num_branches=7)
+        assert judge["samples per request"] == "1, with all marks of a trajectory"
+        assert numbers(judge["requests"])[0] == 1
+        assert numbers(judge["completion tokens"])[0] == 50
+        assert numbers(branches["completion tokens"])[0] == 400
+        read = {name: numbers(rows["prompt tokens"])[0] for name, rows in (("plain", plain), ("judge", judge))}
+        assert 2000 < read["judge"] < read["plain"] / 25
+        assert numbers(branches["prompt tokens"])[0] > read["judge"] + 80 * 50
+        assert numbers(half["prompt tokens"])[0] == pytest.approx(read["judge"] + read["plain"] / 2, abs=2)
+        assert numbers(half["requests"])[0] == 51
+        assert main(["cost", "--config", recipe(), "--rollout_share", "0.5"]) == 2
+        assert "--rollout_share 0.5 has no effect with signal='rollouts'" in capsys.readouterr().err
 
     def test_cache(self, forecast):
         """Longer prompts are cached, and a cache makes the run cheaper."""
@@ -255,7 +273,8 @@ class TestCost:
 
     def test_letters_per_token(self, tiny_tokenizer):
         """The instruction's estimate is that of its letters."""
-        assert 200 < instruction_length(None) < instruction_length(tiny_tokenizer)
+        instruction = render_messages("", "So the")
+        assert 200 < length_of(instruction, None) < length_of(instruction, tiny_tokenizer)
 
     def test_chunks_of_a_log(self, forecast):
         """What a run has logged replaces what is assumed of its chunks."""

@@ -26,13 +26,14 @@ QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 
 TRAINED = (
     *("tied_full", "tied_lora", "untied_full", "untied_lora"),
-    *("local_teacher_full", "offloaded_reference_full", "branches_full"),
+    *("local_teacher_full", "offloaded_reference_full", "branches_full", "judge_full"),
 )
 LORA = {"init_lora_weights": False}
 # What a run has that sets neither. Comparisons to 1e-4 have to do without the first.
 DEFAULT = {"bf16": True, "gradient_checkpointing": True}
-# Limits on gradient norms. Some steps of these students are above theirs: adapters, sharded weights, branches.
-UNCLIPPED, CLIPPED = 0.5, {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.5}
+# Limits on gradient norms. Some steps of these students are above theirs: adapters, sharded weights, branches, marks.
+UNCLIPPED = 0.5
+CLIPPED = {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.5, "judge_full": 0.5}
 # Completions that are given, and chunks that no rounding moves to another place: one for each long completion.
 GIVEN = {"observed": True, "chunk_length": 40, "num_chunks": 1, "min_chunk_length": 20, "prior": "reference"}
 # Everything that a checkpoint has to bring back: completions and dropout that are drawn, a learning rate that falls, a
@@ -66,6 +67,7 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     students.append({**students[0], "name": "local_teacher_full", **greedy})
     students.append({**students[0], "name": "offloaded_reference_full", "ref_model_offload": True})
     students.append({**students[0], "name": "branches_full", "num_branches": 3, "learning_rate": 3e-2})
+    students.append({**students[0], "name": "judge_full", "signal": "judge"})
     for student in students:
         student["max_grad_norm"] = CLIPPED.get(student["name"], UNCLIPPED)
     more: list[dict[str, Any]] = []

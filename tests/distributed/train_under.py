@@ -38,7 +38,8 @@ from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.audits.types import Branch
 from omniopd_trl.models import offloading
 from omniopd_trl.teachers import ScriptedTeacher
-from tests.support.training import questions, script, within
+from tests.support.judge import judge
+from tests.support.training import questions, within
 
 NUM_STEPS, PROMPTS = 3, 8
 
@@ -198,7 +199,7 @@ def train(
     )
     trainer = (Observed if observed else Trainer)(
         model=path,
-        teacher_model=teacher or ScriptedTeacher(script),
+        teacher_model=teacher or ScriptedTeacher(judge),
         args=args,
         train_dataset=questions(num_prompts),
         quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,

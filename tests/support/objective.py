@@ -18,13 +18,13 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def check(trainer, initial: Path, tokenizer, weight_of=None, sampled=None) -> dict[str, float]:
-    """Check that one step of the trainer equals one step along the dense gradient; return the logged metrics."""
+def check(trainer, initial: Path, tokenizer, **options) -> dict[str, float]:
+    """Check that one step of the trainer equals one step along the dense gradient; return the logged metrics.
+
+    Options are those of `dense_objective`.
+    """
     perturb(trainer.model)
     gradient, student = step_and_gradient(trainer)
-    options = {} if weight_of is None else {"weight_of": weight_of}
-    if sampled is not None:
-        options["sampled"] = sampled
     loss, metrics = dense_objective(student, load(initial), trainer.batches[0], tokenizer, trainer.args, **options)
     loss.backward()
     logged = compare(trainer, gradient, student, loss, metrics)

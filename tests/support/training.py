@@ -204,12 +204,14 @@ def dense_objective(
     args: OmniOPDConfig,
     weight_of: Callable[[float], float] = lambda posterior: posterior,
     sampled: list[list[float]] | None = None,
+    mark_of: Callable[[str], float | None] = lambda text: None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Eq. 3 to 8 for one generation batch, one row at a time, with all logits in float64.
 
     It shares no code with the package: entropies, chunks (the greedy selection, with chunks that start at their
     anchors), texts, rollouts, similarities, priors, posteriors, importance weights and both terms of the loss are
-    computed here. `sampled` are log-probabilities of another sampler, one per token.
+    computed here. `sampled` are log-probabilities of another sampler, one per token. `mark_of` is a judge;
+    where it returns `None`, rollouts decide.
 
     Returns:
         The loss, with its graph to the weights of `student`, and the metrics that the trainer logs.
@@ -244,8 +246,10 @@ def dense_objective(
             text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
             rollouts = cut_rollouts(prompt, before, text, chunk_length, tokenizer, args.num_rollouts)
             prior = math.exp(token_logp[start:end].detach().mean().item())
-            k_sem = sum(similarity(text, rollout) for rollout in rollouts)
-            posterior = (k_sem + args.prior_strength * prior) / (args.num_rollouts + args.prior_strength)
+            k_sem, count = sum(similarity(text, rollout) for rollout in rollouts), args.num_rollouts
+            if (mark := mark_of(text)) is not None:
+                k_sem, count = mark, 1
+            posterior = (k_sem + args.prior_strength * prior) / (count + args.prior_strength)
             posteriors.append(posterior)
             scored = token_logp[start:end]
             if sampled is not None:

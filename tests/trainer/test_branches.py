@@ -20,9 +20,11 @@ from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method import Suffix
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
+from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
+from tests.support.judge import judge, mark_of
 from tests.support.objective import LORA, compare, load
 from tests.support.teachers import Here, Remote
 from tests.support.training import (
@@ -58,7 +60,10 @@ def keep_forks(trainer):
 
 
 def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None):
-    """The loss in float64, one branch at a time in a row with its whole prefix, and the expected metrics."""
+    """The loss in float64, one branch at a time in a row with its whole prefix, and the expected metrics.
+
+    The marks of `tests.support.judge` decide where the settings ask for them.
+    """
     student, reference = student.double().eval(), reference.double().eval()
     chunk_sum, kl_sum, num_audited, num_unaudited = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
     num_forks = num_agreed = 0
@@ -93,6 +98,10 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
             for text in texts:
                 rollouts = cut_rollouts(prompt, before, text, chunk.end - chunk.start, tokenizer, args.num_rollouts)
                 values.append(sum(similarity(text, rollout) for rollout in rollouts) / len(rollouts))
+            marks = [mark_of(text) for text in texts]
+            is_clear = not any(args.cascade_low < mark < args.cascade_high for mark in marks)
+            if args.signal == "judge" or (args.signal == "cascade" and is_clear):
+                values = marks
             mean = sum(values) / len(values)
             sigma = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
             for j, ids in enumerate(branches):
@@ -142,8 +151,10 @@ def check(trainer, initial, tokenizer, **options):
         {"top_p": 0.7, "chunk_overlap": "merge", "num_chunks": 4},
         {"mask_truncated_completions": True, "pad_to_multiple_of": 64, "gradient_checkpointing": True},
         {"teacher": Remote, **FOUR_MICRO_BATCHES},
+        {"teacher": lambda: ScriptedTeacher(judge), "signal": "judge", "num_chunks": 4},
+        {"teacher": lambda: ScriptedTeacher(judge), "signal": "cascade", "num_chunks": 4, "cascade_low": 0.4},
     ],
-    ids=["components", "scaled", "candidates", "filtered", "truncated", "overlap"],
+    ids=["components", "scaled", "candidates", "filtered", "truncated", "overlap", "judge", "cascade"],
 )
 def test_gradient_equals_dense_reference(tmp_path, tiny_model_dir, tiny_tokenizer, settings):
     """Loss, metrics and every weight's gradient, with shifted chunks and ended branches."""

@@ -175,6 +175,7 @@ def test_an_export_without_log_probabilities(folder, tmp_path, tiny_model_dir):
         ({"max_steps": -1, "num_train_epochs": 2.0}, "num_train_epochs=2 .*holds 3 such steps"),
         ({"gradient_accumulation_steps": 2}, "4 trajectories per step.* holds 0 such steps"),
         ({"audit_eval": True}, "audit_eval=True needs a teacher"),
+        ({"signal": "judge"}, "signal='judge' needs a teacher to ask"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

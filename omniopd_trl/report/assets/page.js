@@ -145,8 +145,9 @@
   };
 
   const panel = (audit, at) => {
-    const { text, prior, posterior, weight, rollouts, k, n } = audit.chunks[at];
-    const values = [["k_sem, sum of similarities", `${number(k)} of ${n}`], ["prior", number(prior)],
+    const { text, prior, posterior, weight, rollouts, k, n, mark } = audit.chunks[at];
+    const values = [...(mark === null ? [] : [["mark of the judge", number(mark)]]),
+      ...(n ? [["k_sem, sum of similarities", `${number(k)} of ${n}`]] : []), ["prior", number(prior)],
       ["posterior", number(posterior)], ["weight in the loss", number(weight)]];
     const cards = make("dl", { className: "cards" }, ...values.map(([name, value]) => (
       make("div", {}, make("dt", { text: name }), make("dd", { text: value })))));

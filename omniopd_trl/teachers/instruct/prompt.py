@@ -3,7 +3,7 @@
 """The prompt that asks for a continuation, for chat models without a prefill."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from omniopd_trl.teachers.base import Prompt, text_of_content
@@ -49,20 +49,34 @@ def render_messages(prompt: Prompt, completion: str) -> list[dict[str, str]]:
     Raises:
         DataError: when a message holds anything but text.
     """
-    turns = [("user", prompt)] if isinstance(prompt, str) else [role_and_text(message) for message in prompt]
+    turns = turns_of(prompt)
     texts = [text for turn in turns for text in turn]
-    if len(turns) == 1 and turns[0][0] == "user":
-        tag = _free_tag(_PROBLEM, texts)
-        problem = f"<{tag}>\n{turns[0][1]}\n</{tag}>"
-    else:
-        outer, inner = _free_tag(_CONVERSATION, texts), _free_tag("message", texts)
-        blocks = [f'<{inner} role="{role}">\n{text}\n</{inner}>' for role, text in turns]
-        problem = "\n".join([f"<{outer}>", *blocks, f"</{outer}>"])
-    opening = _free_tag(_PARTIAL, texts)
+    opening = free_tag(_PARTIAL, texts)
     # The closing tag may differ from the opening one. The opening one must not depend on the completion.
-    closing = _free_tag(_PARTIAL, [*texts, completion])
-    text = f"{problem}\n\n<{opening}>{completion}</{closing}>\n\n{describe_end(completion, closing)}"
+    closing = free_tag(_PARTIAL, [*texts, completion])
+    text = f"{render_problem(turns)}\n\n<{opening}>{completion}</{closing}>\n\n{describe_end(completion, closing)}"
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+
+
+def turns_of(prompt: Prompt) -> list[tuple[str, str]]:
+    """Role and text of each turn of a prompt; plain text is one turn of the user."""
+    return [("user", prompt)] if isinstance(prompt, str) else [role_and_text(message) for message in prompt]
+
+
+def render_problem(turns: Sequence[tuple[str, str]], others: Iterable[str] = ()) -> str:
+    """A prompt between tags, byte for byte.
+
+    Args:
+        turns: the result of [`turns_of`].
+        others: other texts of the same message, in which no tag may occur either.
+    """
+    texts = [text for turn in turns for text in turn] + list(others)
+    if len(turns) == 1 and turns[0][0] == "user":
+        tag = free_tag(_PROBLEM, texts)
+        return f"<{tag}>\n{turns[0][1]}\n</{tag}>"
+    outer, inner = free_tag(_CONVERSATION, texts), free_tag("message", texts)
+    blocks = [f'<{inner} role="{role}">\n{text}\n</{inner}>' for role, text in turns]
+    return "\n".join([f"<{outer}>", *blocks, f"</{outer}>"])
 
 
 def describe_end(completion: str, tag: str = _PARTIAL) -> str:
@@ -96,7 +110,7 @@ def role_and_text(message: dict[str, Any]) -> tuple[str, str]:
     return str(message.get("role", "user")), "" if content is None else str(content)
 
 
-def _free_tag(name: str, texts: Iterable[str]) -> str:
+def free_tag(name: str, texts: Iterable[str]) -> str:
     """`name`, or the first of `name-2`, `name-3`, ... whose tags occur in no text."""
     texts = [text.lower() for text in texts]
     tag, number = name, 1

@@ -136,7 +136,7 @@ class AnthropicTeacher(RemoteTeacher):
         return {"metadata": {"user_id": f"omniopd-{request.seed}"}}
 
     def _prompt(self, prefix: Prefix, cached: bool) -> dict[str, Any]:
-        if self.capabilities.continuation == "instruct":
+        if self.is_instructed(prefix):
             messages = render_messages(prefix.prompt, prefix.completion)
         else:
             prompt = prefix.prompt

@@ -124,7 +124,7 @@ class GeminiTeacher(RemoteTeacher):
     # ---- Requests ----
 
     def _contents(self, prefix: Prefix) -> tuple[list[dict[str, Any]], str | None]:
-        if self.capabilities.continuation == "instruct":
+        if self.is_instructed(prefix):
             messages = render_messages(prefix.prompt, prefix.completion)
         else:
             prompt = prefix.prompt

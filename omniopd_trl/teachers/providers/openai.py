@@ -158,7 +158,7 @@ class OpenAITeacher(RemoteTeacher):
         return fields
 
     def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        if self.capabilities.continuation == "instruct":
+        if self.is_instructed(prefix):
             return render_messages(prefix.prompt, prefix.completion), {}
         prompt = prefix.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

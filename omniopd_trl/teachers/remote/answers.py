@@ -273,12 +273,12 @@ def _without_reasoning(asked: Asked, text: str) -> str:
     """Remove reasoning in marks at the beginning of a text.
 
     The student may write such marks itself. They are text where the prefix has them, and at the beginning of a raw
-    continuation.
+    continuation. In the answer to a question they are the teacher's.
     """
     opening = _OPENS_REASONING.match(text)
     if not opening or opening[1] in asked.prefix.completion:
         return text
-    if not asked.instructed and not asked.prefix.completion.strip():
+    if not asked.instructed and not asked.prefix.is_question and not asked.prefix.completion.strip():
         return text
     return text[opening.end() :].partition(_REASONING[opening[1]])[2]
 

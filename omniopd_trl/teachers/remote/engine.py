@@ -125,6 +125,7 @@ class EngineSettings:
             not count.
         max_retry_after: the longest wait, in seconds, that a service may ask for.
         probe_samples: samples that the probe asks for: those of a chunk, so it fails where the run would.
+        probe_continues: whether the probe asks for a continuation. A run that only asks questions needs none.
     """
 
     max_concurrency: int = 64
@@ -135,6 +136,7 @@ class EngineSettings:
     max_seconds: float = 600.0
     max_retry_after: float = 120.0
     probe_samples: int = 2
+    probe_continues: bool = True
 
 
 # Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
@@ -249,10 +251,14 @@ class RemoteTeacher(Teacher):
         missing = self.unsupported(said)
         return failure if missing is None else replace(missing, otherwise=failure)
 
+    def is_instructed(self, prefix: Prefix) -> bool:
+        """Whether the model is instructed to continue this prefix. A question holds its own instruction."""
+        return self.capabilities.continuation == "instruct" and not prefix.is_question
+
     def max_prompt_tokens(self, prefix: Prefix) -> int:
         """An upper bound on the prompt's tokens, for limits and budget. A token holds at least one byte of text."""
         size = len(str(prefix.prompt).encode()) + len(prefix.completion.encode()) + self.prompt_overhead
-        if self.capabilities.continuation == "instruct":
+        if self.is_instructed(prefix):
             # The instruction, the sentence on where the text stops, and tags around every turn. Rendering them for
             # each request would cost more than the rest of the engine.
             size += len(INSTRUCTION.encode()) + 1024 + 64 * len(prefix.prompt) * (not isinstance(prefix.prompt, str))
@@ -376,7 +382,9 @@ class RemoteTeacher(Teacher):
         request = SamplingRequest(num_samples=wanted, max_tokens=16, ledger=self.budget.ledger)
         tally = _Tally()
         # In a separate event loop. Client and throttle must not outlive it.
-        reply = _run(self._probe(Prefix(prompt, "Let us think."), request, tally))
+        continues = self.settings.probe_continues
+        prefix = Prefix(prompt, "Let us think." if continues else "", is_question=not continues)
+        reply = _run(self._probe(prefix, request, tally))
         if not reply.rollouts:
             asked = f"The teacher {self.name} was asked one short question"
             failed = [failure for failure in tally.given_up if failure.kind != "rejected"]
@@ -485,7 +493,7 @@ class RemoteTeacher(Teacher):
 
     def _asked(self, prefix: Prefix, num_samples: int, request: SamplingRequest, unsent: str = "") -> Asked:
         """What the answer to a request is read with; `unsent` as in `Asked`."""
-        instructed = self.capabilities.continuation == "instruct"
+        instructed = self.is_instructed(prefix)
         return Asked(prefix, num_samples, request.max_tokens, instructed, "" if instructed else unsent)
 
     def _compare_prompts(self, prefixes: Sequence[Prefix], tallies: Sequence[_Tally]) -> None:
@@ -510,7 +518,8 @@ class RemoteTeacher(Teacher):
         """Answers of earlier runs to the same request. Capabilities are not compared: they may change during a run."""
         how = (request.num_samples, request.max_tokens, request.temperature, request.top_p, request.seed)
         extra = [self.extra_body, self.extra_headers] if self.extra_body or self.extra_headers else []
-        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how, *extra], default=str)
+        kind = ["question"] if prefix.is_question else []
+        key = json.dumps([self.name, prefix.prompt, prefix.completion, *how, *extra, *kind], default=str)
         return request.ledger.answers(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
     def _split(self, start: int, num_samples: int) -> list[tuple[int, int]]:
