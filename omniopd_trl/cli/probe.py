@@ -3,7 +3,9 @@
 """`omniopd probe`: before training, and for about a dollar, whether a recipe will teach, and what to set."""
 
 import argparse
+import copy
 import json
+import logging
 import math
 import os
 import sys
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniopd_trl.cli.noise import filter_noise
 from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, positive_int, split_config, stray_word
-from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError
+from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
 
 if TYPE_CHECKING:
     from omniopd_trl.accounting.pricing import Price
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 # Branches when the recipe has none, and trajectories of a generation batch. When the cap is reached, the batches
 # before are complete.
 _BRANCHES, _BATCH = 7, 8
+# Two rollouts show how much they differ, which a single greedy one does not.
+_ROLLOUTS = 2
 # The share of the cap that the forecast of the recipe's own continuation may take, and the trajectories that are also
 # audited with another continuation.
 _SHARE, _COMPARED = 0.7, 16
@@ -119,6 +123,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     filter_noise(arguments, recipe)
     apply_env(recipe)
 
+    from datasets import Dataset
+
     from omniopd_trl.cli.cost import _steps
     from omniopd_trl.cli.recipe import parse_args
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure
@@ -138,7 +144,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             "can be asked. `omniopd audits` shows what it holds."
         )
     dataset = _prompts(script_args, dataset_args)
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    rows = len(dataset) if isinstance(dataset, Dataset) else None
+    trajectories = _steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
     folder = Path(options.probe_dir or os.path.join(args.output_dir, "probe"))
     other = _other_continuation(args)
@@ -160,7 +167,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if other is not None and numbers is not None and numbers.signals:
         compared = _compare(plan, dataset, folder, other, found, args, (settings, tokenizer))
 
-    trajectories = _steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
     (usage, usd), (other_usage, other_usd) = spent(folder), spent(folder / "other")
     usage, usd = usage + other_usage, usd + other_usd
     result = {
@@ -171,7 +177,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "options": {advice.option: advice.value for advice in verdict.advice},
         "reasons": {advice.option: advice.reason for advice in verdict.advice},
         "measured": None if numbers is None else asdict(numbers),
-        "answers": _answers(found, plan),
+        "answers": _answers(found),
         "failures": dict(failures.most_common()),
         "continuations": compared,
         "cost": _cost(found, plan, numbers, verdict, args, trajectories),
@@ -221,8 +227,6 @@ def _plan(
     from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
     from omniopd_trl.teachers.load import is_service, split_name
     from omniopd_trl.teachers.options import TeacherOptions
-    from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE
-    from omniopd_trl.teachers.providers.openai import is_self_hosted
     from omniopd_trl.trainer.plan import Requests, forecast_run, prompt_lengths, some_rows, trajectory_length_of
 
     teacher = str(args.teacher_model_name_or_path)
@@ -233,17 +237,17 @@ def _plan(
     price = None
     if is_service(teacher):
         price = TeacherOptions.of(args).price(provider, model)
-        unpaid = provider in OPENAI_STYLE and is_self_hosted(provider, args.teacher_base_url)
-        if price is not None or not (unpaid or args.teacher_budget_tokens):
+        # A server of one's own has no price. Any other service without a known one needs a limit in tokens.
+        if price is not None or not (provider == "vllm" or args.teacher_budget_tokens):
             max_usd = min(options.max_usd, args.teacher_budget_usd or math.inf)
-    # Two rollouts show how much they differ; a greedy teacher writes one.
-    rollouts = 1 if args.teacher_temperature == 0 else min(args.num_rollouts, 2)
     prompts = min(options.num_prompts, rows or options.num_prompts)
     forks = args.num_chunks
     if price is not None and max_usd is not None:
+        asked = copy.copy(args)
+        asked.num_rollouts = _ROLLOUTS
         load = forecast_run(
-            args,
-            requests,
+            asked,
+            Requests.of(asked, _capabilities(provider, model), tokenizer),
             price,
             prompt_tokens=prompt_lengths(some_rows(dataset, prompts), tokenizer, args),
             trajectory_length=trajectory_length_of(args)[0],
@@ -251,15 +255,16 @@ def _plan(
             steps=prompts,
             num_rows=None,
         ).run
-        for_one = (load.no_cache.usd or 0.0) / args.num_chunks / args.num_rollouts * rollouts
+        for_one = (load.no_cache.usd or 0.0) / args.num_chunks
         forks = max(1, min(forks, math.floor(_SHARE * max_usd / for_one))) if for_one else forks
     per_device = min(args.per_device_train_batch_size, _BATCH, prompts)
     accumulation = max(1, min(_BATCH, prompts) // per_device)
     settings = {
         "method": "omniopd",
         "num_branches": args.num_branches or _BRANCHES,
-        "num_rollouts": rollouts,
-        "min_rollouts": min(args.min_rollouts, rollouts),
+        "num_rollouts": _ROLLOUTS,
+        "min_rollouts": min(args.min_rollouts, _ROLLOUTS),
+        "teacher_temperature": args.teacher_temperature or 1.0,
         "posterior_baseline": "none",
         "prior": "policy",
         "per_device_train_batch_size": per_device,
@@ -311,6 +316,8 @@ def _probe(plan: _Plan, dataset: Any, folder: Path, usd_elsewhere: float = 0.0, 
         if left <= 0:
             raise BudgetError(f"{usd_elsewhere:.4f} dollars of --max_usd {plan.max_usd:g} are spent.")
         changes["teacher_budget_usd"] = left
+    # Its warnings are about training, and nothing is trained.
+    logging.getLogger("omniopd_trl.trainer.startup").setLevel(logging.ERROR)
     _, args, model_args, _ = parse_args(plan.command(folder, **changes))
     set_init_kwargs(args, model_args)
 
@@ -338,7 +345,7 @@ def _compare(
     args: "OmniOPDConfig",
     judging: tuple[Any, Any],
 ) -> dict[str, Any]:
-    """Both continuations on the same trajectories; empty when the cap leaves nothing for the other one."""
+    """Both continuations on the same trajectories; the failure of the other one when it cannot be measured."""
     from omniopd_trl.evals.probe import measure
     from omniopd_trl.journal.reader import spent
 
@@ -349,7 +356,7 @@ def _compare(
         others, *_ = _probe(
             plan, dataset, folder / "other", spent(folder)[1], teacher_continuation=other, max_steps=steps
         )
-    except (BudgetError, NoRolloutError) as error:
+    except OmniOPDError as error:  # the numbers of the recipe's own are paid for, and are printed
         return {other: {"failure": str(error)}}
     own = args.teacher_continuation or "the recipe's"
     there = {(row.record.step, row.record.index) for row in others}
@@ -359,7 +366,7 @@ def _compare(
         numbers = measure([row[:3] for row in rows], judging[1], judging[0], args.similarity)
         first = numbers.signals[0] if numbers.signals else None
         compared[name] = {
-            **_answers(rows, plan),
+            **_answers(rows),
             "forks": numbers.num_asked - numbers.num_dropped,
             "agreement": None if first is None else first.matched,
             "gap": None if first is None else first.gap,
@@ -367,7 +374,7 @@ def _compare(
     return compared
 
 
-def _answers(found: "Sequence[Probed]", plan: _Plan) -> dict[str, Any]:
+def _answers(found: "Sequence[Probed]") -> dict[str, Any]:
     """Shares of samples, latency and cache, from the records of the audits."""
     from omniopd_trl.accounting.usage import Usage
     from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS
@@ -376,7 +383,7 @@ def _answers(found: "Sequence[Probed]", plan: _Plan) -> dict[str, Any]:
     for row in found:
         outcomes.update(row.record.outcomes)
     usage = sum((row.record.usage for row in found), Usage())
-    asked = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found) * plan.settings["num_rollouts"]
+    asked = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found) * _ROLLOUTS
     requests = outcomes["requests"]
     return {
         "samples": asked,
@@ -403,18 +410,17 @@ def _cost(
     forks = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found)
     if numbers is None or not forks:
         return {}
-    rollouts = plan.settings["num_rollouts"]
     # A local teacher counts no requests: it reads the text before a fork once.
     requests = sum(row.record.outcomes.get("requests", 0) for row in found) or forks
     options = {advice.option: advice.value for advice in verdict.advice}
     chunks = numbers.asked_per_trajectory if args.num_branches else numbers.chunks_per_trajectory
     rows = {"recipe": (chunks, args.num_rollouts)}
     if options:
-        rows["recommended"] = (numbers.asked_per_trajectory, options["num_rollouts"])
+        rows["recommended"] = (numbers.asked_per_trajectory, options.get("num_rollouts", args.num_rollouts))
     costs: dict[str, Any] = {"trajectories": trajectories}
     for name, (per_trajectory, samples) in rows.items():
         number = per_trajectory * math.ceil(samples / min(plan.requests.samples, samples))
-        written = per_trajectory * samples * usage.completion_tokens / (forks * rollouts)
+        written = per_trajectory * samples * usage.completion_tokens / (forks * _ROLLOUTS)
         one = Usage(
             prompt_tokens=round(usage.prompt_tokens / requests),
             cached_tokens=round(usage.cached_tokens / requests),

@@ -137,8 +137,7 @@ class Measured:
         duplicates: share of pairs of rollouts of a fork that have one text; `None` with a single rollout.
         student_agreement: mean similarity of two branches of a fork.
         difference: how far the teacher's texts are from the student's: `E phi(r, r') + E phi(b, b') - 2 E phi(b, r)`,
-            which is 0 for equal distributions. With a single rollout: how much better the branches agree with the most
-            frequent one of the others than with the rollout, which is 0 for the student's own mode.
+            which is 0 for equal distributions.
         own_chunk: `s_0` minus the mean of the other `s_j`. All branches are draws from one distribution, so it is 0,
             unless the teacher has seen the student's text.
         gates: for each entropy in nats, the share of forks at or below it, and their share of what all forks teach.
@@ -385,7 +384,6 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
 
 def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
     if best.noise is None:
-        yield Advice("num_rollouts", 1, "N: the teacher was measured with a single greedy rollout")
         return
     needed = next((n for n in range(1, _MOST_ROLLOUTS) if best.noise / n <= best.preferred), _MOST_ROLLOUTS)
     ratio = f"{best.noise / best.preferred:.2f} times" if best.preferred > 0 else "more than"
@@ -583,27 +581,25 @@ def _noise(similarities: NDArray[np.float64]) -> float:
 
 def _own_numbers(forks: Sequence[_Judged], similarity: str | Similarity) -> dict[str, Any]:
     """How the student and the teacher agree with themselves and with each other, by the recipe's similarity."""
-    groups = [fork.group for fork in forks]
-    by_branch = [_pairs(fork.branches, similarity) for fork in forks]
-    by_rollout = [_pairs(fork.rollouts, similarity) for fork in forks]
-    differences, agreements, duplicates = [], [], []
-    for fork, branches, rollouts in zip(forks, by_branch, by_rollout, strict=True):
-        with_teacher = float(fork.matched.mean())
-        if len(fork.rollouts) > 1:
-            agreement = _off_diagonal(rollouts)
-            agreements.append(agreement)
-            pairs = combinations((text.strip() for text in fork.rollouts), 2)
-            duplicates.append(_mean([a == b for a, b in pairs]))
-            differences.append(agreement + _off_diagonal(branches) - 2 * with_teacher)
-        else:
-            differences.append(_agreement_with_mode(fork.branches, branches) - with_teacher)
-    return {
-        "self_agreement": _mean(agreements) if agreements else None,
-        "duplicates": _mean(duplicates) if duplicates else None,
-        "student_agreement": _mean([_off_diagonal(matrix) for matrix in by_branch]),
-        "difference": estimate(differences, groups),
-        "own_chunk": estimate([(s := fork.matched.mean(0))[0] - s[1:].mean() for fork in forks], groups),
+    of_student = [_off_diagonal(_pairs(fork.branches, similarity)) for fork in forks]
+    several = [k for k, fork in enumerate(forks) if len(fork.rollouts) > 1]
+    of_teacher = [_off_diagonal(_pairs(forks[k].rollouts, similarity)) for k in several]
+    equal = [_mean([a.strip() == b.strip() for a, b in combinations(forks[k].rollouts, 2)]) for k in several]
+    differences = [
+        own + of_student[k] - 2 * float(forks[k].matched.mean()) for k, own in zip(several, of_teacher, strict=True)
+    ]
+    of_branches = [fork.matched.mean(0) for fork in forks]
+    numbers: dict[str, Any] = {
+        "student_agreement": _mean(of_student),
+        "own_chunk": estimate([s[0] - s[1:].mean() for s in of_branches], [fork.group for fork in forks]),
     }
+    if several:
+        numbers |= {
+            "self_agreement": _mean(of_teacher),
+            "duplicates": _mean(equal),
+            "difference": estimate(differences, [forks[k].group for k in several]),
+        }
+    return numbers
 
 
 def _pairs(texts: Sequence[str], similarity: str | Similarity) -> NDArray[np.float64]:
@@ -616,16 +612,6 @@ def _pairs(texts: Sequence[str], similarity: str | Similarity) -> NDArray[np.flo
 def _off_diagonal(matrix: NDArray[np.float64]) -> float:
     n = len(matrix)
     return float((matrix.sum() - np.trace(matrix)) / (n * (n - 1)))
-
-
-def _agreement_with_mode(texts: Sequence[str], similarities: NDArray[np.float64]) -> float:
-    """Mean similarity of each branch to the most frequent one of the others."""
-    values = []
-    for j in range(len(texts)):
-        others = [k for k in range(len(texts)) if k != j]
-        mode, _ = Counter(texts[k] for k in others).most_common(1)[0]
-        values.append(similarities[j, next(k for k in others if texts[k] == mode)])
-    return _mean(values)
 
 
 def _gates(
