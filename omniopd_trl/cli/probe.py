@@ -129,6 +129,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.cli.recipe import parse_args
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure
     from omniopd_trl.journal.reader import spent
+    from omniopd_trl.report.runs import without_folders
     from omniopd_trl.teachers.load import is_export
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
@@ -170,8 +171,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     (usage, usd), (other_usage, other_usd) = spent(folder), spent(folder / "other")
     usage, usd = usage + other_usage, usd + other_usd
     result = {
-        "teacher": args.teacher_model_name_or_path,
-        "student": model_args.model_name_or_path,
+        "teacher": without_folders(args.teacher_model_name_or_path),
+        "student": without_folders(model_args.model_name_or_path),
         "verdict": verdict.kind,
         "reason": verdict.reason,
         "options": {advice.option: advice.value for advice in verdict.advice},

@@ -33,7 +33,6 @@ VerdictKind = Literal["will teach", "will not", "uncertain"]
 SIMILARITIES = ("exact", "edit", "rouge1", "rougeL")
 # The chunk lengths that are compared, as shares of the recipe's. A rollout can be cut shorter, not longer.
 _LENGTHS = (1.0, 0.5, 0.25)
-_SHORTEST = 4  # tokens: fewer are rarely a word that two tokenizers share
 
 # Standard errors that an effect must be away from 0. Four similarities and three lengths are tried, so 2 would be
 # passed by chance by one of them in every third probe of a useless teacher, and 3 in one of sixty (one-sided).
@@ -168,10 +167,13 @@ class Form:
 
     num_chunks: int
     num_rollouts: int
+    min_rollouts: int
     num_branches: int
+    fork_candidates: int | None
     teacher_temperature: float
     min_anchor_entropy: float
     posterior_baseline: str
+    prior: str
     scale_advantages: bool
     max_failed_chunks: float
 
@@ -362,6 +364,8 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
         f"branches have their own baseline: the student's choices decide {best.decided:.1%} of the squared weights of "
         f"the paper's form, and {best.decided_centered:.1%} with a batch mean",
     )
+    if form.prior != "policy":
+        yield Advice("prior", "policy", "branches do not use the prior")
     if best.similarity != "exact" and best.spread < _HALF_OF_THE_LARGEST_SPREAD:
         reason = f"similarities of a fork differ by {best.spread:.3f} only, of at most 0.5"
         yield Advice("scale_advantages", True, reason)
@@ -371,14 +375,17 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
     if gate is not None and gate[0] > form.min_anchor_entropy:
         reason = f"{gate[1]:.0%} of the forks have at most this entropy, and {gate[2]:.0%} of what all forks teach"
         yield Advice("min_anchor_entropy", gate[0], reason)
-    if measured.asked_per_trajectory < form.num_chunks / 2:
+    if form.fork_candidates is None and measured.asked_per_trajectory < form.num_chunks / 2:
         yield Advice(
             "fork_candidates",
             2 * form.num_chunks,
             f"only {measured.asked_per_trajectory:.1f} of {measured.chunks_per_trajectory:.1f} chunks have branches "
             "that differ; more candidates cost the student's time, not the teacher's tokens",
         )
-    yield Advice("num_chunks", form.num_chunks, f"M: {measured.asked_per_trajectory:.1f} of them are asked")
+    share = measured.num_asked / measured.num_forks
+    more = "; more chunks would teach as well, at their price" * (share > _FOUND)
+    reason = f"M: {share:.0%} of the chunks have branches that differ, and only for these is the teacher asked{more}"
+    yield Advice("num_chunks", form.num_chunks, reason)
     yield from _rollout_advice(measured, form, best)
 
 
@@ -393,6 +400,8 @@ def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Ad
         f"N: the noise of one rollout is {ratio} the variance of the teacher's preferences; beyond this, another fork "
         "tells more than another rollout",
     )
+    if form.min_rollouts > needed:
+        yield Advice("min_rollouts", needed, "at most num_rollouts")
     if needed == 1 and form.teacher_temperature > 0:
         yield Advice(
             "teacher_temperature",
@@ -461,7 +470,7 @@ def measure(
     if sum(len(audit.chunks) for _, _, audit in audits) < 2:
         return numbers
     names = [similarity, *(name for name in SIMILARITIES if name != similarity)]
-    lengths = {max(round(settings.chunk_length * share), min(_SHORTEST, settings.chunk_length)) for share in _LENGTHS}
+    lengths = {max(round(settings.chunk_length * share), settings.min_chunk_length) for share in _LENGTHS}
     signals: list[Signal] = []
     own: list[_Judged] = []
     for length in sorted(lengths, reverse=True):

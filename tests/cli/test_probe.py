@@ -89,22 +89,25 @@ def test_a_second_start_pays_nothing(probe, tmp_path, services):
 
 
 def test_the_cap_is_kept(probe, tmp_path, services):
-    """Less than the probe needs: it stops, says so, and its finished batches count."""
-    with Loopback(wire.openai) as server:
-        code, out, _ = probe("--max_usd", "0.0006", prompts=16, **paid(server))
-        assert code == 0
-        result = result_of(tmp_path)
-        assert 0 < result["paid"]["usd"] <= 0.0006
-        assert "teacher_budget_usd" in result["stopped"]
+    """A cap below the worst case of the last requests: the probe stops and says so, and what is finished counts."""
+    cap = 0.006
+
+    def answer(path, body):
+        answered = wire.openai(path, body)
+        answered["usage"]["prompt_tokens"] = 400
+        return answered
+
+    with Loopback(answer) as server:
+        code, out, error = probe("--max_usd", cap, prompts=16, **paid(server))
+        assert code == 0, error
+        assert "teacher_budget_usd" in result_of(tmp_path)["stopped"]
         assert "The probe stopped early" in out
+        assert 0 < spent(tmp_path / "out" / "probe")[1] <= cap
+        # The budget of the recipe is a cap as well, for all starts together.
+        assert probe(prompts=16, **paid(server, teacher_budget_usd=cap))[0] == 0
+        assert result_of(tmp_path)["paid"]["usd"] <= cap
         asked = len(server.requests)
-        # Nothing is left, so a second start asks nothing. The budget of the recipe is a cap as well.
-        code, *_ = probe(prompts=16, **paid(server, teacher_budget_usd=0.0006))
-        assert code == 0
-        assert len(server.requests) == asked
-        # A larger cap continues.
-        code, *_ = probe(prompts=16, **paid(server))
-        assert code == 0
+        assert probe(prompts=16, **paid(server))[0] == 0
         assert len(server.requests) > asked
     result = result_of(tmp_path)
     assert result["measured"]["num_trajectories"] == 16

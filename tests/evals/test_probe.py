@@ -4,7 +4,7 @@
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
@@ -35,10 +35,13 @@ SETTINGS = AuditSettings(
 FORM = Form(
     num_chunks=3,
     num_rollouts=4,
+    min_rollouts=1,
     num_branches=7,
+    fork_candidates=None,
     teacher_temperature=1.0,
     min_anchor_entropy=0.0,
     posterior_baseline="none",
+    prior="policy",
     scale_advantages=False,
     max_failed_chunks=0.2,
 )
@@ -161,6 +164,10 @@ def test_options_of_a_teacher_that_is_sure():
         (NUMBERS, replace(FORM, min_anchor_entropy=0.1), "min_anchor_entropy", None),
         (replace(NUMBERS, gates=((0.05, 0.5, 0.1),)), FORM, "min_anchor_entropy", None),
         (replace(NUMBERS, asked_per_trajectory=1.0), FORM, "fork_candidates", 6),
+        (replace(NUMBERS, asked_per_trajectory=1.0), replace(FORM, fork_candidates=4), "fork_candidates", None),
+        (NUMBERS, replace(FORM, num_branches=0, prior="reference"), "prior", "policy"),
+        (NUMBERS, replace(FORM, num_branches=0, posterior_baseline="batch"), "posterior_baseline", "none"),
+        (NUMBERS, replace(FORM, min_rollouts=2), "min_rollouts", 1),
         (replace(NUMBERS, num_dropped=60), FORM, "num_chunks", None),  # a teacher that refuses has no good options
         (replace(NUMBERS, own_chunk=Estimate(0.3, 0.03)), FORM, "num_chunks", None),
     ],
@@ -169,7 +176,9 @@ def test_recommended_options(numbers, form, option, value):
     verdict = judge(numbers, form)
     assert {advice.option: advice.value for advice in verdict.advice}.get(option) == value
     assert all(advice.reason and "\n" not in advice.reason for advice in verdict.advice)
-    assert {advice.option for advice in verdict.advice} <= {*OmniOPDConfig.__dataclass_fields__}
+    # They can be pasted: a recipe with them is valid.
+    recipe = {"chunk_length": 10, "min_chunk_length": 4, "use_cpu": True, "bf16": False, **asdict(form)}
+    OmniOPDConfig("unused", **recipe | {advice.option: advice.value for advice in verdict.advice})
 
 
 def test_estimate_is_the_standard_error_of_clusters():
