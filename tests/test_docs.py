@@ -201,7 +201,7 @@ def problems_of(words):
         if module == "omniopd_trl.train":
             options = [word[2:].partition("=")[0] for word in words[words.index(module) :] if word.startswith("--")]
             check_names(options, [*HINTS, *(f"no_{name}" for name in HINTS), "config", "help"], "a page")
-    if words[:2] == ["omniopd", "eval"]:
+    if words[:2] in (["omniopd", "eval"], ["omniopd", "probe"]):
         _, rest = make_parser().parse_known_args(words[1:])
         check_names([word[2:] for word in rest if word.startswith("--")], option_names(HINTS), "a page")
     if words[:2] == ["omniopd", "train"]:

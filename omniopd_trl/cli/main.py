@@ -12,7 +12,12 @@ trains with one process per GPU.
 
     omniopd eval --model out --dataset problems.jsonl --output_dir out/eval
 
-measures pass@1 of a model or a teacher. `omniopd demo` runs the demo, and `omniopd recipes` lists the recipes.
+measures pass@1 of a model or a teacher.
+
+    omniopd probe --config recipes/math_qwen3_4b_anthropic.yaml
+
+measures before training, for about a dollar, whether a recipe will teach. `omniopd demo` runs the demo, and
+`omniopd recipes` lists the recipes.
 """
 
 import argparse
@@ -23,7 +28,7 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, data, eval, export, hardware, solutions, verify_estimator
+from omniopd_trl.cli import ablate, audits, data, eval, export, hardware, probe, solutions, verify_estimator
 from omniopd_trl.cli.cost import cost
 from omniopd_trl.cli.options import positive_int
 from omniopd_trl.cli.recipes import demo, recipes
@@ -54,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_parser(commands)
     eval.add_parser(commands)
     solutions.add_parser(commands)
+    probe.add_parser(commands)
     cost = commands.add_parser(
         "cost",
         help="forecast tokens, dollars, memory and time of a recipe",
@@ -183,6 +189,8 @@ def main(args: Sequence[str] | None = None) -> int:
             eval.run(options, rest)
         elif options.command == "solutions":
             solutions.solutions(options, rest)
+        elif options.command == "probe":
+            probe.run(options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         elif options.command == "recipes":

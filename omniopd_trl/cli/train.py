@@ -166,6 +166,28 @@ def print_change(output_dir: str) -> None:
         logging.get_logger(__name__).warning(f"No audited chunk can be shown ({type(error).__name__}: {error}).")
 
 
+def set_init_kwargs(training_args: "OmniOPDConfig", model_args: "ModelConfig") -> None:
+    """Set how student and teacher are loaded, from the options of the model."""
+    from omniopd_trl.teachers.load import is_local
+
+    # Keyword arguments in the recipe override those that follow from its other options. Quantization applies to the
+    # student only and is passed separately. The teacher keeps the dtype that it was saved in.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    # The teachers of a service do not use it, and an option that is not used is reported.
+    teacher_name = training_args.teacher_model_name_or_path
+    if teacher_name is not None and is_local(teacher_name):
+        training_args.teacher_model_init_kwargs = {
+            "attn_implementation": model_args.attn_implementation,
+            **(training_args.teacher_model_init_kwargs or {}),
+        }
+
+
 def main(
     script_args: "OmniOPDScriptArguments",
     training_args: "OmniOPDConfig",
@@ -195,7 +217,7 @@ def main(
     from omniopd_trl.cli.recipe import load_functions, load_splits
     from omniopd_trl.data.datasets import get_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
-    from omniopd_trl.teachers.load import is_export, is_local
+    from omniopd_trl.teachers.load import is_export
 
     template = script_args.prompt_template
     if template is not None:
@@ -232,22 +254,8 @@ def main(
     if train_dataset is not None:
         train_dataset = prepare_prompts(train_dataset, template)
 
-    # Keyword arguments in the recipe override those that follow from its other options. Quantization applies to the
-    # student only and is passed separately. The teacher keeps the dtype that it was saved in.
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    # The teachers of a service do not use it, and an option that is not used is reported.
+    set_init_kwargs(training_args, model_args)
     teacher_name = training_args.teacher_model_name_or_path
-    if teacher_name is not None and is_local(teacher_name):
-        training_args.teacher_model_init_kwargs = {
-            "attn_implementation": model_args.attn_implementation,
-            **(training_args.teacher_model_init_kwargs or {}),
-        }
 
     arguments = {
         "model": model_args.model_name_or_path,

@@ -1,0 +1,539 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd probe`: before training, and for about a dollar, whether a recipe will teach, and what to set."""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omniopd_trl.cli.noise import filter_noise
+from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, positive_int, split_config, stray_word
+from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
+
+if TYPE_CHECKING:
+    from omniopd_trl.accounting.pricing import Price
+    from omniopd_trl.evals.probe import Measured, Verdict
+    from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+    from omniopd_trl.trainer.plan import Requests
+    from omniopd_trl.trainer.probing import Probed
+
+# Branches when the recipe has none, and trajectories of a generation batch. When the cap is reached, the batches
+# before are complete.
+_BRANCHES, _BATCH = 7, 8
+# Two rollouts show how much they differ, which a single greedy one does not.
+_ROLLOUTS = 2
+# The share of the cap that the forecast of the recipe's own continuation may take, and the trajectories that are also
+# audited with another continuation.
+_SHARE, _COMPARED = 0.7, 16
+
+RESULT, PAGE = "probe.json", "probe.md"
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `omniopd`."""
+    parser = commands.add_parser(
+        "probe",
+        help="measure on some prompts, for about a dollar, whether a recipe will teach, and what to set",
+        description="Let the student of a recipe answer some training prompts and continue each fork several times, "
+        "ask the teacher at the forks, and measure refusals, agreement, differences between the student's branches, "
+        "latency and price. Prints a verdict and recommended options, and trains nothing. Answers are recorded as "
+        "they arrive: started again, the command continues and pays for nothing twice.",
+        epilog="Any option of the training command may be added and overrides the recipe: --similarity rouge1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "--max_usd",
+        type=_dollars,
+        default=1.0,
+        metavar="D",
+        help="dollars that the probe may spend in its folder, earlier starts included (default: 1). Each request is "
+        "reserved before it is sent",
+    )
+    parser.add_argument(
+        "--num_prompts", type=positive_int, default=32, metavar="P", help="prompts of the recipe (default: 32)"
+    )
+    parser.add_argument(
+        "--probe_dir", metavar="DIR", help="folder of the probe (default: `probe` in the recipe's `output_dir`)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _dollars(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of dollars above 0")
+    return number
+
+
+class _Plan(NamedTuple):
+    """What a probe does.
+
+    Attributes:
+        arguments: the command line of the training command.
+        settings: options that replace the recipe's.
+        forks: forks per trajectory.
+        max_usd: the cap; `None` where nothing is paid, or another limit holds.
+        price: price of the teacher.
+        requests: how the teacher is asked.
+    """
+
+    arguments: list[str]
+    settings: dict[str, Any]
+    forks: int
+    max_usd: float | None
+    price: "Price | None"
+    requests: "Requests"
+
+    def command(self, folder: Path, **changes: Any) -> list[str]:
+        """The command line with the options of the probe."""
+        settings = {**self.settings, "output_dir": folder, **changes}
+        return [*self.arguments, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Probe, and print the numbers, the verdict and the recommended options.
+
+    Args:
+        options: options of the command.
+        rest: options of the training command.
+
+    Raises:
+        OmniOPDError: when the recipe, its dataset or its teacher cannot be used.
+    """
+    if options.config is None:
+        if rest and not rest[0].startswith("-"):
+            raise stray_word(rest[0])
+        raise ConfigError("`omniopd probe` needs a recipe: add `--config RECIPE.yaml`.")
+    arguments = split_config(["--config", options.config, *rest])
+    recipe = check_arguments(arguments)
+    check_paths(arguments, recipe)
+    filter_noise(arguments, recipe)
+    apply_env(recipe)
+
+    from datasets import Dataset
+
+    from omniopd_trl.cli.cost import _steps
+    from omniopd_trl.cli.recipe import parse_args
+    from omniopd_trl.evals.probe import Form, Verdict, judge, measure
+    from omniopd_trl.journal.reader import spent
+    from omniopd_trl.report.runs import without_folders
+    from omniopd_trl.teachers.load import is_export
+
+    script_args, args, model_args, dataset_args = parse_args(arguments)
+    for name, value in (
+        ("model_name_or_path", model_args.model_name_or_path),
+        ("teacher_model_name_or_path", args.teacher_model_name_or_path),
+    ):
+        if value is None:
+            raise ConfigError(f"The recipe {options.config!r} does not set `{name}`. Set it to a model's id or path.")
+    if is_export(args.teacher_model_name_or_path):
+        raise ConfigError(
+            f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
+            "can be asked. `omniopd audits` shows what it holds."
+        )
+    dataset = _prompts(script_args, dataset_args)
+    rows = len(dataset) if isinstance(dataset, Dataset) else None
+    trajectories = _steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    plan = _plan(arguments, args, model_args, dataset, rows, options)
+    folder = Path(options.probe_dir or os.path.join(args.output_dir, "probe"))
+    other = _other_continuation(args)
+
+    form = Form(**{field.name: getattr(args, field.name) for field in fields(Form)})
+    failures: Counter[str] = Counter()
+    found: list[Probed] = []
+    stopped: str | None = None
+    try:
+        found, stopped, settings, tokenizer = _probe(plan, dataset, folder, spent(folder / "other")[1])
+    except NoRolloutError as error:
+        verdict = Verdict("will not", str(error).rstrip("."))
+        numbers = None
+    else:
+        failures.update(failure for row in found for failure in row.audit.failures)
+        numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity)
+        verdict = judge(numbers, form, next((text for text, _ in failures.most_common(1)), stopped))
+    compared: dict[str, Any] = {}
+    if other is not None and numbers is not None and numbers.signals:
+        compared = _compare(plan, dataset, folder, other, found, args, (settings, tokenizer))
+
+    (usage, usd), (other_usage, other_usd) = spent(folder), spent(folder / "other")
+    usage, usd = usage + other_usage, usd + other_usd
+    result = {
+        "teacher": without_folders(args.teacher_model_name_or_path),
+        "student": without_folders(model_args.model_name_or_path),
+        "verdict": verdict.kind,
+        "reason": verdict.reason,
+        "options": {advice.option: advice.value for advice in verdict.advice},
+        "reasons": {advice.option: advice.reason for advice in verdict.advice},
+        "measured": None if numbers is None else asdict(numbers),
+        "answers": _answers(found),
+        "failures": dict(failures.most_common()),
+        "continuations": compared,
+        "cost": _cost(found, plan, numbers, verdict, args, trajectories),
+        "paid": {"usd": usd, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
+        "stopped": stopped,
+    }
+    result = _without_infinities(result)
+    text = _text(result, verdict, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    sys.stdout.write(json.dumps(result, indent=1) + "\n" if options.json else f"{text}\n")
+    if not options.json:
+        sys.stdout.write(f"\nWrote {folder / RESULT} and {folder / PAGE}. The audits: omniopd report {folder}\n")
+
+
+# ---- Before anything is asked ----
+
+
+def _prompts(script_args: Any, dataset_args: Any) -> Any:
+    from omniopd_trl.cli.recipe import load_splits
+    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+
+    template = script_args.prompt_template
+    splits = load_splits(script_args, dataset_args)
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
+    check_dataset(dataset)
+    return dataset
+
+
+def _plan(
+    arguments: list[str],
+    args: "OmniOPDConfig",
+    model_args: Any,
+    dataset: Any,
+    rows: int | None,
+    options: argparse.Namespace,
+) -> _Plan:
+    """The size of the probe: as many forks per trajectory as the cap allows for all prompts.
+
+    More trajectories tell more than more forks of one, which depend on each other.
+    """
+    from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
+    from omniopd_trl.teachers.load import is_service, split_name
+    from omniopd_trl.teachers.options import TeacherOptions
+    from omniopd_trl.trainer.plan import Requests, forecast_run, prompt_lengths, some_rows, trajectory_length_of
+
+    teacher = str(args.teacher_model_name_or_path)
+    provider, model = split_name(teacher) or ("", teacher)
+    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    requests = Requests.of(args, _capabilities(provider, model), tokenizer)
+    max_usd: float | None = None
+    price = None
+    if is_service(teacher):
+        price = TeacherOptions.of(args).price(provider, model)
+        # A server of one's own has no price. Any other service without a known one needs a limit in tokens.
+        if price is not None or not (provider == "vllm" or args.teacher_budget_tokens):
+            max_usd = min(options.max_usd, args.teacher_budget_usd or math.inf)
+    prompts = min(options.num_prompts, rows or options.num_prompts)
+    forks = args.num_chunks
+    if price is not None and max_usd is not None:
+        asked = copy.copy(args)
+        asked.num_rollouts = _ROLLOUTS
+        load = forecast_run(
+            asked,
+            Requests.of(asked, _capabilities(provider, model), tokenizer),
+            price,
+            prompt_tokens=prompt_lengths(some_rows(dataset, prompts), tokenizer, args),
+            trajectory_length=trajectory_length_of(args)[0],
+            prompts_per_step=1,
+            steps=prompts,
+            num_rows=None,
+        ).run
+        for_one = (load.no_cache.usd or 0.0) / args.num_chunks
+        forks = max(1, min(forks, math.floor(_SHARE * max_usd / for_one))) if for_one else forks
+    per_device = min(args.per_device_train_batch_size, _BATCH, prompts)
+    accumulation = max(1, min(_BATCH, prompts) // per_device)
+    settings = {
+        "method": "omniopd",
+        "num_branches": args.num_branches or _BRANCHES,
+        "num_rollouts": _ROLLOUTS,
+        "min_rollouts": min(args.min_rollouts, _ROLLOUTS),
+        "teacher_temperature": args.teacher_temperature or 1.0,
+        "posterior_baseline": "none",
+        "prior": "policy",
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": max(1, prompts // (per_device * accumulation)),
+        # Whether too many forks fail is part of the verdict.
+        "max_failed_chunks": 1.0,
+        # Nothing is trained, so there is no reference.
+        "beta": 0.0,
+        **dict.fromkeys(("do_eval", "eval_on_start", "audit_eval", "push_to_hub", "resume_from_checkpoint"), False),
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "no"),
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "save_audits": True,
+    }
+    return _Plan(arguments, settings, forks, max_usd, price, requests)
+
+
+def _other_continuation(args: "OmniOPDConfig") -> str | None:
+    """The continuation to compare with: instructed beside exact, where the model allows both; `None` elsewhere."""
+    from omniopd_trl.cli.cost import _capabilities
+    from omniopd_trl.teachers.load import split_name
+
+    provider, model = split_name(str(args.teacher_model_name_or_path)) or ("", "")
+    capabilities = _capabilities(provider, model)
+    if capabilities is None:
+        return None
+    own = args.teacher_continuation or capabilities.continuation
+    if own != "instruct":
+        return "instruct"
+    return None if capabilities.continuation == "instruct" else str(capabilities.continuation)
+
+
+# ---- Measuring ----
+
+
+def _probe(plan: _Plan, dataset: Any, folder: Path, usd_elsewhere: float = 0.0, **changes: Any) -> tuple[Any, ...]:
+    """Audit the prompts in a folder.
+
+    Returns:
+        The audits, why the cap stopped them, the settings of the auditor, and the student's tokenizer.
+    """
+    from omniopd_trl.cli.recipe import parse_args
+    from omniopd_trl.cli.train import set_init_kwargs
+    from omniopd_trl.trainer.probing import ProbingTrainer
+
+    if plan.max_usd is not None:
+        left = plan.max_usd - usd_elsewhere
+        if left <= 0:
+            raise BudgetError(f"{usd_elsewhere:.4f} dollars of --max_usd {plan.max_usd:g} are spent.")
+        changes["teacher_budget_usd"] = left
+    # Its warnings are about training, and nothing is trained.
+    logging.getLogger("omniopd_trl.trainer.startup").setLevel(logging.ERROR)
+    _, args, model_args, _ = parse_args(plan.command(folder, **changes))
+    set_init_kwargs(args, model_args)
+
+    from trl import get_peft_config, get_quantization_config
+
+    trainer = ProbingTrainer(
+        forks_per_trajectory=plan.forks,
+        model=model_args.model_name_or_path,
+        teacher_model=args.teacher_model_name_or_path,
+        args=args,
+        train_dataset=dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    found, stopped = trainer.probe()
+    return found, stopped, trainer.auditor.settings, trainer.processing_class
+
+
+def _compare(
+    plan: _Plan,
+    dataset: Any,
+    folder: Path,
+    other: str,
+    found: "list[Probed]",
+    args: "OmniOPDConfig",
+    judging: tuple[Any, Any],
+) -> dict[str, Any]:
+    """Both continuations on the same trajectories; the failure of the other one when it cannot be measured."""
+    from omniopd_trl.evals.probe import measure
+    from omniopd_trl.journal.reader import spent
+
+    settings = plan.settings
+    per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    steps = min(settings["max_steps"], max(1, _COMPARED // per_step))
+    try:
+        others, *_ = _probe(
+            plan, dataset, folder / "other", spent(folder)[1], teacher_continuation=other, max_steps=steps
+        )
+    except OmniOPDError as error:  # the numbers of the recipe's own are paid for, and are printed
+        return {other: {"failure": str(error)}}
+    own = args.teacher_continuation or "the recipe's"
+    there = {(row.record.step, row.record.index) for row in others}
+    here = [row for row in found if (row.record.step, row.record.index) in there]
+    compared = {}
+    for name, rows in ((own, here), (other, others)):
+        numbers = measure([row[:3] for row in rows], judging[1], judging[0], args.similarity)
+        first = numbers.signals[0] if numbers.signals else None
+        compared[name] = {
+            **_answers(rows),
+            "forks": numbers.num_asked - numbers.num_dropped,
+            "agreement": None if first is None else first.matched,
+            "gap": None if first is None else first.gap,
+        }
+    return compared
+
+
+def _answers(found: "Sequence[Probed]") -> dict[str, Any]:
+    """Shares of samples, latency and cache, from the records of the audits."""
+    from omniopd_trl.accounting.usage import Usage
+    from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS
+
+    outcomes: Counter[str] = Counter()
+    for row in found:
+        outcomes.update(row.record.outcomes)
+    usage = sum((row.record.usage for row in found), Usage())
+    asked = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found) * _ROLLOUTS
+    requests = outcomes["requests"]
+    return {
+        "samples": asked,
+        **{name: outcomes[name] for name in OUTCOMES},
+        "short": sum(row.audit.num_short for row in found),
+        "seconds_per_request": outcomes[REQUEST_MILLISECONDS] / 1000 / requests if requests else None,
+        "cached": usage.cached_tokens / usage.prompt_tokens if usage.prompt_tokens else 0.0,
+        "models": sorted({name for row in found for name in row.audit.models}),
+    }
+
+
+def _cost(
+    found: "Sequence[Probed]",
+    plan: _Plan,
+    numbers: "Measured | None",
+    verdict: "Verdict",
+    args: "OmniOPDConfig",
+    trajectories: int,
+) -> dict[str, Any]:
+    """Tokens and dollars of a trajectory and of the run, for the recipe and for the recommended options."""
+    from omniopd_trl.accounting.usage import Usage
+
+    usage = sum((row.record.usage for row in found), Usage())
+    forks = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found)
+    if numbers is None or not forks:
+        return {}
+    # A local teacher counts no requests: it reads the text before a fork once.
+    requests = sum(row.record.outcomes.get("requests", 0) for row in found) or forks
+    options = {advice.option: advice.value for advice in verdict.advice}
+    chunks = numbers.asked_per_trajectory if args.num_branches else numbers.chunks_per_trajectory
+    rows = {"recipe": (chunks, args.num_rollouts)}
+    if options:
+        rows["recommended"] = (numbers.asked_per_trajectory, options.get("num_rollouts", args.num_rollouts))
+    costs: dict[str, Any] = {"trajectories": trajectories}
+    for name, (per_trajectory, samples) in rows.items():
+        number = per_trajectory * math.ceil(samples / min(plan.requests.samples, samples))
+        written = per_trajectory * samples * usage.completion_tokens / (forks * _ROLLOUTS)
+        one = Usage(
+            prompt_tokens=round(usage.prompt_tokens / requests),
+            cached_tokens=round(usage.cached_tokens / requests),
+            completion_tokens=round(written / number) if number else 0,
+            cache_write_tokens=round(usage.cache_write_tokens / requests),
+        )
+        usd = None if plan.price is None else number * plan.price.cost(one)
+        costs[name] = {
+            "prompt_tokens": number * usage.prompt_tokens / requests,
+            "completion_tokens": written,
+            "usd": usd,
+            "run_usd": None if usd is None else usd * trajectories,
+        }
+    return costs
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has no infinity: a standard error that is not known is null."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- Printing ----
+
+
+def _text(result: dict[str, Any], verdict: "Verdict", args: "OmniOPDConfig") -> str:
+    from omniopd_trl.trainer.plan import aligned
+
+    rows = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
+    lines = [*_measured_rows(result, args), *_cost_rows(result)]
+    parts = [aligned([*rows, *lines])]
+    measured = result["measured"]
+    if measured is not None and measured["signals"]:
+        parts.append("\n".join(_signal_table(measured["signals"])))
+    if result["stopped"]:
+        parts.append(f"The probe stopped early: {result['stopped']}")
+    parts.append(f"verdict  {verdict}.")
+    if verdict.advice:
+        width = max(len(f"{a.option}: {_yaml(a.value)}") for a in verdict.advice)
+        lines_ = [f"{f'{a.option}: {_yaml(a.value)}':<{width}}  # {a.reason}" for a in verdict.advice]
+        parts.append("\n".join(lines_))
+    return "\n\n".join(parts)
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _measured_rows(result: dict[str, Any], args: "OmniOPDConfig") -> list[tuple[str, str]]:
+    measured, answers = result["measured"], result["answers"]
+    if measured is None:
+        return []
+    forks = f"{measured['num_forks']} forks, {measured['num_asked']} of them with branches that differ"
+    rows = [("probed", f"{measured['num_trajectories']} trajectories, {forks}")]
+    counts = [f"{answers[name]} {name}" for name in ("refused", "restarted", "filtered", "empty", "failed_requests")]
+    rows.append(("samples", f"{answers['samples']} asked for: {', '.join(counts)}; {answers['short']} cut short"))
+    if answers["seconds_per_request"] is not None:
+        latency = f"{answers['seconds_per_request']:.1f} s per request, {answers['retries']} retries"
+        rows.append(("service", f"{latency}, {answers['cached']:.0%} of the prompt tokens from its cache"))
+    rows += [("failure", f"{count} x {text}") for text, count in list(result["failures"].items())[:3]]
+    if measured["signals"]:
+        name = args.similarity
+        agreement = f"student with itself {measured['student_agreement']:.3f}"
+        if measured["self_agreement"] is not None:
+            agreement += f", teacher with itself {measured['self_agreement']:.3f}"
+            agreement += f" ({measured['duplicates']:.0%} of the pairs are equal)"
+        agreement += f", student with teacher {measured['signals'][0]['matched']:.3f}"
+        rows.append((f"agreement by {name}", agreement))
+    for name, numbers in result["continuations"].items():
+        if "failure" in numbers:
+            rows.append((f"continuation {name}", f"not compared: {numbers['failure']}"))
+            continue
+        share = f"{numbers['refused']} refused and {numbers['restarted']} restarted of {numbers['samples']} samples"
+        gap = "" if numbers["gap"] is None else f", agreement {numbers['agreement']:.3f}, {numbers['gap'][0]:.3f} "
+        rows.append((f"continuation {name}", share + gap + "above unrelated rollouts" * bool(gap)))
+    return rows
+
+
+def _cost_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    costs = result["cost"]
+    for name in ("recipe", "recommended"):
+        if name not in costs:
+            continue
+        one = costs[name]
+        text = f"{one['prompt_tokens']:,.0f} tokens read and {one['completion_tokens']:,.0f} written per trajectory"
+        if one["usd"] is not None:
+            text += f", {one['usd']:.4f} dollars; {one['run_usd']:,.2f} for {costs['trajectories']:,} trajectories"
+        rows.append((f"price, {'as it is' if name == 'recipe' else name}", text))
+    paid = result["paid"]
+    text = f"{paid['prompt_tokens']:,} tokens read and {paid['completion_tokens']:,} written"
+    return [*rows, ("paid for this probe", text + (f", {paid['usd']:.4f} dollars" if paid["usd"] else ""))]
+
+
+def _signal_table(signals: list[dict[str, Any]]) -> list[str]:
+    """The comparison of similarities and chunk lengths, the recipe's first."""
+    lines = [
+        f"{'similarity':<10} {'C':>4}  {'agreement':>9} {'unrelated':>9}  {'spread':>7} {'unrelated':>9}  "
+        f"{'standard errors above 0: gap':>28} {'spread':>7}"
+    ]
+    for signal in signals:
+        sigmas = [_sigmas(*signal[name]) for name in ("gap", "signal")]
+        lines.append(
+            f"{signal['similarity']:<10} {signal['chunk_length']:>4}  {signal['matched']:>9.3f} "
+            f"{signal['unrelated']:>9.3f}  {signal['spread']:>7.3f} {signal['spread_unrelated']:>9.3f}  "
+            f"{sigmas[0]:>28} {sigmas[1]:>7}"
+        )
+    return lines
+
+
+def _sigmas(value: float, error: float | None) -> str:
+    return "-" if not error else f"{value / error:.1f}"

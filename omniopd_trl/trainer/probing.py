@@ -1,0 +1,92 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The generation batches of a run without its training: what `omniopd probe` measures."""
+
+import random
+from itertools import islice
+from typing import Any, NamedTuple
+
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.errors import BudgetError
+from omniopd_trl.journal.browse import AuditedTrajectory, list_audits, read_audits
+from omniopd_trl.method.chunks import Chunk
+from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
+from omniopd_trl.trainer.step_audits import PendingAudit
+
+
+class Probed(NamedTuple):
+    """A trajectory of the initial student, its audit, and the record of it, which holds what the audit cost."""
+
+    trajectory: Trajectory
+    scores: PolicyScores
+    audit: Audit
+    record: AuditedTrajectory
+
+
+class ProbingTrainer(OmniOPDTrainer):
+    """A trainer that generates and audits as in training, and never trains.
+
+    Generation, forks, budget and journal are those of [`OmniOPDTrainer`]. A probe that was interrupted continues from
+    its journal, and pays for no answer twice.
+
+    Args:
+        forks_per_trajectory: forks of each trajectory, drawn at random from those that the settings select.
+    """
+
+    def __init__(self, *args: Any, forks_per_trajectory: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._pending: list[tuple[int, PendingAudit]] = []
+        select = self.auditor.candidates
+
+        def some(trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
+            chunks = select(trajectory, scores)
+            if len(chunks) > forks_per_trajectory:
+                kept = random.Random(trajectory.seed).sample(range(len(chunks)), forks_per_trajectory)
+                chunks = [chunks[index] for index in sorted(kept)]
+            return chunks
+
+        self.auditor.candidates = some  # type: ignore[method-assign]
+
+    def _check_logits(self) -> None:
+        super()._check_logits()
+        # The next step of the start sends a request, to see whether the teacher answers. Recorded answers show it.
+        if list_audits(self.args.output_dir):
+            self.teacher.probe = lambda prompt: None  # type: ignore[method-assign]
+
+    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
+        pending = super()._start_audits(prompts, batch, mode)
+        self._pending += [(self.state.global_step, row) for row in pending]
+        return pending
+
+    def probe(self) -> tuple[list[Probed], str | None]:
+        """Audit `max_steps` generation batches of the initial student.
+
+        Returns:
+            The finished audits in order, and why the budget stopped the probe; `None` when it did not.
+
+        Raises:
+            TeacherError: when the teacher cannot answer, for another reason than the budget.
+        """
+        stopped: str | None = None
+        self._pending = []
+        self._reset_step(None)
+        self.model.train()  # records, branches and seeds are those of training steps; sampling is without dropout
+        try:
+            with self._recording(replay=True):
+                accumulation = self.args.gradient_accumulation_steps
+                batches = islice(self.get_train_dataloader(), int(self.args.max_steps) * accumulation)
+                for self._step, inputs in enumerate(batches):
+                    self.state.global_step = self._step // accumulation
+                    self._prepare_inputs(inputs)
+        except BudgetError as error:
+            stopped = str(error)
+        finally:
+            self.step_audits.release()
+        places = list_audits(self.args.output_dir)
+        records = {(r.step, r.index): r for r in read_audits(self.args.output_dir, places)}
+        found = [
+            Probed(row.trajectory, row.scores, row.future.result(), records[step, row.index])
+            for step, row in self._pending
+            if row.future.done() and not row.future.cancelled() and row.future.exception() is None
+        ]
+        return found, stopped

@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`omniopd probe`: what it measures, what it pays, and what a second start pays."""
+
+import json
+import re
+
+import pytest
+
+from omniopd_trl.cli.main import main
+from omniopd_trl.cli.options import option_hints
+from omniopd_trl.evals.probe import Form
+from omniopd_trl.journal.reader import spent
+from tests.support.loopback import Fault, Loopback, wire
+from tests.support.loopback.teachers import services
+
+__all__ = ["services"]  # a fixture
+
+
+@pytest.fixture
+def probe(recipe, tmp_path, monkeypatch, capsys):
+    """A function that probes a recipe in this process and returns the exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, prompts=8, **settings):
+        path = recipe(**{"similarity": "edit", **settings})
+        code = main(["probe", "--config", path, "--num_prompts", str(prompts), *map(str, options)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def result_of(tmp_path):
+    return json.loads((tmp_path / "out" / "probe" / "probe.json").read_text())
+
+
+def test_without_a_service(probe, tmp_path):
+    """A teacher that costs nothing. The numbers are those of a run with branches, and the options can be pasted."""
+    code, out, _ = probe(prompts=16)
+    assert code == 0
+    result = result_of(tmp_path)
+    assert result["measured"]["num_trajectories"] == 16
+    assert 16 < result["measured"]["num_forks"] <= 32
+    assert result["measured"]["signals"][0]["similarity"] == "edit"
+    assert result["measured"]["signals"][0]["chunk_length"] == 8
+    assert result["paid"]["usd"] == 0
+    assert f"verdict  {result['verdict']}: {result['reason']}." in out
+    page = (tmp_path / "out" / "probe" / "probe.md").read_text()
+    assert out.split("\n\nWrote")[0].strip() in page
+    # A random student and a teacher that writes words of the prompt: nothing to learn from.
+    assert result["verdict"] in ("will not", "uncertain")
+    # It is a run's folder for the other commands.
+    assert main(["report", "out/probe", "-o", "page.html"]) == 0
+    assert main(["audits", "out/probe"]) == 0
+    assert not list(tmp_path.glob("out/probe/checkpoint-*"))
+
+
+def test_a_verdict_depends_on_what_a_recipe_has():
+    assert {*Form.__dataclass_fields__} <= {*option_hints()}
+
+
+PRICES = {"teacher_input_price": 1.0, "teacher_output_price": 5.0}
+
+
+def paid(server, name="openai:gpt-6-luna", **settings):
+    return {"teacher_model_name_or_path": name, "teacher_base_url": f"{server.url}/v1", **PRICES, **settings}
+
+
+def test_a_second_start_pays_nothing(probe, tmp_path, services):
+    with Loopback(wire.openai) as server:
+        code, first, _ = probe(**paid(server))
+        asked = len(server.requests)
+        bill = spent(tmp_path / "out" / "probe")
+        assert code == 0
+        assert asked > 8
+        result = result_of(tmp_path)
+        code, second, _ = probe(**paid(server))
+        assert code == 0
+        assert len(server.requests) == asked
+    assert spent(tmp_path / "out" / "probe") == bill
+    assert second == first
+    assert result["answers"]["requests"] == asked - 1  # without the first question, whether the teacher answers
+    assert result["answers"]["cached"] == pytest.approx(0.6)
+    assert result["paid"]["usd"] == pytest.approx(asked * 20e-6 + bill[0].completion_tokens * 5e-6)
+    assert result["cost"]["recipe"]["usd"] > 0
+    assert "seconds_per_request" in result["answers"]
+    assert re.search(r"s per request, 0 retries, 60% of the prompt tokens from its cache", first)
+
+
+def test_the_cap_is_kept(probe, tmp_path, services):
+    """A cap below the worst case of the last requests: the probe stops and says so, and what is finished counts."""
+    cap = 0.006
+
+    def answer(path, body):
+        answered = wire.openai(path, body)
+        answered["usage"]["prompt_tokens"] = 400
+        return answered
+
+    with Loopback(answer) as server:
+        code, out, error = probe("--max_usd", cap, prompts=16, **paid(server))
+        assert code == 0, error
+        assert "teacher_budget_usd" in result_of(tmp_path)["stopped"]
+        assert "The probe stopped early" in out
+        assert 0 < spent(tmp_path / "out" / "probe")[1] <= cap
+        # The budget of the recipe is a cap as well, for all starts together.
+        assert probe(prompts=16, **paid(server, teacher_budget_usd=cap))[0] == 0
+        assert result_of(tmp_path)["paid"]["usd"] <= cap
+        asked = len(server.requests)
+        assert probe(prompts=16, **paid(server))[0] == 0
+        assert len(server.requests) > asked
+    result = result_of(tmp_path)
+    assert result["measured"]["num_trajectories"] == 16
+    assert result["stopped"] is None
+
+
+def test_a_service_without_a_price_is_refused(probe, services):
+    with Loopback(wire.openai) as server:
+        code, _, error = probe(**{**paid(server, "openai:nobody-knows"), **dict.fromkeys(PRICES, ...)})
+        assert not server.requests
+    assert code == 1
+    assert "the price of the teacher is not known" in error
+
+
+def test_a_service_that_refuses_everything(probe, tmp_path, services):
+    """What the service says is the reason. The first question is enough."""
+    refused = wire.openai_error(400, "Content Exists Risk", "content_policy_violation")
+    with Loopback(wire.openai, fault=lambda number, body: Fault(400, refused)) as server:
+        code, out, _ = probe(**paid(server))
+    assert code == 0
+    assert result_of(tmp_path)["verdict"] == "will not"
+    assert "Content Exists Risk" in out
+
+
+def test_both_continuations_are_compared_where_the_model_allows_both(probe, tmp_path, services, tiny_teacher_dir):
+    with Loopback(wire.openai) as server:
+        settings = paid(server, "vllm:teacher", teacher_tokenizer_name_or_path=str(tiny_teacher_dir))
+        code, out, error = probe(**settings)
+        assert code == 0, error
+        asked = len(server.requests)
+        instructed = [body for body in server.bodies if "partial_solution" in str(body)]
+        assert probe(**settings)[0] == 0
+        assert len(server.requests) == asked
+    compared = result_of(tmp_path)["continuations"]
+    assert "instruct" in compared
+    assert len(compared) == 2
+    assert all(numbers["samples"] for numbers in compared.values())
+    assert 0 < len(instructed) < asked
+    assert "continuation instruct" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        (["--max_usd", "0"], {}, "must be a number of dollars above 0"),
+        (["--num_prompts", "0"], {}, "must be a whole number"),
+        ([], {"teacher_model_name_or_path": "export:out"}, "is an export"),
+        ([], {"teacher_model_name_or_path": ...}, "does not set `teacher_model_name_or_path`"),
+        ([], {"num_chunk": 5}, "Did you mean `num_chunks`?"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(probe, options, settings, message, capsys):
+    try:
+        code, _, error = probe(*options, **settings)
+    except SystemExit as stop:  # argparse
+        code, error = stop.code, capsys.readouterr().err
+    assert code == 2
+    assert message in error
+
+
+def test_a_recipe_is_needed(capsys):
+    assert main(["probe"]) == 2
+    assert "needs a recipe" in capsys.readouterr().err
