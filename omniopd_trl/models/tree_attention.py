@@ -26,14 +26,34 @@ def last_hidden_states(
         position_ids: `(R, L)`.
     """
     plain = model.get_base_model() if is_peft_model(model) else model
-    if attention_mask.dim() == 4 and plain.config._attn_implementation == "eager":  # it adds the mask to its scores
-        lowest = torch.finfo(plain.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=plain.dtype).masked_fill(~attention_mask, lowest)
+    if attention_mask.dim() == 4:
+        attention_mask = tree_mask(plain, attention_mask)
     outputs = plain.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     )
     states: torch.Tensor = outputs.last_hidden_state
     return states
+
+
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes a mask for each position."""
+    return model.config._attn_implementation in ("sdpa", "eager")
+
+
+def tree_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
+    """The form in which the model's attention takes the mask `(R, 1, Q, L)`, true where a position attends."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    # It adds the mask to its scores.
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+
+
+def difference_of(model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """The relative difference of two results of the model, if it is more than rounding."""
+    is_half = torch.is_autocast_enabled(model.device.type) or expected.dtype not in _ROUNDING
+    limit = _ROUNDING_IN_HALF if is_half else _ROUNDING[expected.dtype]
+    difference = ((found - expected).float().norm() / expected.float().norm()).item()
+    return None if difference <= limit else f"{difference:.2g}"
 
 
 def attention_window(model: PreTrainedModel) -> int | None:
@@ -52,9 +72,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     A recurrent layer, or an attention without masks, would silently read what the mask hides. The states of a short
     packed row are therefore compared with those of separate rows. The model should be in evaluation mode.
     """
-    implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        return f"attn_implementation={implementation!r} takes no mask of this form"
+    if not takes_masks(model):
+        return f"attn_implementation={model.config._attn_implementation!r} takes no mask of this form"
     vocabulary = model.get_input_embeddings().num_embeddings
     trunk, suffix, start = [1, 2, 3, 4, 5, 6], [7, 8, 9], 3
     packed = [*trunk, *suffix]
@@ -73,9 +92,5 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         found = states(packed, mask[None, None], positions)[len(trunk) :]
     except Exception as error:  # whatever a model does with a mask that it does not know
         return f"its forward refuses the mask ({type(error).__name__}: {first_line(error)})"
-    is_half = torch.is_autocast_enabled(model.device.type) or expected.dtype not in _ROUNDING
-    limit = _ROUNDING_IN_HALF if is_half else _ROUNDING[expected.dtype]
-    difference = ((found - expected).float().norm() / expected.float().norm()).item()
-    if not difference <= limit:
-        return f"the states of packed branches differ by {difference:.2g} from those of separate rows"
-    return None
+    difference = difference_of(model, found, expected)
+    return difference and f"the states of packed branches differ by {difference} from those of separate rows"

@@ -7,7 +7,6 @@ keys and values serve every chunk and every rollout of that trajectory.
 """
 
 import asyncio
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +25,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.models.loading import loading, why_not_loaded
+from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, prefill
 from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
     Messages,
@@ -292,8 +291,7 @@ class LocalTeacher(InProcessTeacher):
         pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
         self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # Sliding-window and recurrent layers keep a state that cannot be cut back to a shorter prefix.
-        self._reuses_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+        self._reuses_cache = cuts_cache(model)
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
 
@@ -399,7 +397,7 @@ class LocalTeacher(InProcessTeacher):
         request: SamplingRequest,
         replies: dict[tuple[int, int], TeacherReply],
     ) -> None:
-        trunks = self._prefill([jobs[i].trunk for i in batch]) if self._reuses_cache else None
+        trunks = prefill(self.model, [jobs[i].trunk for i in batch]) if self._reuses_cache else None
         todo: list[tuple[int, int, int]] = []  # index into the batch, trajectory, prefix
         for k, i in enumerate(batch):
             for m, token_ids in enumerate(jobs[i].token_ids):
@@ -434,24 +432,6 @@ class LocalTeacher(InProcessTeacher):
                     completion_tokens=written[row],
                 )
                 replies[i, m] = TeacherReply(tuple(texts[row]), usage)
-
-    @property
-    def _cache_name(self) -> str:
-        """The argument for a cache. transformers 5.24 renamed it; the old name still works, with a warning."""
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-
-    def _prefill(self, trunks: list[list[int]]) -> DynamicCache:
-        """Keys and values of each trunk, right-padded. Causal masks hide the padding after a token."""
-        width = max(len(trunk) for trunk in trunks)
-        padded = [trunk + [trunk[-1]] * (width - len(trunk)) for trunk in trunks]
-        cache = DynamicCache(config=self.model.config)
-        self.model(
-            input_ids=torch.tensor(padded, device=self.model.device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: cache},
-        )
-        return cache
 
     def rows_from_trunks(
         self, rows: list[tuple[int, list[int], int]], trunks: DynamicCache | None
@@ -517,7 +497,7 @@ class LocalTeacher(InProcessTeacher):
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=processors,
-                **{self._cache_name: cache},
+                **{cache_name(self.model): cache},
             )
         new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         return new_ids

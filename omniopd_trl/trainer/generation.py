@@ -87,25 +87,34 @@ def _seeded(key: tuple[Any, ...], accelerator: Accelerator, args: OmniOPDConfig)
 Generate = Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float | None]] | None]]
 
 
+# A row to generate: its prefix, the length of its chunk, and the index of the prefix.
+_Row = tuple[list[int], int, int]
+
+
 def sample_branches(
     generate: Generate,
     prefixes: list[tuple[list[int], int]],
     *,
     num_branches: int,
-    max_tokens: int,
+    max_tokens: int | None,
+    from_trees: bool,
     filler: list[int],
     accelerator: Accelerator,
 ) -> list[list[Branch]]:
     """Sample the student's continuations of prefixes. Every process has to call it at the same point.
 
-    Generation is collective under several back ends. All processes therefore generate equally many rows in equally
-    many batches: one that has fewer prefixes than another adds fillers, and drops their continuations.
+    Generation is collective under several back ends, so all processes generate equally many batches, with equally many
+    tokens per row. One that has fewer batches than another generates a filler, and drops its continuation.
 
     Args:
         generate: the engine, at the temperature and with the filters of the trajectories.
-        prefixes: token ids of each prefix, and the length of its chunk.
+        prefixes: token ids of each prefix, and the length of its chunk. Those of a trajectory follow each other, the
+            shortest first.
         num_branches: number of continuations per prefix, K.
-        max_tokens: most tokens of a batch, padding included. At least one row is generated at a time.
+        max_tokens: most tokens of a batch, padding included. At least one row, or with `from_trees` one trajectory, is
+            generated at a time. `None` for an engine that limits its batches itself: it gets one batch, with equally
+            many rows from each process.
+        from_trees: whether a batch keeps what its rows share once; see [`PrefixTree`].
         filler: token ids of a prompt.
         accelerator: accelerator of the run.
 
@@ -113,21 +122,46 @@ def sample_branches(
         For each prefix its branches, without texts, cut to the length of the chunk.
     """
     rows = [(ids, length, index) for index, (ids, length) in enumerate(prefixes) for _ in range(num_branches)]
-    rows.sort(key=lambda row: -len(row[0]))  # similar lengths together, which keeps padding small
-    sizes = [
-        *(len(rows), max((len(ids) for ids, *_ in rows), default=1), max((row[1] for row in rows), default=1)),
-        -max_tokens,
-    ]
-    gathered = accelerator.gather(torch.tensor([sizes], device=accelerator.device))
-    number, longest, length, max_tokens = gathered.amax(0).tolist()
-    rows += [(filler, 1, -1)] * (number - len(rows))
+    length = max((row[1] for row in rows), default=1)
+    groups = _nested(rows) if from_trees else [[row] for row in rows]
+    batches = _batches(groups, length, max_tokens)
+    sizes = torch.tensor([[len(batches), max(map(len, batches), default=0), length]], device=accelerator.device)
+    number, most, length = accelerator.gather(sizes).amax(0).tolist()
+    batches += [[]] * (number - len(batches))
     branches: list[list[Branch]] = [[] for _ in prefixes]
-    size = max(1, -max_tokens // (longest + length))
-    for start in range(0, number, size):
-        batch = rows[start : start + size]
+    for batch in batches:
+        num_fillers = max(1, most if max_tokens is None else 1) - len(batch)
+        batch = [*batch, *[(filler, 1, -1)] * num_fillers]
         completions, logprobs = generate([ids for ids, *_ in batch], length)
         for row, ((_, limit, index), ids) in enumerate(zip(batch, completions, strict=True)):
             if index >= 0:
                 sampled = () if logprobs is None else tuple(logprobs[row][:limit])
                 branches[index].append(Branch(tuple(ids[:limit]), "", sampled))
     return branches
+
+
+def _nested(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows in groups, in each of which every prefix begins with the one before: those of one trajectory."""
+    groups: list[list[_Row]] = []
+    for row in rows:
+        last = groups[-1][-1][0] if groups else None
+        if last is not None and row[0][: len(last)] == last:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _batches(groups: list[list[_Row]], length: int, max_tokens: int | None) -> list[list[_Row]]:
+    """Groups of rows in batches of at most `max_tokens`, if each group keeps its longest prefix once."""
+    # Groups of similar size together, which keeps padding small.
+    groups = sorted(groups, key=lambda group: (-len(group), -len(group[-1][0])))
+    batches: list[list[list[_Row]]] = []
+    for group in groups:
+        batch = [*batches[-1], group] if batches else [group]
+        width, most = max(len(g[-1][0]) for g in batch), max(map(len, batch))
+        if not batches or (max_tokens is not None and len(batch) * (width + most * length) > max_tokens):
+            batches.append([group])
+        else:
+            batches[-1].append(group)
+    return [[row for group in batch for row in group] for batch in batches]

@@ -17,6 +17,7 @@ from omniopd_trl.errors import ConfigError, WarnOnce
 from omniopd_trl.method.importance import importance_weights
 from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, log_kept_mass, logprobs_of
+from omniopd_trl.models.prefix_tree import why_no_tree
 from omniopd_trl.models.reference import Reference
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
@@ -61,6 +62,7 @@ class Objective:
         self._last_hidden_states = hidden_states
         plugins = ("deepspeed_plugin", "fsdp_plugin")
         self._why_apart: str | None = None  # why branches are not packed; "" if they are
+        self._why_no_tree: str | None = None  # why they are not sampled from one cache; "" if they are
         self._warn_once = WarnOnce(__name__)
         self.is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
 
@@ -279,6 +281,29 @@ class Objective:
             )
         lengths = batch["prompt_mask"].sum(1).tolist()
         return BranchedBatch.of(tokens, lengths, batch["suffixes"], self._pad_token_id, is_packed=not reason)
+
+    def continues_trees(self, model: nn.Module) -> bool:
+        """Whether branches can be sampled from the keys and values of their trajectory. It is said once if not.
+
+        Args:
+            model: the student, wrapped by the back end. Every process has to call this at the same point.
+        """
+
+        def body(student: PreTrainedModel) -> None:
+            plain = student.get_base_model() if is_peft_model(student) else student
+            # Not called as a module: the hooks of FSDP2 would run a second time.
+            self._why_no_tree = why_no_tree(plain, plain.forward) or ""
+
+        if self._why_no_tree is None:
+            with evaluation_mode(self._accelerator.unwrap_model(model)):
+                self._inside_forward(model, body)
+            if self._why_no_tree and self._accelerator.is_main_process:
+                self._warn_once(
+                    f"Each branch is sampled from its whole prefix, since {self._why_no_tree}. This takes more time "
+                    "and memory than one cache for all branches of a trajectory.",
+                    "tree",
+                )
+        return not self._why_no_tree
 
     def run_reference(self, student: PreTrainedModel, body: Callable[[PreTrainedModel], None]) -> None:
         """Run `body(reference model)` without gradients and dropout.

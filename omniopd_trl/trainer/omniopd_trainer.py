@@ -4,10 +4,9 @@
 
 import copy
 import math
-import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,6 +33,7 @@ from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
 from omniopd_trl.models.loading import loading
+from omniopd_trl.models.prefix_tree import generating_from_trees
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
 from omniopd_trl.teachers import Teacher, Usage
@@ -407,16 +407,22 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         calls = count()
         batch_size, prompt_length = batch["prompt_ids"].shape
         max_tokens = batch_size * (prompt_length + self.max_completion_length)
+        from_trees = not self.use_vllm and self.objective.continues_trees(self.model_wrapped)
 
         def generate(prompts: list[list[int]], max_tokens: int) -> Any:
-            with self._completion_limit(max_tokens):
+            student = self.accelerator.unwrap_model(self.model_wrapped)
+            with (
+                self._completion_limit(max_tokens),
+                generating_from_trees(student) if from_trees else nullcontext(),
+            ):
                 return self._sample(prompts, None, {}, purpose=f"branches {part}.{next(calls)}")
 
         return sample_branches(
             generate,
             prefixes,
             num_branches=self.args.num_branches,
-            max_tokens=sys.maxsize if self.use_vllm else max_tokens,
+            max_tokens=None if self.use_vllm else max_tokens,
+            from_trees=from_trees,
             filler=batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist(),
             accelerator=self.accelerator,
         )

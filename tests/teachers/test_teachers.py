@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from omniopd_trl.errors import DataError, OmniOPDError
+from omniopd_trl.models.prefix_tree import cache_name, prefill
 from omniopd_trl.teachers import (
     LocalTeacher,
     Prefix,
@@ -130,7 +131,7 @@ def test_teacher_forced_logprobs_equal_plain_forward(teacher):
     """What follows a prefix has the same log-probabilities through the shared cache as through the whole prefix."""
     token_ids = [teacher.encode(prefix) for prefix in PREFIXES]
     job = teacher._job(token_ids)
-    trunks = teacher._prefill([job.trunk, teacher.encode(Prefix("another trajectory"))])
+    trunks = prefill(teacher.model, [job.trunk, teacher.encode(Prefix("another trajectory"))])
     continuation = teacher.tokenizer(" therefore eleven", add_special_tokens=False)["input_ids"]
     rows = [(0, ids, shared) for ids, shared in zip(token_ids, job.shared, strict=True)]
     input_ids, attention_mask, cache = teacher.rows_from_trunks(rows, trunks)
@@ -145,7 +146,7 @@ def test_teacher_forced_logprobs_equal_plain_forward(teacher):
             torch.cat([input_ids, forced], dim=1)[:, start:],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:],
-            **{teacher._cache_name: cache},
+            **{cache_name(teacher.model): cache},
         ).logits
     n = len(continuation)
     for row, ids in enumerate(token_ids):
