@@ -113,18 +113,43 @@ class Timed(Scripted):
         return response._replace(samples=tuple(Sample("defg") for _ in response.samples))
 
 
-@pytest.mark.case("A4")
-def test_a_slow_similarity_does_not_delay_requests(tiny_tokenizer):
-    """While one trajectory is scored, the answers for others arrive: none times out, and none is requested twice."""
-    threads = []
+def computes(seconds):
+    """Take this long without releasing the interpreter, as a similarity in plain Python does."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
-    def similarity(chunk, rollout):
-        threads.append(threading.current_thread().name)
-        time.sleep(0.25)  # 1.5 s for a trajectory
+
+class Slow:
+    """A tokenizer that takes a while to encode, and a similarity of 0.5 that takes a while."""
+
+    def __init__(self, tokenizer, waits, encoding, similarity):
+        self.tokenizer, self.waits, self.seconds = tokenizer, waits, (encoding, similarity)
+        self.decode = tokenizer.decode
+        self.threads = []
+
+    def __call__(self, texts, **kwargs):
+        self.threads.append(threading.current_thread().name)
+        self.waits(self.seconds[0])
+        return self.tokenizer(texts, **kwargs)
+
+    def similarity(self, chunk, rollout):
+        self.threads.append(threading.current_thread().name)
+        self.waits(self.seconds[1])
         return 0.5
 
-    teacher = Timed(delay=lambda prefix: 0.02 * len(prefix.prompt), timeout=1.0, max_attempts=3)
-    judge = Auditor(teacher, tiny_tokenizer, AuditSettings(**SETTINGS), get_similarity(similarity))
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize(
+    ("waits", "encoding", "similarity"),
+    [(time.sleep, 0, 0.15), (computes, 0, 0.15), (time.sleep, 0.9, 0)],  # 0.9 s for a trajectory
+    ids=["similarity", "similarity in Python", "tokenizer"],
+)
+def test_slow_scores_do_not_delay_requests(tiny_tokenizer, waits, encoding, similarity):
+    """While one trajectory is scored, the answers for others arrive: none times out, and none is requested twice."""
+    slow = Slow(tiny_tokenizer, waits, encoding, similarity)
+    teacher = Timed(delay=lambda prefix: 0.01 * len(prefix.prompt), timeout=0.6, max_attempts=3)
+    judge = Auditor(teacher, slow, AuditSettings(**SETTINGS), get_similarity(slow.similarity))
     paths = [trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}) for _ in range(2)]
     # The second one is answered after the first one has begun to be scored.
     paths = [(replace(path, prompt="What?" * (1 + 3 * i)), scores) for i, (path, scores) in enumerate(paths)]
@@ -133,7 +158,7 @@ def test_a_slow_similarity_does_not_delay_requests(tiny_tokenizer):
     loop.close()
     assert len(teacher.seen) == 2 * 2
     assert [[chunk.similarities for chunk in audit.chunks] for audit in audits] == [[(0.5, 0.5, 0.5)] * 2] * 2
-    assert {name.rpartition("_")[0] for name in threads} == {"omniopd-scoring"}
+    assert {name.rpartition("_")[0] for name in slow.threads} == {"omniopd-scoring"}
     assert [len(set(audit.failures)) for audit in audits] == [0, 0]
 
 

@@ -248,11 +248,13 @@ def test_a_first_step_without_weights_may_have_no_gradient(tmp_path, tiny_model_
 
 
 @pytest.mark.case("R8")
-def test_several_active_adapters_are_refused(tmp_path, tiny_model_dir, tiny_tokenizer):
+@pytest.mark.parametrize("names", [["default", "second"], ["second", "default"], ["second", "third"]], ids=" ".join)
+def test_several_active_adapters_are_refused(tmp_path, tiny_model_dir, tiny_tokenizer, names):
     model = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA))
     model.add_adapter("second", LoraConfig(**LORA))
-    model.base_model.set_adapter(["default", "second"])
-    refuse(tmp_path, model, "2 active adapters \\('default', 'second'\\).*set_adapter", tiny_tokenizer)
+    model.add_adapter("third", LoraConfig(**LORA))
+    model.base_model.set_adapter(names)
+    refuse(tmp_path, model, f"2 active adapters \\('{names[0]}', '{names[1]}'\\).*set_adapter", tiny_tokenizer)
     refuse(tmp_path, model, "2 active adapters", tiny_tokenizer, beta=0.0)
     model.set_adapter("second")
     make_trainer(tmp_path, model, processing_class=tiny_tokenizer)
@@ -357,10 +359,11 @@ def test_a_loss_of_the_routers_is_refused(tmp_path, tiny_tokenizer, kind):
 
 
 @pytest.mark.case("R19")
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_an_anchor_that_is_off_is_said_once(tmp_path, tiny_model_dir, beta, caplog):
+@pytest.mark.parametrize("adapter", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+@pytest.mark.parametrize("beta", [0.0, 0, 1e-8, 0.1])
+def test_an_anchor_that_is_off_is_said_once(tmp_path, tiny_model_dir, beta, adapter, caplog):
     logging.enable_propagation()
-    make_trainer(tmp_path, tiny_model_dir, beta=beta)
+    make_trainer(tmp_path, tiny_model_dir, beta=beta, peft_config=adapter)
     assert caplog.text.count("beta=0 turns off the KL anchor") == (beta == 0)
 
 
