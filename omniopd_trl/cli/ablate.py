@@ -108,10 +108,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "ablate",
         help="train a grid of settings and seeds, and compare them in one table",
         description="Train every row of a plan with every seed, several runs at a time, and write a table "
-        "(NAME_OF_THE_PLAN.md), a figure and all numbers (NAME_OF_THE_PLAN.json). The other rows are compared with the "
-        "first by a paired test over problems. Started again, it continues: finished runs are kept, and interrupted "
-        "ones are resumed from their journal and their last checkpoint, so nothing is paid twice. Plans with one "
-        "--output_dir share the runs of rows with the same name and the same options.",
+        "(NAME_OF_THE_PLAN.md), a figure and all numbers (NAME_OF_THE_PLAN.json). The other rows are compared with "
+        "the first by a paired test over problems. Started again, it continues: finished runs are kept, and "
+        "interrupted ones are resumed from their journal and their last checkpoint, so nothing is paid twice. Plans "
+        "with one --output_dir share the runs of rows with the same name and the same options.",
         allow_abbrev=False,
     )
     parser.add_argument("plan", metavar="PLAN", help="a YAML file; recipes/plans has examples")
