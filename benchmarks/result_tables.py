@@ -52,6 +52,37 @@ def _value(row: dict[str, Any], name: str, digits: int) -> str:
     return f"{row[name]:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
+# Dollars per million tokens read and written, in November 2026.
+PRICES = {"Claude Haiku 4.5": (1.0, 5.0), "GPT-6 Luna": (0.1, 0.5)}
+
+
+def ablation(results: dict[str, Any]) -> str:
+    """The rows of a plan, from `omniopd ablate`."""
+    titles = [
+        *("setting", "pass@1 after", "of each seed", "difference to the first row", "p"),
+        *("KL", "tokens", "copied", "teacher read + wrote", *(f"$, {name}" for name in PRICES)),
+    ]
+    return table(titles, [_ablation_row(row) for row in results["rows"]])
+
+
+def _ablation_row(row: dict[str, Any]) -> list[str]:
+    spread = f" ± {row['after_std']:.3f}" if row["after_std"] is not None else ""
+    test = row["difference"]
+    low, high = test["interval"] if test else (0.0, 0.0)
+    return [
+        row["name"],
+        f"{row['after']:.3f}{spread}",
+        ", ".join(f"{score:.3f}" for score in row["after_by_seed"]),
+        f"{test['value']:+.3f} [{low:+.3f}, {high:+.3f}]" if test else "",
+        f"{test['p_value']:.3f}" if test else "",
+        f"{row['kl']:.3f}",
+        f"{row['length']:.0f}",
+        f"{row['copied']:.2f}",
+        f"{row['read']:,.0f} + {row['written']:,.0f}",
+        *(f"{(row['read'] * read + row['written'] * wrote) / 1e6:.2f}" for read, wrote in PRICES.values()),
+    ]
+
+
 # Page, file of results, and the function that turns the file into Markdown.
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("estimator.md", "results/estimator/entropy.json", estimator),

@@ -108,9 +108,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "ablate",
         help="train a grid of settings and seeds, and compare them in one table",
         description="Train every row of a plan with every seed, several runs at a time, and write a table "
-        "(results.md), a figure and all numbers (results.json). The other rows are compared with the first by a "
-        "paired test over problems. Started again, it continues: finished runs are kept, and interrupted ones are "
-        "resumed from their journal and their last checkpoint, so nothing is paid twice.",
+        "(NAME_OF_THE_PLAN.md), a figure and all numbers (NAME_OF_THE_PLAN.json). The other rows are compared with "
+        "the first by a paired test over problems. Started again, it continues: finished runs are kept, and "
+        "interrupted ones are resumed from their journal and their last checkpoint, so nothing is paid twice. Plans "
+        "with one --output_dir share the runs of rows with the same name and the same options.",
         allow_abbrev=False,
     )
     parser.add_argument("plan", metavar="PLAN", help="a YAML file; recipes/plans has examples")
@@ -147,10 +148,11 @@ def ablate(options: argparse.Namespace) -> None:
     if results:
         table = summarize(plan, results)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        (folder / "results.md").write_text(markdown(table) + "\n", encoding="utf-8")
-        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {folder / 'results.json'} and {folder / 'results.md'}.\n")
-        _draw(table, folder)
+        files = [folder / f"{Path(options.plan).stem}{suffix}" for suffix in (".json", ".md")]
+        for path, text in zip(files, (json.dumps(table, indent=1), markdown(table)), strict=True):
+            path.write_text(text + "\n", encoding="utf-8")
+        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {' and '.join(map(str, files))}.\n")
+        _draw(table, files[0].with_suffix(""))
     if failed:
         names = ", ".join(str(job.folder) for job in failed)
         raise DataError(f"{len(failed)} of {len(jobs)} runs failed: {names}. Read {LOG} in each, and start again.")
@@ -372,7 +374,7 @@ def summarize(plan: Plan, results: Mapping[int, Mapping[int, Result]]) -> dict[s
         interval and p-value of a paired test over problems; scores of a problem are averaged over the seeds that both
         rows have. It does not contain the spread of the seeds, which is `after_std`.
     """
-    import omniopd_trl
+    from omniopd_trl.evals.evaluate import package_versions
 
     rows = []
     for number in sorted(results):
@@ -387,7 +389,7 @@ def summarize(plan: Plan, results: Mapping[int, Mapping[int, Result]]) -> dict[s
         row["after_std"] = statistics.stdev(after) if len(after) > 1 else None
         row["difference"] = None if number == 0 or 0 not in results else _difference(runs, results[0])
         rows.append(row)
-    return {"version": omniopd_trl.__version__, "recipe": dict(plan.recipe), "rows": rows}
+    return {"versions": package_versions(), "recipe": dict(plan.recipe), "rows": rows}
 
 
 def _difference(runs: Mapping[int, Result], first: Mapping[int, Result]) -> dict[str, Any] | None:
@@ -439,15 +441,15 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _draw(table: Mapping[str, Any], folder: Path) -> None:
-    """Write the figure, if matplotlib is installed."""
+def _draw(table: Mapping[str, Any], path: Path) -> None:
+    """Write the figure to files with this path and their own suffixes, if matplotlib is installed."""
     from omniopd_trl.report.figures import bars
 
     rows = table["rows"]
     lines = [(row["name"], row["after"], row["after_std"] or 0.0, row["after_by_seed"]) for row in rows]
     before = [row["before"] for row in rows if row["before"] is not None]
     try:
-        paths = bars(lines, "pass@1", folder / "results", baseline=statistics.fmean(before) if before else None)
+        paths = bars(lines, "pass@1", path, baseline=statistics.fmean(before) if before else None)
     except OmniOPDError as error:
         sys.stdout.write(f"No figure: {error}\n")
     else:

@@ -177,7 +177,7 @@ def evaluate(
     if teacher.budget is not None:
         used, usd = teacher.budget.used, teacher.budget.usd_spent if teacher.budget.price is not None else None
         cost = {"prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens, "usd": usd}
-    result = EvalResult(problems, described, _versions(), reads_answers, cost)
+    result = EvalResult(problems, described, package_versions(), reads_answers, cost)
     if folder is not None:
         result.save(folder)
     return result
@@ -374,7 +374,8 @@ def _compare_settings(folder: Path, now: dict[str, Any]) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on, those that are installed."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -153,10 +153,10 @@ def test_a_grid_is_trained_and_continued(tmp_path, tiny_model_dir, monkeypatch, 
     assert "first/seed-0: started" not in shown
     assert "broken/seed-0: done" in shown
     assert (tmp_path / "runs/plan/first/seed-0/finished.json").stat().st_mtime_ns == kept
-    table = json.loads((tmp_path / "runs/plan/results.json").read_text())
+    table = json.loads((tmp_path / "runs/plan/plan.json").read_text())
     first, _, same = table["rows"]
     # The same model by another path: the same numbers.
     assert same["after"] == first["after"]
     assert same["difference"]["value"] == 0
     assert same["written"] == first["written"] > 0
-    assert (tmp_path / "runs/plan/results.svg").read_text().count("broken") == 1
+    assert (tmp_path / "runs/plan/plan.svg").read_text().count("broken") == 1
