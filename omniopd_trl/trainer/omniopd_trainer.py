@@ -353,7 +353,7 @@ class OmniOPDTrainer(Records, PushesToHub, Evaluates):
         self._audit_table.discard("train")
         self.step_audits.start()
         self._last_loaded_step = -1  # see `evaluation_loop`
-        self._whole_checkpoint: Path | None = Path(checkpoint).resolve() if checkpoint else None
+        self._whole_checkpoint = Path(checkpoint).resolve() if checkpoint else None
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
