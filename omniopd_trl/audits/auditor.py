@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Tally, Usage
@@ -190,7 +190,7 @@ class Auditor:
         if settings.signal == "rollouts":
             replies = await replies_of(self.teacher, [Prefix(prompt, prefix) for prefix, _ in texts], request)
             return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
-        judged = await ask_marks(self.teacher, prompt, *self._passages(trajectory, chunks), request)
+        judged = await ask_marks(self.teacher, prompt, *self._passages(trajectory, chunks, texts), request)
         replies = [TeacherReply()] * len(chunks)
         asked = [index for index, marks in enumerate(judged.marks) if self._needs_rollouts(marks)]
         if asked:
@@ -204,18 +204,19 @@ class Auditor:
         settings = self.settings
         return settings.signal == "cascade" and is_middling(marks, settings.cascade_low, settings.cascade_high)
 
-    def _passages(self, trajectory: Trajectory, chunks: Sequence[Chunk]) -> tuple[list[Passage], str]:
+    def _passages(
+        self, trajectory: Trajectory, chunks: Sequence[Chunk], texts: Sequence[tuple[str, str]]
+    ) -> tuple[list[Passage], str]:
         """The chunks of a trajectory as a judge reads them, and the text after the last one."""
-        ids = trajectory.completion_ids
-        ends = [0, *(end for chunk in chunks for end in (chunk.start, chunk.end)), len(ids)]
-        spans = [Chunk(start, end, start) for start, end in pairwise(ends)]
-        *texts, rest = [text for _, text in self.alignment.split_texts(ids, spans, trajectory.prompt_ids)]
-        forks = {fork.chunk: fork for fork in trajectory.forks or ()}
+        ids, forks = trajectory.completion_ids, {fork.chunk: fork for fork in trajectory.forks or ()}
+        starts, ends = [0, *(chunk.end for chunk in chunks)], [*(chunk.start for chunk in chunks), len(ids)]
+        gaps = [Chunk(start, end, start) for start, end in zip(starts, ends, strict=True)]
+        *between, (_, rest) = self.alignment.split_texts(ids, gaps, trajectory.prompt_ids)
         passages = []
-        for chunk, before, text in zip(chunks, texts[::2], texts[1::2], strict=True):
-            branches = forks[chunk].branches if chunk in forks else ()
+        for chunk, (_, before), (_, text) in zip(chunks, between, texts, strict=True):
+            units = _compared(trajectory, chunk, text, forks.get(chunk))
+            candidates = {text_of_candidate(unit.text): unit.text for unit in units}
             # Sorted, so the order does not tell which one the student's text continues.
-            candidates = {text_of_candidate(branch.text): branch.text for branch in branches} or {text: text}
             passages.append(Passage(before, text, tuple(candidates[key] for key in sorted(candidates))))
         return passages, rest
 

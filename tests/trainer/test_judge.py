@@ -77,7 +77,18 @@ def test_gradient_equals_dense_reference(tmp_path, tiny_model_dir, tiny_tokenize
     trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Judge(), **settings)
     logged = check(trainer, tiny_model_dir, tiny_tokenizer, mark_of=marks)
     teacher = trainer.teacher
-    assert len(teacher.questions) == 6, "one request for each trajectory that has chunks"
+    [batch] = trainer.batches
+    completions = [
+        tiny_tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).rstrip("\ufffd")
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        if mask.sum() >= trainer.args.min_chunk_length
+    ]
+    read = [
+        re.search("<solution>(.*)</solution>", question.prompt[1]["content"], re.DOTALL)[1]
+        for question in teacher.questions
+    ]
+    assert sorted(re.sub("</?passage[^<>]*>", "", text) for text in read) == sorted(completions)
+    assert len(completions) == 6, "one request for each trajectory that has chunks"
     if settings["signal"] == "judge":
         assert not teacher.prefixes
         assert logged["judge/frac_rollouts"] == 0
