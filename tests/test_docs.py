@@ -138,13 +138,13 @@ def test_examples_fit_a_gpu(page):
 @pytest.mark.case("U2")
 def test_which_way_a_posterior_moves():
     """The bounds of a posterior that the pages explain a run with are those of the function."""
+    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert "near `audit/prior` and near 1, the similarity is high whatever the teacher writes" in metrics
     none, every = posterior_mean(torch.tensor([0.0, 10.0]), 10, 0.95).tolist()
     page = " ".join((ROOT / "docs/no_improvement.md").read_text(encoding="utf-8").split())
     assert f"a prior of 0.95 it is {none:.2f}" in page
     assert f"Here it is {every:.3f}" in page
     assert none < 0.95 < every
-    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    assert "near `audit/prior` and near 1, the similarity is high whatever the teacher writes" in metrics
 
 
 def test_pages_train():

@@ -277,6 +277,23 @@ def test_content_in_parts(content, sample):
     assert openai.read_answer(body, ASKED).samples == (sample,)
 
 
+@pytest.mark.case("T10", "T19")
+@pytest.mark.usefixtures("services")
+def test_content_over_the_wire():
+    """Through the SDK: parts are joined, and a megabyte is cut."""
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": " 7"}]
+    contents = [parts, " 7 apples" * 100_000]
+
+    def answer(number, _):
+        message = {"role": "assistant", "content": contents[number]}
+        return Fault(200, {**CHAT, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]})
+
+    with Loopback(SERVICES[1].answer, answer) as server:
+        teacher = teacher_of(SERVICES[1], server)
+        texts = [ask(teacher, PREFIX)[0].rollouts[0].text for _ in contents]
+    assert texts == [" 7", contents[1][: 70 * 64]]
+
+
 @pytest.mark.case("T14")
 @pytest.mark.usefixtures("services")
 @pytest.mark.parametrize("reason", ["error", "insufficient_system_resource", "abort", "ABORT", "cancelled"])

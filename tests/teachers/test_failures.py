@@ -226,6 +226,7 @@ WIRE = [
     ("T8", GEMINI, Fault(413, "<html>Too Large</html>", {"content-type": "text/html"}), "<html>Too Large"),
     ("T6", GEMINI, Fault(400, {"error": "not the form of this service"}), "not the form of this service"),
     ("T1", ANTHROPIC, Fault(400, {"detail": "of no known meaning"}), "of no known meaning"),
+    ("A7", OPENAI, Fault(429, of("Request too large for m (TPM): Limit 1000, Requested 2000")), "Requested 2000"),
 ]
 
 
@@ -245,6 +246,24 @@ def test_one_prompt_is_dropped(service, fault, words):
     assert replies[1].outcomes["failed_requests"] == 1
     assert len(server.requests) == probed + 3
     assert teacher.budget.forfeited_tokens == 0
+
+
+@pytest.mark.case("A7")
+@pytest.mark.usefixtures("services")
+@pytest.mark.parametrize(
+    "error",
+    [
+        of("Your account is not active.", "billing_not_active"),
+        of("You exceeded your current quota", "exceeded_current_quota_error"),
+        of("Rate limit exceeded: free-models-per-day", 429),
+    ],
+)
+def test_a_spent_quota_is_not_waited_for(error):
+    """The first answer ends the run."""
+    with Loopback(OPENAI.answer, lambda *_: Fault(429, error)) as server:
+        with pytest.raises(TeacherError, match="no quota or credit left"):
+            ask(teacher_of(OPENAI, server), PREFIX)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.usefixtures("services")

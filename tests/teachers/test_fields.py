@@ -282,6 +282,22 @@ def test_neither_limit():
     assert len(server.requests) <= 3
 
 
+@pytest.mark.case("F3")
+@pytest.mark.parametrize(("status", "slots"), [(400, 1), (500, 1), (500, 4)])
+def test_one_sample_is_learned_from_a_refusal(status, slots):
+    """Of the first request; all of its samples arrive, each by a request of its own."""
+
+    def fault(_, body):
+        message = f"n_cmpl cannot be greater than the number of slots ({slots})"
+        return Fault(status, wire.openai_error(status, message)) if body.get("n", 1) > slots else None
+
+    with Loopback(wire.openai, fault) as server:
+        teacher = remote_teacher("vllm:own", base_url=server.url + "/v1", continuation="raw")
+        (reply,) = ask(teacher, PREFIX, num_samples=10)
+    assert len(reply.rollouts) == 10
+    assert [body.get("n", 1) for body in server.bodies] == [10] + [1] * 10
+
+
 @pytest.mark.case("F3", "F4")
 @pytest.mark.parametrize(
     ("status", "message", "slots"),
