@@ -28,6 +28,7 @@ BEGIN = "<!-- Written by `make docs` from scripts/recipes.py; do not edit below 
 END = "<!-- Written by `make docs` from scripts/recipes.py; do not edit above this line. -->"
 
 PROMPT = 1024  # tokens of a sequence of 20K that are left to the prompt
+SOLUTION = 14_336  # `max_completion_length` for solutions of 20K teacher tokens
 # The paper's means in tokens (Section 9).
 MEAN_PROMPT, MEAN_TRAJECTORY = 200, 6340
 
@@ -487,8 +488,10 @@ def header(row: Row) -> str:
     lines += [f"# {first.name}: {estimate(row, first)}:", "#", f"#   {first.command(row.name)}", "#"]
     for tier in others:
         lines += [f"# {tier.name}: {estimate(row, tier)}:", "#", f"#   {tier.command(row.name)}", "#"]
-    # As many solutions as the 50 steps of Section 5.1 take.
-    prompts = " --num_prompts 800" if teacher.key is not None else ""
+    # Complete solutions take longer than rollouts, and `omniopd solutions` asks for 1.4 times as many tokens as a student
+    # may write: 20K (Section 5.1). With a closed teacher, for as many prompts as its 50 steps take.
+    solutions = f" --max_completion_length {SOLUTION} --teacher_timeout 1200 --teacher_max_seconds 3600"
+    solutions += " --num_prompts 800" if teacher.key is not None else ""
     lines += [
         "# Memory and time are calculated (docs/scaling.md), without the teacher's time; the first number of seconds is for",
         f"# trajectories of {MEAN_TRAJECTORY:,} tokens, the paper's mean, and the second if all have the maximum length.",
@@ -497,7 +500,7 @@ def header(row: Row) -> str:
         "# Other methods, on the first hardware:",
         "#",
         f"#   omniopd train --config recipes/{row.name}.yaml --method grpo --output_dir outputs/{row.name}_grpo",
-        f"#   omniopd solutions --config recipes/{row.name}.yaml --output_dir outputs/{row.name}_sft{prompts}",
+        f"#   omniopd solutions --config recipes/{row.name}.yaml --output_dir outputs/{row.name}_sft{solutions}",
         f"#   omniopd train --config recipes/{row.name}.yaml --method sft --output_dir outputs/{row.name}_sft",
         "#",
     ]
