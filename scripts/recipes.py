@@ -43,21 +43,22 @@ class Tier:
         name: in words.
         gpu: name in `omniopd cost --gpu`.
         options: options that differ from the first tier, which is the file itself.
-        accelerate_config: launch configuration; `None` for one process.
+        accelerate_config: launch configuration. One process is named as well: on a machine with several GPUs there would
+            be as many, and a step would have as many times the prompts.
         num_gpus: number of GPUs.
     """
 
     name: str
     gpu: str
     options: Options
-    accelerate_config: str | None = None
+    accelerate_config: str = "single_gpu"
     num_gpus: int = 1
 
     def command(self, name: str) -> str:
         """The command of `omniopd train` with a recipe."""
-        words = ["omniopd train"]
-        if self.accelerate_config is not None:
-            words.append(f"--accelerate_config {self.accelerate_config} --num_processes {self.num_gpus}")
+        words = [f"omniopd train --accelerate_config {self.accelerate_config}"]
+        if self.num_gpus > 1:
+            words.append(f"--num_processes {self.num_gpus}")
         words.append(f"--config recipes/{name}.yaml")
         return " ".join([*words, *(f"--{option} {_plain(value)}" for option, value in self.options.items())])
 
@@ -499,9 +500,9 @@ def header(row: Row) -> str:
         "#",
         "# Other methods, on the first hardware:",
         "#",
-        f"#   omniopd train --config recipes/{row.name}.yaml --method grpo --output_dir outputs/{row.name}_grpo",
+        f"#   {first.command(row.name)} --method grpo --output_dir outputs/{row.name}_grpo",
         f"#   omniopd solutions --config recipes/{row.name}.yaml --output_dir outputs/{row.name}_sft{solutions}",
-        f"#   omniopd train --config recipes/{row.name}.yaml --method sft --output_dir outputs/{row.name}_sft",
+        f"#   {first.command(row.name)} --method sft --output_dir outputs/{row.name}_sft",
         "#",
     ]
     opd = opd_tier(row)

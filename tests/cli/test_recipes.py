@@ -221,7 +221,8 @@ class TestGenerated:
             else:
                 assert args.output_dir.endswith(job.method)
             # As a file of another launch would: the baselines do not run under DeepSpeed.
-            assert job.method == "omniopd" or launch is None
+            assert launch == ("single_gpu" if processes == 1 else launch)
+            assert job.method == "omniopd" or processes == 1
 
 
 CODE_ROW = {
