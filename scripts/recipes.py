@@ -28,6 +28,7 @@ BEGIN = "<!-- Written by `make docs` from scripts/recipes.py; do not edit below 
 END = "<!-- Written by `make docs` from scripts/recipes.py; do not edit above this line. -->"
 
 PROMPT = 1024  # tokens of a sequence of 20K that are left to the prompt
+SOLUTION = 14_336  # `max_completion_length` for solutions of 20K teacher tokens
 # The paper's means in tokens (Section 9).
 MEAN_PROMPT, MEAN_TRAJECTORY = 200, 6340
 
@@ -42,21 +43,22 @@ class Tier:
         name: in words.
         gpu: name in `omniopd cost --gpu`.
         options: options that differ from the first tier, which is the file itself.
-        accelerate_config: launch configuration; `None` for one process.
+        accelerate_config: launch configuration. One process is named as well: on a machine with several GPUs there would
+            be as many, and a step would have as many times the prompts.
         num_gpus: number of GPUs.
     """
 
     name: str
     gpu: str
     options: Options
-    accelerate_config: str | None = None
+    accelerate_config: str = "single_gpu"
     num_gpus: int = 1
 
     def command(self, name: str) -> str:
         """The command of `omniopd train` with a recipe."""
-        words = ["omniopd train"]
-        if self.accelerate_config is not None:
-            words.append(f"--accelerate_config {self.accelerate_config} --num_processes {self.num_gpus}")
+        words = [f"omniopd train --accelerate_config {self.accelerate_config}"]
+        if self.num_gpus > 1:
+            words.append(f"--num_processes {self.num_gpus}")
         words.append(f"--config recipes/{name}.yaml")
         return " ".join([*words, *(f"--{option} {_plain(value)}" for option, value in self.options.items())])
 
@@ -487,8 +489,10 @@ def header(row: Row) -> str:
     lines += [f"# {first.name}: {estimate(row, first)}:", "#", f"#   {first.command(row.name)}", "#"]
     for tier in others:
         lines += [f"# {tier.name}: {estimate(row, tier)}:", "#", f"#   {tier.command(row.name)}", "#"]
-    # As many solutions as the 50 steps of Section 5.1 take.
-    prompts = " --num_prompts 800" if teacher.key is not None else ""
+    # Complete solutions take longer than rollouts, and `omniopd solutions` asks for 1.4 times as many tokens as a student
+    # may write: 20K (Section 5.1). With a closed teacher, for as many prompts as its 50 steps take.
+    solutions = f" --max_completion_length {SOLUTION} --teacher_timeout 1200 --teacher_max_seconds 3600"
+    solutions += " --num_prompts 800" if teacher.key is not None else ""
     lines += [
         "# Memory and time are calculated (docs/scaling.md), without the teacher's time; the first number of seconds is for",
         f"# trajectories of {MEAN_TRAJECTORY:,} tokens, the paper's mean, and the second if all have the maximum length.",
@@ -496,9 +500,9 @@ def header(row: Row) -> str:
         "#",
         "# Other methods, on the first hardware:",
         "#",
-        f"#   omniopd train --config recipes/{row.name}.yaml --method grpo --output_dir outputs/{row.name}_grpo",
-        f"#   omniopd solutions --config recipes/{row.name}.yaml --output_dir outputs/{row.name}_sft{prompts}",
-        f"#   omniopd train --config recipes/{row.name}.yaml --method sft --output_dir outputs/{row.name}_sft",
+        f"#   {first.command(row.name)} --method grpo --output_dir outputs/{row.name}_grpo",
+        f"#   omniopd solutions --config recipes/{row.name}.yaml --output_dir outputs/{row.name}_sft{solutions}",
+        f"#   {first.command(row.name)} --method sft --output_dir outputs/{row.name}_sft",
         "#",
     ]
     opd = opd_tier(row)

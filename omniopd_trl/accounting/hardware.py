@@ -6,6 +6,7 @@ This module is arithmetic. It needs neither a GPU nor torch. Sizes are in bytes,
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -161,11 +162,8 @@ _QWEN3_30B_A3B = Shape("Qwen3-30B-A3B", 2048, 48, 768, 32, False, kv_heads=4, ex
 
 def known_shape(name: str) -> Shape | None:
     """The sizes of a Qwen3 model by its id on the Hub, such as `"Qwen/Qwen3-4B"`; `None` for any other name."""
-    plain = name.removeprefix("Qwen/").removesuffix("-Instruct-2507").removesuffix("-Thinking-2507")
-    plain = plain.removesuffix("-Base")
-    return next(
-        (shape for shape in (*QWEN3, _QWEN3_30B_A3B) if name.startswith("Qwen/") and shape.name == plain), None
-    )
+    plain = re.fullmatch(r"Qwen/(Qwen3-\w+(\.\w+)?(-A3B)?)(-Base|-Instruct-2507|-Thinking-2507)?", name)
+    return next((shape for shape in (*QWEN3, _QWEN3_30B_A3B) if plain and shape.name == plain[1]), None)
 
 
 @dataclass(frozen=True)
@@ -476,7 +474,11 @@ LAUNCHES: tuple[Launch, ...] = get_args(Launch)
 _BY_NAME = {back_end.name: back_end for back_end in BACK_ENDS}
 # Bytes per parameter of the frozen weights with LoRA: on every GPU, and shared by the GPUs.
 _FROZEN: Mapping[Launch, tuple[float, float]] = {
-    **{"single_gpu": (4, 0), "multi_gpu": (4, 0), "zero2": (2, 0), "zero3": (0, 2), "fsdp2": (0, 4)}
+    "single_gpu": (4, 0),
+    "multi_gpu": (4, 0),
+    "zero2": (2, 0),
+    "zero3": (0, 2),
+    "fsdp2": (0, 4),
 }
 _ADAPTER_BYTES = 4 + 4 + 8  # an adapter's weights, gradients and moments are in float32
 
@@ -721,7 +723,8 @@ class Job:
         if not self.ref_model_offload and not self.lora_parameters and self.reference_itemsize != 0:
             yield "--ref_model_offload true", {"ref_model_offload": True}
         if is_ddp and self.num_gpus > 1 and not self.lora_parameters:
-            yield "--accelerate_config zero3", {"launch": "zero3", "optimizer_8bit": False, "half": False}
+            optim = " --optim adamw_torch_fused" if self.optimizer_8bit else ""
+            yield f"--accelerate_config zero3{optim}", {"launch": "zero3", "optimizer_8bit": False, "half": False}
         if not self.lora_parameters:
             yield "--use_peft true", {"lora_parameters": self.student.lora_parameters(16, None)}
         if self.vllm == "colocate":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from omniopd_trl.accounting.forecast import Forecast, Load
     from omniopd_trl.accounting.pricing import Price
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+    from omniopd_trl.trainer.plan import Requests
 
 # A stream has no length; this many of its first prompts are measured.
 _STREAMED_PROMPTS = 1000
@@ -121,79 +122,77 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         solution_length=options.solution_length,
         **share,
     )
-    asks = method in ("omniopd", "sft")
-    rows = [("method", method), ("teacher", teacher)]
-    if not asks:
-        rows[1] = ("teacher", f"{teacher} in the same process" if method == "opd" else "none")
-    if method == "omniopd":
-        samples = f"{requests.samples} of N = {args.num_rollouts}"
-        chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
-        if options.chunks_per_trajectory is not None:
-            chunks += f", {options.chunks_per_trajectory:g} on average, as given"
-        if options.rollout_tokens is not None:
-            chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
-        rows = [
-            *rows[1:],
-            ("samples per request", samples if args.signal != "judge" else "1, with all marks of a trajectory"),
-            ("price", _describe_price(price, args)),
-            ("chunks", chunks),
-        ]
-    elif method == "sft":
-        rows.append(("price", _describe_price(price, args)))
-    solution = options.solution_length or trajectory_length
-    length = ("trajectory length", f"{trajectory_length:,.0f} tokens, {source}")
+    length, name = trajectory_length, "trajectory length"
     if method == "sft":
-        given = "as given" if options.solution_length is not None else source
-        length = ("solution length", f"{solution:,.0f} tokens, {given}")
-    rows += [
-        ("prompts", _describe_prompts(prompts, options.prompt_length)),
-        length,
-        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
-    ]
-    tables = {
-        "omniopd": {
+        length, name = options.solution_length or trajectory_length, "solution length"
+        source = source if options.solution_length is None else "as given"
+    if method == "omniopd":
+        head = _describe_audits(args, options, requests)
+        table = {
             "trajectory": result.trajectory,
             "step": result.step,
             "run": result.run,
             "SFT, one solution per prompt": result.sft_run,
-        },
-        "sft": {"omniopd solutions, one per prompt": result.sft_run},
-    }
-    lines = [*_table(tables[method]), ""] if asks else []
-    if method == "sft":
-        notes = [
-            "Tokens are counted with the student's tokenizer. Training asks no teacher: `omniopd solutions` does."
-        ]
-        notes += _budget_notes(args, result.sft_run)
-    elif method == "omniopd":
+        }
         notes = _notes(script_args, args, result, options)
         if args.signal == "cascade" and not share:
             notes.append(
                 "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
                 "pass the logged judge/frac_rollouts with --rollout_share."
             )
-    else:
+        if (requests.overhead or requests.judge_overhead) and tokenizer is None:
+            notes.append(
+                f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
+                f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
+            )
+    elif method == "sft":
+        head = []
+        table = {"omniopd solutions, one per prompt": result.sft_run}
         notes = [
-            f"method={method!r} sends no request to a service."
-            + ("" if options.gpu else " --gpu adds memory and time.")
+            "Tokens are counted with the student's tokenizer. `omniopd solutions` sends the requests, training none."
         ]
-    if method == "omniopd" and (requests.overhead or requests.judge_overhead) and tokenizer is None:
-        notes.append(
-            f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
-            f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
-        )
-    if asks and capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
+        notes += _budget_notes(args, result.sft_run)
+    else:
+        head, table = [], {}
+        more = "" if options.gpu else " --gpu adds memory and time."
+        notes = [f"method={method!r} sends no request to a service.{more}"]
+        teacher = f"{teacher}, in the same process" if method == "opd" else "none"
+    if table and capabilities is not None and capabilities.reasoning_headroom and options.rollout_tokens is None:
         notes.append(
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
         )
+    rows = [
+        ("method", method),
+        ("teacher", teacher),
+        *([("price", _describe_price(price, args))] if table else []),
+        *head,
+        ("prompts", _describe_prompts(prompts, options.prompt_length)),
+        (name, f"{length:,.0f} tokens, {source}"),
+        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
+    ]
     if options.gpu is not None:
         job = hardware.job_of(options, script_args, args, model_args, max(prompts.lengths))
-        mean = sum(prompts.lengths) / len(prompts.lengths) + (solution if method == "sft" else trajectory_length)
+        with_prompt = length + sum(prompts.lengths) / len(prompts.lengths)
         on_service = result.step if method == "omniopd" and capabilities is not None else None
-        more, remarks = hardware.describe(job, args, model_args, mean, on_service)
-        rows, notes = [*rows, *more], [*notes, *remarks]
-    sys.stdout.write("\n".join([aligned(rows), "", *lines, *notes]) + "\n")
+        more_rows, more_notes = hardware.describe(job, args, model_args, with_prompt, on_service)
+        rows, notes = [*rows, *more_rows], [*notes, *more_notes]
+    lines = [aligned(rows), "", *([*_table(table), ""] if table else []), *notes]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _describe_audits(
+    args: "OmniOPDConfig", options: argparse.Namespace, requests: "Requests"
+) -> list[tuple[str, str]]:
+    chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
+    if options.chunks_per_trajectory is not None:
+        chunks += f", {options.chunks_per_trajectory:g} on average, as given"
+    if options.rollout_tokens is not None:
+        chunks += f"; {options.rollout_tokens:g} tokens per rollout, as given"
+    samples = f"{requests.samples} of N = {args.num_rollouts}"
+    if args.signal == "judge":
+        samples = "1, with all marks of a trajectory"
+    return [("samples per request", samples), ("chunks", chunks)]
 
 
 def _capabilities(provider: str, model: str) -> Any:

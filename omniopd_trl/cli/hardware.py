@@ -160,7 +160,8 @@ def describe(
     kind = "LoRA" if job.lora_parameters else "full fine-tuning"
     available, optim = job.available / GIB, getattr(args.optim, "value", args.optim)
     rows = [("hardware", f"{count}{job.gpu.name}, {available:.1f} GiB of it usable; {job.launch}, {kind}, {optim}")]
-    training = f"{job.states / GIB:.1f} weights, gradients, optimizer and reference, {job.work / GIB:.1f} activations"
+    held = "weights, gradients, optimizer and reference" + (" and teacher" if job.teacher is not None else "")
+    training = f"{job.states / GIB:.1f} {held}, {job.work / GIB:.1f} activations"
     if job.vllm == "colocate" and job.generates and not job.vllm_sleeps:
         training += f", {job.engine / GIB:.1f} vLLM"
     rows.append(("memory of training", f"{job.training_bytes / GIB:.1f} GiB per GPU: {training}"))

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the inputs before a model is loaded, and the parts of a trainer."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from itertools import islice
@@ -19,7 +20,7 @@ from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
-from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, first_line
+from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, find_extra, first_line
 from omniopd_trl.journal.reader import merge, spent_by_journal
 from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
@@ -57,6 +58,7 @@ def check_inputs(
     """
     warn_about_lost_processes(args.world_size)
     check_reporting(args)
+    check_optimizer(args)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_dataset(dataset, name)
         if dataset is train_dataset or args.audit_eval:
@@ -136,6 +138,16 @@ def check_reporting(args: OmniOPDConfig) -> None:
         raise ConfigError(
             f"report_to={args.report_to!r} cannot be used: {first_line(error)} Otherwise leave it out of `report_to`."
         ) from error
+
+
+def check_optimizer(args: OmniOPDConfig) -> None:
+    """Check the package of an optimizer of bitsandbytes, which is otherwise missed when training begins.
+
+    Raises:
+        MissingExtraError: when it is not installed.
+    """
+    if re.match(r"paged_|\w*bnb|(adamw|lion|ademamix)_(8|32)bit|ademamix", args.optim):
+        find_extra("bitsandbytes", "bitsandbytes")
 
 
 def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:

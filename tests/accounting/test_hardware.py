@@ -49,7 +49,7 @@ class TestShape:
     def test_of_configuration(self, shape):
         """The known sizes are those of a configuration, and count the parameters of the model."""
         config = config_of(shape)
-        assert Shape.of(shape.name, config) == shape
+        assert Shape.of(shape.name, config) == known_shape(f"Qwen/{shape.name}") == shape
         assert on_meta(replace_layers(config, 2)).num_parameters() == replace(shape, layers=2).parameters
 
     def test_of_experts(self):
@@ -239,8 +239,9 @@ class TestRemedies:
             Job(MIDDLE, GPUS["a100-40"], micro_batches=16, **SLEEPS),
             Job(SMALL, GPUS["l4"], rows=2, micro_batches=8, **SLEEPS, vllm_utilization=0.5),
             Job(QWEN3[2], H100, 8, "multi_gpu", micro_batches=2, **SLEEPS),
+            Job(QWEN3[2], H100, 8, "multi_gpu", micro_batches=2, optimizer_8bit=True, **SLEEPS),
         ],
-        ids=["4B", "4B beside vLLM", "4B in 40 GB", "1.7B in 24 GB", "8B on eight"],
+        ids=["4B", "4B beside vLLM", "4B in 40 GB", "1.7B in 24 GB", "8B on eight", "8B on eight, 8 bits"],
     )
     def test_fits_and_nothing_is_superfluous(self, job):
         """The job with the options fits, and without any one of them it does not."""
@@ -251,6 +252,12 @@ class TestRemedies:
         for left_out in options:
             fewer = {k: v for name in options if name != left_out for k, v in changes[name].items()}
             assert not replace(job, **fewer).fits
+
+    def test_shards(self):
+        """DDP's optimizer in 8 bits is not combined with ZeRO-3."""
+        options, other = Job(QWEN3[2], H100, 8, "multi_gpu", micro_batches=2, optimizer_8bit=True, **SLEEPS).remedies()
+        assert options == ["--accelerate_config zero3 --optim adamw_torch_fused"]
+        assert (other.launch, other.optimizer_8bit) == ("zero3", False)
 
     def test_none(self):
         """A student that fits in no way."""

@@ -351,14 +351,14 @@ class TestMethods:
         assert "cached" not in printed
         assert "of them compared" not in printed
         assert re.search(r"^teacher_budget_usd=1 is enough", printed, re.MULTILINE)
-        assert "`omniopd solutions` does" in printed
+        assert "`omniopd solutions` sends the requests" in printed
 
     @pytest.mark.parametrize(
         ("method", "teacher", "shown"),
         [
             ("grpo", None, "none"),
             ("grpo", "anthropic:claude-haiku-4-5", "none"),
-            ("opd", "some/model", "some/model in"),
+            ("opd", "some/model", "some/model, in the same process"),
         ],
     )
     def test_no_service(self, recipe, capsys, method, teacher, shown):

@@ -221,7 +221,8 @@ class TestGenerated:
             else:
                 assert args.output_dir.endswith(job.method)
             # As a file of another launch would: the baselines do not run under DeepSpeed.
-            assert job.method == "omniopd" or launch is None
+            assert launch == ("single_gpu" if processes == 1 else launch)
+            assert job.method == "omniopd" or processes == 1
 
 
 CODE_ROW = {
@@ -406,6 +407,10 @@ class TestTeachers:
         assert {"--enable-prefix-caching", "--enable-prompt-tokens-details"} <= set(words)
         longest = settings["max_completion_length"] + 1024 + 1.4 * settings["chunk_length"]
         assert longest < int(options["--max-model-len"])
+        (line,) = [line for line in text_of(name).splitlines() if "omniopd solutions" in line]
+        words = line.split()
+        solution = 1.4 * int(words[words.index("--max_completion_length") + 1])
+        assert 20_000 < solution < int(options["--max-model-len"]) - 1024
 
     @pytest.mark.parametrize("name", RECIPES)
     def test_no_key(self, name):

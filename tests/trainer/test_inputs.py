@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is refused, in one line, when a trainer is made: before a model is loaded, or the teacher is asked."""
 
+import sys
 from copy import deepcopy
 from logging import getLogger
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
-from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+from omniopd_trl.errors import ConfigError, DataError, MissingExtraError, OmniOPDError
 from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, ScriptedTeacher
 from tests.conftest import CHATML
 from tests.support.other_tokenizers import appending, channels
@@ -150,6 +151,13 @@ class TestStudents:
         for package in ("wandb", "comet"):
             monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{package}_available", lambda: False)
         refused(ConfigError, rf"report_to=\['{name}'\] cannot be used: ", tmp_path, tiny_model_dir, report_to=name)
+
+    @pytest.mark.usefixtures("not_loaded")
+    @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_32bit", "ademamix"])
+    def test_optimizer(self, tmp_path, tiny_model_dir, monkeypatch, optim):
+        """An optimizer whose package is missing is refused before the student is loaded."""
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        refused(MissingExtraError, r"pip install -e '\.\[bitsandbytes\]'", tmp_path, tiny_model_dir, optim=optim)
 
     @pytest.mark.case("U9")
     def test_bars_name_the_model(self, tmp_path, tiny_model_dir, tiny_teacher_dir):
