@@ -7,7 +7,8 @@
 - right: loss, gradients, log-probabilities, entropies, KL and a local teacher against dense float64 references
   (`tests/gpu`).
 - learns: the demo recipe, on the card.
-- fast: a step compared with TRL's, its memory, and the local teacher's prefill, at the shapes of Qwen3-1.7B and 4B.
+- fast: a step compared with TRL's, its memory, the local teacher's prefill, and a step with branches, at the shapes of
+  Qwen3-1.7B and 4B.
 - profile: the operators with the largest share of a step's time.
 - scales: ZeRO-3 and FSDP2 with one process, compared with the plain run.
 
@@ -219,14 +220,17 @@ def fast(kit: Kit) -> None:
     if kit.dry_run:
         students: tuple[tuple[str, str, float], ...] = (("tiny", "64", 60),)
         memory, prefill = ["--hidden", "16", "--case", "64", "512"], ["--chunks", "1", "--tokens", "60"]
+        branches = ["--shape", "tiny", "--tokens", "64"]
     else:
         students = STEPS
         memory, prefill = ["--hidden", "2048", "--case", "4096", "151936"], ["--chunks", "10"]
+        branches = ["--shape", "qwen3-1.7b"]
     kit.run("fast", "memory", ["-m", "benchmarks.memory", *memory, *results], 60)
     for shape, tokens, seconds in students:
         command = ["-m", "benchmarks.step_time", "--shape", shape, "--tokens", tokens, "--steps", "2"]
         kit.run("fast", shape, [*command, "--generation", "replayed", *results], seconds)
     kit.run("fast", "local_prefill", ["-m", "benchmarks.local_prefill", "--rounds", "1", *prefill, *results], 100)
+    kit.run("fast", "branches", ["-m", "benchmarks.branches", "--steps", "1", *branches, *results], 80)
 
 
 def profile(kit: Kit) -> None:

@@ -54,6 +54,7 @@ def _findings(results: dict[str, Any]) -> str:
         "A step beside TRL's": _steps(results),
         "Memory of scoring and loss": _memory(results),
         "The local teacher's prefill": _prefill(results),
+        "A step with branches": _branches(results),
         "Operators of one step": _profile(results),
         "Back ends, one process": _tests(results, "scales"),
     }
@@ -160,6 +161,21 @@ def _prefill(results: dict[str, Any]) -> str:
     ]
     titles = ["teacher", "M", "one generation per prefix", "each prefix once for its rollouts", "local teacher"]
     return table([*titles, "time over the first"], rows) if rows else ""
+
+
+def _branches(results: dict[str, Any]) -> str:
+    rows = []
+    for _, e in measured(results, "fast"):
+        if "branches" in e:
+            pairs = (e["step"], e["seconds"]["generation"], e["seconds"]["student"])
+            ratios = [f"{e['time_ratio']:.2f}", f"{e['peak_ratio']:.2f}"]
+            rows.append(
+                [e["shape"], f"{e['tokens']:,}", f"{e['branches']}", f"{e['added']:,}"]
+                + [f"{own:.2f} / {other:.2f}" for own, other in pairs]
+                + ratios
+            )
+    titles = ["student", "T", "K", "tokens added", "step, s", "sampling, s", "loss, s", "time ratio", "memory ratio"]
+    return table(titles, rows) if rows else ""
 
 
 def _profile(results: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Prefilled:
 
     def __init__(self, model: Any):
         self.tokens = 0
-        self._begins = False
+        self._begins = self._has_trunks = False
         self._generate = model.generate
         model.generate = self._generating
         model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -53,14 +53,15 @@ class Prefilled:
         return self._generate(*args, **kwargs)
 
     def _count(self, module, args, kwargs):
-        input_ids = kwargs["input_ids"]
+        input_ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        in_tree = mask is not None and mask.dim() == 4
         # After the first pass of a generation, the input has one column, the new token of each row. The first pass
-        # also has one column if the cache holds all of a prefix except its last token.
-        if self._begins or input_ids.size(1) > 1:
-            mask = kwargs.get("attention_mask")
-            padding = 0 if mask is None else int((mask[:, -input_ids.size(1) :] == 0).sum())
+        # also has one column if the cache holds all of a prefix except its last token. In a tree, the first pass
+        # computes the trunks, and the second one what rows do not share with them.
+        if self._begins or (self._has_trunks if in_tree else input_ids.size(1) > 1):
+            padding = 0 if mask is None or in_tree else int((mask[:, -input_ids.size(1) :] == 0).sum())
             self.tokens += input_ids.numel() - padding
-        self._begins = False
+        self._begins, self._has_trunks = False, mask is None
 
     def take(self) -> int:
         tokens, self.tokens = self.tokens, 0
@@ -102,6 +103,8 @@ def main() -> None:
     words = tokenizer(shape.vocabulary)
     teacher = LocalTeacher(model_of(shape, device, dtype), words)
     teacher.eos_token_ids = []  # both ways generate the same number of tokens
+    once = SamplingRequest(num_samples=1, max_tokens=1, temperature=1.0, top_p=1.0)
+    teacher.sample_trajectories([[Prefix("warm-up")]], once)  # with the check of the model
     counter = Prefilled(teacher.model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, shape.vocabulary, (options.prompt + options.tokens,), generator=generator)

@@ -300,11 +300,13 @@ def make_trainers(
     return ours, theirs
 
 
-def take_steps_in_turn(ours: Ours, theirs: Theirs) -> tuple[Turns, Turns]:
+def take_steps_in_turn(
+    ours: Timed, theirs: Timed, names: tuple[str, str] = ("OmniOPD", "TRL"), kind: type[Turns] = Turns
+) -> tuple[Turns, Turns]:
     first, second, both = threading.Semaphore(1), threading.Semaphore(0), threading.Barrier(2)
     turns = (
-        Turns("OmniOPD", first, second, both, ours.clock),
-        Turns("TRL", second, first, both, theirs.clock),
+        kind(names[0], first, second, both, ours.clock),
+        kind(names[1], second, first, both, theirs.clock),
     )
 
     def train(trainer: Any, callback: Turns) -> None:

@@ -3,7 +3,8 @@
 """A causal language model of `transformers` as teacher, in this process.
 
 The prefixes of one trajectory are nested, so the longest one is run through the model once (the *trunk*), and its
-keys and values serve every chunk and every rollout of that trajectory.
+keys and values serve every chunk and every rollout of that trajectory. Where rollouts are short beside the trunk, they
+continue it in one row ([`PrefixTree`]). Otherwise the trunk's keys and values are copied for each rollout.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.models.loading import loading, why_not_loaded
-from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, prefill
+from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, generate_from_tree, prefill, why_no_tree
 from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
     Messages,
@@ -48,6 +50,10 @@ from omniopd_trl.teachers.base import (
 # Rows of a batch times their length, in tokens. It bounds the keys and values that exist at once: with 8 KV heads of
 # 128, 64 layers and bfloat16 (a 32B model) a token takes 256 KiB, so this is 4 GiB of cache.
 MAX_BATCH_TOKENS = 16_384
+
+# The rollouts of a trajectory are written in one row if they have at most this many times its trunk's tokens. Each new
+# token costs time for all columns of its row, also for those of other rollouts, which a mask hides.
+MOST_IN_A_TREE = 16
 
 
 @contextmanager
@@ -366,7 +372,7 @@ class LocalTeacher(InProcessTeacher):
         jobs = [self._job([self.encode(prefix) for prefix in prefixes], prefixes) for prefixes in trajectories]
         replies: dict[tuple[int, int], TeacherReply] = {}
         # Sorted by length, the longest first, which keeps padding small.
-        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].trunk), reverse=True)
+        order = sorted(range(len(jobs)), key=lambda i: (self._in_tree(jobs[i], request), -len(jobs[i].trunk)))
         for batch in self._batches(order, jobs, request):
             self._sample_batch(batch, jobs, request, replies)
         return [[replies[i, m] for m in range(len(job.token_ids))] for i, job in enumerate(jobs)]
@@ -377,17 +383,32 @@ class LocalTeacher(InProcessTeacher):
         shared = [min(common_prefix_length(ids, trunk), len(ids) - 1) for ids in token_ids]
         return _Job(token_ids, trunk, shared if self._reuses_cache else [0] * len(token_ids), prefixes)
 
+    @cached_property
+    def _continues_trees(self) -> bool:
+        return why_no_tree(self.model) is None
+
+    def _in_tree(self, job: _Job, request: SamplingRequest) -> bool:
+        """Whether all rollouts of a trajectory are written in one row."""
+        width, new = len(job.trunk), len(job.token_ids) * request.num_samples * request.max_tokens
+        fits = new <= MOST_IN_A_TREE * width and width + new <= self.max_batch_tokens
+        return fits and self._continues_trees
+
     def _batches(self, order: list[int], jobs: list[_Job], request: SamplingRequest) -> list[list[int]]:
-        """Groups of trajectories whose rows fit in `max_batch_tokens` together."""
+        """Groups of trajectories whose rows fit in `max_batch_tokens` together. They are written in the same way."""
         batches: list[list[int]] = []
-        rows, width = 0, 0
+        kinds: list[bool] = []
         for i in order:
-            new_rows = len(jobs[i].token_ids) * request.num_samples
-            if not batches or (rows + new_rows) * width > self.max_batch_tokens:
-                batches.append([])
-                rows, width = 0, len(jobs[i].trunk) + request.max_tokens  # the first is the longest
-            batches[-1].append(i)
-            rows += new_rows
+            in_tree = self._in_tree(jobs[i], request)
+            batch = [*batches[-1], i] if batches and kinds[-1] == in_tree else [i]
+            width = len(jobs[batch[0]].trunk)  # the first is the longest
+            rows = [len(jobs[j].token_ids) * request.num_samples for j in batch]
+            per_row = request.max_tokens
+            tokens = len(batch) * (width + max(rows) * per_row) if in_tree else sum(rows) * (width + per_row)
+            if len(batch) == 1 or tokens > self.max_batch_tokens:
+                batches.append([i])
+                kinds.append(in_tree)
+            else:
+                batches[-1].append(i)
         return batches
 
     def _sample_batch(
@@ -397,7 +418,9 @@ class LocalTeacher(InProcessTeacher):
         request: SamplingRequest,
         replies: dict[tuple[int, int], TeacherReply],
     ) -> None:
-        trunks = prefill(self.model, [jobs[i].trunk for i in batch]) if self._reuses_cache else None
+        in_tree = self._in_tree(jobs[batch[0]], request)
+        copied = self._reuses_cache and not in_tree
+        trunks = prefill(self.model, [jobs[i].trunk for i in batch]) if copied else None
         todo: list[tuple[int, int, int]] = []  # index into the batch, trajectory, prefix
         for k, i in enumerate(batch):
             for m, token_ids in enumerate(jobs[i].token_ids):
@@ -409,7 +432,7 @@ class LocalTeacher(InProcessTeacher):
         # A single trajectory may exceed `max_batch_tokens`. Its prefixes are split, and then the rollouts of a prefix.
         while todo:
             width = max(len(jobs[i].token_ids[m]) for _, i, m in todo) + request.max_tokens
-            room = max(1, self.max_batch_tokens // width)
+            room = len(todo) * request.num_samples if in_tree else max(1, self.max_batch_tokens // width)
             take = max(1, room // request.num_samples)
             part, todo = todo[:take], todo[take:]
             texts: list[list[Rollout]] = [[] for _ in part]
@@ -420,7 +443,8 @@ class LocalTeacher(InProcessTeacher):
                 first = request.num_samples - samples_left
                 samples_left -= samples
                 rows = [(row, first + index) for row in range(len(part)) for index in range(samples)]
-                generated = self._generate([(*part[row], index) for row, index in rows], jobs, trunks, request)
+                todo_now = [(*part[row], index) for row, index in rows]
+                generated = self._generate(todo_now, jobs, trunks, request, in_tree)
                 for (row, _), new_ids in zip(rows, generated, strict=True):
                     rollout, num_tokens = self._rollout(new_ids)
                     texts[row].append(rollout)
@@ -471,6 +495,7 @@ class LocalTeacher(InProcessTeacher):
         jobs: list[_Job],
         trunks: DynamicCache | None,
         request: SamplingRequest,
+        in_tree: bool,
     ) -> list[list[int]]:
         rows = [(k, jobs[i].token_ids[m], jobs[i].shared[m]) for k, i, m, _ in todo]
         input_ids, attention_mask, cache = self.rows_from_trunks(rows, trunks)
@@ -491,13 +516,14 @@ class LocalTeacher(InProcessTeacher):
             pad_token_id=self._pad_id,
             disable_compile=True,
         )
+        generate = partial(generate_from_tree, self.model.generate) if in_tree else self.model.generate
         with without_generation_defaults(self.model):
-            output = self.model.generate(
+            output = generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=processors,
-                **{cache_name(self.model): cache},
+                **({} if cache is None else {cache_name(self.model): cache}),
             )
         new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         return new_ids

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.real_servers.questions import dataset
 from tests.support.training import script
@@ -88,6 +89,8 @@ class ComparingTrainer(OmniOPDTrainer):
         self._mode = ""
         self._latest: list[tuple[Any, ...]] = []
         self.first: list[tuple[list[int], list[int]]] = []
+        # For each fork, its prefix's length, its branches, and the largest difference of their log-probabilities.
+        self.branches: list[tuple[int, list[tuple[int, ...]], float]] = []
         generate = self.vllm_generation.generate
 
         def compare(prompts, *args, **kwargs):
@@ -100,6 +103,17 @@ class ComparingTrainer(OmniOPDTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         self._mode = "train" if self.model.training else "eval"
         return super()._generate_single_turn(*args, **kwargs)
+
+    def _sample_branches(self, prefixes: list[tuple[list[int], int]], *args: Any, **kwargs: Any) -> list[list[Branch]]:
+        branches = super()._sample_branches(prefixes, *args, **kwargs)
+        student = self.copy()
+        for (ids, length), of_fork in zip(prefixes, branches, strict=True):
+            assert all(0 < len(branch.token_ids) == len(branch.sampling_logprobs) <= length for branch in of_fork)
+            own = [dense_logprobs(student, ids, list(branch.token_ids), self.temperature) for branch in of_fork]
+            sampled = [value for branch in of_fork for value in branch.sampling_logprobs]
+            difference = (torch.cat(own) - torch.tensor(sampled, dtype=torch.float64)).abs().max().item()
+            self.branches.append((len(ids), [branch.token_ids for branch in of_fork], difference))
+        return branches
 
     def copy(self) -> torch.nn.Module:
         """The student as it is, whole, on this process alone; all processes have to ask for it together."""

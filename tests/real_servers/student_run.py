@@ -78,6 +78,7 @@ def main() -> None:
         "drift": max([(parameters[name] - value).abs().max().item() for name, value in frozen.items()], default=0.0),
         "change": change,
         "first": trainer.first,
+        "branches": trainer.branches,
         "sent": sync.count if sync is not None else None,
         "teacher_tokens": trainer.teacher_usage.completion_tokens,
     }

@@ -164,6 +164,26 @@ def test_colocated_engine_in_its_own_precision(tmp_path, student_dir, capsys):
     assert min(g.stale for g in generations[1:]) > 2 * LARGE_DIFFERENCE
 
 
+BRANCHES = {"num_branches": 3, "num_chunks": 2, "max_steps": 2, "eval_strategy": "no"}
+
+
+def assert_branches(branches, log):
+    """Each fork has K continuations by the student as it is at that step, and they are trained."""
+    assert len(branches) >= 2 * 8
+    assert all(len(of_fork) == BRANCHES["num_branches"] for _, of_fork, _ in branches)
+    assert max(difference for *_, difference in branches) < CLOSE
+    assert len({len(set(map(tuple, of_fork))) for _, of_fork, _ in branches} - {1}) > 0, "all branches are equal"
+    assert len(logged(log, "branches/agreed")) == 2
+    # Tokens of branches are sampled with the weights of their step, as those of trajectories.
+    assert max(logged(log, "sampling/sampling_logp_difference/max")) < CLOSE
+
+
+def test_branches_of_a_colocated_student(student_dir, tmp_path):
+    """In bulk, after each update of the weights."""
+    _, seen = colocated_run(student_dir, tmp_path, "float32", "full", **BRANCHES)
+    assert_branches(seen["branches"], seen["log"])
+
+
 SEVERAL = [
     pytest.param("ddp", "full", {"same_prompts": True}, id="ddp"),
     pytest.param("ddp", "full", {"vllm_tensor_parallel_size": 2}, id="tensor-parallel"),
@@ -226,6 +246,13 @@ def test_served_student_is_the_one_that_is_trained(trainer_of, sync, capsys, kin
     assert_in_sync(trainer.generations, STEPS)
     assert sync.count == 5  # for steps 0 to 4
     assert len(logged(trainer.state.log_history, "sampling/sampling_logp_difference/mean")) == 4
+
+
+def test_branches_of_a_served_student(trainer_of, sync):
+    """Likewise, by the server."""
+    trainer = trainer_of(**{**KINDS["full"], **BRANCHES})
+    trainer.train()
+    assert_branches(trainer.branches, trainer.state.log_history)
 
 
 @pytest.mark.parametrize(("back_end", "kind"), [("ddp", "full"), ("fsdp2", "lora")])

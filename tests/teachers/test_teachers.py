@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from omniopd_trl.errors import DataError, OmniOPDError
-from omniopd_trl.models.prefix_tree import cache_name, prefill
+from omniopd_trl.models.prefix_tree import MOST_OWN, cache_name, prefill
 from omniopd_trl.teachers import (
     LocalTeacher,
     Prefix,
@@ -33,6 +33,7 @@ from omniopd_trl.teachers import (
     TeacherReply,
     Usage,
     load_teacher,
+    local,
 )
 from omniopd_trl.teachers.base import common_prefix_length
 
@@ -56,6 +57,13 @@ def sample(teacher: Teacher, prefixes: list[Prefix], **request) -> list[TeacherR
     return asyncio.run(teacher.sample(prefixes, SamplingRequest(**settings)))
 
 
+@pytest.fixture(params=[0, 10**6], ids=["copied trunks", "trees"])
+def in_tree(request, teacher, monkeypatch):
+    """Whether the rollouts of a trajectory are written in one row, which has many more columns than its trunk here."""
+    monkeypatch.setattr(local, "MOST_IN_A_TREE", request.param)
+    return bool(request.param)
+
+
 def plain_logits(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([token_ids])).logits[0]
@@ -71,7 +79,7 @@ def greedy(teacher: LocalTeacher, prefix: Prefix, max_tokens: int) -> str:
     return teacher.tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
-def test_greedy_decoding_equals_plain_generation(teacher):
+def test_greedy_decoding_equals_plain_generation(teacher, in_tree):
     """Token for token, for every prefix of two trajectories that share batches, each of several rollouts."""
     others = [Prefix("Let x be the number", text) for text in ("", " of marbles", " of marbles in the bag; then")]
 
@@ -171,6 +179,24 @@ def test_samples_follow_the_distribution_of_plain_generation(teacher):
     assert statistic < len(cells) + 5 * math.sqrt(2 * len(cells)), (statistic, len(cells))
 
 
+def test_rollouts_in_one_row_take_fewer_tokens(teacher, in_tree, monkeypatch):
+    """Two trajectories with 16 rollouts each fit in a batch, where copies of their trunks do not. They are equal."""
+    width, sizes = len(teacher.encode(PREFIXES[-1])), []
+    monkeypatch.setattr(teacher, "max_batch_tokens", 2 * (width + 16 * 3))
+    assert teacher._continues_trees
+    hook = teacher.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    request = SamplingRequest(num_samples=8, max_tokens=3, temperature=0)
+    first, second = teacher.sample_trajectories([PREFIXES[-2:]] * 2, request)
+    hook.remove()
+    assert first == second
+    if in_tree:
+        own = sizes[1][1] // 32  # tokens of the shorter prefix that are not those of the trunk
+        assert own <= MOST_OWN
+        assert sizes == [(1, width), (1, 32 * own), (1, 32), (1, 32)]
+    else:
+        assert len(sizes) > 4 * 4
+
+
 def test_temperature_and_top_p_of_the_request_are_used(teacher):
     """Nearly greedy at a low temperature or a small nucleus, varied at temperature 1."""
     expected = greedy(teacher, PREFIXES[2], 6)
@@ -182,7 +208,7 @@ def test_temperature_and_top_p_of_the_request_are_used(teacher):
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 300, 10**9])
-def test_batch_budget_changes_no_result(teacher, monkeypatch, max_batch_tokens):
+def test_batch_budget_changes_no_result(teacher, in_tree, monkeypatch, max_batch_tokens):
     """Whether rows are run one by one or all at once: the same greedy rollouts, all of them, in order."""
     monkeypatch.setattr(teacher, "max_batch_tokens", max_batch_tokens)
     replies = sample(teacher, PREFIXES, num_samples=5, temperature=0)
@@ -222,7 +248,7 @@ def test_a_failure_reaches_every_waiting_trajectory(teacher, monkeypatch):
     assert [str(error) for error in asyncio.run(many())] == ["out of memory"] * 3
 
 
-def test_a_seed_makes_sampling_repeatable_and_leaves_the_global_stream_alone(teacher):
+def test_a_seed_makes_sampling_repeatable_and_leaves_the_global_stream_alone(teacher, in_tree):
     """The student's own sampling does not depend on how much the teacher sampled."""
     torch.manual_seed(1)
     expected = torch.rand(3)
