@@ -224,6 +224,22 @@ def test_a_missing_column_is_refused_before_a_model_is_loaded(tmp_path, settings
         make_trainer(tmp_path, tmp_path / "nowhere", teacher=Unasked(), **{**CONTEXT, **settings})
 
 
+def test_the_share_that_repeats_the_question(tmp_path, tiny_model_dir):
+    """Two of four students' answers are the question, and the others are empty."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions(4))
+    tokenizer, asked = trainer.processing_class, iter(questions(4))
+
+    def sample(prompts, *args, **kwargs):
+        texts = [row["prompt"][-1]["content"] for row, _ in zip(asked, prompts, strict=False)]
+        return [
+            tokenizer(text)["input_ids"] if "2 apples" in text or "3 apples" in text else [tokenizer.eos_token_id]
+            for text in texts
+        ], None
+
+    trainer._sample = sample
+    assert trainer.evaluate()["eval_completions/copied_share"] == 0.5
+
+
 def test_an_evaluation_set_without_it(tmp_path, tiny_model_dir):
     """It is needed only where the teacher is asked."""
     other = questions(2).rename_column("answer", "solution")
