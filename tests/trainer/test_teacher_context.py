@@ -12,6 +12,8 @@ from omniopd_trl import OmniOPDConfig
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
+from omniopd_trl.report.page import _details
+from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
 from omniopd_trl.trainer.plan import prompt_lengths
 from tests.support.loopback import Loopback
@@ -87,6 +89,7 @@ def test_records_show_it(run, capsys, tmp_path):
     folder = run.args.output_dir
     for audit in read_audits(folder, list_audits(folder)):
         assert audit.teacher_context == answers()[audit.prompt[-1]["content"]]
+        assert _details(Run(folder), audit)["context"] == audit.teacher_context
     assert main(["audits", folder, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows
