@@ -19,7 +19,9 @@ from trl import DistillationTrainer
 from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.evals.copying import copied_share
 from omniopd_trl.evals.rewards import Rewards
+from omniopd_trl.report.runs import text_of_prompt
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import replies_of
 from omniopd_trl.trainer.distributed import raise_together
@@ -75,7 +77,8 @@ def student_scores(
         table: rows of the table of completions, to which the samples of all processes are added.
 
     Returns:
-        For each function, and for each metric that a function logs: the name, the sum of the values and their number.
+        For each function, for the share of a completion that repeats the prompt (`copied_share`), and for each metric
+        that a function logs: the name, the sum of the values and their number.
 
     Raises:
         ConfigError: when a function does not return one score for each sample.
@@ -105,6 +108,9 @@ def student_scores(
         gathered = accelerator.gather_for_metrics(rewarded.to(accelerator.device, metric_dtype(accelerator.device)))
         scored = gathered[~gathered.isnan()]
         yield name, scored.sum().item(), scored.numel()
+    copied = [copied_share(text_of_prompt(row["prompt"]), text) for row, text in zip(inputs, texts, strict=True)]
+    gathered = accelerator.gather_for_metrics(torch.tensor(copied, device=accelerator.device))
+    yield "completions/copied_share", gathered.sum().item(), gathered.numel()
     for name in sorted(set(gather_object([*logged.metrics]))):
         values = logged.metrics[name]
         total, count = sum_over_processes(accelerator, sum(values), len(values))

@@ -12,6 +12,8 @@ from omniopd_trl import OmniOPDConfig
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
+from omniopd_trl.report.page import _details
+from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
 from omniopd_trl.trainer.plan import prompt_lengths
 from tests.support.loopback import Loopback
@@ -87,6 +89,7 @@ def test_records_show_it(run, capsys, tmp_path):
     folder = run.args.output_dir
     for audit in read_audits(folder, list_audits(folder)):
         assert audit.teacher_context == answers()[audit.prompt[-1]["content"]]
+        assert _details(Run(folder), audit)["context"] == audit.teacher_context
     assert main(["audits", folder, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows
@@ -222,6 +225,22 @@ def test_a_missing_column_is_refused_before_a_model_is_loaded(tmp_path, settings
         settings = {**settings, "eval_dataset": questions(2).remove_columns("answer")}
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, tmp_path / "nowhere", teacher=Unasked(), **{**CONTEXT, **settings})
+
+
+def test_the_share_that_repeats_the_question(tmp_path, tiny_model_dir):
+    """Two of four students' answers are the question, and the others are empty."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions(4))
+    tokenizer, asked = trainer.processing_class, iter(questions(4))
+
+    def sample(prompts, *args, **kwargs):
+        texts = [row["prompt"][-1]["content"] for row, _ in zip(asked, prompts, strict=False)]
+        return [
+            tokenizer(text)["input_ids"] if "2 apples" in text or "3 apples" in text else [tokenizer.eos_token_id]
+            for text in texts
+        ], None
+
+    trainer._sample = sample
+    assert trainer.evaluate()["eval_completions/copied_share"] == 0.5
 
 
 def test_an_evaluation_set_without_it(tmp_path, tiny_model_dir):
