@@ -4,16 +4,21 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from trl import DistillationTrainer
 
 from omniopd_trl.audits.types import Branch
+from omniopd_trl.data.encoding import encode_prompts
+from omniopd_trl.models.prefix_tree import generating_from_trees
 from omniopd_trl.teachers.local import without_generation_defaults
+from omniopd_trl.trainer.metrics import non_finite
 from omniopd_trl.trainer.objective import evaluation_mode
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -165,3 +170,85 @@ def _batches(groups: list[list[_Row]], length: int, max_tokens: int | None) -> l
         else:
             batches[-1].append(group)
     return [[row for group in batch for row in group] for batch in batches]
+
+
+class Generates(DistillationTrainer):
+    """The hooks of [`OmniOPDTrainer`] for the student's completions and branches."""
+
+    def _tokenize_prompts(self, prompts):
+        # The base class would let a tokenizer append the end of the sequence to a plain prompt.
+        return encode_prompts(prompts, self._tokenizer, self.chat_template_kwargs), None, {}
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        replayed = self.step_audits.replay(prompt_ids) if self.model.training else None
+        if replayed is not None:
+            if self.sampling_logprobs is not None:
+                self.sampling_logprobs.take()  # discard those of an evaluation
+            known = [trajectory.sampling_logprobs for trajectory in replayed]
+            self._sampled = None if any(row is None for row in known) else known
+            return [trajectory.completion_ids for trajectory in replayed]
+        completion_ids, self._sampled = self._sample(prompt_ids, *args, **kwargs)
+        return completion_ids
+
+    def _sample(
+        self, prompt_ids: list[list[int]], *args: Any, purpose: str = "generation", **kwargs: Any
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        """Completions of the student, and their log-probabilities if another model than the policy sampled them."""
+        try:
+            with on_policy(self.model, self.accelerator, self.args, self.state.global_step, self._eval_batch, purpose):
+                completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self._eval_batch += not self.model.training
+        except RuntimeError as error:
+            if "probability tensor contains" in str(error):  # torch.multinomial
+                raise non_finite("the student's next-token probabilities", self.state.global_step) from error
+            raise
+        sampled = self.sampling_logprobs.take() if self.sampling_logprobs is not None else None
+        # An engine may return an empty completion, but the base class reads the last token of each.
+        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids], sampled
+
+    def _sample_branches(
+        self, prefixes: list[tuple[list[int], int]], batch: dict[str, torch.Tensor], part: int
+    ) -> list[list[Branch]]:
+        """Branches of the student after the prefixes; see [`sample_branches`].
+
+        Args:
+            prefixes: token ids of each prefix, and the length of its chunk.
+            batch: the generation batch. A batch of branches has no more tokens than it may have; vLLM limits its
+                batches itself.
+            part: index of the part of the generation batch that the prefixes are from.
+        """
+        calls = count()
+        batch_size, prompt_length = batch["prompt_ids"].shape
+        max_tokens = batch_size * (prompt_length + self.max_completion_length)
+        from_trees = not self.use_vllm and self.objective.continues_trees(self.model_wrapped)
+
+        def generate(prompts: list[list[int]], max_tokens: int) -> Any:
+            student = self.accelerator.unwrap_model(self.model_wrapped)
+            with (
+                self._completion_limit(max_tokens),
+                generating_from_trees(student) if from_trees else nullcontext(),
+            ):
+                return self._sample(prompts, None, {}, purpose=f"branches {part}.{next(calls)}")
+
+        return sample_branches(
+            generate,
+            prefixes,
+            num_branches=self.args.num_branches,
+            max_tokens=None if self.use_vllm else max_tokens,
+            from_trees=from_trees,
+            filler=batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist(),
+            accelerator=self.accelerator,
+        )
+
+    @contextmanager
+    def _completion_limit(self, max_tokens: int) -> Iterator[None]:
+        """Context in which the engine generates at most `max_tokens` tokens."""
+        owner, name = self.generation_config, "max_new_tokens"
+        if self.use_vllm:
+            owner, name = self.vllm_generation, "max_completion_length"
+        before = getattr(owner, name)
+        setattr(owner, name, max_tokens)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)

@@ -128,7 +128,7 @@ def warn_about_separate_folders(args: OmniOPDConfig, accelerator: Accelerator) -
 class Records(DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
 
-    _whole_checkpoint: Path | None  # the last one that was saved or resumed from
+    _whole_checkpoint: Path | None  # the last one that was saved, or loaded
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train the student, as [`~transformers.Trainer.train`] does.
