@@ -470,7 +470,8 @@ def _text(result: dict[str, Any], verdict: "Verdict", args: "OmniOPDConfig") -> 
     if measured is not None and measured["signals"]:
         parts.append("\n".join(_signal_table(measured["signals"])))
     if result["stopped"]:
-        parts.append(f"The probe stopped early: {result['stopped']}")
+        advice = "With a larger --max_usd the same command continues, and asks nothing again."
+        parts.append(f"The probe stopped early: {result['stopped']} {advice}")
     parts.append(f"verdict  {verdict}.")
     if verdict.advice:
         width = max(len(f"{a.option}: {_yaml(a.value)}") for a in verdict.advice)
