@@ -91,11 +91,10 @@ def problems(split: str) -> Any:
     return prepare_prompts(get_split(load_dataset_or_files(str(asset_path("problems"))), split, "split"))
 
 
-def probing_trainer(teacher: str | Teacher, folder: str | Path, prompts: int = 32, **settings: Any) -> ProbingTrainer:
+def probing_trainer(teacher: str | Teacher, folder: str | Path) -> ProbingTrainer:
     """A trainer that probes a teacher of the demo's student with branches."""
-    changes = {"num_rollouts": 2, "teacher_temperature": 1.0, "beta": 0.0, "max_failed_chunks": 1.0, "seed": 0}
-    size = {"per_device_train_batch_size": 8, "max_steps": prompts // 8}
-    args = OmniOPDConfig(str(folder), **{**SETTINGS, **changes, **size, **settings})
+    changes = {"num_rollouts": 2, "teacher_temperature": 1.0, "beta": 0.0, "max_failed_chunks": 1.0, "max_steps": 1}
+    args = OmniOPDConfig(str(folder), per_device_train_batch_size=8, **{**SETTINGS, **changes})
     return ProbingTrainer(
         forks_per_trajectory=args.num_chunks,
         model=str(asset_path("student")),
@@ -108,7 +107,7 @@ def probing_trainer(teacher: str | Teacher, folder: str | Path, prompts: int = 3
 def verdict_on(teacher: str | Teacher, folder: Path) -> Any:
     """The verdict of a probe with 32 prompts."""
     trainer = probing_trainer(teacher, folder)
-    found, _ = trainer.probe()
+    found, _ = trainer.probe(4)
     numbers = measure(
         [row[:3] for row in found], trainer.processing_class, trainer.auditor.settings, SETTINGS["similarity"]
     )

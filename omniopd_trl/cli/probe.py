@@ -84,6 +84,7 @@ class _Plan(NamedTuple):
     Attributes:
         arguments: the command line of the training command.
         settings: options that replace the recipe's.
+        batches: generation batches.
         forks: forks per trajectory.
         max_usd: the cap; `None` where nothing is paid, or another limit holds.
         price: price of the teacher.
@@ -92,6 +93,7 @@ class _Plan(NamedTuple):
 
     arguments: list[str]
     settings: dict[str, Any]
+    batches: int
     forks: int
     max_usd: float | None
     price: "Price | None"
@@ -270,7 +272,7 @@ def _plan(
         "prior": "policy",
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": max(1, prompts // (per_device * accumulation)),
+        "max_steps": 1,
         # Whether too many forks fail is part of the verdict.
         "max_failed_chunks": 1.0,
         # Nothing is trained, so there is no reference.
@@ -281,7 +283,8 @@ def _plan(
         "report_to": "none",
         "save_audits": True,
     }
-    return _Plan(arguments, settings, forks, max_usd, price, requests)
+    batches = max(1, prompts // (per_device * accumulation))
+    return _Plan(arguments, settings, batches, forks, max_usd, price, requests)
 
 
 def _other_continuation(args: "OmniOPDConfig") -> str | None:
@@ -302,7 +305,14 @@ def _other_continuation(args: "OmniOPDConfig") -> str | None:
 # ---- Measuring ----
 
 
-def _probe(plan: _Plan, dataset: Any, folder: Path, usd_elsewhere: float = 0.0, **changes: Any) -> tuple[Any, ...]:
+def _probe(
+    plan: _Plan,
+    dataset: Any,
+    folder: Path,
+    usd_elsewhere: float = 0.0,
+    batches: int | None = None,
+    **changes: Any,
+) -> tuple[Any, ...]:
     """Audit the prompts in a folder.
 
     Returns:
@@ -333,7 +343,7 @@ def _probe(plan: _Plan, dataset: Any, folder: Path, usd_elsewhere: float = 0.0, 
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    found, stopped = trainer.probe()
+    found, stopped = trainer.probe(plan.batches if batches is None else batches)
     return found, stopped, trainer.auditor.settings, trainer.processing_class
 
 
@@ -352,10 +362,10 @@ def _compare(
 
     settings = plan.settings
     per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    steps = min(settings["max_steps"], max(1, _COMPARED // per_step))
+    batches = min(plan.batches, max(1, _COMPARED // per_step))
     try:
         others, *_ = _probe(
-            plan, dataset, folder / "other", spent(folder)[1], teacher_continuation=other, max_steps=steps
+            plan, dataset, folder / "other", spent(folder)[1], batches=batches, teacher_continuation=other
         )
     except OmniOPDError as error:  # the numbers of the recipe's own are paid for, and are printed
         return {other: {"failure": str(error)}}
@@ -460,7 +470,8 @@ def _text(result: dict[str, Any], verdict: "Verdict", args: "OmniOPDConfig") -> 
     if measured is not None and measured["signals"]:
         parts.append("\n".join(_signal_table(measured["signals"])))
     if result["stopped"]:
-        parts.append(f"The probe stopped early: {result['stopped']}")
+        advice = "With a larger --max_usd the same command continues, and asks nothing again."
+        parts.append(f"The probe stopped early: {result['stopped']} {advice}")
     parts.append(f"verdict  {verdict}.")
     if verdict.advice:
         width = max(len(f"{a.option}: {_yaml(a.value)}") for a in verdict.advice)

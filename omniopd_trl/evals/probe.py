@@ -35,7 +35,7 @@ SIMILARITIES = ("exact", "edit", "rouge1", "rougeL")
 _LENGTHS = (1.0, 0.5, 0.25)
 
 # Standard errors that an effect must be away from 0. Four similarities and three lengths are tried, so 2 would be
-# passed by chance by one of them in every third probe of a useless teacher, and 3 in one of sixty (one-sided).
+# passed by chance by one of them in a quarter of all probes of a useless teacher, and 3 in one of sixty (one-sided).
 SIGMAS = 3.0
 # Below this many trajectories, a standard error over trajectories is itself uncertain by more than a quarter
 # (1 / sqrt(2 (n - 1))).

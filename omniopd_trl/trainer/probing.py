@@ -58,8 +58,12 @@ class ProbingTrainer(OmniOPDTrainer):
         self._pending += [(self.state.global_step, row) for row in pending]
         return pending
 
-    def probe(self) -> tuple[list[Probed], str | None]:
-        """Audit `max_steps` generation batches of the initial student.
+    def probe(self, num_batches: int) -> tuple[list[Probed], str | None]:
+        """Audit generation batches of the initial student.
+
+        Args:
+            num_batches: number of batches. `max_steps` has no effect: it belongs to the settings of the records, and
+                more batches must replay those that are recorded.
 
         Returns:
             The finished audits in order, and why the budget stopped the probe; `None` when it did not.
@@ -74,7 +78,7 @@ class ProbingTrainer(OmniOPDTrainer):
         try:
             with self._recording(replay=True):
                 accumulation = self.args.gradient_accumulation_steps
-                batches = islice(self.get_train_dataloader(), int(self.args.max_steps) * accumulation)
+                batches = islice(self.get_train_dataloader(), num_batches * accumulation)
                 for self._step, inputs in enumerate(batches):
                     self.state.global_step = self._step // accumulation
                     self._prepare_inputs(inputs)

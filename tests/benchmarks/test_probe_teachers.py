@@ -19,12 +19,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    return probing_trainer(ScriptedTeacher(), tmp_path_factory.mktemp("probe"), prompts=32)
+    return probing_trainer(ScriptedTeacher(), tmp_path_factory.mktemp("probe"))
 
 
 @pytest.fixture(scope="module")
 def trajectories(trainer):
-    found, stopped = trainer.probe()
+    found, stopped = trainer.probe(4)
     assert len(found) == 32
     assert stopped is None
     return [(row.trajectory, row.scores) for row in found]

@@ -78,13 +78,24 @@ def test_a_second_start_pays_nothing(probe, tmp_path, services):
         code, second, _ = probe(**paid(server))
         assert code == 0
         assert len(server.requests) == asked
-    assert spent(tmp_path / "out" / "probe") == bill
-    assert second == first
+        assert spent(tmp_path / "out" / "probe") == bill
+        assert second == first
+        # More prompts are asked for, and the first ones are not asked again.
+        assert probe(prompts=16, **paid(server))[0] == 0
+        more = result_of(tmp_path)
+        assert more["measured"]["num_trajectories"] == 16
+        assert asked < len(server.requests) == more["answers"]["requests"] + 1
     assert result["answers"]["requests"] == asked - 1  # without the first question, whether the teacher answers
     assert result["answers"]["cached"] == pytest.approx(0.6)
     assert result["paid"]["usd"] == pytest.approx(asked * 20e-6 + bill[0].completion_tokens * 5e-6)
-    assert result["cost"]["recipe"]["usd"] > 0
-    assert "seconds_per_request" in result["answers"]
+    assert result["answers"]["seconds_per_request"] > 0
+    # The recipe's two rollouts of each chunk, and a run of two steps of four prompts.
+    requests = result["answers"]["requests"] / result["measured"]["num_asked"]
+    chunks, cost = result["measured"]["chunks_per_trajectory"], result["cost"]["recipe"]
+    assert cost["prompt_tokens"] == pytest.approx(chunks * requests * 20)
+    assert cost["completion_tokens"] == pytest.approx(chunks * 2 * 3)
+    assert cost["usd"] == pytest.approx(chunks * (requests * 20e-6 + 2 * 3 * 5e-6))
+    assert cost["run_usd"] == pytest.approx(8 * cost["usd"])
     assert re.search(r"s per request, 0 retries, 60% of the prompt tokens from its cache", first)
 
 
