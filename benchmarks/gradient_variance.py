@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise of the chunk loss's gradient with each baseline of the posterior, and with branches, at the same forks.
 
-    python -m benchmarks.gradient_variance -o docs/results/gradient_variance/demo.json --similarities exact edit
-    python -m benchmarks.gradient_variance -o docs/results/gradient_variance/varied.json --similarities rouge1 edit \\
-        -- --teacher_model_name_or_path demo:teacher_varied
+    python -m benchmarks.gradient_variance -o docs/results/gradient_variance/demo.json
+    python -m benchmarks.gradient_variance -o docs/results/gradient_variance/varied.json -- \\
+        --teacher_model_name_or_path demo:teacher_varied --teacher_temperature 0.7
 
 A run without training records batches: their forks, 64 branches of the student at each fork, and 96 rollouts of the
 teacher. What follows `--` are options of that run. Sixteen draws of the gradient of a batch combine these:
@@ -239,7 +239,8 @@ def measure(run: Run, similarities: Sequence[str]) -> dict[str, Any]:
             rewards = table[:, -HELD_OUT:].mean(-1)
             if name == "exact":
                 prefixes = [forks.prefixes[fork] for fork in forks.fork]
-                rewards = true_support([row.numpy() for row in teacher.logprobs(prefixes, forks.texts)], "total")
+                logprobs = teacher.logprobs(prefixes, forks.texts, settings["teacher_temperature"])
+                rewards = true_support([row.numpy() for row in logprobs], "total")
             expected = expected_weights(forks, rewards)
             for varies in ("rollouts", "chunks and rollouts"):
                 for form in (*BASELINES, LEAVE_ONE_OUT):
@@ -263,7 +264,7 @@ def main() -> None:
     """Record a run, and write what its gradients show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--similarities", nargs="+", default=["exact", "edit"], metavar="NAME")
+    parser.add_argument("--similarities", nargs="+", default=["exact", "edit", "rouge1"], metavar="NAME")
     parser.add_argument("--num_batches", type=int, default=1)
     parser.add_argument("extra", nargs="*", metavar="OPTION", help="options of the recorded run, after `--`")
     options = parser.parse_args()

@@ -78,8 +78,20 @@ def _norms(row: dict[str, Any]) -> list[str]:
     return [f"{1000 * row[key] ** 0.5:.3g}" for key in ("squared_norm", "trace")]
 
 
+def wording(results: dict[str, Any]) -> str:
+    """What each similarity sees of each teacher, from `benchmarks.wording`."""
+    titles = ["teacher", "similarity", "two rollouts", "rollout, right chunk", "rollout, wrong chunk", "ranked"]
+    cells = [
+        [f"`{row['teacher']}`", f"`{row['similarity']}`"]
+        + [f"{row[name]:.2f}" for name in ("rollouts", "right", "wrong", "ranked")]
+        for row in results["rows"]
+    ]
+    return f"{results['num_places']} results, {results['num_rollouts']} rollouts each.\n\n{table(titles, cells)}"
+
+
 # Page, file of results, and the function that turns the file into Markdown.
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("demo.md", "results/wording.json", wording),
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
