@@ -256,8 +256,8 @@ def _total_line(
         begin = f"{problem.name} {event.verb} {amount}", f": {total} {event.sign} {amount}"
         return (*begin, f" = {result}", ", so", f" {problem.name} has", f" {result}", f" {problem.item}.\n")
     if style == "teacher":
-        work = ("plus", "makes") if event.sign == "+" else ("minus", "leaves")
-        return (f"- {event.gerund} {amount}, {total} {work[0]} {amount} {work[1]} {result}.\n",)
+        sign, verb = ("plus", "makes") if event.sign == "+" else ("minus", "leaves")
+        return (f"- {event.gerund} {amount}, {total} {sign} {amount} {verb} {result}.\n",)
     gerund = event.gerund.lower()
     if event.sign == "+":
         first = f"After {gerund} {amount}", f"{amount} are added by {gerund}", f"Next, {amount} come from {gerund}"

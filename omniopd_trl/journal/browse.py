@@ -295,7 +295,8 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [
         ShownChunk(
-            *span, *[*rest, None, tuple(ShownBranch(text, *judged, tuple(ids)) for ids, text, _, *judged in branches)]
+            *span,
+            *[*rest, None, tuple(ShownBranch(text, s, a, tuple(ids)) for ids, text, _, s, a in branches)],
         )
         for span, *rest, branches in restore_chunks(values["chunks"])
     ]
