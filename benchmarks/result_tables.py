@@ -83,10 +83,49 @@ def _ablation_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def gradient_variance(results: dict[str, Any]) -> str:
+    """Noise of the gradient of each form, from `benchmarks.gradient_variance`."""
+    titles = ["similarity", "form", "norm", "deviation", "cosine", "norm", "deviation", "SNR", "cosine", "of a draw"]
+    forms: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        forms.setdefault((row["similarity"], row["form"]), []).append(row)
+    cells = []
+    for (similarity, form), (same, other) in forms.items():
+        cells.append([f"`{similarity}`", form, *_norms(same), f"{same['cosine_of_mean']:.2f}", *_norms(other)])
+        cells[-1] += [f"{other['squared_norm'] / other['trace']:.3g}", f"{other['cosine_of_mean']:.2f}"]
+        cells[-1] += [f"{other['cosine_of_draw']:.2f}"]
+    return (
+        f"{results['num_trajectories']} trajectories in batches of "
+        f"{results['num_trajectories'] // results['num_batches']}, {results['num_forks']} forks, teacher "
+        f"`{results['teacher']}`. {results['share_agreed']:.0%} of the chunks have one text in all branches and are "
+        f"left out. The texts at a fork have {results['mass']:.1%} of the student's probability. The first three "
+        "columns of numbers are for the same chunks, the others for other chunks in each draw.\n\n"
+        + table(titles, cells)
+    )
+
+
+def _norms(row: dict[str, Any]) -> list[str]:
+    """The norm of the mean gradient, and the root of the trace of the covariance, in thousandths."""
+    return [f"{1000 * row[key] ** 0.5:.3g}" for key in ("squared_norm", "trace")]
+
+
+def wording(results: dict[str, Any]) -> str:
+    """What each similarity sees of each teacher, from `benchmarks.wording`."""
+    titles = ["teacher", "similarity", "two rollouts", "rollout, right chunk", "rollout, wrong chunk", "ranked"]
+    cells = [
+        [f"`{row['teacher']}`", f"`{row['similarity']}`"]
+        + [f"{row[name]:.2f}" for name in ("rollouts", "right", "wrong", "ranked")]
+        for row in results["rows"]
+    ]
+    return f"{results['num_places']} results, {results['num_rollouts']} rollouts each.\n\n{table(titles, cells)}"
+
+
 # Page, file of results, and the function that turns the file into Markdown.
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("demo.md", "results/wording.json", wording),
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
+    ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
 )
 
 

@@ -475,7 +475,7 @@ def _is_path(name: str, kind: str) -> bool:
 
 
 def resolve_demo_name(name: Any) -> Any:
-    """The path of `demo:student`, `demo:teacher`, `demo:teacher_shared`, `demo:problems`, or of a name with `~`.
+    """The path of a part of the demo, such as `demo:student` (see `asset_path`), or of a name with `~`.
 
     Args:
         name: value of an option. Anything but a string that starts with `demo:` or `~` is returned unchanged.

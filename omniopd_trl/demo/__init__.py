@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Assets of the demo, shipped with the package: a student, two teachers, and two sets of word problems.
+"""Assets of the demo, shipped with the package: a student, three teachers, and two sets of word problems.
 
 `python -m omniopd_trl.demo.build` rebuilds all of them.
 """
 
 from pathlib import Path
 
-ASSETS = ("student", "teacher", "teacher_shared", "problems")
+ASSETS = ("student", "teacher", "teacher_shared", "teacher_varied", "problems")
 
 
 def asset_path(name: str) -> Path:
@@ -15,8 +15,9 @@ def asset_path(name: str) -> Path:
 
     Args:
         name: `"student"` (the weak student), `"teacher"` (with another style and another tokenizer),
-            `"teacher_shared"` (the same with the student's tokenizer), or `"problems"` (`train.jsonl` and
-            `test.jsonl`, with the columns `question` and `answer`).
+            `"teacher_shared"` (the same with the student's tokenizer), `"teacher_varied"` (with random words that are
+            never the student's), or `"problems"` (`train.jsonl` and `test.jsonl`, with the columns `question` and
+            `answer`).
 
     Returns:
         An absolute path. It exists in every installation of the package.

@@ -10,6 +10,8 @@
 - `teacher` learns correct solutions in the teacher's style, and to continue a student's text, slips included. It has
   its own tokenizer.
 - `teacher_shared` learns the same as the teacher, with the student's tokenizer.
+- `teacher_varied` is the teacher, trained further to write random words that are never the student's. It has its own
+  tokenizer as well.
 
 Every part is seeded and runs in one thread: machines with the same arithmetic build the same files.
 """
@@ -32,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from omniopd_trl.demo import ASSETS, asset_path
-from omniopd_trl.demo.world import NO_SLIP, STUDENT_SLIP, Problem, mixed_solution, problems, solution
+from omniopd_trl.demo.world import NO_SLIP, STUDENT_SLIP, Problem, Style, mixed_solution, problems, solution
 
 NUM_TRAIN, NUM_TEST = 4096, 512
 
@@ -52,53 +54,64 @@ class Recipe:
     """Settings of one of the demo's models.
 
     Attributes:
-        tokenizer: `"student"` or `"teacher"`.
-        learns_to_continue: whether it is trained on correct continuations of a student's text, instead of on slips.
+        tokenizer: `"student"`, `"teacher"` or `"varied"`.
+        style: what it writes. A student is trained on solutions with slips, and a teacher on correct solutions and on
+            correct continuations of a student's text.
         hidden_size: width of the model; the other sizes follow from it.
         num_layers: number of transformer layers.
         num_steps: number of optimizer steps.
         batch_size: solutions per optimizer step.
         learning_rate: peak learning rate, reached after 100 steps and then decayed to zero by a cosine.
         seed: seed of the weights and of the solutions.
+        start: the model whose weights it starts from; empty for random weights.
+        whole: share of a teacher's lessons that are whole solutions; the others continue a student's text.
     """
 
-    tokenizer: str
-    learns_to_continue: bool
+    tokenizer: Style
+    style: Style
     hidden_size: int
     num_layers: int
     num_steps: int
     batch_size: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
+    start: str = ""
+    whole: float = 0.2
 
 
+# The stages of each model, in order.
 RECIPES = {
-    "student": Recipe("student", False, hidden_size=128, num_layers=4, num_steps=2000, seed=1),
-    "teacher": Recipe("teacher", True, hidden_size=128, num_layers=4, num_steps=2500, seed=2),
-    "teacher_shared": Recipe("student", True, hidden_size=128, num_layers=4, num_steps=2500, seed=3),
+    "student": (Recipe("student", "student", hidden_size=128, num_layers=4, num_steps=2000, seed=1),),
+    "teacher": (Recipe("teacher", "teacher", hidden_size=128, num_layers=4, num_steps=2500, seed=2),),
+    "teacher_shared": (Recipe("student", "teacher", hidden_size=128, num_layers=4, num_steps=2500, seed=3),),
+    "teacher_varied": (
+        Recipe("varied", "varied", 128, 4, 500, 16, learning_rate=1e-3, seed=4, start="teacher"),
+        Recipe("varied", "varied", 128, 4, 800, 16, learning_rate=1.5e-3, seed=5, start="teacher_varied", whole=0.6),
+    ),
 }
 
+# Tokens of each tokenizer. Varied wording has more words.
+VOCABULARIES = {"student": 464, "teacher": 416, "varied": 554}
 
 # Prints unbuffered, also into a file.
 _say = functools.partial(print, flush=True)
 
 
-def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the world's texts: `"student"` (464 tokens) or `"teacher"` (416 tokens)."""
+def make_tokenizer(name: Style) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the world's texts, of the size in `VOCABULARIES`."""
     rng = random.Random(name)
     texts = []
     for problem in islice(problems(f"tokenizer-{name}"), 3000):
-        # Each tokenizer must encode both styles. Most of its merges go to its owner's words.
-        own, other = ("student", "teacher") if name == "student" else ("teacher", "student")
-        style = own if rng.random() < 0.8 else other
-        texts.append(f"user\n{problem.question}\nassistant\n{solution(problem, style)}\n")  # type: ignore[arg-type]
+        # Each tokenizer must encode another style as well. Most of its merges go to its owner's words.
+        style = name if rng.random() < 0.8 else "teacher" if name == "student" else "student"
+        texts.append(f"user\n{problem.question}\nassistant\n{solution(problem, style, rng=rng)}\n")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=464 if name == "student" else 416,
+        vocab_size=VOCABULARIES[name],
         special_tokens=[PADDING, "<|im_start|>", END_OF_TURN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -123,11 +136,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
 
 def _lesson(problem: Problem, recipe: Recipe, rng: random.Random) -> tuple[str, str]:
     """The text after the prompt that is only read, and the text after it that is learned."""
-    if not recipe.learns_to_continue:
+    if recipe.style == "student":
         return "", solution(problem, "student", STUDENT_SLIP, rng)
-    if rng.random() < 0.2:
-        return "", solution(problem, "teacher", NO_SLIP)
-    return mixed_solution(problem, rng.random(), "student", "teacher", STUDENT_SLIP, rng)
+    if rng.random() < recipe.whole:
+        return "", solution(problem, recipe.style, NO_SLIP, rng)
+    return mixed_solution(problem, rng.random(), "student", recipe.style, STUDENT_SLIP, rng)
 
 
 def _batches(
@@ -165,15 +178,17 @@ def make_model(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
     held_out: set[str],
+    start: Path | None = None,
     log: Callable[[str], None] = _say,
 ) -> Qwen3ForCausalLM:
-    """Train one model from random weights.
+    """Train one model.
 
     Args:
         recipe: sizes, lessons and optimization.
         tokenizer: gives the vocabulary and the chat format.
         held_out: questions that are excluded from training.
-        log: called with the loss, in nats per learned token, every 250 steps.
+        start: folder of the model whose weights it starts from; `None` for random weights.
+        log: called with the loss, in nats per learned token, every 100 steps.
 
     Returns:
         The model, in bfloat16.
@@ -195,6 +210,8 @@ def make_model(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if start is not None:
+        _copy_weights(start, model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_steps - 100)
@@ -210,10 +227,24 @@ def make_model(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         losses.append(loss.item())
-        if step % 250 == 0:
+        if step % 100 == 0:
             log(f"  step {step}: loss {sum(losses) / len(losses):.4f} nats, {time.monotonic() - began:.0f} s")
             losses = []
     return model.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def _copy_weights(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the weights of another model of the same sizes. Tokens that it does not know keep their embeddings."""
+    known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    weights = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    rows = [(i, known[token]) for token, i in tokenizer.get_vocab().items() if token in known]
+    new, old = map(list, zip(*rows, strict=True))
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        embeddings = model.state_dict()[key].clone()
+        embeddings[new] = weights[key][old]
+        weights[key] = embeddings
+    model.load_state_dict(weights)
 
 
 @torch.no_grad()
@@ -280,16 +311,19 @@ def main() -> None:
     test = sets["test"]
     answers = [problem.answer for problem in test]
     for name in (part for part in parts if part != "problems"):
-        recipe = RECIPES[name]
-        tokenizer = make_tokenizer(recipe.tokenizer)
-        _say(f"{name}: {recipe}")
-        began = time.monotonic()
-        model = make_model(recipe, tokenizer, held_out)
-        _say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, {time.monotonic() - began:.0f} s")
         folder = arguments.output / name
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        for recipe in RECIPES[name]:
+            tokenizer = make_tokenizer(recipe.tokenizer)
+            _say(f"{name}: {recipe}")
+            began = time.monotonic()
+            # What is not built here is the shipped one.
+            start = arguments.output / recipe.start
+            start = start if start.is_dir() else asset_path(recipe.start)
+            model = make_model(recipe, tokenizer, held_out, start if recipe.start else None)
+            _say(f"  {sum(p.numel() for p in model.parameters()):,} parameters, {time.monotonic() - began:.0f} s")
+            shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
         # Measured on the saved model, loaded as TRL loads it.
         model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -297,14 +331,16 @@ def main() -> None:
         _say(f"  pass@1 on {NUM_TEST} test problems: {pass_rate(write(model, tokenizer, prompts), answers):.3f}")
         greedy = pass_rate(write(model, tokenizer, prompts, temperature=0), answers)
         _say(f"  greedy: {greedy:.3f}")
-        if recipe.learns_to_continue:
+        if recipe.style != "student":
             rng = random.Random(0)
             begun = [
-                mixed_solution(problem, rng.random(), "student", "teacher", STUDENT_SLIP, rng) for problem in test
+                mixed_solution(problem, rng.random(), "student", recipe.style, STUDENT_SLIP, rng) for problem in test
             ]
             texts = write(model, tokenizer, [prompt + text for prompt, (text, _) in zip(prompts, begun, strict=True)])
             exact = sum(text == rest for text, (_, rest) in zip(texts, begun, strict=True)) / len(begun)
             _say(f"  continues a student's text as it should, letter for letter: {exact:.3f}")
+            follows = [text.endswith(rest[-2:]) for text, (_, rest) in zip(texts, begun, strict=True)]
+            _say(f"  continues a student's text to the answer that follows from it: {sum(follows) / len(begun):.3f}")
 
 
 if __name__ == "__main__":

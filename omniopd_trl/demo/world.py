@@ -6,7 +6,7 @@ A problem is a number of things and two to four events that change it:
 
     Mia has 27 stickers. Mia finds 24 stickers. Mia gives away 15 stickers. How many stickers does Mia have now?
 
-Its solution can be written in two styles, `"student"` and `"teacher"`, that differ in wording and layout:
+Its solution can be written in three styles. `"student"` and `"teacher"` differ in wording and layout:
 
     Mia starts with 27 stickers.                               Let us count the stickers.
     Mia finds 24: 27 + 24 = 51, so Mia has 51 stickers.        - Begin with 27.
@@ -14,10 +14,17 @@ Its solution can be written in two styles, `"student"` and `"teacher"`, that dif
     Answer: 36                                                 - Giving away 15, 51 minus 15 leaves 36.
                                                                Answer: 36
 
-Given the problem, the wording of a style is fixed. Only the results of calculations can be wrong or uncertain
-for a model that is trained on such solutions. This is deliberate: a chunk of the student's text is compared with
-the teacher's continuation from the same position. With random wording the comparison would measure chance, with fixed
-wording it measures the result.
+Given the problem, the wording of these two is fixed. Only the results of calculations can be wrong or uncertain for a
+model that is trained on such solutions. A chunk of the student's text is compared with the teacher's continuation from
+the same position, and with fixed wording the comparison measures the result.
+
+The third style, `"varied"`, is for a second teacher, with which the comparison also measures chance. Its wording is
+random, and never the student's:
+
+    Our count begins with 27 of them.
+    After finding 24, 27 plus 24 gives 51; hence we count 51 pieces.
+    15 are taken by giving away, 51 less 15 comes to 36. Thus there are 36 stickers at hand.
+    Answer: 36
 
 A `Slip` holds the probabilities of wrong calculations: a forgotten carry of a sum, a forgotten borrow of a difference,
 or one group too few or too many in a product. A wrong result is carried forward.
@@ -30,10 +37,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Style = Literal["student", "teacher"]
-STYLES: tuple[Style, ...] = ("student", "teacher")
+Style = Literal["student", "teacher", "varied"]
+STYLES: tuple[Style, ...] = get_args(Style)
 
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Ida", "Max", "Zoe", "Sam", "Lea", "Jon")
 ITEMS = ("stickers", "marbles", "apples", "coins", "cards", "shells", "pencils", "beads", "stamps", "cookies")
@@ -202,42 +209,98 @@ def _slipping(slip: Slip, rng: random.Random) -> _Calculate:
     return calculate
 
 
-def _opening(problem: Problem, style: Style) -> str:
-    if style == "student":
-        return f"{problem.name} starts with {problem.start} {problem.item}.\n"
-    return f"Let us count the {problem.item}.\n- Begin with {problem.start}.\n"
+# A line of a solution, in parts. A style that takes over from another one in the middle of a line starts with a part.
+_Line = tuple[str, ...]
 
 
-def _product_line(problem: Problem, style: Style, event: Event, result: int) -> str:
-    if style == "student":
-        work = f"{event.count} * {event.size} = {result}, so that is {result} {problem.item}"
-        return f"{problem.name} {event.verb} {event.count} {event.container}: {work}.\n"
+def _closing(words: random.Random, item: str, result: int, subjects: tuple[str, ...]) -> _Line:
+    """The end of a line of a calculation in the style `"varied"`, from its result."""
     return (
-        f"- {event.count} {event.container} with {event.size} each, {event.count} times {event.size} makes {result}.\n"
+        f" {words.choice(('makes', 'gives', 'comes to', 'is'))} {result}",
+        words.choice(("; hence", ". Thus", ", which means", " and")),
+        f" {words.choice(subjects)}",
+        f" {result}",
+        f" {words.choice(('of them', 'pieces', item + ' in all', item + ' at hand'))}.\n",
     )
 
 
-def _total_line(problem: Problem, style: Style, event: Event, total: int, amount: int, result: int) -> str:
+def _opening(problem: Problem, style: Style, words: random.Random) -> _Line:
+    if style == "teacher":
+        return (f"Let us count the {problem.item}.\n- Begin with {problem.start}.\n",)
     if style == "student":
-        work = f"{total} {event.sign} {amount} = {result}, so {problem.name} has {result} {problem.item}"
-        return f"{problem.name} {event.verb} {amount}: {work}.\n"
-    work = f"{total} plus {amount} makes {result}" if event.sign == "+" else f"{total} minus {amount} leaves {result}"
-    return f"- {event.gerund} {amount}, {work}.\n"
+        return f"{problem.name} starts with", f" {problem.start}", f" {problem.item}.\n"
+    first = words.choice(
+        ("Our count begins with", "Initially there are", "In the beginning we see", "We set out from")
+    )
+    ends = "of them", "pieces", f"{problem.item} at hand", f"{problem.item} at first"
+    return first, f" {problem.start}", f" {words.choice(ends)}.\n"
 
 
-def _lines(problem: Problem, style_at: Callable[[int], Style], calculate_at: Callable[[int], _Calculate]) -> list[str]:
-    """The lines of a solution. The two functions give the style and the calculation of line `i`."""
-    lines = [_opening(problem, style_at(0))]
+def _product_line(problem: Problem, style: Style, words: random.Random, event: Event, result: int) -> _Line:
+    count, container, size = event.count, event.container, event.size
+    if style == "teacher":
+        return (f"- {count} {container} with {size} each, {count} times {size} makes {result}.\n",)
+    if style == "student":
+        begin = f"{problem.name} {event.verb} {count} {container}", f": {count} * {size}"
+        return (*begin, f" = {result}", ", so", " that is", f" {result}", f" {problem.item}.\n")
+    first = f"Look at the {count} {container}", f"{count} {container} are opened", f"As for the {count} {container}"
+    work = f", {count} times {size}", f", {count} groups of {size}", f", {count} lots of {size}"
+    closing = _closing(words, problem.item, result, ("they hold", "we find", "this brings"))
+    return (words.choice(first), words.choice(work), *closing)
+
+
+def _total_line(
+    problem: Problem, style: Style, words: random.Random, event: Event, total: int, amount: int, result: int
+) -> _Line:
+    if style == "student":
+        begin = f"{problem.name} {event.verb} {amount}", f": {total} {event.sign} {amount}"
+        return (*begin, f" = {result}", ", so", f" {problem.name} has", f" {result}", f" {problem.item}.\n")
+    if style == "teacher":
+        sign, verb = ("plus", "makes") if event.sign == "+" else ("minus", "leaves")
+        return (f"- {event.gerund} {amount}, {total} {sign} {amount} {verb} {result}.\n",)
+    gerund = event.gerund.lower()
+    if event.sign == "+":
+        first = f"After {gerund} {amount}", f"{amount} are added by {gerund}", f"Next, {amount} come from {gerund}"
+        work = f", {total} plus {amount}", f", {total} and {amount}", f", {total} with {amount} more"
+    else:
+        first = f"After {gerund} {amount}", f"{amount} are taken by {gerund}", f"Next, {amount} go by {gerund}"
+        work = f", {total} minus {amount}", f", {total} less {amount}", f", {total} without {amount}"
+    closing = _closing(words, problem.item, result, ("there are", "we count", f"{problem.name} owns"))
+    return (words.choice(first), words.choice(work), *closing)
+
+
+def _lines(problem: Problem, style: Style, calculate_at: Callable[[int], _Calculate], seed: int) -> list[_Line]:
+    """The lines of a solution. The function gives the calculation of line `i`, and `seed` chooses random words."""
+    words = random.Random(seed)
+    lines = [_opening(problem, style, words)]
     total = problem.start
     for event in problem.events:
         amount = event.size
         if event.count:
             amount = calculate_at(len(lines))(event.count, "*", event.size)
-            lines.append(_product_line(problem, style_at(len(lines)), event, amount))
+            lines.append(_product_line(problem, style, words, event, amount))
         result = calculate_at(len(lines))(total, event.sign, amount)
-        lines.append(_total_line(problem, style_at(len(lines)), event, total, amount, result))
+        lines.append(_total_line(problem, style, words, event, total, amount, result))
         total = result
-    return [*lines, f"Answer: {total}"]
+    return [*lines, (f"Answer: {total}",)]
+
+
+def _join(lines: list[_Line]) -> str:
+    return "".join(map("".join, lines))
+
+
+def _seed_of_words(slip: Slip, rng: random.Random | None, *styles: Style) -> int:
+    """A seed for the words of a text with slips in some styles.
+
+    Raises:
+        ValueError: when these need random numbers and there are none.
+    """
+    if rng is None and (slip != NO_SLIP or "varied" in styles):
+        raise ValueError(
+            f"slip={slip} in the style {' and '.join(styles)} needs a source of randomness; pass "
+            "rng=random.Random(seed)."
+        )
+    return rng.getrandbits(64) if rng is not None and "varied" in styles else 0
 
 
 def solution(problem: Problem, style: Style, slip: Slip = NO_SLIP, rng: random.Random | None = None) -> str:
@@ -245,17 +308,16 @@ def solution(problem: Problem, style: Style, slip: Slip = NO_SLIP, rng: random.R
 
     Args:
         problem: the problem to solve.
-        style: `"student"` or `"teacher"`.
+        style: `"student"`, `"teacher"` or `"varied"`.
         slip: probabilities of wrong calculations. Wrong results are carried forward. Defaults to none.
-        rng: random generator of the slips. Required if `slip` is not `NO_SLIP`.
+        rng: random generator of the slips and of the words. Required if `slip` is not `NO_SLIP`, and for `"varied"`.
 
     Raises:
-        ValueError: when `slip` is given without `rng`.
+        ValueError: when there is no `rng` and it is required.
     """
-    if slip != NO_SLIP and rng is None:
-        raise ValueError(f"slip={slip} needs a source of randomness; pass rng=random.Random(seed).")
-    calculate = _exact if rng is None else _slipping(slip, rng)
-    return "".join(_lines(problem, lambda i: style, lambda i: calculate))
+    seed = _seed_of_words(slip, rng, style)
+    calculate = _exact if rng is None or slip == NO_SLIP else _slipping(slip, rng)
+    return _join(_lines(problem, style, lambda i: calculate, seed))
 
 
 def mixed_solution(
@@ -268,47 +330,56 @@ def mixed_solution(
 ) -> tuple[str, str]:
     """A solution that begins in one style, perhaps with slips, and is finished correctly in the other style.
 
-    The second writer keeps all written results. It finishes the partial line in the style of that line, and writes the
-    later lines in its own style, with correct calculations from the numbers before.
+    The second writer keeps all written results, and calculates correctly from the numbers before. It finishes the
+    partial line in the style of that line, and writes the later lines in its own style. The style `"varied"` finishes
+    no more than the partial part of the line: the word, the number, or the short clause.
 
     Args:
         problem: the problem to solve.
         cut: where the writer changes, as a character position (int) or a fraction of the first solution (float).
         first: the style before the cut.
-        then: the style of the lines after it.
+        then: the style after it.
         slip: probabilities of the first writer's wrong calculations.
-        rng: random generator of the slips. Required if `slip` is not `NO_SLIP`.
+        rng: random generator of the slips and of the words. Required if `slip` is not `NO_SLIP`, and for `"varied"`.
 
     Returns:
         The text before the cut and the text after it.
 
     Raises:
-        ValueError: when `cut` lies outside the first solution, or `slip` is given without `rng`.
+        ValueError: when `cut` lies outside the first solution, or there is no `rng` and it is required.
     """
-    if slip != NO_SLIP and rng is None:
-        raise ValueError(f"slip={slip} needs a source of randomness; pass rng=random.Random(seed).")
+    seed = _seed_of_words(slip, rng, first, then)
     state = rng.getstate() if rng is not None else None
-    slipping = _exact if rng is None else _slipping(slip, rng)
-    draft = _lines(problem, lambda i: first, lambda i: slipping)
-    length = sum(map(len, draft))
+
+    def write(style: Style, settled: int) -> list[_Line]:
+        """The text in one style. Its first `settled` lines have the results of the first writer."""
+        if rng is not None and state is not None:
+            rng.setstate(state)
+        slips = _exact if rng is None else _slipping(slip, rng)
+        return _lines(problem, style, lambda i: slips if i < settled else _exact, seed)
+
+    draft = write(first, len(problem.events) * 2 + 1)
+    length = len(_join(draft))
     position = int(cut * length) if isinstance(cut, float) else cut
     if not 0 <= position <= length:
         raise ValueError(f"cut={cut} lies outside the solution, which has {length} characters.")
 
-    begun = offset = 0
+    begun = parts = offset = 0  # lines that are begun, and parts of the last of them
     for line in draft:
-        begun += position > offset
-        offset += len(line)
-    written = "".join(draft)[:position]
+        if position > offset:
+            begun, parts = begun + 1, 0
+            for part in line:
+                parts += position > offset
+                offset += len(part)
+    written = _join(draft)[:position]
 
     def finish(settled: int) -> str:
         """The whole text. Its first `settled` lines keep the results of the first writer."""
-        if rng is not None and state is not None:
-            rng.setstate(state)
-        slips = _exact if rng is None else _slipping(slip, rng)
-        return "".join(
-            _lines(problem, lambda i: first if i < begun else then, lambda i: slips if i < settled else _exact)
-        )
+        lines = write(then, settled)
+        own = write(first, settled)[:begun]
+        if own and then == "varied":
+            own[-1] = own[-1][:parts] + lines[begun - 1][parts:]
+        return _join(own + lines[begun:])
 
     # The partial line is finished correctly, unless its written part already holds a wrong result.
     whole = finish(max(begun - 1, 0))

@@ -25,11 +25,13 @@ class ShownBranch:
         text: its text.
         similarity: mean similarity to the rollouts, in [0, 1].
         advantage: advantage over the other branches.
+        token_ids: its tokens.
     """
 
     text: str
     similarity: float
     advantage: float
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         logprobs = recorded[0] if recorded else []
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [
-        ShownChunk(*span, *[*rest, None, tuple(ShownBranch(text, *judged) for _, text, _, *judged in branches)])
+        ShownChunk(
+            *span,
+            *[*rest, None, tuple(ShownBranch(text, s, a, tuple(ids)) for ids, text, _, s, a in branches)],
+        )
         for span, *rest, branches in restore_chunks(values["chunks"])
     ]
     return AuditedTrajectory(

@@ -458,6 +458,7 @@ def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
         assert {chunk.start for chunk in audit.chunks} == set(forks)
         for chunk in audit.chunks:
             assert [b.text for b in chunk.branches] == [b.text for b in forks[chunk.start].branches]
+            assert [b.token_ids for b in chunk.branches] == [b.token_ids for b in forks[chunk.start].branches]
             own = chunk.branches[0]
             assert own.similarity == pytest.approx(sum(chunk.similarities) / len(chunk.similarities))
             assert chunk.weight == pytest.approx(own.advantage / (K + 1))
