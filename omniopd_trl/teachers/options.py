@@ -112,6 +112,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "teacher_input_price": PROVIDERS,
     "teacher_output_price": PROVIDERS,
     "teacher_cached_price": PROVIDERS,
+    # The prompts that every teacher receives are made with these.
+    "teacher_context_column": _ALL,
+    "teacher_context_template": _ALL,
 }
 
 # A run relies on these limits: they are refused, not ignored, when nothing enforces them.

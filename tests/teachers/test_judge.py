@@ -263,8 +263,8 @@ def test_a_local_model_answers_the_chat(tiny_teacher_dir, tiny_model_dir):
     plain_model = LocalTeacher(str(tiny_model_dir))
     plain_model.tokenizer.chat_template = None
     with pytest.raises(DataError, match="chat template"):
-        check_prompts(plain_model, [], "judge")
-    check_prompts(teacher, [], "judge")
+        check_prompts(plain_model, [], signal="judge")
+    check_prompts(teacher, [], signal="judge")
 
 
 def test_the_judge_of_the_tests_reads_the_question():

@@ -130,7 +130,7 @@ def test_batch_baseline_subtracts_the_global_mean(tmp_path, tiny_model_dir, tiny
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )
-    check(trainer, tiny_model_dir, tiny_tokenizer, lambda posterior: posterior - mean)
+    check(trainer, tiny_model_dir, tiny_tokenizer, weight_of=lambda posterior: posterior - mean)
 
 
 def test_trajectory_baseline_subtracts_the_other_chunks(tmp_path, tiny_model_dir):
