@@ -153,7 +153,8 @@ def check(trainer, initial, tokenizer, **options):
         {"mask_truncated_completions": True, "pad_to_multiple_of": 64, "gradient_checkpointing": True, "seed": 1},
         {"teacher": Remote, **FOUR_MICRO_BATCHES},
         {"teacher": lambda: ScriptedTeacher(judge), "signal": "judge", "num_chunks": 4},
-        {"teacher": lambda: ScriptedTeacher(judge), "signal": "cascade", "num_chunks": 4, "cascade_low": 0.4, "seed": 1},
+        {"teacher": lambda: ScriptedTeacher(judge), "signal": "cascade", "cascade_low": 0.4, "num_chunks": 4}
+        | {"seed": 1},
     ],
     ids=["components", "scaled", "candidates", "filtered", "truncated", "overlap", "judge", "cascade"],
 )
