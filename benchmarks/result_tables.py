@@ -125,6 +125,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("demo.md", "results/wording.json", wording),
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
+    ("results.md", "results/demo/methods.json", ablation),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
 )
 
