@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest
+from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, local
 from tests.gpu.bounds import hold, largest
 from tests.support.training import make_trainer, questions
 
@@ -60,11 +60,14 @@ def test_greedy_text_is_that_of_generate(teacher, device):
     assert cached > 0, "nothing came from the cache"
 
 
-def test_logprobs_are_those_of_one_forward(teacher, record_property):
-    """At every token that is written, for every prefix of a trajectory."""
+@pytest.mark.parametrize("most_in_a_tree", [0, local.MOST_IN_A_TREE], ids=["copied", "tree"])
+def test_logprobs_are_those_of_one_forward(teacher, record_property, monkeypatch, most_in_a_tree):
+    """At every token that is written, for every prefix of a trajectory, in a row for each prefix or in one for all."""
+    monkeypatch.setattr(local, "MOST_IN_A_TREE", most_in_a_tree)
     steps: list[torch.Tensor] = []  # (rows, V) of each forward; the first is the prefill's
     head = teacher.model.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1].float()))
+    # One position is kept for each prefix: `(rows, 1, V)`, or `(1, rows, V)` in a tree.
+    handle = head.register_forward_hook(lambda module, inputs, output: steps.append(output.flatten(0, 1).float()))
     prefixes = trajectory(2)
     try:
         teacher.sample_trajectories([prefixes], GREEDY)
