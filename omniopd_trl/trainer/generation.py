@@ -16,8 +16,10 @@ from trl import DistillationTrainer
 
 from omniopd_trl.audits.types import Branch
 from omniopd_trl.data.encoding import encode_prompts
+from omniopd_trl.method import importance_weights
 from omniopd_trl.models.prefix_tree import generating_from_trees
 from omniopd_trl.teachers.local import without_generation_defaults
+from omniopd_trl.trainer.exported import Export
 from omniopd_trl.trainer.metrics import non_finite
 from omniopd_trl.trainer.objective import evaluation_mode
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -239,6 +241,27 @@ class Generates(DistillationTrainer):
             filler=batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist(),
             accelerator=self.accelerator,
         )
+
+    def _add_importance(
+        self, batch: dict[str, torch.Tensor], sampled: torch.Tensor, logprobs: torch.Tensor, mode: str
+    ) -> None:
+        """Compare the student with what sampled the completions, and add the importance weights to the batch.
+
+        Args:
+            batch: the generation batch.
+            sampled: `(B, T)`, log-probabilities that the completions were sampled with, in nats, NaN where unknown.
+            logprobs: `(B, T)`, log-probabilities of the student, in nats, NaN where there are none.
+            mode: `"train"` or `"eval"`.
+        """
+        if isinstance(self.teacher, Export) and mode == "train":
+            self.step_metrics.add_drift(sampled, logprobs)
+        else:
+            self.step_metrics.add_sampling(mode, sampled, logprobs)
+        if self.args.importance_sampling_correction:
+            ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
+            self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])
+            batch["importance"] = torch.ones_like(batch["weights"])
+            batch["importance"][:, : ratio.size(1)] = ratio.to(batch["weights"])
 
     @contextmanager
     def _completion_limit(self, max_tokens: int) -> Iterator[None]:

@@ -10,13 +10,14 @@ after the push. After a failed push it stays, and one command repeats the push.
 import os
 import shlex
 import shutil
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -251,6 +252,21 @@ def clear_pushes(output_dir: Any) -> None:
 
 class PushesToHub(DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for the model card and for pushes to the Hub."""
+
+    _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
+    _name = "OmniOPD"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification",
+        "id": "2606.01476",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{zhou2026omniopd,
+                title        = {{OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification}},
+                author       = {Yuhang Zhou and Lizhu Zhang and Yifan Wu and Mingyi Wang and Peng Bo and Jiayi Liu and Xiangjun Fan and Zhuokai Zhao},
+                year         = 2026,
+                eprint       = {arXiv:2606.01476},
+            }"""),  # noqa: E501
+    }
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if not self.is_world_process_zero():

@@ -4,10 +4,9 @@
 
 import copy
 import math
-import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +26,7 @@ from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.errors import ConfigError, import_extra
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.recorder import Recorder
-from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity, importance_weights
+from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, get_similarity
 from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs, padded_logprobs
@@ -44,7 +43,7 @@ from omniopd_trl.trainer.hub import PushesToHub, open_repo
 from omniopd_trl.trainer.metrics import Metrics, context_ratios, non_finite, sum_over_processes
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.plan import plan
+from omniopd_trl.trainer.plan import print_plan
 from omniopd_trl.trainer.progress import use_readable_lines
 from omniopd_trl.trainer.recording import Records
 from omniopd_trl.trainer.samplers import EpochSampler
@@ -134,21 +133,6 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             A function may call its arguments `log_metric` and `log_extra`. Replace math-verify. The mean of a single
             function is logged as `pass@1`; with several functions, each mean is logged as `pass@1/<name>`.
     """  # noqa: E501
-
-    _tag_names: ClassVar[list[str]] = ["trl", "omniopd"]
-    _name = "OmniOPD"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification",
-        "id": "2606.01476",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{zhou2026omniopd,
-                title        = {{OmniOPD: Logit-Free On-Policy Distillation via Speculative Verification}},
-                author       = {Yuhang Zhou and Lizhu Zhang and Yifan Wu and Mingyi Wang and Peng Bo and Jiayi Liu and Xiangjun Fan and Zhuokai Zhao},
-                year         = 2026,
-                eprint       = {arXiv:2606.01476},
-            }"""),  # noqa: E501
-    }
 
     def __init__(
         self,
@@ -310,26 +294,7 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
         if self.objective.is_sharded:  # the back end has now wrapped the student
             self._check_logits()
         if self.accelerator.is_main_process:
-            try:
-                print(self._plan(), flush=True)  # noqa: T201, before the progress bar and the lines of the steps
-            except Exception as error:
-                logger.warning(f"The plan of the run cannot be printed ({type(error).__name__}: {error}).")
-
-    def _plan(self) -> str:
-        student = get_config_model_id(self.model.config) or type(self.model).__name__
-        if not self.objective.is_sharded:
-            trained, size = (self.model.num_parameters(only_trainable=only) for only in (True, False))
-            student += f", {size:,} parameters" + (f", {trained:,} of them trained" if trained < size else "")
-        return plan(
-            self.args,
-            self.state,
-            student=student,
-            teacher=self.teacher,
-            tokenizer=self._tokenizer,
-            dataset=self.train_dataset,
-            num_processes=self.accelerator.num_processes,
-            recorded=self._recorder.num_recorded(),
-        )
+            print_plan(self, self._recorder.num_recorded())
 
     def _check_logits(self) -> None:
         with together(self.args.process_index), unprofiled(self.args):
@@ -447,16 +412,7 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
         in_order = range(len(inputs))
         if self._sampled is not None:
             logprobs = padded_logprobs([scores[b].logprobs for b in in_order], lengths)
-            sampled = padded_logprobs(self._sampled, lengths)
-            if isinstance(self.teacher, Export) and mode == "train":
-                self.step_metrics.add_drift(sampled, logprobs)
-            else:
-                self.step_metrics.add_sampling(mode, sampled, logprobs)
-            if self.args.importance_sampling_correction:
-                ratio = importance_weights(logprobs, sampled, self.args.importance_sampling_clip_max)
-                self.step_metrics.add_importance(mode, ratio[~(logprobs - sampled).isnan()])
-                batch["importance"] = torch.ones_like(batch["weights"])
-                batch["importance"][:, : ratio.size(1)] = ratio.to(batch["weights"])
+            self._add_importance(batch, padded_logprobs(self._sampled, lengths), logprobs, mode)
         return [pending[b] for b in in_order]
 
     def _finish_audits(self, batch: dict[str, Any], mode: str, is_last: bool = True) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.utils import logging
 
 from omniopd_trl.accounting.forecast import Forecast, forecast
 from omniopd_trl.accounting.pricing import Price
@@ -18,6 +19,8 @@ from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+
+logger = logging.get_logger(__name__)
 
 # Prompts that the plan measures: evenly spaced in a dataset, or the first ones of a stream, which is read again.
 _MEASURED, _STREAMED = 1000, 100
@@ -228,3 +231,32 @@ def aligned(rows: list[tuple[str, str]]) -> str:
     """Names and values in two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def print_plan(trainer: Any, recorded: tuple[int, int]) -> None:
+    """Print the plan of a trainer's run. A plan that cannot be made is a warning.
+
+    Args:
+        trainer: the trainer, when training begins.
+        recorded: see [`plan`].
+    """
+    from trl.trainer.utils import get_config_model_id
+
+    try:
+        student = get_config_model_id(trainer.model.config) or type(trainer.model).__name__
+        if not trainer.objective.is_sharded:
+            trained, size = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
+            student += f", {size:,} parameters" + (f", {trained:,} of them trained" if trained < size else "")
+        text = plan(
+            trainer.args,
+            trainer.state,
+            student=student,
+            teacher=trainer.teacher,
+            tokenizer=trainer._tokenizer,
+            dataset=trainer.train_dataset,
+            num_processes=trainer.accelerator.num_processes,
+            recorded=recorded,
+        )
+        print(text, flush=True)  # noqa: T201, before the progress bar and the lines of the steps
+    except Exception as error:
+        logger.warning(f"The plan of the run cannot be printed ({type(error).__name__}: {error}).")
