@@ -126,6 +126,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
     ("results.md", "results/demo/methods.json", ablation),
+    ("results.md", "results/demo/branches.json", ablation),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
 )
 
