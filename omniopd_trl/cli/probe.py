@@ -15,8 +15,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import apply_env, check_arguments, check_paths, positive_int, split_config, stray_word
+from omniopd_trl.cli.opening import open_recipe, with_recipe
+from omniopd_trl.cli.options import positive_int
 from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
 
 if TYPE_CHECKING:
@@ -115,15 +115,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the recipe, its dataset or its teacher cannot be used.
     """
-    if options.config is None:
-        if rest and not rest[0].startswith("-"):
-            raise stray_word(rest[0])
-        raise ConfigError("`omniopd probe` needs a recipe: add `--config RECIPE.yaml`.")
-    arguments = split_config(["--config", options.config, *rest])
-    recipe = check_arguments(arguments)
-    check_paths(arguments, recipe)
-    filter_noise(arguments, recipe)
-    apply_env(recipe)
+    arguments, _ = open_recipe(with_recipe("probe", options.config, rest))
 
     from datasets import Dataset
 
@@ -240,7 +232,7 @@ def _plan(
     price = None
     if is_service(teacher):
         price = TeacherOptions.of(args).price(provider, model)
-        # A server of one's own has no price. Any other service without a known one needs a limit in tokens.
+        # A vLLM server has no price. Any other service without a known one needs a limit in tokens.
         if price is not None or not (provider == "vllm" or args.teacher_budget_tokens):
             max_usd = min(options.max_usd, args.teacher_budget_usd or math.inf)
     prompts = min(options.num_prompts, rows or options.num_prompts)
