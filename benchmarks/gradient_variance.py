@@ -4,7 +4,7 @@
 
     python -m benchmarks.gradient_variance -o docs/results/gradient_variance/demo.json
     python -m benchmarks.gradient_variance -o docs/results/gradient_variance/varied.json -- \\
-        --teacher_model_name_or_path demo:teacher_varied --teacher_temperature 0.7
+        --teacher_model_name_or_path demo:teacher_varied
 
 A run without training records batches: their forks, 64 branches of the student at each fork, and 96 rollouts of the
 teacher. What follows `--` are options of that run. Sixteen draws of the gradient of a batch combine these:

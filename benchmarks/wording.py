@@ -30,7 +30,7 @@ from omniopd_trl.method import Chunk, similarity_matrix
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest
 from omniopd_trl.teachers.local import LocalTeacher
 
-TEMPERATURES = {"teacher": 1.0, "teacher_varied": 0.7}
+TEACHERS = "teacher", "teacher_varied"
 SIMILARITIES = "exact", "edit", "rouge1", "bleu2"
 # Those of the demo's recipe.
 CHUNK_LENGTH, ROLLOUTS_OF_A_CHUNK = 10, 4
@@ -76,7 +76,7 @@ def sample(name: str, where: Sequence[Place], count: int = NUM_ROLLOUTS, seed: i
     """Rollouts of one of the demo's teachers at each place."""
     torch.manual_seed(seed)
     teacher = LocalTeacher(str(asset_path(name)))
-    request = SamplingRequest(count, max_tokens=3 * CHUNK_LENGTH, temperature=TEMPERATURES[name])
+    request = SamplingRequest(count, max_tokens=3 * CHUNK_LENGTH, temperature=1.0)
     replies = asyncio.run(teacher.sample([place.prefix for place in where], request))
     return [reply.rollouts for reply in replies]
 
@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     where = places(NUM_PLACES)
     rows = []
-    for teacher in TEMPERATURES:
+    for teacher in TEACHERS:
         rollouts = cut(where, sample(teacher, where))
         rows += [{"teacher": teacher, "similarity": name} | compare(where, rollouts, name) for name in SIMILARITIES]
     write_json(options.output, {"num_places": len(where), "num_rollouts": NUM_ROLLOUTS, "rows": rows})

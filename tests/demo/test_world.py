@@ -233,7 +233,7 @@ class TestAssets:
 
     @pytest.mark.parametrize("name", ["student", "teacher", "teacher_varied"])
     def test_tokenizers_can_be_rebuilt(self, name):
-        rebuilt = make_tokenizer(RECIPES[name][-1].tokenizer)
+        rebuilt = make_tokenizer(RECIPES[name].tokenizer)
         assert rebuilt.get_vocab() == AutoTokenizer.from_pretrained(asset_path(name)).get_vocab()
 
     @pytest.mark.parametrize("name", ["student", "teacher", "teacher_varied"])
@@ -290,8 +290,7 @@ class TestModels:
         answers = [problem.answer for problem in sample]
         rates = {name: pass_rate(alone, answers) for name, (alone, _) in written.items()}
         assert 0.15 < rates["student"] < 0.55
-        assert min(rates["teacher"], rates["teacher_shared"]) > 0.85
-        assert rates["teacher_varied"] > 0.3  # at temperature 1; docs/demo.md has it at that of the plans
+        assert min(rates["teacher"], rates["teacher_shared"], rates["teacher_varied"]) > 0.85
 
     def test_the_student_is_well_formed_but_wrong(self, texts):
         sample, _, written = texts
@@ -320,7 +319,7 @@ class TestModels:
             assert sum(right) / len(right) > 0.8
         pairs = zip(written["teacher_varied"][1], begun, strict=True)
         right = [text.rpartition("\n")[2] == rest.rpartition("\n")[2] for text, (_, rest) in pairs]
-        assert sum(right) / len(right) > 0.35  # and every result on the way, at temperature 1
+        assert sum(right) / len(right) > 0.75  # and every result on the way
 
 
 @pytest.mark.slow
