@@ -62,7 +62,11 @@ def ablation(results: dict[str, Any]) -> str:
         *("setting", "pass@1 after", "of each seed", "difference to the first row", "p"),
         *("KL", "tokens", "copied", "teacher read + wrote", *(f"$, {name}" for name in PRICES)),
     ]
-    return table(titles, [_ablation_row(row) for row in results["rows"]])
+    recipe, first = results["recipe"], results["rows"][0]
+    prompts = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    seeds = f"Seeds {', '.join(map(str, first['seeds']))}; {recipe['max_steps']} steps of {prompts} prompts"
+    before = "" if first["before"] is None else f"; pass@1 before training {first['before']:.3f}"
+    return f"{seeds}{before}.\n\n{table(titles, [_ablation_row(row) for row in results['rows']])}"
 
 
 def _ablation_row(row: dict[str, Any]) -> list[str]:
@@ -75,8 +79,8 @@ def _ablation_row(row: dict[str, Any]) -> list[str]:
         ", ".join(f"{score:.3f}" for score in row["after_by_seed"]),
         f"{test['value']:+.3f} [{low:+.3f}, {high:+.3f}]" if test else "",
         f"{test['p_value']:.3f}" if test else "",
-        f"{row['kl']:.3f}",
-        f"{row['length']:.0f}",
+        "" if row["kl"] is None else f"{row['kl']:.3f}",
+        "" if row["length"] is None else f"{row['length']:.0f}",
         f"{row['copied']:.2f}",
         f"{row['read']:,.0f} + {row['written']:,.0f}",
         *(f"{(row['read'] * read + row['written'] * wrote) / 1e6:.2f}" for read, wrote in PRICES.values()),
@@ -120,6 +124,9 @@ def wording(results: dict[str, Any]) -> str:
     return f"{results['num_places']} results, {results['num_rollouts']} rollouts each.\n\n{table(titles, cells)}"
 
 
+# Of a plan that has not been run to its end.
+NOTHING = "There are no results of this plan yet."
+
 # Page, file of results, and the function that turns the file into Markdown.
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("demo.md", "results/wording.json", wording),
@@ -128,6 +135,14 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("results.md", "results/demo/methods.json", ablation),
     ("results.md", "results/demo/branches.json", ablation),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
+    *(
+        ("ablations.md", f"results/demo/{plan}.json", ablation)
+        for plan in ("table4", "table5", "table6", "figure2", "baselines_of_the_posterior", "controls")
+    ),
+    *(
+        ("results.md", f"results/demo/{plan}.json", ablation)
+        for plan in ("varied_similarity", "varied_methods", "real_model")
+    ),
 )
 
 
@@ -138,9 +153,9 @@ def main() -> int:
     options = parser.parse_args()
     code = 0
     for page, path, render in TABLES:
-        results = json.loads((DOCS / path).read_text(encoding="utf-8"))
-        mark = f"docs/{path}"
-        code |= update(DOCS / page, BEGIN.format(mark), END.format(mark), render(results), check=options.check)
+        file, mark = DOCS / path, f"docs/{path}"
+        part = render(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else NOTHING
+        code |= update(DOCS / page, BEGIN.format(mark), END.format(mark), part, check=options.check)
     return code
 
 
