@@ -128,6 +128,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("results.md", "results/demo/methods.json", ablation),
     ("results.md", "results/demo/branches.json", ablation),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
+    ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )
 
 
