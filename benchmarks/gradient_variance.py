@@ -214,13 +214,14 @@ def moments(forks: Forks, weights: Array, expected: Array) -> dict[str, float]:
     trace = np.einsum("dr,rs,ds->", weights - mean, forks.gram, weights - mean) / (len(weights) - 1)
     along = weights @ forks.gram @ expected / np.sqrt(expected @ forks.gram @ expected)
     norms = np.sqrt(np.einsum("dr,rs,ds->d", weights, forks.gram, weights))
+    cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)  # 0 for a draw without a gradient
     norm = mean @ forks.gram @ mean
     return {
         # The noise of the draws that are left in their mean is subtracted.
         "squared_norm": float(max(norm - trace / len(weights), 0.0)),
         "trace": float(trace),
         "cosine_of_mean": float(along.mean() / np.sqrt(norm)),
-        "cosine_of_draw": float((along / norms).mean()),
+        "cosine_of_draw": float(cosines.mean()),
     }
 
 

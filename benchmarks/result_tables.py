@@ -143,6 +143,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("results.md", f"results/demo/{plan}.json", ablation)
         for plan in ("varied_similarity", "varied_methods", "real_model")
     ),
+    ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )
 
 
