@@ -40,7 +40,6 @@ from omniopd_trl.accounting.hardware import (
     RESERVED,
     UTILIZATION,
     BackEnd,
-    Job,
     Shape,
     gathered,
     generation_seconds,
@@ -57,6 +56,7 @@ from omniopd_trl.accounting.hardware import (
     waiting_seconds,
     work_bytes,
 )
+from omniopd_trl.accounting.job import Job
 from omniopd_trl.models import lm_head
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, logprobs_of
 

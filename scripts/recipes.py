@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from omniopd_trl.accounting.hardware import GIB, Job, known_shape
+from omniopd_trl.accounting.hardware import GIB, known_shape
+from omniopd_trl.accounting.job import Job
 from omniopd_trl.cli.hardware import job_of
 from omniopd_trl.cli.recipe import parse_args
 from scripts.pages import page_with

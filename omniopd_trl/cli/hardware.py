@@ -5,7 +5,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.accounting.hardware import GIB, GPUS, LAUNCHES, Job, Launch, Shape, known_shape
+from omniopd_trl.accounting.hardware import GIB, GPUS, Shape, known_shape
+from omniopd_trl.accounting.job import LAUNCHES, Job, Launch
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -20,15 +20,14 @@ from omniopd_trl.accounting.hardware import (
     BACK_ENDS,
     GIB,
     GPUS,
-    LAUNCHES,
     QWEN3,
-    Job,
     Shape,
     generation_seconds,
     known_shape,
     state_bytes,
     work_bytes,
 )
+from omniopd_trl.accounting.job import LAUNCHES, Job
 from omniopd_trl.errors import ConfigError
 
 H100 = GPUS["h100-80"]

@@ -20,30 +20,19 @@ from transformers import AutoTokenizer
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
-from omniopd_trl.audits.types import Audit, AuditSettings, Branch, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.remote.answers import Sample
+from tests.support.audits import audit_settings
 from tests.support.corpus import STUDENT_LINES
 from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 from tests.support.services import Scripted
 
-SETTINGS = {
-    "num_chunks": 2,
-    "chunk_length": 4,
-    "min_chunk_length": 2,
-    "num_rollouts": 3,
-    "min_rollouts": 1,
-    "prior_strength": 1.0,
-    "chunk_overlap": "resample",
-    "chunk_placement": "start",
-    "chunk_selection": "entropy",
-    "teacher_temperature": 0.8,
-    "teacher_top_p": 0.9,
-}
+SETTINGS = audit_settings(teacher_temperature=0.8, teacher_top_p=0.9)
 
 
 class Recorder(Teacher):
@@ -61,7 +50,7 @@ class Recorder(Teacher):
 
 
 def auditor(tokenizer, teacher, **overrides) -> Auditor:
-    return Auditor(teacher, tokenizer, AuditSettings(**{**SETTINGS, **overrides}), get_similarity("edit"))
+    return Auditor(teacher, tokenizer, replace(SETTINGS, **overrides), get_similarity("edit"))
 
 
 def trajectory(tokenizer, text: str, peaks: dict[int, float], **overrides) -> tuple[Trajectory, PolicyScores]:
@@ -149,7 +138,7 @@ def test_slow_scores_do_not_delay_requests(tiny_tokenizer, waits, encoding, simi
     """While one trajectory is scored, the answers for others arrive: none times out, and none is requested twice."""
     slow = Slow(tiny_tokenizer, waits, encoding, similarity)
     teacher = Timed(delay=lambda prefix: 0.01 * len(prefix.prompt), timeout=0.6, max_attempts=3)
-    judge = Auditor(teacher, slow, AuditSettings(**SETTINGS), get_similarity(slow.similarity))
+    judge = Auditor(teacher, slow, SETTINGS, get_similarity(slow.similarity))
     paths = [trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}) for _ in range(2)]
     # The second one is answered after the first one has begun to be scored.
     paths = [(replace(path, prompt="What?" * (1 + 3 * i)), scores) for i, (path, scores) in enumerate(paths)]
@@ -195,7 +184,7 @@ def test_a_rollout_that_cannot_be_scored_is_set_aside(tiny_tokenizer, caplog, ba
     path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}, seed=11)
     audits = []
     for script in (["defg", bad, "dexy"], ["defg", "dexy"]):
-        judge = Auditor(ScriptedTeacher(script), tokenizer, AuditSettings(**SETTINGS), get_similarity(phi))
+        judge = Auditor(ScriptedTeacher(script), tokenizer, SETTINGS, get_similarity(phi))
         judge.settings = replace(judge.settings, num_rollouts=len(script))
         audits.append(asyncio.run(judge.audit(*path)))
     assert audits[0].chunks == audits[1].chunks

@@ -12,25 +12,15 @@ import pytest
 import torch
 
 from omniopd_trl import OmniOPDConfig
-from omniopd_trl.audits.types import Audit, AuditSettings, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
 from omniopd_trl.evals.probe import Estimate, Form, Measured, Signal, _found, estimate, judge, measure
 from omniopd_trl.method.chunks import Chunk
+from tests.support.audits import audit_settings
 from tests.support.training import similarity as edit
 
 LENGTH = 8
-SETTINGS = AuditSettings(
-    num_chunks=3,
-    chunk_length=LENGTH,
-    min_chunk_length=4,
-    num_rollouts=2,
-    min_rollouts=2,
-    prior_strength=1.0,
-    chunk_overlap="resample",
-    chunk_placement="start",
-    chunk_selection="entropy",
-    teacher_temperature=1.0,
-    teacher_top_p=1.0,
-    num_branches=3,
+SETTINGS = audit_settings(
+    num_chunks=3, chunk_length=LENGTH, min_chunk_length=4, num_rollouts=2, min_rollouts=2, num_branches=3
 )
 FORM = Form(
     num_chunks=3,

@@ -15,7 +15,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.types import AuditSettings, PolicyScores, Trajectory
+from omniopd_trl.audits.types import PolicyScores, Trajectory
 from omniopd_trl.errors import BudgetError, OmniOPDError
 from omniopd_trl.journal import resume
 from omniopd_trl.journal.file import journal_path
@@ -24,6 +24,7 @@ from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.remote.engine import EngineSettings
+from tests.support.audits import audit_settings
 from tests.support.journals import SETTINGS as JOURNAL
 from tests.support.journals import journal
 from tests.support.loopback import Loopback
@@ -37,19 +38,7 @@ FORMATS = {
     "messages": (CLAUDE, {}),
     "generateContent": (GEMINI, {}),
 }
-SETTINGS = AuditSettings(
-    num_chunks=4,
-    chunk_length=20,
-    min_chunk_length=2,
-    num_rollouts=2,
-    min_rollouts=1,
-    prior_strength=1.0,
-    chunk_overlap="resample",
-    chunk_placement="start",
-    chunk_selection="entropy",
-    teacher_temperature=1.0,
-    teacher_top_p=1.0,
-)
+SETTINGS = audit_settings(num_chunks=4, chunk_length=20, num_rollouts=2)
 TEXT = "First we add the apples of Tom to the pears of Ann, and then we divide the sum by two. "
 # What a run may spend before its budget is raised: some hundred answers at their worst case.
 ALLOWANCE = 200_000
