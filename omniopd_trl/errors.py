@@ -13,6 +13,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+# The next step after an error that ends a command whose teacher is paid. True with and without a checkpoint.
+RESUME = (
+    "start the command again, training with resume_from_checkpoint=True (also without a checkpoint): recorded answers "
+    "are not paid again"
+)
+
 
 class OmniOPDError(Exception):
     """Root of every error that this package raises on purpose.

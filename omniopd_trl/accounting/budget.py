@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
-from omniopd_trl.errors import BudgetError, ConfigError, WarnOnce
+from omniopd_trl.errors import RESUME, BudgetError, ConfigError, WarnOnce
 
 
 class Reservation:
@@ -253,6 +253,4 @@ class Budget:
         share = ""
         if self.num_processes > 1:
             share = f" Each of {self.num_processes} processes may spend an equal share of the remaining budget."
-        return (
-            f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and resume from the last checkpoint."
-        )
+        return f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and {RESUME}."

@@ -16,7 +16,7 @@ from omniopd_trl.teachers import Prefix
 from omniopd_trl.teachers.load import is_local
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.validation import load_tokenizer
+from omniopd_trl.trainer.validation import tokenizer_of
 
 
 def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> None:
@@ -26,7 +26,7 @@ def check_teacher(student: str, teacher: str | None, args: OmniOPDConfig) -> Non
         ConfigError: when the teacher is not a model in this process, or its tokens are not those of the student.
     """
     check_is_local(teacher)
-    own = load_tokenizer(student, args).get_vocab()
+    own = tokenizer_of(student, args).get_vocab()
     theirs = AutoTokenizer.from_pretrained(
         teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
     ).get_vocab()

@@ -95,7 +95,7 @@ class Result:
     problems: Mapping[str, float] = field(repr=False)
     kl: float | None
     length: float | None
-    copied: float
+    copied: float | None
     read: int
     written: int
     usd: float
@@ -328,7 +328,6 @@ def read_result(folder: Path) -> Result:
     """
     import pyarrow.parquet
 
-    from omniopd_trl.evals.copying import copied_share
     from omniopd_trl.journal.reader import spent
     from omniopd_trl.report.runs import Run
 
@@ -354,7 +353,7 @@ def read_result(folder: Path) -> Result:
         problems={prompt: statistics.fmean(values) for prompt, values in problems.items()},
         kl=last("eval_kl/unaudited"),
         length=last("eval_completions/mean_length"),
-        copied=statistics.fmean(copied_share(row["prompt"], row["completion"]) for row in rows),
+        copied=last("eval_completions/copied_share"),
         read=usage.prompt_tokens,
         written=usage.completion_tokens,
         usd=usd,

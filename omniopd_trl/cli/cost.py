@@ -3,7 +3,6 @@
 """`omniopd cost`: forecast tokens, dollars, memory and time of a recipe, without any request."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -55,9 +54,17 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from omniopd_trl.cli.recipe import load_splits, parse_args
-    from omniopd_trl.teachers.load import is_export, split_name
+    from omniopd_trl.models.loading import load_tokenizer
+    from omniopd_trl.teachers.load import capabilities_by_name, is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
-    from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, Requests, aligned, forecast_run, trajectory_length_of
+    from omniopd_trl.trainer.plan import (
+        LETTERS_PER_TOKEN,
+        Requests,
+        aligned,
+        forecast_run,
+        num_steps,
+        trajectory_length_of,
+    )
 
     logging.set_verbosity_error()
     script_args, args, model_args, dataset_args = parse_args(arguments)
@@ -78,12 +85,14 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if is_export(teacher):
         raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
-    capabilities = _capabilities(provider, model)
+    capabilities = capabilities_by_name(teacher)
     price = TeacherOptions.of(args).price(provider, model)
     tokenizer = None
     if options.prompt_length is None:
-        tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
         try:
+            tokenizer = load_tokenizer(
+                model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code
+            )
             splits = load_splits(script_args, dataset_args)
         except DataError as error:
             raise DataError(f"{error} {_WITHOUT}") from error
@@ -95,7 +104,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
             "--prompt_length leaves the dataset unread, so the number of steps must be given. Add `--max_steps`."
         )
     prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
-    steps = _steps(args, prompts.total, options.num_processes)
+    steps = num_steps(args, prompts.total, options.num_processes)
     if options.trajectory_length is not None:
         trajectory_length, source = options.trajectory_length, "as given"
     else:
@@ -195,27 +204,6 @@ def _describe_audits(
     return [("samples per request", samples), ("chunks", chunks)]
 
 
-def _capabilities(provider: str, model: str) -> Any:
-    """The capabilities of a model behind a service; `None` for a local model."""
-    from omniopd_trl.teachers.providers.capabilities import PROVIDERS, capabilities_of
-
-    return capabilities_of(provider, model) if provider in PROVIDERS else None
-
-
-def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    from omniopd_trl.models.loading import why_not_loaded
-
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"Prompts are measured with the tokenizer of the student {name!r}, which cannot be loaded: "
-            f"{why_not_loaded(name, error)} {_WITHOUT}"
-        ) from error
-
-
 def _measure_prompts(
     splits: Any, script_args: Any, args: "OmniOPDConfig", tokenizer: Any, max_prompts: int | None
 ) -> _Prompts:
@@ -243,26 +231,6 @@ def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
     total = "a stream" if prompts.total is None else f"{prompts.total:,}"
     mean, longest = sum(prompts.lengths) / len(prompts.lengths), max(prompts.lengths)
     return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
-
-
-def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
-    """Optimizer steps of the run, as the trainer takes them.
-
-    Rows at the end of an epoch that do not fill a step are dropped.
-    """
-    from omniopd_trl.data.checks import check_step_is_filled
-
-    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if total is not None:
-        check_step_is_filled(total, batch_size, accumulation_steps, num_processes)
-    if args.max_steps > 0:
-        return args.max_steps
-    if total is None:
-        raise ConfigError(
-            f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
-            "Set `max_steps`."
-        )
-    return math.ceil(args.num_train_epochs * (total // (batch_size * accumulation_steps * num_processes)))
 
 
 def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:

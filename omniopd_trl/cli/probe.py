@@ -119,12 +119,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from datasets import Dataset
 
-    from omniopd_trl.cli.cost import _steps
     from omniopd_trl.cli.recipe import parse_args
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure
     from omniopd_trl.journal.reader import spent
     from omniopd_trl.report.runs import without_folders
     from omniopd_trl.teachers.load import is_export
+    from omniopd_trl.trainer.plan import num_steps
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
     for name, value in (
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     dataset = _prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
-    trajectories = _steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    trajectories = num_steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
     folder = Path(options.probe_dir or os.path.join(args.output_dir, "probe"))
     other = _other_continuation(args)
@@ -219,15 +219,16 @@ def _plan(
 
     More trajectories tell more than more forks of one, which depend on each other.
     """
-    from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
-    from omniopd_trl.teachers.load import is_service, split_name
+    from omniopd_trl.models.loading import load_tokenizer
+    from omniopd_trl.teachers.load import capabilities_by_name, is_service, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import Requests, forecast_run, prompt_lengths, some_rows, trajectory_length_of
 
     teacher = str(args.teacher_model_name_or_path)
     provider, model = split_name(teacher) or ("", teacher)
-    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
-    requests = Requests.of(args, _capabilities(provider, model), tokenizer)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    capabilities = capabilities_by_name(teacher)
+    requests = Requests.of(args, capabilities, tokenizer)
     max_usd: float | None = None
     price = None
     if is_service(teacher):
@@ -242,7 +243,7 @@ def _plan(
         asked.num_rollouts = _ROLLOUTS
         load = forecast_run(
             asked,
-            Requests.of(asked, _capabilities(provider, model), tokenizer),
+            Requests.of(asked, capabilities, tokenizer),
             price,
             prompt_tokens=prompt_lengths(some_rows(dataset, prompts), tokenizer, args),
             trajectory_length=trajectory_length_of(args)[0],
@@ -281,11 +282,9 @@ def _plan(
 
 def _other_continuation(args: "OmniOPDConfig") -> str | None:
     """The continuation to compare with: instructed beside exact, where the model allows both; `None` elsewhere."""
-    from omniopd_trl.cli.cost import _capabilities
-    from omniopd_trl.teachers.load import split_name
+    from omniopd_trl.teachers.load import capabilities_by_name
 
-    provider, model = split_name(str(args.teacher_model_name_or_path)) or ("", "")
-    capabilities = _capabilities(provider, model)
+    capabilities = capabilities_by_name(str(args.teacher_model_name_or_path))
     if capabilities is None:
         return None
     own = args.teacher_continuation or capabilities.continuation

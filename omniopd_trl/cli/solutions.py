@@ -110,17 +110,17 @@ def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | 
 
 def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: argparse.Namespace) -> "Load":
     from omniopd_trl.accounting.forecast import forecast
-    from omniopd_trl.cli.cost import _capabilities, _load_tokenizer
-    from omniopd_trl.teachers.load import split_name
+    from omniopd_trl.models.loading import load_tokenizer
+    from omniopd_trl.teachers.load import capabilities_by_name, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import prompt_lengths
 
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path`: its tokenizer measures the prompts.")
     provider, model = split_name(args.teacher_model_name_or_path) or ("", args.teacher_model_name_or_path)
-    capabilities = _capabilities(provider, model)
+    capabilities = capabilities_by_name(args.teacher_model_name_or_path)
     samples = options.num_solutions if capabilities is None else capabilities.samples_per_request
-    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     return forecast(
         prompt_tokens=prompt_lengths(dataset, tokenizer, args),
         trajectory_length=1.0,

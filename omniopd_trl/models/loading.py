@@ -1,15 +1,16 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a model: a progress bar that names it, and why it cannot be loaded."""
+"""Loading a model or its tokenizer: a progress bar that names it, and why it cannot be loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from omniopd_trl.errors import did_you_mean, first_line
+from omniopd_trl.errors import DataError, did_you_mean, first_line
 
 
 @contextmanager
@@ -26,6 +27,33 @@ def loading(what: str) -> Iterator[None]:
         yield
     finally:
         logging.set_tqdm_hook(previous)
+
+
+def load_tokenizer(
+    student: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student, with padding and truncation on the left.
+
+    Args:
+        student: path or id of the student.
+        revision: its revision on the Hub.
+        trust_remote_code: whether code of the repository may run.
+
+    Raises:
+        DataError: when it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            student,
+            revision=revision,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"No tokenizer can be loaded for the student {student!r}: {why_not_loaded(student, error)}"
+        ) from error
 
 
 def why_not_loaded(name: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from omniopd_trl.teachers.providers.capabilities import (
 )
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
 from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_self_hosted
-from omniopd_trl.teachers.remote.engine import Continuation, EngineSettings, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import Capabilities, Continuation, EngineSettings, RemoteTeacher
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 if TYPE_CHECKING:
@@ -78,6 +78,19 @@ def split_name(name: str) -> tuple[str, str] | None:
 def is_export(teacher: "str | PreTrainedModel | Teacher | None") -> TypeGuard[str]:
     """Whether a teacher names the export of an earlier run, as in `"export:runs/demo/_export"`."""
     return isinstance(teacher, str) and teacher.startswith(EXPORT_PREFIX)
+
+
+def capabilities_by_name(teacher: str) -> Capabilities | None:
+    """What a model behind a service can do; `None` for any other teacher.
+
+    Args:
+        teacher: name of the teacher, as in [`split_name`].
+
+    Raises:
+        ConfigError: as [`split_name`].
+    """
+    named = split_name(teacher)
+    return None if named is None else capabilities_of(*named)
 
 
 def suggest_name(name: str) -> str | None:

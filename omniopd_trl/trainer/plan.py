@@ -13,7 +13,8 @@ from transformers.utils import logging
 from omniopd_trl.accounting.forecast import Forecast, forecast
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.data.checks import prompt_ids
+from omniopd_trl.data.checks import check_step_is_filled, prompt_ids
+from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.instruct.prompt import render_messages
@@ -106,6 +107,31 @@ def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:
         if lengths:
             return sum(lengths) / len(lengths), str(checkpoint)
     return float(args.max_completion_length or 0), None
+
+
+def num_steps(args: OmniOPDConfig, num_rows: int | None, num_processes: int) -> int:
+    """Optimizer steps of a run, as the trainer takes them: rows at the end of an epoch that fill no step are dropped.
+
+    Args:
+        args: configuration of the run.
+        num_rows: rows of the dataset; `None` for a stream.
+        num_processes: number of processes.
+
+    Raises:
+        ConfigError: for a stream without `max_steps`.
+        DataError: when the dataset does not fill a step.
+    """
+    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if num_rows is not None:
+        check_step_is_filled(num_rows, batch_size, accumulation_steps, num_processes)
+    if args.max_steps > 0:
+        return args.max_steps
+    if num_rows is None:
+        raise ConfigError(
+            f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
+            "Set `max_steps`."
+        )
+    return math.ceil(args.num_train_epochs * (num_rows // (batch_size * accumulation_steps * num_processes)))
 
 
 def forecast_run(

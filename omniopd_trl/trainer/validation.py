@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
@@ -19,7 +19,7 @@ from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_s
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, find_extra, first_line
-from omniopd_trl.models.loading import why_not_loaded
+from omniopd_trl.models.loading import load_tokenizer, why_not_loaded
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
@@ -58,7 +58,7 @@ def check_inputs(
         if dataset is train_dataset or args.audit_eval:
             args.teacher_context.check(dataset, name)
     config = config_of(model, args)
-    processing_class = processing_class or load_tokenizer(model, args)
+    processing_class = processing_class or tokenizer_of(model, args)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ConfigError(
             f"processing_class is a {type(processing_class).__name__}, but only text is supported yet. Pass the "
@@ -121,21 +121,19 @@ def check_optimizer(args: OmniOPDConfig) -> None:
         find_extra("bitsandbytes", "bitsandbytes")
 
 
-def load_tokenizer(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else get_config_model_id(model.config)
+def tokenizer_of(model: Any, args: OmniOPDConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the student's name.
+
+    Raises:
+        DataError: when it cannot be loaded.
+    """
+    name, revision = model, (args.model_init_kwargs or {}).get("revision")
+    if not isinstance(model, str):
+        name, revision = get_config_model_id(model.config), None
     try:
-        return AutoTokenizer.from_pretrained(
-            name,
-            revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-            truncation_side="left",
-            padding_side="left",
-            trust_remote_code=args.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"No tokenizer can be loaded for the student {name!r}: {why_not_loaded(name, error)} Or pass "
-            "`processing_class`."
-        ) from error
+        return load_tokenizer(name, revision, args.trust_remote_code)
+    except DataError as error:
+        raise DataError(f"{error} Or pass `processing_class`.") from error
 
 
 def config_of(model: Any, args: OmniOPDConfig) -> PretrainedConfig:

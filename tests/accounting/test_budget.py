@@ -475,7 +475,7 @@ class TestLimits:
         message = str(error.value)
         assert "0.0000 of teacher_budget_usd=1 dollars are spent, and the next request may cost 0.0000" in message
         assert "0 of teacher_budget_tokens=10 tokens are spent, and the next request may use 13" in message
-        assert "Raise the budget and resume" in message
+        assert "Raise the budget and start the command again, training with resume_from_checkpoint=True" in message
 
 
 def test_what_is_in_flight_is_noted_before_it_is_sent():

@@ -467,7 +467,7 @@ class TestErrors:
             ({"model_name_or_path": None}, [], 2, "does not set `model_name_or_path`"),
             ({"teacher_model_name_or_path": None}, [], 2, "does not set `teacher_model_name_or_path`"),
             ({"model_name_or_path": "./none"}, [], 1, "no model folder './none' (`model_name_or_path`; looked in"),
-            ({"model_name_or_path": "no/model"}, [], 1, "tokenizer of the student 'no/model', which cannot be loaded"),
+            ({"model_name_or_path": "no/model"}, [], 1, "No tokenizer can be loaded for the student 'no/model'"),
             ({"model_name_or_path": "no/model"}, [], 1, "length of a prompt with `--prompt_length`"),
             ({"dataset_name": "./none.jsonl"}, [], 1, "no dataset file"),
             ({"dataset_name": None}, [], 2, "No dataset is named"),

@@ -401,7 +401,7 @@ def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir, capl
     class Poor(Here):
         async def sample(self, prefixes, request):
             if self.calls >= 11 and not hasattr(self, "is_rich"):
-                raise BudgetError("The budget is used up. Raise the budget and resume from the last checkpoint.")
+                raise BudgetError("The budget is used up.")
             return await super().sample(prefixes, request)
 
     poor = make_trainer(tmp_path, tiny_model_dir, teacher=Poor(), **FOUR_STEPS)

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from omniopd_trl.accounting.budget import Budget, Reservation
 from omniopd_trl.accounting.usage import KeptAnswers, Usage
-from omniopd_trl.errors import NoRolloutError, OmniOPDError, TeacherError, WarnOnce
+from omniopd_trl.errors import RESUME, NoRolloutError, OmniOPDError, TeacherError, WarnOnce
 from omniopd_trl.teachers.base import (
     REQUEST_MILLISECONDS,
     Prefix,
@@ -696,7 +696,7 @@ class RemoteTeacher(Teacher):
             return TeacherError(
                 f"{self.name} asks to wait {failure.retry_after:.0f} s, more than "
                 f"teacher_max_retry_after={self.settings.max_retry_after:g}: {failure.message}. Raise that limit, or "
-                "resume later from the last checkpoint."
+                f"later {RESUME}."
             )
         if failure.kind == "rate_limited":
             self._throttle.slow_down(failure.retry_after or 0.0, began)
