@@ -215,8 +215,11 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
             *(chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior),
             weight=weight,
             mark=chunk.mark,
+            imitated=tuple(imitated),
         )
-        for chunk, weight in zip(audit.chunks, shown.weights, strict=True)
+        for chunk, weight, imitated in zip(
+            audit.chunks, shown.weights, shown.imitated or [[]] * len(audit.chunks), strict=True
+        )
     ]
     return AuditedTrajectory(
         step,
