@@ -171,7 +171,8 @@ def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows as a data frame for a tracker, with the rollouts of a chunk as one text."""
 
     def as_text(rollouts: list[dict[str, Any]]) -> str:
-        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}" for one in rollouts)
+        part = lambda one: f" (imitated: {one['imitated']!r})" if one.get("imitated") else ""  # noqa: E731
+        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}{part(one)}" for one in rollouts)
 
     return pd.DataFrame([{**row, "rollouts": as_text(row["rollouts"])} for row in rows])
 

@@ -215,6 +215,13 @@ def test_other_rows(folder, tmp_path, tiny_model_dir):
         opened("filtered", about={"settings": {**settings, "top_p": 0.9}}, top_p=0.9)
 
 
+def test_imitation_needs_chunks_that_were_gated(folder, tmp_path, tiny_model_dir):
+    """The gate of this run does not select the chunks: those of the export are used."""
+    gate = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
+    with pytest.raises(ConfigError, match="were selected without min_anchor_entropy, which imitation needs"):
+        make_trainer(tmp_path, tiny_model_dir, teacher=f"export:{folder}", **{**SETTINGS, **gate})
+
+
 def test_another_tokenizer(folder, tmp_path, make_tiny_model, tiny_teacher_tokenizer, monkeypatch):
     model = make_tiny_model(tokenizer=tiny_teacher_tokenizer)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
