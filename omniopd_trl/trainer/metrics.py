@@ -299,7 +299,7 @@ class Metrics:
         imitated = [text for one in shown for of_chunk in one.imitated for text in of_chunk]
         left_out = imitated.count(None)
         self.add("train", {"imitation/left_out": (left_out, len(imitated))})
-        if left_out > MANY_LEFT_OUT * len(imitated):
+        if len(imitated) >= 10 and left_out > MANY_LEFT_OUT * len(imitated):
             self.warn_once(
                 "imitation",
                 f"{left_out} of {len(imitated)} rollouts of a batch are not imitated at step {self._step()}: with the "

@@ -150,13 +150,6 @@ class OmniOPDConfig(DistillationConfig):
 
         > Parameters that control the loss
 
-        rollout_imitation (`float`, *optional*, defaults to `0.0`):
-            Weight of a cross-entropy on the first tokens of the rollouts, after the student's own prefix, in addition
-            to the loss of the chunks. It needs `min_anchor_entropy`. `0` is the paper's method, in which no text of
-            the teacher is trained. See docs/imitation.md.
-        rollout_imitation_tokens (`int`, *optional*, defaults to `3`):
-            Number of student tokens of each rollout that are imitated, with `rollout_imitation`.
-
         beta (`float`, *optional*, defaults to `0.1`):
             Weight of the anchor, `KL(ref || theta)` on un-audited tokens, beta in the paper. As in
             [`~trl.GRPOConfig`], it is the coefficient of a KL to a reference model, and values above 1 are allowed. It
@@ -173,6 +166,12 @@ class OmniOPDConfig(DistillationConfig):
             guarantees of Theorem 4.1 (a, b) hold for `"none"` only. Two controls replace the posteriors: `"shuffled"`
             permutes them among the chunks of the global batch, and `"constant"` gives every chunk their mean. To use a
             custom function, pass it to the trainer as `chunk_weights`.
+        rollout_imitation (`float`, *optional*, defaults to `0.0`):
+            Weight of a cross-entropy on the first tokens of the rollouts, after the student's own prefix, in addition
+            to the loss of the chunks. It needs `min_anchor_entropy`. `0` is the paper's method, in which no text of
+            the teacher is trained. See docs/imitation.md.
+        rollout_imitation_tokens (`int`, *optional*, defaults to `3`):
+            Number of student tokens of each rollout that are imitated, with `rollout_imitation`.
         importance_sampling_correction (`bool`, *optional*, defaults to `True`):
             Whether to correct the chunk loss where the student's tokens were not sampled from the policy that is
             trained: with `top_p`, `top_k` or `min_p`, and with vLLM, whose log-probabilities differ slightly. Each
@@ -429,18 +428,6 @@ class OmniOPDConfig(DistillationConfig):
     )
 
     # Parameters that control the loss
-    rollout_imitation: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a cross-entropy on the first tokens of the rollouts, after the student's own prefix, "
-            "in addition to the loss of the chunks. It needs `min_anchor_entropy`. `0` is the paper's method, in "
-            "which no text of the teacher is trained. See docs/imitation.md."
-        },
-    )
-    rollout_imitation_tokens: int = field(
-        default=3,
-        metadata={"help": "Number of student tokens of each rollout that are imitated, with `rollout_imitation`."},
-    )
     beta: float = field(
         default=0.1,
         metadata={
@@ -468,6 +455,18 @@ class OmniOPDConfig(DistillationConfig):
             "posteriors: 'shuffled' permutes them among the chunks of the global batch, and 'constant' gives every "
             "chunk their mean. To use a custom function, pass it to the trainer as `chunk_weights`."
         },
+    )
+    rollout_imitation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a cross-entropy on the first tokens of the rollouts, after the student's own prefix, "
+            "in addition to the loss of the chunks. It needs `min_anchor_entropy`. `0` is the paper's method, in "
+            "which no text of the teacher is trained. See docs/imitation.md."
+        },
+    )
+    rollout_imitation_tokens: int = field(
+        default=3,
+        metadata={"help": "Number of student tokens of each rollout that are imitated, with `rollout_imitation`."},
     )
     importance_sampling_correction: bool = field(
         default=True,
