@@ -3,7 +3,7 @@
 """Conversion between student tokens and text, for chunks and for the rollouts that are compared with them."""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 
@@ -141,6 +141,66 @@ class Alignment:
                     text = _space_before(text) + self._decode(tokens[:length]).lstrip()
                 kept[-1].append(text)
         return kept, num_short
+
+    def continuations(
+        self,
+        token_ids: list[int],
+        chunks: Sequence[Chunk],
+        texts: Sequence[str],
+        rollouts: Sequence[Sequence[str]],
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+    ) -> list[list[tuple[int, ...] | None]]:
+        """The first tokens of each rollout, as the student's tokens that follow those before its chunk.
+
+        Rollouts keep their white space. Services may trim the space before a continuation: if no rollout begins with
+        one, a rollout without white space gets that of its chunk, as in [`cut`].
+
+        The text before a chunk is encoded alone and together with the rollout. A rollout is left out if the encoding
+        changes before it, as when the tokenizer joins its first letters with the last ones of the student, if the
+        chunk begins inside a character, or if the rollout spells a special token.
+
+        Args:
+            token_ids: the completion.
+            chunks: where the chunks are in it.
+            texts: the text of each chunk, from [`split_texts`].
+            rollouts: the rollouts of each chunk, from [`cut`].
+            prompt_ids: the prompt before the completion.
+            max_tokens: number of tokens of each rollout, at most. It has no more than its chunk in any case.
+
+        Returns:
+            For each chunk, the tokens of each rollout; `None` for one that is left out. A rollout of fewer tokens has
+            all of them, and no end token.
+        """
+        if not any(rollouts):
+            return [[] for _ in chunks]
+        ids, first = np.asarray([*prompt_ids[-DECODING_CONTEXT:], *token_ids]), len(prompt_ids[-DECODING_CONTEXT:])
+        ends = [first + chunk.start for chunk in chunks]
+        before = [self._decode(ids[max(0, end - DECODING_CONTEXT) : end], strip=False, special=True) for end in ends]
+        is_trimmed = not any(rollout.startswith(" ") for of_chunk in rollouts for rollout in of_chunk)
+        joined = [
+            context + (_with_space_of(text, rollout) if is_trimmed and not _space_before(rollout) else rollout)
+            for context, text, of_chunk in zip(before, texts, rollouts, strict=True)
+            for rollout in of_chunk
+        ]
+        encoded = self.tokenizer([*before, *joined], add_special_tokens=False)["input_ids"]
+        alone, rest = encoded[: len(before)], iter(encoded[len(before) :])
+        found: list[list[tuple[int, ...] | None]] = []
+        for chunk, context, known, of_chunk in zip(chunks, before, alone, rollouts, strict=True):
+            size = min(max_tokens, chunk.end - chunk.start)
+            following = [self._following(known, tokens, size) for tokens in islice(rest, len(of_chunk))]
+            found.append([None] * len(of_chunk) if context.endswith(PARTIAL_CHARACTER) else following)
+        return found
+
+    def texts_of(self, rollouts: Sequence[Sequence[int] | None]) -> list[str | None]:
+        """The texts of the tokens that [`continuations`] returns for a chunk."""
+        return [None if tokens is None else self._decode([*tokens], strip=False) for tokens in rollouts]
+
+    def _following(self, known: list[int], token_ids: list[int], max_tokens: int) -> tuple[int, ...] | None:
+        """What follows the known tokens; `None` if the tokens do not begin with them, or a special one follows."""
+        new = token_ids[len(known) :][:max_tokens]
+        is_text = self._decode(new, strip=False) == self._decode(new, strip=False, special=True)
+        return tuple(new) if is_text and token_ids[: len(known)] == known else None
 
     def _decode(self, token_ids: list[int] | np.ndarray, strip: bool = True, special: bool = False) -> str:
         """Text of tokens. With `strip`, an incomplete character at the end is removed."""

@@ -203,8 +203,8 @@ def describe(
             f"lora_dropout={model_args.lora_dropout:g} keeps a copy of what an adapter reads, up to 40% of a layer's "
             "activations, which are not counted. Set it to 0."
         )
-    if args.num_branches:
-        notes.append("Branches (num_branches) are not counted in memory and time.")
+    if args.num_branches or args.rollout_imitation:
+        notes.append("Branches and imitated rollouts are not counted in memory and time.")
     if job.teacher is not None and job.method == "omniopd":
         notes.append("The time and the cache of the teacher in the same process are not counted.")
     if job.vllm == "server":

@@ -46,6 +46,7 @@ class ShownChunk:
             branches, it is that of the trajectory's own.
         branches: the branches of the fork, the trajectory's own chunk first; empty without branches.
         mark: mark of the judge, in [0, 1]; `None` without one.
+        imitated: the part of each rollout that is imitated; `None` for one that is left out. Empty without imitation.
     """
 
     start: int
@@ -60,6 +61,7 @@ class ShownChunk:
     weight: float | None = None
     branches: tuple[ShownBranch, ...] = ()
     mark: float | None = None
+    imitated: tuple[str | None, ...] = ()
 
     def distinct_branches(self) -> list[tuple[ShownBranch, int]]:
         """Each distinct text of the branches with its count, the trajectory's own first."""
@@ -76,6 +78,10 @@ class ShownChunk:
             return []
         counts = Counter(zip(self.rollouts, self.similarities, strict=True))
         return [(text, count, similarity) for (text, similarity), count in counts.most_common()]
+
+    def imitated_of(self, rollout: str) -> str | None:
+        """What is imitated of a rollout; `None` for nothing. Equal rollouts of a chunk have equal parts."""
+        return dict(zip(self.rollouts, self.imitated, strict=False)).get(rollout)
 
 
 @dataclass(frozen=True)
@@ -298,10 +304,12 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     entropies: list[float] = []
     logprobs: list[float] = []
     weights: list[float | None] = [None] * len(values["chunks"])
+    imitated: list[list[str | None]] = [[] for _ in weights]
     shown = _has(db, "shown") and _row_of(db, "shown", place)
     if shown:
         steps, weights, *recorded = decode(path, shown)
         logprobs = recorded[0] if recorded else []
+        imitated = recorded[1] if len(recorded) > 1 else imitated
         entropies = [step * ENTROPY_UNIT for step in steps]
     chunks = [
         ShownChunk(
@@ -318,8 +326,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         prompt,
         tuple(completion_ids),
         tuple(
-            replace(chunk, weight=weight, mark=mark)
-            for chunk, weight, mark in zip(chunks, weights, values.get("marks", [None] * len(chunks)), strict=True)
+            replace(chunk, weight=weight, mark=mark, imitated=tuple(texts))
+            for chunk, weight, mark, texts in zip(
+                chunks, weights, values.get("marks", [None] * len(chunks)), imitated, strict=True
+            )
         ),
         tuple(entropies),
         usage=Usage(*(count or 0 for count in tokens)),

@@ -95,6 +95,8 @@ class Shown:
         weights: weight of each chunk in the loss.
         logprobs: log-probability of each token under the policy of the step, in nats. A run that trains from an export
             then knows how far its student is from the one that sampled.
+        imitated: what is imitated of each rollout of each chunk; `None` for a rollout that is left out. Empty without
+            imitation.
     """
 
     index: int
@@ -103,6 +105,7 @@ class Shown:
     entropies: list[float]
     weights: list[float]
     logprobs: list[float] = field(default_factory=list)
+    imitated: list[list[str | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ class Journal:
             for one in shown:
                 entropies = [round(entropy / ENTROPY_UNIT) for entropy in one.entropies]
                 logprobs = [float(f"{logprob:.9g}") for logprob in one.logprobs]  # exact for float32
-                payload = encode([entropies, one.weights, logprobs])
+                payload = encode([entropies, one.weights, logprobs, *([one.imitated] if one.imitated else [])])
                 _insert(db, "shown", attempt, one.index, one.low, one.high, payload)
 
     def record_log(self, logs: Mapping[str, Any]) -> None:

@@ -3,12 +3,13 @@
 """The equations of the paper as pure functions, which depend on torch and numpy only.
 
 Eq. 3: `similarity`. Eqs. 4 and 5: `posterior`. Eq. 6: `entropy`. Eq. 7: `chunks`. Eq. 8: `loss`, with the posteriors
-as weights; `weights` has others. Not in the paper: `branches` and `importance`.
+as weights; `weights` has others. Not in the paper: `branches`, `imitation` and `importance`.
 """
 
 from omniopd_trl.method.branches import Suffix, branch_weights, diversity, leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.entropy import token_entropy
+from omniopd_trl.method.imitation import add_imitation
 from omniopd_trl.method.importance import SamplingFilters, importance_weights, kept_log_mass, lowest_kept_logit
 from omniopd_trl.method.loss import NORMALIZATIONS, anchor_kl, chunk_loss, combine
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
@@ -24,6 +25,7 @@ __all__ = [
     "StepChunks",
     "Suffix",
     "WeightFunction",
+    "add_imitation",
     "anchor_kl",
     "branch_weights",
     "chunk_loss",

@@ -16,20 +16,27 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Suffix:
-    """The part of a branch that its trajectory does not hold.
+    """The part of a branch, or of an imitated rollout, that the trajectory does not hold.
 
     Attributes:
         start: index of its first token in the chunk.
         token_ids: its tokens, at least one.
-        weight: weight of each token's negative log-likelihood in the loss.
+        weight: weight of each token's negative log-likelihood in the chunk loss. 0 if no branch has these tokens.
         sampling_logprobs: log-probabilities that the tokens were sampled with, in nats; `None` where they are not
             known. Empty if the policy itself sampled.
+        imitation: weight of each token's negative log-likelihood in the imitation loss. Empty for 0.
     """
 
     start: int
     token_ids: tuple[int, ...]
     weight: float
     sampling_logprobs: tuple[float | None, ...] = ()
+    imitation: tuple[float, ...] = ()
+
+
+def num_shared(own: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that two continuations of one prefix have in common before they differ."""
+    return next((t for t, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
 
 
 def diversity(texts: Sequence[str]) -> float:
@@ -125,16 +132,14 @@ def branch_weights(
 
     Example:
         >>> branch_weights([[5, 6], [5, 7], [5, 7]], [0.6, -0.3, -0.3])
-        ([0.0, 0.2], [Suffix(start=1, token_ids=(7,), weight=-0.2, sampling_logprobs=())])
+        ([0.0, 0.2], [Suffix(start=1, token_ids=(7,), weight=-0.2, sampling_logprobs=(), imitation=())])
     """
     own = branches[0]
     weights = np.zeros(len(own))
     merged: dict[tuple[int, tuple[int, ...]], list[float]] = {}
     known: dict[tuple[int, tuple[int, ...]], tuple[float | None, ...]] = {}
     for j, (branch, advantage) in enumerate(zip(branches, advantages, strict=True)):
-        shared = next(
-            (t for t, (a, b) in enumerate(zip(own, branch, strict=False)) if a != b), min(len(own), len(branch))
-        )
+        shared = num_shared(own, branch)
         weights[:shared] += advantage / len(branches)
         if shared < len(branch):
             key = shared, tuple(branch[shared:])

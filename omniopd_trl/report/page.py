@@ -216,6 +216,7 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
                 "k": sum(chunk.similarities),
                 "n": len(chunk.rollouts),
                 "mark": chunk.mark,
+                "imitated": [chunk.imitated_of(text) for text, *_ in chunk.distinct_rollouts() if chunk.imitated],
             }
         )
     last = trajectory.chunks[-1] if trajectory.chunks else None

@@ -60,6 +60,7 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "anchor": chunk.anchor,
         "rollouts": [
             {"text": text, "count": count, "similarity": similarity}
+            | ({"imitated": chunk.imitated_of(text)} if chunk.imitated else {})
             for text, count, similarity in chunk.distinct_rollouts()
         ],
         "k_sem": sum(chunk.similarities),
@@ -105,11 +106,13 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     context = Text(_end(chunk.prefix, CONTEXT), style="dim")
     student = Text.assemble((visible(chunk.text[:fork]), "bold"), ("▏", "cyan"), (visible(chunk.text[fork:]), "bold"))
     rollouts = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in (("times", "right"), ("similarity", "right"), ("the teacher wrote", "left")):
+    columns = [("times", "right"), ("similarity", "right"), ("the teacher wrote", "left")]
+    for name, justify in columns + [("imitated", "left")] * bool(chunk.imitated):
         rollouts.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for text, count, similarity in chunk.distinct_rollouts():
         style = "green" if similarity >= 0.99 else "red" if similarity <= 0.01 else ""
-        rollouts.add_row(str(count), f"{similarity:.3f}", Text(visible(text), style=style))
+        imitated = [_quoted(chunk.imitated_of(text))] if chunk.imitated else []
+        rollouts.add_row(str(count), f"{similarity:.3f}", Text(visible(text), style=style), *imitated)
     marked = chunk.mark is not None and not chunk.rollouts
     branches = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (
@@ -150,6 +153,11 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
         f"step {trajectory.step}, process {trajectory.rank}, trajectory {trajectory.index}, chunk {audited.number + 1}"
     )
     return Panel(body, title=title, title_align="left")
+
+
+def _quoted(imitated: str | None) -> Text:
+    """What is imitated of a rollout, with its white space."""
+    return Text("left out", style="dim") if imitated is None else Text(repr(imitated))
 
 
 def _end(text: str, length: int) -> str:

@@ -171,7 +171,8 @@ def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows as a data frame for a tracker, with the rollouts of a chunk as one text."""
 
     def as_text(rollouts: list[dict[str, Any]]) -> str:
-        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}" for one in rollouts)
+        part = lambda one: f" (imitated: {one['imitated']!r})" if one.get("imitated") else ""  # noqa: E731
+        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}{part(one)}" for one in rollouts)
 
     return pd.DataFrame([{**row, "rollouts": as_text(row["rollouts"])} for row in rows])
 
@@ -215,8 +216,11 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
             *(chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior),
             weight=weight,
             mark=chunk.mark,
+            imitated=tuple(imitated),
         )
-        for chunk, weight in zip(audit.chunks, shown.weights, strict=True)
+        for chunk, weight, imitated in zip(
+            audit.chunks, shown.weights, shown.imitated or [[]] * len(audit.chunks), strict=True
+        )
     ]
     return AuditedTrajectory(
         step,

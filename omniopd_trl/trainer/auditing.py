@@ -185,8 +185,11 @@ class Audits(DistillationTrainer):
         batch["weights"], batch["audited_mask"] = collected.weights.to(device), collected.audited.to(device)
         if "importance" in batch:
             batch["weights"] *= batch["importance"]
-        if mode == "train" and self.args.num_branches:
+        if mode == "train" and (self.args.num_branches or self.args.rollout_imitation):
             batch["suffixes"] = collected.suffixes
+        if mode == "train" and self.args.rollout_imitation:
+            batch["imitation"] = collected.imitation.to(device)
+            self.step_metrics.add_imitation(collected.shown)
         is_weighted = any(collected.suffixes) or bool((batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any())
         if mode == "train" and is_weighted:
             self._is_weighted = True

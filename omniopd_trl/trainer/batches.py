@@ -32,6 +32,7 @@ class PackedBatch:
         completion: `(B, L - 1)`, true where the target is a completion token.
         audited: `(B, L - 1)`, true where the target lies in an audited chunk.
         weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
+        imitation: `(B, L - 1)`, the weight in the imitation loss: 0 on targets that no rollout shares.
     """
 
     input_ids: torch.Tensor
@@ -40,31 +41,35 @@ class PackedBatch:
     completion: torch.Tensor
     audited: torch.Tensor
     weights: torch.Tensor
+    imitation: torch.Tensor
 
     @classmethod
     def of(cls, batch: dict[str, Any], pad_token_id: int, pad_to_multiple_of: int | None = None) -> "PackedBatch":
         """Join prompts and completions.
 
         Args:
-            batch: a batch with the keys `TOKEN_KEYS`.
+            batch: a batch with the keys `TOKEN_KEYS`, and `imitation` if rollouts are imitated.
             pad_token_id: token that pads rows to a multiple of `pad_to_multiple_of`.
             pad_to_multiple_of: the rows are padded to a multiple of this length; `None` for no padding.
         """
         prompt_padding = torch.zeros_like(batch["prompt_mask"])
-        mask, input_ids, completion, audited, weights = flush_left(
+        imitation = batch.get("imitation", torch.zeros_like(batch["weights"]))
+        mask, input_ids, completion, audited, weights, imitation = flush_left(
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
             torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
             torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
+            torch.cat([prompt_padding.float(), imitation], dim=1),
         )
         if pad_to_multiple_of is not None:
             padding = -mask.size(1) % pad_to_multiple_of
-            mask, completion, audited, weights = (
-                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights)
+            mask, completion, audited, weights, imitation = (
+                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights, imitation)
             )
             input_ids = nn.functional.pad(input_ids, (0, padding), value=pad_token_id)
-        return cls(input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:])
+        targets = (input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:], imitation[:, 1:])
+        return cls(input_ids, mask, *targets)
 
     @property
     def unaudited(self) -> torch.Tensor:
@@ -78,11 +83,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class BranchedBatch:
-    """A packed batch with the branches of its trajectories, as the inputs of one forward pass.
+    """A packed batch with the branches and imitated rollouts of its trajectories, as the inputs of one forward pass.
 
-    The rows and columns of the packed batch come first. A branch is its *suffix*: what it does not share with its
-    trajectory. Its tokens have the positions that they would have in the trajectory's place, and attend to the
-    trajectory before the branch and to the suffix so far.
+    The rows and columns of the packed batch come first. A branch or rollout is its *suffix*: what it does not share
+    with its trajectory. Its tokens have the positions that they would have in the trajectory's place, and attend to
+    the trajectory before the suffix and to the suffix so far.
 
     Attributes:
         input_ids: `(R, L)`.
@@ -90,8 +95,9 @@ class BranchedBatch:
         position_ids: `(R, L)`.
         predictors: `(2, S)`, row and column of the position that predicts each token of the suffixes.
         targets: `(S,)`, these tokens.
-        weights: `(S,)`, their weights in the loss.
+        weights: `(S,)`, their weights in the chunk loss.
         sampling_logprobs: `(S,)`, log-probabilities that they were sampled with, in nats. NaN where they are unknown.
+        imitation: `(S,)`, their weights in the imitation loss.
     """
 
     input_ids: torch.Tensor
@@ -101,6 +107,7 @@ class BranchedBatch:
     targets: torch.Tensor
     weights: torch.Tensor
     sampling_logprobs: torch.Tensor
+    imitation: torch.Tensor
 
     @classmethod
     def of(
@@ -162,14 +169,14 @@ class BranchedBatch:
             for t in range(len(suffix.token_ids))
         ]
         flat = [
-            (token, suffix.weight, math.nan if logprob is None else logprob)
+            (token, suffix.weight, math.nan if logprob is None else logprob, copied or 0.0)
             for _, _, suffix in branches
-            for token, logprob in zip_longest(suffix.token_ids, suffix.sampling_logprobs)
+            for token, logprob, copied in zip_longest(suffix.token_ids, suffix.sampling_logprobs, suffix.imitation)
         ]
-        targets, weights, sampled = zip(*flat, strict=True) if flat else ((), (), ())
+        targets, weights, sampled, imitation = zip(*flat, strict=True) if flat else ((), (), (), ())
         parts = (
             *(input_ids, mask, position_ids, torch.tensor(predictors, dtype=torch.long).reshape(-1, 2).T),
-            *(torch.tensor(targets, dtype=torch.long), torch.tensor(weights), torch.tensor(sampled)),
+            *(torch.tensor(targets, dtype=torch.long), *map(torch.tensor, (weights, sampled, imitation))),
         )
         return cls(*(part.to(device) for part in parts))
 

@@ -236,6 +236,11 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the "
             "student, and they cannot be sampled off-policy. Train with a teacher."
         )
+    if args.rollout_imitation and "min_anchor_entropy" not in recorded:
+        raise ConfigError(
+            f"rollout_imitation={args.rollout_imitation:g}: the chunks of the export {export.source!r} were selected "
+            "without min_anchor_entropy, which imitation needs. Leave it out, or train with a teacher."
+        )
     if args.signal != "rollouts":
         raise ConfigError(
             f"signal={args.signal!r} needs a teacher to ask, and the run trains from an export. Leave it out."

@@ -16,6 +16,7 @@ from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import NonFiniteError
 from omniopd_trl.evals.copying import num_quotes
+from omniopd_trl.journal.schema import Shown
 from omniopd_trl.method.branches import diversity
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
 from omniopd_trl.report.runs import text_of_prompt
@@ -45,6 +46,8 @@ LOW_ENTROPY = 0.1
 
 # A warning is logged when more of the long rollouts of a batch are duplicates.
 MANY_DUPLICATES = 0.8
+# A warning is logged when more of the rollouts of a batch cannot be imitated.
+MANY_LEFT_OUT = 0.2
 
 
 def metric_dtype(device: torch.device) -> torch.dtype:
@@ -126,6 +129,8 @@ class Metrics:
         names: tuple[str, ...] = ("kl/unaudited", "kl/audited", "entropy", "sampling/importance_sampling_ratio/mean")
         if mode == "train" and self._args.num_branches:
             names = (*names, "chunk_loss")
+        if mode == "train" and self._args.rollout_imitation:
+            names = (*names, "imitation/loss", "imitation/tokens")
         ratios = {name: tuple(sums[name].tolist()) if name in sums else (0.0, 0.0) for name in names}
         (failed,) = self.add(mode, ratios, float(not loss.isfinite()))
         if failed:
@@ -288,6 +293,18 @@ class Metrics:
         truncated = log_ratio > math.log(self._args.importance_sampling_clip_max)
         ratios = {"off_policy/kl": kl.sum().item(), "off_policy/truncated": truncated.sum().item()}
         self.add("train", {name: (value, len(kl)) for name, value in ratios.items()})
+
+    def add_imitation(self, shown: Sequence[Shown]) -> None:
+        """Add how many of the rollouts of a batch or micro-batch could not be imitated."""
+        imitated = [text for one in shown for of_chunk in one.imitated for text in of_chunk]
+        left_out = imitated.count(None)
+        self.add("train", {"imitation/left_out": (left_out, len(imitated))})
+        if len(imitated) >= 10 and left_out > MANY_LEFT_OUT * len(imitated):
+            self.warn_once(
+                "imitation",
+                f"{left_out} of {len(imitated)} rollouts of a batch are not imitated at step {self._step()}: with the "
+                "student's tokenizer they do not begin where the student's text ends. See docs/imitation.md.",
+            )
 
     def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
         """Add truncated importance weights, `(N,)`."""

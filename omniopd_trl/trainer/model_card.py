@@ -136,6 +136,8 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     if args.num_branches:
         sizes += f", compared with K = {args.num_branches} branches besides"
     yield "chunks", sizes
+    if args.rollout_imitation:
+        yield "imitation of rollouts", f"{args.rollout_imitation:g}, {args.rollout_imitation_tokens} tokens of each"
     yield "prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"
     yield "similarity phi", f"`{_name(name_or_function(trainer.auditor.similarity))}`"
     yield "baseline of the posterior", f"`{_name(trainer.step_audits.custom_weights or args.posterior_baseline)}`"

@@ -157,12 +157,14 @@ class Objective:
                 batch.
             batch: a batch with the keys `TOKEN_KEYS`. A training batch also holds `num_items_in_batch` and the other
                 counts over the global batch; an evaluation batch is normalized by its own counts. With the key
-                `importance`, its `weights` hold importance weights. With branches, `suffixes` holds what is trained of
-                them besides the trajectories.
+                `importance`, its `weights` hold importance weights. With branches or imitation, `suffixes` holds what
+                is trained of branches and rollouts besides the trajectories, and `imitation` the weights `(B, T)` of
+                the trajectories' tokens in the imitation loss.
 
         Returns:
             The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited`,
-            `entropy`, with branches `chunk_loss`, and with filters `sampling/importance_sampling_ratio/mean`.
+            `entropy`, with branches `chunk_loss`, with imitation `imitation/loss` and `imitation/tokens`, and with
+            filters `sampling/importance_sampling_ratio/mean`.
         """
         is_train = model.training
         tokens = self._packed(batch)
@@ -203,11 +205,12 @@ class Objective:
         with lm_head_of(student) as head:
             device = head.weight.device
             hidden = hidden.to(device)
-            trained = (part[tokens.audited].to(device) for part in (hidden, tokens.targets, tokens.weights))
+            parts = (hidden, tokens.targets, tokens.weights, tokens.imitation)
+            trained = (part[tokens.audited].to(device) for part in parts)
             if branched is not None:
-                of_branches = (states[tuple(branched.predictors)], branched.targets, branched.weights)
-                trained = (torch.cat([own, other.to(device)]) for own, other in zip(trained, of_branches, strict=True))
-            predictors, targets, weights = trained
+                added = (states[tuple(branched.predictors)], branched.targets, branched.weights, branched.imitation)
+                trained = (torch.cat([own, other.to(device)]) for own, other in zip(trained, added, strict=True))
+            predictors, targets, weights, imitation = trained
             logprobs, _ = logprobs_of(predictors, head, targets, self.temperature)
             num_audited = int(tokens.audited.sum())
             if branched is not None and "importance" in batch:
@@ -216,6 +219,13 @@ class Objective:
             chunk_sum = self._chunk_loss(predictors, head, targets, weights, logprobs, "importance" in batch, sums)
             if branched is not None:
                 sums["chunk_loss"] = torch.stack([chunk_sum.detach(), chunk_sum.new_tensor(num_audited)])
+            if "imitation" in batch:
+                # Nobody sampled these tokens: no ratio, and the log-probabilities are those without filters.
+                imitation_sum = chunk_loss(logprobs, imitation)
+                sums["imitation/loss"] = torch.stack([imitation_sum.detach(), imitation.sum()])
+                of_step = self._accelerator.num_processes * self._args.gradient_accumulation_steps
+                sums["imitation/tokens"] = imitation.new_tensor([imitation.count_nonzero(), 1 / of_step])
+                chunk_sum = chunk_sum + imitation_sum
             kl_sum = torch.zeros_like(chunk_sum)
             if self._args.beta > 0:
                 kl_sum = self._anchor(student, tokens, hidden, head, logprobs[:num_audited].detach(), sums)
@@ -261,12 +271,12 @@ class Objective:
         log_mass = log_kept_mass(hidden, head, targets, self.temperature, self._filters)
         if not is_weighted:
             ratio = log_mass.detach().exp()  # at most 1, so nothing to truncate
-            sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio)
+            sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio[weights != 0])
             weights = weights * ratio
         return chunk_loss(logprobs - log_mass, weights)
 
     def _branched(self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any]) -> BranchedBatch:
-        """The batch with its branches, packed if the student can."""
+        """The batch with its branches and imitated rollouts, packed if the student can."""
         if self._why_apart is None:
             with evaluation_mode(student):
                 self._why_apart = why_not_packed(student) or ""
@@ -275,8 +285,9 @@ class Objective:
             reason = f"a row of {width} tokens is longer than the attention window of {window}"
         if reason and self._accelerator.is_main_process:
             self._warn_once(
-                f"Each branch is computed in a row that begins with its prefix, since {reason}. This is exact, but "
-                "takes more time and memory than one row for all branches of a trajectory.",
+                f"Each {'branch' if self._args.num_branches else 'imitated rollout'} is computed in a row that begins "
+                f"with its prefix, since {reason}. This is exact, but takes more time and memory than one row with "
+                "its trajectory.",
                 "branches",
             )
         lengths = batch["prompt_mask"].sum(1).tolist()

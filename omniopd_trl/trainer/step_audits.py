@@ -25,6 +25,7 @@ from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import JournalError, Shown
 from omniopd_trl.method.branches import Suffix, branch_weights
+from omniopd_trl.method.imitation import add_imitation
 from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_weights
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together, together
@@ -63,8 +64,9 @@ class Collected:
         weights: `(B, T)`, float32, the weight of the chunk on audited tokens and 0 elsewhere.
         audited: `(B, T)`, true on audited tokens.
         waited: time spent waiting for the audits, in seconds.
-        suffixes: for each row, what is trained of its branches besides the trajectory. Their `start` is a position in
-            the completion.
+        suffixes: for each row, what is trained of its branches and rollouts besides the trajectory. Their `start` is a
+            position in the completion.
+        imitation: `(B, T)`, float32, the weight of the trajectories' tokens in the imitation loss.
     """
 
     audits: list[Audit]
@@ -74,6 +76,7 @@ class Collected:
     audited: torch.Tensor
     waited: float
     suffixes: list[list[Suffix]] = field(default_factory=list)
+    imitation: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class StepAudits:
@@ -344,25 +347,50 @@ class StepAudits:
             return failure
         weights = torch.zeros(len(rows), length)
         audited = torch.zeros(len(rows), length, dtype=torch.bool)
+        imitation = torch.zeros(len(rows), length)
         suffixes: list[list[Suffix]] = [[] for _ in rows]
         of_chunks = self._weigh(audits, rows, mode, is_last)
         if isinstance(of_chunks, Failure):
             return of_chunks
         of_chunk = iter(of_chunks.tolist())
+        imitated = [self._imitated(audit, row.trajectory, mode) for audit, row in zip(audits, rows, strict=True)]
         for b, audit in enumerate(audits):
-            for chunk in audit.chunks:
+            for chunk, rollouts in zip(audit.chunks, imitated[b], strict=True):
                 span = slice(chunk.chunk.start, chunk.chunk.end)
                 weights[b, span], audited[b, span] = next(of_chunk), True
+                others: list[Suffix] = []
                 if chunk.branches:
                     own, others = self._weigh_branches(chunk, rows[b].trajectory.seed)
                     weights[b, span] = torch.tensor(own)
-                    suffixes[b] += [replace(suffix, start=suffix.start + chunk.chunk.start) for suffix in others]
+                if rollouts:
+                    ids = rows[b].trajectory.completion_ids[span]
+                    own, others = add_imitation(ids, others, rollouts, self._args.rollout_imitation)
+                    imitation[b, span] = torch.tensor(own)
+                suffixes[b] += [replace(suffix, start=suffix.start + chunk.chunk.start) for suffix in others]
             for agreed in audit.agreed:
                 audited[b, agreed.start : agreed.end] = True
-        shown = list(_shown(audits, rows, of_chunks.tolist()))
+        texts = [[self._auditor.alignment.texts_of(of_one) for of_one in of_row] for of_row in imitated]
+        shown = list(_shown(audits, rows, of_chunks.tolist(), texts))
         if mode == "train":
             self._recorder.show(shown)
-        return Collected(audits, [row.scores for row in rows], shown, weights, audited, waited, suffixes)
+        scores = [row.scores for row in rows]
+        return Collected(audits, scores, shown, weights, audited, waited, suffixes, imitation)
+
+    def _imitated(self, audit: Audit, trajectory: Trajectory, mode: str) -> list[list[tuple[int, ...] | None]]:
+        """The tokens of each rollout that are imitated, for each chunk; see `Alignment.continuations`.
+
+        They follow from the recorded texts, so a replayed audit has the same ones. Evaluation imitates none.
+        """
+        if not self._args.rollout_imitation or mode != "train":
+            return [[] for _ in audit.chunks]
+        return self._auditor.alignment.continuations(
+            trajectory.completion_ids,
+            [chunk.chunk for chunk in audit.chunks],
+            [chunk.text for chunk in audit.chunks],
+            [chunk.rollouts for chunk in audit.chunks],
+            prompt_ids=trajectory.prompt_ids,
+            max_tokens=self._args.rollout_imitation_tokens,
+        )
 
     def _count(self, audits: list[Audit], error: Exception | None, is_last: bool) -> Failure | None:
         self._dropped += sum(audit.num_dropped for audit in audits)
@@ -450,14 +478,20 @@ class StepAudits:
         )
 
 
-def _shown(audits: list[Audit], rows: Sequence[PendingAudit], weights: list[float]) -> Iterator[Shown]:
+def _shown(
+    audits: list[Audit],
+    rows: Sequence[PendingAudit],
+    weights: list[float],
+    imitated: Sequence[list[list[str | None]]],
+) -> Iterator[Shown]:
     rest = iter(weights)
-    for audit, row in zip(audits, rows, strict=True):
+    for audit, row, texts in zip(audits, rows, imitated, strict=True):
         posteriors = [chunk.posterior for chunk in audit.chunks]
         own = list(islice(rest, len(posteriors)))
         entropies = row.scores.entropy.tolist()
         logprobs = row.scores.logprobs.tolist()
-        yield Shown(row.index, min(posteriors, default=None), max(posteriors, default=None), entropies, own, logprobs)
+        ends = (min(posteriors, default=None), max(posteriors, default=None))
+        yield Shown(row.index, *ends, entropies, own, logprobs, texts if any(texts) else [])
 
 
 def _columns(audits: list[Audit], rows: Sequence[PendingAudit]) -> Iterator[tuple[float, ...]]:

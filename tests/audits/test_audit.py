@@ -708,3 +708,44 @@ def test_the_models_of_an_audit(tiny_tokenizer):
 
     (audit,) = audits_of(tiny_tokenizer, Routed(lambda prefix, index: "7"), 1)
     assert audit.models == ("model-0", "model-1")
+
+
+# ---- Imitated rollouts ----
+
+
+@pytest.mark.parametrize("make", [llama_2, metaspace, None], ids=["llama-2", "metaspace", "byte-level"])
+@pytest.mark.parametrize("trim", [str, str.lstrip], ids=["written", "trimmed"])
+def test_imitated_tokens_of_the_students_own_text(make, trim, tiny_tokenizer):
+    """At every position they are the student's own next tokens, also when all spaces before rollouts are trimmed."""
+    tokenizer = tiny_tokenizer if make is None else make()
+    alignment = Alignment(tokenizer)
+    odd = "" if make is metaspace else "漢字 and 😀."  # its decoder joins no bytes
+    ids = tokenizer(f"{LINES} {odd} {LINES}", add_special_tokens=False)["input_ids"]
+    prompt_ids, ids = ids[:5], ids[5:]
+    chunks = [Chunk(start, start + 8, start) for start in range(len(ids) - 12)]
+    texts = [text for _, text in alignment.split_texts(ids, chunks, prompt_ids)]
+    longer = [text for _, text in alignment.split_texts(ids, [replace(c, end=c.end + 4) for c in chunks], prompt_ids)]
+    rollouts = [[trim(text), f"{trim(text)}zzz"] for text in longer]
+    found = alignment.continuations(ids, chunks, texts, rollouts, prompt_ids, max_tokens=3)
+    inside = [c for c in chunks if tokenizer.decode([*prompt_ids, *ids[: c.start]]).endswith("\ufffd")]
+    for chunk, of_chunk in zip(chunks, found, strict=True):
+        own = tuple(ids[chunk.start : chunk.start + 3])
+        assert of_chunk == ([None] * 2 if chunk in inside else [own] * 2), chunk
+    assert bool(inside) == bool(odd), "no chunk begins inside a character"
+
+
+def test_what_is_left_out_of_an_imitation(tiny_tokenizer):
+    """Letters that join the student's last token, and special tokens that a rollout spells; nothing is no token."""
+    alignment = Alignment(tiny_tokenizer)
+    whole = tiny_tokenizer(" apples now", add_special_tokens=False)["input_ids"]
+    ids = [*tiny_tokenizer("Tom has 3 app", add_special_tokens=False)["input_ids"], *whole]
+    start = len(ids) - len(whole)
+    joined = tiny_tokenizer("Tom has 3 apples now", add_special_tokens=False)["input_ids"]
+    assert joined[:start] != ids[:start], "the tokenizer joins nothing here"
+    rollouts = ["les", " apples now", "", "7<|im_end|>", " 7 apples<|im_end|>"]
+    chunk = Chunk(start, len(ids), start)
+    (found,) = alignment.continuations(ids, [chunk], [" apples now"], [rollouts], [], max_tokens=2)
+    seven = tiny_tokenizer(" 7 apples", add_special_tokens=False)["input_ids"]
+    assert found == [None, tuple(whole[:2]), (), None, tuple(seven)]
+    assert alignment.texts_of(found) == [None, tiny_tokenizer.decode(whole[:2]), "", None, " 7 apples"]
+    assert alignment.continuations(ids, [chunk], [" apples now"], [[]], [], max_tokens=2) == [[]]

@@ -66,7 +66,8 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     greedy = {"teacher": str(tiny_teacher_dir), "teacher_temperature": 0.0, "num_rollouts": 1}
     students.append({**students[0], "name": "local_teacher_full", **greedy})
     students.append({**students[0], "name": "offloaded_reference_full", "ref_model_offload": True})
-    students.append({**students[0], "name": "branches_full", "num_branches": 3, "learning_rate": 3e-2})
+    imitation = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
+    students.append({**students[0], "name": "branches_full", "num_branches": 3, "learning_rate": 3e-2, **imitation})
     students.append({**students[0], "name": "judge_full", "signal": "judge"})
     for student in students:
         student["max_grad_norm"] = CLIPPED.get(student["name"], UNCLIPPED)

@@ -218,13 +218,14 @@ def train(
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    compared = (*LOGGED, "imitation/loss", "imitation/tokens")
     # Before the next forward, which leaves the weights of FSDP2's root module gathered, and in bf16.
     observations = trainer.observations() if observed else None
     _, own, ours = compare(trainer.model_wrapped, torch.arange(5, 21, device=args.device)[None], 8)
     return {
         "checks": len(checks),
         "compared": (own - ours).abs().max().item(),
-        "steps": [{key: float(entry[key]) for key in LOGGED if key in entry} for entry in logs],
+        "steps": [{key: float(entry[key]) for key in compared if key in entry} for entry in logs],
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,
         "completions": sorted(map(str, gather_object(trainer.completions))),
         "sharded": sharded(trainer),

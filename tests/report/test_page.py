@@ -105,6 +105,13 @@ def test_a_link_leads_to_a_chunk(report, page):
     assert current.text.strip() == WRONG
 
 
+def test_what_is_imitated_of_a_rollout(tmp_path, page):
+    run = record_run(tmp_path, 1, imitated=[[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]])
+    browser = page(write(tmp_path, run), "#t=0.0.0.0&c=1")
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
+    assert texts(browser, ".rollouts small") == ['imitated: " 51"', "left out of the imitation"]
+
+
 def test_the_fork_is_marked(report, page):
     browser = page(report, "#t=0.0.0.0")
     until(lambda: texts(browser, "article .chunk"))

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.demo import asset_path
+from omniopd_trl.journal.schema import Shown
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import Usage
 from tests.support.journals import journal
@@ -29,14 +30,20 @@ MODEL = "gpt-<b>5</b>-\x1b[31m"
 
 
 def record_run(
-    folder: Path, steps: int = 3, per_step: int = 4, student: str = STUDENT, different_prompts: int = 0, **overrides
+    folder: Path,
+    steps: int = 3,
+    per_step: int = 4,
+    student: str = STUDENT,
+    different_prompts: int = 0,
+    imitated: list[list[str | None]] | None = None,
+    **overrides,
 ) -> Path:
     """Record audits of `steps` steps, `per_step` trajectories each. Every second one is right.
 
     The prompts are `PROMPTS`, or this many others.
 
     The first chunk of each trajectory is a part of the equation, with its fork after two tokens. The second one is the
-    result.
+    result. `imitated` holds what is imitated of each of their rollouts.
     """
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     with journal(folder, num_processes=1, settings={"num_chunks": 2, "num_rollouts": 4, "seed": 0}, **overrides) as j:
@@ -76,5 +83,7 @@ def record_run(
                     models=(MODEL,),
                 )
                 j.record(step, index, whole)
+                if imitated is not None:
+                    j.record_shown(step, [Shown(index, 0.18, 0.7, [], [0.1, 0.2], imitated=imitated)])
     shutil.copy(Path(asset_path("student")) / "tokenizer.json", folder / "tokenizer.json")
     return folder

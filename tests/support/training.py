@@ -14,7 +14,9 @@ from datasets import Dataset
 from rapidfuzz.distance import Levenshtein
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.teachers import Prefix, ScriptedTeacher
+from tests.support.corpus import STUDENT_LINES
 
 NUM_PROMPTS = 8
 
@@ -50,6 +52,16 @@ FOUR_STEPS = {
 LENGTHS = (40, 31, 5, 17, 9, 40, 24, 1)
 
 
+# Completions and rollouts of `Repeating` and `repeat`: a rollout begins as the completion does.
+LINES = " ".join(STUDENT_LINES)
+
+
+def repeat(prefix: Prefix, index: int) -> str:
+    """What the student writes, then something else: after 12 characters, not at all, or after 3 characters."""
+    rest = LINES[len(prefix.completion) :]
+    return (rest[:12] + " 7 apples", rest, rest[:3] + "Answer: 12")[index % 3]
+
+
 class RecordingTrainer(OmniOPDTrainer):
     """A trainer that keeps each generation batch as it was before TRL shuffles and splits it."""
 
@@ -72,6 +84,27 @@ class RecordingTrainer(OmniOPDTrainer):
         kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "audits"}
         self.batches.append({"prompts": prompts, **kept})
         return batch
+
+
+class Repeating(RecordingTrainer):
+    """Completions that begin as `LINES`, and branches of which one is `repeat`'s last rollout."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        self.prompt_ids = prompt_ids
+        line = self._tokenizer(LINES, add_special_tokens=False)["input_ids"]
+        return [line[:length] for _, length in zip(prompt_ids, LENGTHS, strict=True)]
+
+    def _sample_branches(self, prefixes: list[tuple[list[int], int]], **kwargs: Any) -> list[list[Branch]]:
+        line = self._tokenizer(LINES, add_special_tokens=False)["input_ids"]
+        found = []
+        for ids, length in prefixes:
+            start = next(len(ids) - len(prompt) for prompt in self.prompt_ids if ids[: len(prompt)] == prompt)
+            before = self._tokenizer.decode(line[:start])
+            last = self._tokenizer(before + repeat(Prefix("", before), 2), add_special_tokens=False)["input_ids"]
+            own = line[start : start + length]
+            branches = [last[start : start + length], own, [*own[:1], 40, *own[2:]]]
+            found.append([Branch(tuple(tokens), "") for tokens in branches[: self.args.num_branches]])
+        return found
 
 
 def make_trainer(
@@ -185,6 +218,44 @@ def cut_rollouts(prompt: Any, before: str, text: str, length: int, tokenizer: An
     return rollouts
 
 
+class Imitation:
+    """The imitation loss, one rollout at a time in a row with its whole prefix, and its metrics of one step."""
+
+    def __init__(self, student: torch.nn.Module, tokenizer: Any, args: OmniOPDConfig):
+        self.student, self.tokenizer, self.args = student, tokenizer, args
+        self.sum, self.weight, self.num_tokens = torch.zeros((), dtype=torch.float64), 0.0, 0
+        self.num_rollouts = self.num_left_out = 0
+
+    def add(self, before: list[int], rollouts: list[str], length: int) -> None:
+        """Add the rollouts of a chunk of this length, after these tokens. Their white space is that of the chunk."""
+        text = self.tokenizer.decode(before)
+        known = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        beginnings = set()
+        for rollout in rollouts if self.args.rollout_imitation else []:
+            ids = self.tokenizer(text + rollout, add_special_tokens=False)["input_ids"]
+            tokens = ids[len(known) :][: min(self.args.rollout_imitation_tokens, length)]
+            is_left_out = text.endswith("\ufffd") or ids[: len(known)] != known
+            self.num_rollouts, self.num_left_out = self.num_rollouts + 1, self.num_left_out + is_left_out
+            if is_left_out:
+                continue
+            logits = self.student(torch.tensor([before + tokens])).logits[0, -len(tokens) - 1 : -1]
+            logp = (logits / self.args.temperature).log_softmax(-1)[range(len(tokens)), tokens]
+            weight = self.args.rollout_imitation / len(rollouts)
+            self.sum, self.weight = self.sum - weight * logp.sum(), self.weight + weight * len(tokens)
+            beginnings |= {tuple(tokens[: t + 1]) for t in range(len(tokens))}
+        self.num_tokens += len(beginnings)
+
+    def metrics(self) -> dict[str, float]:
+        if not self.args.rollout_imitation:
+            return {}
+        assert self.weight, "no rollout is imitated"
+        return {
+            "imitation/loss": self.sum.item() / self.weight,
+            "imitation/tokens": self.num_tokens,
+            "imitation/left_out": self.num_left_out / self.num_rollouts,
+        }
+
+
 def normalized(
     chunk_sum: torch.Tensor, kl_sum: Any, num_audited: int, num_unaudited: int, num_rows: int, args: OmniOPDConfig
 ) -> torch.Tensor:
@@ -221,6 +292,7 @@ def dense_objective(
     num_audited = num_unaudited = 0
     plain_chunk_sum = 0.0
     sampled_kl: list[float] = []
+    imitation = Imitation(student, tokenizer, args)
     for b, prompt in enumerate(batch["prompts"]):
         prompt_ids = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()]
         completion = batch["completion_ids"][b][batch["completion_mask"][b].bool()]
@@ -247,6 +319,7 @@ def dense_objective(
             rollouts = cut_rollouts(prompt, before, text, chunk_length, tokenizer, args.num_rollouts)
             prior = math.exp(token_logp[start:end].detach().mean().item())
             k_sem, count = sum(similarity(text, rollout) for rollout in rollouts), args.num_rollouts
+            imitation.add(input_ids[0, : len(prompt_ids) + start].tolist(), rollouts, chunk_length)
             if (mark := mark_of(text)) is not None:
                 k_sem, count = mark, 1
             posterior = (k_sem + args.prior_strength * prior) / (count + args.prior_strength)
@@ -268,6 +341,7 @@ def dense_objective(
         num_audited += int(audited.sum())
         num_unaudited += int((~audited).sum())
 
+    chunk_sum = chunk_sum + imitation.sum
     loss = normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args)
     metrics = {
         "chunk_loss": plain_chunk_sum / num_audited,
@@ -276,6 +350,7 @@ def dense_objective(
         "audit/posterior": sum(posteriors) / len(posteriors),
         "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
         "audit/num_chunks": len(posteriors) / len(batch["prompts"]),
+        **imitation.metrics(),
     }
     return loss, metrics
 

@@ -24,12 +24,14 @@ from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
+from tests.support import training
 from tests.support.judge import judge, mark_of
 from tests.support.objective import LORA, compare, load
 from tests.support.teachers import Here, Remote
 from tests.support.training import (
     FOUR_MICRO_BATCHES,
     FOUR_STEPS,
+    Imitation,
     RecordingTrainer,
     cut_rollouts,
     kept_log_mass,
@@ -44,6 +46,7 @@ from tests.support.training import (
 
 K = 3
 BRANCHES = {"num_branches": K, "chunk_length": 6, "min_chunk_length": 4, "num_rollouts": 2}
+IMITATION = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
 
 
 def keep_forks(trainer):
@@ -67,6 +70,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
     student, reference = student.double().eval(), reference.double().eval()
     chunk_sum, kl_sum, num_audited, num_unaudited = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
     num_forks = num_agreed = 0
+    imitation = Imitation(student, tokenizer, args)
 
     def logp_of(model, ids):
         return (model(torch.tensor([ids])).logits[0] / args.temperature).log_softmax(-1)
@@ -102,6 +106,10 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
             is_clear = not any(args.cascade_low < mark < args.cascade_high for mark in marks)
             if args.signal == "judge" or (args.signal == "cascade" and is_clear):
                 values = marks
+            else:
+                length = chunk.end - chunk.start
+                rollouts = cut_rollouts(prompt, before, texts[0], length, tokenizer, args.num_rollouts)
+                imitation.add(prompt_ids + completion[: chunk.start], rollouts, length)
             mean = sum(values) / len(values)
             sigma = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
             for j, ids in enumerate(branches):
@@ -122,11 +130,13 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
         kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()
         num_audited += int(audited.sum())
         num_unaudited += int((~audited).sum())
-    return normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args), {
+    total = chunk_sum + imitation.sum
+    return normalized(total, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args), {
         "chunk_loss": chunk_sum.item() / num_audited,
         "kl/unaudited": kl_sum.item() / num_unaudited,
         "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
         "branches/agreed": num_agreed / num_forks,
+        **imitation.metrics(),
     }
 
 
@@ -146,15 +156,15 @@ def check(trainer, initial, tokenizer, **options):
     "settings",
     # With seed 1 no branch begins inside a character, whose rollouts the reference does not cut.
     [
-        {"loss_normalization": "components", **FOUR_MICRO_BATCHES},
+        {"loss_normalization": "components", **IMITATION, **FOUR_MICRO_BATCHES},
         {"loss_normalization": "sum", "temperature": 0.7, "scale_advantages": True},
         {"fork_candidates": 4, "min_anchor_entropy": 3.0, "chunk_placement": "center", **FOUR_MICRO_BATCHES},
-        {"top_p": 0.7, "chunk_overlap": "merge", "num_chunks": 4},
+        {"top_p": 0.7, "chunk_overlap": "merge", "num_chunks": 4, **IMITATION, "rollout_imitation_tokens": 5},
         {"mask_truncated_completions": True, "pad_to_multiple_of": 64, "gradient_checkpointing": True, "seed": 1},
         {"teacher": Remote, **FOUR_MICRO_BATCHES},
         {"teacher": lambda: ScriptedTeacher(judge), "signal": "judge", "num_chunks": 4},
         {"teacher": lambda: ScriptedTeacher(judge), "signal": "cascade", "cascade_low": 0.4, "num_chunks": 4}
-        | {"seed": 1},
+        | {"seed": 1, **IMITATION},
     ],
     ids=["components", "scaled", "candidates", "filtered", "truncated", "overlap", "judge", "cascade"],
 )
@@ -171,6 +181,19 @@ def test_adapters(tmp_path, tiny_model_dir, tiny_tokenizer):
     check(trainer, tiny_model_dir, tiny_tokenizer)
 
 
+def test_rollouts_that_branches_share(tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch):
+    """Rollouts that begin as the trajectory, as a branch and as another rollout: each token is trained once."""
+    monkeypatch.setattr(training, "script", training.repeat)
+    settings = {**BRANCHES, **IMITATION, "num_rollouts": 3, "rollout_imitation_tokens": 6, **FOUR_MICRO_BATCHES}
+    trainer = make_trainer(tmp_path, tiny_model_dir, **settings)
+    trainer.__class__ = training.Repeating
+    check(trainer, tiny_model_dir, tiny_tokenizer)
+    suffixes = [suffix for batch in trainer.batches for row in batch["suffixes"] for suffix in row]
+    assert any(suffix.weight and suffix.imitation for suffix in suffixes)
+    assert any(suffix.weight and not suffix.imitation for suffix in suffixes)
+    assert trainer.batches[0]["imitation"].count_nonzero() > 20
+
+
 class OtherSampler(RecordingTrainer):
     """Completions and branches of the policy, with log-probabilities as if another model had sampled them."""
 
@@ -183,7 +206,7 @@ class OtherSampler(RecordingTrainer):
 
 def test_branches_of_another_sampler(tmp_path, tiny_model_dir, tiny_tokenizer):
     """As vLLM reports them: truncated ratios for each token. A shared token has the ratio of the trajectory's."""
-    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES)
+    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **IMITATION)
     trainer.__class__ = OtherSampler
 
     def sampled(trajectory, fork, j):
@@ -280,7 +303,7 @@ def test_separate_rows_take_the_same_step(tmp_path, tiny_model_dir, tiny_tokeniz
     """Rows beyond a sliding window are not packed: the step is that of the dense reference, and a warning says so."""
     logging.enable_propagation()
     monkeypatch.setattr(objective, "attention_window", lambda model: 8)
-    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **FOUR_MICRO_BATCHES)
+    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **IMITATION, **FOUR_MICRO_BATCHES)
     check(trainer, tiny_model_dir, tiny_tokenizer)
     assert caplog.text.count("Each branch is computed in a row") == 1
     assert "longer than the attention window of 8" in caplog.text
@@ -380,7 +403,7 @@ def test_branches_are_draws_of_the_policy(tmp_path, tiny_model_dir, tiny_tokeniz
 
 # ---- The journal ----
 
-RUN = {**FOUR_STEPS, **BRANCHES, "max_steps": 2, "save_steps": 1}
+RUN = {**FOUR_STEPS, **BRANCHES, **IMITATION, "max_steps": 2, "save_steps": 1}
 
 
 def not_sampled(*args, **kwargs):
@@ -394,8 +417,9 @@ def test_recorded_branches_are_replayed(tmp_path, tiny_model_dir):
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote.silent(), **RUN)
     again.model.generate = not_sampled
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=1e-6)
-    assert again.state.log_history[1]["branches/agreed"] == first.state.log_history[1]["branches/agreed"]
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=0)
+    for name in ("branches/agreed", "imitation/loss", "imitation/tokens", "imitation/left_out"):
+        assert again.state.log_history[1][name] == first.state.log_history[1][name], name
 
 
 def test_branches_of_unfinished_audits_are_replayed(tmp_path, tiny_model_dir):
@@ -448,8 +472,11 @@ def test_trajectories_without_recorded_branches_get_new_ones(tmp_path, tiny_mode
 
 
 def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
-    """The journal holds the branches of each fork that was asked for, and `omniopd audits` shows them."""
-    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES)
+    """The journal holds the branches of each fork that was asked for, and `omniopd audits` shows them.
+
+    It shows what is imitated of each rollout, too.
+    """
+    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **IMITATION)
     kept = keep_forks(trainer)
     trainer.train()
     asked = 0
@@ -467,14 +494,19 @@ def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
             distinct = chunk.distinct_branches()
             assert sum(count for _, count in distinct) == K + 1
             assert distinct[0][0] == own
+            assert len(chunk.imitated) == len(chunk.rollouts)
+            for rollout, part in zip(chunk.rollouts, chunk.imitated, strict=True):
+                assert part is None or (part.strip("\ufffd \n") and rollout.startswith(part.strip("\ufffd \n")))
     assert asked
     capsys.readouterr()
     assert main(["audits", str(tmp_path), "--json", "--worst", "1"]) == 0
     [shown] = json.loads(capsys.readouterr().out)
     assert sum(branch["count"] for branch in shown["branches"]) == K + 1
+    assert all("imitated" in rollout for rollout in shown["rollouts"])
     assert main(["audits", str(tmp_path), "--worst", "1"]) == 0
     printed = capsys.readouterr().out
     assert "advantage" in printed
+    assert "imitated" in printed
     assert f"{shown['branches'][0]['advantage']:+.3f}" in printed
 
 
@@ -538,11 +570,11 @@ def test_settings_without_a_meaning_are_refused(tmp_path, tiny_model_dir, settin
         make_trainer(tmp_path, tiny_model_dir, **settings)
 
 
-def test_an_evaluation_audits_chunks_without_branches(tmp_path, tiny_model_dir):
-    """It asks for `num_chunks` chunks, not for the candidates, and logs the paper's metrics."""
-    settings = {**BRANCHES, "fork_candidates": 4, "num_chunks": 1, "audit_eval": True}
+def test_an_evaluation_audits_chunks_as_in_the_paper(tmp_path, tiny_model_dir):
+    """It asks for `num_chunks` chunks, not for the candidates, imitates nothing, and logs the paper's metrics."""
+    settings = {**BRANCHES, **IMITATION, "fork_candidates": 4, "num_chunks": 1, "audit_eval": True}
     trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions(4), **settings)
     logged = trainer.evaluate()
     assert logged["eval_audit/num_chunks"] == 1
     assert logged["eval_audit/posterior"] > 0
-    assert "eval_branches/agreed" not in logged
+    assert not {"eval_branches/agreed", "eval_imitation/loss"} & set(logged)

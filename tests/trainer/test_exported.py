@@ -24,7 +24,7 @@ from tests.support.objective import check, load
 from tests.support.teachers import Here
 from tests.support.training import FOUR_STEPS, make_trainer, perturb, questions, trainable
 
-SETTINGS = {**FOUR_STEPS, "max_steps": 3, "save_strategy": "no"}
+SETTINGS = {**FOUR_STEPS, "max_steps": 3, "save_strategy": "no", "rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
 
 
 def export(trainer) -> Path:
@@ -67,6 +67,7 @@ def test_the_same_settings_give_the_same_weights(first, folder, tmp_path, tiny_m
     entries = [entry for entry in again.state.log_history if "loss" in entry]
     for entry, there in zip(entries, first.state.log_history, strict=False):
         assert entry["loss"] == there["loss"]
+        assert entry["imitation/loss"] == there["imitation/loss"] > 0
         assert entry["off_policy/kl"] == entry["off_policy/truncated"] == 0
         assert entry["teacher/completion_tokens"] == 0
     assert len(entries) == 3
@@ -175,7 +176,8 @@ def test_an_export_without_log_probabilities(folder, tmp_path, tiny_model_dir):
         ({"max_steps": -1, "num_train_epochs": 2.0}, "num_train_epochs=2 .*holds 3 such steps"),
         ({"gradient_accumulation_steps": 2}, "4 trajectories per step.* holds 0 such steps"),
         ({"audit_eval": True}, "audit_eval=True needs a teacher"),
-        ({"signal": "judge"}, "signal='judge' needs a teacher to ask"),
+        ({"signal": "cascade"}, "signal='cascade' needs a teacher to ask"),
+        ({"min_anchor_entropy": 0.2}, r"min_anchor_entropy is 0\.2 and was 0\.1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -213,6 +215,9 @@ def test_other_rows(folder, tmp_path, tiny_model_dir):
         opened("mixed", about={"mixed": ["chunk_length"]})
     with pytest.raises(ConfigError, match=r"top_p=0\.9: .* without this filter"):
         opened("filtered", about={"settings": {**settings, "top_p": 0.9}}, top_p=0.9)
+    del settings["min_anchor_entropy"]
+    with pytest.raises(ConfigError, match="were selected without min_anchor_entropy, which imitation needs"):
+        opened("ungated", about={"settings": settings})
 
 
 def test_another_tokenizer(folder, tmp_path, make_tiny_model, tiny_teacher_tokenizer, monkeypatch):

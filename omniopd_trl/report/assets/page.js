@@ -145,7 +145,7 @@
   };
 
   const panel = (audit, at) => {
-    const { text, prior, posterior, weight, rollouts, k, n, mark } = audit.chunks[at];
+    const { text, prior, posterior, weight, rollouts, k, n, mark, imitated } = audit.chunks[at];
     const values = [...(mark === null ? [] : [["mark of the judge", number(mark)]]),
       ...(n ? [["k_sem, sum of similarities", `${number(k)} of ${n}`]] : []), ["prior", number(prior)],
       ["posterior", number(posterior)], ["weight in the loss", number(weight)]];
@@ -160,9 +160,11 @@
     };
     const student = make("tr", { className: "student" }, make("td", { colSpan: 2, text: "the student wrote" }),
       make("td", { className: "words", text }));
-    const body = make("tbody", {}, student, ...rollouts.map(([rollout, count, value]) => make("tr", {},
+    const part = (at) => (at < imitated.length ? [make("small", { className: "muted",
+      text: imitated[at] === null ? "left out of the imitation" : `imitated: ${JSON.stringify(imitated[at])}` })] : []);
+    const body = make("tbody", {}, student, ...rollouts.map(([rollout, count, value], at) => make("tr", {},
       make("td", { text: count }), similarity(value),
-      make("td", { className: "words" }, ...difference(text, rollout)))));
+      make("td", { className: "words" }, ...difference(text, rollout), ...part(at).flatMap((small) => [make("br"), small])))));
     return [make("h3", { text: `Chunk ${at + 1} of ${audit.chunks.length}` }), cards,
       make("table", { className: "rollouts" }, head, body)];
   };
