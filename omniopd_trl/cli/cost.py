@@ -55,6 +55,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from omniopd_trl.cli.recipe import load_splits, parse_args
+    from omniopd_trl.data.checks import prompts_per_step
     from omniopd_trl.teachers.load import is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, Requests, aligned, forecast_run, trajectory_length_of
@@ -94,8 +95,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             "--prompt_length leaves the dataset unread, so the number of steps must be given. Add `--max_steps`."
         )
-    prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
-    steps = _steps(args, prompts.total, options.num_processes)
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, options.num_processes)
+    generations = args.num_generations if method in ("omniopd", "grpo") else 1
+    per_step = prompts_per_step(*sizes, generations)
+    steps = _steps(args, prompts.total, options.num_processes, generations)
     if options.trajectory_length is not None:
         trajectory_length, source = options.trajectory_length, "as given"
     else:
@@ -113,7 +116,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         price,
         prompt_tokens=prompts.lengths,
         trajectory_length=trajectory_length,
-        prompts_per_step=prompts_per_step,
+        trajectories_per_step=math.prod(sizes),
         steps=steps,
         num_rows=prompts.total,
         tokens_per_token=options.tokens_per_token,
@@ -140,6 +143,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
                 "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
                 "pass the logged judge/frac_rollouts with --rollout_share."
             )
+        if args.audit_trajectories != "all":
+            notes.append(
+                f"audit_trajectories={args.audit_trajectories!r} audits a part of the trajectories. All of them are "
+                "counted, the upper bound."
+            )
         if (requests.overhead or requests.judge_overhead) and tokenizer is None:
             notes.append(
                 f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
@@ -162,6 +170,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
         )
+    each = "" if generations == 1 else f", {generations} trajectories each"
     rows = [
         ("method", method),
         ("teacher", teacher),
@@ -169,7 +178,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         *head,
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
         (name, f"{length:,.0f} tokens, {source}"),
-        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
+        ("run", f"{steps:,} steps of {per_step:,} prompts{each}"),
     ]
     if options.gpu is not None:
         job = hardware.job_of(options, script_args, args, model_args, max(prompts.lengths))
@@ -245,16 +254,16 @@ def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
     return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
 
 
-def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
+def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int, generations: int) -> int:
     """Optimizer steps of the run, as the trainer takes them.
 
     Rows at the end of an epoch that do not fill a step are dropped.
     """
-    from omniopd_trl.data.checks import check_step_is_filled
+    from omniopd_trl.data.checks import check_step_is_filled, prompts_per_step
 
-    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, num_processes)
     if total is not None:
-        check_step_is_filled(total, batch_size, accumulation_steps, num_processes)
+        check_step_is_filled(total, *sizes, generations)
     if args.max_steps > 0:
         return args.max_steps
     if total is None:
@@ -262,7 +271,7 @@ def _steps(args: "OmniOPDConfig", total: int | None, num_processes: int) -> int:
             f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
             "Set `max_steps`."
         )
-    return math.ceil(args.num_train_epochs * (total // (batch_size * accumulation_steps * num_processes)))
+    return math.ceil(args.num_train_epochs * (total // prompts_per_step(*sizes, generations)))
 
 
 def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:

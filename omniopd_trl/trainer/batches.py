@@ -32,6 +32,7 @@ class PackedBatch:
         completion: `(B, L - 1)`, true where the target is a completion token.
         audited: `(B, L - 1)`, true where the target lies in an audited chunk.
         weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
+        advantages: `(B, L - 1)`, weight of the verifier's policy gradient on completion targets.
     """
 
     input_ids: torch.Tensor
@@ -40,36 +41,45 @@ class PackedBatch:
     completion: torch.Tensor
     audited: torch.Tensor
     weights: torch.Tensor
+    advantages: torch.Tensor
 
     @classmethod
     def of(cls, batch: dict[str, Any], pad_token_id: int, pad_to_multiple_of: int | None = None) -> "PackedBatch":
         """Join prompts and completions.
 
         Args:
-            batch: a batch with the keys `TOKEN_KEYS`.
+            batch: a batch with the keys `TOKEN_KEYS`, and with `advantages`, `(B, T)`, if a verifier trains.
             pad_token_id: token that pads rows to a multiple of `pad_to_multiple_of`.
             pad_to_multiple_of: the rows are padded to a multiple of this length; `None` for no padding.
         """
         prompt_padding = torch.zeros_like(batch["prompt_mask"])
-        mask, input_ids, completion, audited, weights = flush_left(
+        added = batch.get("advantages", torch.zeros_like(batch["weights"]))
+        mask, input_ids, completion, audited, weights, advantages = flush_left(
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
             torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
             torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
+            torch.cat([prompt_padding.float(), added], dim=1),
         )
         if pad_to_multiple_of is not None:
             padding = -mask.size(1) % pad_to_multiple_of
-            mask, completion, audited, weights = (
-                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights)
+            mask, completion, audited, weights, advantages = (
+                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights, advantages)
             )
             input_ids = nn.functional.pad(input_ids, (0, padding), value=pad_token_id)
-        return cls(input_ids, mask, input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:])
+        masks = completion[:, 1:].bool(), audited[:, 1:].bool()
+        return cls(input_ids, mask, input_ids[:, 1:], *masks, weights[:, 1:], advantages[:, 1:])
 
     @property
     def unaudited(self) -> torch.Tensor:
         """`(B, L - 1)`, true where the target is a completion token outside of every audited chunk."""
         return self.completion & ~self.audited
+
+    @property
+    def trained(self) -> torch.Tensor:
+        """`(B, L - 1)`, true where the target's log-probability is in the loss, or its chunk was audited."""
+        return self.audited | (self.advantages != 0)
 
     def select(self, rows: torch.Tensor) -> "PackedBatch":
         """The selected rows as a batch."""

@@ -59,6 +59,7 @@ from omniopd_trl.trainer.validation import (
     repeated,
     spent_before,
 )
+from omniopd_trl.trainer.verifier import Verifier, training_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -132,6 +133,11 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             asynchronous functions, or sequence classification models with one label, by path, *model id* or instance.
             A function may call its arguments `log_metric` and `log_extra`. Replace math-verify. The mean of a single
             function is logged as `pass@1`; with several functions, each mean is logged as `pass@1/<name>`.
+        reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], or a list of them, *optional*):
+            Functions that score the trajectories of training, as `eval_reward_funcs` and [`~trl.GRPOTrainer`]'s
+            `reward_funcs`. Their rewards are logged, and used as `args.reward_weight` and `args.audit_trajectories`
+            say. If these need rewards, defaults to the function for the columns of the training set: math-verify for
+            `solution` or `answer`. Not used with an export, which holds its rewards. See docs/verifier.md.
     """  # noqa: E501
 
     def __init__(
@@ -150,6 +156,7 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
         similarity: Similarity | None = None,
         chunk_weights: WeightFunction | None = None,
         eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
+        reward_funcs: RewardSource | list[RewardSource] | None = None,
     ):
         if args is None:
             name = get_config_model_id(model.config) if hasattr(model, "config") else str(model)
@@ -172,6 +179,10 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             # One endless epoch. transformers would restart the stream for each epoch, and a run that is resumed in a
             # later epoch would not find its position.
             train_dataset = train_dataset.repeat(None)
+            if args.num_generations > 1:
+                # Here and not by the base class, which would separate the trajectories of a group.
+                train_dataset = train_dataset.shuffle(seed=args.seed) if args.shuffle_dataset else train_dataset
+                train_dataset = repeated(train_dataset, args.num_generations)
         phi = get_similarity(similarity if similarity is not None else args.similarity)
         if chunk_weights is not None and args.num_branches:
             raise ConfigError(
@@ -188,6 +199,15 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             trust_remote_code=args.trust_remote_code,
             chat_template_kwargs=args.chat_template_kwargs,
         )
+
+        if reward_funcs is not None and export is not None:
+            raise ConfigError("`reward_funcs` has no effect with an export, which holds its rewards. Leave it out.")
+        rewards: Rewards | None = None
+        if export is None and (reward_funcs is not None or args.uses_rewards):
+            if reward_funcs is not None and reward_funcs is eval_reward_funcs:
+                reward_funcs = self._rewards.functions  # a reward model is loaded once
+            needed_by = f"reward_weight={args.reward_weight:g}, audit_trajectories={args.audit_trajectories!r}"
+            rewards = training_rewards(reward_funcs, train_dataset, args, needed_by)
 
         if args.push_to_hub:
             with together(args.process_index):
@@ -227,6 +247,8 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
 
         if export is not None:
             self.shuffle_dataset = False  # a step takes the trajectories of its own number
+        if isinstance(self.train_dataset, IterableDataset) and args.num_generations > 1:
+            self.shuffle_dataset = False  # it is shuffled already
         with together(args.process_index):
             check_student(self.model, args, self.accelerator)
         for module in self.model.modules():
@@ -285,6 +307,9 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             budget=self.teacher.budget,
             custom_weights=chunk_weights is not None,
         )
+        self.verifier: Verifier | None = None
+        if rewards is not None or args.uses_rewards:
+            self.verifier = Verifier(rewards, self.accelerator, args, self._tokenizer, self.step_metrics)
         progress, budget = use_readable_lines(self), self.teacher.budget
         if progress is not None and budget is not None:
             self.step_audits.on_wait = lambda: progress.show_in_flight(budget.num_in_flight)
@@ -315,6 +340,9 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if not isinstance(self.teacher, Export):  # which holds each trajectory of a group
+            sampler.mini_repeat_count = self.args.num_generations
+            sampler.batch_size //= self.args.num_generations
         if not self.shuffle_dataset:
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -333,6 +361,10 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         if mode == "train":
+            if self.verifier is not None:
+                batch["verified"] = self.verifier.verify(
+                    inputs, batch, self.step_audits.known_verified, self.state, self.step_audits.ask
+                )
             self.step_audits.record(self.step_audits.trajectories(inputs, batch, mode, self._sampled))
             if self.args.mask_truncated_completions:
                 self._mask_truncated(batch)
@@ -349,8 +381,13 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             )
             for name, total, count in scores:
                 self.step_metrics.add_global(mode, name, total, count)
+        if mode == "train" and self.verifier is not None and self.args.reward_weight > 0:
+            advantages = torch.tensor([one.advantage for one in batch["verified"]], device=batch["weights"].device)
+            batch["advantages"] = self.args.reward_weight * advantages[:, None] * batch["completion_mask"]
         if asks:
             batch["audits"] = self._start_audits(inputs, batch, mode)
+            if "advantages" in batch and "importance" in batch:
+                batch["advantages"] *= batch["importance"]
             if mode == "eval" or not self.step_audits.overlap:
                 self._finish_audits(batch, mode)
         if mode == "train" and self.args.loss_normalization == "components":
@@ -438,7 +475,8 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             batch["weights"] *= batch["importance"]
         if mode == "train" and self.args.num_branches:
             batch["suffixes"] = collected.suffixes
-        is_weighted = any(collected.suffixes) or bool((batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any())
+        trained = [batch[name] for name in ("weights", "advantages") if name in batch]
+        is_weighted = any(collected.suffixes) or any((w.abs() > NEGLIGIBLE_WEIGHT).any() for w in trained)
         if mode == "train" and is_weighted:
             self._is_weighted = True
         audits = collected.audits
@@ -485,3 +523,5 @@ class OmniOPDTrainer(Records, PushesToHub, Generates, Evaluates):
             self._recorder.log(self.state.log_history[-1])
         if self.model.training:
             self._audit_table.show("train", self.state.global_step)
+            if self.verifier is not None:
+                self.verifier.show(self.state.global_step)
