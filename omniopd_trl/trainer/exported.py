@@ -295,7 +295,8 @@ def check_first_step(export: Export, tokenizer: PreTrainedTokenizerBase, args: O
     """Check the first step of an export, before a model is loaded.
 
     Raises:
-        ConfigError: when importance weights would need probabilities that the export does not hold.
+        ConfigError: when importance weights would need probabilities, or a verifier rewards, that the export does not
+            hold.
         DataError: as [`check_prompt_ids`].
     """
     first = export.trajectories(0, 0, export.first_size())
@@ -305,11 +306,13 @@ def check_first_step(export: Export, tokenizer: PreTrainedTokenizerBase, args: O
             "student without this filter, which importance weights would need with it. Set "
             "importance_sampling_correction=False, or export a run that sampled with vLLM."
         )
-    if args.uses_rewards and any(one.trajectory.verified is None for one in first):
-        raise ConfigError(
-            f"reward_weight={args.reward_weight:g} and audit_trajectories={args.audit_trajectories!r}: the export "
-            f"{export.source!r} holds no rewards. Leave both out, or export a run that recorded rewards."
-        )
+    for one in first if args.uses_rewards else ():
+        if one.trajectory.verified is None:
+            raise ConfigError(
+                f"reward_weight={args.reward_weight:g} and audit_trajectories={args.audit_trajectories!r}: the export "
+                f"{export.source!r} holds no rewards. Leave both out, or export a run that recorded rewards."
+            )
+        args.reward_weights_of(list(one.trajectory.verified.rewards))
     prompts = [one.trajectory.prompt for one in first]
     check_prompt_ids(export, 0, first, encode_prompts(prompts, tokenizer, args.chat_template_kwargs))
 

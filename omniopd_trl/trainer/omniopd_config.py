@@ -4,6 +4,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -1028,6 +1029,23 @@ class OmniOPDConfig(DistillationConfig):
     def uses_rewards(self) -> bool:
         """Whether rewards have an effect on training: on the loss, or on what the teacher is asked."""
         return self.reward_weight > 0 or self.audit_trajectories != "all"
+
+    def reward_weights_of(self, names: Sequence[str]) -> list[float]:
+        """The weight of each reward function.
+
+        Args:
+            names: names of the functions.
+
+        Raises:
+            ConfigError: when `reward_weights` has another length.
+        """
+        weights = [1.0] * len(names) if self.reward_weights is None else self.reward_weights
+        if len(weights) != len(names):
+            raise ConfigError(
+                f"reward_weights={weights!r} has {len(weights)} numbers, and there are {len(names)} reward functions: "
+                f"{', '.join(names)}. Give one for each."
+            )
+        return weights
 
     @property
     def teacher_context(self) -> TeacherContext:

@@ -59,25 +59,6 @@ def training_rewards(
     return rewards
 
 
-def reward_weights_of(args: OmniOPDConfig, names: Sequence[str]) -> torch.Tensor:
-    """The weight of each reward function, `(F,)`.
-
-    Args:
-        args: configuration of the run.
-        names: names of the F functions.
-
-    Raises:
-        ConfigError: when `reward_weights` has another length.
-    """
-    weights = [1.0] * len(names) if args.reward_weights is None else args.reward_weights
-    if len(weights) != len(names):
-        raise ConfigError(
-            f"reward_weights={weights!r} has {len(weights)} numbers, and there are {len(names)} reward functions: "
-            f"{', '.join(names)}. Give one for each."
-        )
-    return torch.tensor(weights, dtype=torch.float64)
-
-
 class Verifier:
     """Scores the trajectories of a step, and says what follows for the loss and for the audits.
 
@@ -107,7 +88,7 @@ class Verifier:
         self._metrics = metrics
         self._table: list[dict[str, Any]] = []  # of the last step, with `log_completions`
         if rewards is not None:
-            reward_weights_of(args, rewards.function_names)
+            args.reward_weights_of(rewards.function_names)
 
     @property
     def functions(self) -> list[RewardFunc]:
@@ -151,7 +132,7 @@ class Verifier:
             for name, total, count in metrics_of(logged, accelerator):
                 self._metrics.add_global("train", name, total, count)
         everywhere = accelerator.gather(scores.to(accelerator.device, metric_dtype(accelerator.device))).cpu().double()
-        weights, size = reward_weights_of(args, names), args.num_generations
+        weights, size = torch.tensor(args.reward_weights_of(names), dtype=torch.float64), args.num_generations
         reward = total_reward(everywhere, weights)
         advantages = group_advantages(reward, size)
         chosen = chosen_for_audits(reward, is_right(everywhere, weights), size, args.audit_trajectories)
