@@ -3,7 +3,7 @@
 """An audit's input, settings and result."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +50,11 @@ class AuditSettings:
     signal: Signal = "rollouts"
     cascade_low: float = 0.3
     cascade_high: float = 0.7
+
+    @classmethod
+    def of(cls, config: Any) -> "AuditSettings":
+        """The settings of an `OmniOPDConfig`, by the names of the fields."""
+        return cls(**{option.name: getattr(config, option.name) for option in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ def _collect(
     from omniopd_trl.evals.rewards import Rewards
     from omniopd_trl.journal.reader import spent
     from omniopd_trl.journal.recorder import Recorder
-    from omniopd_trl.trainer.validation import check_prompts, prepare_teacher, probe_teacher
+    from omniopd_trl.trainer.preparation import prepare_teacher
+    from omniopd_trl.trainer.validation import check_prompts, probe_teacher
 
     try:
         rewards = Rewards(

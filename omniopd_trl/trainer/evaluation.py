@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import DistillationTrainer
+from trl.trainer.utils import repeat_iterable_dataset
 
 from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
@@ -29,7 +30,6 @@ from omniopd_trl.trainer.generation import EVALUATION_SEED
 from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.trackers import unprofiled
-from omniopd_trl.trainer.validation import repeated
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -233,6 +233,21 @@ def teacher_scores(
     return means, sum(gather_object([usage]), Usage())
 
 
+def repeated(dataset: Any, num_samples: int) -> Any:
+    """The dataset, or each of a `dict` of datasets, with each example `num_samples` times in a row.
+
+    The dataset is repeated and not the sampler, since accelerate computes from the length of the dataset how many
+    samples of the last batch are padding.
+    """
+    if num_samples == 1 or dataset is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: repeated(part, num_samples) for name, part in dataset.items()}
+    if isinstance(dataset, IterableDataset):
+        return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
+    return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
+
+
 @contextmanager
 def uncast(args: OmniOPDConfig) -> Iterator[torch.dtype | None]:
     """Context without `bf16_full_eval` and `fp16_full_eval`, which yields the precision that they ask for.
@@ -268,6 +283,21 @@ class Evaluates(DistillationTrainer):
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
         return output
+
+    def _score_samples(self, inputs: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> None:
+        """Add the scores of an evaluation batch to the metrics, and its samples to the table of completions."""
+        scores = student_scores(
+            self._rewards,
+            inputs,
+            batch,
+            self._tokenizer,
+            self.accelerator,
+            self.state,
+            run=self.step_audits.ask,
+            table=self._eval_samples if self.log_completions else None,
+        )
+        for name, total, count in scores:
+            self.step_metrics.add_global("eval", name, total, count)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

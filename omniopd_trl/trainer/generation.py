@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import set_seed
 from trl import DistillationTrainer
 
 from omniopd_trl.audits.types import Branch
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.method import importance_weights
 from omniopd_trl.models.prefix_tree import generating_from_trees
+from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers.local import without_generation_defaults
 from omniopd_trl.trainer.exported import Export
 from omniopd_trl.trainer.metrics import non_finite
@@ -176,6 +178,19 @@ def _batches(groups: list[list[_Row]], length: int, max_tokens: int | None) -> l
 
 class Generates(DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for the student's completions and branches."""
+
+    def _set_up_sampling(self) -> None:
+        """Create what reads the engine's log-probabilities, and seed a colocated engine."""
+        self.sampling_logprobs: SamplingLogprobs | None = None
+        # Log-probabilities that the last completions were sampled with, if another model than the policy sampled them.
+        self._sampled: list[list[float | None]] | None = None
+        self._eval_batch = 0  # index of the next batch in an evaluation
+        if self.use_vllm:
+            self.sampling_logprobs = SamplingLogprobs(self.vllm_generation, self.eos_token_ids)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            # The engine draws from this process's generators and has seeded them with a constant: all runs would draw
+            # the same samples, whatever their `seed`. Processes that share an engine need the same seed.
+            set_seed(self.args.seed + self.accelerator.process_index // self.args.vllm_tensor_parallel_size)
 
     def _tokenize_prompts(self, prompts):
         # The base class would let a tokenizer append the end of the sequence to a plain prompt.

@@ -150,10 +150,12 @@ class Metrics:
         waited: float,
         is_remote: bool,
         is_last: bool = True,
+        num_left_out: int = 0,
     ) -> None:
         """Add the audits of a batch or micro-batch; see [`audit_ratios`].
 
-        `is_last` tells whether this is the end of the generation batch.
+        `is_last` tells whether this is the end of the generation batch. `num_left_out` of the trajectories were left
+        out by `audit_trajectories`.
         """
         num_processes = self._accelerator.num_processes
         per_step = len(audits)
@@ -181,8 +183,9 @@ class Metrics:
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
             self._add_spread(mode, is_branched)
-        for kind, message in audit_warnings(audits, self._step(), self._args):
-            self.warn_once(kind, message)
+        if num_left_out < len(audits):
+            for kind, message in audit_warnings(audits, self._step(), self._args):
+                self.warn_once(kind, message)
 
     def _add_spread(self, mode: str, is_branched: bool) -> None:
         """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.

@@ -47,14 +47,12 @@ class ProbingTrainer(OmniOPDTrainer):
 
         self.auditor.candidates = some  # type: ignore[method-assign]
 
-    def _check_logits(self) -> None:
-        super()._check_logits()
-        # The next step of the start sends a request, to see whether the teacher answers. Recorded answers show it.
-        if list_audits(self.args.output_dir):
-            self.teacher.probe = lambda prompt: None  # type: ignore[method-assign]
+    def probe_teacher(self, datasets: list[tuple[str, Any]]) -> None:
+        if not list_audits(self.args.output_dir):  # recorded answers show that the teacher can be asked
+            super().probe_teacher(datasets)
 
-    def _start_audits(self, prompts: list[Any], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
-        pending = super()._start_audits(prompts, batch, mode)
+    def start_audits(self, inputs: list[dict[str, Any]], batch: dict[str, Any], mode: str) -> list[PendingAudit]:
+        pending = super().start_audits(inputs, batch, mode)
         self._pending += [(self.state.global_step, row) for row in pending]
         return pending
 

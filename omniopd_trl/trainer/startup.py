@@ -1,29 +1,34 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the student, all before the teacher is asked: a run that cannot train must not pay for audits.
+"""From a loaded student to the first step: a run that cannot train must not pay for audits.
 
-The order is from cheap to expensive: the student's configuration and tokenizer (`check_student_config`, before a model
-is loaded), its parameters (`check_student`), and one forward pass (`check_logits`).
+The order is from cheap to expensive: the student's parameters (`check_student`), one forward pass (`check_logits`),
+and one question to the teacher. `validation` holds the checks before a model is loaded.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from peft import PeftMixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
+from trl import DistillationTrainer
 
-from omniopd_trl.errors import ConfigError, DataError
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.trainer.callbacks import OnTrainBegin
+from omniopd_trl.trainer.distributed import together
 from omniopd_trl.trainer.objective import Objective
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.plan import print_plan
+from omniopd_trl.trainer.trackers import unprofiled
+from omniopd_trl.trainer.validation import probe_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -42,79 +47,6 @@ _TOLERANCE = 0.002
 
 # Sampled weights per parameter for `_share_that_moves`.
 _SAMPLES = 1000
-
-
-def check_student_config(model: Any, config: PretrainedConfig, args: OmniOPDConfig) -> None:
-    """Check what the student is, before a model is loaded.
-
-    Args:
-        model: name, path or instance of the student.
-        config: configuration of the student.
-        args: the configuration of the run.
-
-    Raises:
-        ConfigError: when the student is not a causal language model, or asks for a loss of its routers.
-    """
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"The student is an encoder-decoder ({config.model_type}), but its completions have to continue its "
-            "prompts. Use a decoder-only model."
-        )
-    if isinstance(model, str):
-        if not config.architectures:
-            raise ConfigError(
-                f"The configuration of the student {model!r} names no architecture. Save the model again with "
-                "`save_pretrained`, or add `architectures` to its config.json."
-            )
-        kind = getattr(transformers, config.architectures[0], None)  # `None` for custom code
-    else:
-        kind = type(model.get_base_model() if is_peft_model(model) else model)
-    if kind is not None and hasattr(kind, "can_generate") and not kind.can_generate():
-        raise ConfigError(
-            f"The student, a {kind.__name__}, cannot generate: it has no LM head, or is no GenerationMixin. Use a "
-            "causal language model, such as the ...ForCausalLM of the same family."
-        )
-    text, asked = config.get_text_config(), args.model_init_kwargs or {}
-    routed = asked.get("output_router_logits", getattr(text, "output_router_logits", False))
-    coefficient = asked.get("router_aux_loss_coef", getattr(text, "router_aux_loss_coef", 0.0) if routed else 0.0)
-    if coefficient:
-        raise ConfigError(
-            f"router_aux_loss_coef={coefficient}: the loss of Eq. 8 has no load-balancing loss of the routers, so it "
-            "has no effect. Leave it out of `model_init_kwargs`, and set output_router_logits=False there."
-        )
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Check that the student has an embedding for the tokens of its tokenizer, before a model is loaded.
-
-    Raises:
-        DataError: when there is no end-of-sequence token, or it or the padding token has no embedding.
-    """
-    num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The student's tokenizer has no end-of-sequence token, so no completion could end. Set "
-            "`tokenizer.eos_token` to the token that ends an answer, and pass the tokenizer as `processing_class` or "
-            "save it with `tokenizer.save_pretrained`."
-        )
-    if num_embeddings is None:
-        return
-    for name in ("eos_token", "pad_token"):
-        token_id = getattr(tokenizer, f"{name}_id")
-        if token_id is not None and not 0 <= token_id < num_embeddings:
-            advice = "`tokenizer.pad_token = tokenizer.eos_token`, or " if name == "pad_token" else ""
-            raise DataError(
-                f"The student's tokenizer has {name}={getattr(tokenizer, name)!r} with the id {token_id}, and the "
-                f"student's embedding has {num_embeddings} rows. Set {advice}a token of the model's vocabulary, or "
-                "resize the embedding with `model.resize_token_embeddings(len(tokenizer))`."
-            )
-    if len(tokenizer) > num_embeddings:
-        # No error: some models have tokens for images in the tokenizer only.
-        logger.warning(
-            f"The student's tokenizer has {len(tokenizer)} tokens, and its embedding {num_embeddings} rows: a prompt "
-            f"with the token {tokenizer.convert_ids_to_tokens(num_embeddings)!r} or a later one will fail. If you "
-            "added tokens, save the student after `model.resize_token_embeddings(len(tokenizer))`."
-        )
 
 
 def check_student(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerator) -> None:
@@ -309,3 +241,51 @@ def _share_that_moves(model: nn.Module, rate: float) -> tuple[float, torch.dtype
             total += parameter.numel()
             dtype = min(dtype, parameter.dtype, key=lambda d: -torch.finfo(d).eps)
     return (moved / total if total else 1.0), dtype
+
+
+class Starts(DistillationTrainer):
+    """The hooks of [`OmniOPDTrainer`] from a loaded student to the first step. Every process calls each of them."""
+
+    def _check_student(self) -> None:
+        """Check the student as loaded, and make the layers of bitsandbytes pass a gradient on."""
+        with together(self.args.process_index):
+            check_student(self.model, self.args, self.accelerator)
+        for module in self.model.modules():
+            # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
+            # without a gradient. The layers below it would no longer be trained.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+    def _check_start(self, datasets: list[tuple[str, Any]]) -> None:
+        """Check one forward pass, then whether the teacher answers. See [`probe_teacher`] for the argument."""
+        self.add_callback(OnTrainBegin(self._begin))
+        if not self.objective.is_sharded:
+            self._check_logits()
+        with together(self.args.process_index):
+            self.probe_teacher(datasets)
+
+    def probe_teacher(self, datasets: list[tuple[str, Any]]) -> None:
+        """Ask the teacher one question, the first request of a run. Called at the end of the checks.
+
+        A subclass may override it, for example when recorded answers show that the teacher can be asked. No process
+        may wait for others inside.
+
+        Args:
+            datasets: the datasets of the run with their names. The question is the first prompt of the first one.
+
+        Raises:
+            DataError: when the teacher cannot render the question.
+            TeacherError: when the teacher does not answer.
+        """
+        probe_teacher(self.teacher, datasets, self.args.teacher_context)
+
+    def _begin(self) -> None:
+        """Called when training begins."""
+        if self.objective.is_sharded:  # the back end has now wrapped the student
+            self._check_logits()
+        if self.accelerator.is_main_process:
+            print_plan(self, self._recorder.num_recorded())
+
+    def _check_logits(self) -> None:
+        with together(self.args.process_index), unprofiled(self.args):
+            check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)

@@ -1,36 +1,30 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the inputs before a model is loaded, and the parts of a trainer."""
+"""Checks of the inputs before a model is loaded, and whether the teacher answers."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 
+import transformers
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
-from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
+from trl.trainer.utils import get_config_model_id
 
-from omniopd_trl.accounting.usage import Ledger, Usage
-from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.audits.types import AuditSettings
 from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled, prompts_per_step
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, find_extra, first_line
-from omniopd_trl.journal.reader import merge, spent_by_journal
-from omniopd_trl.method.similarity import Similarity
 from omniopd_trl.models.loading import why_not_loaded
-from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
+from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
-from omniopd_trl.teachers.load import is_service
-from omniopd_trl.trainer.distributed import on_every_process, warn_about_lost_processes
+from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.startup import check_student_config, check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -97,29 +91,6 @@ def check_inputs(
     if isinstance(train_dataset, Dataset):
         check_step_is_filled(len(train_dataset), *sizes, args.num_generations)
     return processing_class
-
-
-def make_auditor(
-    teacher: Teacher, tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig, similarity: Similarity
-) -> Auditor:
-    """The auditor with the settings of the configuration; `similarity` is a result of `get_similarity`."""
-    settings = AuditSettings(**{f.name: getattr(args, f.name) for f in fields(AuditSettings)})
-    return Auditor(teacher, tokenizer, settings, similarity)
-
-
-def repeated(dataset: Any, num_samples: int) -> Any:
-    """The dataset, or each of a `dict` of datasets, with each example `num_samples` times in a row.
-
-    The dataset is repeated and not the sampler, since accelerate computes from the length of the dataset how many
-    samples of the last batch are padding.
-    """
-    if num_samples == 1 or dataset is None:
-        return dataset
-    if isinstance(dataset, dict):
-        return {name: repeated(part, num_samples) for name, part in dataset.items()}
-    if isinstance(dataset, IterableDataset):
-        return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
-    return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
 
 
 def check_reporting(args: OmniOPDConfig) -> None:
@@ -193,6 +164,79 @@ def context_length_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_student_config(model: Any, config: PretrainedConfig, args: OmniOPDConfig) -> None:
+    """Check what the student is, before a model is loaded.
+
+    Args:
+        model: name, path or instance of the student.
+        config: configuration of the student.
+        args: the configuration of the run.
+
+    Raises:
+        ConfigError: when the student is not a causal language model, or asks for a loss of its routers.
+    """
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"The student is an encoder-decoder ({config.model_type}), but its completions have to continue its "
+            "prompts. Use a decoder-only model."
+        )
+    if isinstance(model, str):
+        if not config.architectures:
+            raise ConfigError(
+                f"The configuration of the student {model!r} names no architecture. Save the model again with "
+                "`save_pretrained`, or add `architectures` to its config.json."
+            )
+        kind = getattr(transformers, config.architectures[0], None)  # `None` for custom code
+    else:
+        kind = type(model.get_base_model() if is_peft_model(model) else model)
+    if kind is not None and hasattr(kind, "can_generate") and not kind.can_generate():
+        raise ConfigError(
+            f"The student, a {kind.__name__}, cannot generate: it has no LM head, or is no GenerationMixin. Use a "
+            "causal language model, such as the ...ForCausalLM of the same family."
+        )
+    text, asked = config.get_text_config(), args.model_init_kwargs or {}
+    routed = asked.get("output_router_logits", getattr(text, "output_router_logits", False))
+    coefficient = asked.get("router_aux_loss_coef", getattr(text, "router_aux_loss_coef", 0.0) if routed else 0.0)
+    if coefficient:
+        raise ConfigError(
+            f"router_aux_loss_coef={coefficient}: the loss of Eq. 8 has no load-balancing loss of the routers, so it "
+            "has no effect. Leave it out of `model_init_kwargs`, and set output_router_logits=False there."
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Check that the student has an embedding for the tokens of its tokenizer, before a model is loaded.
+
+    Raises:
+        DataError: when there is no end-of-sequence token, or it or the padding token has no embedding.
+    """
+    num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "The student's tokenizer has no end-of-sequence token, so no completion could end. Set "
+            "`tokenizer.eos_token` to the token that ends an answer, and pass the tokenizer as `processing_class` or "
+            "save it with `tokenizer.save_pretrained`."
+        )
+    if num_embeddings is None:
+        return
+    for name in ("eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and not 0 <= token_id < num_embeddings:
+            advice = "`tokenizer.pad_token = tokenizer.eos_token`, or " if name == "pad_token" else ""
+            raise DataError(
+                f"The student's tokenizer has {name}={getattr(tokenizer, name)!r} with the id {token_id}, and the "
+                f"student's embedding has {num_embeddings} rows. Set {advice}a token of the model's vocabulary, or "
+                "resize the embedding with `model.resize_token_embeddings(len(tokenizer))`."
+            )
+    if len(tokenizer) > num_embeddings:
+        # No error: some models have tokens for images in the tokenizer only.
+        logger.warning(
+            f"The student's tokenizer has {len(tokenizer)} tokens, and its embedding {num_embeddings} rows: a prompt "
+            f"with the token {tokenizer.convert_ids_to_tokens(num_embeddings)!r} or a later one will fail. If you "
+            "added tokens, save the student after `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
 def warn_about_special_tokens(tokenizer: PreTrainedTokenizerBase, args: OmniOPDConfig) -> None:
     """Say that the teacher does not get special tokens that the student writes into its answers."""
     if args.keep_special_tokens or tokenizer.chat_template is None or args.process_index != 0:
@@ -222,57 +266,6 @@ def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantiz
             "transfer, which loses most of the update and changes the reference. Set use_vllm=False, or train LoRA on "
             "a student that is not quantized."
         )
-
-
-def spent_before(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> tuple[Usage, float] | None:
-    """What all processes of earlier runs have paid, also when machines share no folder.
-
-    Every process has to call it at the same point.
-
-    Returns:
-        Tokens and US dollars; `None` when the teacher is not a service. Journals of an earlier run may be missing,
-        on a machine that takes no part: a warning says so.
-
-    Raises:
-        JournalError: on every process, when the journal of one cannot be read.
-    """
-    if not is_service(teacher):
-        return None
-    paid = merge(on_every_process(lambda: spent_by_journal(args.output_dir), args.process_index))
-    expected = max((one.num_processes for one in paid), default=0)
-    missing = sorted(set(range(expected)) - {one.rank for one in paid})
-    if missing and args.process_index == 0:
-        logger.warning(
-            f"An earlier run of {expected} processes has written to output_dir={str(args.output_dir)!r}, and the "
-            f"journals of processes {', '.join(map(str, missing))} are not there: what these paid is not counted in a "
-            "budget. Put `output_dir` on a file system that all machines share, or copy `_audits` from the other "
-            "machines."
-        )
-    return sum((one.usage for one in paid), Usage()), sum(one.usd for one in paid)
-
-
-def prepare_teacher(
-    teacher: str | PreTrainedModel | Teacher,
-    args: OmniOPDConfig,
-    ledger: Ledger,
-    paid: tuple[Usage, float] | None = None,
-) -> Teacher:
-    """Load the teacher of a run. Sends no request.
-
-    Args:
-        teacher: a name, a model or a teacher.
-        args: the configuration; `omniopd_trl/teachers/options.py` lists the options that each kind of teacher reads.
-        ledger: ledger of the requests, paid and in flight.
-        paid: what earlier runs have paid, from [`spent_before`].
-
-    Raises:
-        ConfigError: when an option has no effect with this teacher.
-        DataError: when a model cannot be loaded.
-    """
-    prepared = load_teacher(teacher, TeacherOptions.of(args), paid)
-    if prepared.budget is not None:
-        prepared.budget.ledger = ledger
-    return prepared
 
 
 def check_prompts(

@@ -68,12 +68,12 @@ def save_slowly() -> None:
 
 
 def main() -> None:
-    import omniopd_trl.trainer.validation
+    import omniopd_trl.trainer.preparation
 
     if os.environ.get("SLOW") == str(RANK):
         save_slowly()
     Failing.is_remote = True
-    omniopd_trl.trainer.validation.load_teacher = lambda *args, **kwargs: Failing()
+    omniopd_trl.trainer.preparation.load_teacher = lambda *args, **kwargs: Failing()
     code = run(["--config", RECIPE])
     Path(FOLDER, f"{KIND}-{RANK}").write_text(str(code))
     sys.exit(code)

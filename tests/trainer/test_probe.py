@@ -9,7 +9,8 @@ from omniopd_trl.accounting.usage import NO_LEDGER
 from omniopd_trl.errors import NoRolloutError, TeacherError
 from omniopd_trl.teachers.base import Teacher, TeacherReply
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.validation import PROBE_PROMPTS, prepare_teacher, probe_teacher
+from omniopd_trl.trainer.preparation import prepare_teacher
+from omniopd_trl.trainer.validation import PROBE_PROMPTS, probe_teacher
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import services
 

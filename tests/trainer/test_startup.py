@@ -24,7 +24,7 @@ from trl.models.utils import _ForwardRedirection
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import ScriptedTeacher
-from omniopd_trl.trainer import startup
+from omniopd_trl.trainer import startup, validation
 from omniopd_trl.trainer.objective import Objective
 from tests.support.objective import LORA, load
 from tests.support.teachers import Unasked
@@ -168,7 +168,7 @@ def test_models_without_the_parts_are_refused(tmp_path, tiny_model_dir, tiny_tok
         (tmp_path / "student" / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
         refuse(tmp_path, tmp_path / "student", message)
     with pytest.raises(ConfigError, match="encoder-decoder"):
-        startup.check_student_config("t5", T5Config(), SimpleNamespace(model_init_kwargs=None))
+        validation.check_student_config("t5", T5Config(), SimpleNamespace(model_init_kwargs=None))
     model = load(tiny_model_dir)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head", "q_proj"]), model)
     refuse(tmp_path, model, "LM head has an adapter", tiny_tokenizer)
