@@ -102,7 +102,12 @@ class Auditor:
         self._warn_once = WarnOnce(__name__)
 
     def select(self, trajectory: Trajectory, scores: PolicyScores, num_chunks: int | None = None) -> list[Chunk]:
-        """The chunks of a trajectory (Eq. 7): `num_chunks` at most, which defaults to the setting."""
+        """The chunks of a trajectory (Eq. 7): `num_chunks` at most, which defaults to the setting.
+
+        None of a trajectory that the verifier leaves out.
+        """
+        if not trajectory.is_chosen:
+            return []
         settings = self.settings
         return select_chunks(
             scores.entropy,

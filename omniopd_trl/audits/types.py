@@ -96,6 +96,23 @@ class Fork:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What a verifier says of a trajectory.
+
+    Attributes:
+        rewards: score of each reward function, by its name; `None` where it declined to score.
+        reward: weighted sum of the scores; `None` if all functions declined.
+        advantage: the reward minus the mean of the group (`group_advantages`).
+        is_chosen: whether the teacher is asked about the trajectory (`chosen_for_audits`).
+    """
+
+    rewards: Mapping[str, float | None]
+    reward: float | None
+    advantage: float
+    is_chosen: bool = True
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """A prompt and the student's completion. The journal keeps everything but the mask.
 
@@ -111,6 +128,7 @@ class Trajectory:
         forks: the chunks with their branches, in ascending order. `None` without branches: the chunks are then
             selected by the audit.
         teacher_context: what only the teacher sees of the row, beside the prompt; `None` for nothing.
+        verified: what the verifier says; `None` without one.
     """
 
     prompt: Prompt
@@ -121,6 +139,12 @@ class Trajectory:
     sampling_logprobs: list[float | None] | None = None
     forks: tuple[Fork, ...] | None = None
     teacher_context: str | None = None
+    verified: Verified | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the teacher is asked about it."""
+        return self.verified is None or self.verified.is_chosen
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 _OF_THE_EVALUATION = (
     *("ref_model_init_kwargs", "ref_model_offload", "save_audits", "num_eval_generations", "eval_lenient_answers"),
 )
+_OF_THE_VERIFIER = ("num_generations", "reward_weight", "reward_weights", "audit_trajectories")
 # When and on what an evaluation runs. TRL's trainers would ask for an evaluation set of their own.
 _SCHEDULE = ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 
@@ -58,6 +59,8 @@ class Evaluator(OmniOPDTrainer):
         args.audit_eval = False
         args.similarity = OmniOPDConfig.similarity  # another one may load a model
         args.use_vllm = args.use_vllm and own_engine
+        for name in _OF_THE_VERIFIER:  # they control training
+            setattr(args, name, default_of(name))
         if teacher is None:
             for name in READ_BY:  # limits of a teacher that is not there cannot be kept
                 setattr(args, name, default_of(name))

@@ -10,13 +10,14 @@ from typing import Any
 from transformers.utils import logging
 
 from omniopd_trl.baselines.base import Baseline, Evaluator, config_of, unused_options
-from omniopd_trl.baselines.grpo import GRPO, rewards_of, with_same_prompts
+from omniopd_trl.baselines.grpo import GRPO, with_same_prompts
 from omniopd_trl.baselines.opd import OPD, check_teacher
 from omniopd_trl.baselines.sft import SFT, load_solutions
 from omniopd_trl.errors import ConfigError, OmniOPDError, first_line
 from omniopd_trl.evals.rewards import RewardSource
 from omniopd_trl.teachers.local import LocalTeacher
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.verifier import training_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +78,7 @@ def make_baseline(
         check_teacher(model, teacher, args)
         defaults = {"beta": 0.5}
     else:
-        special["reward_funcs"] = rewards_of(reward_funcs, train_dataset, args)
+        special["reward_funcs"] = training_rewards(reward_funcs, train_dataset, args, "method='grpo'").functions
         defaults = with_same_prompts(args, section)
     asks = method == "opd" or evaluate_teacher
     if args.process_index == 0:

@@ -3,6 +3,7 @@
 """`omniopd cost`: forecast tokens, dollars, memory and time of a recipe, without any request."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -54,6 +55,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from omniopd_trl.cli.recipe import load_splits, parse_args
+    from omniopd_trl.data.checks import prompts_per_step
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
@@ -103,8 +105,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             "--prompt_length leaves the dataset unread, so the number of steps must be given. Add `--max_steps`."
         )
-    prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * options.num_processes
-    steps = num_steps(args, prompts.total, options.num_processes)
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, options.num_processes)
+    generations = args.num_generations if method in ("omniopd", "grpo") else 1
+    per_step = prompts_per_step(*sizes, generations)
+    steps = num_steps(args, prompts.total, options.num_processes, generations)
     if options.trajectory_length is not None:
         trajectory_length, source = options.trajectory_length, "as given"
     else:
@@ -122,7 +126,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         price,
         prompt_tokens=prompts.lengths,
         trajectory_length=trajectory_length,
-        prompts_per_step=prompts_per_step,
+        trajectories_per_step=math.prod(sizes),
         steps=steps,
         num_rows=prompts.total,
         tokens_per_token=options.tokens_per_token,
@@ -149,6 +153,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
                 "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
                 "pass the logged judge/frac_rollouts with --rollout_share."
             )
+        if args.audit_trajectories != "all":
+            notes.append(
+                f"audit_trajectories={args.audit_trajectories!r} audits a part of the trajectories. All of them are "
+                "counted, the upper bound."
+            )
         if (requests.overhead or requests.judge_overhead) and tokenizer is None:
             notes.append(
                 f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
@@ -171,6 +180,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
             f"The reasoning of {teacher} cannot be switched off: a sample may take up to "
             f"{capabilities.reasoning_headroom:,} completion tokens more."
         )
+    each = "" if generations == 1 else f", {generations} trajectories each"
     rows = [
         ("method", method),
         ("teacher", teacher),
@@ -178,7 +188,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         *head,
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
         (name, f"{length:,.0f} tokens, {source}"),
-        ("run", f"{steps:,} steps of {prompts_per_step:,} prompts"),
+        ("run", f"{steps:,} steps of {per_step:,} prompts{each}"),
     ]
     if options.gpu is not None:
         job = hardware.job_of(options, script_args, args, model_args, max(prompts.lengths))

@@ -140,7 +140,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     dataset = _prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
-    trajectories = num_steps(args, rows, 1) * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = num_steps(args, rows, 1, args.num_generations)
+    trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
     folder = Path(options.probe_dir or os.path.join(args.output_dir, "probe"))
     other = _other_continuation(args)
@@ -240,14 +241,14 @@ def _plan(
     forks = args.num_chunks
     if price is not None and max_usd is not None:
         asked = copy.copy(args)
-        asked.num_rollouts = _ROLLOUTS
+        asked.num_rollouts, asked.num_generations = _ROLLOUTS, 1
         load = forecast_run(
             asked,
             Requests.of(asked, capabilities, tokenizer),
             price,
             prompt_tokens=prompt_lengths(some_rows(dataset, prompts), tokenizer, args),
             trajectory_length=trajectory_length_of(args)[0],
-            prompts_per_step=1,
+            trajectories_per_step=1,
             steps=prompts,
             num_rows=None,
         ).run
@@ -263,6 +264,8 @@ def _plan(
         "teacher_temperature": args.teacher_temperature or 1.0,
         "posterior_baseline": "none",
         "prior": "policy",
+        # The verifier needs no teacher.
+        **{"num_generations": 1, "reward_weight": 0.0, "audit_trajectories": "all"},
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": accumulation,
         "max_steps": 1,

@@ -46,10 +46,10 @@ class OmniOPDScriptArguments(ScriptArguments):
             Solutions of the teacher: the folder that `omniopd solutions` writes and method `"sft"` trains on, or any
             dataset with the columns `prompt` and `completion`. Defaults to `solutions` in `output_dir`.
         reward_funcs (`list[str]`, *optional*):
-            Functions that score answers, in the evaluation of every method and as the reward of method `"grpo"`:
-            dotted paths of functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or
-            ids or paths of sequence classification models. By default, math-verify compares with the `solution` or
-            `answer` column.
+            Functions that score answers, in the evaluation of every method, as the reward of method `"grpo"`, and as
+            that of `"omniopd"` if `reward_weight` or `audit_trajectories` use rewards: dotted paths of functions with
+            the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths of sequence
+            classification models. By default, math-verify compares with the `solution` or `answer` column.
         sft (`dict[str, Any]`, *optional*):
             Options of [`~trl.SFTConfig`] that apply to method `"sft"` only, such as `{"learning_rate": 1e-5}`.
         opd (`dict[str, Any]`, *optional*):
@@ -93,10 +93,11 @@ class OmniOPDScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Functions that score answers, in the evaluation of every method and as the reward of method "
-            "'grpo': dotted paths of functions with the signature of TRL's `reward_funcs`, such as "
-            "`my_package.rewards.code`, or ids or paths of sequence classification models. By default, math-verify "
-            "compares with the `solution` or `answer` column."
+            "help": "Functions that score answers, in the evaluation of every method, as the reward of method 'grpo', "
+            "and as that of 'omniopd' if `reward_weight` or `audit_trajectories` use rewards: dotted paths of "
+            "functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths "
+            "of sequence classification models. By default, math-verify compares with the `solution` or `answer` "
+            "column."
         },
     )
     sft: dict[str, Any] | str | None = field(

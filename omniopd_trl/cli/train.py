@@ -269,7 +269,13 @@ def main(
     if method == "omniopd":
         from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 
-        trainer = OmniOPDTrainer(teacher_model=teacher_name, eval_reward_funcs=reward_funcs, **arguments)
+        scores_training = training_args.uses_rewards and not from_export
+        trainer = OmniOPDTrainer(
+            teacher_model=teacher_name,
+            eval_reward_funcs=reward_funcs,
+            reward_funcs=reward_funcs if scores_training else None,
+            **arguments,
+        )
     else:
         from omniopd_trl.baselines.make import make_baseline
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from omniopd_trl.data.datasets import column_names
 from omniopd_trl.data.encoding import PromptError, encode_prompts, prompt_problem
 from omniopd_trl.data.prompts import MESSAGES_COLUMN, QUESTION_COLUMNS
-from omniopd_trl.errors import DataError
+from omniopd_trl.errors import ConfigError, DataError
 
 _UNSUPPORTED_COLUMNS = ("image", "images", "tools")
 
@@ -73,24 +73,51 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
             raise DataError(f"Row {index} of `{name}`: {problem}")
 
 
-def check_step_is_filled(rows: int, batch_size: int, accumulation_steps: int, num_processes: int) -> None:
+def prompts_per_step(batch_size: int, accumulation_steps: int, num_processes: int, num_generations: int) -> int:
+    """Prompts of one optimizer step.
+
+    Args:
+        batch_size: `per_device_train_batch_size`.
+        accumulation_steps: `gradient_accumulation_steps`.
+        num_processes: processes of the run.
+        num_generations: trajectories per prompt.
+
+    Raises:
+        ConfigError: when the trajectories of a step do not fill whole groups.
+    """
+    trajectories = batch_size * accumulation_steps * num_processes
+    if trajectories % num_generations:
+        raise ConfigError(
+            f"num_generations={num_generations} does not divide the {trajectories:,} trajectories of a step "
+            f"(per_device_train_batch_size={batch_size} x gradient_accumulation_steps={accumulation_steps} x "
+            f"{num_processes} processes), and a group must be whole. Change one of them."
+        )
+    return trajectories // num_generations
+
+
+def check_step_is_filled(
+    rows: int, batch_size: int, accumulation_steps: int, num_processes: int, num_generations: int = 1
+) -> None:
     """Refuse a training set that is too small for one optimizer step. Incomplete steps are dropped.
 
     Args:
         rows: rows of the training set.
-        batch_size: `per_device_train_batch_size`.
-        accumulation_steps: `gradient_accumulation_steps`.
-        num_processes: processes of the run.
+        batch_size: as in [`prompts_per_step`].
+        accumulation_steps: as in [`prompts_per_step`].
+        num_processes: as in [`prompts_per_step`].
+        num_generations: as in [`prompts_per_step`].
 
     Raises:
+        ConfigError: as [`prompts_per_step`].
         DataError: when the training set has fewer rows than one step.
     """
-    prompts = batch_size * accumulation_steps * num_processes
+    prompts = prompts_per_step(batch_size, accumulation_steps, num_processes, num_generations)
     if rows < prompts:
+        each = "" if num_generations == 1 else f", divided by num_generations={num_generations}"
         raise DataError(
             f"Nothing would be trained: the training set has {rows:,} rows, and a step takes {prompts:,} "
             f"(per_device_train_batch_size={batch_size} x gradient_accumulation_steps={accumulation_steps} x "
-            f"{num_processes} processes). Lower one of them, or add rows."
+            f"{num_processes} processes{each}). Lower one of them, or add rows."
         )
 
 

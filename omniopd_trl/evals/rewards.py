@@ -5,6 +5,7 @@
 import asyncio
 import inspect
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
@@ -37,6 +38,9 @@ class RewardModel:
         model: model with one label.
         tokenizer: its tokenizer, which must have a chat template for conversational prompts.
         chat_template_kwargs: arguments of the chat template.
+
+    Attributes:
+        source: id or path that the model was loaded from.
     """
 
     def __init__(
@@ -49,16 +53,20 @@ class RewardModel:
             tokenizer.pad_token = tokenizer.eos_token
         # The model scores the last token that is not padding.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        self.__name__ = get_config_model_id(model.config).rstrip("/").split("/")[-1] or type(model).__name__
+        self.source = get_config_model_id(model.config)
+        self.__name__ = self.source.rstrip("/").split("/")[-1] or type(model).__name__
 
     @classmethod
-    def of(cls, model: str | PreTrainedModel, device: torch.device, trust_remote_code: bool, **kwargs: Any) -> Any:
+    def of(
+        cls, model: str | PreTrainedModel, device: torch.device, trust_remote_code: bool, option: str, **kwargs: Any
+    ) -> Any:
         """Load a reward model and its tokenizer.
 
         Args:
             model: id of a model on the Hub, path of a folder, or the model itself.
             device: device to compute on. The model is not sharded.
             trust_remote_code: whether to run code of the model's folder.
+            option: name of the option that names the model, for messages.
             **kwargs: other arguments of the class.
 
         Raises:
@@ -75,7 +83,7 @@ class RewardModel:
                 missing = info["missing_keys"] or info["mismatched_keys"]
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"The reward model {name!r} of `eval_reward_funcs` cannot be loaded: it must be a sequence "
+                f"The reward model {name!r} of `{option}` cannot be loaded: it must be a sequence "
                 "classification model with its tokenizer, in a folder or on the Hub. Check the name. "
                 f"({' '.join(str(error).split())})"
             ) from error
@@ -83,7 +91,7 @@ class RewardModel:
         if missing or labels != 1:
             what = f"has no trained {sorted(map(str, missing))[0]}" if missing else f"has {labels} labels"
             raise ConfigError(
-                f"The reward model {name!r} of `eval_reward_funcs` {what}, but it must be a sequence classification "
+                f"The reward model {name!r} of `{option}` {what}, but it must be a sequence classification "
                 "model that was trained with one label: its scores would be meaningless. Choose another model, or "
                 "pass a function."
             )
@@ -111,11 +119,16 @@ class Rewards:
             or asynchronous; a sequence classification model; or its id or path. `None` for the one that reads the
             dataset's columns: `code_accuracy` for `tests`, `reasoning_gym_accuracy` for `gym`, [`math_accuracy`] for
             `solution` or `answer`.
-        eval_dataset: the evaluation set or sets, whose columns the functions get.
+        dataset: the dataset or the `dict` of datasets whose columns the functions get.
         device: device of reward models.
         lenient: argument of [`math_accuracy`].
         trust_remote_code: whether to run code of a reward model's folder.
         chat_template_kwargs: arguments of a reward model's chat template.
+        option: name of the option that holds the functions, for messages.
+
+    Attributes:
+        function_names: name of each function, with a number where an earlier function has the same one.
+        names: name of each function's mean in an evaluation.
 
     Raises:
         ConfigError: when a function cannot be called with what it will get, or a model cannot be used.
@@ -125,15 +138,16 @@ class Rewards:
     def __init__(
         self,
         funcs: RewardSource | Sequence[RewardSource] | None,
-        eval_dataset: Any,
+        dataset: Any,
         *,
         device: torch.device,
         lenient: bool = False,
         trust_remote_code: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        option: str = "eval_reward_funcs",
     ):
-        datasets = [dataset for _, dataset in named_datasets(None, eval_dataset)]
-        columns = [column_names(dataset) for dataset in datasets]
+        datasets = [one for _, one in named_datasets(None, dataset)]
+        columns = [column_names(one) for one in datasets]
         if funcs is None:
             funcs = []
             named = {name for names in columns for name in names}
@@ -162,31 +176,33 @@ class Rewards:
             RewardModel.of,
             device=device,
             trust_remote_code=trust_remote_code,
+            option=option,
             chat_template_kwargs=chat_template_kwargs or {},
         )
         self._funcs = [load(func) if isinstance(func, (str, PreTrainedModel)) else func for func in funcs]
         for func in self._funcs:
             if not callable(func):
                 raise ConfigError(
-                    f"`eval_reward_funcs` holds {func!r}, which is neither a function nor a reward model. Pass "
+                    f"`{option}` holds {func!r}, which is neither a function nor a reward model. Pass "
                     "functions with the signature of TRL's `reward_funcs`, or ids of sequence classification models."
                 )
             for names in columns:
                 _check_signature(func, names)
             if isinstance(func, RewardModel) and func.tokenizer.chat_template is None:
-                if any(is_conversational({"prompt": next(iter(dataset))["prompt"]}) for dataset in datasets):
+                if any(is_conversational({"prompt": next(iter(one))["prompt"]}) for one in datasets):
                     raise ConfigError(
-                        f"The reward model {func.__name__!r} of `eval_reward_funcs` has a tokenizer without a chat "
+                        f"The reward model {func.__name__!r} of `{option}` has a tokenizer without a chat "
                         "template, and the prompts are conversations. Use a dataset with plain prompts, or add a "
                         "template to the tokenizer."
                     )
+        self.function_names = _unique([get_callable_name(func) for func in self._funcs])
         self.names = ["pass@1"]
         if len(self._funcs) != 1:
-            self.names = [f"pass@1/{name}" for name in _unique([get_callable_name(func) for func in self._funcs])]
+            self.names = [f"pass@1/{name}" for name in self.function_names]
         taken = sorted({name for names in columns for name in names} & set(_ARGUMENTS))
         if taken and self._funcs:
             logger.warning(
-                f"The evaluation set has the column {', '.join(map(repr, taken))}, which the functions that score it "
+                f"A dataset has the column {', '.join(map(repr, taken))}, which the functions that score it "
                 "do not get: an argument of that name holds something else. Rename the column to pass it."
             )
 
@@ -291,5 +307,10 @@ def _checked(rewards: Any, func: RewardFunc, count: int) -> torch.Tensor:
         raise ConfigError(
             f"The reward function {name} returned {len(values)} scores for {count} samples. It must return one per "
             "sample, or None where it declines to score."
+        )
+    if any(map(math.isinf, values)):
+        raise ConfigError(
+            f"The reward function {name} returned an infinite score, with which no mean can be calculated. It must "
+            "return one finite number per sample, or None where it declines to score."
         )
     return torch.tensor(values, dtype=torch.float64)

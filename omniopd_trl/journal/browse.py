@@ -112,6 +112,7 @@ class AuditedTrajectory:
         models: names of the models that answered, as the service reports them.
         teacher_context: what only the teacher saw beside the prompt; `None` for nothing.
         answers: what the judge wrote, in order; empty without a judge.
+        verified: the fields of `Verified`, by name; `None` without a verifier.
     """
 
     step: int
@@ -136,6 +137,7 @@ class AuditedTrajectory:
     models: tuple[str, ...] = ()
     teacher_context: str | None = None
     answers: tuple[str, ...] = ()
+    verified: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -290,7 +292,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     values = decode(path, row)
     recorded = decode(path, _row_of(db, "trajectories", place))
     # The forks are in the audit as well.
-    prompt, prompt_ids, completion_ids, seed, sampled, _, context = [*recorded, None, None, None][:7]
+    prompt, prompt_ids, completion_ids, seed, sampled, _, context, verified = [*recorded, *[None] * 4][:8]
     # A resumed run finishes the audits of an earlier session: both have paid.
     paid = f"SELECT {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage"
     sums = db.execute(
@@ -346,6 +348,7 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
         models=tuple(values.get("models", ())),
         teacher_context=context,
         answers=tuple(values.get("answers", ())),
+        verified=verified,
     )
 
 

@@ -46,13 +46,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields
 from itertools import chain, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, Trajectory, Verified
 from omniopd_trl.journal.file import (
     check,
     check_log,
@@ -77,7 +77,9 @@ logger = logging.getLogger(__name__)
 
 
 # The values of a recorded trajectory, in order. The last ones are left out when they are `None`.
-_TRAJECTORY = ("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks", "teacher_context")
+_TRAJECTORY = (
+    *("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks", "teacher_context", "verified"),
+)
 
 
 class Journal:
@@ -211,7 +213,8 @@ class Journal:
         """
         payloads = []
         for t in trajectories:
-            optional = [t.sampling_logprobs, None, t.teacher_context]  # the forks follow: see `record_forks`
+            verified = None if t.verified is None else asdict(t.verified)
+            optional = [t.sampling_logprobs, None, t.teacher_context, verified]  # forks follow: see `record_forks`
             while optional and optional[-1] is None:
                 optional.pop()
             payloads.append(encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *optional]))
@@ -256,8 +259,7 @@ class Journal:
                 return None
             self._check_records(db, attempt)
             rows = db.execute("SELECT * FROM trajectories WHERE attempt = ? ORDER BY idx", (attempt,)).fetchall()
-        stored = [Trajectory(**dict(zip(_TRAJECTORY, decode(self.path, row), strict=False))) for row in rows]
-        return [t if t.forks is None else replace(t, forks=_forks_from_json(t.forks)) for t in stored]
+        return [_trajectory_from_json(decode(self.path, row)) for row in rows]
 
     def record(self, step: int, index: int, audit: Audit) -> None:
         """Write a finished audit of the current attempt. It adds nothing to the ledger: see `record_usage`.
@@ -651,6 +653,15 @@ def _audit_from_json(values: dict[str, Any]) -> Audit:
     usage = Usage(*values.pop("usage"))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Audit(chunks=tuple(chunks), usage=usage, agreed=agreed, **values)
+
+
+def _trajectory_from_json(stored: list[Any]) -> Trajectory:
+    values = dict(zip(_TRAJECTORY, stored, strict=False))
+    if values.get("forks") is not None:
+        values["forks"] = _forks_from_json(values["forks"])
+    if values.get("verified") is not None:
+        values["verified"] = Verified(**values["verified"])
+    return Trajectory(**values)
 
 
 def _forks_from_json(stored: Iterable[Any]) -> tuple[Fork, ...]:

@@ -99,12 +99,14 @@ def combine(
     num_sequences: Tensor | int,
     num_audited: Tensor | int,
     num_unaudited: Tensor | int,
+    reward_sum: Tensor | float = 0.0,
 ) -> Tensor:
-    r"""The objective: chunk loss plus trust-region anchor, normalized.
+    r"""The objective: chunk loss plus trust-region anchor, and the term of a verifier if there is one, normalized.
 
-    - `"tokens"`: `(L_chunk + beta * KL) / num_tokens`. Keeps the paper's ratio of the two terms.
-    - `"sum"`: `(L_chunk + beta * KL) / num_sequences`. Eq. 8 of each sequence, averaged over sequences.
-    - `"components"`: `L_chunk / num_audited + beta * KL / num_unaudited`. Each term averaged over its own tokens.
+    - `"tokens"`: `(L_chunk + beta * KL + L_reward) / num_tokens`. Keeps the paper's ratio of the two terms.
+    - `"sum"`: `(L_chunk + beta * KL + L_reward) / num_sequences`. Eq. 8 of each sequence, averaged over sequences.
+    - `"components"`: `L_chunk / num_audited + beta * KL / num_unaudited + L_reward / num_tokens`. Each term averaged
+      over its own tokens.
 
     Counts are those of the global batch: all micro-batches and processes of one optimizer step. The results of the
     micro-batches then add up to the result of one large batch, and gradient accumulation is exact.
@@ -118,6 +120,8 @@ def combine(
         num_sequences: trajectories.
         num_audited: tokens inside chunks.
         num_unaudited: completion tokens outside chunks.
+        reward_sum: scalar, `L_reward = - reward_weight sum_i A_i sum_t log pi_theta(y_i,t | x, y_i,<t)` over all
+            completion tokens, with the advantages of `group_advantages`. Not in the paper.
 
     Returns:
         A scalar tensor.
@@ -133,11 +137,12 @@ def combine(
     Reference: Eq. 8.
     """
     if normalization == "tokens":
-        return (chunk_sum + beta * kl_sum) / _positive(num_tokens)
+        return (chunk_sum + beta * kl_sum + reward_sum) / _positive(num_tokens)
     if normalization == "sum":
-        return (chunk_sum + beta * kl_sum) / _positive(num_sequences)
+        return (chunk_sum + beta * kl_sum + reward_sum) / _positive(num_sequences)
     if normalization == "components":
-        return chunk_sum / _positive(num_audited) + beta * kl_sum / _positive(num_unaudited)
+        eq8 = chunk_sum / _positive(num_audited) + beta * kl_sum / _positive(num_unaudited)
+        return eq8 + reward_sum / _positive(num_tokens)
     raise ConfigError(
         f"`normalization` is {normalization!r}, but it must be one of {', '.join(NORMALIZATIONS)}. Choose one of them."
     )

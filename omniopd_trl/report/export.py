@@ -50,6 +50,7 @@ _SETTINGS = (
     *("prior_strength", "beta", "loss_normalization", "posterior_baseline", "importance_sampling_correction"),
     *("importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "max_steps"),
     *("num_train_epochs", "seed", _BATCH, "cascade_low", "cascade_high"),
+    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
 )
 
 _CHUNK = pa.struct(
@@ -89,6 +90,12 @@ _FIELDS = (
         "weight in the loss; `mark`, that of a judge, if there is one",
     ),
     ("num_dropped_chunks", pa.int32(), "chunks with too few rollouts"),
+    (
+        "rewards",
+        pa.list_(pa.struct([("name", pa.string()), ("score", pa.float64())])),
+        "score of each reward function of the training, if there are any",
+    ),
+    ("advantage", pa.float64(), "reward minus the mean over the trajectories of the same prompt and step"),
     ("usage", pa.struct([(name, pa.int64()) for name in TOKENS]), "tokens of the teacher's requests"),
     ("usd", pa.float64(), "their cost in US dollars, if there is a price"),
 )
@@ -203,6 +210,8 @@ def _pieces(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _row(trajectory: AuditedTrajectory, completion: str | None) -> dict[str, Any]:
+    verified = trajectory.verified or {}
+    scores = verified.get("rewards")
     return {
         "step": trajectory.step,
         "process": trajectory.rank,
@@ -220,6 +229,8 @@ def _row(trajectory: AuditedTrajectory, completion: str | None) -> dict[str, Any
         "sampling_logprobs": trajectory.sampling_logprobs,
         "chunks": [_chunk(chunk, completion) for chunk in trajectory.chunks],
         "num_dropped_chunks": trajectory.num_dropped,
+        "rewards": scores and [{"name": name, "score": score} for name, score in scores.items()],
+        "advantage": verified.get("advantage"),
         "usage": asdict(trajectory.usage),
         "usd": trajectory.usd,
     }

@@ -63,6 +63,13 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "requests per step",
         {"teacher/retries": "repeated", "teacher/failed_requests": "failed"},
     ),
+    ("reward", "Reward of the trajectories", "mean", {"reward": "reward"}),
+    (
+        "groups",
+        "Groups and audits of the verifier",
+        "share",
+        {"frac_reward_zero_std": "groups with equal rewards", "audit/chosen_trajectories": "audited trajectories"},
+    ),
     (
         "tokens",
         "Teacher tokens per step",

@@ -44,6 +44,7 @@ OUTCOMES: tuple[tuple[str, Callable[[AuditedTrajectory], object]], ...] = (
     ("a chunk has no similar rollout", lambda t: any(not any(chunk.similarities) for chunk in t.chunks)),
     ("a chunk equals every rollout", lambda t: any(min(c.similarities, default=0) == 1 for c in t.chunks)),
     ("an answer of the judge has no marks", lambda t: t.outcomes.get("malformed")),
+    ("left out by audit_trajectories", lambda t: t.verified is not None and not t.verified["is_chosen"]),
 )
 MIB = 2**20
 

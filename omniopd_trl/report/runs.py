@@ -264,4 +264,16 @@ def facts_of(trajectory: AuditedTrajectory) -> list[str]:
         *((name.replace("_", " "), count) for name, count in trajectory.outcomes.items() if name in OUTCOMES),
     )
     facts += [f"{name}: {count:,}" for name, count in counts if count]
+    if trajectory.verified is not None:
+        facts += _facts_of_verifier(**trajectory.verified)
     return facts
+
+
+def _facts_of_verifier(
+    rewards: Mapping[str, float | None], reward: float | None, advantage: float, is_chosen: bool
+) -> Iterator[str]:
+    scores = [f"{name} {'none' if score is None else f'{score:g}'}" for name, score in rewards.items()]
+    yield f"reward {'none' if reward is None else f'{reward:g}'} ({', '.join(scores)})"
+    yield f"advantage {advantage:+.3g}"
+    if not is_chosen:
+        yield "left out by audit_trajectories"

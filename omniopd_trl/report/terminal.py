@@ -81,6 +81,7 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
         "trajectory_outcomes": dict(trajectory.outcomes),
         "trajectory_failures": list(trajectory.failures),
         "trajectory_judge_answers": list(trajectory.answers),
+        "trajectory_verified": trajectory.verified,
         "models": list(trajectory.models),
     }
 

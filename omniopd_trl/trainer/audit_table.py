@@ -3,6 +3,7 @@
 """The table of audits that `log_completions` prints, saves, and sends to the trackers of `report_to`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
     values = as_json(audited)
     fork = audited.chunk.fork(pieces(audited.trajectory))
     usage = audited.trajectory.usage
-    context = audited.trajectory.teacher_context
+    context, verified = audited.trajectory.teacher_context, audited.trajectory.verified
     return {
         **{name: values[name] for name in ("step", "rank", "index")},
         "prompt": text_of_prompt(values["prompt"]),
@@ -162,6 +163,7 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
         "chunk": values["student"][:fork] + FORK + values["student"][fork:],
         **{name: values[name] for name in ("rollouts", "k_sem", "num_rollouts", "prior", "posterior", "weight")},
         **({} if audited.chunk.mark is None else {"mark": audited.chunk.mark}),
+        **({} if verified is None else {name: verified[name] for name in ("reward", "advantage")}),
         "trajectory_tokens": usage.prompt_tokens + usage.completion_tokens,
         "trajectory_usd": values["trajectory_usd"],
     }
@@ -237,4 +239,5 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
         outcomes=audit.outcomes,
         teacher_context=row.trajectory.teacher_context,
         answers=audit.answers,
+        verified=None if row.trajectory.verified is None else asdict(row.trajectory.verified),
     )

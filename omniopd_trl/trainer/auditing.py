@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from trl import DistillationTrainer
 
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.types import AuditSettings, PolicyScores
+from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.method import Similarity, WeightFunction
 from omniopd_trl.models.vllm_logprobs import padded_logprobs
 from omniopd_trl.teachers import Usage
@@ -22,6 +24,7 @@ from omniopd_trl.trainer.metrics import Metrics, context_ratios, non_finite
 from omniopd_trl.trainer.progress import use_readable_lines
 from omniopd_trl.trainer.samplers import EpochSampler
 from omniopd_trl.trainer.step_audits import PendingAudit, StepAudits
+from omniopd_trl.trainer.verifier import Verifier
 
 # Chunk weights up to this size may have a gradient that underflows: differences of equal posteriors, for example.
 NEGLIGIBLE_WEIGHT = 1e-6
@@ -30,15 +33,20 @@ NEGLIGIBLE_WEIGHT = 1e-6
 class Audits(DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for a generation batch: trajectories -> entropy -> audits -> weights."""
 
-    def _set_up_audits(self, similarity: Similarity, chunk_weights: WeightFunction | None) -> None:
+    def _set_up_audits(
+        self, similarity: Similarity, chunk_weights: WeightFunction | None, rewards: Rewards | None
+    ) -> None:
         """Create the parts that audit, that count and that show it.
 
         Args:
             similarity: similarity of a chunk and a rollout, a result of `get_similarity`.
             chunk_weights: custom weight function; `None` uses `args.posterior_baseline`.
+            rewards: functions that score trajectories, if there are any.
         """
         if isinstance(self.teacher, Export):
             self.shuffle_dataset = False  # a step takes the trajectories of its own number
+        if isinstance(self.train_dataset, IterableDataset) and self.args.num_generations > 1:
+            self.shuffle_dataset = False  # it is shuffled already
         self.auditor = Auditor(self.teacher, self._tokenizer, AuditSettings.of(self.args), similarity)
         self.teacher_usage = Usage()
         self.step_audits = StepAudits(
@@ -61,12 +69,18 @@ class Audits(DistillationTrainer):
             budget=self.teacher.budget,
             custom_weights=chunk_weights is not None,
         )
+        self.verifier: Verifier | None = None
+        if rewards is not None or self.args.uses_rewards:
+            self.verifier = Verifier(rewards, self.accelerator, self.args, self._tokenizer, self.step_metrics)
         progress, budget = use_readable_lines(self), self.teacher.budget
         if progress is not None and budget is not None:
             self.step_audits.on_wait = lambda: progress.show_in_flight(budget.num_in_flight)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if not isinstance(self.teacher, Export):  # which holds each trajectory of a group
+            sampler.mini_repeat_count = self.args.num_generations
+            sampler.batch_size //= self.args.num_generations
         if not self.shuffle_dataset:
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -83,13 +97,22 @@ class Audits(DistillationTrainer):
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)
         if mode == "train":
+            if self.verifier is not None:
+                batch["verified"] = self.verifier.verify(
+                    inputs, batch, self.step_audits.known_verified, self.state, self.step_audits.ask
+                )
             self.step_audits.record(self.step_audits.trajectories(inputs, batch, mode, self._sampled))
             if self.args.mask_truncated_completions:
                 self._mask_truncated(batch)
         else:
             self._score_samples(inputs, batch)
+        if mode == "train" and self.args.reward_weight > 0:
+            advantages = torch.tensor([one.advantage for one in batch["verified"]], device=batch["weights"].device)
+            batch["advantages"] = self.args.reward_weight * advantages[:, None] * batch["completion_mask"]
         if asks:
             batch["audits"] = self.start_audits(inputs, batch, mode)
+            if "advantages" in batch and "importance" in batch:
+                batch["advantages"] *= batch["importance"]
             if mode == "eval" or not self.step_audits.overlap:
                 self._finish_audits(batch, mode)
         if mode == "train" and self.args.loss_normalization == "components":
@@ -190,12 +213,19 @@ class Audits(DistillationTrainer):
         if mode == "train" and self.args.rollout_imitation:
             batch["imitation"] = collected.imitation.to(device)
             self.step_metrics.add_imitation(collected.shown)
-        is_weighted = any(collected.suffixes) or bool((batch["weights"].abs() > NEGLIGIBLE_WEIGHT).any())
+        trained = [batch[name] for name in ("weights", "advantages") if name in batch]
+        is_weighted = any(collected.suffixes) or any((w.abs() > NEGLIGIBLE_WEIGHT).any() for w in trained)
         if mode == "train" and is_weighted:
             self._is_weighted = True
         audits = collected.audits
         self.step_metrics.add_audits(
-            mode, audits, collected.scores, collected.waited, self.teacher.is_remote, is_last=is_last
+            mode,
+            audits,
+            collected.scores,
+            collected.waited,
+            self.teacher.is_remote,
+            is_last=is_last,
+            num_left_out=sum(not row.trajectory.is_chosen for row in rows),
         )
         if self.args.teacher_context_column is not None:
             self.step_metrics.add(mode, context_ratios(audits, [row.trajectory for row in rows]))

@@ -33,6 +33,7 @@ class PackedBatch:
         audited: `(B, L - 1)`, true where the target lies in an audited chunk.
         weights: `(B, L - 1)`, the chunk's weight on audited targets and 0 elsewhere.
         imitation: `(B, L - 1)`, the weight in the imitation loss: 0 on targets that no rollout shares.
+        advantages: `(B, L - 1)`, weight of the verifier's policy gradient on completion targets.
     """
 
     input_ids: torch.Tensor
@@ -42,39 +43,46 @@ class PackedBatch:
     audited: torch.Tensor
     weights: torch.Tensor
     imitation: torch.Tensor
+    advantages: torch.Tensor
 
     @classmethod
     def of(cls, batch: dict[str, Any], pad_token_id: int, pad_to_multiple_of: int | None = None) -> "PackedBatch":
         """Join prompts and completions.
 
         Args:
-            batch: a batch with the keys `TOKEN_KEYS`, and `imitation` if rollouts are imitated.
+            batch: a batch with the keys `TOKEN_KEYS`, with `imitation`, `(B, T)`, if rollouts are imitated, and with
+                `advantages`, `(B, T)`, if a verifier trains.
             pad_token_id: token that pads rows to a multiple of `pad_to_multiple_of`.
             pad_to_multiple_of: the rows are padded to a multiple of this length; `None` for no padding.
         """
         prompt_padding = torch.zeros_like(batch["prompt_mask"])
-        imitation = batch.get("imitation", torch.zeros_like(batch["weights"]))
-        mask, input_ids, completion, audited, weights, imitation = flush_left(
+        added = [batch.get(name, torch.zeros_like(batch["weights"])) for name in ("imitation", "advantages")]
+        mask, input_ids, completion, audited, *weights = flush_left(
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([prompt_padding, batch["completion_mask"]], dim=1),
             torch.cat([prompt_padding, batch["audited_mask"].to(prompt_padding.dtype)], dim=1),
             torch.cat([prompt_padding.float(), batch["weights"]], dim=1),
-            torch.cat([prompt_padding.float(), imitation], dim=1),
+            *(torch.cat([prompt_padding.float(), one], dim=1) for one in added),
         )
         if pad_to_multiple_of is not None:
             padding = -mask.size(1) % pad_to_multiple_of
-            mask, completion, audited, weights, imitation = (
-                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, weights, imitation)
+            mask, completion, audited, *weights = (
+                nn.functional.pad(x, (0, padding)) for x in (mask, completion, audited, *weights)
             )
             input_ids = nn.functional.pad(input_ids, (0, padding), value=pad_token_id)
-        targets = (input_ids[:, 1:], completion[:, 1:].bool(), audited[:, 1:].bool(), weights[:, 1:], imitation[:, 1:])
-        return cls(input_ids, mask, *targets)
+        masks = completion[:, 1:].bool(), audited[:, 1:].bool()
+        return cls(input_ids, mask, input_ids[:, 1:], *masks, *(one[:, 1:] for one in weights))
 
     @property
     def unaudited(self) -> torch.Tensor:
         """`(B, L - 1)`, true where the target is a completion token outside of every audited chunk."""
         return self.completion & ~self.audited
+
+    @property
+    def trained(self) -> torch.Tensor:
+        """`(B, L - 1)`, true where the target's log-probability is in the loss, or its chunk was audited."""
+        return self.audited | (self.advantages != 0)
 
     def select(self, rows: torch.Tensor) -> "PackedBatch":
         """The selected rows as a batch."""

@@ -3,7 +3,7 @@
 """pass@1 of the student and of the teacher, and the trainer's hooks for it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,60 @@ class Logged:
         }
 
 
+def decoded(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[str]]:
+    """Token ids and texts of the completions of a batch, without padding."""
+    completion_ids = [
+        ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    ]
+    return completion_ids, tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def call_rewards(
+    rewards: Rewards,
+    inputs: list[dict[str, Any]],
+    texts: list[str],
+    completion_ids: list[list[int]],
+    accelerator: Accelerator,
+    state: TrainerState,
+    run: Run,
+) -> tuple[list[tuple[str, torch.Tensor]], Logged]:
+    """Scores of this process's completions by each function, and what the functions log themselves.
+
+    Every process has to call it at the same point. The arguments are those of [`student_scores`].
+
+    Raises:
+        Exception: on every process, when a function of one raises an error, or does not return one score per sample.
+    """
+    logged = Logged()
+    scores: list[tuple[str, torch.Tensor]] = []
+    error: Exception | None = None
+    try:
+        scores = list(rewards.score(inputs, texts, completion_ids, run=run, trainer_state=state, **logged.arguments()))
+        for column, values in logged.extra.items():
+            if len(values) != len(texts):
+                raise ConfigError(
+                    f"A reward function called log_extra({column!r}, ...) with {len(values)} values for {len(texts)} "
+                    "samples. It must pass one per sample."
+                )
+    except Exception as caught:  # the other processes must not wait for this one
+        error = caught
+    raise_together(error, accelerator.process_index)
+    return scores, logged
+
+
+def metrics_of(logged: Logged, accelerator: Accelerator) -> Iterator[tuple[str, float, int]]:
+    """Name, sum and number of the values of each metric that a function logs itself, over all processes."""
+    for name in sorted(set(gather_object([*logged.metrics]))):
+        values = logged.metrics[name]
+        total, count = sum_over_processes(accelerator, sum(values), len(values))
+        yield name, total, int(count)
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of equal length as rows."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def student_scores(
     rewards: Rewards,
     inputs: list[dict[str, Any]],
@@ -81,28 +135,12 @@ def student_scores(
         that a function logs: the name, the sum of the values and their number.
 
     Raises:
-        ConfigError: when a function does not return one score for each sample.
+        Exception: as [`call_rewards`].
     """
     if not rewards:
         return
-    completion_ids = [
-        ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
-    ]
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    logged = Logged()
-    scores: list[tuple[str, torch.Tensor]] = []
-    error: Exception | None = None
-    try:
-        scores = list(rewards.score(inputs, texts, completion_ids, run=run, trainer_state=state, **logged.arguments()))
-        for column, values in logged.extra.items():
-            if len(values) != len(texts):
-                raise ConfigError(
-                    f"A reward function called log_extra({column!r}, ...) with {len(values)} values for {len(texts)} "
-                    "samples. It must pass one per sample."
-                )
-    except Exception as caught:  # the other processes must not wait for this one
-        error = caught
-    raise_together(error, accelerator.process_index)
+    completion_ids, texts = decoded(batch, tokenizer)
+    scores, logged = call_rewards(rewards, inputs, texts, completion_ids, accelerator, state, run)
     for name, rewarded in scores:
         # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
         gathered = accelerator.gather_for_metrics(rewarded.to(accelerator.device, metric_dtype(accelerator.device)))
@@ -111,10 +149,7 @@ def student_scores(
     copied = [copied_share(text_of_prompt(row["prompt"]), text) for row, text in zip(inputs, texts, strict=True)]
     gathered = accelerator.gather_for_metrics(torch.tensor(copied, device=accelerator.device))
     yield "completions/copied_share", gathered.sum().item(), gathered.numel()
-    for name in sorted(set(gather_object([*logged.metrics]))):
-        values = logged.metrics[name]
-        total, count = sum_over_processes(accelerator, sum(values), len(values))
-        yield name, total, int(count)
+    yield from metrics_of(logged, accelerator)
     if table is not None:
         columns = {
             "prompt": tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True),
@@ -122,8 +157,7 @@ def student_scores(
             **{name: rewarded.tolist() for name, rewarded in scores},
             **logged.extra,
         }
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        table += accelerator.gather_for_metrics(rows, use_gather_object=True)
+        table += accelerator.gather_for_metrics(rows_of(columns), use_gather_object=True)
 
 
 def teacher_scores(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Answered, Auditor
-from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory, Verified
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, DataError, TeacherError, first_line
 from omniopd_trl.journal.store import Journal
@@ -186,6 +186,7 @@ def _exported(row: dict[str, Any]) -> ExportedTrajectory:
             row["completion_ids"],
             seed=row["sampling_seed"],
             sampling_logprobs=row["sampling_logprobs"] or row["logprobs"] or [],
+            verified=_verified(row),
         ),
         row["sampling_logprobs"] is not None,
         [Chunk(chunk["start"], chunk["end"], chunk["anchor"]) for chunk in chunks],
@@ -196,6 +197,12 @@ def _exported(row: dict[str, Any]) -> ExportedTrajectory:
         ],
         row["num_dropped_chunks"],
     )
+
+
+def _verified(row: dict[str, Any]) -> Verified | None:
+    """The recorded scores. What follows from them is computed again, with this run's settings."""
+    scores = row.get("rewards")  # not in every earlier export
+    return None if scores is None else Verified({one["name"]: one["score"] for one in scores}, None, 0.0)
 
 
 def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
@@ -240,6 +247,12 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         raise ConfigError(
             f"rollout_imitation={args.rollout_imitation:g}: the chunks of the export {export.source!r} were selected "
             "without min_anchor_entropy, which imitation needs. Leave it out, or train with a teacher."
+        )
+    generations = recorded.get("num_generations", 1)
+    if args.num_generations != generations:
+        raise ConfigError(
+            f"num_generations={args.num_generations}: each prompt of the export {export.source!r} has "
+            f"{generations} trajectories in a step. Set num_generations={generations}."
         )
     if args.signal != "rollouts":
         raise ConfigError(
@@ -287,7 +300,8 @@ def check_first_step(export: Export, tokenizer: PreTrainedTokenizerBase, args: O
     """Check the first step of an export, before a model is loaded.
 
     Raises:
-        ConfigError: when importance weights would need probabilities that the export does not hold.
+        ConfigError: when importance weights would need probabilities, or a verifier rewards, that the export does not
+            hold.
         DataError: as [`check_prompt_ids`].
     """
     first = export.trajectories(0, 0, export.first_size())
@@ -297,6 +311,13 @@ def check_first_step(export: Export, tokenizer: PreTrainedTokenizerBase, args: O
             "student without this filter, which importance weights would need with it. Set "
             "importance_sampling_correction=False, or export a run that sampled with vLLM."
         )
+    for one in first if args.uses_rewards else ():
+        if one.trajectory.verified is None:
+            raise ConfigError(
+                f"reward_weight={args.reward_weight:g} and audit_trajectories={args.audit_trajectories!r}: the export "
+                f"{export.source!r} holds no rewards. Leave both out, or export a run that recorded rewards."
+            )
+        args.reward_weights_of(list(one.trajectory.verified.rewards))
     prompts = [one.trajectory.prompt for one in first]
     check_prompt_ids(export, 0, first, encode_prompts(prompts, tokenizer, args.chat_template_kwargs))
 
@@ -325,6 +346,8 @@ async def rescore(
         DataError: when this run's tokenizer gives the chunks another text.
     """
     texts: list[tuple[str, str]] = []
+    if not trajectory.is_chosen:
+        exported = replace(exported, chunks=[], texts=[], replies=[], num_dropped=0)
     if exported.chunks:
         texts = auditor.alignment.split_texts(trajectory.completion_ids, exported.chunks, trajectory.prompt_ids)
     for (_, text), recorded in zip(texts, exported.texts, strict=True):

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from omniopd_trl.evals.rewards import RewardModel
 from omniopd_trl.method.similarity import Similarity, name_or_function
 from omniopd_trl.method.weights import WeightFunction
 from omniopd_trl.models.weights import hash_of_folder
@@ -52,6 +53,7 @@ _SINCE_EARLIER_RECORDS = (
     *("teacher_context_column", "teacher_context_template"),
     *("signal", "cascade_low", "cascade_high"),
     *("rollout_imitation", "rollout_imitation_tokens"),
+    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
 )
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -64,6 +66,7 @@ def replay_key(
     teacher: Teacher,
     similarity: Similarity,
     chunk_weights: WeightFunction | None = None,
+    reward_funcs: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Everything besides the checkpoint that determines the trajectories and rollouts of a step, by name.
 
@@ -76,6 +79,7 @@ def replay_key(
             local; by its code and configuration if its class is a custom one.
         similarity: the similarity function phi, as `get_similarity` returns it.
         chunk_weights: custom weight function; replaces `posterior_baseline`.
+        reward_funcs: functions that score the trajectories, and reward models; empty without a verifier.
 
     Returns:
         Values that can be written as JSON, without secrets.
@@ -91,6 +95,11 @@ def replay_key(
     settings["similarity"] = phi if isinstance(phi, str) else identity_of(phi)
     if chunk_weights is not None:
         settings["posterior_baseline"] = identity_of(chunk_weights)
+    if reward_funcs:
+        settings["reward_funcs"] = [
+            [func.source, hash_of_folder(func.source)] if isinstance(func, RewardModel) else identity_of(func)
+            for func in reward_funcs
+        ]
     settings["train_dataset"] = getattr(train_dataset, "_fingerprint", None)
     source = get_config_model_id(model.config)
     weights = hash_of_folder(source)

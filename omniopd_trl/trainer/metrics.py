@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging
+from trl.trainer.utils import nanstd
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
@@ -154,10 +155,12 @@ class Metrics:
         waited: float,
         is_remote: bool,
         is_last: bool = True,
+        num_left_out: int = 0,
     ) -> None:
         """Add the audits of a batch or micro-batch; see [`audit_ratios`].
 
-        `is_last` tells whether this is the end of the generation batch.
+        `is_last` tells whether this is the end of the generation batch. `num_left_out` of the trajectories were left
+        out by `audit_trajectories`.
         """
         num_processes = self._accelerator.num_processes
         per_step = len(audits)
@@ -185,8 +188,9 @@ class Metrics:
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
             self._add_spread(mode, is_branched)
-        for kind, message in audit_warnings(audits, self._step(), self._args):
-            self.warn_once(kind, message)
+        if num_left_out < len(audits):
+            for kind, message in audit_warnings(audits, self._step(), self._args):
+                self.warn_once(kind, message)
 
     def _add_spread(self, mode: str, is_branched: bool) -> None:
         """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.
@@ -309,6 +313,25 @@ class Metrics:
     def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
         """Add truncated importance weights, `(N,)`."""
         self.add(mode, {"sampling/importance_sampling_ratio/mean": (ratio.sum().item(), len(ratio))})
+
+    def add_rewards(
+        self, names: Sequence[str], rewards: torch.Tensor, total: torch.Tensor, equal_groups: float
+    ) -> None:
+        """Add the rewards of a generation batch, under the names of [`~trl.GRPOTrainer`].
+
+        Args:
+            names: names of the F reward functions.
+            rewards: `(N, F)`, scores of the trajectories of all processes. NaN where there is none.
+            total: `(N,)`, their rewards.
+            equal_groups: share of the groups whose rewards are all equal.
+        """
+        columns = {f"rewards/{name}/": scores for name, scores in zip(names, rewards.unbind(1), strict=True)}
+        values = {f"{name}mean": scores.nanmean() for name, scores in columns.items()}
+        values |= {f"{name}std": nanstd(scores) for name, scores in columns.items()}
+        values |= {"reward": total.nanmean(), "reward_std": nanstd(total)}
+        for name, value in values.items():
+            self._logged["train"][name].append(value.item())
+        self._logged["train"]["frac_reward_zero_std"].append(equal_groups)
 
     def take(self, mode: str) -> dict[str, Any]:
         """The metrics since the last call, TRL's own included, and start again.

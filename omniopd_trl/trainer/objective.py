@@ -157,9 +157,10 @@ class Objective:
                 batch.
             batch: a batch with the keys `TOKEN_KEYS`. A training batch also holds `num_items_in_batch` and the other
                 counts over the global batch; an evaluation batch is normalized by its own counts. With the key
-                `importance`, its `weights` hold importance weights. With branches or imitation, `suffixes` holds what
-                is trained of branches and rollouts besides the trajectories, and `imitation` the weights `(B, T)` of
-                the trajectories' tokens in the imitation loss.
+                `importance`, its `weights` and `advantages` hold importance weights. With branches or imitation,
+                `suffixes` holds what is trained of branches and rollouts besides the trajectories, and `imitation` the
+                weights `(B, T)` of the trajectories' tokens in the imitation loss. With a verifier, `advantages` holds
+                the weight of each token in its policy gradient.
 
         Returns:
             The loss, a scalar tensor with its graph, and the sums of the metrics `kl/unaudited`, `kl/audited`,
@@ -205,20 +206,25 @@ class Objective:
         with lm_head_of(student) as head:
             device = head.weight.device
             hidden = hidden.to(device)
-            parts = (hidden, tokens.targets, tokens.weights, tokens.imitation)
-            trained = (part[tokens.audited].to(device) for part in parts)
+            parts = (hidden, tokens.targets, tokens.weights, tokens.advantages, tokens.imitation)
+            trained = (part[tokens.trained].to(device) for part in parts)
             if branched is not None:
-                added = (states[tuple(branched.predictors)], branched.targets, branched.weights, branched.imitation)
+                # Rewards are those of trajectories.
+                rest = (branched.weights, torch.zeros_like(branched.weights), branched.imitation)
+                added = (states[tuple(branched.predictors)], branched.targets, *rest)
                 trained = (torch.cat([own, other.to(device)]) for own, other in zip(trained, added, strict=True))
-            predictors, targets, weights, imitation = trained
+            predictors, targets, weights, advantages, imitation = trained
             logprobs, _ = logprobs_of(predictors, head, targets, self.temperature)
-            num_audited = int(tokens.audited.sum())
+            num_own = int(tokens.trained.sum())
+            of_audited = logprobs[:num_own][tokens.audited[tokens.trained].to(device)].detach()
             if branched is not None and "importance" in batch:
                 sampled, clip_max = branched.sampling_logprobs, self._args.importance_sampling_clip_max
-                weights[num_audited:] *= importance_weights(logprobs[num_audited:], sampled.to(device), clip_max)
-            chunk_sum = self._chunk_loss(predictors, head, targets, weights, logprobs, "importance" in batch, sums)
+                weights[num_own:] *= importance_weights(logprobs[num_own:], sampled.to(device), clip_max)
+            chunk_sum, reward_sum = self._policy_losses(
+                predictors, head, targets, [weights, advantages], logprobs, "importance" in batch, sums
+            )
             if branched is not None:
-                sums["chunk_loss"] = torch.stack([chunk_sum.detach(), chunk_sum.new_tensor(num_audited)])
+                sums["chunk_loss"] = torch.stack([chunk_sum.detach(), chunk_sum.new_tensor(len(of_audited))])
             if "imitation" in batch:
                 # Nobody sampled these tokens: no ratio, and the log-probabilities are those without filters.
                 imitation_sum = chunk_loss(logprobs, imitation)
@@ -228,7 +234,7 @@ class Objective:
                 chunk_sum = chunk_sum + imitation_sum
             kl_sum = torch.zeros_like(chunk_sum)
             if self._args.beta > 0:
-                kl_sum = self._anchor(student, tokens, hidden, head, logprobs[:num_audited].detach(), sums)
+                kl_sum = self._anchor(student, tokens, hidden, head, of_audited, sums)
             elif not is_train and not self._args.audit_eval:
                 _, entropy = self._project(hidden, head, tokens, tokens.completion)
                 sums["entropy"] = _sum_and_count(entropy)
@@ -245,35 +251,39 @@ class Objective:
             normalization=self._args.loss_normalization,
             num_tokens=(batch["num_items_in_batch"] if is_train else tokens.completion.sum()).to(hidden.device),
             num_sequences=batch.get("num_sequences", num_sequences),
+            reward_sum=reward_sum,
             **counts,
         )
         # The back end averages gradients over processes, so each share is multiplied by their number.
         return loss * num_processes
 
-    def _chunk_loss(
+    def _policy_losses(
         self,
         hidden: torch.Tensor,
         head: LMHead,
         targets: torch.Tensor,
-        weights: torch.Tensor,
+        weights: list[torch.Tensor],
         logprobs: torch.Tensor,
         is_weighted: bool,
         sums: Sums,
-    ) -> torch.Tensor:
-        """The first term of Eq. 8 over N tokens. With sampling filters, it is that of the filtered policy.
+    ) -> list[torch.Tensor]:
+        """The first term of Eq. 8 over N tokens, for each of several weights.
+
+        With sampling filters, it is that of the filtered policy.
 
         `hidden` is `(N, H)`, the other tensors are `(N,)`. `is_weighted` tells whether the weights hold the importance
         weights already. They are known otherwise when the policy itself is filtered: the ratio of its probability to
         the sampler's is the probability that is kept.
         """
         if self._filters is None:
-            return chunk_loss(logprobs, weights)
+            return [chunk_loss(logprobs, one) for one in weights]
         log_mass = log_kept_mass(hidden, head, targets, self.temperature, self._filters)
         if not is_weighted:
             ratio = log_mass.detach().exp()  # at most 1, so nothing to truncate
-            sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio[weights != 0])
-            weights = weights * ratio
-        return chunk_loss(logprobs - log_mass, weights)
+            is_sampled = torch.stack(weights).ne(0).any(0)  # imitated tokens are not
+            sums["sampling/importance_sampling_ratio/mean"] = _sum_and_count(ratio[is_sampled])
+            weights = [one * ratio for one in weights]
+        return [chunk_loss(logprobs - log_mass, one) for one in weights]
 
     def _branched(self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any]) -> BranchedBatch:
         """The batch with its branches and imitated rollouts, packed if the student can."""

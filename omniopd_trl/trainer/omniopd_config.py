@@ -4,6 +4,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from omniopd_trl.method.chunks import Overlap, Placement, Selection
 from omniopd_trl.method.importance import SamplingFilters
 from omniopd_trl.method.loss import NORMALIZATIONS
 from omniopd_trl.method.posterior import Prior
+from omniopd_trl.method.rewards import AUDIT_TRAJECTORIES
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import BASELINES
 from omniopd_trl.teachers.context import TeacherContext
@@ -51,12 +53,13 @@ _CHOICES = {
     "vllm_mode": ("colocate", "server"),  # TRL's
     "teacher_continuation": (None, *get_args(Continuation)),
     "signal": get_args(Signal),
+    "audit_trajectories": AUDIT_TRAJECTORIES,
 }
 
 _COUNTS = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
     *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens", "fork_candidates"),
-    "rollout_imitation_tokens",
+    *("rollout_imitation_tokens", "num_generations"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 
@@ -69,7 +72,7 @@ _SWITCHES = (
 _AT_LEAST_ZERO = (
     *("beta", "prior_strength", "teacher_temperature", "max_failed_chunks", "teacher_max_retry_after"),
     *("teacher_input_price", "teacher_output_price", "teacher_cached_price", "min_p", "min_anchor_entropy"),
-    *("cascade_low", "cascade_high", "rollout_imitation"),
+    *("cascade_low", "cascade_high", "rollout_imitation", "reward_weight"),
 )
 _POSITIVE = (
     *("temperature", "top_p", "teacher_top_p", "teacher_timeout", "teacher_max_seconds", "teacher_budget_usd"),
@@ -193,6 +196,23 @@ class OmniOPDConfig(DistillationConfig):
             completion is neither audited nor anchored, and its tokens do not count in `loss_normalization`. By
             default, truncated completions are trained on like any other, since the audits judge chunks and not the
             end.
+
+        > Parameters that control the verifier
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Number of trajectories per prompt and step, G, as in [`~trl.GRPOConfig`]. The trajectories of a step
+            (`per_device_train_batch_size` x `gradient_accumulation_steps` x processes) must be divisible by it, and a
+            step has G times fewer prompts.
+        reward_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is reinforced by
+            this times the advantage of its trajectory, the reward minus the mean of its group. Needs `num_generations`
+            of at least 2. `0` adds nothing. See docs/verifier.md.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function in the reward, as in [`~trl.GRPOConfig`]. Defaults to 1 for each.
+        audit_trajectories (`str`, *optional*, defaults to `"all"`):
+            Trajectories that the teacher is asked about. `"all"` is the paper's method. `"wrong"` leaves out those
+            whose reward functions all give at least 1; `"mixed"` leaves out the groups whose rewards are all equal.
+            No request is sent for the others, and their tokens are un-audited.
 
         > Parameters that control the teacher
 
@@ -503,6 +523,36 @@ class OmniOPDConfig(DistillationConfig):
             "excluded completion is neither audited nor anchored, and its tokens do not count in "
             "`loss_normalization`. By default, truncated completions are trained on like any other, since the audits "
             "judge chunks and not the end."
+        },
+    )
+
+    # Parameters that control the verifier
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Number of trajectories per prompt and step, G, as in `GRPOConfig`. The trajectories of a step "
+            "(`per_device_train_batch_size` x `gradient_accumulation_steps` x processes) must be divisible by it, and "
+            "a step has G times fewer prompts."
+        },
+    )
+    reward_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is "
+            "reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. Needs "
+            "`num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward function in the reward, as in `GRPOConfig`. Defaults to 1 for each."},
+    )
+    audit_trajectories: str = field(
+        default="all",
+        metadata={
+            "help": "Trajectories that the teacher is asked about. 'all' is the paper's method. 'wrong' leaves out "
+            "those whose reward functions all give at least 1; 'mixed' leaves out the groups whose rewards are all "
+            "equal. No request is sent for the others, and their tokens are un-audited."
         },
     )
 
@@ -839,6 +889,7 @@ class OmniOPDConfig(DistillationConfig):
                 "it is the shortest trajectory that still gives a chunk."
             )
         self._check_branches()
+        self._check_verifier()
         TeacherContext(self.teacher_context_column, self.teacher_context_template)
         self._check_signal()
         self._check_imitation()
@@ -872,6 +923,25 @@ class OmniOPDConfig(DistillationConfig):
                 f"prior='reference' has no effect with num_branches={self.num_branches}: advantages do not use the "
                 "prior, and it would cost a pass of the reference. Leave it out."
             )
+
+    def _check_verifier(self) -> None:
+        if self.num_generations == 1:
+            alone = {
+                "reward_weight": (self.reward_weight > 0, "the advantage over a group of one is 0"),
+                "audit_trajectories": (self.audit_trajectories == "mixed", "the rewards of a group of one are equal"),
+            }
+            for name, (is_set, why) in alone.items():
+                if is_set:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} with num_generations=1: {why}. Set num_generations, to 4 for "
+                        "example, or leave it out."
+                    )
+        weights = self.reward_weights
+        if weights is None:
+            return
+        is_number = [isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in weights]
+        if not is_number or not all(is_number):
+            raise ConfigError(f"reward_weights={weights!r} must hold one finite number for each reward function.")
 
     def _check_signal(self) -> None:
         if self.signal != "cascade":
@@ -999,6 +1069,28 @@ class OmniOPDConfig(DistillationConfig):
                 f"generation_kwargs={kwargs!r} sets {sorted(unknown)[0]!r}, which is not a field of transformers' "
                 "GenerationConfig and would be ignored. Correct its name, or leave it out."
             )
+
+    @property
+    def uses_rewards(self) -> bool:
+        """Whether rewards have an effect on training: on the loss, or on what the teacher is asked."""
+        return self.reward_weight > 0 or self.audit_trajectories != "all"
+
+    def reward_weights_of(self, names: Sequence[str]) -> list[float]:
+        """The weight of each reward function.
+
+        Args:
+            names: names of the functions.
+
+        Raises:
+            ConfigError: when `reward_weights` has another length.
+        """
+        weights = [1.0] * len(names) if self.reward_weights is None else self.reward_weights
+        if len(weights) != len(names):
+            raise ConfigError(
+                f"reward_weights={weights!r} has {len(weights)} numbers, and there are {len(names)} reward functions: "
+                f"{', '.join(names)}. Give one for each."
+            )
+        return weights
 
     @property
     def teacher_context(self) -> TeacherContext:

@@ -100,6 +100,11 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             asynchronous functions, or sequence classification models with one label, by path, *model id* or instance.
             A function may call its arguments `log_metric` and `log_extra`. Replace math-verify. The mean of a single
             function is logged as `pass@1`; with several functions, each mean is logged as `pass@1/<name>`.
+        reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], or a list of them, *optional*):
+            Functions that score the trajectories of training, as `eval_reward_funcs` and [`~trl.GRPOTrainer`]'s
+            `reward_funcs`. Their rewards are logged, and used as `args.reward_weight` and `args.audit_trajectories`
+            say. If these need rewards, defaults to the function for the columns of the training set: math-verify for
+            `solution` or `answer`. Not used with an export, which holds its rewards. See docs/verifier.md.
     """  # noqa: E501
 
     def __init__(
@@ -118,6 +123,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
         similarity: Similarity | None = None,
         chunk_weights: WeightFunction | None = None,
         eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
+        reward_funcs: RewardSource | list[RewardSource] | None = None,
     ):
         if args is None:
             name = get_config_model_id(model.config) if hasattr(model, "config") else str(model)
@@ -135,6 +141,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             similarity=similarity,
             chunk_weights=chunk_weights,
             eval_reward_funcs=eval_reward_funcs,
+            reward_funcs=reward_funcs,
         )
         self.teacher, self._recorder, self._rewards = prepared.teacher, prepared.recorder, prepared.rewards
 
@@ -168,7 +175,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
         self.ref_model = self.objective.reference.model
         self._check_start(prepared.datasets)
         self._set_up_sampling()
-        self._set_up_audits(prepared.similarity, chunk_weights)
+        self._set_up_audits(prepared.similarity, chunk_weights, prepared.training_rewards)
         self._eval_samples: list[dict[str, Any]] = []  # the table of an evaluation, with `log_completions`
 
     def _reset_step(self, checkpoint: str | None) -> None:
@@ -217,3 +224,5 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             self._recorder.log(self.state.log_history[-1])
         if self.model.training:
             self._audit_table.show("train", self.state.global_step)
+            if self.verifier is not None:
+                self.verifier.show(self.state.global_step)

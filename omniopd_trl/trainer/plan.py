@@ -13,7 +13,7 @@ from transformers.utils import logging
 from omniopd_trl.accounting.forecast import Forecast, forecast
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
-from omniopd_trl.data.checks import check_step_is_filled, prompt_ids
+from omniopd_trl.data.checks import check_step_is_filled, prompt_ids, prompts_per_step
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
@@ -109,21 +109,22 @@ def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:
     return float(args.max_completion_length or 0), None
 
 
-def num_steps(args: OmniOPDConfig, num_rows: int | None, num_processes: int) -> int:
+def num_steps(args: OmniOPDConfig, num_rows: int | None, num_processes: int, num_generations: int) -> int:
     """Optimizer steps of a run, as the trainer takes them: rows at the end of an epoch that fill no step are dropped.
 
     Args:
         args: configuration of the run.
         num_rows: rows of the dataset; `None` for a stream.
         num_processes: number of processes.
+        num_generations: trajectories per prompt.
 
     Raises:
-        ConfigError: for a stream without `max_steps`.
+        ConfigError: for a stream without `max_steps`, or when the trajectories of a step do not fill whole groups.
         DataError: when the dataset does not fill a step.
     """
-    batch_size, accumulation_steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, num_processes, num_generations)
     if num_rows is not None:
-        check_step_is_filled(num_rows, batch_size, accumulation_steps, num_processes)
+        check_step_is_filled(num_rows, *sizes)
     if args.max_steps > 0:
         return args.max_steps
     if num_rows is None:
@@ -131,7 +132,7 @@ def num_steps(args: OmniOPDConfig, num_rows: int | None, num_processes: int) -> 
             f"max_steps={args.max_steps}: a streaming dataset has no length, so the number of steps must be given. "
             "Set `max_steps`."
         )
-    return math.ceil(args.num_train_epochs * (num_rows // (batch_size * accumulation_steps * num_processes)))
+    return math.ceil(args.num_train_epochs * (num_rows // prompts_per_step(*sizes)))
 
 
 def forecast_run(
@@ -141,7 +142,7 @@ def forecast_run(
     *,
     prompt_tokens: list[float],
     trajectory_length: float,
-    prompts_per_step: int,
+    trajectories_per_step: int,
     steps: int,
     num_rows: int | None,
     tokens_per_token: float = 1.0,
@@ -153,13 +154,14 @@ def forecast_run(
         args: configuration of the run.
         requests: the requests to the teacher.
         price: price of the teacher.
+        trajectories_per_step: trajectories of an optimizer step, over all processes.
         num_rows: rows of the dataset; `None` if unknown.
         **others: other arguments of `forecast`.
 
     Raises:
         ConfigError: when a number is out of range.
     """
-    trajectories = steps * prompts_per_step
+    distinct = steps * trajectories_per_step // args.num_generations
     return forecast(
         prompt_tokens=prompt_tokens,
         trajectory_length=trajectory_length,
@@ -173,9 +175,9 @@ def forecast_run(
         prompt_overhead=requests.overhead,
         price=price,
         min_cached_prefix=requests.min_cached_prefix,
-        prompts_per_step=prompts_per_step,
+        prompts_per_step=trajectories_per_step,
         steps=steps,
-        num_prompts=trajectories if num_rows is None else min(trajectories, num_rows),
+        num_prompts=distinct if num_rows is None else min(distinct, num_rows),
         judge_marks=0 if args.signal == "rollouts" else args.num_branches + 1,
         judge_overhead=requests.judge_overhead,
         **{"rollout_share": 0.0 if args.signal == "judge" else 1.0, **others},
@@ -206,7 +208,7 @@ def plan(
         recorded: steps that are replayed from the journal, and their finished audits.
     """
     is_map_style = isinstance(dataset, Dataset)
-    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    trajectories = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     length, checkpoint = trajectory_length_of(args)
     capabilities, budget = getattr(teacher, "capabilities", None), teacher.budget
     requests = Requests.of(args, capabilities, tokenizer)
@@ -216,34 +218,44 @@ def plan(
         None if budget is None else budget.price,
         prompt_tokens=prompt_lengths(some_rows(dataset, _MEASURED if is_map_style else _STREAMED), tokenizer, args),
         trajectory_length=length,
-        prompts_per_step=prompts,
+        trajectories_per_step=trajectories,
         steps=state.max_steps,
         num_rows=len(dataset) if is_map_style else None,
     )
     run, done = result.run, f" ({state.global_step:,} done)" if state.global_step else ""
-    tokens = f"{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written by the teacher"
+    most = "at most " if args.audit_trajectories != "all" else ""
+    tokens = f"{most}{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written by the teacher"
     source = "max_completion_length" if checkpoint is None else f"measured in {checkpoint}"
     rows = [
         ("student", student),
         ("teacher", teacher.name),
-        ("a step", f"{prompts:,} prompts x up to {args.num_chunks} chunks x {_per_chunk(args)}"),
+        ("a step", f"{_per_step(args, trajectories)} x up to {args.num_chunks} chunks x {_per_chunk(args)}"),
         ("the run", f"{state.max_steps:,} steps{done}"),
         ("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"),
     ]
     if teacher.is_remote and args.signal == "judge":
-        rows.append(("requests", f"{run.requests:,.0f}, for the marks of a trajectory each"))
+        rows.append(("requests", f"{most}{run.requests:,.0f}, for the marks of a trajectory each"))
     elif teacher.is_remote:
         samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
-        rows.append(("requests", f"{run.requests:,.0f}, for {samples} each"))
+        rows.append(("requests", f"{most}{run.requests:,.0f}, for {samples} each"))
     if budget is not None and run.no_cache.usd is not None:
         limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
         paid = f"; {budget.usd_spent:,.2f} are spent" if budget.usd_spent else ""
-        rows.append(("price", f"{run.no_cache.usd:,.2f} dollars without a prompt cache{limit}{paid}"))
+        rows.append(("price", f"{most}{run.no_cache.usd:,.2f} dollars without a prompt cache{limit}{paid}"))
     if recorded[0]:
         steps, audits = recorded
         what = f"{steps:,} recorded {'step' if steps == 1 else 'steps'} with {audits:,} finished audits"
         rows.append(("replayed", f"{what}, which are not paid again"))
     return aligned(rows)
+
+
+def _per_step(args: OmniOPDConfig, trajectories: int) -> str:
+    prompts = f"{trajectories // args.num_generations:,} prompts"
+    if args.num_generations > 1:
+        prompts += f" x {args.num_generations} completions"
+    if args.audit_trajectories == "all":
+        return prompts
+    return f"{prompts}, of which the {args.audit_trajectories} are audited,"
 
 
 def _per_chunk(args: OmniOPDConfig) -> str:

@@ -20,10 +20,12 @@ from omniopd_trl.method import Similarity, WeightFunction, get_chunk_weights, ge
 from omniopd_trl.teachers import Teacher, TeacherOptions, load_teacher
 from omniopd_trl.teachers.load import is_export, is_service
 from omniopd_trl.trainer.distributed import on_every_process, together
+from omniopd_trl.trainer.evaluation import repeated
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.hub import open_repo
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.validation import check_inputs, check_prompts
+from omniopd_trl.trainer.verifier import training_rewards
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +42,7 @@ class Prepared:
         processing_class: the student's tokenizer.
         similarity: similarity of a chunk and a rollout.
         rewards: functions that score evaluation samples.
+        training_rewards: functions that score trajectories; `None` without a verifier, and for an export.
     """
 
     teacher: Teacher
@@ -49,6 +52,7 @@ class Prepared:
     processing_class: PreTrainedTokenizerBase
     similarity: Similarity
     rewards: Rewards
+    training_rewards: Rewards | None
 
 
 def prepare(
@@ -65,6 +69,7 @@ def prepare(
     similarity: Similarity | None = None,
     chunk_weights: WeightFunction | None = None,
     eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
+    reward_funcs: RewardSource | list[RewardSource] | None = None,
 ) -> Prepared:
     """Check the arguments of [`OmniOPDTrainer`], and prepare what they name, from cheap to expensive.
 
@@ -95,6 +100,10 @@ def prepare(
         # One endless epoch. transformers would restart the stream for each epoch, and a run that is resumed in a
         # later epoch would not find its position.
         train_dataset = train_dataset.repeat(None)
+        if args.num_generations > 1:
+            # Shuffled here and not by the base class, which would separate the trajectories of a group.
+            train_dataset = train_dataset.shuffle(seed=args.seed) if args.shuffle_dataset else train_dataset
+            train_dataset = repeated(train_dataset, args.num_generations)
     phi = get_similarity(similarity if similarity is not None else args.similarity)
     if chunk_weights is not None and args.num_branches:
         raise ConfigError(
@@ -111,6 +120,14 @@ def prepare(
         trust_remote_code=args.trust_remote_code,
         chat_template_kwargs=args.chat_template_kwargs,
     )
+    if reward_funcs is not None and export is not None:
+        raise ConfigError("`reward_funcs` has no effect with an export, which holds its rewards. Leave it out.")
+    for_training: Rewards | None = None
+    if export is None and (reward_funcs is not None or args.uses_rewards):
+        if reward_funcs is not None and reward_funcs is eval_reward_funcs:
+            reward_funcs = rewards.functions  # a reward model is loaded once
+        needed_by = f"reward_weight={args.reward_weight:g}, audit_trajectories={args.audit_trajectories!r}"
+        for_training = training_rewards(reward_funcs, train_dataset, args, needed_by)
     if args.push_to_hub:
         with together(args.process_index):
             if args.process_index == 0:
@@ -127,7 +144,7 @@ def prepare(
     with together(args.process_index):  # a key may be missing on one machine only
         loaded = export or prepare_teacher(teacher, args, recorder, paid)
         check_prompts(loaded, datasets, args.teacher_context, signal=args.signal)
-    return Prepared(loaded, recorder, train_dataset, datasets, processing_class, phi, rewards)
+    return Prepared(loaded, recorder, train_dataset, datasets, processing_class, phi, rewards, for_training)
 
 
 def spent_before(teacher: str | PreTrainedModel | Teacher, args: OmniOPDConfig) -> tuple[Usage, float] | None:

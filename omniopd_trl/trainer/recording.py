@@ -209,6 +209,7 @@ class Records(DistillationTrainer):
             self.teacher,
             self.auditor.similarity,
             self.step_audits.custom_weights,
+            () if self.verifier is None else self.verifier.functions,
         )
 
     def _stop(self, failure: Failure) -> Exception:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread, release
-from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory, Verified
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
@@ -98,6 +98,8 @@ class StepAudits:
         custom_weights: the argument `chunk_weights`.
         chunk_weights: the weight function in use.
         on_wait: called about once a second while training waits for audits.
+        known_verified: what the journal or an export holds of a verifier, for the trajectories that [`replay`] has
+            returned; `None` if there is nothing.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class StepAudits:
         self._replays = False  # whether the batch comes from the journal
         self._exported: list[ExportedTrajectory] = []  # the batch, if it comes from an export
         self._known_forks: dict[int, tuple[Fork, ...]] = {}  # of the journal, by index of the trajectory
+        self.known_verified: list[Verified] | None = None
 
     @property
     def overlap(self) -> bool:
@@ -161,7 +164,7 @@ class StepAudits:
             DataError: on every process, when the export does not hold these prompts.
         """
         journal, accelerator, step = self._recorder.journal, self._accelerator, self._step()
-        self._known_forks = {}
+        self._known_forks, self.known_verified = {}, None
         if isinstance(self._auditor.teacher, Export):
             return self._from_export(self._auditor.teacher, prompt_ids)
         if journal is None:
@@ -180,6 +183,7 @@ class StepAudits:
         self._replays = num_stored == accelerator.num_processes
         if self._replays:
             self._known_forks = {i: t.forks for i, t in enumerate(stored or ()) if t.forks is not None}
+            self.known_verified = _all_verified(stored or ())
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return stored if self._replays else None
@@ -189,12 +193,14 @@ class StepAudits:
         with together(self._accelerator.process_index):
             self._exported = export.trajectories(self._step(), first, len(prompt_ids))
             check_prompt_ids(export, self._step(), self._exported, prompt_ids)
-        return [exported.trajectory for exported in self._exported]
+        trajectories = [exported.trajectory for exported in self._exported]
+        self.known_verified = _all_verified(trajectories)
+        return trajectories
 
     def trajectories(
         self,
         rows: list[dict[str, Any]],
-        batch: dict[str, torch.Tensor],
+        batch: dict[str, Any],
         mode: str,
         sampling_logprobs: list[list[float | None]] | None = None,
     ) -> list[Trajectory]:
@@ -202,13 +208,13 @@ class StepAudits:
 
         Args:
             rows: rows of the dataset.
-            batch: batch with the ids and masks of prompts and completions.
+            batch: batch with the ids and masks of prompts and completions, and with `verified` of a verifier.
             mode: `"train"` or `"eval"`.
             sampling_logprobs: log-probabilities that each completion was sampled with; see [`Trajectory`].
         """
         prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
         key = (self._args.seed, mode, self._step(), self._accelerator.process_index)
-        context = self._args.teacher_context
+        context, verified = self._args.teacher_context, batch.get("verified")
         return [
             Trajectory(
                 prompt=row["prompt"],
@@ -217,6 +223,7 @@ class StepAudits:
                 seed=random.Random(repr((*key, b))).getrandbits(31),
                 sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs[b],
                 teacher_context=context.of(row),
+                verified=None if verified is None else verified[b],
             )
             for b, row in enumerate(rows)
         ]
@@ -476,6 +483,11 @@ class StepAudits:
         return branch_weights(
             [branch.token_ids for branch in chunk.branches], advantages, sampled if any(sampled) else ()
         )
+
+
+def _all_verified(trajectories: Sequence[Trajectory]) -> list[Verified] | None:
+    verified = [trajectory.verified for trajectory in trajectories]
+    return None if None in verified else [one for one in verified if one is not None]
 
 
 def _shown(

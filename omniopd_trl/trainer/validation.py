@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
-from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled
+from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled, prompts_per_step
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, find_extra, first_line
@@ -86,13 +86,10 @@ def check_inputs(
             f"data_seed={args.data_seed} has no effect on a streaming dataset, which is shuffled with `seed`. Leave "
             "it out."
         )
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    prompts_per_step(*sizes, args.num_generations)
     if isinstance(train_dataset, Dataset):
-        check_step_is_filled(
-            len(train_dataset),
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.world_size,
-        )
+        check_step_is_filled(len(train_dataset), *sizes, args.num_generations)
     return processing_class
 
 

@@ -16,6 +16,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.baselines.grpo import with_same_prompts
 from omniopd_trl.baselines.make import make_baseline
 from omniopd_trl.baselines.sft import load_solutions
 from omniopd_trl.errors import ConfigError, DataError
@@ -212,6 +213,23 @@ class TestCounts:
         assert trainer.args.gradient_accumulation_steps == 4
         assert trainer.args.generation_batch_size == 2 * len(questions())
         assert trainer.evaluator.teacher.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("own", "section", "expected"),
+    [
+        (1, {}, (8, 16)),
+        (1, {"num_generations": 4}, (4, 8)),
+        (4, {}, (4, 2)),
+        (4, {"num_generations": 8}, (8, 4)),
+        (4, {"gradient_accumulation_steps": 3}, (4, None)),
+    ],
+)
+def test_groups_of_grpo(tmp_path, own, section, expected):
+    """As many prompts per step as the recipe's step has, whichever of both sets the size of a group."""
+    args = OmniOPDConfig(str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=2, num_generations=own)
+    settings = with_same_prompts(args, section)
+    assert (settings["num_generations"], settings.get("gradient_accumulation_steps")) == expected
 
 
 class TestRefused:

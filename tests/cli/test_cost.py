@@ -17,7 +17,8 @@ from omniopd_trl.cli.recipe import load_splits, parse_args
 from omniopd_trl.data.prompts import prepare_prompts
 from omniopd_trl.teachers import TeacherOptions, load_teacher
 from omniopd_trl.teachers.instruct.prompt import render_messages
-from omniopd_trl.trainer.plan import length_of, plan
+from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.plan import _per_step, length_of, plan
 from tests.support import ROOT
 from tests.support.training import make_trainer, questions
 
@@ -105,6 +106,19 @@ class TestCost:
             f"price     {usd} dollars without a prompt cache, and the budget is 100.00",
             "replayed  3 recorded steps with 20 finished audits, which are not paid again",
         ]
+
+    def test_a_verifier(self, forecast, capsys, recipe):
+        """Groups share a prompt, and what a choice of trajectories saves is not known."""
+        settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 5}
+        plain, rows = forecast(**settings), forecast(num_generations=4, **settings)
+        assert plain["run"] == "5 steps of 8 prompts"
+        assert rows["run"] == "5 steps of 2 prompts, 4 trajectories each"
+        assert rows["requests"].split()[:3] == plain["requests"].split()[:3]
+        path = recipe(audit_trajectories="mixed", num_generations=4, **settings)
+        assert main(["cost", "--config", path]) == 0
+        assert "audit_trajectories='mixed' audits a part of the trajectories" in capsys.readouterr().out
+        args = OmniOPDConfig("out", use_cpu=True, bf16=False, audit_trajectories="mixed", num_generations=4)
+        assert _per_step(args, 8) == "2 prompts x 4 completions, of which the mixed are audited,"
 
     def test_table(self, forecast, tiny_tokenizer):
         """Real prompt lengths, the model's price and its samples per request; step and run follow from the recipe."""
@@ -420,7 +434,7 @@ class TestHardware:
         [
             ({"optim": "adafactor"}, "optim=adafactor is counted as AdamW"),
             ({"use_peft": True}, "lora_dropout=0.05 keeps a copy"),
-            ({"num_branches": 2}, "Branches (num_branches) are not counted"),
+            ({"num_branches": 2}, "Branches and imitated rollouts are not counted"),
             ({"teacher_model_name_or_path": "Qwen/Qwen3-1.7B"}, "teacher in the same process are not counted"),
             ({"use_vllm": True, "vllm_mode": "server"}, "counted as one GPU of the same kind"),
         ],

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.cli.train import main, resolve_checkpoint, run, summarize
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
+from omniopd_trl.evals.math import math_accuracy
 from tests.support import hub_stub
 from tests.support.commands import run_process, succeeded, train
 from tests.support.loopback import Fault, Loopback, wire
@@ -442,6 +443,28 @@ class TestFromRecipeToTrainer:
             main(*parse_args(["--config", path]))
         assert built[0].teacher_model_init_kwargs == expected
         assert built[0].model_init_kwargs["attn_implementation"] == "eager"
+
+    @pytest.mark.parametrize(
+        ("changes", "trains"),
+        [({}, False), ({"audit_trajectories": "wrong"}, True), ({"reward_weight": 0.5, "num_generations": 2}, True)],
+    )
+    def test_rewards_train_only_if_the_recipe_says_so(self, recipe, tmp_path, monkeypatch, changes, trains):
+        """`reward_funcs` alone scores the evaluation, as before there was a verifier."""
+        built = []
+
+        def build(**kwargs):
+            built.append(kwargs)
+            raise InterruptedError
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr("omniopd_trl.trainer.omniopd_trainer.OmniOPDTrainer", build)
+        path = recipe(reward_funcs=["omniopd_trl.evals.math.math_accuracy"], reward_weights=[2.0], **changes)
+        with pytest.raises(InterruptedError):
+            main(*parse_args(["--config", path]))
+        assert built[0]["eval_reward_funcs"] == [math_accuracy]
+        assert built[0]["reward_funcs"] == ([math_accuracy] if trains else None)
+        assert built[0]["args"].reward_weights == [2.0]
 
 
 class TestResolveCheckpoint:

@@ -26,7 +26,7 @@ QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 
 TRAINED = (
     *("tied_full", "tied_lora", "untied_full", "untied_lora"),
-    *("local_teacher_full", "offloaded_reference_full", "branches_full", "judge_full"),
+    *("local_teacher_full", "offloaded_reference_full", "branches_full", "judge_full", "verifier_full"),
 )
 LORA = {"init_lora_weights": False}
 # What a run has that sets neither. Comparisons to 1e-4 have to do without the first.
@@ -69,6 +69,9 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     imitation = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
     students.append({**students[0], "name": "branches_full", "num_branches": 3, "learning_rate": 3e-2, **imitation})
     students.append({**students[0], "name": "judge_full", "signal": "judge"})
+    # One group is spread over all processes. Those of two lengths are right, and not audited.
+    verifier = {"verified": True, "num_generations": 8, "reward_weight": 0.5, "audit_trajectories": "wrong"}
+    students.append({**students[0], "name": "verifier_full", **verifier})
     for student in students:
         student["max_grad_norm"] = CLIPPED.get(student["name"], UNCLIPPED)
     more: list[dict[str, Any]] = []

@@ -53,10 +53,13 @@ class Trainer(OmniOPDTrainer):
         completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if not self.writes:
             completions = [[crc32(bytes([i, len(ids)])) % 290 + 3 for i in range(40)] for ids in prompt_ids]
-        lengths = (40, 31, 5, 17, 9, 36, 24, 1)
+        lengths = [(40, 31, 5, 17, 9, 36, 24, 1)[sum(prompt) % 8] for prompt in prompt_ids]
+        if self.args.num_generations > 1:  # the completions of a group are equal but for their lengths
+            first = self.accelerator.process_index * len(prompt_ids)
+            lengths = [40, 31, 5, 17, 19, 36, 24, 1][first : first + len(prompt_ids)]
         completions = [
-            ids if len(ids) <= lengths[sum(prompt) % 8] else [*ids[: lengths[sum(prompt) % 8] - 1], self.eos]
-            for prompt, ids in zip(prompt_ids, completions, strict=True)
+            ids if len(ids) <= length else [*ids[: length - 1], self.eos]
+            for length, ids in zip(lengths, completions, strict=True)
         ]
         if self.model.training:
             self.completions += completions
@@ -167,6 +170,11 @@ class Gathers(TorchDispatchMode):
         return result
 
 
+def by_length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """A reward of 0, 0.5 or 1."""
+    return [len(ids) % 3 / 2 for ids in completion_ids]
+
+
 def exact(values: torch.Tensor) -> bool:
     """Whether they are float32 and have not been rounded to bfloat16 on the way."""
     return values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
@@ -182,6 +190,7 @@ def train(
     observed: bool = False,
     num_prompts: int = PROMPTS * NUM_STEPS,
     resume: str | None = None,
+    verified: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     num_processes = 1 if BACK_END == "one" else 2
@@ -202,6 +211,7 @@ def train(
         teacher_model=teacher or ScriptedTeacher(judge),
         args=args,
         train_dataset=questions(num_prompts),
+        reward_funcs=by_length if verified else None,
         quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
         peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **lora) if lora is not None else None,
     )

@@ -257,14 +257,21 @@ class Imitation:
 
 
 def normalized(
-    chunk_sum: torch.Tensor, kl_sum: Any, num_audited: int, num_unaudited: int, num_rows: int, args: OmniOPDConfig
+    chunk_sum: torch.Tensor,
+    kl_sum: Any,
+    num_audited: int,
+    num_unaudited: int,
+    num_rows: int,
+    args: OmniOPDConfig,
+    reward_sum: Any = 0.0,
 ) -> torch.Tensor:
-    """Eq. 8 from the sums of its terms."""
+    """Eq. 8 from the sums of its terms, and of the term of a verifier."""
+    num_tokens = num_audited + num_unaudited
     if args.loss_normalization == "tokens":
-        return (chunk_sum + args.beta * kl_sum) / (num_audited + num_unaudited)
+        return (chunk_sum + args.beta * kl_sum + reward_sum) / num_tokens
     if args.loss_normalization == "sum":
-        return (chunk_sum + args.beta * kl_sum) / num_rows
-    return chunk_sum / num_audited + args.beta * kl_sum / num_unaudited
+        return (chunk_sum + args.beta * kl_sum + reward_sum) / num_rows
+    return chunk_sum / num_audited + args.beta * kl_sum / num_unaudited + reward_sum / num_tokens
 
 
 def dense_objective(
@@ -276,13 +283,15 @@ def dense_objective(
     weight_of: Callable[[float], float] = lambda posterior: posterior,
     sampled: list[list[float]] | None = None,
     mark_of: Callable[[str], float | None] = lambda text: None,
+    verified: list[tuple[float, bool]] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Eq. 3 to 8 for one generation batch, one row at a time, with all logits in float64.
 
     It shares no code with the package: entropies, chunks (the greedy selection, with chunks that start at their
     anchors), texts, rollouts, similarities, priors, posteriors, importance weights and both terms of the loss are
     computed here. `sampled` are log-probabilities of another sampler, one per token. `mark_of` is a judge;
-    where it returns `None`, rollouts decide.
+    where it returns `None`, rollouts decide. `verified` has the advantage of each trajectory, and whether the teacher
+    is asked about it.
 
     Returns:
         The loss, with its graph to the weights of `student`, and the metrics that the trainer logs.
@@ -290,7 +299,7 @@ def dense_objective(
     student, reference = student.double().eval(), reference.double().eval()
     chunk_sum, kl_sum, posteriors = torch.zeros((), dtype=torch.float64), 0.0, []
     num_audited = num_unaudited = 0
-    plain_chunk_sum = 0.0
+    plain_chunk_sum, reward_sum = 0.0, torch.zeros((), dtype=torch.float64)
     sampled_kl: list[float] = []
     imitation = Imitation(student, tokenizer, args)
     for b, prompt in enumerate(batch["prompts"]):
@@ -306,11 +315,21 @@ def dense_objective(
 
         length, chunk_length = len(completion), min(args.chunk_length, len(completion))
         chosen: list[int] = []
-        if length >= args.min_chunk_length:
+        advantage, is_chosen = (0.0, True) if verified is None else verified[b]
+        if length >= args.min_chunk_length and is_chosen:
             for t in sorted(range(length), key=lambda t: (-entropy[t].item(), t)):
                 start = min(t, length - chunk_length)
                 if len(chosen) < args.num_chunks and all(abs(start - other) >= chunk_length for other in chosen):
                     chosen.append(start)
+
+        scored, ratio = token_logp, torch.ones(length, dtype=torch.float64)
+        if sampled is not None:
+            other = torch.tensor(sampled[b], dtype=torch.float64)[:length]
+            ratio = (scored.detach() - other).exp().clamp(max=args.importance_sampling_clip_max)
+        elif args.sampling_filters:
+            log_mass = torch.stack([kept_log_mass(logp[t], completion[t].item(), args) for t in range(length)])
+            scored, ratio = scored - log_mass, log_mass.detach().exp()
+        reward_sum = reward_sum - args.reward_weight * advantage * (ratio * scored).sum()
         audited = torch.zeros(length, dtype=torch.bool)
         for start in chosen:
             end = start + chunk_length
@@ -324,14 +343,7 @@ def dense_objective(
                 k_sem, count = mark, 1
             posterior = (k_sem + args.prior_strength * prior) / (count + args.prior_strength)
             posteriors.append(posterior)
-            scored = token_logp[start:end]
-            if sampled is not None:
-                other = torch.tensor(sampled[b], dtype=torch.float64)[start:end]
-                ratio = (scored.detach() - other).exp().clamp(max=args.importance_sampling_clip_max)
-            else:
-                log_mass = torch.stack([kept_log_mass(logp[t], completion[t].item(), args) for t in range(start, end)])
-                scored, ratio = scored - log_mass, log_mass.detach().exp()
-            chunk_sum = chunk_sum - weight_of(posterior) * (ratio * scored).sum()
+            chunk_sum = chunk_sum - weight_of(posterior) * (ratio * scored)[start:end].sum()
             plain_chunk_sum -= posterior * token_logp[start:end].sum().item()
             audited[start:end] = True
         kl_sum = kl_sum + ((ref.exp() * (ref - logp)).sum(-1) * ~audited).sum()
@@ -342,7 +354,7 @@ def dense_objective(
         num_unaudited += int((~audited).sum())
 
     chunk_sum = chunk_sum + imitation.sum
-    loss = normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args)
+    loss = normalized(chunk_sum, kl_sum, num_audited, num_unaudited, len(batch["prompts"]), args, reward_sum)
     metrics = {
         "chunk_loss": plain_chunk_sum / num_audited,
         "kl/unaudited": kl_sum.item() / num_unaudited,
