@@ -57,7 +57,14 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.teachers.load import is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
-    from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, Requests, aligned, forecast_run, trajectory_length_of
+    from omniopd_trl.trainer.plan import (
+        LETTERS_PER_TOKEN,
+        Requests,
+        aligned,
+        forecast_run,
+        stopped_share_of,
+        trajectory_length_of,
+    )
 
     logging.set_verbosity_error()
     script_args, args, model_args, dataset_args = parse_args(arguments)
@@ -106,6 +113,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"--rollout_share {options.rollout_share:g} has no effect with signal={args.signal!r}. Leave it out."
         )
+    if options.stopped_share is not None and not args.first_rollouts:
+        raise ConfigError(
+            f"--stopped_share {options.stopped_share:g} has no effect with first_rollouts=0. Leave it out."
+        )
+    stopped, measured_in = stopped_share_of(args) if options.stopped_share is None else (options.stopped_share, None)
     requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
     result = forecast_run(
         args,
@@ -120,6 +132,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks_per_trajectory=options.chunks_per_trajectory,
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
+        stopped_share=stopped,
         **share,
     )
     length, name = trajectory_length, "trajectory length"
@@ -128,6 +141,13 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         source = source if options.solution_length is None else "as given"
     if method == "omniopd":
         head = _describe_audits(args, options, requests)
+        if args.first_rollouts:
+            source = f"measured in {measured_in}" if measured_in else "as given"
+            if measured_in is options.stopped_share is None:
+                source = "the upper bound of the cost; --stopped_share sets another"
+            head.append(
+                ("first rollouts", f"{args.first_rollouts}, and no more for {stopped:.0%} of the chunks, {source}")
+            )
         table = {
             "trajectory": result.trajectory,
             "step": result.step,

@@ -50,7 +50,7 @@ _IRRELEVANT_TO_AUDITS = (
 _SINCE_EARLIER_RECORDS = (
     *("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages"),
     *("teacher_context_column", "teacher_context_template"),
-    *("signal", "cascade_low", "cascade_high"),
+    *("signal", "cascade_low", "cascade_high", "first_rollouts"),
 )
 # The number of trajectories of a step is the product of these, however it is divided.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
