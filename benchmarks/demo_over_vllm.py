@@ -4,7 +4,7 @@
 
     python -m benchmarks.demo_over_vllm [--seeds 0 1 2]
 
-The command runs `recipes/demo.yaml` for each seed with both teachers, in the environment of `make test-vllm`. It
+The command runs `recipes/demo_paper.yaml` for each seed with both teachers, in the environment of `make test-vllm`. It
 prints pass@1 on the test problems before and after. The exit code is 1 if the results differ by more than noise.
 
 **Noise.** A run's pass@1 is a share `p` of 512 problems, one sample each, so its binomial error is at most
@@ -74,7 +74,7 @@ def run_demo(folder: Path, *options: str) -> Run:
     began = time.monotonic()
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "omniopd_trl.train", "--config", "recipes/demo.yaml"),
+            *(sys.executable, "-m", "omniopd_trl.train", "--config", "recipes/demo_paper.yaml"),
             *("--output_dir", str(folder), "--disable_tqdm", "true", *options),
         ],
         cwd=ROOT,

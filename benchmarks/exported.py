@@ -4,7 +4,7 @@
 
     python -m benchmarks.exported [--run DIR] [--rows NAME ...]
 
-The command runs `recipes/demo.yaml`, exports the run, and trains from the export with the options of each row below.
+The command runs `recipes/demo_paper.yaml`, exports it, and trains from the export with the options of each row below.
 It prints pass@1 on the 512 test problems before and after, and the drift at the last logged step: the KL of the
 current student from the one that sampled the trajectories, in nats per token. The error of one pass@1 is about 0.02.
 """

@@ -98,7 +98,8 @@ def record(folder: Path, num_batches: int, extra: Sequence[str]) -> None:
         "output_dir": folder,
     }
     named = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "omniopd_trl.train", "--config", str(recipe_files()["demo"]), *named, *extra]
+    recipe = str(recipe_files()["demo_paper"])
+    command = [sys.executable, "-m", "omniopd_trl.train", "--config", recipe, *named, *extra]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 

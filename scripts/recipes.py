@@ -6,6 +6,7 @@ python -m scripts.recipes           # write
 python -m scripts.recipes --check   # exit 1 if a file is out of date
 """
 
+import math
 import sys
 import tempfile
 from argparse import Namespace
@@ -21,6 +22,9 @@ from omniopd_trl.accounting.hardware import GIB, known_shape
 from omniopd_trl.accounting.job import Job
 from omniopd_trl.cli.hardware import job_of
 from omniopd_trl.cli.recipe import parse_args
+from omniopd_trl.teachers.options import TeacherOptions
+from omniopd_trl.teachers.providers.capabilities import capabilities_of
+from omniopd_trl.trainer.plan import Requests, forecast_run
 from scripts.pages import page_with
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -452,27 +456,78 @@ def opd_tier(row: Row) -> Tier | None:
     return Tier(tier.name, tier.gpu, {"method": "opd", "teacher_model_name_or_path": served, **tier.options})
 
 
+def parsed(row: Row, options: Options) -> tuple[Any, ...]:
+    """The arguments of a recipe with other options."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        plain = {option: _value(value) for option, value in options.items()}
+        path.write_text(yaml.safe_dump(yaml.safe_load(body(row)) | plain))
+        return parse_args(["--config", str(path), "--use_cpu", "true"])
+
+
 @cache
 def job(name: str, tier_name: str) -> Job:
     """The job of a recipe on a tier, by the formulas of `omniopd cost --gpu`."""
     row = next(row for row in ROWS if row.name == name)
     tiers = [*tiers_of(row), opd_tier(row)]
     tier = next(tier for tier in tiers if tier is not None and tier.name == tier_name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "recipe.yaml")
-        options = {option: _value(value) for option, value in tier.options.items()}
-        path.write_text(yaml.safe_dump(yaml.safe_load(body(row)) | options))
-        script_args, args, model_args, _ = parse_args(["--config", str(path), "--use_cpu", "true"])
+    script_args, args, model_args, _ = parsed(row, tier.options)
     launch = Namespace(gpu=tier.gpu, num_processes=tier.num_gpus, accelerate_config=tier.accelerate_config)
     return job_of(launch, script_args, args, model_args, PROMPT)
+
+
+# Options of forms that are not in the paper and ask for less. `edit` needs `scale_advantages`.
+_BRANCHES: Options = {"num_branches": 7, "min_anchor_entropy": 0.1, "min_rollouts": 1}
+_ONE_ROLLOUT: Options = {**_BRANCHES, "scale_advantages": True, "num_rollouts": 1}
+_JUDGE: Options = {**_BRANCHES, "signal": "judge"}
+
+
+def cheap(row: Row) -> tuple[str, Options]:
+    """The cheaper form of a paid recipe, in words, and its options with a budget of 1.2 times the forecast.
+
+    A model that continues the student's text writes one rollout for each fork. One that has to be instructed marks the
+    branches instead, which it can do as well as any other model, and for less.
+    """
+    teacher = TEACHERS[row.teacher]
+    words, options = "marks for the branches, in one request per trajectory (docs/judge.md)", dict(_JUDGE)
+    if capabilities_of(*teacher.name.split(":", 1)).continuation != "instruct":
+        words, options = "one greedy rollout", dict(_ONE_ROLLOUT)
+    if teacher.takes_temperature is not None:
+        options["teacher_temperature"] = 0
+    _, usd = paid(row.name, tuple(options.items()))
+    return words, {**options, "teacher_budget_usd": math.ceil(1.2 * usd)}
+
+
+@cache
+def paid(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[float, float]:
+    """Requests, and dollars without a prompt cache, that `omniopd cost` forecasts for trajectories of mean length."""
+    row = next(row for row in ROWS if row.name == name)
+    _, args, *_ = parsed(row, dict(options))
+    provider, model = TEACHERS[row.teacher].name.split(":", 1)
+    run = forecast_run(
+        args,
+        Requests.of(args, capabilities_of(provider, model), None),
+        TeacherOptions.of(args).price(provider, model),
+        prompt_tokens=[MEAN_PROMPT],
+        trajectory_length=MEAN_TRAJECTORY,
+        trajectories_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        steps=args.max_steps,
+        num_rows=None,
+    ).run
+    assert run.no_cache.usd is not None
+    return run.requests, run.no_cache.usd
 
 
 def estimate(row: Row, tier: Tier) -> str:
     """Memory and time of a recipe on a tier, in words."""
     it = job(row.name, tier.name)
-    memory = f"{max(it.training_bytes, it.generation_bytes) / GIB:.0f} of {it.available / GIB:.0f} GiB"
     mean, longest = (it.step(tokens).total for tokens in (MEAN_PROMPT + MEAN_TRAJECTORY, it.max_tokens))
-    return f"{memory} per GPU, {mean:.0f} to {longest:.0f} seconds per step"
+    return f"{memory(it)} per GPU, {mean:.0f} to {longest:.0f} seconds per step"
+
+
+def memory(it: Job) -> str:
+    """Memory of a job, in words."""
+    return f"{max(it.training_bytes, it.generation_bytes) / GIB:.0f} of {it.available / GIB:.0f} GiB"
 
 
 def header(row: Row) -> str:
@@ -506,6 +561,21 @@ def header(row: Row) -> str:
         f"#   {first.command(row.name)} --method sft --output_dir outputs/{row.name}_sft",
         "#",
     ]
+    if teacher.key is not None:
+        words, options = cheap(row)
+        (few, usd), (requests, paper_usd) = paid(row.name, tuple(options.items())), paid(row.name)
+        it = job(row.name, first.name)
+        longer = replace(it, max_tokens=it.max_tokens + 10 * options["num_branches"] * (50 - 1))  # M K (C - 1) tokens
+        lines += [
+            f"# A cheaper form, not in the paper: seven branches at each fork (docs/branches.md) and {words}.",
+            f"# Forecast without a cache: {few:,.0f} requests and {usd:,.2f} dollars, instead of {requests:,.0f} and "
+            f"{paper_usd:,.2f} below.",
+            "# We have not run it: `omniopd probe` measures first whether it would teach.",
+            f"# {first.name}, with branches in the rows: {memory(longer)} per GPU:",
+            "#",
+            f"#   {replace(first, options=options).command(row.name)} --output_dir outputs/{row.name}_cheap",
+            "#",
+        ]
     opd = opd_tier(row)
     if opd is not None:
         lines += [
@@ -557,8 +627,8 @@ def table() -> str:
         assert opd is not None
         tiers = [*tiers_of(row), replace(opd, name=f"{opd.name}, for OPD with {TEACHERS[row.teacher].title}")]
         for tier, shown in zip([*tiers_of(row), opd], tiers, strict=True):
-            memory, seconds = estimate(row, tier).split(" per GPU, ")
-            lines.append(f"| {student.name} | {shown.name} | {memory} | {seconds.removesuffix(' seconds per step')} |")
+            size, seconds = estimate(row, tier).split(" per GPU, ")
+            lines.append(f"| {student.name} | {shown.name} | {size} | {seconds.removesuffix(' seconds per step')} |")
     return "\n".join(lines)
 
 

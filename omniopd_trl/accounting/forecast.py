@@ -129,6 +129,8 @@ def forecast(
     judge_marks: int = 0,
     judge_overhead: float = 0.0,
     rollout_share: float = 1.0,
+    first_rollouts: int = 0,
+    stopped_share: float = 0.0,
 ) -> Forecast:
     r"""Forecast the tokens and dollars of audits, with the paper's formulas (Section 9).
 
@@ -171,6 +173,10 @@ def forecast(
         judge_overhead: teacher tokens that the question to the judge adds to its prompt, with its tags.
         rollout_share: share of the chunks for which rollouts are asked for: 0 with a judge alone, and with a cascade
             the share of middling marks.
+        first_rollouts: rollouts that are requested first, at least 2 and fewer than `num_rollouts`. 0 requests all at
+            once.
+        stopped_share: share of these chunks that get no more rollouts, since the first ones are equal. 0 is the upper
+            bound.
 
     Returns:
         The load of a trajectory, a step and the run, and of SFT on teacher solutions.
@@ -210,9 +216,12 @@ def forecast(
         ("judge_marks", judge_marks, 0),
         ("judge_overhead", judge_overhead, 0),
         ("rollout_share", rollout_share, 0),
+        ("stopped_share", stopped_share, 0),
     ):
         if not least <= value < math.inf:
             raise ConfigError(f"{name}={value} must be a number of at least {least}.")
+    if first_rollouts and not 2 <= first_rollouts < num_rollouts:
+        raise ConfigError(f"first_rollouts={first_rollouts} must be at least 2, and below {num_rollouts=}.")
 
     chunks: float
     if trajectory_length >= chunk_length:
@@ -226,10 +235,13 @@ def forecast(
                 "trajectory has more."
             )
         chunks = chunks_per_trajectory
-    requests = math.ceil(num_rollouts / samples)
     per_rollout = math.ceil(asked_per_token * length) if rollout_tokens is None else rollout_tokens
-    asked = num_rollouts * per_rollout
-    kept = num_rollouts * min(tokens_per_token * length, per_rollout)
+    kept_per_rollout = min(tokens_per_token * length, per_rollout)
+    # Kinds of chunks: their share, requests and rollouts.
+    first = math.ceil(first_rollouts / samples)
+    kinds = [(1.0 - stopped_share, first + math.ceil((num_rollouts - first_rollouts) / samples), num_rollouts)]
+    if stopped_share:
+        kinds.append((stopped_share, first, first_rollouts))
 
     # A fractional mean is a mixture of trajectories with the next smaller and the next larger number of chunks.
     fewer = int(chunks)
@@ -243,7 +255,11 @@ def forecast(
                 start = trajectory_length * (j + 1) / (number + 1)
                 prefix = prompt_overhead + tokens_per_token * (prompt + start)
                 cached = prefix >= min_cached_prefix
-                audits.add(rollout_share * share * count, prefix, requests, asked, kept, cached, before)
+                for of_kind, requests, rollouts in kinds:
+                    written, kept = rollouts * per_rollout, rollouts * kept_per_rollout
+                    audits.add(
+                        rollout_share * share * count * of_kind, prefix, requests, written, kept, cached, before
+                    )
                 before = prefix if cached else None
             if judge_marks and number and share:
                 marks = judge_marks * number

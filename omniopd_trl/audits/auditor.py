@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ from omniopd_trl.audits.types import (
     Trajectory,
 )
 from omniopd_trl.errors import OmniOPDError, WarnOnce
-from omniopd_trl.method.branches import leave_one_out, most_diverse
+from omniopd_trl.method.branches import diversity, leave_one_out, most_diverse
 from omniopd_trl.method.chunks import Chunk, select_chunks
 from omniopd_trl.method.posterior import chunk_prior, posterior_mean
 from omniopd_trl.method.similarity import similarity_matrix
-from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply, replies_of
+from omniopd_trl.teachers.base import Prefix, Prompt, Rollout, SamplingRequest, Teacher, TeacherReply, replies_of
 from omniopd_trl.teachers.context import with_context
 from omniopd_trl.teachers.instruct.judge import Passage, is_middling
 
@@ -193,16 +194,64 @@ class Auditor:
             ledger=tally,
         )
         if settings.signal == "rollouts":
-            replies = await replies_of(self.teacher, [Prefix(prompt, prefix) for prefix, _ in texts], request)
+            replies = await self._rollouts(trajectory, chunks, texts, prompt, request)
             return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
         judged = await ask_marks(self.teacher, prompt, *self._passages(trajectory, chunks, texts), request)
         replies = [TeacherReply()] * len(chunks)
         asked = [index for index, marks in enumerate(judged.marks) if self._needs_rollouts(marks)]
         if asked:
-            prefixes = [Prefix(prompt, texts[index][0]) for index in asked]
-            for index, reply in zip(asked, await replies_of(self.teacher, prefixes, request), strict=True):
+            of_asked = [chunks[index] for index in asked], [texts[index] for index in asked]
+            rollouts = await self._rollouts(trajectory, *of_asked, prompt, request)
+            for index, reply in zip(asked, rollouts, strict=True):
                 replies[index] = reply
         return Answered(trajectory, scores, chunks, texts, replies, tally.usd, judged=judged)
+
+    async def _rollouts(
+        self,
+        trajectory: Trajectory,
+        chunks: Sequence[Chunk],
+        texts: Sequence[tuple[str, str]],
+        prompt: Prompt,
+        request: SamplingRequest,
+    ) -> list[TeacherReply]:
+        """The rollouts of each chunk: all at once, or no more than the first ones where these agree."""
+        prefixes = [Prefix(prompt, before) for before, _ in texts]
+        first = self.settings.first_rollouts
+        if not first:
+            return await replies_of(self.teacher, prefixes, request)
+        replies = await replies_of(self.teacher, prefixes, replace(request, num_samples=first))
+        agree = partial(self._agree, trajectory, chunks, texts, replies)
+        if self.teacher.is_remote:
+            agreed = await asyncio.get_running_loop().run_in_executor(self.scoring, agree)
+        else:  # its calls share a batch if they are made together, and nothing else waits for this loop
+            agreed = agree()
+        others = [index for index, is_agreed in enumerate(agreed) if not is_agreed]
+        if others:
+            # With another seed, since the same one may return the first rollouts again.
+            seed = (trajectory.seed + first) % 2**31
+            rest = replace(request, num_samples=request.num_samples - first, seed=seed)
+            more = await replies_of(self.teacher, [prefixes[index] for index in others], rest)
+            for index, reply in zip(others, more, strict=True):
+                replies[index] += reply
+        return replies
+
+    def _agree(
+        self,
+        trajectory: Trajectory,
+        chunks: Sequence[Chunk],
+        texts: Sequence[tuple[str, str]],
+        replies: Sequence[TeacherReply],
+    ) -> list[bool]:
+        """Whether the first rollouts of each chunk are all there, and equal after the cut.
+
+        Only texts decide, so the rule is the same for every similarity.
+        """
+        own, given = [text for _, text in texts], [reply.rollouts for reply in replies]
+        try:
+            kept, _ = self.alignment.cut(trajectory.completion_ids, chunks, own, given)
+        except Exception:  # a rollout that cannot be encoded agrees with none, and `score` sets it aside
+            return [False] * len(chunks)
+        return [len(rollouts) == self.settings.first_rollouts and not diversity(rollouts) for rollouts in kept]
 
     def _needs_rollouts(self, marks: Mapping[str, float]) -> bool:
         """Whether the rollouts of a chunk are asked for, since its marks decide nothing."""

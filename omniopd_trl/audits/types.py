@@ -50,6 +50,7 @@ class AuditSettings:
     signal: Signal = "rollouts"
     cascade_low: float = 0.3
     cascade_high: float = 0.7
+    first_rollouts: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "AuditSettings":

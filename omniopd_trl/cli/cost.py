@@ -65,6 +65,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         aligned,
         forecast_run,
         num_steps,
+        stopped_share_of,
         trajectory_length_of,
     )
 
@@ -119,6 +120,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"--rollout_share {options.rollout_share:g} has no effect with signal={args.signal!r}. Leave it out."
         )
+    if options.stopped_share is not None and not args.first_rollouts:
+        raise ConfigError(
+            f"--stopped_share {options.stopped_share:g} has no effect with first_rollouts=0. Leave it out."
+        )
+    stopped, measured_in = stopped_share_of(args) if options.stopped_share is None else (options.stopped_share, None)
     requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
     result = forecast_run(
         args,
@@ -133,6 +139,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks_per_trajectory=options.chunks_per_trajectory,
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
+        stopped_share=stopped,
         **share,
     )
     length, name = trajectory_length, "trajectory length"
@@ -141,6 +148,13 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         source = source if options.solution_length is None else "as given"
     if method == "omniopd":
         head = _describe_audits(args, options, requests)
+        if args.first_rollouts:
+            source = f"measured in {measured_in}" if measured_in else "as given"
+            if measured_in is options.stopped_share is None:
+                source = "the upper bound of the cost; --stopped_share sets another"
+            head.append(
+                ("first rollouts", f"{args.first_rollouts}, and no more for {stopped:.0%} of the chunks, {source}")
+            )
         table = {
             "trajectory": result.trajectory,
             "step": result.step,

@@ -120,6 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
         "Defaults to 1, the upper bound",
     )
     cost.add_argument(
+        "--stopped_share",
+        type=_share,
+        metavar="S",
+        help="share of the chunks that get no more than `first_rollouts`: the logged `audit/frac_stopped`. Defaults "
+        "to what a run or a probe in the recipe's `output_dir` has measured, or to 0, the upper bound of the cost",
+    )
+    cost.add_argument(
         "--num_processes",
         type=positive_int,
         default=1,

@@ -35,7 +35,7 @@ _ROLLOUTS = 2
 # audited with another continuation.
 _SHARE, _COMPARED = 0.7, 16
 
-RESULT, PAGE = "probe.json", "probe.md"
+PAGE = "probe.md"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.journal.reader import spent
     from omniopd_trl.report.runs import without_folders
     from omniopd_trl.teachers.load import is_export
-    from omniopd_trl.trainer.plan import num_steps
+    from omniopd_trl.trainer.plan import PROBE_FOLDER, PROBE_RESULT, num_steps
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
     for name, value in (
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     steps = num_steps(args, rows, 1, args.num_generations)
     trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
-    folder = Path(options.probe_dir or os.path.join(args.output_dir, "probe"))
+    folder = Path(options.probe_dir or os.path.join(args.output_dir, PROBE_FOLDER))
     other = _other_continuation(args)
 
     form = Form(**{field.name: getattr(args, field.name) for field in fields(Form)})
@@ -183,12 +183,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     result = _without_infinities(result)
     text = _text(result, verdict, args)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PROBE_RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
     (folder / PAGE).write_text(page, encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n" if options.json else f"{text}\n")
     if not options.json:
-        sys.stdout.write(f"\nWrote {folder / RESULT} and {folder / PAGE}. The audits: omniopd report {folder}\n")
+        sys.stdout.write(f"\nWrote {folder / PROBE_RESULT} and {folder / PAGE}. The audits: omniopd report {folder}\n")
 
 
 # ---- Before anything is asked ----
@@ -241,7 +241,7 @@ def _plan(
     forks = args.num_chunks
     if price is not None and max_usd is not None:
         asked = copy.copy(args)
-        asked.num_rollouts, asked.num_generations = _ROLLOUTS, 1
+        asked.num_rollouts, asked.first_rollouts, asked.num_generations = _ROLLOUTS, 0, 1
         load = forecast_run(
             asked,
             Requests.of(asked, capabilities, tokenizer),
@@ -260,6 +260,7 @@ def _plan(
         "method": "omniopd",
         "num_branches": args.num_branches or _BRANCHES,
         "num_rollouts": _ROLLOUTS,
+        "first_rollouts": 0,
         "min_rollouts": min(args.min_rollouts, _ROLLOUTS),
         "teacher_temperature": args.teacher_temperature or 1.0,
         "posterior_baseline": "none",
@@ -419,13 +420,17 @@ def _cost(
     requests = sum(row.record.outcomes.get("requests", 0) for row in found) or forks
     options = {advice.option: advice.value for advice in verdict.advice}
     chunks = numbers.asked_per_trajectory if args.num_branches else numbers.chunks_per_trajectory
-    rows = {"recipe": (chunks, args.num_rollouts)}
+    rows = {"recipe": (chunks, args.num_rollouts, args.first_rollouts)}
     if options:
-        rows["recommended"] = (numbers.asked_per_trajectory, options.get("num_rollouts", args.num_rollouts))
+        samples, first = (options.get(name, getattr(args, name)) for name in ("num_rollouts", "first_rollouts"))
+        rows["recommended"] = (numbers.asked_per_trajectory, samples, first)
     costs: dict[str, Any] = {"trajectories": trajectories}
-    for name, (per_trajectory, samples) in rows.items():
-        number = per_trajectory * math.ceil(samples / min(plan.requests.samples, samples))
-        written = per_trajectory * samples * usage.completion_tokens / (forks * _ROLLOUTS)
+    for name, (per_trajectory, samples, first) in rows.items():
+        # At least so many forks have equal first rollouts; see `stopped_share_of`.
+        going = 1 - (numbers.duplicates or 0.0) ** (first - 1) if first else 1.0
+        most = min(plan.requests.samples, samples)
+        number = per_trajectory * (math.ceil(first / most) + going * math.ceil((samples - first) / most))
+        written = per_trajectory * (first + going * (samples - first)) * usage.completion_tokens / (forks * _ROLLOUTS)
         one = Usage(
             prompt_tokens=round(usage.prompt_tokens / requests),
             cached_tokens=round(usage.cached_tokens / requests),

@@ -52,6 +52,8 @@ _HALF_OF_THE_LARGEST_SPREAD = 0.25
 _DECIDED = 0.01
 # A spread up to this is rounding.
 _ROUNDING = 1e-9
+# Waiting for the first rollouts must save this share of all rollouts.
+_SAVED = 0.1
 # More rollouts than in the paper are not recommended.
 _MOST_ROLLOUTS = 10
 
@@ -176,6 +178,7 @@ class Form:
     prior: str
     scale_advantages: bool
     max_failed_chunks: float
+    first_rollouts: int = 0
 
 
 class Advice(NamedTuple):
@@ -400,8 +403,17 @@ def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Ad
         f"N: the noise of one rollout is {ratio} the variance of the teacher's preferences; beyond this, another fork "
         "tells more than another rollout",
     )
+    # Half of them first; see `stopped_share_of` for the share of forks at which they are equal.
+    first = max(2, needed // 2)
+    stopped = (measured.duplicates or 0.0) ** (first - 1)
+    if first < needed and stopped * (needed - first) >= _SAVED * needed:
+        reason = f"at {stopped:.0%} of the forks or more the first {first} rollouts are equal: the rest adds nothing"
+        yield Advice("first_rollouts", first, reason)
+        needed = first
+    elif form.first_rollouts:
+        yield Advice("first_rollouts", 0, "the first rollouts are too rarely equal to wait for them")
     if form.min_rollouts > needed:
-        yield Advice("min_rollouts", needed, "at most num_rollouts")
+        yield Advice("min_rollouts", needed, "no more than are requested")
     if needed == 1 and form.teacher_temperature > 0:
         yield Advice(
             "teacher_temperature",

@@ -36,7 +36,7 @@ DECISIVE = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "chunk_overlap", "chunk_placement"),
     *("chunk_selection", "keep_special_tokens", "mask_truncated_completions", "max_completion_length", "temperature"),
     *("top_p", "top_k", "min_p", "repetition_penalty", "teacher_temperature", "teacher_top_p", "signal"),
-    *("teacher_context_column", "min_anchor_entropy"),
+    *("teacher_context_column", "min_anchor_entropy", "first_rollouts"),
 )
 
 # Limits of what is in memory at once, and of one file.

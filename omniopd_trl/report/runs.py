@@ -97,11 +97,11 @@ class Run:
         if not rollouts or not steps:
             return
         trajectories = len(self.places) / steps
-        dropped = dict(self.series("audit/dropped_chunks"))
+        dropped, obtained = (dict(self.series(f"audit/{name}")) for name in ("dropped_chunks", "num_rollouts"))
         for step, kept in self.series("audit/num_chunks"):
             share = 1 - dropped.get(step, 0.0)
             if share > 0:
-                yield step, kept / share * trajectories * rollouts
+                yield step, kept / share * trajectories * obtained.get(step, rollouts)
 
     @cached_property
     def _spent(self) -> list[tuple[int, Any, float | None]]:

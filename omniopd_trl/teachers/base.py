@@ -7,6 +7,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,17 @@ class TeacherReply:
     failure: str | None = None
     outcomes: Mapping[str, int] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+
+    def __add__(self, more: "TeacherReply") -> "TeacherReply":
+        """This reply, and the reply to a later request for more continuations of the same prefix."""
+        failures = [reply.failure for reply in (self, more) if reply.failure is not None]
+        return TeacherReply(
+            (*self.rollouts, *more.rollouts),
+            self.usage + more.usage,
+            "; ".join(failures) or None,
+            Counter(self.outcomes) + Counter(more.outcomes),
+            tuple(sorted({*self.models, *more.models})),
+        )
 
 
 class Teacher(ABC):

@@ -11,7 +11,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -132,7 +132,8 @@ class _Job:
 class InProcessTeacher(Teacher):
     """Base class of teachers that compute in this process. Concurrent calls of `sample` share batches.
 
-    A subclass sets the attributes and implements `sample_trajectories`.
+    At temperature 0 all samples of a prefix are one text, which is computed and counted once. A subclass sets the
+    attributes and implements `sample_trajectories`.
 
     Attributes:
         tokenizer: tokenizer of the teacher.
@@ -197,9 +198,11 @@ class InProcessTeacher(Teacher):
                 request = waiting[0][1]
                 same = [call for call in waiting if _mergeable(call[1], request)]
                 waiting = [call for call in waiting if not _mergeable(call[1], request)]
-                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], request)
-                for (_, _, future), reply in zip(same, replies, strict=True):
-                    future.set_result(reply)
+                copies = request.num_samples if request.temperature == 0 else 1  # greedy samples are one
+                part = replace(request, num_samples=request.num_samples // copies)
+                replies = self.sample_trajectories([prefixes for prefixes, _, _ in same], part)
+                for (_, _, future), of_call in zip(same, replies, strict=True):
+                    future.set_result([replace(reply, rollouts=reply.rollouts * copies) for reply in of_call])
         except Exception as error:
             # Every caller gets the error, not only the one that ran the batch.
             for _, _, future in [*same, *waiting]:

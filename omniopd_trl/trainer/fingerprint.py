@@ -51,7 +51,7 @@ _IRRELEVANT_TO_AUDITS = (
 _SINCE_EARLIER_RECORDS = (
     *("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages"),
     *("teacher_context_column", "teacher_context_template"),
-    *("signal", "cascade_low", "cascade_high"),
+    *("signal", "cascade_low", "cascade_high", "first_rollouts"),
     *("rollout_imitation", "rollout_imitation_tokens"),
     *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
 )

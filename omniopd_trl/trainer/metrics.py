@@ -174,6 +174,8 @@ class Metrics:
             ratios |= branch_ratios(audits)
         if self._args.signal != "rollouts":
             ratios |= judge_ratios(audits)
+        if self._args.first_rollouts:
+            ratios |= stopping_ratios(audits, self._args.first_rollouts)
         usd, tokens = self._spent()
         if self._has_price:
             ratios["teacher/usd"] = (usd - self._usd_counted, steps)
@@ -433,6 +435,16 @@ def branch_ratios(audits: list[Audit]) -> dict[str, tuple[float, float]]:
         "branches/agreed": (num_agreed, num_forks),
         "branches/diversity": (sum(diversity([b.text for b in fork]) for fork in forks), len(forks)),
         "branches/similarity": (sum(similarities), len(similarities)),
+    }
+
+
+def stopping_ratios(audits: list[Audit], first_rollouts: int) -> dict[str, tuple[float, float]]:
+    """Metrics of chunks whose first rollouts may be all, of one process, as numerators and denominators."""
+    rollouts = [chunk.rollouts for audit in audits for chunk in audit.chunks if chunk.rollouts]
+    stopped = sum(len(texts) == first_rollouts and not diversity(texts) for texts in rollouts)
+    return {
+        "audit/num_rollouts": (sum(map(len, rollouts)), len(rollouts)),
+        "audit/frac_stopped": (stopped, len(rollouts)),
     }
 
 

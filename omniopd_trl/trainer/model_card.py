@@ -156,6 +156,8 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
 def answers_per_chunk(args: Any) -> str:
     """What the teacher answers for each chunk, in words."""
     rollouts = f"N = {args.num_rollouts} rollouts each"
+    if args.first_rollouts:
+        rollouts += f" ({args.first_rollouts} where these are equal)"
     if args.signal == "judge":
         return "1 mark of the teacher each"
     if args.signal == "cascade":

@@ -107,6 +107,10 @@ class OmniOPDConfig(DistillationConfig):
             one chunk of its own length. A trajectory that is shorter than this value is not audited.
         num_rollouts (`int`, *optional*, defaults to `10`):
             Number of teacher continuations (rollouts) per chunk, N in the paper.
+        first_rollouts (`int`, *optional*, defaults to `0`):
+            Number of rollouts per chunk that are requested first. Where they are equal after the cut to the chunk's
+            length, the rest of `num_rollouts` is not requested. `0` requests all at once, as in the paper. See
+            docs/money.md.
         similarity (`str`, *optional*, defaults to `"edit"`):
             Similarity of a chunk and a rollout, with values in [0, 1], phi in the paper. One of `"edit"`, `"rouge1"`,
             `"rougeL"`, `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. To use a custom function, pass
@@ -351,6 +355,14 @@ class OmniOPDConfig(DistillationConfig):
     num_rollouts: int = field(
         default=10,
         metadata={"help": "Number of teacher continuations (rollouts) per chunk, N in the paper."},
+    )
+    first_rollouts: int = field(
+        default=0,
+        metadata={
+            "help": "Number of rollouts per chunk that are requested first. Where they are equal after the cut to the "
+            "chunk's length, the rest of `num_rollouts` is not requested. `0` requests all at once, as in the paper. "
+            "See docs/money.md."
+        },
     )
     similarity: str = field(
         default="edit",
@@ -835,8 +847,10 @@ class OmniOPDConfig(DistillationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
-        if isinstance(self.num_branches, bool) or not isinstance(self.num_branches, int) or self.num_branches < 0:
-            raise ConfigError(f"num_branches={self.num_branches!r} must be a whole number of at least 0.")
+        for name in ("num_branches", "first_rollouts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 0.")
         for name in ("teacher_top_p", "top_p", "min_p", "max_failed_chunks", "cascade_low", "cascade_high"):
             if (getattr(self, name) or 0.0) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most 1.")
@@ -852,6 +866,13 @@ class OmniOPDConfig(DistillationConfig):
             raise ConfigError(
                 f"min_rollouts={self.min_rollouts} is more than num_rollouts={self.num_rollouts}, so every chunk "
                 "would be dropped. Lower it."
+            )
+        least = max(2, self.min_rollouts)
+        if self.first_rollouts and not least <= self.first_rollouts < self.num_rollouts:
+            raise ConfigError(
+                f"first_rollouts={self.first_rollouts} must be at least {least}, since one rollout cannot agree and "
+                f"min_rollouts={self.min_rollouts} are needed, and less than num_rollouts={self.num_rollouts}. Set 0 "
+                "to request all at once."
             )
         if (self.teacher_input_price is None) != (self.teacher_output_price is None):
             raise ConfigError(
@@ -956,10 +977,11 @@ class OmniOPDConfig(DistillationConfig):
                 f"cascade_low={self.cascade_low:g} is not below cascade_high={self.cascade_high:g}, so no mark is "
                 "between them. Lower it, or set signal='judge'."
             )
-        if self.signal == "judge" and self.min_rollouts > 1:
+        needs_rollouts = {"min_rollouts": self.min_rollouts > 1, "first_rollouts": self.first_rollouts > 0}
+        for name in (name for name, is_set in needs_rollouts.items() if is_set and self.signal == "judge"):
             raise ConfigError(
-                f"min_rollouts={self.min_rollouts} with signal='judge': a chunk gets one mark and no rollouts. Leave "
-                "it out."
+                f"{name}={getattr(self, name)} with signal='judge': a chunk gets one mark and no rollouts. Leave it "
+                "out."
             )
 
     def _check_imitation(self) -> None:

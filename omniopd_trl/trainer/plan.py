@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan that a run prints at its start, with the forecast that `omniopd cost` prints."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -25,6 +27,9 @@ logger = logging.get_logger(__name__)
 
 # Prompts that the plan measures: evenly spaced in a dataset, or the first ones of a stream, which is read again.
 _MEASURED, _STREAMED = 1000, 100
+
+# Where `omniopd probe` writes its numbers, in the `output_dir` of the recipe.
+PROBE_FOLDER, PROBE_RESULT = "probe", "probe.json"
 
 # An average of English prose, for when no tokenizer is loaded.
 LETTERS_PER_TOKEN = 4
@@ -101,12 +106,35 @@ def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:
 
     Without a checkpoint it is `max_completion_length`, the upper bound, and the path is `None`.
     """
+    return _logged(args, "completions/mean_length") or (float(args.max_completion_length or 0), None)
+
+
+def stopped_share_of(args: OmniOPDConfig) -> tuple[float, str | None]:
+    """Share of the chunks that get no more than `first_rollouts`, and the path of the file in which it was measured.
+
+    It is logged by a run, or else follows from a probe: of its forks, the share `d` has two equal rollouts, and all n
+    first ones are equal on at least `d ** (n - 1)` (Jensen's inequality, for the mean of `sum_v p_v^n` over forks).
+    Without either it is 0, the lower bound, and the path is `None`.
+    """
+    logged = _logged(args, "audit/frac_stopped") if args.first_rollouts else None
+    if logged is not None or not args.first_rollouts:
+        return logged or (0.0, None)
+    path = Path(str(args.output_dir), PROBE_FOLDER, PROBE_RESULT)
+    try:
+        duplicates = json.loads(path.read_text(encoding="utf-8"))["measured"]["duplicates"]
+    except (OSError, ValueError, KeyError, TypeError):  # not probed, or no rollout came back
+        duplicates = None
+    return (0.0, None) if duplicates is None else (duplicates ** (args.first_rollouts - 1), str(path))
+
+
+def _logged(args: OmniOPDConfig, name: str) -> tuple[float, str] | None:
+    """The mean of a metric in the newest checkpoint whose logs have it, and the checkpoint."""
     for checkpoint in checkpoints_of(str(args.output_dir)):
         history = (state_of(checkpoint) or {}).get("log_history", [])
-        lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
-        if lengths:
-            return sum(lengths) / len(lengths), str(checkpoint)
-    return float(args.max_completion_length or 0), None
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            return sum(values) / len(values), str(checkpoint)
+    return None
 
 
 def num_steps(args: OmniOPDConfig, num_rows: int | None, num_processes: int, num_generations: int) -> int:
@@ -180,7 +208,12 @@ def forecast_run(
         num_prompts=distinct if num_rows is None else min(distinct, num_rows),
         judge_marks=0 if args.signal == "rollouts" else args.num_branches + 1,
         judge_overhead=requests.judge_overhead,
-        **{"rollout_share": 0.0 if args.signal == "judge" else 1.0, **others},
+        first_rollouts=args.first_rollouts,
+        **{
+            "rollout_share": 0.0 if args.signal == "judge" else 1.0,
+            "stopped_share": stopped_share_of(args)[0],
+            **others,
+        },
     )
 
 
@@ -237,6 +270,7 @@ def plan(
         rows.append(("requests", f"{most}{run.requests:,.0f}, for the marks of a trajectory each"))
     elif teacher.is_remote:
         samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
+        samples = f"up to {samples}" if args.first_rollouts and requests.samples > 1 else samples
         rows.append(("requests", f"{most}{run.requests:,.0f}, for {samples} each"))
     if budget is not None and run.no_cache.usd is not None:
         limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
@@ -260,6 +294,8 @@ def _per_step(args: OmniOPDConfig, trajectories: int) -> str:
 
 def _per_chunk(args: OmniOPDConfig) -> str:
     rollouts = f"{args.num_rollouts} rollouts"
+    if args.first_rollouts:
+        rollouts = f"{args.first_rollouts} to {rollouts}"
     marks = "1 mark" if not args.num_branches else f"up to {args.num_branches + 1} marks"
     between = f"up to {rollouts} (forecast for marks that all are between the thresholds)"
     return {"rollouts": rollouts, "judge": marks, "cascade": f"{marks} and {between}"}[args.signal]

@@ -55,6 +55,21 @@ class TestFormulas:
         assert audit.completion_tokens == chunks * rollouts * chunk
         assert audit.prompt_tokens == pytest.approx(requests * (prompt + (length + chunks * chunk) / 2))
 
+    @pytest.mark.parametrize("samples", [1, 4, 10])
+    def test_first_rollouts(self, samples):
+        """A mixture of chunks with all rollouts and chunks with the first ones, and at most one request more."""
+        paper = {**PAPER, "price": PRICE, "min_cached_prefix": 0, "samples_per_request": samples}
+        few, all_ = (forecast(**paper, num_rollouts=n).trajectory for n in (4, 10))
+        mixed, most = (forecast(**paper, first_rollouts=4, stopped_share=s).trajectory for s in (0.25, 0.0))
+        assert mixed.completion_tokens == pytest.approx(0.25 * few.completion_tokens + 0.75 * all_.completion_tokens)
+        assert most.completion_tokens == all_.completion_tokens
+        assert most.requests == {1: 100, 4: 30, 10: 20}[samples]
+        assert mixed.requests == pytest.approx(0.25 * few.requests + 0.75 * most.requests)
+        assert mixed.prompt_tokens == pytest.approx(0.25 * few.prompt_tokens + 0.75 * most.prompt_tokens)
+        assert mixed.no_cache.usd < most.no_cache.usd
+        with pytest.raises(ConfigError, match="first_rollouts=10 must be at least 2, and below num_rollouts=10"):
+            forecast(**paper, first_rollouts=10)
+
     def test_what_is_asked_and_what_is_kept(self):
         """Requests ask for 1.4 tokens per token, which are all charged for, and one is compared."""
         audit = forecast(prompt_tokens=200, trajectory_length=6340).trajectory

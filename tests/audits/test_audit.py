@@ -17,20 +17,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from benchmarks.first_rollouts import expected
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
 from omniopd_trl.audits.types import Audit, Branch, PolicyScores, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import ConfigError, TeacherError
+from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.remote.answers import Sample
+from omniopd_trl.teachers.remote.engine import Capabilities
 from tests.support.audits import audit_settings
 from tests.support.corpus import STUDENT_LINES
+from tests.support.journals import journal
 from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
-from tests.support.services import Scripted
+from tests.support.services import FINAL, Scripted
 
 SETTINGS = audit_settings(teacher_temperature=0.8, teacher_top_p=0.9)
 
@@ -92,6 +96,93 @@ def test_one_audit_by_hand(tiny_tokenizer):
     assert second.posterior == pytest.approx(0.5 / 4)
     assert first.mean_similarity == pytest.approx(0.5)
     assert (audit.num_dropped, audit.num_rollouts, audit.num_short, audit.failures) == (0, 6, 0, ())
+
+
+# ---- Rollouts that are not requested ----
+
+
+def sure(prefix, index):
+    """After the first chunk's prefix, texts that are equal as far as the chunk reaches."""
+    return f"defg{'tuvw'[index]}" if prefix.completion == "abc" else ("jklm", "jkxx")[index]
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["equal", "one is missing"])
+def test_first_rollouts_that_are_equal_are_all(tiny_tokenizer, refuses):
+    """By hand: the rest is requested for the other chunk only, with another seed, and n is what was obtained."""
+    path = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}, seed=11)
+    teacher = Recorder(lambda prefix, index: None if refuses and index == 0 else sure(prefix, index))
+    settings = {"num_rollouts": 4, "first_rollouts": 2}
+    audit = asyncio.run(auditor(tiny_tokenizer, teacher, **settings).audit(*path))
+    asked = [([p.completion for p in prefixes], r.num_samples, r.seed) for prefixes, r in teacher.calls]
+    assert asked[0] == (["abc", "abcdefghi"], 2, 11)
+    assert asked[1:] == [(["abc", "abcdefghi"] if refuses else ["abcdefghi"], 2, 13)]
+    first, second = audit.chunks
+    assert first.rollouts == ("defg", "defg")
+    assert first.posterior == pytest.approx((2 + 0.5) / 3)
+    assert second.similarities == pytest.approx((0.5, 0.5) if refuses else (1, 0.5, 1, 0.5))
+    assert second.posterior == pytest.approx((1 + 0.5) / 3 if refuses else (3 + 0.5) / 5)
+    assert (audit.num_dropped, audit.num_rollouts) == (0, 4 if refuses else 6)
+    failure = "the script refused 1 of 2; the script refused 1 of 2"
+    assert audit.failures == ((failure, failure) if refuses else ())
+
+
+def test_bias_of_stopping(tiny_tokenizer):
+    """Over all answers of a teacher with two texts, exactly: the formulas of `benchmarks.first_rollouts`."""
+    path = trajectory(tiny_tokenizer, "abcdefgh", {3: 2.0})
+    share, first, most = 0.3, 2, 4
+    mean = rollouts = squares = 0.0
+    for answers in itertools.product(("defg", "wxyz"), repeat=most):
+        left = iter(answers)
+        teacher = ScriptedTeacher(lambda prefix, index, left=left: next(left))
+        settings = {"num_chunks": 1, "num_rollouts": most, "first_rollouts": first}
+        audit = asyncio.run(auditor(tiny_tokenizer, teacher, **settings).audit(*path))
+        probability = math.prod(share if text == "defg" else 1 - share for text in answers)
+        mean += probability * audit.chunks[0].mean_similarity
+        rollouts += probability * audit.num_rollouts
+        squares += probability * (audit.chunks[0].mean_similarity - share) ** 2
+    # Ten recorded rollouts with these shares.
+    formula = expected(["defg"] * 3 + ["wxyz"] * 7, [1.0] * 3 + [0.0] * 7, first, most)
+    assert rollouts == pytest.approx(formula.rollouts)
+    assert mean - share == pytest.approx(formula.bias)
+    assert abs(formula.bias) > 0.02
+    assert squares == pytest.approx(formula.squared_error)
+
+
+class Sure(Scripted):
+    """One sample for each request, which its seed decides; the same one after the first chunk's prefix."""
+
+    def __init__(self, **settings):
+        super().__init__(most=1, capabilities=Capabilities("raw"), **settings)
+
+    async def request(self, prefix, num_samples, request):
+        response = await super().request(prefix, num_samples, request)
+        text = "defg" if prefix.completion == "abc" else f"jk{request.seed:02}"[-4:]
+        return response._replace(samples=(Sample(text),))
+
+
+def test_a_resumed_audit_requests_what_the_rule_still_wants(tmp_path, tiny_tokenizer):
+    """Stopped after each request in turn: every rollout is paid once, and the audit is the same."""
+    path, scores = trajectory(tiny_tokenizer, "abcdefghijklmnop", {3: 2.0, 9: 1.0}, seed=11)
+
+    def run(folder, teacher):
+        settings = {"num_rollouts": 5, "first_rollouts": 2}
+        with journal(folder) as records:
+            if records.trajectories(0) is None:
+                records.record_trajectories(0, [path])
+            auditing = auditor(tiny_tokenizer, teacher, **settings)
+            asyncio.run(audit_or_replay(auditing, path, scores, records, 0, 0))
+            return records.audit(0, 0), [(text, request.seed) for text, _, request in teacher.seen]
+
+    expected, requests = run(tmp_path / "clean", Sure())
+    assert [len(chunk.rollouts) for chunk in expected.chunks] == [2, 5]
+    assert len(set(requests)) == len(requests) == 7
+    for stop in range(len(requests)):
+        first = Sure(fault=lambda number, _, stop=stop: FINAL if number >= stop else None)
+        with pytest.raises(TeacherError, match="refused"):
+            run(tmp_path / str(stop), first)
+        audit, rest = run(tmp_path / str(stop), Sure())
+        assert audit.chunks == expected.chunks
+        assert sorted(requests[:stop] + rest) == sorted(requests)
 
 
 class Timed(Scripted):

@@ -162,6 +162,30 @@ class TestCost:
         assert main(["cost", "--config", recipe(), "--rollout_share", "0.5"]) == 2
         assert "--rollout_share 0.5 has no effect with signal='rollouts'" in capsys.readouterr().err
 
+    def test_first_rollouts(self, forecast, capsys, recipe, tmp_path):
+        """The share of chunks that stop is given, or measured by a run or a probe, or 0, the upper bound."""
+        settings = {"first_rollouts": 3, "output_dir": str(tmp_path)}
+
+        def rollouts(*options):
+            rows = forecast("--trajectory_length", 2000, *options, **settings)
+            return numbers(rows["requests"])[0], rows["first rollouts"]
+
+        assert rollouts() == (
+            100,
+            "3, and no more for 0% of the chunks, the upper bound of the cost; --stopped_share sets another",
+        )
+        assert rollouts("--stopped_share", 0.5) == (65, "3, and no more for 50% of the chunks, as given")
+        probe = tmp_path / "probe" / "probe.json"
+        probe.parent.mkdir()
+        probe.write_text(json.dumps({"measured": {"duplicates": 0.5}}))
+        assert rollouts() == (82, f"3, and no more for 25% of the chunks, measured in {probe}")
+        state = tmp_path / "checkpoint-2" / "trainer_state.json"
+        state.parent.mkdir()
+        state.write_text(json.dumps({"log_history": [{"audit/frac_stopped": share} for share in (0.2, 0.4)]}))
+        assert rollouts() == (79, f"3, and no more for 30% of the chunks, measured in {state.parent}")
+        assert main(["cost", "--config", recipe(), "--stopped_share", "0.5"]) == 2
+        assert "--stopped_share 0.5 has no effect with first_rollouts=0" in capsys.readouterr().err
+
     def test_cache(self, forecast):
         """Longer prompts are cached, and a cache makes the run cheaper."""
         rows = forecast("--trajectory_length", 16_000, max_completion_length=16_000)

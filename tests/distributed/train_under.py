@@ -39,6 +39,7 @@ from omniopd_trl.audits.types import Branch
 from omniopd_trl.models import offloading
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.support.judge import judge
+from tests.support.teachers import Agreeing
 from tests.support.training import questions, within
 
 NUM_STEPS, PROMPTS = 3, 8
@@ -208,7 +209,7 @@ def train(
     )
     trainer = (Observed if observed else Trainer)(
         model=path,
-        teacher_model=teacher or ScriptedTeacher(judge),
+        teacher_model=teacher or (Agreeing() if args.first_rollouts else ScriptedTeacher(judge)),
         args=args,
         train_dataset=questions(num_prompts),
         reward_funcs=by_length if verified else None,

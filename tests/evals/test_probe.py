@@ -146,6 +146,21 @@ def test_options_of_a_teacher_that_is_sure():
         (replace(NUMBERS, found=((3, 0.95), (7, 1.0))), FORM, "num_branches", 3),
         (with_signals(replace(GOOD, noise=0.4, preferred=0.11)), FORM, "num_rollouts", 4),
         (with_signals(replace(GOOD, noise=0.4, preferred=-0.01)), FORM, "num_rollouts", 10),
+        # Five of ten first: of the forks, at least 0.9^4 have five equal ones.
+        (with_signals(replace(GOOD, noise=0.4, preferred=-0.01)), FORM, "first_rollouts", 5),
+        (
+            with_signals(replace(GOOD, noise=0.4, preferred=-0.01)),
+            replace(FORM, min_rollouts=4, first_rollouts=0),
+            "min_rollouts",
+            None,
+        ),
+        (NUMBERS, replace(FORM, first_rollouts=2), "first_rollouts", 0),
+        (
+            replace(with_signals(replace(GOOD, noise=0.4, preferred=0.11)), duplicates=0.19),
+            FORM,
+            "first_rollouts",
+            None,
+        ),
         (with_signals(replace(GOOD, noise=0.4, preferred=0.11)), FORM, "teacher_temperature", None),
         (with_signals(replace(GOOD, noise=None)), FORM, "num_rollouts", None),
         (with_signals(replace(GOOD, similarity="edit", spread=0.04)), FORM, "scale_advantages", True),

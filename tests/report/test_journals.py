@@ -110,9 +110,10 @@ def test_shares_of_samples(run):
     logs = [
         {"step": 1, "audit/num_chunks": 2, "audit/dropped_chunks": 0.5, "teacher/refused": 16, "teacher/empty": 0},
         {"step": 2, "audit/num_chunks": 0, "audit/dropped_chunks": 1.0, "teacher/refused": 64},
+        {"step": 3, "audit/num_chunks": 2, "audit/num_rollouts": 2.5, "teacher/refused": 2},  # `first_rollouts`
     ]
     (run / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
-    assert Run(run).series("share/refused") == [(1, 16 / 64)]
+    assert Run(run).series("share/refused") == [(1, 16 / 64), (3, 2 / 20)]
     assert Run(run).series("share/empty") == [(1, 0)]
     assert Run(run).series("share/restarted") == []
 

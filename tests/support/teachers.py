@@ -7,7 +7,7 @@ import time
 
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import Rollout, Teacher, TeacherReply, Usage
-from tests.support.training import script
+from tests.support.training import agrees, script
 
 
 class Remote(Teacher):
@@ -55,6 +55,26 @@ class Here(Remote):
     """The same teacher as a local one: the trainer waits for all answers before it trains."""
 
     is_remote = False
+
+
+class Agreeing(Remote):
+    """The same teacher with one rollout after some texts, however often it is asked. It is asked for two first."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[tuple[int, int]] = []  # prefixes and samples of each call
+
+    async def sample(self, prefixes, request):
+        self.asked.append((len(prefixes), request.num_samples))
+        of_first = request.num_samples == 2
+        replies = []
+        for prefix in prefixes:
+            same = agrees(prefix.completion)
+            assert of_first or not same, "more rollouts were requested where the first ones are equal"
+            indices = [0 if same else i + 2 * (not of_first) for i in range(request.num_samples)]
+            rollouts = tuple(Rollout(script(prefix, i) + " ") for i in indices)
+            replies.append(TeacherReply(rollouts, Usage(5, 0, 7), outcomes={"requests": 1}))
+        return replies
 
 
 class Silent(Teacher):

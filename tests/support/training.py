@@ -4,6 +4,7 @@
 
 import copy
 import math
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -203,16 +204,22 @@ def kept_log_mass(logp: torch.Tensor, token: int, args: OmniOPDConfig) -> torch.
     return logp[sorted({*kept, *(v for v in order if probabilities[v] >= probabilities[token])})].logsumexp(0)
 
 
-def cut_rollouts(prompt: Any, before: str, text: str, length: int, tokenizer: Any, number: int) -> list[str]:
+def agrees(before: str) -> bool:
+    """Whether `tests.support.teachers.Agreeing` writes one text after this one, time and again."""
+    return zlib.crc32(before.encode()) % 2 == 0
+
+
+def cut_rollouts(prompt: Any, before: str, text: str, length: int, tokenizer: Any, args: OmniOPDConfig) -> list[str]:
     """The teacher's rollouts in the place of the student's `text`, cut to as many tokens as its chunk has.
 
-    A rollout is cut as if the white space before it were the chunk's. The tokens of these students are random, so the
-    tokens of a chunk's text differ from those of the chunk.
+    With `first_rollouts`, those of `Agreeing`. A rollout is cut as if the white space before it were the chunk's. The
+    tokens of these students are random, so the tokens of a chunk's text differ from those of the chunk.
     """
     space = text[: len(text) - len(text.lstrip())] if text.strip() else None
     rollouts = []
-    for i in range(number):
-        rollout = script(Prefix(prompt, before), i)
+    stops = args.first_rollouts > 0 and agrees(before)
+    for i in range(args.first_rollouts if stops else args.num_rollouts):
+        rollout = script(Prefix(prompt, before), 0 if stops else i)
         rollout = rollout if space is None else space + rollout.lstrip()
         rollouts.append(tokenizer.decode(tokenizer(rollout, add_special_tokens=False)["input_ids"][:length]))
     return rollouts
@@ -335,9 +342,9 @@ def dense_objective(
             end = start + chunk_length
             before = tokenizer.decode(completion[:start], skip_special_tokens=True).rstrip("\ufffd")
             text = tokenizer.decode(completion[:end], skip_special_tokens=True).rstrip("\ufffd")[len(before) :]
-            rollouts = cut_rollouts(prompt, before, text, chunk_length, tokenizer, args.num_rollouts)
+            rollouts = cut_rollouts(prompt, before, text, chunk_length, tokenizer, args)
             prior = math.exp(token_logp[start:end].detach().mean().item())
-            k_sem, count = sum(similarity(text, rollout) for rollout in rollouts), args.num_rollouts
+            k_sem, count = sum(similarity(text, rollout) for rollout in rollouts), len(rollouts)
             imitation.add(input_ids[0, : len(prompt_ids) + start].tolist(), rollouts, chunk_length)
             if (mark := mark_of(text)) is not None:
                 k_sem, count = mark, 1

@@ -80,16 +80,18 @@ def greedy(teacher: LocalTeacher, prefix: Prefix, max_tokens: int) -> str:
 
 
 def test_greedy_decoding_equals_plain_generation(teacher, in_tree):
-    """Token for token, for every prefix of two trajectories that share batches, each of several rollouts."""
+    """Token for token, for every prefix of two trajectories that share batches. Equal rollouts are computed once."""
     others = [Prefix("Let x be the number", text) for text in ("", " of marbles", " of marbles in the bag; then")]
 
-    async def both():
-        request = SamplingRequest(num_samples=3, max_tokens=12, temperature=0)
+    async def both(num_samples):
+        request = SamplingRequest(num_samples, max_tokens=12, temperature=0)
         return await asyncio.gather(teacher.sample(PREFIXES, request), teacher.sample(others, request))
 
-    for prefixes, replies in zip((PREFIXES, others), asyncio.run(both()), strict=True):
+    one, three = (asyncio.run(both(num_samples)) for num_samples in (1, 3))
+    for prefixes, replies in zip((PREFIXES, others), three, strict=True):
         for prefix, reply in zip(prefixes, replies, strict=True):
             assert [r.text for r in reply.rollouts] == [greedy(teacher, prefix, 12)] * 3
+    assert [[reply.usage for reply in row] for row in three] == [[reply.usage for reply in row] for row in one]
 
 
 TEXT = {

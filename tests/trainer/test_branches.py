@@ -27,7 +27,7 @@ from omniopd_trl.trainer.generation import sample_branches
 from tests.support import training
 from tests.support.judge import judge, mark_of
 from tests.support.objective import LORA, compare, load
-from tests.support.teachers import Here, Remote
+from tests.support.teachers import Agreeing, Here, Remote
 from tests.support.training import (
     FOUR_MICRO_BATCHES,
     FOUR_STEPS,
@@ -100,7 +100,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
                 continue
             values = []
             for text in texts:
-                rollouts = cut_rollouts(prompt, before, text, chunk.end - chunk.start, tokenizer, args.num_rollouts)
+                rollouts = cut_rollouts(prompt, before, text, chunk.end - chunk.start, tokenizer, args)
                 values.append(sum(similarity(text, rollout) for rollout in rollouts) / len(rollouts))
             marks = [mark_of(text) for text in texts]
             is_clear = not any(args.cascade_low < mark < args.cascade_high for mark in marks)
@@ -108,7 +108,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
                 values = marks
             else:
                 length = chunk.end - chunk.start
-                rollouts = cut_rollouts(prompt, before, texts[0], length, tokenizer, args.num_rollouts)
+                rollouts = cut_rollouts(prompt, before, texts[0], length, tokenizer, args)
                 imitation.add(prompt_ids + completion[: chunk.start], rollouts, length)
             mean = sum(values) / len(values)
             sigma = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
@@ -158,7 +158,8 @@ def check(trainer, initial, tokenizer, **options):
     [
         {"loss_normalization": "components", **IMITATION, **FOUR_MICRO_BATCHES},
         {"loss_normalization": "sum", "temperature": 0.7, "scale_advantages": True},
-        {"fork_candidates": 4, "min_anchor_entropy": 3.0, "chunk_placement": "center", **FOUR_MICRO_BATCHES},
+        {"fork_candidates": 4, "min_anchor_entropy": 3.0, "chunk_placement": "center", **FOUR_MICRO_BATCHES}
+        | {"teacher": Agreeing, "num_rollouts": 5, "first_rollouts": 2, "seed": 1},
         {"top_p": 0.7, "chunk_overlap": "merge", "num_chunks": 4, **IMITATION, "rollout_imitation_tokens": 5},
         {"mask_truncated_completions": True, "pad_to_multiple_of": 64, "gradient_checkpointing": True, "seed": 1},
         {"teacher": Remote, **FOUR_MICRO_BATCHES},

@@ -245,6 +245,7 @@ def test_a_budget_stops_a_judge(tmp_path, tiny_model_dir, services):  # noqa: F8
         ({"signal": "cascade", "cascade_high": 1.5}, "cascade_high=1.5 must be at most 1"),
         ({"signal": "cascade", "cascade_low": -0.5}, "cascade_low=-0.5 must not be negative"),
         ({"signal": "judge", "min_rollouts": 2}, "min_rollouts=2 with signal='judge'"),
+        ({"signal": "judge", "first_rollouts": 2}, "first_rollouts=2 with signal='judge'"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(tmp_path, tiny_model_dir, settings, words):

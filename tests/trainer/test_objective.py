@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, TrainerState
 
 from tests.support.objective import LORA, check, load
+from tests.support.teachers import Agreeing
 from tests.support.training import dense_objective, make_trainer, perturb, questions, step_and_gradient, trainable
 
 
@@ -43,6 +44,19 @@ def test_gradient_accumulation_is_exact(
 def test_temperature_is_that_of_the_sampling_policy(tmp_path, tiny_model_dir, tiny_tokenizer):
     """Entropies, log-probabilities, prior and KL are of logits divided by the sampling temperature."""
     check(make_trainer(tmp_path, tiny_model_dir, temperature=0.7), tiny_model_dir, tiny_tokenizer)
+
+
+def test_rollouts_that_are_not_requested(tmp_path, tiny_model_dir, tiny_tokenizer):
+    """The posterior is that of Eq. 5 with the rollouts that were obtained, all five or two that are equal."""
+    teacher = Agreeing()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, num_rollouts=5, first_rollouts=2)
+    logged = check(trainer, tiny_model_dir, tiny_tokenizer)
+    chunks, others = (sum(n for n, samples in teacher.asked if samples == size) for size in (2, 3))
+    assert 0 < others < chunks
+    assert logged["audit/frac_stopped"] == pytest.approx(1 - others / chunks)
+    assert logged["audit/num_rollouts"] == pytest.approx(2 + 3 * others / chunks)
+    assert logged["audit/dropped_chunks"] == 0
+    assert logged["teacher/requests"] == chunks + others
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_model_dir, tiny_tokenizer):
