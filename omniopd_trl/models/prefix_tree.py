@@ -5,6 +5,7 @@
 The longest rows are *trunks*. Their keys and values are computed in one forward pass, and serve all rows that begin
 alike. The new tokens of all rows of a trunk are further columns of the trunk's row, with a mask for each. R trunks of
 W tokens with S rows each, that get C tokens each, so take R * (W + S * C) tokens of cache instead of R * S * (W + C).
+Equal rows, such as several rollouts of one prefix, are one row until they get different tokens.
 """
 
 import inspect
@@ -107,13 +108,16 @@ class PrefixTree:
     ):
         self._model, self._forward = model, forward or model
         trunks, numbers, shared = find_trunks(rows)
-        slots: list[int] = []
+        slots: dict[tuple[int, ...], int] = {}
         sizes = [0] * len(trunks)
-        for number in numbers:
-            slots.append(sizes[number])
-            sizes[number] += 1
+        keys = [(number, *row) for number, row in zip(numbers, rows, strict=True)]
+        for key in keys:
+            if key not in slots:
+                slots[key] = sizes[key[0]]
+                sizes[key[0]] += 1
         device = model.device
-        self._place = torch.tensor(numbers, device=device), torch.tensor(slots, device=device)
+        # The trunk of each row, and its slot there. Equal rows have one slot.
+        self._place = torch.tensor(numbers, device=device), torch.tensor([slots[key] for key in keys], device=device)
         self._shape = len(trunks), max(sizes)  # R, S
         self._lengths = self._in_slots(torch.tensor([len(row) for row in rows], device=device))
         self._cache = prefill(model, [rows[index] for index in trunks], forward)
@@ -125,7 +129,7 @@ class PrefixTree:
         self._num_new = 0
 
     def _in_slots(self, values: torch.Tensor) -> torch.Tensor:
-        """`(N, ...)` as `(R, S, ...)`, with 0 in slots without a row."""
+        """`(N, ...)` as `(R, S, ...)`, with 0 in slots without a row. Rows with one slot have equal values."""
         slots = values.new_zeros(*self._shape, *values.shape[1:])
         slots[self._place] = values
         return slots
@@ -152,12 +156,23 @@ class PrefixTree:
 
     def add(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add a token to each row, `(N,)`, and return the logits of the next one, `(N, V)`."""
+        self._divide(tokens)
         num_rows, num_slots = self._shape
         own = torch.eye(num_slots, dtype=torch.bool, device=tokens.device).expand(num_rows, -1, -1)
         self._seen = torch.cat([self._seen, own], -1)
         positions = self._lengths + self._num_new
         self._num_new += 1
         return self._run(self._in_slots(tokens)[..., None], positions[..., None], self._seen[:, :, None])
+
+    def _divide(self, tokens: torch.Tensor) -> None:
+        """Give rows that shared a slot, and get different tokens, a slot each."""
+        (numbers, slots, _), of_row = torch.stack([*self._place, tokens]).unique(dim=1, return_inverse=True)
+        sizes = numbers.bincount(minlength=self._shape[0])
+        place = numbers, torch.arange(len(numbers), device=numbers.device) - (sizes.cumsum(0) - sizes)[numbers]
+        seen, lengths = self._seen[numbers, slots], self._lengths[numbers, slots]
+        self._place, self._shape = place, (len(sizes), int(sizes.max()))
+        self._seen, self._lengths = self._in_slots(seen), self._in_slots(lengths)
+        self._place = place[0][of_row], place[1][of_row]
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits after the last token of each slot. `tokens` is `(R, S, L)`, `mask` is `(R, S, L, columns)`."""

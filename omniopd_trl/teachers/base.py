@@ -109,7 +109,8 @@ class SamplingRequest:
         max_tokens: maximum length of a continuation, in the teacher's tokens.
         temperature: sampling temperature; 0 asks for greedy decoding.
         top_p: nucleus sampling mass.
-        seed: seed of the sampling, for a teacher that accepts one; `None` for no seed.
+        seed: seed of the sampling, for a teacher that accepts one; `None` for no seed. A later request for more
+            samples of the same prefixes has another one.
         ledger: records the cost of each request as soon as it is answered. For a teacher that does not call it, the
             usage of the replies is counted.
     """

@@ -73,6 +73,7 @@ def test_logits_equal_those_of_whole_rows(name, attention):
     model, rows, atol = make(MODELS[name], attention), forest(), {"sdpa": 1e-10, "eager": 1e-5}[attention]
     assert why_no_tree(model) is None
     new = torch.randint(3, 60, (3, len(rows)), generator=torch.Generator().manual_seed(5))
+    new[:2, 4], new[:1, 9] = new[:2, 0], new[:1, 2]  # equal rows that part later
     with torch.no_grad():
         tree = PrefixTree(model, rows)
         found = torch.stack([tree.first(), tree.add(new[0]), tree.add(new[1]), tree.add(new[2])], 1)
@@ -122,13 +123,18 @@ def test_adapters():
 
 
 def test_one_forward_pass_for_the_trunks_and_one_per_token(monkeypatch):
-    """Each token of a trunk is computed once, however many rows begin with it."""
+    """Each token of a trunk is computed once, however many rows begin with it, and equal rows until they part."""
     model, rows = make(MODELS["qwen3"]), forest() * 10
     sizes = []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True)
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     generate_from_tree(model.generate, **left_padded(rows), generation_config=config)
-    assert sizes == [(3, 33), (3, 60 * 3), *[(3, 60)] * 4]
+    assert sizes == [(3, 33), (3, 4 * 3), *[(3, 4)] * 4]
+    sizes.clear()
+    tree = PrefixTree(model, rows[:6] * 2)
+    tree.first()
+    tree.add(torch.tensor([3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 5, 3]))  # of four rows of the first trunk, two part
+    assert sizes[1:] == [(2, 4 * 3), (2, 6)]
 
 
 def test_models_that_cannot():
