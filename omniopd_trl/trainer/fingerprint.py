@@ -95,11 +95,8 @@ def replay_key(
     settings["similarity"] = phi if isinstance(phi, str) else identity_of(phi)
     if chunk_weights is not None:
         settings["posterior_baseline"] = identity_of(chunk_weights)
-    if reward_funcs:
-        settings["reward_funcs"] = [
-            [func.source, hash_of_folder(func.source)] if isinstance(func, RewardModel) else identity_of(func)
-            for func in reward_funcs
-        ]
+    if args.uses_rewards:  # those that are only logged change nothing
+        settings["reward_funcs"] = [*map(_identity_of_reward, reward_funcs)]
     settings["train_dataset"] = getattr(train_dataset, "_fingerprint", None)
     source = get_config_model_id(model.config)
     weights = hash_of_folder(source)
@@ -144,6 +141,17 @@ def identity_of(function: Any) -> str:
     """
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__} ({_hash(_described(function, None, set()))[:12]})"
+
+
+def _identity_of_reward(func: Any) -> Any:
+    """A reward model by its weights, a function of this package by its name, and any other one by its code."""
+    if isinstance(func, RewardModel):
+        return [func.source, hash_of_folder(func.source)]
+    named = func.func if isinstance(func, partial) else func
+    if not str(named.__module__).startswith("omniopd_trl."):
+        return identity_of(func)
+    name = f"{named.__module__}.{getattr(named, '__qualname__', type(named).__qualname__)}"
+    return [name, func.keywords] if isinstance(func, partial) else name
 
 
 def _teacher_code(teacher: Teacher) -> str | None:

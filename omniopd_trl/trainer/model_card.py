@@ -141,6 +141,9 @@ def _rows(trainer: Any, base_model: str | None) -> Iterator[tuple[str, str]]:
     yield "prior strength alpha, anchor beta", f"{args.prior_strength:g}, {args.beta:g}"
     yield "similarity phi", f"`{_name(name_or_function(trainer.auditor.similarity))}`"
     yield "baseline of the posterior", f"`{_name(trainer.step_audits.custom_weights or args.posterior_baseline)}`"
+    if args.uses_rewards:
+        size = f"G = {args.num_generations} trajectories per prompt, reward weight {args.reward_weight:g}"
+        yield "verifier", f"{size}, audited: {args.audit_trajectories}"
     yield "optimizer steps, learning rate", f"{trainer.state.global_step:,}, {args.learning_rate:g}"
     if scores := series(logs, "eval_pass@1"):
         ends = scores if len(scores) == 1 else (scores[0], scores[-1])

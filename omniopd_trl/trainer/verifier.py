@@ -120,6 +120,8 @@ class Verifier:
         args, accelerator = self._args, self._accelerator
         completion_ids, texts = decoded(batch, self._tokenizer)
         extra: dict[str, list[Any]] = {}
+        if known and self._rewards is not None and [*known[0].rewards] != self._rewards.function_names:
+            known = None  # of functions whose scores were logged only
         if known is not None:
             names = list(known[0].rewards)
             rows = [[math.nan if score is None else score for score in one.rewards.values()] for one in known]
