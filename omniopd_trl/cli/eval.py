@@ -33,7 +33,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Sample answers to a set of problems and score them: pass@1 with a confidence interval, pass@k, "
         "majority, truncation and length. The same command continues an evaluation that was interrupted.",
         epilog="Any option of the training command may be added and overrides the recipe: --temperature 0.6, "
-        "--max_completion_length 8192, --prompt_template math, --teacher_budget_usd 5.",
+        "--max_completion_length 8192, --prompt_template math, --reward_funcs my_package.rewards.code, "
+        "--teacher_budget_usd 5.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -75,7 +76,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="show the model what only the teacher of a run sees (teacher_context_column)",
     )
-    parser.add_argument("--lenient", action="store_true", help="count a calculation with the right value as right")
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="count a calculation with the right value as right, as --eval_lenient_answers true",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--compare",
@@ -113,18 +118,29 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     arguments, recipe = open_recipe(arguments, ("model_name_or_path", "dataset_name"))
     explicit = settings_of(arguments, recipe, ("use_cpu", "dtype", "dataset_test_split", *_VLLM))
 
-    from omniopd_trl.cli.recipe import parse_args
+    from omniopd_trl.cli.recipe import load_functions, parse_args
 
     # The parser must neither look for the GPU that a recipe is made for, nor compare the length of chunks with that of
     # a sample.
     unused = ("--use_cpu", "true", "--chunk_length", "1", "--min_chunk_length", "1")
     parsed = parse_args([*arguments, "--output_dir", options.output_dir, *unused])
-    script_args, args, model_args, _ = parsed
-    if model_args.model_name_or_path is None or script_args.dataset_name is None:
+    script_args, args, model_args, dataset_args = parsed
+    if options.dataset is not None:
+        dataset_args.datasets = []  # those of the recipe
+    if model_args.model_name_or_path is None or not (script_args.dataset_name or dataset_args.datasets):
         missing = "--model" if model_args.model_name_or_path is None else "--dataset"
         raise ConfigError(f"`omniopd eval` needs {missing}, or a recipe that names it: add `--config RECIPE.yaml`.")
     if args.max_completion_length is None:
         raise ConfigError("max_completion_length is not set, and a sample needs a limit. Set it.")
+
+    if args.repetition_penalty != 1.0:
+        raise ConfigError(
+            f"repetition_penalty={args.repetition_penalty:g} changes how the student samples, and `omniopd eval` does "
+            "not apply it. Add `--repetition_penalty 1` to evaluate without it."
+        )
+    functions = load_functions(script_args.reward_funcs)
+
+    from trl import get_quantization_config
 
     from omniopd_trl.evals.evaluate import EvalSettings, evaluate
     from omniopd_trl.evals.results import table_of
@@ -137,21 +153,19 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         loading = {} if explicit["dtype"] is None else {"dtype": model_args.dtype}
         if options.engine == "vllm":
             loading |= {_VLLM[name]: getattr(args, name) for name in _VLLM if explicit[name] is not None}
-        elif model_args.attn_implementation is not None:
-            loading["attn_implementation"] = model_args.attn_implementation
+        else:
+            for name, value in (
+                ("attn_implementation", model_args.attn_implementation),
+                ("quantization_config", get_quantization_config(model_args)),
+            ):
+                loading |= {} if value is None else {name: value}
         teacher_options = replace(
             teacher_options,
             teacher_model_init_kwargs={**loading, **(args.model_init_kwargs or {})},
             teacher_model_revision=model_args.model_revision,
             teacher_chat_template_kwargs=None,
         )
-    problems = _problems(
-        script_args.dataset_name,
-        script_args.dataset_config,
-        explicit["dataset_test_split"],
-        options.limit,
-        script_args.prompt_template,
-    )
+    problems = _problems(script_args, dataset_args, explicit["dataset_test_split"], options.limit)
     context = args.teacher_context if options.with_teacher_context else NO_CONTEXT
     if options.with_teacher_context and context.column is None:
         raise ConfigError(
@@ -169,10 +183,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
+            top_k=max(args.top_k, 0),  # -1 means no limit in vLLM
+            min_p=args.min_p or 0.0,
             seed=options.eval_seed,
-            lenient=options.lenient,
+            # As in training, an option of math-verify where the recipe names no function.
+            lenient=options.lenient or (args.eval_lenient_answers and functions is None),
             max_batch_tokens=options.max_batch_tokens,
         ),
+        reward_funcs=functions,
         context=context,
     )
     if options.json:
@@ -185,21 +203,36 @@ def _is_true(value: Any) -> bool:
     return str(value).lower() in ("true", "yes", "t", "y", "1")
 
 
-def _problems(name: str, config: str | None, split: str | None, limit: int | None, template: str | None) -> "Dataset":
+def _problems(script_args: Any, dataset_args: Any, split: str | None, limit: int | None) -> "Dataset":
+    """The problems of the command line or of the recipe, with the prompts of the trainer's evaluation.
+
+    Args:
+        script_args: options of the dataset and its prompts.
+        dataset_args: the recipe's mixture of datasets, if it has one.
+        split: the split that was named; `None` for that of a set, `test`, or the only one.
+        limit: number of problems, the first ones; `None` for all.
+    """
+    from datasets import Dataset
+
+    from omniopd_trl.cli.recipe import load_splits
     from omniopd_trl.data.benchmarks import BENCHMARK, BENCHMARKS, GYM, load_benchmark
-    from omniopd_trl.data.datasets import get_split, load_dataset_or_files, only_split
+    from omniopd_trl.data.datasets import get_split, only_split
     from omniopd_trl.data.prompts import prepare_prompts, resolve_template
 
-    if name.partition("@")[0] in BENCHMARKS or name.startswith((BENCHMARK, GYM)):
+    name = script_args.dataset_name or ""
+    template = None if script_args.prompt_template is None else resolve_template(script_args.prompt_template)
+    is_set = name.partition("@")[0] in BENCHMARKS or name.startswith((BENCHMARK, GYM))
+    if is_set and "," not in name:
         problems = load_benchmark(name, split=split, limit=limit)
-        if template is None or not name.startswith(GYM):
-            return problems
-        return prepare_prompts(problems.remove_columns("prompt"), resolve_template(template))
-    template = None if template is None else resolve_template(template)
-    splits = load_dataset_or_files(name, config)
-    problems = get_split(splits, split or only_split(splits, "test"), "--split")
-    if limit is not None:
-        problems = problems.select(range(min(limit, len(problems))))
+        if template is not None and name.startswith(GYM):
+            problems = problems.remove_columns("prompt")
+    else:
+        splits = load_splits(script_args, dataset_args)
+        problems = get_split(splits, split or only_split(splits, "test"), "--split")
+        if limit is not None:
+            problems = problems.take(limit)
+        if not isinstance(problems, Dataset):
+            problems = Dataset.from_list(list(problems))
     return prepare_prompts(problems, template)
 
 

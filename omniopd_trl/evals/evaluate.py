@@ -22,19 +22,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.trainer.utils import get_callable_name
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
-from omniopd_trl.evals.math import read_answers
+from omniopd_trl.evals.math import math_accuracy, read_answers
 from omniopd_trl.evals.results import EvalResult, Problem, write_json
+from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path, journals_of
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.recorder import Recorder
@@ -47,15 +49,14 @@ from omniopd_trl.teachers.local import InProcessTeacher, LocalTeacher
 from omniopd_trl.teachers.options import TeacherOptions
 from omniopd_trl.teachers.remote.engine import RemoteTeacher
 
-if TYPE_CHECKING:
-    from omniopd_trl.evals.rewards import RewardFunc
-
 Engine = Literal["transformers", "vllm"]
 
 # Columns with the right answer, in order of precedence.
 _GOLDS = ("answer", "solution")
 # Columns of problems that are no mathematics. `Rewards` chooses the function that scores them.
 _OTHERS = ("tests", "gym")
+# Samples that reward functions score together. A reward model scores them in one batch.
+_SCORED = 64
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
@@ -77,6 +78,8 @@ class EvalSettings:
         max_tokens: maximum length of a sample, in the model's tokens.
         temperature: sampling temperature; 0 is greedy decoding.
         top_p: nucleus sampling mass.
+        top_k: number of the most likely tokens that are kept; 0 keeps all. For a model in this process, as `min_p`.
+        min_p: tokens are kept if their probability is at least this share of the highest; 0 keeps all.
         seed: seed of all samples. The same for all models that are compared.
         lenient: argument of [`math_accuracy`].
         max_batch_tokens: rows of a batch times their length in tokens, for a model in this process. It bounds the
@@ -90,6 +93,8 @@ class EvalSettings:
     max_tokens: int = 4096
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     lenient: bool = False
     max_batch_tokens: int | None = None
@@ -100,6 +105,8 @@ class EvalSettings:
             ("max_tokens", "at least 1", self.max_tokens >= 1),
             ("temperature", "at least 0, and finite", 0 <= self.temperature < float("inf")),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("top_k", "at least 0", self.top_k >= 0),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("max_batch_tokens", "at least 1", self.max_batch_tokens is None or self.max_batch_tokens >= 1),
         ):
             if not holds:
@@ -115,7 +122,7 @@ def evaluate(
     output_dir: str | Path | None = None,
     engine: Engine = "transformers",
     options: TeacherOptions | None = None,
-    reward_func: "RewardFunc | None" = None,
+    reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
     context: TeacherContext = NO_CONTEXT,
 ) -> EvalResult:
     """Sample `num_samples` answers per problem, and score them.
@@ -129,14 +136,15 @@ def evaluate(
             `"anthropic:claude-haiku-4-5"`, or a [`Teacher`]. An instance is left as it was.
         tokenizer: tokenizer of a model in this process. Loaded from the model's path or id when it is not given.
         dataset: the problems, with a column `prompt`, plain text or conversational, and `answer` or `solution`, or
-            what `reward_func` reads. A column `id` names the problems.
+            what `reward_funcs` read. A column `id` names the problems.
         settings: how to sample and to score.
         output_dir: folder of the results, which makes the evaluation resumable. `None` keeps nothing.
         engine: what generates for a model by path or id.
         options: options of a teacher. `teacher_model_revision`, `teacher_model_init_kwargs`, the chat template's
             arguments and `device` also hold for a model in this process.
-        reward_func: function that scores samples, with the signature of TRL's `reward_funcs`. `None` for that of the
-            trainer's evaluation: [`math_accuracy`], or what fits the set.
+        reward_funcs: what scores samples, as the trainer's `eval_reward_funcs`: a function with the signature of TRL's
+            `reward_funcs`, a reward model, or several. The first one is `pass@1`; each of several is also
+            `pass@1/NAME`. Functions get no `completion_ids`. `None` for [`math_accuracy`], or what fits the set.
         context: a column that the model sees beside the prompt, as the teacher of a run does.
 
     Raises:
@@ -151,17 +159,27 @@ def evaluate(
         ```
     """
     settings = settings or EvalSettings()
-    rows = _rows(dataset, has_function=reward_func is not None)
-    reads_answers = reward_func is None and not {*_OTHERS} & rows[0].keys()
+    rows = _rows(dataset, has_function=reward_funcs is not None)
+    options = options or TeacherOptions()
+    device = options.device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    rewards = Rewards(
+        reward_funcs,
+        dataset,
+        device=torch.device(device),
+        trust_remote_code=options.trust_remote_code,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
+    if not rewards:
+        raise ConfigError(f"reward_funcs={reward_funcs!r} names nothing to score with. Leave it out for math-verify.")
+    # The answers themselves are known only where math-verify reads them.
+    reads_answers = rewards.functions == [math_accuracy]
     context.check(dataset, "dataset")
     asked = [{**row, "prompt": context.prompt(row)} for row in rows]
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _check_folder(folder)
-    options = options or TeacherOptions()
     if options.device is None and isinstance(model, str):
-        device = torch.accelerator.current_accelerator(check_available=True)
-        options = replace(options, device=device or torch.device("cpu"))
+        options = replace(options, device=device)
     earlier = spent(folder) if folder is not None and is_service(model) else None
     keys = _keys(rows)
     with _unchanged(model):
@@ -170,8 +188,9 @@ def evaluate(
         described = _described(teacher, options, settings, keys, asked)
         if context.identity:
             described["teacher_context"] = context.identity
+        described["reward_funcs"] = [get_callable_name(function) for function in rewards.functions]
         lines = _sample(teacher, asked, keys, settings, group_size, folder, _decisive(described))
-    problems = _score(rows, keys, lines, settings, reads_answers, reward_func)
+    problems = _score(rows, keys, lines, settings, None if reads_answers else rewards)
     described["served_models"] = sorted({name for line in lines for name in line["models"]})
     cost: dict[str, Any] = {}
     if teacher.budget is not None:
@@ -200,7 +219,7 @@ def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
     if not has_function and not {*_GOLDS, *_OTHERS} & set(columns):
         raise DataError(
             f"The dataset has neither a column `answer` nor `solution` (it has: {', '.join(columns)}). Add one, or "
-            "pass `reward_func`."
+            "pass `reward_funcs`."
         )
     return list(dataset)
 
@@ -244,6 +263,11 @@ def _load(
     earlier: tuple[Usage, float] | None,
 ) -> Teacher:
     if not is_local(model):
+        if settings.top_k or settings.min_p:
+            raise ConfigError(
+                f"top_k={settings.top_k} and min_p={settings.min_p:g} are for a model in this process: a teacher gets "
+                "a temperature and `top_p` only. Set both to 0."
+            )
         teacher = load_teacher(model, options, earlier)
         if isinstance(teacher, RemoteTeacher) and isinstance(model, str) and options.teacher_continuation is None:
             if teacher.capabilities.continuation == "instruct":
@@ -315,6 +339,9 @@ def _described(
 ) -> dict[str, Any]:
     """What determines the samples and their scores. It holds no secret, since it is written to files."""
     described: dict[str, Any] = {"model": teacher.name, "engine": type(teacher).__name__, **asdict(settings)}
+    for name in ("top_k", "min_p"):  # evaluations from before these settings have no entry, and can be continued
+        if not described[name]:
+            del described[name]
     if isinstance(teacher, InProcessTeacher):
         template = teacher.tokenizer.chat_template
         described["chat_template"] = None if template is None else _hash(template)
@@ -344,7 +371,7 @@ def _described(
 
 def _decisive(described: dict[str, Any]) -> dict[str, Any]:
     """The settings that determine the samples, as JSON. The others may change when an evaluation is continued."""
-    others = {"lenient", "max_batch_tokens"}
+    others = {"lenient", "max_batch_tokens", "reward_funcs"}
     if described.get("weights") is not None:
         others.add("model")  # a folder may be moved
     values = {name: value for name, value in described.items() if name not in others}
@@ -466,7 +493,13 @@ def _generate(
         TeacherError: when asking again will not help. What is in flight is cancelled, and counted.
     """
     request = SamplingRequest(
-        settings.num_samples, settings.max_tokens, settings.temperature, settings.top_p, settings.seed
+        settings.num_samples,
+        settings.max_tokens,
+        settings.temperature,
+        settings.top_p,
+        settings.seed,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
     )
 
     async def ask(index: int) -> _Answered:
@@ -569,23 +602,24 @@ def _score(
     keys: Sequence[str],
     lines: Sequence[dict[str, Any]],
     settings: EvalSettings,
-    reads_answers: bool,
-    reward_func: "RewardFunc | None",
+    rewards: Rewards | None,
 ) -> list[Problem]:
+    """The problems with the scores of their samples: those of `rewards`, or with `None` of the answers read."""
     n = settings.num_samples
     texts = [sample["text"] for line in lines for sample in line["samples"]]
     repeated = [row for row in rows for _ in range(n)]
     answers: list[str | None] = [None] * len(texts)
     timed_out = [False] * len(texts)
-    scores: list[float | None]
-    if reads_answers:
+    scored: dict[str, list[float | None]] = {}
+    if rewards is None:
         columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
         readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
         answers = [reading.answer for reading in readings]
         timed_out = [reading.problem is not None for reading in readings]
     else:
-        scores = _rewards(reward_func, repeated, texts)
+        scored = _rewards(rewards, repeated, texts)
+        scores = scored[rewards.names[0]]
     problems = []
     for index, line in enumerate(lines):
         part = slice(index * n, (index + 1) * n)
@@ -600,25 +634,28 @@ def _score(
                 timed_out=timed_out[part],
                 characters=[len(text) for text in texts[part]],
                 tokens=line["tokens"],
+                rewards={name: values[part] for name, values in scored.items()} if len(scored) > 1 else {},
             )
         )
     return problems
 
 
-def _rewards(reward_func: "RewardFunc | None", rows: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
-    from omniopd_trl.evals.rewards import Rewards
-
-    rewards = Rewards(reward_func, Dataset.from_list(rows[:1]), device=torch.device("cpu"))
+def _rewards(rewards: Rewards, rows: list[dict[str, Any]], texts: list[str]) -> dict[str, list[float | None]]:
+    """The scores of each function, by the name of its metric; `None` where it declines to score."""
+    scores: dict[str, list[float | None]] = {name: [] for name in rewards.names}
     loop = EventLoopThread()
     try:
-        ((_, values),) = rewards.score(
-            rows,
-            texts,
-            run=loop.run,
-            trainer_state=None,
-            log_metric=lambda name, value: None,
-            log_extra=lambda column, values: None,
-        )
+        for start in range(0, len(texts), _SCORED):
+            part = slice(start, start + _SCORED)
+            for name, values in rewards.score(
+                rows[part],
+                texts[part],
+                run=loop.run,
+                trainer_state=None,
+                log_metric=lambda name, value: None,
+                log_extra=lambda column, values: None,
+            ):
+                scores[name] += [None if value != value else value for value in values.tolist()]
     finally:
         loop.close()
-    return [None if value != value else value for value in values.tolist()]
+    return scores

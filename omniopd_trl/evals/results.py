@@ -46,6 +46,7 @@ class Problem:
         timed_out: whether the scorer had to be stopped. The sample counts as wrong.
         characters: length of each sample in characters.
         tokens: tokens of all samples together, in the model's tokens; `None` when they are not known.
+        rewards: scores of each function by the name of its metric, `pass@1/NAME`; empty for a single function.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Problem:
     timed_out: list[bool]
     characters: list[int]
     tokens: int | None
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,9 @@ def metrics_of(problems: Sequence[Problem], reads_answers: bool = True) -> dict[
         metrics |= {f"pass@{2**i}": pass_at_k(scores, 2**i) for i in range(1, int(math.log2(n)) + 1)}
         if reads_answers and n > 1:
             metrics[f"majority@{n}"] = majority_at_k([problem.answers for problem in scored], scores, n)
+    for name in scored[0].rewards:
+        given = [score for problem in scored for score in problem.rewards[name] if score is not None]
+        metrics[name] = sum(given) / len(given) if given else None
     answers = [answer for problem in scored for answer in problem.answers]
     if reads_answers:
         metrics["without_answer"] = answers.count(None) / len(answers)
@@ -261,7 +266,7 @@ def table_of(result: EvalResult) -> str:
     rows += [
         (name, f"{value:.3f}")
         for name, value in metrics.items()
-        if name.startswith(("pass@", "majority@")) and name != "pass@1"
+        if name.startswith(("pass@", "majority@")) and name != "pass@1" and value is not None
     ]
     if result.reads_answers:
         reading = "lenient" if result.settings.get("lenient") else "strict"

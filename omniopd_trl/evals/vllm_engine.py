@@ -66,6 +66,8 @@ class VLLMTeacher(InProcessTeacher):
                     self._sampling_params(
                         temperature=request.temperature,
                         top_p=request.top_p,
+                        top_k=request.top_k,
+                        min_p=request.min_p,
                         max_tokens=request.max_tokens,
                         seed=None if request.seed is None else seed_of_sample(request.seed, prefix, index),
                         stop_token_ids=self._eos_token_ids,

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.method import SamplingFilters
 
 
 class SeededSampling(LogitsProcessor):
@@ -21,16 +28,29 @@ class SeededSampling(LogitsProcessor):
         seeds: seed of each of the `B` rows.
         max_tokens: maximum number of tokens per row.
         temperature: sampling temperature, above 0.
-        top_p: nucleus sampling mass.
+        filters: what removes unlikely tokens; `None` for nothing.
 
     Raises:
         NonFiniteError: when the logits of a row give no distribution.
     """
 
-    def __init__(self, seeds: Sequence[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0):
-        self._warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
-        if top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(top_p))
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        max_tokens: int,
+        temperature: float = 1.0,
+        filters: SamplingFilters | None = None,
+    ):
+        filters = filters or SamplingFilters()
+        self._warpers: list[LogitsProcessor] = []
+        if temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if filters.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(filters.top_k))
+        if filters.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(filters.top_p))
+        if filters.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(filters.min_p))
         # Always on the CPU: the generators of devices differ.
         rows = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         self._uniforms = torch.stack(rows)  # (B, max_tokens)

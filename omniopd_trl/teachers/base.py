@@ -113,6 +113,8 @@ class SamplingRequest:
             samples of the same prefixes has another one.
         ledger: records the cost of each request as soon as it is answered. For a teacher that does not call it, the
             usage of the replies is counted.
+        top_k: number of the most likely tokens that are kept; 0 keeps all. For a teacher in this process, as `min_p`.
+        min_p: tokens are kept if their probability is at least this share of the highest; 0 keeps all.
     """
 
     num_samples: int
@@ -121,6 +123,8 @@ class SamplingRequest:
     top_p: float = 1.0
     seed: int | None = None
     ledger: Ledger = field(default=NO_LEDGER, compare=False, repr=False)
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 def seed_of_sample(seed: int, prefix: Prefix, index: int) -> int:

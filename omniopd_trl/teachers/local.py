@@ -32,6 +32,7 @@ from transformers.integrations import deepspeed
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
+from omniopd_trl.method import SamplingFilters
 from omniopd_trl.models.loading import loading, why_not_loaded
 from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, generate_from_tree, prefill, why_no_tree
 from omniopd_trl.models.sampling import SeededSampling
@@ -212,12 +213,7 @@ class InProcessTeacher(Teacher):
 
 def _mergeable(first: SamplingRequest, second: SamplingRequest) -> bool:
     """Whether two calls may share a batch: all but the seed is equal. A batch uses the seed of its first call."""
-    return (first.num_samples, first.max_tokens, first.temperature, first.top_p) == (
-        second.num_samples,
-        second.max_tokens,
-        second.temperature,
-        second.top_p,
-    )
+    return replace(first, seed=None) == replace(second, seed=None)
 
 
 class LocalTeacher(InProcessTeacher):
@@ -506,14 +502,16 @@ class LocalTeacher(InProcessTeacher):
         processors = LogitsProcessorList()
         if self.seed_per_sample and request.seed is not None and not greedy:
             seeds = [seed_of_sample(request.seed, jobs[i].prefixes[m], index) for _, i, m, index in todo]
-            processors.append(SeededSampling(seeds, request.max_tokens, request.temperature, request.top_p))
+            filters = SamplingFilters(request.top_k, request.top_p, request.min_p)
+            processors.append(SeededSampling(seeds, request.max_tokens, request.temperature, filters))
             greedy = True  # the processor leaves one token to choose from
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
             do_sample=not greedy,
             temperature=1.0 if greedy else request.temperature,
             top_p=1.0 if greedy else request.top_p,
-            top_k=None if greedy else 0,
+            top_k=None if greedy else request.top_k,
+            min_p=None if greedy else request.min_p or None,
             repetition_penalty=1.0,
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self._pad_id,

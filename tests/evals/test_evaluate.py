@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import BudgetError, ConfigError, DataError, TeacherError
 from omniopd_trl.evals.evaluate import EvalSettings, evaluate
+from omniopd_trl.evals.math import math_accuracy
 from omniopd_trl.evals.results import EvalResult, compare, table_of, table_of_comparison
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.teachers import ScriptedTeacher
@@ -123,9 +124,34 @@ class TestMetrics:
         async def length(completions, answer, **kwargs):
             return [len(text) / 100 + int(a) for text, a in zip(completions, answer, strict=True)]
 
-        result = evaluate(ScriptedTeacher(["ab"]), dataset=SUMS.select([1]), settings=FOUR, reward_func=length)
+        result = evaluate(ScriptedTeacher(["ab"]), dataset=SUMS.select([1]), settings=FOUR, reward_funcs=length)
         assert result.metrics["pass@1"] == pytest.approx(2.02)
         assert not {"pass@2", "majority@4", "without_answer"} & result.metrics.keys()
+
+    def test_several_functions(self, tmp_path):
+        """The first one is pass@1. All have the names that the trainer's evaluation gives them."""
+
+        def even(completions, **kwargs):
+            return [None if text.endswith("2") else len(text) % 2 for text in completions]
+
+        funcs = [math_accuracy, even]
+        result = evaluate(
+            ScriptedTeacher(script),
+            dataset=SUMS.select(range(3)),
+            settings=FOUR,
+            reward_funcs=funcs,
+            output_dir=tmp_path,
+        )
+        assert result.metrics["pass@1"] == result.metrics["pass@1/math_accuracy"] == 7 / 12
+        assert result.problems[1].rewards["pass@1/even"] == [None, 0, 1, 1]
+        assert result.metrics["pass@1/even"] == 10 / 11
+        assert "pass@1/even" in table_of(EvalResult.load(tmp_path))
+
+    def test_a_function_that_cannot_be_called(self, tmp_path):
+        """It is refused before anything is generated."""
+        with pytest.raises(ConfigError, match="cannot be called"):
+            evaluate(ScriptedTeacher(script), dataset=SUMS, reward_funcs=lambda prompts: [], output_dir=tmp_path / "a")
+        assert not (tmp_path / "a").exists()
 
 
 class TestCompare:
@@ -335,6 +361,32 @@ class TestServices:
             assert len(server.bodies) == 5
         assert again == result
 
+    def test_the_programs_of_a_recipe_for_code(self, tmp_path, monkeypatch, capsys):
+        """Its reward function runs them, as in the trainer's evaluation."""
+        monkeypatch.chdir(tmp_path)
+        tests = json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]})
+        rows = [{"prompt": [{"role": "user", "content": f"{word} two numbers"}], "tests": tests} for word in "AB"]
+        Dataset.from_list(rows).to_json(tmp_path / "programs.jsonl")
+        (tmp_path / "recipe.yaml").write_text(
+            "model_name_or_path: openai:gpt-6-luna\ndataset_name: programs.jsonl\nmax_completion_length: 60\n"
+            "reward_funcs: [omniopd_trl.evals.code.code_accuracy]\noutput_dir: run\n"
+        )
+
+        def program(messages, index):
+            sign = "+" if messages[-1]["content"].startswith("A") else "-"
+            return f"a, b = map(int, input().split()); print(a {sign} b)"
+
+        monkeypatch.setattr(wire, "text_of", program)
+        with Loopback(OPENAI.answer) as server:
+            command = ["eval", "--config", "recipe.yaml", "--num_samples", "1", "--output_dir", "o", "--json"]
+            code = main([*command, "--teacher_base_url", server.url + OPENAI.path])
+        captured = capsys.readouterr()
+        if "SandboxError" in captured.err:
+            pytest.skip(captured.err)
+        assert code == 0, captured.err
+        assert EvalResult.load("o").scores() == [[1.0], [0.0]]
+        assert json.loads(captured.out)["settings"]["reward_funcs"] == ["code_accuracy"]
+
     def test_a_budget_that_ends_keeps_what_was_answered(self, tmp_path, monkeypatch):
         """With a larger one the same command asks for the rest, and counts what was spent before."""
         answer_sums(monkeypatch)
@@ -424,18 +476,66 @@ class TestCommand:
         assert json.loads(out)["num_problems"] == 3
 
     def test_a_recipe(self, problems, tiny_model_dir, tmp_path, capsys):
-        """Its student, dataset, template and sampling; the options of the command override them."""
+        """Its student, dataset, template, sampling and rewards; the options of the command override them."""
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
             f"model_name_or_path: {tiny_model_dir}\nteacher_model_name_or_path: scripted\ndataset_name: {problems}\n"
             "prompt_template: 'Q: {question}'\nmax_completion_length: 8\noutput_dir: run\ndataset_test_split: train\n"
+            "reward_funcs: [rewards_of_a_recipe.length]\ntop_k: 1\neval_lenient_answers: true\n"
         )
-        code, out, err = self.run(capsys, "--config", recipe, "--num_samples", 1, "--output_dir", "o", "--json")
+        (tmp_path / "rewards_of_a_recipe.py").write_text(
+            "def length(completions, **kwargs):\n    return [len(c[0]['content']) for c in completions]\n"
+        )
+        common = ("--config", recipe, "--num_samples", 2, "--json")
+        code, out, err = self.run(capsys, *common, "--output_dir", "o")
         assert code == 0, err
-        assert json.loads(out)["settings"]["max_tokens"] == 8
+        shown = json.loads(out)
+        assert shown["settings"].items() >= {"max_tokens": 8, "top_k": 1, "reward_funcs": ["length"]}.items()
         line = json.loads((tmp_path / "o" / "samples.jsonl").read_text().splitlines()[0])
         assert line["prompt"][0]["content"].startswith("Q: ")
+        first, second = (sample["text"] for sample in line["samples"])
+        assert first == second  # the most likely tokens
+        assert shown["metrics"]["pass@1"] == shown["metrics"]["mean_characters"]
+        assert shown["settings"]["lenient"] is False  # an option of math-verify, which scores nothing here
         assert not (tmp_path / "run").exists()
+        # The same samples with other scores.
+        code, out, err = self.run(
+            capsys, *common, "--output_dir", "o", "--reward_funcs", "omniopd_trl.evals.math_accuracy", "--lenient"
+        )
+        assert code == 0, err
+        assert json.loads(out)["metrics"]["pass@1"] == 0
+        assert json.loads(out)["settings"].items() >= {"reward_funcs": ["math_accuracy"], "lenient": True}.items()
+        code, _, err = self.run(capsys, *common, "--output_dir", "p", "--repetition_penalty", "1.2")
+        assert code == 2
+        assert "Add `--repetition_penalty 1`" in err
+
+    def test_the_datasets_of_a_recipe(self, problems, tiny_model_dir, tmp_path, capsys):
+        """A mixture, its rows read one by one if the recipe streams, and a set of the command line in its place."""
+        recipe = tmp_path / "recipe.yaml"
+        common = (
+            "--config",
+            recipe,
+            "--num_samples",
+            1,
+            "--max_completion_length",
+            4,
+            "--model",
+            "scripted",
+            "--json",
+        )
+        for name, text in (
+            ("mixture", f"datasets:\n  - path: {problems}\n    split: train\n"),
+            ("stream", f"dataset_name: {problems}\ndataset_streaming: true\nmax_steps: 1\n"),
+        ):
+            recipe.write_text(text + f"model_name_or_path: {tiny_model_dir}\noutput_dir: run\n")
+            code, out, err = self.run(capsys, *common, "--limit", 4, "--output_dir", name)
+            assert code == 0, err
+            assert json.loads(out)["metrics"]["num_problems"] == 4
+        (tmp_path / "others.jsonl").write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}) + "\n")
+        recipe.write_text(f"datasets:\n  - path: {problems}\n    split: train\noutput_dir: run\n")
+        code, out, err = self.run(capsys, *common, "--dataset", "others.jsonl", "--output_dir", "other")
+        assert code == 0, err
+        assert json.loads(out)["metrics"]["num_problems"] == 1
 
     @pytest.mark.parametrize(
         ("options", "words"),

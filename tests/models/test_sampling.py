@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.method import SamplingFilters
 from omniopd_trl.models.sampling import SeededSampling
 
 LOGITS = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf, 0.5])
@@ -17,16 +18,23 @@ def chosen(sampling, rows, width=3):
     return scores.argmax(1)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8)])
-def test_the_distribution(temperature, top_p):
-    """Frequencies over many seeds are the probabilities, without the tail that `top_p` removes."""
+@pytest.mark.parametrize(
+    ("temperature", "filters", "kept"),
+    [
+        (1.0, {}, [0, 1, 2, 3, 5]),
+        (0.5, {}, [0, 1, 2, 3, 5]),
+        (2.0, {"top_p": 0.8}, [0, 1, 3, 5]),  # 0.39, 0.24, 0.18, 0.14, 0.09 by size
+        (1.0, {"top_k": 2}, [0, 3]),
+        (1.0, {"min_p": 0.2}, [0, 3, 5]),  # 0.53, 0.20, 0.12, 0.07, 0.03 by size
+        (2.0, {"top_k": 4, "min_p": 0.4}, [0, 3, 5]),
+    ],
+)
+def test_the_distribution(temperature, filters, kept):
+    """Frequencies over many seeds are the probabilities, without the tail that the filters remove."""
     rows = 20_000
-    tokens = chosen(SeededSampling(range(rows), 1, temperature, top_p), rows)
-    expected = (LOGITS / temperature).softmax(-1)
-    order = expected.argsort(descending=True)
-    before = expected[order].cumsum(0) - expected[order]
-    expected[order[before >= top_p]] = 0.0
-    expected /= expected.sum()
+    tokens = chosen(SeededSampling(range(rows), 1, temperature, SamplingFilters(**filters)), rows)
+    expected = torch.zeros(6)
+    expected[kept] = (LOGITS[kept] / temperature).softmax(-1)
     frequency = torch.bincount(tokens, minlength=6) / rows
     assert (frequency - expected).abs().max() < 0.015
     assert (frequency[expected == 0] == 0).all()
