@@ -367,6 +367,19 @@ def test_too_much_in_process(services, tmp_path):
     assert len(rows_of(tmp_path / "number")) == 10
 
 
+def test_failed_batch(services, tmp_path):
+    """A batch that the service does not begin, for a reason that will not pass, is not submitted again."""
+
+    def result(batch, name, request):
+        batch.state = "failed"
+        return {"code": "mismatched_model", "message": "all requests must have the same model", "line": 2}
+
+    service, server = serve(OPENAI, result=result)
+    with server, pytest.raises(TeacherError, match=r"4 of 4 prompts .* answer.*all requests must have the same model"):
+        collect(server, OPENAI, tmp_path)
+    assert len(service.batches) == 1
+
+
 def test_refused_batch(services, tmp_path):
     """A service that refuses a batch stops the command with its words, and leaves nothing to collect."""
     service, server = serve(ANTHROPIC)

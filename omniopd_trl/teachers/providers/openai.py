@@ -262,7 +262,8 @@ class OpenAITeacher(RemoteTeacher):
         batch = await self.client.batches.retrieve(batch_id)
         if batch.status == "failed":
             errors = (batch.errors and batch.errors.data) or []
-            return ServiceError.inside({"error": [error.model_dump() for error in errors] or "no reason"})
+            said = ServiceError.inside({"error": [error.model_dump() for error in errors] or "no reason"})
+            return ServiceError(400, said.message, said.code) if said is not None and said.status == 200 else said
         if batch.status not in ("completed", "expired", "cancelled"):
             return None
         results: Results = {}
