@@ -44,6 +44,12 @@ class Reservation:
         self._budget.forfeited_usd += self.usd
         self._end()
 
+    def take(self, tokens: int, usd: float) -> "Reservation":
+        """Move the worst case of one request of a batch to a reservation of its own, which is then settled at once."""
+        self.tokens -= tokens
+        self.usd = max(self.usd - usd, 0.0)
+        return Reservation(self._budget, tokens, usd)
+
     def _end(self) -> None:
         self.tokens, self.usd, self.ended = 0, 0.0, True
 
@@ -155,8 +161,8 @@ class Budget:
         Raises:
             BudgetError: when the request does not fit, even after all requests in flight have ended.
         """
-        usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
-        reservation = Reservation(self, prompt_tokens + completion_tokens, usd)
+        reservation = Reservation(self, *self.worst_case(prompt_tokens, completion_tokens))
+        usd = reservation.usd
         await self._enter(reservation)
         try:
             yield reservation
@@ -168,7 +174,55 @@ class Budget:
             raise
         finally:
             # Without an `await`: a second cancellation must not prevent it.
-            self._leave(reservation)
+            self.release(reservation)
+
+    def worst_case(self, prompt_tokens: int, completion_tokens: int) -> tuple[int, float]:
+        """Tokens and dollars (0 without a price) that a request of at most this size may use."""
+        usd = 0.0 if self.price is None else self.price.worst_cost(prompt_tokens, completion_tokens)
+        return prompt_tokens + completion_tokens, usd
+
+    # ---- Batches ----
+
+    def open_batch(self) -> Reservation:
+        """A reservation without a request yet. `add_to_batch` adds them, and `release` ends it."""
+        reservation = Reservation(self, 0, 0.0)
+        self._open.add(reservation)
+        return reservation
+
+    def add_to_batch(self, batch: Reservation, tokens: int, usd: float, *, was_sent: bool = False) -> bool:
+        """Reserve the worst case of one more request of a batch, if it fits.
+
+        The journal's record of requests in flight is not changed: a batch outlives the process and has its own.
+
+        Args:
+            batch: a reservation from `open_batch`.
+            tokens: tokens of the request, from `worst_case`.
+            usd: its dollars.
+            was_sent: whether an earlier process has sent it. It is reserved in any case then.
+
+        Returns:
+            Whether it is reserved. Otherwise it may fit when requests in flight have used less than their worst case.
+
+        Raises:
+            BudgetError: when it does not fit and nothing is in flight.
+        """
+        new = Reservation(self, tokens, usd)
+        if not was_sent and not self._fits(new, self._open):
+            if any(other.tokens for other in self._open):
+                return False
+            raise BudgetError(self._exhausted(new))
+        batch.tokens += tokens
+        batch.usd += usd
+        return True
+
+    def release(self, reservation: Reservation) -> None:
+        """End a reservation. What was neither settled nor forfeited counts as free."""
+        self._open.discard(reservation)
+        self._admit()
+        if not self._open:
+            self._set_peak(0, 0.0)
+
+    # ---- The queue ----
 
     async def _enter(self, reservation: Reservation) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -181,14 +235,8 @@ class Budget:
             if future.done() and not future.cancelled():
                 future.exception()  # marks a refusal as retrieved, or asyncio would log it
             self._queue = deque(entry for entry in self._queue if entry[0] is not reservation)
-            self._leave(reservation)
+            self.release(reservation)
             raise
-
-    def _leave(self, reservation: Reservation) -> None:
-        self._open.discard(reservation)
-        self._admit()
-        if not self._open:
-            self._set_peak(0, 0.0)
 
     def _admit(self) -> None:
         """Admit requests from the front of the queue as long as they fit."""

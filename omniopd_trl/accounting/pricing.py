@@ -117,6 +117,57 @@ class TablePrice(Price):
         return (prompt_tokens * highest + completion_tokens * max(flat.output for flat in flats)) / 1e6
 
 
+# What a token costs in a batch, relative to the standard price, by provider. Each of them charges half of it for
+# prompts and completions (November 2026):
+#   openai     https://developers.openai.com/api/docs/guides/batch
+#   anthropic  https://platform.claude.com/docs/en/build-with-claude/batch-processing
+#   gemini     https://ai.google.dev/gemini-api/docs/batch-api
+BATCH_TARIFFS = {"openai": 0.5, "anthropic": 0.5, "gemini": 0.5}
+
+
+@dataclass(frozen=True)
+class BatchPrice(Price):
+    """The price of requests in a batch.
+
+    Services do not agree on what a cached token costs in a batch: half of its standard price, or all of it. It is
+    counted at the standard price, and at the batch price of other prompt tokens where that is lower.
+
+    Attributes:
+        standard: the price of single requests.
+        factor: price of a token relative to it.
+    """
+
+    standard: Price = field(kw_only=True)
+    factor: float = field(kw_only=True)
+
+    def at(self, prompt_tokens: float) -> Price:
+        return _in_batch(self.standard.at(prompt_tokens), self.factor)
+
+    def cost(self, usage: Usage) -> float:
+        return self.at(usage.prompt_tokens).cost(usage)
+
+    def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return self.factor * self.standard.worst_cost(prompt_tokens, completion_tokens)
+
+
+def batch_price(provider: str, price: Price) -> BatchPrice:
+    """The price of requests in a batch of a provider of `BATCH_TARIFFS`.
+
+    Args:
+        provider: prefix of the teacher's name.
+        price: the standard price of the teacher.
+    """
+    factor = BATCH_TARIFFS[provider]
+    flat = _in_batch(price, factor)
+    return BatchPrice(flat.input, flat.output, flat.cache_read, flat.cache_write, standard=price, factor=factor)
+
+
+def _in_batch(flat: Price, factor: float) -> Price:
+    read = None if flat.cache_read is None else min(flat.cache_read, factor * flat.input)
+    write = None if flat.cache_write is None else factor * flat.cache_write
+    return Price(factor * flat.input, factor * flat.output, read, write)
+
+
 def price_of(
     provider: str,
     model: str,

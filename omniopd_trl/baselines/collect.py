@@ -29,12 +29,17 @@ from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.base import replies_of
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
+from omniopd_trl.teachers.remote.batch import Batches, open_batches
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.trainer.fingerprint import fingerprint, teacher_key
+from omniopd_trl.trainer.validation import probe_teacher
 
 # Prompts that a model in this process answers in one call. A service is asked for one prompt at a time.
 LOCAL_BATCH = 64
 # Key of a complete reply in the journal, beside the answers to single requests.
 _REPLY = "reply"
+# Key of the records of batches, which the journal keeps with the first prompt. An open one counts as paid.
+_BATCH = "batch"
 # Replies before which a share of failures means nothing yet.
 _ENOUGH = 20
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -115,9 +120,13 @@ def collect_solutions(
     rewards: Rewards | None = None,
     only_verified: bool = False,
     context: TeacherContext = NO_CONTEXT,
-    report: Callable[[Progress], None] = lambda progress: None,
+    in_batches: bool = False,
+    report: Callable[[Progress | str], None] = lambda progress: None,
 ) -> Progress:
     """Ask a teacher for complete solutions, and write those that are complete to `solutions.jsonl` in `folder`.
+
+    The teacher is asked one short question first as a check, after the folder has been checked and unless batches of
+    an earlier call are open.
 
     Each answer is recorded in a journal in `folder` as soon as it arrives, together with its cost. A run that was
     killed continues with the same call: no answer is lost, and none is paid for twice. The file is written when the
@@ -137,13 +146,15 @@ def collect_solutions(
         rewards: functions that verify solutions.
         only_verified: whether to keep only solutions that a reward function gives 1. Without it they are marked.
         context: what only the teacher sees. The rows hold the student's prompt.
-        report: called with the counts at most every few seconds, and at the end.
+        in_batches: whether to send the requests in batches, which a service answers within a day for half the price.
+        report: called with the counts at most every few seconds and at the end, and with a line on each batch.
 
     Returns:
         The counts.
 
     Raises:
-        ConfigError: when the folder holds solutions of other settings.
+        ConfigError: when the folder holds solutions of other settings, or open batches without `in_batches`; when the
+            teacher cannot be asked in batches.
         DataError: when solutions shall be verified and the dataset has no answers.
         TeacherError: when the teacher cannot answer, or too many prompts stay without an answer.
         BudgetError: when the budget is used up. What was answered is written.
@@ -153,6 +164,9 @@ def collect_solutions(
             "Solutions cannot be verified: the dataset has neither a `solution` nor an `answer` column. Add one, set "
             "`reward_funcs`, or leave out --verified."
         )
+    reason = "it is no service"
+    if in_batches and (not isinstance(teacher, RemoteTeacher) or (reason := teacher.why_no_batches())):
+        raise ConfigError(f"{teacher.name} cannot be asked in batches: {reason}. Leave out --batch.")
     size = 1 if teacher.is_remote else LOCAL_BATCH
     key = {
         "method": "solutions",
@@ -167,19 +181,31 @@ def collect_solutions(
     run = {"run": Path(folder).name, "teacher": teacher.name, "fingerprint": fingerprint(key), "settings": key}
     with recorder.open(path, teacher.budget, replay=True, rank=0, num_processes=1, **run):
         assert recorder.journal is not None
-        collection = _Collection(teacher, dataset, settings, recorder.journal, size, context, report)
-        other = recorder.journal.begin(0)
+        journal = recorder.journal
+        collection = _Collection(teacher, dataset, settings, journal, size, context, report)
+        other = journal.begin(0)
         if other is not None and other.differences:
             differences = ", ".join(f"{name} was {was} and is {now}" for name, (was, now) in other.differences.items())
             raise ConfigError(
                 f"{str(folder)!r} holds solutions of other settings ({differences}), which would be paid for again. "
                 "Restore the settings, or set `solutions` to another folder."
             )
+        store = _BatchRecords(journal, len(dataset))
+        if not store.are_open(str(folder), in_batches):  # the check may not fit into what their worst case leaves
+            probe_teacher(teacher, [("train_dataset", dataset)], context)
+        batches = Batches(teacher, store, report) if in_batches and isinstance(teacher, RemoteTeacher) else None
         loop = EventLoopThread()
         try:
-            loop.run(collection.run())
+            loop.run(collection.run(batches))
         finally:
             release(teacher, loop)
+            if batches is not None:
+                batches.close()
+                if names := batches.in_process:
+                    report(
+                        f"Not collected yet: {', '.join(names)}. The service answers and charges for what it has got: "
+                        "start the same command again to collect it."
+                    )
             _write(Path(folder) / SOLUTIONS_FILE, collection.rows(rewards, only_verified, loop))
             loop.close()
             report(collection.progress)
@@ -193,6 +219,41 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     os.replace(new, path)
 
 
+class _BatchRecords:
+    """The records of batches in a journal. A `BatchStore`."""
+
+    def __init__(self, journal: Journal, num_prompts: int):
+        self._journal = journal
+        self._num_prompts = num_prompts
+
+    def load(self) -> dict[int, dict[str, Any]]:
+        return self._journal.answers(0, 0).get(_BATCH, {})
+
+    def save(self, number: int, record: dict[str, Any]) -> None:
+        record = {**record, "num_prompts": self._num_prompts}
+        self._journal.record_answer(0, 0, _BATCH, number, record, Usage())
+
+    def are_open(self, folder: str, in_batches: bool) -> bool:
+        """Whether an earlier command has left batches to collect.
+
+        Raises:
+            ConfigError: without batches, or with fewer prompts than they were submitted for.
+        """
+        records = open_batches(self.load()).values()
+        if not records:
+            return False
+        have = f"{folder!r} has {len(records)} open batches, which the service charges for"
+        if not in_batches:
+            raise ConfigError(f"{have}. Collect them first: add --batch.")
+        asked = max(record["num_prompts"] for record in records)
+        if self._num_prompts < asked:
+            raise ConfigError(
+                f"{have}. They were submitted for {asked:,} prompts, and now there are {self._num_prompts:,}. Collect "
+                f"them first: --num_prompts {asked}."
+            )
+        return True
+
+
 class _Collection:
     """One call of [`collect_solutions`]."""
 
@@ -204,7 +265,7 @@ class _Collection:
         journal: Journal,
         size: int,
         context: TeacherContext,
-        report: Callable[[Progress], None],
+        report: Callable[[Progress | str], None],
     ):
         self.progress = Progress(len(dataset))
         self._teacher = teacher
@@ -223,8 +284,8 @@ class _Collection:
             rows = range(first, min(first + self._size, len(self._dataset)))
             yield _Block(step, rows, random.Random(repr((self._settings.seed, "solutions", first))).getrandbits(31))
 
-    async def run(self) -> None:
-        """Ask with all prompts, those of a service concurrently."""
+    async def run(self, batches: Batches | None = None) -> None:
+        """Ask with all prompts, those of a service concurrently, and all at once in batches."""
         blocks = self._blocks()
 
         async def work() -> None:
@@ -232,12 +293,21 @@ class _Collection:
                 await self._answer(block)
 
         settings = getattr(self._teacher, "settings", None)
+        workers = settings.max_concurrency if settings is not None and self._teacher.is_remote else 1
+        if batches is not None:
+            workers = len(self._dataset)  # all requests wait together
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(settings.max_concurrency if settings is not None and self._teacher.is_remote else 1):
-                    group.create_task(work())
+                driver = None if batches is None else group.create_task(batches.run())
+                tasks = [group.create_task(work()) for _ in range(workers)]
+                if driver is not None:
+                    for task in tasks:
+                        await asyncio.wait([task])
+                    driver.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        if batches is not None:
+            batches.finish()
 
     async def _answer(self, block: _Block) -> None:
         examples = [self._dataset[row] for row in block.rows]

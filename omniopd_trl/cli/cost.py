@@ -54,6 +54,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from transformers.utils import logging
 
+    from omniopd_trl.accounting.pricing import BATCH_TARIFFS
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.data.checks import prompts_per_step
     from omniopd_trl.models.loading import load_tokenizer
@@ -183,6 +184,11 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         notes = [
             "Tokens are counted with the student's tokenizer. `omniopd solutions` sends the requests, training none."
         ]
+        usd = result.sft_run.no_cache.usd
+        if usd is not None and provider in BATCH_TARIFFS:
+            notes.append(
+                f"In batches (`omniopd solutions --batch`) it costs {BATCH_TARIFFS[provider] * usd:,.4f} dollars."
+            )
         notes += _budget_notes(args, result.sft_run)
     else:
         head, table = [], {}

@@ -36,6 +36,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "-k", "--num_solutions", type=positive_int, default=1, metavar="K", help="solutions per prompt (default: 1)"
     )
     parser.add_argument(
+        "--batch",
+        action="store_true",
+        help="send the requests in batches, which cost about half and are answered within a day: for openai:, "
+        "anthropic: and gemini: teachers",
+    )
+    parser.add_argument(
         "--verified", action="store_true", help="keep only solutions that are right; otherwise they are marked"
     )
     parser.add_argument(
@@ -110,6 +116,7 @@ def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | 
 
 def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: argparse.Namespace) -> "Load":
     from omniopd_trl.accounting.forecast import forecast
+    from omniopd_trl.accounting.pricing import BATCH_TARIFFS, batch_price
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, split_name
     from omniopd_trl.teachers.options import TeacherOptions
@@ -118,7 +125,13 @@ def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: arg
     if model_args.model_name_or_path is None:
         raise ConfigError("No student is named. Set `model_name_or_path`: its tokenizer measures the prompts.")
     provider, model = split_name(args.teacher_model_name_or_path) or ("", args.teacher_model_name_or_path)
+    if options.batch and provider not in BATCH_TARIFFS:
+        raise ConfigError(
+            f"--batch: there are no batches for the teacher {args.teacher_model_name_or_path!r}, only for "
+            f"{', '.join(f'{known}:' for known in BATCH_TARIFFS)}. Leave out --batch."
+        )
     capabilities = capabilities_by_name(args.teacher_model_name_or_path)
+    price = None if capabilities is None else TeacherOptions.of(args).price(provider, model)
     samples = options.num_solutions if capabilities is None else capabilities.samples_per_request
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     return forecast(
@@ -127,7 +140,7 @@ def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: arg
         samples_per_request=min(samples, options.num_solutions),
         solution_length=options.solution_length or _max_tokens(args),
         num_solutions=options.num_solutions,
-        price=None if capabilities is None else TeacherOptions.of(args).price(provider, model),
+        price=batch_price(provider, price) if options.batch and price is not None else price,
         num_prompts=len(dataset),
     ).sft_run
 
@@ -148,7 +161,8 @@ def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: ar
         ("completion tokens", f"{most}{load.completion_tokens:,.0f}"),
     ]
     usd = load.no_cache.usd
-    rows.append(("dollars", "none or not known" if usd is None else f"{most}{usd:,.4f}"))
+    tariff = ", at the price of batches" if options.batch else ""
+    rows.append(("dollars", "none or not known" if usd is None else f"{most}{usd:,.4f}{tariff}"))
     for name, limit in (
         ("teacher_budget_usd", args.teacher_budget_usd),
         ("teacher_budget_tokens", args.teacher_budget_tokens),
@@ -172,7 +186,7 @@ def _collect(
     from omniopd_trl.journal.reader import spent
     from omniopd_trl.journal.recorder import Recorder
     from omniopd_trl.trainer.preparation import prepare_teacher
-    from omniopd_trl.trainer.validation import check_prompts, probe_teacher
+    from omniopd_trl.trainer.validation import check_prompts
 
     try:
         rewards = Rewards(
@@ -199,7 +213,6 @@ def _collect(
     recorder = Recorder(lambda: -1)  # requests outside of blocks belong to none
     teacher = prepare_teacher(args.teacher_model_name_or_path, args, recorder, spent(folder))
     check_prompts(teacher, [("train_dataset", dataset)], args.teacher_context)
-    probe_teacher(teacher, [("train_dataset", dataset)], args.teacher_context)
     progress = collect_solutions(
         teacher,
         dataset,
@@ -210,6 +223,7 @@ def _collect(
         rewards=rewards,
         only_verified=options.verified,
         context=args.teacher_context,
+        in_batches=options.batch,
         report=_print,
     )
     if not progress.num_kept:

@@ -12,80 +12,18 @@ import time
 from collections import Counter
 
 import pytest
-import yaml
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.baselines.sft import load_solutions
-from omniopd_trl.cli.main import main
 from omniopd_trl.cli.train import run
 from omniopd_trl.journal.browse import read_settings
 from omniopd_trl.journal.reader import spent
 from tests.support.commands import ENVIRONMENT
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, services
+from tests.support.solutions import PROMPTS, question_of, recipe, rows_of, solutions, solve
 
-__all__ = ["services"]  # a fixture
-
-PROMPTS = 12
-
-
-def question_of(body):
-    """The question of a request."""
-    return re.search(r"What is (\d+) \+ \1\?", json.dumps(body))[0]
-
-
-def solve(path, body):
-    """The right answer to questions about small numbers, a wrong one to the others, and a cut one to the last."""
-    number = int(re.search(r"\d+", question_of(body))[0])
-    answer = wire.openai(path, body)
-    for index, choice in enumerate(answer["choices"]):
-        choice["message"]["content"] = f"Sum {index}. Answer: {2 * number if number < 8 else 1}"
-        choice["finish_reason"] = "length" if number == PROMPTS - 1 else "stop"
-    return answer
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_model_dir, monkeypatch, services):
-    """A function that writes a recipe whose teacher is a server, and returns its path."""
-    monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(PROMPTS)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def write(server, **changes):
-        settings = {
-            "model_name_or_path": str(tiny_model_dir),
-            "teacher_model_name_or_path": "openai:gpt-6-luna",
-            "teacher_base_url": server.url + "/v1",
-            "teacher_input_price": 1.0,
-            "teacher_output_price": 10.0,
-            "teacher_max_concurrency": 3,
-            "dataset_name": "sums.jsonl",
-            "output_dir": "out",
-            "max_completion_length": 32,
-            "chunk_length": 8,
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            **changes,
-        }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-        return "recipe.yaml"
-
-    return write
-
-
-def rows_of(folder="out/solutions"):
-    with open(f"{folder}/solutions.jsonl") as file:
-        return [json.loads(line) for line in file]
-
-
-def solutions(path, *options):
-    return main(["solutions", "--config", path, *options])
+__all__ = ["recipe", "services"]  # fixtures
 
 
 def test_collects_and_trains(recipe, capsys):
@@ -170,6 +108,7 @@ def test_more_prompts_and_other_settings(recipe, capsys):
         assert "12 of 12 prompts answered (5 of them by earlier runs)" in capsys.readouterr().out
         assert read_settings("out/solutions")["teacher_base_url"] == f"{server.url}/v1"
         assert solutions(path, "-k", "2") == 2
+        assert len(server.requests) == PROMPTS + 2  # refused before the probe
         assert "(num_solutions was 1 and is 2), which would be paid for again" in capsys.readouterr().err
         assert len(rows_of()) == PROMPTS - 1
 

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claude as a teacher: Anthropic's Messages interface, at Anthropic, on Amazon Bedrock and on Vertex AI."""
 
+import json
 import os
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
@@ -11,6 +14,7 @@ from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
+    Prepared,
     Response,
     counts,
     member,
@@ -19,8 +23,9 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.batch import CLOCK_SECONDS, BatchLimits, Results, read_lines
 from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import Failure
+from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
 
 # Where each provider's key and address are, besides the credentials that the cloud's own package reads.
@@ -55,6 +60,9 @@ class AnthropicTeacher(RemoteTeacher):
             `_BASE_URL` for the others), and then to the service itself.
         options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
+
+    # https://platform.claude.com/docs/en/build-with-claude/batch-processing
+    batch_limits = BatchLimits(requests=100_000, size=256_000_000)
 
     def __init__(
         self,
@@ -95,20 +103,26 @@ class AnthropicTeacher(RemoteTeacher):
             }
         else:
             client, identity = anthropic.AsyncAnthropic, {"api_key": self.key()}
-        return client(**identity, http_client=http_client(self.settings.max_concurrency), **options)
+        return client(**identity, http_client=http_client(self.settings.max_concurrency, self.max_body), **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        body, read = self.prepare(prefix, num_samples, request)
+        required = {name: body.pop(name) for name in ("model", "max_tokens", "messages", "system") if name in body}
+        response = await self.client.messages.with_raw_response.create(**required, extra_body=body)
+        return read(response.http_response.content)
+
+    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
         # The cache pays off from the second sample on: a write costs 1.25 times the prompt, a read a tenth of it.
         cached = request.num_samples > 1 and self._fills_cache(prefix)
         space = prefix.completion[len(prefix.completion.rstrip()) :]
         asked = self._asked(prefix, 1, request, unsent=space)
-        response = await self.client.messages.with_raw_response.create(
-            model=self.model,
-            max_tokens=request.max_tokens,
+        body = {
+            "model": self.model,
+            "max_tokens": request.max_tokens,
             **self._prompt(prefix, cached),
-            extra_body=self.body(self.capabilities.reasoning_off, self._sampling(request), self._distinct(request)),
-        )
-        return read_answer(response.http_response.content, asked)
+            **self.body(self.capabilities.reasoning_off, self._sampling(request), self._distinct(request)),
+        }
+        return Prepared(body, partial(read_answer, asked=asked))
 
     # ---- Requests ----
 
@@ -150,6 +164,42 @@ class AnthropicTeacher(RemoteTeacher):
             turns[-1]["content"] = [block]
         return {"messages": turns, **({"system": system} if system else {})}
 
+    # ---- Batches ----
+
+    def why_no_batches(self) -> str:
+        return "" if self.provider == "anthropic" else f"its SDK has none at {self.provider}"
+
+    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
+        lines = [{"custom_id": name, "params": request.body} for name, request in requests.items()]
+        return str((await self.client.messages.batches.create(requests=lines)).id)
+
+    async def find_batch(
+        self, tag: str, names: Collection[str], since: float, known: Collection[str]
+    ) -> tuple[str | None, bool]:
+        # The service keeps no name of a batch. Its requests have names, which can be read when it has ended.
+        certain = True
+        async for batch in self.client.messages.batches.list(limit=100):
+            if batch.created_at.timestamp() < since - CLOCK_SECONDS:
+                break  # the list begins with the newest
+            tallied = batch.request_counts.model_dump().values()
+            if batch.id in known or sum(n for n in tallied if isinstance(n, int)) != len(names):
+                continue
+            results = await self.collect_batch(batch.id, names)
+            if results is None:
+                certain = False
+            elif results.keys() & set(names):
+                return str(batch.id), True
+        return None, certain
+
+    async def collect_batch(self, batch_id: str, names: Collection[str]) -> Results | None:
+        batch = await self.client.messages.batches.retrieve(batch_id)
+        if batch.processing_status != "ended":
+            return None
+        if batch.results_url is None:
+            return {}  # the service keeps results for 29 days
+        response = await self.client.messages.batches.with_raw_response.results(batch_id)
+        return read_lines(response.http_response.content, "custom_id", _result)
+
     # ---- Errors ----
 
     def classify(self, error: Exception) -> Failure | None:
@@ -175,6 +225,20 @@ def read_answer(body: bytes | str, asked: Asked) -> Response:
     reasoned = usage is not None and usage.reasoning_tokens > 0
     sample = read_sample(asked, members(answer, "content"), member(answer, "stop_reason", str), reasoned=reasoned)
     return Response((sample,), usage, served_model(answer.get("model")))
+
+
+def _result(line: dict[str, Any]) -> str | ServiceError:
+    """The body of an answer in a line of a batch's results, or its error."""
+    result = member(line, "result", dict) or {}
+    kind = result.get("type")
+    if kind == "succeeded":
+        return json.dumps(result.get("message"))
+    if kind in ("expired", "canceled"):
+        return ServiceError(200, f"the request is {kind}", NOT_REACHED)
+    error = ServiceError.inside(result.get("error"))
+    if error is None:
+        raise MalformedResponseError("neither a message nor an error in it", line)
+    return error
 
 
 def _usage(usage: Any) -> Usage | None:

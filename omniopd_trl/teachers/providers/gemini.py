@@ -3,6 +3,8 @@
 """Gemini as a teacher, through the Gemini Developer API and on Vertex AI."""
 
 import os
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
@@ -11,6 +13,7 @@ from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
+    Prepared,
     Response,
     Sample,
     counts,
@@ -20,9 +23,13 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.batch import BatchLimits, Results
 from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError
+from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
+
+# HTTP statuses of the codes of gRPC, in which a batch reports the errors of its requests.
+_STATUS_OF_GRPC = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 13: 500, 14: 503, 16: 401}
 
 
 class GeminiTeacher(RemoteTeacher):
@@ -40,6 +47,9 @@ class GeminiTeacher(RemoteTeacher):
     """
 
     key_variables: tuple[str, ...] = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+
+    # https://ai.google.dev/gemini-api/docs/batch-api: the size of a batch without a file.
+    batch_limits = BatchLimits(requests=50_000, size=20_000_000)
 
     def __init__(
         self,
@@ -66,7 +76,7 @@ class GeminiTeacher(RemoteTeacher):
         # `vertexai` overrides environment variables that switch the SDK to the other product with other credentials.
         identity = {"vertexai": False, "api_key": self.key()} if self.provider == "gemini" else self._vertex_identity()
         # With this client the SDK uses httpx even when aiohttp is installed. It has no `retry_options`: no retries.
-        http = http_client(self.settings.max_concurrency)
+        http = http_client(self.settings.max_concurrency, self.max_body)
         options: dict[str, Any] = {
             "timeout": round(1000 * self.settings.timeout),
             "httpx_async_client": http,
@@ -100,6 +110,14 @@ class GeminiTeacher(RemoteTeacher):
         genai_client.close()
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        body, read = self.prepare(prefix, num_samples, request)
+        # The body of the answer as it came: it is read here, as those of the other services.
+        config = body["config"] | {"should_return_http_response": True}
+        models = self.client[0].aio.models
+        response = await models.generate_content(model=self.model, contents=body["contents"], config=config)
+        return read(response.sdk_http_response.body or "")
+
+    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
         asked = self._asked(prefix, num_samples, request)
         contents, system = self._contents(prefix)
         sampling: dict[str, Any] = {"seed": request.seed}
@@ -112,14 +130,10 @@ class GeminiTeacher(RemoteTeacher):
             # Each of these may turn one request into several.
             "automatic_continuation": False,
             "automatic_function_calling": {"disable": True},
-            # The body as it came: it is read here, as those of the other services.
-            "should_return_http_response": True,
             **self.capabilities.reasoning_off,
             **self.accepted(sampling),
         }
-        models = self.client[0].aio.models
-        response = await models.generate_content(model=self.model, contents=contents, config=config)
-        return read_answer(response.sdk_http_response.body or "", asked)
+        return Prepared({"contents": contents, "config": config}, partial(read_answer, asked=asked))
 
     # ---- Requests ----
 
@@ -141,6 +155,48 @@ class GeminiTeacher(RemoteTeacher):
             if message["role"] != "system"
         ]
         return contents, system or None
+
+    # ---- Batches ----
+
+    def why_no_batches(self) -> str:
+        if self.provider != "gemini":
+            return "those of Vertex AI need a bucket of Cloud Storage"
+        if self.body():
+            return "its batches take no teacher_extra_body, which would be added to the batch and not to its requests"
+        return ""
+
+    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
+        lines = [{**request.body, "metadata": {"key": name}} for name, request in requests.items()]
+        job = await self.client[0].aio.batches.create(model=self.model, src=lines, config={"display_name": tag})
+        return str(job.name)
+
+    async def find_batch(
+        self, tag: str, names: Collection[str], since: float, known: Collection[str]
+    ) -> tuple[str | None, bool]:
+        async for job in await self.client[0].aio.batches.list(config={"page_size": 100}):
+            if job.display_name == tag:
+                return str(job.name), True
+        return None, True
+
+    async def collect_batch(self, batch_id: str, names: Collection[str]) -> Results | ServiceError | None:
+        job = await self.client[0].aio.batches.get(name=batch_id)
+        state = job.state.name.removeprefix("JOB_STATE_").lower() if job.state is not None else "unknown"
+        if state == "failed":
+            return ServiceError(500, (job.error and job.error.message) or "the batch has failed, without a reason")
+        results: Results = {}
+        if state in ("cancelled", "expired"):
+            results = dict.fromkeys(names, ServiceError(200, f"the batch is {state}", NOT_REACHED))
+        elif state not in ("succeeded", "partially_succeeded"):
+            return None
+        answers = (job.dest and job.dest.inlined_responses) or []
+        for place, answer in zip(names, answers, strict=False):  # in the order of the requests
+            name = (answer.metadata or {}).get("key", place)
+            if answer.response is not None:
+                results[name] = answer.response.model_dump_json(by_alias=True, exclude_none=True)
+            elif answer.error is not None:
+                status = _STATUS_OF_GRPC.get(answer.error.code or 0, 500)
+                results[name] = ServiceError(status, answer.error.message or "no reason")
+        return results
 
     # ---- Errors ----
 

@@ -4,6 +4,7 @@
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from omniopd_trl.teachers.base import Prefix, Prompt, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
+    Prepared,
     Response,
     Sample,
     counts,
@@ -24,8 +26,9 @@ from omniopd_trl.teachers.remote.answers import (
     refused_sample,
     served_model,
 )
+from omniopd_trl.teachers.remote.batch import BatchLimits, Results, read_lines
 from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError, ServiceError
+from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
 
@@ -53,6 +56,9 @@ class OpenAITeacher(RemoteTeacher):
         chat_template_kwargs: arguments for the chat template, here or on the server.
         options: `settings`, `budget`, `extra_body` and `extra_headers`, as in `RemoteTeacher`.
     """
+
+    # https://developers.openai.com/api/docs/guides/batch
+    batch_limits = BatchLimits(requests=50_000, size=200_000_000)
 
     def __init__(
         self,
@@ -94,23 +100,31 @@ class OpenAITeacher(RemoteTeacher):
             self.key()  # the SDK reads it, and tells it from a token of Entra ID by its variable
             endpoint = self.base_url or self.variable("teacher_base_url", "AZURE_OPENAI_ENDPOINT")
             version = self.variable("version of the API", "OPENAI_API_VERSION")
-            http = http_client(self.settings.max_concurrency)
+            http = http_client(self.settings.max_concurrency, self.max_body)
             return openai.AsyncAzureOpenAI(azure_endpoint=endpoint, api_version=version, http_client=http, **options)
         # Self-hosted servers usually require no key, but the SDK does.
         key = self.key(None if self.dialect == "openai" else "none")
-        http = http_client(self.settings.max_concurrency)
+        http = http_client(self.settings.max_concurrency, self.max_body)
         return openai.AsyncOpenAI(api_key=key, base_url=self.base_url, http_client=http, **options)
 
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
+        body, read = self.prepare(prefix, num_samples, request)
+        if self.capabilities.continuation == "raw":
+            create, names = self.client.completions.with_raw_response.create, ("model", "prompt")
+        else:
+            create, names = self.client.chat.completions.with_raw_response.create, ("model", "messages")
+        required = {name: body.pop(name) for name in names}
+        response = await create(**required, extra_body=body)
+        return read(response.http_response.content)
+
+    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
         # vLLM refuses to draw several samples greedily. They would all be equal, so one is drawn and copied.
         copies = num_samples if request.temperature == 0 and self.dialect in ("vllm", "transformers") else 1
         asked = self._asked(prefix, num_samples // copies, request)
         sampling = self._sampling(num_samples // copies, request)
         if self.capabilities.continuation == "raw":
             text, extra_tokens = self._render(prefix)
-            response = await self.client.completions.with_raw_response.create(
-                model=self.model, prompt=text, extra_body=self.body(sampling, extra_tokens)
-            )
+            body = {"model": self.model, "prompt": text} | self.body(sampling, extra_tokens)
         else:
             messages, continuing = self._messages(prefix)
             payload = {**self.capabilities.reasoning_off}
@@ -119,11 +133,13 @@ class OpenAITeacher(RemoteTeacher):
                     **payload.get("chat_template_kwargs", {}),
                     **self.chat_template_kwargs,
                 }
-            response = await self.client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, extra_body=self.body(sampling, payload, continuing)
-            )
-        answer = read_answer(response.http_response.content, asked)
-        return answer._replace(samples=answer.samples * copies)
+            body = {"model": self.model, "messages": messages} | self.body(sampling, payload, continuing)
+
+        def read(answer: bytes | str) -> Response:
+            response = read_answer(answer, asked)
+            return response._replace(samples=response.samples * copies)
+
+        return Prepared(body, read)
 
     # ---- Requests ----
 
@@ -209,6 +225,57 @@ class OpenAITeacher(RemoteTeacher):
                 ) from error
         return self._tokenizer
 
+    # ---- Batches ----
+
+    def why_no_batches(self) -> str:
+        if self.provider == "azure":
+            return "a deployment of Azure for batches answers no single request, and the first check is one"
+        if self.provider == "vllm" or self.dialect in ("deepseek", "mistral", "openrouter"):
+            return f"{'a server' if self.provider == 'vllm' else self.dialect} has none in the interface of OpenAI"
+        return ""
+
+    @property
+    def _endpoint(self) -> str:
+        return "/v1/completions" if self.capabilities.continuation == "raw" else "/v1/chat/completions"
+
+    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
+        lines = [
+            json.dumps({"custom_id": name, "method": "POST", "url": self._endpoint, "body": request.body})
+            for name, request in requests.items()
+        ]
+        content = "".join(f"{line}\n" for line in lines).encode()
+        file = await self.client.files.create(file=(f"{tag}.jsonl", content), purpose="batch")
+        batch = await self.client.batches.create(
+            input_file_id=file.id, endpoint=self._endpoint, completion_window="24h", metadata={"omniopd": tag}
+        )
+        return str(batch.id)
+
+    async def find_batch(
+        self, tag: str, names: Collection[str], since: float, known: Collection[str]
+    ) -> tuple[str | None, bool]:
+        async for batch in self.client.batches.list(limit=100):
+            if (batch.metadata or {}).get("omniopd") == tag:
+                return str(batch.id), True
+        return None, True
+
+    async def collect_batch(self, batch_id: str, names: Collection[str]) -> Results | ServiceError | None:
+        batch = await self.client.batches.retrieve(batch_id)
+        if batch.status == "failed":
+            errors = (batch.errors and batch.errors.data) or []
+            said = ServiceError.inside({"error": [error.model_dump() for error in errors] or "no reason"})
+            return ServiceError(400, said.message, said.code) if said is not None and said.status == 200 else said
+        if batch.status not in ("completed", "expired", "cancelled"):
+            return None
+        results: Results = {}
+        if batch.status != "completed":
+            said = ServiceError(200, f"the batch is {batch.status}", NOT_REACHED)
+            results = dict.fromkeys(names, said)
+        for file in (batch.error_file_id, batch.output_file_id):
+            if file is not None:
+                content = await self.client.files.content(file)
+                results |= read_lines(content.content, "custom_id", _result)
+        return results
+
     # ---- Errors ----
 
     def unsupported(self, said: ServiceError) -> Failure | None:
@@ -265,6 +332,20 @@ def read_answer(body: bytes | str, asked: Asked) -> Response:
     choices = members(answer, "choices")[: asked.num_samples]
     samples = tuple(_sample(choice, asked, reasoned) for choice in choices)
     return Response(samples, usage, served_model(answer.get("model")))
+
+
+def _result(line: dict[str, Any]) -> str | ServiceError:
+    """The body of an answer in a line of a batch's files, or its error."""
+    response = member(line, "response", dict)
+    if response is None:
+        error = ServiceError.inside(line)
+        if error is None:
+            raise MalformedResponseError("neither a response nor an error in it", line)
+        return error
+    status = member(response, "status_code", int) or 200
+    if status >= 300:
+        return ServiceError.reported(status, response.get("body"))
+    return json.dumps(response.get("body"))
 
 
 def _sample(choice: Any, asked: Asked, reasoned: bool) -> Sample:

@@ -9,7 +9,7 @@ nothing else, take linear time and return no more text than was asked for.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from omniopd_trl.accounting.usage import Usage
@@ -80,6 +80,18 @@ class Asked(NamedTuple):
     max_tokens: int
     instructed: bool = False
     unsent: str = ""
+
+
+class Prepared(NamedTuple):
+    """A request that is ready to be sent, alone or in a batch.
+
+    Attributes:
+        body: fields of the request.
+        read: function that reads the body of its answer, and raises `MalformedResponseError` for another form.
+    """
+
+    body: dict[str, Any]
+    read: Callable[[bytes | str], Response]
 
 
 # ---- The body ----

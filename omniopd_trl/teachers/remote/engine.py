@@ -14,14 +14,14 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from itertools import combinations
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers.utils import logging
@@ -39,7 +39,7 @@ from omniopd_trl.teachers.base import (
     TeacherReply,
 )
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
-from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
+from omniopd_trl.teachers.remote.answers import Asked, Prepared, Response, from_kept, to_kept
 from omniopd_trl.teachers.remote.delivery import Delivery
 from omniopd_trl.teachers.remote.failures import (
     LEARNED,
@@ -56,8 +56,9 @@ from omniopd_trl.teachers.remote.failures import (
     secrets_in,
 )
 from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, refusal, without
-from omniopd_trl.teachers.remote.http import check_keys, check_proxies
+from omniopd_trl.teachers.remote.http import MAX_BODY, check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
+    BATCH_ATTEMPTS,
     MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
     PROBE_SECONDS,
@@ -73,6 +74,9 @@ from omniopd_trl.teachers.remote.retries import (
     wait_before,
 )
 from omniopd_trl.teachers.remote.throttle import Throttle
+
+if TYPE_CHECKING:
+    from omniopd_trl.teachers.remote.batch import Batches, BatchLimits, Results
 
 logger = logging.get_logger(__name__)
 
@@ -182,6 +186,7 @@ class RemoteTeacher(Teacher):
     model: str = ""
     base_url: str | None = None
     key_variables: tuple[str, ...] = ()
+    batch_limits: "BatchLimits | None" = None
 
     # Tokens that a template may add to a prompt.
     prompt_overhead = 512
@@ -217,6 +222,8 @@ class RemoteTeacher(Teacher):
         self.served_model: str | None = None
         self._has_answered = False
         self._probes = False
+        self.batches: Batches | None = None  # set by `Batches`, which then sends the requests
+        self.max_body = MAX_BODY
 
     @abstractmethod
     async def request(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Response:
@@ -226,6 +233,52 @@ class RemoteTeacher(Teacher):
         The answer is read with the functions of `answers`. Refused, filtered and empty samples are returned with their
         outcome. Any other error raises the SDK's exception.
         """
+
+    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
+        """The request that `request` sends, for a batch."""
+        raise NotImplementedError
+
+    def why_no_batches(self) -> str:
+        """Why this teacher cannot be asked in batches; empty when it can. It then has the following methods."""
+        return "its service has none"
+
+    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
+        """Submit a batch, and return the service's name of it.
+
+        Args:
+            tag: a name that no other batch has, for `find_batch`.
+            requests: the requests, by their names in the batch.
+        """
+        raise NotImplementedError
+
+    async def find_batch(
+        self, tag: str, names: Collection[str], since: float, known: Collection[str]
+    ) -> tuple[str | None, bool]:
+        """Find a batch that may have been submitted by a process that was killed before it knew.
+
+        Args:
+            tag: as in `submit_batch`.
+            names: the names of its requests.
+            since: when it was submitted at the earliest, as `time.time` gives it.
+            known: the service's names of other batches of the same folder.
+
+        Returns:
+            The service's name of it, or `None`; and whether that is certain. Otherwise ask again later.
+        """
+        raise NotImplementedError
+
+    async def collect_batch(self, batch_id: str, names: Collection[str]) -> "Results | ServiceError | None":
+        """What has become of a batch.
+
+        Args:
+            batch_id: the service's name of it.
+            names: the names of its requests, in order.
+
+        Returns:
+            `None` while it is processed. Afterwards the body of the answer or the error of each request, by its name;
+            or the error of a batch that the service has not begun.
+        """
+        raise NotImplementedError
 
     def unsupported(self, said: ServiceError) -> Failure | None:
         """The capability or field that a request used and the service refused; `None` for any other reason."""
@@ -528,6 +581,8 @@ class RemoteTeacher(Teacher):
         return [(begin, min(most, end - begin)) for begin in range(start, end, most)]
 
     def _fills_cache(self, prefix: Prefix) -> bool:
+        if self.batches is not None:
+            return False  # the requests of a batch are answered in any order, up to a day apart
         least = self.capabilities.min_cached_prefix
         # The bound is in bytes, and a token of prose has about four.
         return least is not None and self.max_prompt_tokens(prefix) / 4 >= least
@@ -553,7 +608,7 @@ class RemoteTeacher(Teacher):
             RequestFailedError: when the service refuses several samples per request.
         """
         clock = AttemptClock(self.settings.max_seconds)
-        most = self.settings.max_attempts
+        most = self.settings.max_attempts or (None if self.batches is None else BATCH_ATTEMPTS)
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
@@ -567,6 +622,10 @@ class RemoteTeacher(Teacher):
                     # In each attempt: another request may have changed the capabilities.
                     headroom = self.capabilities.reasoning_headroom
                     part = replace(request, max_tokens=request.max_tokens + headroom) if headroom else request
+                    if self.batches is not None:
+                        tally.counts["requests"] += 1
+                        tally.counts["retries"] += again
+                        return await self.batches.answer(prefix, num_samples, part, keep)
                     prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
                     async with (
                         self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,
@@ -624,15 +683,49 @@ class RemoteTeacher(Teacher):
             async with asyncio.timeout(min(self.settings.timeout, seconds)):
                 response = await self.request(prefix, num_samples, request)
         except Exception as error:
-            failure = self._failure(error)
-            # A bug may come before the request was sent, or from reading an answer that is charged.
-            may_be_billed = not isinstance(error, OmniOPDError) if failure is None else failure.may_be_billed
-            if may_be_billed and delivery.may_have_arrived(error):
-                self._forfeit(reservation, request.ledger.paid)
-            if failure is None:
+            arrived = delivery.may_have_arrived(error)
+            verdict = self.failed(error, capabilities, request, reservation, began, arrived=arrived)
+            if verdict is error:
                 raise
             # The SDK's exception is not chained: its text may hold a part of the key, and its request the whole.
-            raise self._verdict(failure, capabilities, request, began) from None
+            raise verdict from None
+        return self.answered(response, request, reservation, keep)
+
+    def failed(
+        self,
+        error: Exception,
+        sent_with: Capabilities,
+        request: SamplingRequest,
+        reservation: Reservation,
+        began: float,
+        *,
+        arrived: bool,
+    ) -> Exception:
+        """What a request that got no answer means: the exception to raise. Counts what it may cost.
+
+        Args:
+            error: the exception of `request`.
+            sent_with: capabilities when the request was sent.
+            request: how to sample.
+            reservation: the worst case of the request.
+            began: when the request began, as `time.monotonic` gives it.
+            arrived: whether the service may have received all of the request.
+        """
+        failure = self.failure(error)
+        # A bug may come before the request was sent, or from reading an answer that is charged.
+        may_be_billed = not isinstance(error, OmniOPDError) if failure is None else failure.may_be_billed
+        if may_be_billed and arrived:
+            self._forfeit(reservation, request.ledger.paid)
+        return error if failure is None else self._verdict(failure, sent_with, request, began)
+
+    def answered(
+        self, response: Response, request: SamplingRequest, reservation: Reservation, keep: _Keep
+    ) -> Response:
+        """Keep the answer to a request and count what it cost.
+
+        Raises:
+            RequestFailedError: when the service broke the answer off.
+        """
         # A sample that the service broke off is not kept, since it may be complete the next time.
         broken = next((sample for sample in response.samples if sample.outcome == "interrupted"), None)
         paid = partial(keep, response) if broken is None else request.ledger.paid
@@ -708,7 +801,8 @@ class RemoteTeacher(Teacher):
             )
         return RequestFailedError(failure)
 
-    def _failure(self, error: Exception) -> Failure | None:
+    def failure(self, error: Exception) -> Failure | None:
+        """What an exception means, without secrets; `None` for a bug and for an error of this package."""
         if isinstance(error, OmniOPDError):
             return None
         failure: Failure | None

@@ -139,8 +139,13 @@ class ServiceError(Exception):
         headers = response.headers
         if 300 <= status < 400:
             body = f"redirects to {headers.get('location') or 'an unnamed address'}"
+        return cls.reported(status, body, retry_after(headers))
+
+    @classmethod
+    def reported(cls, status: int, body: Any, wait: float | None = None) -> "ServiceError":
+        """The error in the decoded body of a response, with the wait that its headers ask for, in seconds."""
         message, codes, param, delay = _read(body)
-        return cls(status, message, " ".join(codes), param=param, wait=delay or retry_after(headers))
+        return cls(status, message, " ".join(codes), param=param, wait=delay or wait)
 
     @classmethod
     def inside(cls, body: Any) -> "ServiceError | None":
@@ -159,7 +164,7 @@ class ServiceError(Exception):
 
 # Codes of errors inside a 200, and the statuses of the same errors.
 _STATUS_OF_CODE = (
-    (r"rate.?limit|too.?many.?requests|resource_exhausted|throttl|quota", 429),
+    (r"rate.?limit|too.?many.?requests|resource_exhausted|throttl|quota|token_limit_exceeded", 429),
     (r"overloaded|unavailable|busy", 503),
     (r"authenticat|invalid_api_key|unauthorized", 401),
     (r"permission|forbidden", 403),
@@ -291,6 +296,9 @@ _MODEL = _words(
     r"model.?not.?found|(unknown|invalid|no such|unsupported|deprecated) model|not a valid model|decommissioned",
     r"model\b.{0,80}(not found|not exist|not supported|not available|deprecated|retired|no longer)",
 )
+# The code of a request that a batch did not come to. Services charge nothing for it.
+NOT_REACHED = "batch_ended_early"
+_NOT_REACHED = _words(NOT_REACHED, r"batch_(expired|cancell?ed)")
 _PLACE = _words(r"failed_precondition|location is not supported|(country|region)\b.{0,40} not |unsupported_country")
 
 # Settings that all requests of a run share.
@@ -345,6 +353,8 @@ def failure_of(
     status, text = said.status, said.text
     quoted = quote(said, secrets)
     wait = said.wait
+    if status == 200 and _NOT_REACHED.search(said.code):
+        return Failure("transient", f"the batch ended before this request was answered ({quoted})")
     if status in (400, 403, 451) and _PLACE.search(text):
         return Failure("final", f"the service does not serve this account or country ({quoted}). Use another one.")
     too_long, limit = _is_too_long(said), _LIMIT_AND_REQUESTED.search(text)

@@ -21,28 +21,33 @@ from omniopd_trl.teachers.remote.failures import MalformedResponseError, redact
 MAX_BODY = 16 * 2**20
 
 
-def http_client(max_concurrency: int) -> httpx2.AsyncClient:
+def http_client(max_concurrency: int, max_body: int = MAX_BODY) -> httpx2.AsyncClient:
     """The client that is passed to an SDK. The caller closes it.
 
     Args:
         max_concurrency: connections that the pool holds, one per request in flight.
+        max_body: largest answer after decompression, in bytes.
 
     Raises:
         TeacherError: when the environment's settings for connections cannot be used, for example `SSL_CERT_FILE`.
     """
     limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
     try:
-        return _Client(limits=limits, event_hooks={"request": [trace_delivery]})
+        client = _Client(limits=limits, event_hooks={"request": [trace_delivery]})
     except (OSError, ValueError, ImportError, httpx2.InvalidURL) as error:
         raise TeacherError(
             f"The HTTP client cannot be created with the settings of the environment ({type(error).__name__}: "
             f"{redact(str(error))}). Check SSL_CERT_FILE, SSL_CERT_DIR, HTTP_PROXY, HTTPS_PROXY and ALL_PROXY."
         ) from error
+    client.max_body = max_body
+    return client
 
 
 class _Client(httpx2.AsyncClient):
+    max_body = MAX_BODY
+
     async def send(self, request: httpx2.Request, *, stream: bool = False, **kwargs: Any) -> httpx2.Response:
-        """Send a request and read its answer, of at most `MAX_BODY` bytes.
+        """Send a request and read its answer, of at most `max_body` bytes.
 
         Raises:
             MalformedResponseError: when the body is larger, or its compression is damaged.
@@ -56,7 +61,7 @@ class _Client(httpx2.AsyncClient):
                 raise
             raise type(error)(f"{error}.{hint}", request=request) from None
         try:
-            body = b"" if response.has_redirect_location else await _read(response)
+            body = b"" if response.has_redirect_location else await _read(response, self.max_body)
         finally:
             await response.aclose()
         about_body = ("content-encoding", "content-length", "transfer-encoding")
@@ -76,13 +81,13 @@ class _Response(httpx2.Response):
             raise json.JSONDecodeError(f"{type(error).__name__} in the body", "", 0) from error
 
 
-async def _read(response: httpx2.Response) -> bytes:
+async def _read(response: httpx2.Response, most: int) -> bytes:
     body = bytearray()
     try:
         async for part in response.aiter_bytes():  # decompresses 1 MiB at a time
             body += part
-            if len(body) > MAX_BODY:
-                raise MalformedResponseError(f"it is larger than {MAX_BODY:,} bytes")
+            if len(body) > most:
+                raise MalformedResponseError(f"it is larger than {most:,} bytes")
     except httpx2.DecodingError as error:
         raise MalformedResponseError(f"it cannot be decompressed: {error}") from error
     return bytes(body)

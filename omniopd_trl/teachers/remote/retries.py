@@ -18,6 +18,9 @@ MAX_BACKOFF = 60.0
 # read would be paid for ten minutes.
 MAX_PAID_ATTEMPTS = 6
 
+# Attempts of a request in batches, when `max_attempts` is not set. Each may take a day.
+BATCH_ATTEMPTS = 3
+
 # Attempts of the probe, and the limits of one attempt and of all of them, in seconds. A wrong address is reported
 # within half a minute, and a server that never answers within two minutes.
 PROBE_ATTEMPTS = 6

@@ -78,6 +78,8 @@ class Loopback:
             def do_POST(self) -> None:
                 loopback._serve(self)
 
+            do_GET = do_POST
+
             def log_message(self, *args: Any) -> None:
                 pass
 
@@ -109,9 +111,12 @@ class Loopback:
         return [request.body for request in self.requests]
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        sent = handler.rfile.read(int(handler.headers["content-length"]))
-        is_form = handler.headers["content-type"] == "application/x-www-form-urlencoded"  # a request for a token
-        body = dict(parse_qsl(sent.decode())) if is_form else json.loads(sent)
+        sent = handler.rfile.read(int(handler.headers["content-length"] or 0))
+        kind = handler.headers["content-type"] or ""
+        if kind == "application/x-www-form-urlencoded":  # a request for a token
+            body = dict(parse_qsl(sent.decode()))
+        else:
+            body = {"file": sent} if kind.startswith("multipart/") else json.loads(sent or b"{}")
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
             number = len(self.requests)
