@@ -4,11 +4,11 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import queue
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.cli.options import check_names, check_recipe, option_hints
+from omniopd_trl.cli.options import apply_env, check_names, check_recipe, option_hints
 from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
 
 # Written when a run has ended well, in its folder.
 FINISHED, RECIPE, LOG = "finished.json", "recipe.yaml", "log.txt"
+
+# What a run imports, some eight seconds of a processor. Without a GPU, runs are forked from a process that has them.
+_IMPORTED = ("omniopd_trl.cli.recipe", "omniopd_trl.trainer.omniopd_trainer", "omniopd_trl.baselines.make")
 
 _PLAN_KEYS = ("config", "seeds", "options", "rows")
 _ROW_KEYS = ("name", "options", "solutions")
@@ -140,7 +143,8 @@ def ablate(options: argparse.Namespace) -> None:
     number = options.jobs or len(devices) or os.cpu_count() or 1
     if number < 1:
         raise ConfigError(f"--jobs is {number}, but it must be at least 1.")
-    failed = run_all([job for job in jobs if not job.is_finished], number, devices)
+    apply_env(plan.recipe)  # inherited by the process that runs are forked from
+    failed = run_all([job for job in jobs if not job.is_finished], number, devices, plan.recipe.get("env"))
     results: dict[int, dict[int, Result]] = {}
     for job in jobs:
         if job.is_finished:
@@ -241,14 +245,18 @@ def _check_unchanged(folder: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str]) -> list[Job]:
+def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any = None) -> list[Job]:
     """Run the jobs, `number` at a time, and return those that failed.
 
     Args:
         jobs: runs that are not finished.
         number: runs at a time.
         devices: GPUs; each run gets one of them.
+        env: the environment variables of this process that a recipe sets.
     """
+    methods = multiprocessing.get_all_start_methods()
+    forks = "forkserver" if "forkserver" in methods else "spawn"
+    multiprocessing.get_context(forks).set_forkserver_preload([*_IMPORTED])
     free: queue.Queue[str | None] = queue.Queue()
     for slot in range(number):
         free.put(devices[slot % len(devices)] if devices else None)
@@ -259,7 +267,9 @@ def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str]) -> list[Jo
             sys.stdout.write(f"{job.folder}: started\n")
             sys.stdout.flush()
             start = time.perf_counter()
-            code = run_job(job, device)
+            # CUDA allows no fork, and libraries read their variables when they are imported.
+            fresh = device is not None or job.recipe.get("env") != env
+            code = run_job(job, device, "spawn" if fresh else forks)
             seconds = time.perf_counter() - start
             sys.stdout.write(f"{job.folder}: {'done' if code == 0 else 'FAILED'} after {seconds:.0f} s\n")
             sys.stdout.flush()
@@ -272,10 +282,15 @@ def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str]) -> list[Jo
     return [job for job, ended_well in zip(jobs, done, strict=True) if not ended_well]
 
 
-def run_job(job: Job, device: str | None) -> int:
-    """Run one job in a new process, with its output in a file. Returns the exit code.
+def run_job(job: Job, device: str | None, start_method: str = "spawn") -> int:
+    """Run one job in a process of its own, with its output in a file. Returns the exit code.
 
     A run that was interrupted is resumed: it replays its journal, and pays nothing twice.
+
+    Args:
+        job: the run.
+        device: its GPU; `None` without one.
+        start_method: start method of `multiprocessing`.
     """
     import yaml
 
@@ -283,28 +298,36 @@ def run_job(job: Job, device: str | None) -> int:
     path = job.folder / RECIPE
     resumes = (job.folder / "_audits").exists() or any(job.folder.glob("checkpoint-*"))
     path.write_text(yaml.safe_dump(dict(job.recipe), sort_keys=False), encoding="utf-8")
-    commands = [
-        ["omniopd_trl.train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]
-    ]
+    commands = [["train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]]
     if job.solutions is not None:
-        words = words_of(job.solutions)
-        commands.insert(0, ["omniopd_trl.cli.main", "solutions", "--config", str(path), *words])
-    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+        commands.insert(0, ["solutions", "--config", str(path), *words_of(job.solutions)])
+    context: Any = multiprocessing.get_context(start_method)
     start = time.perf_counter()
-    with (job.folder / LOG).open("ab") as log:
-        for command in commands:
-            code = subprocess.run(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            ).returncode
-            if code:
-                return code
+    for command in commands:
+        process = context.Process(target=_run_command, args=(command, str(job.folder / LOG), device))
+        process.start()
+        process.join()
+        if process.exitcode:
+            return int(process.exitcode)
     seconds = time.perf_counter() - start
     (job.folder / FINISHED).write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
     return 0
+
+
+def _run_command(command: Sequence[str], log: str, device: str | None) -> None:
+    """Run `omniopd train` or another command in this process, which is one of its own, with its output in a file."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream, target in ((os.open(os.devnull, os.O_RDONLY), 0), (file, 1), (file, 2)):
+        os.dup2(stream, target)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if command[0] == "train":
+        from omniopd_trl.cli.train import run
+
+        sys.exit(run(command[1:]))
+    from omniopd_trl.cli.main import main
+
+    sys.exit(main(command))
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:

@@ -40,13 +40,19 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     report = commands.add_parser(
         "report",
-        help="write a run's settings, dynamics and audits to one HTML file",
-        description="Write a page with a run's settings, its dynamics and a browser of its audits. The file needs no "
-        "network. With two runs, the page compares them. Also while the run writes.",
+        help="write a run, a probe or evaluations to one HTML file",
+        description="Write a page with a run's settings, its dynamics and a browser of its audits; of a probe also "
+        "its verdict. With two runs, the page compares them. Also while the run writes. Of evaluations, the page has "
+        "the metrics, the paired test against the first, and all samples. The file needs no network.",
         allow_abbrev=False,
     )
-    report.add_argument("folders", nargs="+", metavar="RUN_DIR", help="the `output_dir` of one run, or of several")
-    report.add_argument("-o", "--output", metavar="FILE", help="the file (default: report.html in the first RUN_DIR)")
+    report.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="the `output_dir` of one run, or of several; the folder of a probe; or those of evaluations",
+    )
+    report.add_argument("-o", "--output", metavar="FILE", help="the file (default: report.html in the first DIR)")
     report.add_argument("--figures", metavar="DIR", help="also write the figures as PNG and SVG to this folder")
     report.add_argument(
         "--live", action="store_true", help="serve the page on this machine, and update it while the run writes"
@@ -57,7 +63,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=_size,
         default=20.0,
         metavar="M",
-        help="limit of the embedded audits in MiB (default: 20); evenly spaced prompts are kept",
+        help="limit of the embedded audits or samples in MiB (default: 20); evenly spaced prompts are kept, or the "
+        "hardest problems",
     )
     report.set_defaults(call=write_report)
 
@@ -146,27 +153,39 @@ def write_report(options: argparse.Namespace) -> None:
     """Write the page, and the figures if asked.
 
     Raises:
-        ConfigError: when the port of `--live` cannot be used, or a file cannot be written.
-        DataError: when a folder holds no audits.
+        ConfigError: when the port of `--live` cannot be used, a file cannot be written, or evaluations are mixed with
+            runs.
+        DataError: when a folder holds neither audits nor a finished evaluation.
         JournalError: when a journal cannot be read.
         MissingExtraError: when matplotlib is not installed.
     """
+    from omniopd_trl.report.evaluations import is_evaluation, open_evaluations, write_evaluations
     from omniopd_trl.report.figures import Figure
     from omniopd_trl.report.page import write_page
     from omniopd_trl.report.runs import open_runs
 
+    kinds = [is_evaluation(folder) for folder in options.folders]
+    if any(kinds) and (not all(kinds) or options.live or options.figures):
+        raise ConfigError(
+            f"{options.folders[kinds.index(True)]} holds an evaluation, which is shown beside other evaluations only, "
+            "without --live and --figures. Write a page of its own for it."
+        )
     if options.live:
         if options.output or options.figures:
             raise ConfigError("--live writes no file. Run the command again without it for -o and --figures.")
         serve(options)
         return
-    runs = open_runs(options.folders)
-    path = Path(options.output or runs[0].folder / "report.html")
+    evaluations = open_evaluations(options.folders) if all(kinds) else []
+    runs = [] if evaluations else open_runs(options.folders)
+    path = Path(options.output or Path(options.folders[0], "report.html"))
     figures = Path(options.figures) if options.figures else None
     try:
         for folder in (path.parent, *([figures] if figures else [])):
             folder.mkdir(parents=True, exist_ok=True)
-        page = write_page(runs, max_mib=options.max_mib)
+        if evaluations:
+            page = write_evaluations(evaluations, max_mib=options.max_mib)
+        else:
+            page = write_page(runs, max_mib=options.max_mib)
         path.write_text(page, "utf-8")
         sys.stdout.write(f"Wrote {path}, {len(page) / 2**20:.1f} MiB. Open it in a browser.\n")
         if figures:

@@ -122,9 +122,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.cli.recipe import parse_args
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure
     from omniopd_trl.journal.reader import spent
-    from omniopd_trl.report.runs import without_folders
+    from omniopd_trl.report.runs import PROBE, without_folders
     from omniopd_trl.teachers.load import is_export
-    from omniopd_trl.trainer.plan import PROBE_FOLDER, PROBE_RESULT, num_steps
+    from omniopd_trl.trainer.plan import PROBE_FOLDER, num_steps
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
     for name, value in (
@@ -181,14 +181,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "stopped": stopped,
     }
     result = _without_infinities(result)
-    text = _text(result, verdict, args)
+    text = _text(result, verdict)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROBE_RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PROBE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
     (folder / PAGE).write_text(page, encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n" if options.json else f"{text}\n")
     if not options.json:
-        sys.stdout.write(f"\nWrote {folder / PROBE_RESULT} and {folder / PAGE}. The audits: omniopd report {folder}\n")
+        sys.stdout.write(f"\nWrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}\n")
 
 
 # ---- Before anything is asked ----
@@ -459,15 +459,16 @@ def _without_infinities(value: Any) -> Any:
 # ---- Printing ----
 
 
-def _text(result: dict[str, Any], verdict: "Verdict", args: "OmniOPDConfig") -> str:
+def _text(result: dict[str, Any], verdict: "Verdict") -> str:
+    from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
     from omniopd_trl.trainer.plan import aligned
 
     rows = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
-    lines = [*_measured_rows(result, args), *_cost_rows(result)]
+    lines = [*measured_rows(result), *cost_rows(result)]
     parts = [aligned([*rows, *lines])]
     measured = result["measured"]
     if measured is not None and measured["signals"]:
-        parts.append("\n".join(_signal_table(measured["signals"])))
+        parts.append(_columns(*signal_rows(measured["signals"])))
     if result["stopped"]:
         advice = "With a larger --max_usd the same command continues, and asks nothing again."
         parts.append(f"The probe stopped early: {result['stopped']} {advice}")
@@ -483,67 +484,10 @@ def _yaml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
-def _measured_rows(result: dict[str, Any], args: "OmniOPDConfig") -> list[tuple[str, str]]:
-    measured, answers = result["measured"], result["answers"]
-    if measured is None:
-        return []
-    forks = f"{measured['num_forks']} forks, {measured['num_asked']} of them with branches that differ"
-    rows = [("probed", f"{measured['num_trajectories']} trajectories, {forks}")]
-    counts = [f"{answers[name]} {name}" for name in ("refused", "restarted", "filtered", "empty", "failed_requests")]
-    rows.append(("samples", f"{answers['samples']} asked for: {', '.join(counts)}; {answers['short']} cut short"))
-    if answers["seconds_per_request"] is not None:
-        latency = f"{answers['seconds_per_request']:.1f} s per request, {answers['retries']} retries"
-        rows.append(("service", f"{latency}, {answers['cached']:.0%} of the prompt tokens from its cache"))
-    rows += [("failure", f"{count} x {text}") for text, count in list(result["failures"].items())[:3]]
-    if measured["signals"]:
-        name = args.similarity
-        agreement = f"student with itself {measured['student_agreement']:.3f}"
-        if measured["self_agreement"] is not None:
-            agreement += f", teacher with itself {measured['self_agreement']:.3f}"
-            agreement += f" ({measured['duplicates']:.0%} of the pairs are equal)"
-        agreement += f", student with teacher {measured['signals'][0]['matched']:.3f}"
-        rows.append((f"agreement by {name}", agreement))
-    for name, numbers in result["continuations"].items():
-        if "failure" in numbers:
-            rows.append((f"continuation {name}", f"not compared: {numbers['failure']}"))
-            continue
-        share = f"{numbers['refused']} refused and {numbers['restarted']} restarted of {numbers['samples']} samples"
-        gap = "" if numbers["gap"] is None else f", agreement {numbers['agreement']:.3f}, {numbers['gap'][0]:.3f} "
-        rows.append((f"continuation {name}", share + gap + "above unrelated rollouts" * bool(gap)))
-    return rows
-
-
-def _cost_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    costs = result["cost"]
-    for name in ("recipe", "recommended"):
-        if name not in costs:
-            continue
-        one = costs[name]
-        text = f"{one['prompt_tokens']:,.0f} tokens read and {one['completion_tokens']:,.0f} written per trajectory"
-        if one["usd"] is not None:
-            text += f", {one['usd']:.4f} dollars; {one['run_usd']:,.2f} for {costs['trajectories']:,} trajectories"
-        rows.append((f"price, {'as it is' if name == 'recipe' else name}", text))
-    paid = result["paid"]
-    text = f"{paid['prompt_tokens']:,} tokens read and {paid['completion_tokens']:,} written"
-    return [*rows, ("paid for this probe", text + (f", {paid['usd']:.4f} dollars" if paid["usd"] else ""))]
-
-
-def _signal_table(signals: list[dict[str, Any]]) -> list[str]:
-    """The comparison of similarities and chunk lengths, the recipe's first."""
-    lines = [
-        f"{'similarity':<10} {'C':>4}  {'agreement':>9} {'unrelated':>9}  {'spread':>7} {'unrelated':>9}  "
-        f"{'standard errors above 0: gap':>28} {'spread':>7}"
-    ]
-    for signal in signals:
-        sigmas = [_sigmas(*signal[name]) for name in ("gap", "signal")]
-        lines.append(
-            f"{signal['similarity']:<10} {signal['chunk_length']:>4}  {signal['matched']:>9.3f} "
-            f"{signal['unrelated']:>9.3f}  {signal['spread']:>7.3f} {signal['spread_unrelated']:>9.3f}  "
-            f"{sigmas[0]:>28} {sigmas[1]:>7}"
-        )
-    return lines
-
-
-def _sigmas(value: float, error: float | None) -> str:
-    return "-" if not error else f"{value / error:.1f}"
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in which every column but the first is aligned at its right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(pairs))
+        for pairs in ([*zip(line, widths, strict=True)] for line in (titles, *rows))
+    )

@@ -35,7 +35,7 @@ from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.evals.math import math_accuracy, read_answers
-from omniopd_trl.evals.results import EvalResult, Problem, write_json
+from omniopd_trl.evals.results import SAMPLES, EvalResult, Problem, write_json
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path, journals_of
 from omniopd_trl.journal.reader import spent
@@ -59,7 +59,6 @@ _OTHERS = ("tests", "gym")
 _SCORED = 64
 
 SETTINGS = "settings.json"
-SAMPLES = "samples.jsonl"
 
 _PACKAGES = (
     *("omniopd_trl", "torch", "transformers", "vllm", "math-verify", "sympy"),

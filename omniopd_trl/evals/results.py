@@ -15,7 +15,7 @@ from omniopd_trl.evals.statistics import PairedTest, bootstrap_interval, majorit
 
 # Raise it when a field changes its meaning or is removed.
 SCHEMA = 1
-FILE = "results.json"
+FILE, SAMPLES = "results.json", "samples.jsonl"
 
 # Settings that two results may differ in without being measured differently: what is compared, and where it ran.
 _COMPARED = (
@@ -253,6 +253,11 @@ def _mean(problem: Problem) -> float:
 
 def table_of(result: EvalResult) -> str:
     """The metrics as lines of text."""
+    return _aligned(rows_of(result))
+
+
+def rows_of(result: EvalResult) -> list[tuple[str, str]]:
+    """The metrics as names and values for people."""
     metrics = result.metrics
     low, high = metrics["interval"]
     known = result.settings.get("teacher_context")
@@ -285,7 +290,7 @@ def table_of(result: EvalResult) -> str:
         dollars = "" if usd is None else f", ${usd:.4f}"
         read, written = result.cost["prompt_tokens"], result.cost["completion_tokens"]
         rows.append(("teacher", f"{read:,} tokens read, {written:,} written{dollars}"))
-    return _aligned(rows)
+    return rows
 
 
 def table_of_comparison(comparison: Comparison, names: tuple[str, str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, read_audits, read_prompts
 from omniopd_trl.report.figures import Figure
+from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
 from omniopd_trl.report.runs import Run, facts_of, short_name, text_of_prompt, visible
 from omniopd_trl.teachers.base import clean_text
 
@@ -78,31 +79,69 @@ def write_page(runs: Sequence[Run], *, max_mib: float = 24.0, live: bool = False
         JournalError: when a journal is damaged.
         MissingExtraError: when matplotlib is not installed.
     """
+    probes = "\n".join(filter(None, map(_probe, runs)))
     # A new section is one more entry here.
     sections = [
         Section("summary", "Summary", "\n".join(_summary(run) for run in runs)),
+        *([Section("probe", "Probe", probes)] if probes else []),
         Section("dynamics", "Dynamics", _figures(runs)),
     ]
     index, blocks, left_out = _audits(runs, round(max_mib * MIB))
+    audits = Template(_asset("audits.html")).substitute(
+        left_out=html.escape(left_out), data="\n".join([_data("index", {**index, "live": live}), *blocks])
+    )
     title = "OmniOPD: " + " and ".join(run.name for run in runs)
-    page, style, script = (_asset(f"page.{kind}") for kind in ("html", "css", "js"))
+    return render(title, sections, audits, '<a href="#audits">Audits</a>', _asset("page.js"), is_live=live)
+
+
+def render(
+    title: str,
+    sections: Sequence[Section],
+    rest: str = "",
+    links: str = "",
+    script: str = "",
+    *,
+    is_live: bool = False,
+) -> str:
+    """A page of the report.
+
+    Args:
+        title: its title.
+        sections: its sections, which the navigation links to.
+        rest: HTML after the sections.
+        links: further links of the navigation, as HTML.
+        script: the only script that may run.
+        is_live: whether the script may ask the server that sent the page.
+    """
+    style = _asset("page.css")
     values = {
-        "title": _text(title),
+        "title": escaped(title),
         "style": style,
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
-        "connect": "connect-src 'self';" if live else "",
-        "links": " ".join(f'<a href="#{section.id}">{section.title}</a>' for section in sections),
+        "connect": "connect-src 'self';" if is_live else "",
+        "links": " ".join([*(f'<a href="#{section.id}">{section.title}</a>' for section in sections), links]),
         "sections": "\n".join(
             f'<section id="{section.id}" aria-labelledby="{section.id}-title">\n'
             f'<h2 id="{section.id}-title">{section.title}</h2>\n{section.body}\n</section>'
             for section in sections
         ),
-        "left_out": html.escape(left_out),
-        "data": "\n".join([_data("index", {**index, "live": live}), *blocks]),
+        "rest": rest,
+        "ready": "" if script else ' data-ready="true"',  # a script says itself when the page is complete
     }
-    return Template(page).substitute(values)
+    return Template(_asset("page.html")).substitute(values)
+
+
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose first column names the rows. Every text is escaped."""
+    # A header must not be empty.
+    head = "".join(f'<th scope="col">{escaped(title)}</th>' if title else "<td></td>" for title in titles)
+    body = "".join(
+        f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>'
+        for first, *cells in rows
+    )
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if titles else ''}<tbody>{body}</tbody></table>"
 
 
 def _asset(name: str) -> str:
@@ -113,8 +152,8 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _text(value: object) -> str:
-    """A text of a run as HTML."""
+def escaped(value: object) -> str:
+    """A text of a run or a model as HTML."""
     return html.escape(visible(str(value)))
 
 
@@ -245,20 +284,36 @@ def _shades(lengths: Iterable[int], entropies: Iterable[float]) -> list[list[int
 
 def _summary(run: Run) -> str:
     cards = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in run.summary().items()
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in run.summary().items()
     )
-    settings = "".join(
-        f'<tr><th scope="row">{_text(name)}</th><td>{_text("" if value is None else value)}</td></tr>'
-        for name, value in run.settings.items()
-    )
+    settings = html_table((), [[name, "" if value is None else value] for name, value in run.settings.items()])
     teacher = run.settings.get("teacher")
     return (
-        f"<h3>{_text(run.name)}</h3>\n"
-        + (f'<p class="muted">Teacher: {_text(short_name(teacher))}</p>\n' if teacher else "")
+        f"<h3>{escaped(run.name)}</h3>\n"
+        + (f'<p class="muted">Teacher: {escaped(short_name(teacher))}</p>\n' if teacher else "")
         + f'<dl class="cards">{cards}</dl>\n'
-        f"<details><summary>All settings of {_text(run.name)}</summary>"
-        f"<table><tbody>{settings}</tbody></table></details>"
+        f"<details><summary>All settings of {escaped(run.name)}</summary>"
+        f"{settings}</details>"
     )
+
+
+def _probe(run: Run) -> str:
+    """The verdict, the recommended options and the numbers of `omniopd probe`; empty for a run."""
+    result = run.probe
+    if result is None:
+        return ""
+    advice = [[name, json.dumps(value), result["reasons"][name]] for name, value in result["options"].items()]
+    signals = () if result["measured"] is None else result["measured"]["signals"]
+    parts = [
+        f"<h3>{escaped(run.name)}</h3>\n<p><strong>{escaped(result['verdict'])}</strong>: "
+        f"{escaped(result['reason'])}.</p>",
+        html_table(("option", "recommended", "reason"), advice) if advice else "",
+        "<h4>Measured</h4>" + html_table((), [*measured_rows(result), *cost_rows(result)]),
+        f"<h4>Similarities and chunk lengths, the recipe's first</h4>{html_table(*signal_rows(signals))}"
+        if signals
+        else "",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _figures(runs: Sequence[Run]) -> str:
@@ -267,6 +322,6 @@ def _figures(runs: Sequence[Run]) -> str:
         light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in figure.svgs())
         shown.append(
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{_text(figure.description)}"></picture></figure>'
+            f'<img src="{light}" alt="{escaped(figure.description)}"></picture></figure>'
         )
     return f'<div class="figures">{"".join(shown)}</div>' if shown else "<p>Nothing has been logged yet.</p>"

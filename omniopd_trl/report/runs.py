@@ -25,6 +25,9 @@ from omniopd_trl.journal.browse import (
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS, text_of_content
 
+# The result of `omniopd probe`, in its folder.
+PROBE = "probe.json"
+
 
 class Run:
     """A run's folder, also while the run writes to it.
@@ -65,6 +68,20 @@ class Run:
             raise DataError(
                 f"The logged metrics of {self.folder} cannot be read from trainer_state.json: {error}. If the run is "
                 "saving a checkpoint, try again; otherwise remove the damaged file."
+            ) from error
+
+    @cached_property
+    def probe(self) -> dict[str, Any] | None:
+        """The result of `omniopd probe`; `None` in the folder of a run."""
+        try:
+            result: dict[str, Any] = json.loads((self.folder / PROBE).read_text("utf-8"))
+            return result
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.folder / PROBE} cannot be read ({error}). Repeat `omniopd probe`, which asks and pays for "
+                "nothing twice."
             ) from error
 
     def series(self, metric: str) -> list[tuple[float, float]]:
@@ -204,12 +221,18 @@ def open_runs(folders: Sequence[str | Path]) -> list[Run]:
         DataError: as `Run`.
     """
     runs = [Run(folder) for folder in folders]
-    depth = 1
-    while len({run.name for run in runs}) < len({run.folder.resolve() for run in runs}):
-        depth += 1
-        for run in runs:
-            run.name = "/".join(run.folder.resolve().parts[-depth:])
+    for run, name in zip(runs, distinct_names(folders), strict=True):
+        run.name = name
     return runs
+
+
+def distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """The ends of paths, with as many folders as tell them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len({*paths}):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def text_of_prompt(prompt: Any) -> str:

@@ -17,6 +17,7 @@ from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.data.checks import check_step_is_filled, prompt_ids, prompts_per_step
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.report.runs import PROBE
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.instruct.prompt import render_messages
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 _MEASURED, _STREAMED = 1000, 100
 
 # Where `omniopd probe` writes its numbers, in the `output_dir` of the recipe.
-PROBE_FOLDER, PROBE_RESULT = "probe", "probe.json"
+PROBE_FOLDER = "probe"
 
 # An average of English prose, for when no tokenizer is loaded.
 LETTERS_PER_TOKEN = 4
@@ -119,7 +120,7 @@ def stopped_share_of(args: OmniOPDConfig) -> tuple[float, str | None]:
     logged = _logged(args, "audit/frac_stopped") if args.first_rollouts else None
     if logged is not None or not args.first_rollouts:
         return logged or (0.0, None)
-    path = Path(str(args.output_dir), PROBE_FOLDER, PROBE_RESULT)
+    path = Path(str(args.output_dir), PROBE_FOLDER, PROBE)
     try:
         duplicates = json.loads(path.read_text(encoding="utf-8"))["measured"]["duplicates"]
     except (OSError, ValueError, KeyError, TypeError):  # not probed, or no rollout came back

@@ -7,10 +7,13 @@ import re
 import time
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
+from omniopd_trl.evals.evaluate import EvalSettings, evaluate
+from omniopd_trl.teachers import ScriptedTeacher
 from scripts.chromium import emulate, open_page, until, use_theme
 from tests.support.pages import put, texts
 from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
@@ -240,16 +243,90 @@ def test_nothing_scrolls_sideways_on_a_phone(both, page):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def violations(browser):
+    """What axe-core finds."""
+    axe = pytest.importorskip("axe_core_python.selenium", reason="needs axe-core-python")
+    # As a debugger's code, since the page's policy allows no other script.
+    found = axe.Axe().run(browser)["violations"]
+    return [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in found]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessibility(report, page, theme):
-    """axe-core finds no violation, with a chunk open."""
-    axe = pytest.importorskip("axe_core_python.selenium", reason="needs axe-core-python")
+    """With a chunk open."""
     browser = page(report, "#t=0.0.0.1&c=1")
     use_theme(browser, theme)
     until(lambda: texts(browser, ".panel h3"))
-    # As a debugger's code, since the page's policy allows no other script.
-    violations = axe.Axe().run(browser)["violations"]
-    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == []
+    assert violations(browser) == []
+
+
+# Samples of two evaluations of three problems, by the problem's number.
+SAMPLES = {"before": ["1 2", "2 9", "0 8"], "after": ["1 1", "2 2", "7 8"]}
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory):
+    """The folders of two evaluations. A prompt and the samples hold markup."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    rows = [{"prompt": f"{k} and {HOSTILE}", "answer": str(k)} for k in (1, 2, 3)]
+    for name, written in SAMPLES.items():
+
+        def answer(prefix, index, written=written):
+            return f"{HOSTILE}\nAnswer: {written[int(prefix.prompt[0]) - 1].split()[index]}"
+
+        settings = EvalSettings(num_samples=2, max_tokens=24)
+        evaluate(ScriptedTeacher(answer), dataset=Dataset.from_list(rows), settings=settings, output_dir=folder / name)
+    return [folder / name for name in SAMPLES]
+
+
+def test_evaluations(evaluations, tmp_path, page):
+    """Their metrics, the paired test, and the samples of each problem, the hardest first."""
+    browser = page(write(tmp_path, *evaluations))
+    assert texts(browser, "#summary > table thead th") == ["before", "after"]
+    rows = {row[0]: row[1:] for row in (row.split("\t") for row in lines_of(browser, "#summary > table tbody tr"))}
+    assert [cell.split(",")[0] for cell in rows["pass@1"]] == ["0.333", "0.667"]
+    (compared,) = lines_of(browser, "#comparison tbody tr")
+    assert compared.split("\t")[:2] == ["after", "+0.333 [+0.000, +0.500]"]
+    assert "2 better, 0 worse of 3" in compared
+    assert [text.split()[0] for text in texts(browser, ".problem summary")] == ["0.00,", "0.50,", "0.50,"]
+    first = ".problem:first-of-type"
+    browser.find_element("css selector", f"{first} summary").click()
+    assert texts(browser, f"{first} h3") == ["Prompt", "Right answer", "before", "after"]
+    assert texts(browser, f"{first} li .muted") == [f"wrong; answer {answer}" for answer in "0878"]
+    assert all("onerror=" in text for text in texts(browser, f"{first} li .text"))
+    assert browser.find_elements("css selector", "main :is(img, script, b)") == []
+    assert violations(browser) == []
+    # A link of the comparison opens its problem.
+    (link, _) = browser.find_elements("css selector", "#comparison li a")
+    target = link.get_attribute("href").partition("#")[2]
+    link.click()
+    until(lambda: browser.find_element("id", target).is_displayed())
+    emulate(browser, 390, 844)
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def lines_of(browser, selector):
+    """The cells of rows, with tabs between them."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((row) => [...row.cells].map((c) => c.innerText))"
+    return ["\t".join(cells) for cells in browser.execute_script(script, selector)]
+
+
+def test_evaluations_that_cannot_be_shown(evaluations, runs, tmp_path, capsys):
+    """Beside runs, unfinished, and without their samples: one line. A limit keeps the hardest problems."""
+    before = str(evaluations[0])
+    assert main(["report", before, str(runs[0])]) == 2
+    assert "holds an evaluation" in capsys.readouterr().err
+    (tmp_path / "samples.jsonl").touch()
+    assert main(["report", str(tmp_path)]) == 1
+    assert "interrupted is finished by the same command" in capsys.readouterr().err
+    (tmp_path / "results.json").write_bytes((evaluations[0] / "results.json").read_bytes())
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no samples of 3 of 3 problems" in capsys.readouterr().err
+    path = write(tmp_path, before, options=["--max_mib", "0.0001"])
+    assert "the 1 hardest of 3 problems" in path.read_text()
 
 
 def test_characters_outside_the_basic_plane(tmp_path, page):
@@ -275,6 +352,31 @@ def test_a_run_without_a_tokenizer(tmp_path, page):
     (record_run(tmp_path, 1) / "tokenizer.json").unlink()
     browser = page(write(tmp_path, tmp_path), "#t=0.0.0.0")
     assert texts(browser, ".chunk")[1] == WRONG
+
+
+def test_a_probe(tmp_path, page):
+    """Its verdict, the recommended options with their reasons, and what was measured."""
+    signal = {"similarity": "edit", "chunk_length": 8, "matched": 0.5, "unrelated": 0.25, "spread": 0.125}
+    signal |= {"spread_unrelated": 0.0, "gap": [0.25, 0.05], "signal": [0.125, None]}
+    measured = {"num_trajectories": 8, "num_forks": 32, "num_asked": 9, "student_agreement": 0.5}
+    measured |= {"self_agreement": None, "duplicates": None, "signals": [signal]}
+    answers = dict.fromkeys(("samples", "refused", "restarted", "filtered", "empty", "failed_requests", "short"), 0)
+    result = {
+        **{"verdict": "will teach", "reason": HOSTILE, "options": {"num_branches": 7}, "continuations": {}},
+        **{"reasons": {"num_branches": "of 9 forks"}, "failures": {}, "cost": {}, "measured": measured},
+        "answers": {**answers, "seconds_per_request": None},
+        "paid": {"prompt_tokens": 100, "completion_tokens": 10, "usd": 0.5},
+    }
+    (record_run(tmp_path, 1) / "probe.json").write_text(json.dumps(result))
+    browser = page(write(tmp_path, tmp_path))
+    (said,) = texts(browser, "#probe > p")
+    assert said.startswith("will teach: ")
+    rows = [row.split("\t") for row in lines_of(browser, "#probe tbody tr")]
+    assert ["num_branches", "7", "of 9 forks"] in rows
+    assert ["paid for this probe", "100 tokens read and 10 written, 0.5000 dollars"] in rows
+    assert ["edit", "8", "0.500", "0.250", "0.125", "0.000", "5.0", "-"] in rows
+    assert browser.find_elements("css selector", "#probe :is(img, script, b)") == []
+    assert len(texts(browser, "#list li")) == 4  # the audits are below
 
 
 def test_figures(report, page):
