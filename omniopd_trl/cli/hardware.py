@@ -78,9 +78,10 @@ def job_of(
         max_tokens = min(max_tokens, args.vllm_max_model_length)
     num_generations = 1
     if script_args.method == "grpo":
-        from trl import GRPOConfig
+        from omniopd_trl.baselines.grpo import with_same_prompts
 
-        num_generations = script_args.grpo.get("num_generations", GRPOConfig.num_generations)
+        # `micro_batches` counts the recipe's own trajectories per prompt already.
+        num_generations = max(1, with_same_prompts(args, script_args.grpo)["num_generations"] // args.num_generations)
     lora_parameters = 0
     if model_args.use_peft:
         lora_parameters = student.lora_parameters(model_args.lora_r, model_args.lora_target_modules)

@@ -108,13 +108,13 @@ class Lazy:
         {},
         {"loss_normalization": "components", "audit_trajectories": "wrong", **FOUR_MICRO_BATCHES},
         {"loss_normalization": "sum", "temperature": 0.7, "num_generations": 2, "audit_trajectories": "mixed"},
-        {"reward_funcs": [by_length, short], "reward_weights": [1.0, -0.25], "pad_to_multiple_of": 64},
-        {"reward_funcs": [by_length, short], "reward_weights": [0.5, 2.0], "audit_trajectories": "wrong"},
+        {"reward_funcs": [by_length, short], "reward_weights": [0.5, 2.0], "audit_trajectories": "wrong"}
+        | {"pad_to_multiple_of": 64},
         {"top_p": 0.7, "loss_normalization": "components"},
         {"teacher": Remote, "audit_trajectories": "wrong", "gradient_checkpointing": True, **FOUR_MICRO_BATCHES},
         {"sampler": OtherSampler, "teacher": Remote, **FOUR_MICRO_BATCHES},
     ],
-    ids=["plain", "components", "mixed", "weights", "two", "filtered", "overlap", "sampler"],
+    ids=["plain", "components", "mixed", "two", "filtered", "overlap", "sampler"],
 )
 def test_gradient_equals_dense_reference(tmp_path, tiny_model_dir, tiny_tokenizer, settings):
     """Loss, metrics and every weight's gradient, against float64 and rewards by plain loops."""
@@ -290,8 +290,7 @@ def test_an_export_without_rewards_is_refused(tmp_path, tiny_model_dir):
         make_trainer(tmp_path, tiny_model_dir, teacher=source, num_generations=4, reward_weight=0.5)
 
 
-@pytest.mark.parametrize("branches", [{}, BRANCHES], ids=["chunks", "branches"])
-def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir, branches):
+def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir):
     """Neither the functions nor the teacher are asked again. Another function replays nothing."""
     calls = []
 
@@ -299,7 +298,7 @@ def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir, branches):
         calls.append(len(completion_ids))
         return by_length(completion_ids)
 
-    settings = {**FOUR_STEPS, **VERIFIER, "reward_funcs": counted, "audit_trajectories": "wrong", **branches}
+    settings = {**FOUR_STEPS, **VERIFIER, "reward_funcs": counted, "audit_trajectories": "wrong"}
     first = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **settings)
     first.train()
     assert calls == [8] * 4
