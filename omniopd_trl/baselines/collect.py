@@ -349,7 +349,7 @@ class _Collection:
         request = SamplingRequest(
             settings.num_solutions, settings.max_tokens, settings.temperature, settings.top_p, block.seed, ledger
         )
-        replies = await replies_of(self._teacher, [Prefix(prompt) for prompt in prompts], request)
+        replies = await replies_of(self._teacher, [Prefix(prompt, is_question=True) for prompt in prompts], request)
         if ledger.usage == Usage():  # a teacher that does not account for its requests
             ledger.paid(sum((reply.usage for reply in replies), Usage()), None)
         return replies

@@ -210,6 +210,7 @@ def _collect(
         args.max_failed_chunks,
     )
     args.num_rollouts = options.num_solutions  # the samples that the probe asks for
+    args.signal = "judge"  # the probe asks a question as well, and continues nothing
     recorder = Recorder(lambda: -1)  # requests outside of blocks belong to none
     teacher = prepare_teacher(args.teacher_model_name_or_path, args, recorder, spent(folder))
     check_prompts(teacher, [("train_dataset", dataset)], args.teacher_context)

@@ -267,12 +267,7 @@ def _load(
                 f"top_k={settings.top_k} and min_p={settings.min_p:g} are for a model in this process: a teacher gets "
                 "a temperature and `top_p` only. Set both to 0."
             )
-        teacher = load_teacher(model, options, earlier)
-        if isinstance(teacher, RemoteTeacher) and isinstance(model, str) and options.teacher_continuation is None:
-            if teacher.capabilities.continuation == "instruct":
-                # Nothing is written yet, so the problem itself is sent, without the instruction to continue.
-                teacher.capabilities = replace(teacher.capabilities, continuation="prefill")
-        return teacher
+        return load_teacher(model, options, earlier)
     if engine == "vllm":
         from omniopd_trl.evals.vllm_engine import VLLMTeacher
 
@@ -503,7 +498,8 @@ def _generate(
 
     async def ask(index: int) -> _Answered:
         ledger = ledgers(index)
-        (reply,) = await replies_of(teacher, [Prefix(prompts[index])], replace(request, ledger=ledger))
+        prefix = Prefix(prompts[index], is_question=True)
+        (reply,) = await replies_of(teacher, [prefix], replace(request, ledger=ledger))
         is_counted = True
         if isinstance(ledger, AuditLedger):
             is_counted = not ledger.num_kept

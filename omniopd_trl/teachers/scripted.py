@@ -68,9 +68,10 @@ def _prompt_text(prefix: Prefix) -> str:
 
 def _words_of_prompt(prefix: Prefix, index: int) -> str:
     key = json.dumps([prefix.prompt, prefix.completion, index], sort_keys=True)
-    if prefix.is_question and not isinstance(prefix.prompt, str):
+    num_marks = asked_marks(prefix.prompt) if prefix.is_question and not isinstance(prefix.prompt, str) else 0
+    if num_marks:
         marks = random.Random(key)
-        numbers = range(1, asked_marks(prefix.prompt) + 1)
+        numbers = range(1, num_marks + 1)
         return "\n".join(f"{number}: {marks.randint(0, HIGHEST)}" for number in numbers)
     words = re.findall(r"\w+", _prompt_text(prefix)) or ["nothing"]
     digest = hashlib.sha256(key.encode()).digest()

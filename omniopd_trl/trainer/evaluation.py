@@ -213,7 +213,7 @@ def teacher_scores(
     logged = Logged()
     try:
         if examples:
-            prefixes = [Prefix(args.teacher_context.prompt(example)) for example in examples]
+            prefixes = [Prefix(args.teacher_context.prompt(example), is_question=True) for example in examples]
             replies = ask(replies_of(teacher, prefixes, request))
         pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
         if pairs:

@@ -34,6 +34,8 @@ def test_collects_and_trains(recipe, capsys):
     assert Counter(question_of(r.body) for r in server.requests).most_common(1)[0][1] == 2  # the probe's
     assert len(server.requests) == PROMPTS + 1
     assert len({json.dumps(r.body.get("seed")) for r in server.requests}) > 2
+    # The problem itself, although this model is instructed where it continues a text.
+    assert all([turn["role"] for turn in r.body["messages"]] == ["user"] for r in server.requests)
     rows = rows_of()
     assert len(rows) == 2 * (PROMPTS - 1)  # one was cut off
     row = next(row for row in rows if row["prompt"][0]["content"] == "What is 3 + 3?" and row["sample"] == 1)
