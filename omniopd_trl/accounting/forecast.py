@@ -275,6 +275,17 @@ def forecast(
     return Forecast(trajectory, step, step.times(steps), sft_prompt, sft_prompt.times(distinct))
 
 
+def least_stopped_share(duplicates: float, first_rollouts: int) -> float:
+    """The share of chunks whose first rollouts are all equal is at least this, `duplicates^(first_rollouts - 1)`.
+
+    Args:
+        duplicates: share of pairs of rollouts of a chunk that are equal, `d = E sum_v p_v^2` over chunks, where the
+            texts v of a chunk have the probabilities p_v. By Jensen's inequality, `E sum_v p_v^n >= d^(n - 1)`.
+        first_rollouts: n.
+    """
+    return duplicates ** (first_rollouts - 1)
+
+
 class _Sum:
     """Adds up the requests of chunks."""
 

@@ -64,6 +64,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         LETTERS_PER_TOKEN,
         Requests,
         aligned,
+        first_rollouts_row,
         forecast_run,
         num_steps,
         stopped_share_of,
@@ -125,7 +126,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"--stopped_share {options.stopped_share:g} has no effect with first_rollouts=0. Leave it out."
         )
-    stopped, measured_in = stopped_share_of(args) if options.stopped_share is None else (options.stopped_share, None)
+    stopped = stopped_share_of(args) if options.stopped_share is None else (options.stopped_share, "as given")
     requests = Requests.of(args, capabilities, tokenizer, options.samples_per_request)
     result = forecast_run(
         args,
@@ -140,7 +141,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         chunks_per_trajectory=options.chunks_per_trajectory,
         rollout_tokens=options.rollout_tokens,
         solution_length=options.solution_length,
-        stopped_share=stopped,
+        stopped_share=stopped[0],
         **share,
     )
     length, name = trajectory_length, "trajectory length"
@@ -150,12 +151,7 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if method == "omniopd":
         head = _describe_audits(args, options, requests)
         if args.first_rollouts:
-            source = f"measured in {measured_in}" if measured_in else "as given"
-            if measured_in is options.stopped_share is None:
-                source = "the upper bound of the cost; --stopped_share sets another"
-            head.append(
-                ("first rollouts", f"{args.first_rollouts}, and no more for {stopped:.0%} of the chunks, {source}")
-            )
+            head.append(first_rollouts_row(args, *stopped))
         table = {
             "trajectory": result.trajectory,
             "step": result.step,

@@ -410,6 +410,7 @@ def _cost(
     trajectories: int,
 ) -> dict[str, Any]:
     """Tokens and dollars of a trajectory and of the run, for the recipe and for the recommended options."""
+    from omniopd_trl.accounting.forecast import least_stopped_share
     from omniopd_trl.accounting.usage import Usage
 
     usage = sum((row.record.usage for row in found), Usage())
@@ -426,8 +427,7 @@ def _cost(
         rows["recommended"] = (numbers.asked_per_trajectory, samples, first)
     costs: dict[str, Any] = {"trajectories": trajectories}
     for name, (per_trajectory, samples, first) in rows.items():
-        # At least so many forks have equal first rollouts; see `stopped_share_of`.
-        going = 1 - (numbers.duplicates or 0.0) ** (first - 1) if first else 1.0
+        going = 1 - least_stopped_share(numbers.duplicates or 0.0, first) if first else 1.0
         most = min(plan.requests.samples, samples)
         number = per_trajectory * (math.ceil(first / most) + going * math.ceil((samples - first) / most))
         written = per_trajectory * (first + going * (samples - first)) * usage.completion_tokens / (forks * _ROLLOUTS)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from omniopd_trl.accounting.forecast import least_stopped_share
 from omniopd_trl.audits.auditor import Answered, Auditor
 from omniopd_trl.audits.types import Audit, AuditSettings, Fork, PolicyScores, Tokenizer, Trajectory
 from omniopd_trl.method.chunks import Chunk
@@ -403,9 +404,8 @@ def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Ad
         f"N: the noise of one rollout is {ratio} the variance of the teacher's preferences; beyond this, another fork "
         "tells more than another rollout",
     )
-    # Half of them first; see `stopped_share_of` for the share of forks at which they are equal.
     first = max(2, needed // 2)
-    stopped = (measured.duplicates or 0.0) ** (first - 1)
+    stopped = least_stopped_share(measured.duplicates or 0.0, first)
     if first < needed and stopped * (needed - first) >= _SAVED * needed:
         reason = f"at {stopped:.0%} of the forks or more the first {first} rollouts are equal: the rest adds nothing"
         yield Advice("first_rollouts", first, reason)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
-from omniopd_trl.accounting.forecast import Forecast, forecast
+from omniopd_trl.accounting.forecast import Forecast, forecast, least_stopped_share
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.data.checks import check_step_is_filled, prompt_ids, prompts_per_step
@@ -110,22 +110,28 @@ def trajectory_length_of(args: OmniOPDConfig) -> tuple[float, str | None]:
     return _logged(args, "completions/mean_length") or (float(args.max_completion_length or 0), None)
 
 
-def stopped_share_of(args: OmniOPDConfig) -> tuple[float, str | None]:
-    """Share of the chunks that get no more than `first_rollouts`, and the path of the file in which it was measured.
+def stopped_share_of(args: OmniOPDConfig) -> tuple[float, str]:
+    """Share of the chunks that get no more than `first_rollouts`, and where it comes from, in words.
 
-    It is logged by a run, or else follows from a probe: of its forks, the share `d` has two equal rollouts, and all n
-    first ones are equal on at least `d ** (n - 1)` (Jensen's inequality, for the mean of `sum_v p_v^n` over forks).
-    Without either it is 0, the lower bound, and the path is `None`.
+    It is logged by a run, or else follows from a probe, which asks for two rollouts of each fork. Without either it is
+    0, the upper bound of the cost.
     """
     logged = _logged(args, "audit/frac_stopped") if args.first_rollouts else None
-    if logged is not None or not args.first_rollouts:
-        return logged or (0.0, None)
+    if logged is not None:
+        return logged[0], f"measured in {logged[1]}"
     path = Path(str(args.output_dir), PROBE_FOLDER, PROBE)
     try:
         duplicates = json.loads(path.read_text(encoding="utf-8"))["measured"]["duplicates"]
     except (OSError, ValueError, KeyError, TypeError):  # not probed, or no rollout came back
         duplicates = None
-    return (0.0, None) if duplicates is None else (duplicates ** (args.first_rollouts - 1), str(path))
+    if duplicates is None or not args.first_rollouts:
+        return 0.0, "assumed: the upper bound of the cost"
+    return least_stopped_share(duplicates, args.first_rollouts), f"measured in {path}"
+
+
+def first_rollouts_row(args: OmniOPDConfig, share: float, source: str) -> tuple[str, str]:
+    """The row of a plan or a forecast about `first_rollouts`."""
+    return "first rollouts", f"{args.first_rollouts}, and no more for {share:.0%} of the chunks, {source}"
 
 
 def _logged(args: OmniOPDConfig, name: str) -> tuple[float, str] | None:
@@ -273,6 +279,8 @@ def plan(
         samples = "1 sample" if requests.samples == 1 else f"{requests.samples} samples"
         samples = f"up to {samples}" if args.first_rollouts and requests.samples > 1 else samples
         rows.append(("requests", f"{most}{run.requests:,.0f}, for {samples} each"))
+    if args.first_rollouts:
+        rows.append(first_rollouts_row(args, *stopped_share_of(args)))
     if budget is not None and run.no_cache.usd is not None:
         limit = "" if budget.max_usd is None else f", and the budget is {budget.max_usd:,.2f}"
         paid = f"; {budget.usd_spent:,.2f} are spent" if budget.usd_spent else ""

@@ -170,10 +170,7 @@ class TestCost:
             rows = forecast("--trajectory_length", 2000, *options, **settings)
             return numbers(rows["requests"])[0], rows["first rollouts"]
 
-        assert rollouts() == (
-            100,
-            "3, and no more for 0% of the chunks, the upper bound of the cost; --stopped_share sets another",
-        )
+        assert rollouts() == (100, "3, and no more for 0% of the chunks, assumed: the upper bound of the cost")
         assert rollouts("--stopped_share", 0.5) == (65, "3, and no more for 50% of the chunks, as given")
         probe = tmp_path / "probe" / "probe.json"
         probe.parent.mkdir()
