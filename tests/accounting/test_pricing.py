@@ -18,7 +18,7 @@ from genai_prices.types import (
     TieredPrices,
     TimeOfDateConstraint,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniopd_trl.accounting import pricing
@@ -75,12 +75,14 @@ class TestTable:
         price = price_of(provider, model)
         assert (price.input, price.output, price.cache_read, price.cache_write) == rates
 
+    @settings(deadline=None)  # the first call loads the table
     @given(st.sampled_from(sorted(priced_models())), usages())
     def test_cost_is_that_of_the_table(self, model, usage):
         """Every model, every tier, any part cached: exactly what genai-prices' own calculation says."""
         price = price_of(*model)
         assert price.cost(usage) == pytest.approx(reference(price, usage), rel=1e-9, abs=1e-15)
 
+    @settings(deadline=None)  # the first call loads the table
     @given(st.sampled_from(sorted(priced_models())), usages(), st.integers(0, 1000), st.integers(0, 1000))
     def test_worst_case_is_an_upper_bound(self, model, usage, more_prompt, more_completion):
         """A request that uses at most its worst case never costs more than it."""
