@@ -776,7 +776,8 @@ class RemoteTeacher(Teacher):
             if failure.fields:
                 learned = {"refused": self.capabilities.refused.union(failure.fields)}
             # Without a value that the user chose, the rollouts would not be those of the configuration.
-            chosen = failure.out_of_range and any(getattr(request, name, 1.0) != 1.0 for name in failure.fields)
+            options = {"temperature": request.temperature, "top_p": request.top_p}
+            chosen = failure.out_of_range and any(options.get(name, 1.0) != 1.0 for name in failure.fields)
             if replace(sent_with, **learned) != sent_with and not chosen:
                 # Requests in flight together are all refused. The first refusal adapts the capabilities for all.
                 if replace(self.capabilities, **learned) != self.capabilities:
