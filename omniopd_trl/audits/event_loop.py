@@ -14,6 +14,9 @@ from omniopd_trl.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
+# How long a cancelled task may take to end before it is cancelled again.
+CANCEL_AGAIN_SECONDS = 5.0
+
 T = TypeVar("T")
 
 
@@ -63,9 +66,12 @@ class EventLoopThread:
         """Cancel everything that was submitted and is not finished, and wait until it has ended."""
 
         async def cancel_others() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
+            others = pending = asyncio.all_tasks() - {asyncio.current_task()}
+            while pending:
+                for task in pending:
+                    task.cancel()
+                # A library may swallow a cancellation, and its caller would continue.
+                _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_SECONDS)
             await asyncio.gather(*others, return_exceptions=True)
 
         self._cancelled.set()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.first_rollouts import expected
+from omniopd_trl.audits import event_loop
 from omniopd_trl.audits.alignment import DECODING_CONTEXT, Alignment
 from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread
@@ -641,6 +642,34 @@ def test_a_teacher_that_cancels_itself_is_not_waited_for_without_end():
         waiting.start()
         waiting.join(timeout=10)
         assert not waiting.is_alive()
+    finally:
+        loop.close()
+
+
+def test_a_cancellation_that_a_library_swallows_is_repeated(monkeypatch):
+    """Otherwise a user who stops the run waits for a loop that polls a service."""
+    monkeypatch.setattr(event_loop, "CANCEL_AGAIN_SECONDS", 0.01)
+    swallowed = []
+
+    async def poll() -> None:
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if len(swallowed) == 2:
+                    raise
+                swallowed.append(1)
+
+    loop = EventLoopThread()
+    try:
+        (polling,) = loop.submit(poll())
+        loop.run(asyncio.sleep(0.01))
+        stopping = threading.Thread(target=loop.cancel, daemon=True)
+        stopping.start()
+        stopping.join(timeout=10)
+        assert not stopping.is_alive()
+        assert polling.done()
+        assert len(swallowed) == 2
     finally:
         loop.close()
 
