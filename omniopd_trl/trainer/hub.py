@@ -287,8 +287,14 @@ class PushesToHub(DistillationTrainer):
             logger.warning(str(error))
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Save the student and its card, and push both. Every process has to call it.
 
         Pushed are the files of the model, of its tokenizer and of the card, and `training_args.bin`: nothing else that
