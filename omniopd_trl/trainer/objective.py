@@ -392,27 +392,28 @@ class Objective:
         # A trajectory without un-audited tokens needs no reference. Sharded models run it nevertheless, since every
         # process has to take part.
         has_unaudited = unaudited.any(1)
-        if self.is_sharded:
-            has_unaudited = torch.ones_like(has_unaudited)
-        if not has_unaudited.any():
+        computed = torch.ones_like(has_unaudited) if self.is_sharded else has_unaudited
+        if not computed.any():
             return hidden.sum() * 0.0
-        rows = tokens.select(has_unaudited)
+        rows = tokens.select(computed)
         reference: dict[str, Any] = {}
 
         def run(model: PreTrainedModel) -> None:
             states = self._hidden_states(model, rows)
             with lm_head_of(model) as ref_head:
                 reference["head"] = self.reference.kept(ref_head)
-                reference["hidden"] = states[unaudited[has_unaudited]].to(hidden.device)
+                reference["hidden"] = states[unaudited[computed]].to(hidden.device)
                 reference["logprobs"], _ = self._project(states, ref_head, rows, rows.audited)
 
         self.run_reference(student, run)
         kl, entropy = kl_to_reference(
             hidden[unaudited], head, reference["hidden"], reference["head"], self.temperature
         )
-        is_in_rows = has_unaudited[:, None].expand_as(tokens.audited)[tokens.audited]
         sums["kl/unaudited"] = _sum_and_count(kl.detach())
-        sums["kl/audited"] = _sum_and_count(_sampled_kl(reference["logprobs"].to(logprobs) - logprobs[is_in_rows]))
+        # The metric counts the same trajectories under any back end.
+        counted = has_unaudited[:, None].expand_as(tokens.audited)
+        theirs = reference["logprobs"].to(logprobs)[counted[computed][rows.audited]]
+        sums["kl/audited"] = _sum_and_count(_sampled_kl(theirs - logprobs[counted[tokens.audited]]))
         if not student.training and not self._args.audit_eval:
             sums["entropy"] = _sum_and_count(entropy)
         return kl.sum()
