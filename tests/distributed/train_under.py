@@ -229,7 +229,7 @@ def train(
     if trainer.accelerator.is_main_process:
         save_file({k: v.contiguous().clone() for k, v in after.items()}, str(folder / f"{name}.safetensors"))
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    compared = (*LOGGED, "imitation/loss", "imitation/tokens")
+    compared = (*LOGGED, "imitation/loss", "imitation/tokens", "reward")
     # Before the next forward, which leaves the weights of FSDP2's root module gathered, and in bf16.
     observations = trainer.observations() if observed else None
     _, own, ours = compare(trainer.model_wrapped, torch.arange(5, 21, device=args.device)[None], 8)

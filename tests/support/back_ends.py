@@ -52,7 +52,7 @@ STEPS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 # The logged metrics that are compared for each step.
-LOGGED = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior", "reward")
+LOGGED = ("loss", "grad_norm", "chunk_loss", "kl/unaudited", "kl/audited", "entropy", "audit/posterior")
 
 
 def back_ends(*names: str) -> pytest.MarkDecorator:
