@@ -354,10 +354,11 @@ class TestReasoningGym:
         """It replaces the prompt of the set, in training and in `omniopd eval`."""
         name, template = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size=3", "{question} So"
         arguments = OmniOPDScriptArguments(dataset_name=name, prompt_template=template)
-        test = prepare_prompts(load_splits(arguments, DatasetMixtureConfig()), template)["test"]
+        mixture = DatasetMixtureConfig()
+        test = prepare_prompts(load_splits(arguments, mixture), template)["test"]
         assert [row["prompt"][0]["content"] for row in test] == [f"{row['question']} So" for row in test]
-        assert list(test["prompt"]) == list(_problems(name, None, "test", None, template)["prompt"])
-        plain = _problems(name, None, "test", None, None)
+        assert list(test["prompt"]) == list(_problems(arguments, mixture, "test", None)["prompt"])
+        plain = _problems(OmniOPDScriptArguments(dataset_name=name), mixture, "test", None)
         assert "Answer: " in plain[0]["prompt"][0]["content"]
 
     def test_problems(self):
