@@ -189,14 +189,7 @@ def _collect(
     from omniopd_trl.trainer.validation import check_prompts
 
     try:
-        rewards = Rewards(
-            functions,
-            dataset,
-            device=args.device,
-            lenient=args.eval_lenient_answers,
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.chat_template_kwargs,
-        )
+        rewards = Rewards.of(args, functions, dataset)
     except MissingExtraError:
         if options.verified:
             raise

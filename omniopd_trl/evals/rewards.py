@@ -135,6 +135,21 @@ class Rewards:
         MissingExtraError: when math-verify is needed and not installed.
     """
 
+    @classmethod
+    def of(
+        cls, config: Any, funcs: RewardSource | Sequence[RewardSource] | None, dataset: Any, **options: Any
+    ) -> "Rewards":
+        """With the options of an `OmniOPDConfig`."""
+        return cls(
+            funcs,
+            dataset,
+            device=config.device,
+            lenient=config.eval_lenient_answers,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs,
+            **options,
+        )
+
     def __init__(
         self,
         funcs: RewardSource | Sequence[RewardSource] | None,

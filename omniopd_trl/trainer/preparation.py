@@ -112,14 +112,7 @@ def prepare(
         )
     # Raise an error of `chunk_weights` before models are loaded.
     get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
-    rewards = Rewards(
-        eval_reward_funcs,
-        eval_dataset,
-        device=args.device,
-        lenient=args.eval_lenient_answers,
-        trust_remote_code=args.trust_remote_code,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
+    rewards = Rewards.of(args, eval_reward_funcs, eval_dataset)
     if reward_funcs is not None and export is not None:
         raise ConfigError("`reward_funcs` has no effect with an export, which holds its rewards. Leave it out.")
     for_training: Rewards | None = None

@@ -42,15 +42,7 @@ def training_rewards(
     Raises:
         ConfigError: when there are none, or one cannot be used.
     """
-    rewards = Rewards(
-        funcs,
-        train_dataset,
-        device=args.device,
-        lenient=args.eval_lenient_answers,
-        trust_remote_code=args.trust_remote_code,
-        chat_template_kwargs=args.chat_template_kwargs,
-        option="reward_funcs",
-    )
+    rewards = Rewards.of(args, funcs, train_dataset, option="reward_funcs")
     if not rewards:
         raise ConfigError(
             f"{needed_by} needs a reward: the training set has neither a `solution` nor an `answer` column. Add one, "
