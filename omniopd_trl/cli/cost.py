@@ -64,8 +64,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         LETTERS_PER_TOKEN,
         Requests,
         aligned,
+        branches_row,
         first_rollouts_row,
         forecast_run,
+        left_out,
         num_steps,
         stopped_share_of,
         trajectory_length_of,
@@ -150,6 +152,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         source = source if options.solution_length is None else "as given"
     if method == "omniopd":
         head = _describe_audits(args, options, requests)
+        if args.num_branches:
+            head.append(branches_row(args))
         if args.first_rollouts:
             head.append(first_rollouts_row(args, *stopped))
         table = {
@@ -164,10 +168,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
                 "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
                 "pass the logged judge/frac_rollouts with --rollout_share."
             )
-        if args.audit_trajectories != "all":
+        if options.chunks_per_trajectory is None and (reasons := left_out(args)):
             notes.append(
-                f"audit_trajectories={args.audit_trajectories!r} audits a part of the trajectories. All of them are "
-                "counted, the upper bound."
+                f"{reasons}. All are counted, the upper bound: pass the logged audit/num_chunks with "
+                "--chunks_per_trajectory."
             )
         if (requests.overhead or requests.judge_overhead) and tokenizer is None:
             notes.append(

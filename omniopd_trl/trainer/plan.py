@@ -134,6 +134,26 @@ def first_rollouts_row(args: OmniOPDConfig, share: float, source: str) -> tuple[
     return "first rollouts", f"{args.first_rollouts}, and no more for {share:.0%} of the chunks, {source}"
 
 
+def branches_row(args: OmniOPDConfig) -> tuple[str, str]:
+    """The row of a plan or a forecast about `num_branches`."""
+    number = args.num_branches
+    return "branches", f"the student writes {number} more at each fork; the teacher is asked where they differ"
+
+
+def left_out(args: OmniOPDConfig) -> str:
+    """What a forecast counts and a run may not ask for, by the settings that leave it out; empty without them."""
+    reasons = {
+        f"audit_trajectories={args.audit_trajectories!r} audits a part of the trajectories": (
+            args.audit_trajectories != "all"
+        ),
+        f"min_anchor_entropy={args.min_anchor_entropy:g} leaves out chunks where the student is certain": (
+            args.min_anchor_entropy > 0
+        ),
+        f"num_branches={args.num_branches} leaves out forks whose branches have one text": args.num_branches > 0,
+    }
+    return ", and ".join(reason for reason, is_set in reasons.items() if is_set)
+
+
 def _logged(args: OmniOPDConfig, name: str) -> tuple[float, str] | None:
     """The mean of a metric in the newest checkpoint whose logs have it, and the checkpoint."""
     for checkpoint in checkpoints_of(str(args.output_dir)):
@@ -263,13 +283,14 @@ def plan(
         num_rows=len(dataset) if is_map_style else None,
     )
     run, done = result.run, f" ({state.global_step:,} done)" if state.global_step else ""
-    most = "at most " if args.audit_trajectories != "all" else ""
+    most = "at most " if left_out(args) else ""
     tokens = f"{most}{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written by the teacher"
     source = "max_completion_length" if checkpoint is None else f"measured in {checkpoint}"
     rows = [
         ("student", student),
         ("teacher", teacher.name),
-        ("a step", f"{_per_step(args, trajectories)} x up to {args.num_chunks} chunks x {_per_chunk(args)}"),
+        ("a step", f"{_per_step(args, trajectories)} x up to {args.num_chunks} {_places(args)} x {_per_chunk(args)}"),
+        *([branches_row(args)] if args.num_branches else []),
         ("the run", f"{state.max_steps:,} steps{done}"),
         ("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"),
     ]
@@ -301,8 +322,12 @@ def _per_step(args: OmniOPDConfig, trajectories: int) -> str:
     return f"{prompts}, of which the {args.audit_trajectories} are audited,"
 
 
+def _places(args: OmniOPDConfig) -> str:
+    return "forks" if args.num_branches else "chunks"
+
+
 def _per_chunk(args: OmniOPDConfig) -> str:
-    rollouts = f"{args.num_rollouts} rollouts"
+    rollouts = f"{args.num_rollouts} {'rollout' if args.num_rollouts == 1 else 'rollouts'}"
     if args.first_rollouts:
         rollouts = f"{args.first_rollouts} to {rollouts}"
     marks = "1 mark" if not args.num_branches else f"up to {args.num_branches + 1} marks"

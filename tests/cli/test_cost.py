@@ -77,9 +77,23 @@ def numbers(row):
 class TestCost:
     """`omniopd cost`."""
 
-    def test_the_plan_of_the_run_has_the_same_numbers(self, forecast, recipe, tiny_tokenizer):
+    @pytest.mark.parametrize(
+        ("settings", "step", "most"),
+        [
+            ({}, ["a step    8 prompts x up to 10 chunks x 10 rollouts"], ""),
+            (
+                {"num_branches": 7, "num_rollouts": 1},
+                [
+                    "a step    8 prompts x up to 10 forks x 1 rollout",
+                    "branches  the student writes 7 more at each fork; the teacher is asked where they differ",
+                ],
+                "at most ",
+            ),
+        ],
+    )
+    def test_the_plan_of_the_run_has_the_same_numbers(self, forecast, recipe, tiny_tokenizer, settings, step, most):
         """What the trainer prints when training begins."""
-        settings = {"teacher_budget_usd": 100.0, "bf16": False, "use_cpu": True}
+        settings = {"teacher_budget_usd": 100.0, "bf16": False, "use_cpu": True, **settings}
         rows = forecast(**settings)
         script_args, args, _, dataset_args = parse_args(["--config", recipe(**settings)])
         dataset = prepare_prompts(load_splits(script_args, dataset_args)["train"], None)
@@ -98,12 +112,12 @@ class TestCost:
         assert lines == [
             "student   tiny",
             "teacher   anthropic:claude-haiku-4-5",
-            "a step    8 prompts x up to 10 chunks x 10 rollouts",
+            *step,
             "the run   5 steps (2 done)",
-            f"forecast  {run['prompt tokens']} tokens read and {run['completion tokens']} written by the teacher, "
-            "with completions of 6,340 tokens (max_completion_length)",
-            f"requests  {run['requests']}, for 1 sample each",
-            f"price     {usd} dollars without a prompt cache, and the budget is 100.00",
+            f"forecast  {most}{run['prompt tokens']} tokens read and {run['completion tokens']} written by the "
+            "teacher, with completions of 6,340 tokens (max_completion_length)",
+            f"requests  {most}{run['requests']}, for 1 sample each",
+            f"price     {most}{usd} dollars without a prompt cache, and the budget is 100.00",
             "replayed  3 recorded steps with 20 finished audits, which are not paid again",
         ]
 
@@ -119,6 +133,19 @@ class TestCost:
         assert "audit_trajectories='mixed' audits a part of the trajectories" in capsys.readouterr().out
         args = OmniOPDConfig("out", use_cpu=True, bf16=False, audit_trajectories="mixed", num_generations=4)
         assert _per_step(args, 8) == "2 prompts x 4 completions, of which the mixed are audited,"
+
+    def test_what_is_left_out(self, forecast):
+        """Branches and a gate leave out chunks that the forecast counts. A measured number has none of these."""
+        settings = {"num_branches": 7, "min_anchor_entropy": 0.1, "num_rollouts": 1}
+        note = (
+            "min_anchor_entropy=0.1 leaves out chunks where the student is certain, and num_branches=7 leaves out "
+            "forks whose branches have one text. All are counted, the upper bound: pass the logged audit/num_chunks "
+            "with --chunks_per_trajectory."
+        )
+        for options, requests, is_noted in (([], 10, True), (["--chunks_per_trajectory", 3], 3, False)):
+            rows = forecast(*options, **settings)
+            assert numbers(rows["requests"])[0] == requests
+            assert (note in rows) is is_noted
 
     def test_table(self, forecast, tiny_tokenizer):
         """Real prompt lengths, the model's price and its samples per request; step and run follow from the recipe."""
