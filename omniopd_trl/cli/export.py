@@ -42,7 +42,7 @@ def export(options: argparse.Namespace) -> None:
     """
     if options.private and options.push is None:
         raise ConfigError("--private has no effect without --push REPO_ID. Leave it out, or push.")
-    from omniopd_trl.report.export import push_export, write_export
+    from omniopd_trl.report.export import push_export, training_options, write_export
     from omniopd_trl.report.runs import Run
 
     run = Run(options.folder)
@@ -55,4 +55,4 @@ def export(options: argparse.Namespace) -> None:
     if options.push is not None:
         address = push_export(folder, options.push, private=options.private)
         sys.stdout.write(f"Pushed it to {address}.\n")
-    sys.stdout.write(f"Train from it with: --teacher_model_name_or_path export:{folder}\n")
+    sys.stdout.write(f"Train from it with: {training_options(about, str(folder))}\n")

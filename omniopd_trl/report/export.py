@@ -50,7 +50,7 @@ _SETTINGS = (
     *("prior_strength", "beta", "loss_normalization", "posterior_baseline", "importance_sampling_correction"),
     *("importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "max_steps"),
     *("num_train_epochs", "seed", _BATCH, "cascade_low", "cascade_high"),
-    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
+    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories", "num_branches"),
 )
 
 _CHUNK = pa.struct(
@@ -270,6 +270,17 @@ def _prompt(prompt: Any) -> Any:
     ]
 
 
+def training_options(about: dict[str, Any], name: str) -> str:
+    """The options that train from an export, in addition to the recipe of the run.
+
+    Args:
+        about: what is known about the run.
+        name: folder of the export, or id of its repository.
+    """
+    without = " --num_branches 0" if about["settings"].get("num_branches") else ""
+    return f"--teacher_model_name_or_path export:{name}{without}"
+
+
 def card(about: dict[str, Any], repo_id: str | None = None) -> str:
     """The card of an export, as Markdown with a header in YAML.
 
@@ -302,6 +313,12 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
         "omniopd_trl": about["omniopd_trl"],
     }
     name = repo_id or "FOLDER"
+    branches = (
+        f"\nThe run trained {settings['num_branches']} branches of the student beside each chunk. They are not in\n"
+        "this dataset, which can train the recorded chunks in the paper's form.\n"
+        if settings.get("num_branches")
+        else ""
+    )
     return f"""---
 {header.to_yaml()}
 ---
@@ -324,9 +341,9 @@ audits = load_dataset("{name}", split="train")
 The recipe of the run, with this dataset in place of the teacher, asks no teacher and costs nothing:
 
 ```bash
-omniopd train --config RECIPE.yaml --teacher_model_name_or_path export:{name}
+omniopd train --config RECIPE.yaml {training_options(about, name)}
 ```
-
+{branches}
 The rollouts are scored again, so `similarity`, `prior_strength`, `posterior_baseline`, `beta` and the learning rate
 may differ. The trajectories are those of the student of the run. With another student or other settings, training is
 off-policy: the metric `off_policy/kl` says how far, and truncated importance weights correct the chunk loss.

@@ -238,10 +238,10 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             f"The export {export.source!r} holds no rollouts for these settings: {', '.join(different)}. Restore "
             "them, or train with a teacher."
         )
-    if args.num_branches or recorded.get("num_branches"):
+    if args.num_branches:
         raise ConfigError(
-            f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the "
-            "student, and they cannot be sampled off-policy. Train with a teacher."
+            f"num_branches={args.num_branches}: an export holds no branches of the student, and they cannot be "
+            "sampled off-policy. Set num_branches=0 to train its chunks in the paper's form, or train with a teacher."
         )
     if args.rollout_imitation and "min_anchor_entropy" not in recorded:
         raise ConfigError(

@@ -105,6 +105,26 @@ def test_the_rollouts_are_scored_again(first, folder, tmp_path, tiny_model_dir):
     assert list(audits[-1].sampling_logprobs) == rows[-1]["logprobs"]
 
 
+def test_a_run_with_branches(tmp_path, tiny_model_dir, capsys):
+    """Its chunks can be trained in the paper's form: those that the teacher was asked about, with its rollouts."""
+    settings = {**SETTINGS, "rollout_imitation": 0.0, "max_steps": 1}
+    run = make_trainer(tmp_path / "run", tiny_model_dir, teacher=Here(), num_branches=3, **settings)
+    run.train()
+    folder = export(run)
+    assert capsys.readouterr().out.endswith(f"--teacher_model_name_or_path export:{folder} --num_branches 0\n")
+    assert "`num_branches` | `3`" in (folder / "README.md").read_text()
+    again = make_trainer(tmp_path / "again", tiny_model_dir, teacher=f"export:{folder}", **settings)
+    again.train()
+    recorded, chunks = (
+        [chunk for audit in read_audits(path, list_audits(path)) for chunk in audit.chunks]
+        for path in (tmp_path / "run", tmp_path / "again")
+    )
+    assert [(chunk.start, chunk.rollouts) for chunk in chunks] == [(one.start, one.rollouts) for one in recorded]
+    assert all(chunk.weight == chunk.posterior and not chunk.branches for chunk in chunks)
+    assert recorded
+    assert not same_weights(again, run)
+
+
 def test_drift_and_correction_equal_the_dense_reference(tmp_path, tiny_model_dir, tiny_tokenizer):
     """A student that is not the one that sampled: loss and gradient in float64, and its KL from the sampler."""
     # Long chunks: the other student selects the same ones, as the reference does.
@@ -177,6 +197,7 @@ def test_an_export_without_log_probabilities(folder, tmp_path, tiny_model_dir):
         ({"gradient_accumulation_steps": 2}, "4 trajectories per step.* holds 0 such steps"),
         ({"audit_eval": True}, "audit_eval=True needs a teacher"),
         ({"signal": "cascade"}, "signal='cascade' needs a teacher to ask"),
+        ({"num_branches": 3}, r"num_branches=3: an export holds no branches .* Set num_branches=0 to"),
         ({"min_anchor_entropy": 0.2}, r"min_anchor_entropy is 0\.2 and was 0\.1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
