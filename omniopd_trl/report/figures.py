@@ -28,6 +28,17 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         {"audit/posterior": "posterior", "audit/similarity": "similarity", "audit/prior": "prior"},
     ),
     ("spread", "Spread of the posteriors", "standard deviation", {"audit/posterior_std": "posterior"}),
+    ("advantages", "Spread of the advantages", "standard deviation", {"branches/advantage_std": "advantages"}),
+    (
+        "branches",
+        "Branches of the student",
+        "mean over forks",
+        {
+            "branches/agreed": "share of forks with one text",
+            "branches/diversity": "diversity of the others",
+            "branches/similarity": "their similarity",
+        },
+    ),
     (
         "entropy",
         "Entropy of the student",

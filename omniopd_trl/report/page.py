@@ -256,6 +256,7 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
                 "k": sum(chunk.similarities),
                 "n": len(chunk.rollouts),
                 "mark": chunk.mark,
+                "branches": [(b.text, count, b.similarity, b.advantage) for b, count in chunk.distinct_branches()],
                 "imitated": [chunk.imitated_of(text) for text, *_ in chunk.distinct_rollouts() if chunk.imitated],
             }
         )

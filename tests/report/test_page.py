@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
 from omniopd_trl.evals.evaluate import EvalSettings, evaluate
@@ -113,6 +114,27 @@ def test_what_is_imitated_of_a_rollout(tmp_path, page):
     browser = page(write(tmp_path, run), "#t=0.0.0.0&c=1")
     until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
     assert texts(browser, ".rollouts small") == ['imitated: " 51"', "left out of the imitation"]
+
+
+def test_the_branches_of_a_fork(tmp_path, page):
+    """Equal ones in one row, the trajectory's own first, beside the rollouts."""
+    own, other = Branch((1,), WRONG, (), 0.25, -0.5), Branch((2,), RIGHT, (), 1.0, 0.25)
+    run = record_run(tmp_path, 1, branches=(own, other, other))
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": step, "branches/advantage_std": 0.5 / step} for step in (1, 2)]})
+    )
+    browser = page(write(tmp_path, run), "#t=0.0.0.0&c=1")
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
+    rollouts, branches = browser.find_elements("css selector", ".rollouts")
+    assert "advantage" not in rollouts.text
+    head, *rows = [re.sub(r"\s+", " ", row.text) for row in branches.find_elements("css selector", "tr")]
+    assert head == "times similarity advantage branches of the student (words that differ are marked)"
+    assert rows == [f"1 0.250 -0.500 {WRONG}", "2 1.000 +0.250 " + RIGHT.replace("51", "6151")]
+    (figure,) = browser.find_elements("css selector", "figure img[alt^='Spread of the advantages']")
+    assert figure.get_attribute("alt").endswith("advantages from 0.5 to 0.25.")
+    browser.get(browser.current_url.replace("c=1", "c=0"))
+    until(lambda: texts(browser, ".panel h3") == ["Chunk 1 of 2"])
+    assert len(browser.find_elements("css selector", ".rollouts")) == 1
 
 
 def test_the_fork_is_marked(report, page):
