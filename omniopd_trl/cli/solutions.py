@@ -76,6 +76,11 @@ def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
     script_args, args, model_args, dataset_args = parse_args(arguments)
     if args.teacher_model_name_or_path is None:
         raise ConfigError(f"The recipe {options.config!r} does not set `teacher_model_name_or_path`. Set it.")
+    if options.num_solutions > 1 and args.teacher_temperature == 0:
+        raise ConfigError(
+            f"-k {options.num_solutions} with teacher_temperature=0: all solutions of a prompt would be the same. Add "
+            "--teacher_temperature 1, or leave out -k."
+        )
     dataset, identity = _prompts(script_args, dataset_args, args.seed, options.num_prompts)
     args.teacher_context.check(dataset)
     functions = load_functions(script_args.reward_funcs)

@@ -87,6 +87,8 @@ def test_dry_run(recipe, capsys):
     """Requests, tokens and dollars, and nothing is asked or written."""
     with Loopback(solve) as server:
         path = recipe(server, teacher_budget_usd=1.0)
+        assert solutions(path, "-k", "3", "--teacher_temperature", "0", "--dry_run") == 2
+        assert "-k 3 with teacher_temperature=0: all solutions" in capsys.readouterr().err
         assert solutions(path, "-k", "3", "--solution_length", "10", "--dry_run") == 0
     assert not server.requests
     assert not os.path.exists("out")
