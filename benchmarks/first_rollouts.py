@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `first_rollouts` saves and what it costs, for the chunks that a run has recorded.
 
-    omniopd demo --learning_rate 0 --num_rollouts 20 --teacher_temperature 1 --max_steps 2 --output_dir runs/twenty
+    omniopd train --config recipes/demo_paper.yaml --learning_rate 0 --num_rollouts 20 --min_anchor_entropy 0.1 \
+        --max_steps 2 --logging_steps 2 --output_dir runs/twenty
     python -m benchmarks.first_rollouts runs/twenty [--num_rollouts 10]
 
 The recorded rollouts of a chunk are taken as its distribution: texts v of shares p_v and similarities s_v, of mean mu

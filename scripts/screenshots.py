@@ -22,8 +22,8 @@ from scripts.chromium import chromium, emulate, open_page, use_theme
 FOLDER = Path("docs/images")
 # Name, width, height, scale and theme, and what is at the top of the picture.
 PICTURES = (
-    ("report-audits", 1200, 900, 1.5, "light", "#audits"),
-    ("report-audits-dark", 1200, 900, 1.5, "dark", "#audits"),
+    ("report-audits", 1200, 942, 1.5, "light", "#audits"),
+    ("report-audits-dark", 1200, 942, 1.5, "dark", "#audits"),
     ("report-dynamics-dark", 1200, 760, 1.5, "dark", "header"),
     ("report-phone", 390, 844, 1.0, "light", "article .text"),
 )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's recipe with its teacher behind vLLM, against the same run with the teacher in the process."""
+"""The demo in the paper's form with its teacher behind vLLM, against the same run with the teacher in the process."""
 
 import pytest
 

@@ -109,17 +109,11 @@ def test_a_link_leads_to_a_chunk(report, page):
     assert current.text.strip() == WRONG
 
 
-def test_what_is_imitated_of_a_rollout(tmp_path, page):
-    run = record_run(tmp_path, 1, imitated=[[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]])
-    browser = page(write(tmp_path, run), "#t=0.0.0.0&c=1")
-    until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
-    assert texts(browser, ".rollouts small") == ['imitated: " 51"', "left out of the imitation"]
-
-
-def test_the_branches_of_a_fork(tmp_path, page):
-    """Equal ones in one row, the trajectory's own first, beside the rollouts."""
+def test_what_is_imitated_and_the_branches_of_a_fork(tmp_path, page):
+    """Parts are below their rollouts. Branches are in a second table, equal ones in one row, its own text first."""
     own, other = Branch((1,), WRONG, (), 0.25, -0.5), Branch((2,), RIGHT, (), 1.0, 0.25)
-    run = record_run(tmp_path, 1, branches=(own, other, other))
+    imitated = [[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]]
+    run = record_run(tmp_path, 1, imitated=imitated, branches=(own, other, other))
     (tmp_path / "trainer_state.json").write_text(
         json.dumps({"log_history": [{"step": step, "branches/advantage_std": 0.5 / step} for step in (1, 2)]})
     )
@@ -127,6 +121,7 @@ def test_the_branches_of_a_fork(tmp_path, page):
     until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
     rollouts, branches = browser.find_elements("css selector", ".rollouts")
     assert "advantage" not in rollouts.text
+    assert texts(browser, ".rollouts small") == ['imitated: " 51"', "left out of the imitation"]
     head, *rows = [re.sub(r"\s+", " ", row.text) for row in branches.find_elements("css selector", "tr")]
     assert head == "times similarity advantage branches of the student (words that differ are marked)"
     assert rows == [f"1 0.250 -0.500 {WRONG}", "2 1.000 +0.250 " + RIGHT.replace("51", "6151")]
