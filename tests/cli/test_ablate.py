@@ -214,10 +214,11 @@ def run(arguments):
     if folder.parent.name == "first":
         (folder / "_audits" / "rank-0.sqlite").touch()
     (folder / "arguments").write_text(" ".join(arguments[2:]))
-    (folder / "process").write_text(str(os.getpid()))
-    if "ENDS" in os.environ:
-        return 1
     try:
+        (folder / "begun").write_text(str(os.getpid()))
+        (folder / "begun").rename(folder / "process")
+        if "ENDS" in os.environ:
+            return 1
         time.sleep(100)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
