@@ -854,6 +854,29 @@ def test_imitated_tokens_of_the_students_own_text(make, trim, tiny_tokenizer):
     assert bool(inside) == bool(odd), "no chunk begins inside a character"
 
 
+@pytest.mark.parametrize(
+    ("before", "chunk", "rollout", "imitated"),
+    [
+        ("Tom has 3", " apples", "buys 4", " buys"),
+        ("Tom has 3", " apples", "4 apples", "4"),
+        ("Tom has 3", " apples", ". So", "."),
+        ("Tom has 3", " apples", "", None),
+        ("Tom has", " 3", "4 apples", " 4"),
+    ],
+    ids=["word", "digit", "punctuation", "nothing", "number"],
+)
+def test_the_space_before_a_single_rollout(before, chunk, rollout, imitated, tiny_tokenizer):
+    """No other rollout tells whether the service trims it. Where text follows without a space, none is added."""
+    ids = tiny_tokenizer(f"{before}{chunk}", add_special_tokens=False)["input_ids"]
+    start = len(tiny_tokenizer(before, add_special_tokens=False)["input_ids"])
+    found = Alignment(tiny_tokenizer).continuations(
+        ids, [Chunk(start, start + 4, start)], [chunk], [[rollout]], [], max_tokens=4
+    )
+    expected = tiny_tokenizer(imitated or "", add_special_tokens=False)["input_ids"]
+    assert found[0][0][: len(expected)] == tuple(expected)
+    assert bool(found[0][0]) == bool(imitated)
+
+
 def test_what_is_left_out_of_an_imitation(tiny_tokenizer):
     """Letters that join the student's last token, and special tokens that a rollout spells; nothing is no token."""
     alignment = Alignment(tiny_tokenizer)

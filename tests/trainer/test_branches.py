@@ -7,6 +7,7 @@ import math
 import re
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
@@ -20,8 +21,10 @@ from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method import Suffix
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
+from omniopd_trl.report.terminal import chunks_of
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
+from omniopd_trl.trainer.audit_table import data_frame, table_row
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
 from tests.support import training
@@ -473,13 +476,21 @@ def test_trajectories_without_recorded_branches_get_new_ones(tmp_path, tiny_mode
 
 
 def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
-    """The journal holds the branches of each fork that was asked for, and `omniopd audits` shows them.
+    """The journal holds the branches of each fork that was asked for. `omniopd audits` and `log_completions` show them.
 
-    It shows what is imitated of each rollout, too.
+    They show what is imitated of each rollout, too.
     """
-    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **IMITATION)
+    trainer = make_trainer(tmp_path, tiny_model_dir, log_completions=True, **BRANCHES, **IMITATION)
     kept = keep_forks(trainer)
     trainer.train()
+    recorded = [*chunks_of(read_audits(tmp_path, list_audits(tmp_path)))]
+    table = pq.read_table(tmp_path / "completions" / "audits_00001.parquet").to_pylist()
+    assert table == [table_row(chunk, trainer._audit_table.pieces) for chunk in recorded]
+    assert [sum(branch["count"] for branch in row["branches"]) for row in table] == [K + 1] * len(recorded)
+    assert "advantage" in capsys.readouterr().out
+    for text, row in zip(data_frame(table)["branches"], table, strict=True):
+        for branch in row["branches"]:
+            assert f"{branch['text']} (advantage {branch['advantage']:+.3f})" in text
     asked = 0
     for audit in read_audits(tmp_path, list_audits(tmp_path)):
         forks = {f.chunk.start: f for f in kept[audit.prompt[-1]["content"]].forks if f.diversity}
@@ -517,8 +528,9 @@ class Uncut(RecordingTrainer):
     _generate_single_turn = OmniOPDTrainer._generate_single_turn
 
 
-def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir):
+def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir, caplog):
     """A student without a choice: no request, no chunk loss, and the anchor leaves the forks out."""
+    logging.enable_propagation()
     teacher = Here()
     trainer = make_trainer(
         tmp_path, tiny_model_dir, teacher=teacher, top_k=1, importance_sampling_correction=False, **BRANCHES
@@ -536,16 +548,25 @@ def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir):
         (batch["audited_mask"].sum() / batch["completion_mask"].sum()).item()
     )
     assert "audit/posterior" not in logged
+    assert "or the branches of each fork have one text" in caplog.text
 
 
 def test_the_control_permutes_the_advantages_of_a_fork(tmp_path, tiny_model_dir):
-    """The rollouts and the advantages in the journal are those of the plain run; the weights are others."""
+    """The rollouts and the advantages in the journal are those of the plain run; the weights are others.
+
+    The journal holds the weights that were used: those of a chunk's last token, if no branch is equal to the chunk.
+    """
     steps = []
     for baseline in ("none", "shuffled"):
         trainer = make_trainer(tmp_path / baseline, tiny_model_dir, posterior_baseline=baseline, **BRANCHES)
         trainer.train()
-        audits = read_audits(tmp_path / baseline, list_audits(tmp_path / baseline))
+        audits = [*read_audits(tmp_path / baseline, list_audits(tmp_path / baseline))]
         advantages = [[b.advantage for b in chunk.branches] for audit in audits for chunk in audit.chunks]
+        for audit in audits:
+            used = trainer.batches[0]["weights"][audit.index]
+            assert [chunk.weight for chunk in audit.chunks] == pytest.approx(
+                [used[chunk.end - 1].item() for chunk in audit.chunks]
+            )
         steps.append((advantages, trainer.batches[0]["weights"], trainer.state.log_history[0]["branches/similarity"]))
     assert steps[0][0] == steps[1][0]
     assert steps[0][2] == steps[1][2]
