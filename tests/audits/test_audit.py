@@ -458,6 +458,21 @@ def test_a_trajectory_whose_anchors_are_all_certain_asks_nothing(tiny_tokenizer)
     assert chunk.chunk.anchor == 2
 
 
+def test_the_most_diverse_candidates_become_forks(tiny_tokenizer):
+    """Of four candidates two are kept. Equally diverse ones are taken by the entropy at their anchors."""
+    written, scores = trajectory(tiny_tokenizer, "abcdefghijklmnopqrstuvwx", {2: 1.0, 8: 4.0, 14: 2.0, 20: 3.0})
+    settings = {"num_chunks": 2, "fork_candidates": 4, "chunk_length": 4, "min_chunk_length": 4}
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]), chunk_placement="center", num_branches=1, **settings)
+    chunks = judge.candidates(written, scores)
+    assert [chunk.anchor for chunk in chunks] == [2, 8, 14, 20]
+    assert [chunk.anchor for chunk in judge.select(written, scores)] == [8, 20]
+    ids = written.completion_ids
+    branches = [[Branch(tuple(ids[c.start : c.end][:: 1 if c.anchor == 8 else -1]), "")] for c in chunks]
+    forks = judge.forks(written, scores, chunks, branches)
+    assert [(fork.chunk.anchor, fork.diversity) for fork in forks] == [(14, 0.5), (20, 0.5)]
+    assert forks[0].branches[1].text == tiny_tokenizer.decode(ids[14 - 2 : 14 + 2][::-1])
+
+
 def test_a_branch_that_ended_is_compared_with_whole_rollouts(tiny_tokenizer):
     """Not with rollouts of its own length, which would pay the student for ending early. Agreed forks ask nothing."""
     written, scores = trajectory(tiny_tokenizer, "First we add 3 and 4.", {})

@@ -16,6 +16,7 @@ from omniopd_trl.report.page import _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
 from omniopd_trl.trainer.plan import prompt_lengths
+from tests.support.judge import judge
 from tests.support.loopback import Loopback
 from tests.support.loopback.teachers import SERVICES, services
 from tests.support.teachers import Here, Unasked
@@ -205,6 +206,19 @@ def test_a_service_receives_it(tmp_path, tiny_model_dir, services, continuation)
     assert all(any(text in body for text in known) for body in bodies)
     ids = trainer.batches[0]["prompt_ids"]
     assert not any(MARK.strip() in text for text in trainer.processing_class.batch_decode(ids))
+
+
+def test_a_judge_reads_it(tmp_path, tiny_model_dir):
+    asked = []
+
+    def answer(prefix, index):
+        asked.append(prefix.prompt[1]["content"])
+        return judge(prefix, index)
+
+    make_trainer(tmp_path, tiny_model_dir, teacher=ScriptedTeacher(answer), signal="judge", **CONTEXT).train()
+    assert asked
+    known = [f"{question}{MARK}{context}" for question, context in answers().items()]
+    assert all(any(text in question for text in known) for question in asked)
 
 
 def test_the_forecast_counts_it(run):
