@@ -257,6 +257,7 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
                 "n": len(chunk.rollouts),
                 "mark": chunk.mark,
                 "imitated": [chunk.imitated_of(text) for text, *_ in chunk.distinct_rollouts() if chunk.imitated],
+                "branches": [(b.text, count, b.similarity, b.advantage) for b, count in chunk.distinct_branches()],
             }
         )
     last = trajectory.chunks[-1] if trajectory.chunks else None

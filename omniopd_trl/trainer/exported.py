@@ -240,8 +240,8 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         )
     if args.num_branches or recorded.get("num_branches"):
         raise ConfigError(
-            f"num_branches={args.num_branches or recorded['num_branches']}: an export holds no branches of the "
-            "student, and they cannot be sampled off-policy. Train with a teacher."
+            f"num_branches={args.num_branches or recorded['num_branches']}: branches are drawn from the "
+            "student that is trained, and those of an export are another student's. Train with a teacher."
         )
     if args.rollout_imitation and "min_anchor_entropy" not in recorded:
         raise ConfigError(

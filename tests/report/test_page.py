@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from omniopd_trl.audits.types import Branch
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
 from omniopd_trl.evals.evaluate import EvalSettings, evaluate
@@ -108,11 +109,17 @@ def test_a_link_leads_to_a_chunk(report, page):
     assert current.text.strip() == WRONG
 
 
-def test_what_is_imitated_of_a_rollout(tmp_path, page):
-    run = record_run(tmp_path, 1, imitated=[[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]])
+def test_branches_and_what_is_imitated_of_a_rollout(tmp_path, page):
+    branches = [(WRONG, 0.25, -0.5), (RIGHT, 1.0, 0.25), (RIGHT, 1.0, 0.25)]
+    branches = tuple(Branch((index,), text, (), *numbers) for index, (text, *numbers) in enumerate(branches))
+    run = record_run(tmp_path, 1, imitated=[[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]], branches=branches)
     browser = page(write(tmp_path, run), "#t=0.0.0.0&c=1")
     until(lambda: texts(browser, ".panel h3") == ["Chunk 2 of 2"])
     assert texts(browser, ".rollouts small") == ['imitated: " 51"', "left out of the imitation"]
+    own, other = texts(browser, ".branches tbody tr")
+    assert own == f"10.250-0.500{WRONG}"
+    assert other.startswith("21.000+0.250")
+    assert texts(browser, ".branches ins") == ["51", "51"]
 
 
 def test_the_fork_is_marked(report, page):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Trajectory
 from omniopd_trl.demo import asset_path
 from omniopd_trl.journal.schema import Shown
 from omniopd_trl.method.chunks import Chunk
@@ -36,6 +36,7 @@ def record_run(
     student: str = STUDENT,
     different_prompts: int = 0,
     imitated: list[list[str | None]] | None = None,
+    branches: tuple[Branch, ...] = (),
     **overrides,
 ) -> Path:
     """Record audits of `steps` steps, `per_step` trajectories each. Every second one is right.
@@ -43,7 +44,7 @@ def record_run(
     The prompts are `PROMPTS`, or this many others.
 
     The first chunk of each trajectory is a part of the equation, with its fork after two tokens. The second one is the
-    result. `imitated` holds what is imitated of each of their rollouts.
+    result, which has the `branches`. `imitated` holds what is imitated of each of their rollouts.
     """
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     with journal(folder, num_processes=1, settings={"num_chunks": 2, "num_rollouts": 4, "seed": 0}, **overrides) as j:
@@ -71,6 +72,7 @@ def record_run(
                     (similar,) * 3 + (1.25 - similar,),
                     0.8,
                     0.2 + similar / 2,
+                    branches,
                 )
                 j.record_usage(step, index, Usage(100, 10, 30, 0), 0.001)
                 whole = Audit(

@@ -511,9 +511,10 @@ def test_a_process_whose_branches_are_recorded_takes_part(tmp_path, tiny_model_d
 
 
 def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
-    """The journal holds the branches of each fork that was asked for. `omniopd audits` and `log_completions` show them.
+    """The journal holds the branches of each fork that was asked for.
 
-    They show what is imitated of each rollout, too.
+    `omniopd audits`, the tables of `log_completions` and the export show them. The first two show what is imitated of
+    each rollout, too.
     """
     trainer = make_trainer(tmp_path, tiny_model_dir, log_completions=True, **BRANCHES, **IMITATION)
     kept = keep_forks(trainer)
@@ -523,6 +524,11 @@ def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
     assert table == [table_row(chunk, trainer._audit_table.pieces) for chunk in recorded]
     assert [sum(branch["count"] for branch in row["branches"]) for row in table] == [K + 1] * len(recorded)
     assert "advantage" in capsys.readouterr().out
+    assert main(["export", str(tmp_path)]) == 0
+    exported = pq.read_table(tmp_path / "_export" / "data").to_pylist()
+    assert [[b["advantage"] for b in chunk["branches"]] for row in exported for chunk in row["chunks"]] == [
+        [branch.advantage for branch in one.chunk.branches] for one in recorded
+    ]
     for text, row in zip(data_frame(table)["branches"], table, strict=True):
         for branch in row["branches"]:
             assert f"{branch['text']} (advantage {branch['advantage']:+.3f})" in text

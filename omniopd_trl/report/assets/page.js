@@ -145,14 +145,15 @@
   };
 
   const panel = (audit, at) => {
-    const { text, prior, posterior, weight, rollouts, k, n, mark, imitated } = audit.chunks[at];
+    const { text, prior, posterior, weight, rollouts, k, n, mark, imitated, branches } = audit.chunks[at];
     const values = [...(mark === null ? [] : [["mark of the judge", number(mark)]]),
       ...(n ? [["k_sem, sum of similarities", `${number(k)} of ${n}`]] : []), ["prior", number(prior)],
       ["posterior", number(posterior)], ["weight in the loss", number(weight)]];
     const cards = make("dl", { className: "cards" }, ...values.map(([name, value]) => (
       make("div", {}, make("dt", { text: name }), make("dd", { text: value })))));
-    const head = make("thead", {}, make("tr", {}, ...["times", "similarity", "the teacher wrote (words that differ are marked)"].map(
-      (name) => make("th", { scope: "col", text: name }))));
+    const table = (className, names, ...rows) => make("table", { className },
+      make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col", text: name })))), make("tbody", {}, ...rows));
+    const differs = "(words that differ are marked)";
     const similarity = (value) => {
       const bar = make("meter", { min: 0, max: 1, value });
       bar.setAttribute("aria-hidden", "true");
@@ -162,11 +163,16 @@
       make("td", { className: "words", text }));
     const part = (at) => (at < imitated.length ? [make("small", { className: "muted",
       text: imitated[at] === null ? "left out of the imitation" : `imitated: ${JSON.stringify(imitated[at])}` })] : []);
-    const body = make("tbody", {}, student, ...rollouts.map(([rollout, count, value], at) => make("tr", {},
+    const written = rollouts.map(([rollout, count, value], at) => make("tr", {},
       make("td", { text: count }), similarity(value),
-      make("td", { className: "words" }, ...difference(text, rollout), ...part(at).flatMap((small) => [make("br"), small])))));
+      make("td", { className: "words" }, ...difference(text, rollout), ...part(at).flatMap((small) => [make("br"), small]))));
+    // The first branch is the chunk itself.
+    const ofFork = branches.map(([branch, count, value, advantage]) => make("tr", {},
+      make("td", { text: count }), similarity(value), make("td", { text: `${advantage > 0 ? "+" : ""}${number(advantage)}` }),
+      make("td", { className: "words" }, ...difference(text, branch))));
     return [make("h3", { text: `Chunk ${at + 1} of ${audit.chunks.length}` }), cards,
-      make("table", { className: "rollouts" }, head, body)];
+      table("rollouts", ["times", "similarity", `the teacher wrote ${differs}`], student, ...written),
+      ...(branches.length ? [table("rollouts branches", ["times", n ? "similarity" : "mark", "advantage", `the student's branches ${differs}`], ...ofFork)] : [])];
   };
 
   // Text nodes and spans for the characters from `start` to `end`. Offsets count characters, as Python does.
