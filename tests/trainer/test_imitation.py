@@ -64,7 +64,7 @@ def test_rollouts_that_the_trajectory_shares(tmp_path, tiny_model_dir, tiny_toke
 def test_a_single_rollout_of_a_service_that_trims(
     tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch, services, continuation
 ):
-    """A teacher that writes what the student writes: all similarities are 1, and the student's own tokens are trained."""
+    """A teacher that writes what the student writes: similarities are 1, and the student's own tokens are imitated."""
 
     def rest(messages, index):
         said = messages[-1]["content"]
