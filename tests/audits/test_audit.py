@@ -34,6 +34,7 @@ from omniopd_trl.teachers.remote.engine import Capabilities
 from tests.support.audits import audit_settings
 from tests.support.corpus import STUDENT_LINES
 from tests.support.journals import journal
+from tests.support.judge import judge, numbered
 from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 from tests.support.services import FINAL, Scripted
 
@@ -493,6 +494,19 @@ def test_a_branch_that_ended_is_compared_with_whole_rollouts(tiny_tokenizer):
     assert audit.agreed == (same,)
     [(prefixes, _)] = teacher.calls
     assert [prefix.completion for prefix in prefixes] == [tiny_tokenizer.decode(ids[:5])]
+
+
+def test_a_judge_is_not_told_which_branch_is_the_trajectorys(tiny_tokenizer):
+    """The candidates of a fork are in alphabetical order."""
+    written, scores = trajectory(tiny_tokenizer, "abcdefghijklmnop", {})
+    ids, chunk = written.completion_ids, Chunk(8, 12, 8)
+    teacher = Recorder(judge)
+    marking = auditor(tiny_tokenizer, teacher, signal="judge")
+    forks = marking.forks(written, scores, [chunk], [[Branch(tuple(ids[start : start + 4]), "") for start in (12, 0)]])
+    [audited] = asyncio.run(marking.audit(replace(written, forks=forks), scores)).chunks
+    assert [branch.text for branch in audited.branches] == ["ijkl", "mnop", "abcd"]
+    [([question], _)] = teacher.calls
+    assert numbered(question.prompt[1]["content"], "candidate") == {1: "abcd", 2: "ijkl", 3: "mnop"}
 
 
 def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):

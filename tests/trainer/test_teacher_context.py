@@ -9,12 +9,15 @@ import torch
 from datasets import Dataset
 
 from omniopd_trl import OmniOPDConfig
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
+from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.report.page import _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
+from omniopd_trl.trainer.metrics import context_ratios
 from omniopd_trl.trainer.plan import prompt_lengths
 from tests.support.judge import judge
 from tests.support.loopback import Loopback
@@ -83,6 +86,13 @@ def test_the_share_of_quotations_is_logged(run, tmp_path, tiny_model_dir):
     plain = make_trainer(tmp_path, tiny_model_dir)
     plain.train()
     assert "rollouts/context_quoted" not in plain.state.log_history[0]
+
+
+@pytest.mark.parametrize(("prefix", "quoted"), [("It is ", 1), ("It is 12, so ", 0)])
+def test_what_the_student_wrote_before_is_no_quotation(prefix, quoted):
+    chunk = ChunkAudit(Chunk(0, 4, 0), prefix, "x", ("12 apples",), (0.5,), 0.5, 0.5)
+    trajectory = Trajectory("How many?", [], [], teacher_context="12")
+    assert context_ratios([Audit((chunk,))], [trajectory]) == {"rollouts/context_quoted": (quoted, 1)}
 
 
 def test_records_show_it(run, capsys, tmp_path):
