@@ -27,7 +27,7 @@ from omniopd_trl.models.tree_attention import attention_window, last_hidden_stat
 from omniopd_trl.report.terminal import chunks_of
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
-from omniopd_trl.trainer.audit_table import data_frame, table_row
+from omniopd_trl.trainer.audit_table import data_frame, table_row, trace_of
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
 from omniopd_trl.trainer.step_audits import StepAudits
@@ -529,6 +529,7 @@ def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
     assert [[b["advantage"] for b in chunk["branches"]] for row in exported for chunk in row["chunks"]] == [
         [branch.advantage for branch in one.chunk.branches] for one in recorded
     ]
+    assert [trace_of(one)["metadata"]["branches"] for one in recorded] == [row["branches"] for row in table]
     for text, row in zip(data_frame(table)["branches"], table, strict=True):
         for branch in row["branches"]:
             assert f"{branch['text']} (advantage {branch['advantage']:+.3f})" in text
