@@ -323,8 +323,8 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
     }
     name = repo_id or "FOLDER"
     branches = (
-        f"\nThe run trained {settings['num_branches']} branches of the student beside each chunk. They are those of its\n"
-        "student, so this dataset can train the recorded chunks in the paper's form only.\n"
+        f"\nThe run trained {settings['num_branches']} branches of the student beside each chunk. They are those of\n"
+        "its student, so this dataset can train the recorded chunks in the paper's form only.\n"
         if settings.get("num_branches")
         else ""
     )

@@ -241,8 +241,8 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
     if args.num_branches:
         raise ConfigError(
             f"num_branches={args.num_branches}: branches are drawn from the student that is trained, and those of an "
-            "export are another student's. Set num_branches=0 to train its chunks in the paper's form, or train with a "
-            "teacher."
+            "export are another student's. Set num_branches=0 to train its chunks in the paper's form, or train with "
+            "a teacher."
         )
     if args.rollout_imitation and "min_anchor_entropy" not in recorded:
         raise ConfigError(
