@@ -6,20 +6,24 @@ import argparse
 import json
 import multiprocessing
 import os
-import queue
 import re
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.cli.options import apply_env, check_names, check_recipe, option_hints
 from omniopd_trl.cli.recipes import recipe_files
+from omniopd_trl.cli.train import ControlC
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
+from omniopd_trl.journal.file import journals_of
 
 # Written when a run has ended well, in its folder.
 FINISHED, RECIPE, LOG = "finished.json", "recipe.yaml", "log.txt"
@@ -135,6 +139,7 @@ def ablate(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: when the plan cannot be used.
         DataError: when a run failed, after the others have ended.
+        KeyboardInterrupt: as `run_all`.
     """
     plan = read_plan(options.plan, seeds=options.seeds, names=options.rows)
     folder = Path(options.output_dir or Path("runs", Path(options.plan).stem))
@@ -144,7 +149,10 @@ def ablate(options: argparse.Namespace) -> None:
     if number < 1:
         raise ConfigError(f"--jobs is {number}, but it must be at least 1.")
     apply_env(plan.recipe)  # inherited by the process that runs are forked from
-    failed = run_all([job for job in jobs if not job.is_finished], number, devices, plan.recipe.get("env"))
+    try:
+        failed = run_all([job for job in jobs if not job.is_finished], number, devices, plan.recipe.get("env"))
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("The same command continues.") from error
     results: dict[int, dict[int, Result]] = {}
     for job in jobs:
         if job.is_finished:
@@ -209,7 +217,7 @@ def jobs_of(plan: Plan, folder: Path) -> list[Job]:
     """The runs of a plan, seed by seed.
 
     Raises:
-        ConfigError: when the folder of one holds a run with other settings.
+        ConfigError: when one would measure nothing, or its folder holds a run with other settings.
     """
     jobs = []
     for seed in plan.seeds:
@@ -224,9 +232,23 @@ def jobs_of(plan: Plan, folder: Path) -> list[Job]:
                 "log_completions": True,
                 "num_completions_to_print": 1,
             }
+            _check_evaluated(row.name, recipe)
             _check_unchanged(place, recipe)
             jobs.append(Job(number, seed, place, recipe, row.solutions))
     return jobs
+
+
+def _check_evaluated(name: str, recipe: Mapping[str, Any]) -> None:
+    evaluates = any(recipe.get(option) for option in ("do_eval", "eval_on_start", "evaluate_teacher"))
+    if not evaluates and recipe.get("eval_strategy", False) in (False, "no"):
+        raise ConfigError(
+            f"The row {name!r} has no `eval_strategy`, so its runs would not be evaluated. Set it, for example to "
+            "`steps` with `eval_steps`, in the plan's `options`."
+        )
+    if recipe.get("save_audits", True) is False:
+        raise ConfigError(
+            f"The row {name!r} has `save_audits: false`, and the table is read from the journals. Leave it out."
+        )
 
 
 def _check_unchanged(folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -253,37 +275,61 @@ def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any =
         number: runs at a time.
         devices: GPUs; each run gets one of them.
         env: the environment variables of this process that a recipe sets.
+
+    Raises:
+        KeyboardInterrupt: after Control-C, when the runs have ended as `omniopd train` does. No other is started.
     """
     methods = multiprocessing.get_all_start_methods()
     forks = "forkserver" if "forkserver" in methods else "spawn"
     multiprocessing.get_context(forks).set_forkserver_preload([*_IMPORTED])
-    free: queue.Queue[str | None] = queue.Queue()
-    for slot in range(number):
-        free.put(devices[slot % len(devices)] if devices else None)
+    free = deque(devices[slot % len(devices)] if devices else None for slot in range(number))
+    waiting = deque(jobs)
+    running: list[_Run] = []
+    # Control-C is blocked except in `_wait`, where each process that was started is known. A new process starts with the
+    # signal blocked, and unblocks it when it can handle it.
+    if forks == "forkserver":
+        resource_tracker.ensure_running()  # unblocks the signal when it starts
+    _mask_control_c(True)
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, device = waiting.popleft(), free.popleft()
+                # CUDA allows no fork, and libraries read their variables when they are imported.
+                fresh = device is not None or job.recipe.get("env") != env
+                _say(f"{job.folder}: started")
+                running.append(_Run(job, device, "spawn" if fresh else forks))
+            _wait(running)
+            for run in [run for run in running if run.has_ended()]:
+                running.remove(run)
+                free.append(run.device)
+                _say(f"{run.job.folder}: {'done' if run.job.is_finished else 'FAILED'} after {run.seconds:.0f} s")
+    except BaseException:
+        for run in running:
+            run.interrupt()
+        _wait(running, all)
+        raise
+    finally:
+        for run in running:  # after a second Control-C
+            run.process.kill()
+        _mask_control_c(False)
+    return [job for job in jobs if not job.is_finished]
 
-    def run(job: Job) -> bool:
-        device = free.get()
-        try:
-            sys.stdout.write(f"{job.folder}: started\n")
-            sys.stdout.flush()
-            start = time.perf_counter()
-            # CUDA allows no fork, and libraries read their variables when they are imported.
-            fresh = device is not None or job.recipe.get("env") != env
-            code = run_job(job, device, "spawn" if fresh else forks)
-            seconds = time.perf_counter() - start
-            sys.stdout.write(f"{job.folder}: {'done' if code == 0 else 'FAILED'} after {seconds:.0f} s\n")
-            sys.stdout.flush()
-            return code == 0
-        finally:
-            free.put(device)
 
-    with ThreadPoolExecutor(number) as pool:
-        done = list(pool.map(run, jobs))
-    return [job for job, ended_well in zip(jobs, done, strict=True) if not ended_well]
+def _mask_control_c(blocked: bool) -> None:
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def run_job(job: Job, device: str | None, start_method: str = "spawn") -> int:
-    """Run one job in a process of its own, with its output in a file. Returns the exit code.
+def _wait(running: "Sequence[_Run]", enough: Callable[[Sequence[bool]], bool] = any) -> None:
+    """Wait until the process of any run, or of all, has ended. Control-C interrupts it."""
+    _mask_control_c(False)
+    while not enough([run.process.exitcode is not None for run in running]):
+        connection.wait([run.process.sentinel for run in running if run.process.exitcode is None])
+    _mask_control_c(True)
+
+
+class _Run:
+    """A job in processes of its own, one after the other, with their output in a file.
 
     A run that was interrupted is resumed: it replays its journal, and pays nothing twice.
 
@@ -292,26 +338,47 @@ def run_job(job: Job, device: str | None, start_method: str = "spawn") -> int:
         device: its GPU; `None` without one.
         start_method: start method of `multiprocessing`.
     """
-    import yaml
 
-    job.folder.mkdir(parents=True, exist_ok=True)
-    path = job.folder / RECIPE
-    resumes = (job.folder / "_audits").exists() or any(job.folder.glob("checkpoint-*"))
-    path.write_text(yaml.safe_dump(dict(job.recipe), sort_keys=False), encoding="utf-8")
-    commands = [["train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]]
-    if job.solutions is not None:
-        commands.insert(0, ["solutions", "--config", str(path), *words_of(job.solutions)])
-    context: Any = multiprocessing.get_context(start_method)
-    start = time.perf_counter()
-    for command in commands:
-        process = context.Process(target=_run_command, args=(command, str(job.folder / LOG), device))
-        process.start()
-        process.join()
-        if process.exitcode:
-            return int(process.exitcode)
-    seconds = time.perf_counter() - start
-    (job.folder / FINISHED).write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
-    return 0
+    def __init__(self, job: Job, device: str | None, start_method: str):
+        import yaml
+
+        self.job, self.device, self.start_method = job, device, start_method
+        path = job.folder / RECIPE
+        # `omniopd train` refuses to resume where there is nothing yet.
+        resumes = journals_of(job.folder) or any(job.folder.glob("checkpoint-*/trainer_state.json"))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(dict(job.recipe), sort_keys=False), encoding="utf-8")
+        self.commands = [["train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]]
+        if job.solutions is not None:
+            self.commands.insert(0, ["solutions", "--config", str(path), *words_of(job.solutions)])
+        self.began = time.perf_counter()
+        self._start()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _start(self) -> None:
+        context: Any = multiprocessing.get_context(self.start_method)
+        arguments = (self.commands.pop(0), str(self.job.folder / LOG), self.device)
+        self.process = context.Process(target=_run_command, args=arguments)
+        self.process.start()
+
+    def has_ended(self) -> bool:
+        """Whether the last command has ended, or one has failed. Starts the next one if there is one."""
+        code = self.process.exitcode
+        if code == 0 and self.commands:
+            self._start()
+            return False
+        if code == 0:
+            result = {"seconds": self.seconds}
+            (self.job.folder / FINISHED).write_text(json.dumps(result) + "\n", encoding="utf-8")
+        return code is not None
+
+    def interrupt(self) -> None:
+        """Send Control-C. From a terminal, the process has it already, and treats both as one."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGINT)
 
 
 def _run_command(command: Sequence[str], log: str, device: str | None) -> None:
@@ -321,13 +388,34 @@ def _run_command(command: Sequence[str], log: str, device: str | None) -> None:
         os.dup2(stream, target)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    if command[0] == "train":
-        from omniopd_trl.cli.train import run
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    ControlC().install()
+    try:
+        _mask_control_c(False)
+        if command[0] == "train":
+            from omniopd_trl.cli.train import run
 
-        sys.exit(run(command[1:]))
-    from omniopd_trl.cli.main import main
+            code = run(command[1:])
+        else:
+            from omniopd_trl.cli.main import main
 
-    sys.exit(main(command))
+            code = main(command)
+    except KeyboardInterrupt:  # before the command has begun
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    """End this process when the command that started it was killed: a run alone would continue to pay the teacher."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
@@ -359,7 +447,8 @@ def read_result(folder: Path) -> Result:
     tables = sorted((folder / "completions").glob("eval_*.parquet"))
     if not scores or not tables:
         raise DataError(
-            f"{folder} was not evaluated. A plan needs `eval_strategy`, and an evaluation set with answers."
+            f"{folder} was not evaluated: its evaluation set needs a column `answer` or `solution`. Name another set "
+            "in the plan, and another folder with --output_dir."
         )
     rows = pyarrow.parquet.read_table(tables[-1]).to_pylist()
     problems: dict[str, list[float]] = {}

@@ -15,6 +15,9 @@ from omniopd_trl.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from trl import DatasetMixtureConfig
+
+    from omniopd_trl.cli.recipe import OmniOPDScriptArguments
 
 # Options of TRL for vLLM and the arguments of its engine. Their defaults leave room for training, so only those that
 # are set are passed.
@@ -165,7 +168,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             teacher_model_revision=model_args.model_revision,
             teacher_chat_template_kwargs=None,
         )
-    problems = _problems(script_args, dataset_args, explicit["dataset_test_split"], options.limit)
+    split, trains_on_it = explicit["dataset_test_split"], options.dataset is None
+    problems = load_problems(script_args, dataset_args, split, options.limit, is_training_data=trains_on_it)
     context = args.teacher_context if options.with_teacher_context else NO_CONTEXT
     if options.with_teacher_context and context.column is None:
         raise ConfigError(
@@ -203,14 +207,25 @@ def _is_true(value: Any) -> bool:
     return str(value).lower() in ("true", "yes", "t", "y", "1")
 
 
-def _problems(script_args: Any, dataset_args: Any, split: str | None, limit: int | None) -> "Dataset":
-    """The problems of the command line or of the recipe, with the prompts of the trainer's evaluation.
+def load_problems(
+    script_args: "OmniOPDScriptArguments",
+    dataset_args: "DatasetMixtureConfig",
+    split: str | None = None,
+    limit: int | None = None,
+    *,
+    is_training_data: bool = False,
+) -> "Dataset":
+    """The problems of the command line or of a recipe, with the prompts of the trainer's evaluation.
 
     Args:
         script_args: options of the dataset and its prompts.
         dataset_args: the recipe's mixture of datasets, if it has one.
         split: the split that was named; `None` for that of a set, `test`, or the only one.
         limit: number of problems, the first ones; `None` for all.
+        is_training_data: whether a recipe trains on the dataset. Its training split then has to be named.
+
+    Raises:
+        ConfigError, DataError: when they cannot be loaded, or are those that a recipe trains on.
     """
     from datasets import Dataset
 
@@ -221,19 +236,32 @@ def _problems(script_args: Any, dataset_args: Any, split: str | None, limit: int
 
     name = script_args.dataset_name or ""
     template = None if script_args.prompt_template is None else resolve_template(script_args.prompt_template)
-    is_set = name.partition("@")[0] in BENCHMARKS or name.startswith((BENCHMARK, GYM))
+    known = name.removeprefix(BENCHMARK).partition("@")[0]
+    is_set = known in BENCHMARKS or name.startswith((BENCHMARK, GYM))
     if is_set and "," not in name:
+        if is_training_data and split is None and known in BENCHMARKS and BENCHMARKS[known].purpose == "training":
+            raise _trained_on(name, BENCHMARKS[known].split)
         problems = load_benchmark(name, split=split, limit=limit)
         if template is not None and name.startswith(GYM):
             problems = problems.remove_columns("prompt")
     else:
         splits = load_splits(script_args, dataset_args)
-        problems = get_split(splits, split or only_split(splits, "test"), "--split")
+        chosen = split or only_split(splits, "test")
+        if is_training_data and split is None and chosen == script_args.dataset_train_split:
+            raise _trained_on(name or "the mixture", chosen)
+        problems = get_split(splits, chosen, "--split")
         if limit is not None:
             problems = problems.take(limit)
         if not isinstance(problems, Dataset):
             problems = Dataset.from_list(list(problems))
     return prepare_prompts(problems, template)
+
+
+def _trained_on(name: str, split: str) -> ConfigError:
+    return ConfigError(
+        f"The recipe's dataset, {name}, has only the split {split!r}, which the recipe trains on. Name problems to "
+        f"evaluate on with `--dataset`, or add `--split {split}` to evaluate on these."
+    )
 
 
 def _compare(folders: Sequence[str], is_json: bool) -> None:

@@ -204,8 +204,8 @@ def main(args: Sequence[str] | None = None) -> int:
             recipes(options.name)
         else:
             options.call(options)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(" ".join(["Interrupted.", *map(str, error.args)]) + "\n")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # such as of `omniopd audits runs/demo --jsonl | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end

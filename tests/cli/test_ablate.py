@@ -3,16 +3,31 @@
 """`omniopd ablate`: plans, runs that continue, and the table."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
 
+import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
 from omniopd_trl.cli import ablate
-from omniopd_trl.cli.ablate import Plan, Result, Row, jobs_of, markdown, read_plan, summarize, words_of
+from omniopd_trl.cli.ablate import Plan, Result, Row, jobs_of, markdown, read_plan, read_result, summarize, words_of
 from omniopd_trl.cli.main import main
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
+from omniopd_trl.journal.file import journals_of
+from omniopd_trl.report.runs import Run
+from omniopd_trl.teachers import Usage
 from tests.support import ROOT
+from tests.support.commands import ENVIRONMENT
+from tests.support.journals import journal
 from tests.support.training import questions
 
 PLANS = sorted((ROOT / "recipes" / "plans").glob("*.yaml"))
@@ -60,13 +75,77 @@ def test_rows_and_seeds_can_be_chosen(tmp_path):
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
-    plan = Plan({"beta": 0.1}, [0], [Row("a", {})])
+    evaluated = {"eval_strategy": "steps"}
+    plan = Plan({"beta": 0.1, **evaluated}, [0], [Row("a", {})])
     (job,) = jobs_of(plan, tmp_path)
     job.folder.mkdir(parents=True)
     (job.folder / ablate.RECIPE).write_text(yaml.safe_dump(dict(job.recipe)))
     assert jobs_of(plan, tmp_path) == [job]
     with pytest.raises(ConfigError, match=r"`beta` was 0.1 and is 0.2.*--output_dir"):
-        jobs_of(Plan({"beta": 0.2}, [0], [Row("a", {})]), tmp_path)
+        jobs_of(Plan({"beta": 0.2, **evaluated}, [0], [Row("a", {})]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({}, "has no `eval_strategy`"),
+        ({"eval_strategy": False}, "has no `eval_strategy`"),  # `no` in YAML
+        ({"eval_strategy": "no"}, "has no `eval_strategy`"),
+        ({"do_eval": True, "save_audits": False}, "`save_audits: false`"),
+    ],
+)
+def test_runs_that_measure_nothing_are_refused(tmp_path, recipe, message):
+    with pytest.raises(ConfigError, match=f"The row 'b' .*{message}"):
+        jobs_of(Plan({"do_eval": True}, [0], [Row("a", {}), Row("b", {"do_eval": False, **recipe})]), tmp_path)
+
+
+class TestResult:
+    """What is read from the folder of a run."""
+
+    @pytest.fixture
+    def record(self, tmp_path):
+        """A function that writes what a run leaves: its log, tokens, evaluations by step, and time."""
+
+        def record(logs, evaluations=None):
+            with journal(tmp_path, num_processes=1, rank=0) as j:
+                for entry in logs:
+                    j.record_log(entry)
+                j.record_usage(0, 0, Usage(prompt_tokens=100, completion_tokens=10), 0.25)
+                j.record_usage(1, 0, Usage(prompt_tokens=50, completion_tokens=5), 0.5)
+            (tmp_path / "completions").mkdir()
+            for step, scores in (evaluations or {}).items():
+                rows = [{"prompt": prompt, "pass@1": score} for prompt, score in scores]
+                path = tmp_path / "completions" / f"eval_{step:05d}.parquet"
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            (tmp_path / ablate.FINISHED).write_text('{"seconds": 12.5}')
+            return tmp_path
+
+        return record
+
+    def test_all_numbers(self, record):
+        """Of the last evaluation, with several samples of a problem averaged."""
+        first = {"step": 0, "eval_pass@1": 0.25, "eval_kl/unaudited": 0.0, "eval_completions/mean_length": 80}
+        last = {"step": 20, "eval_pass@1": 0.75, "eval_kl/unaudited": 0.02, "eval_completions/mean_length": 90}
+        folder = record(
+            [first, {"step": 10, "loss": 1.0}, {**last, "eval_completions/copied_share": 0.125}],
+            {0: [("p", 0.0), ("q", 0.5)], 20: [("p", 1.0), ("q", 1.0), ("p", 0.0), ("q", 1.0)]},
+        )
+        numbers = {"before": 0.25, "after": 0.75, "kl": 0.02, "length": 90, "copied": 0.125, "seconds": 12.5}
+        paid = {"read": 150, "written": 15, "usd": 0.75}
+        assert read_result(folder) == Result(problems={"p": 0.5, "q": 1.0}, **numbers, **paid)
+
+    def test_without_an_evaluation_at_the_start(self, record):
+        found = read_result(record([{"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]}))
+        assert (found.before, found.after, found.kl, found.length, found.copied) == (None, 1.0, None, None, None)
+
+    @pytest.mark.parametrize(
+        ("logs", "evaluations"),
+        [([{"step": 20, "loss": 1.0}], {}), ([{"step": 20, "eval_loss": 1.0}], {20: [("p", 1.0)]})],
+        ids=["no evaluation", "no answers"],
+    )
+    def test_a_run_that_never_evaluated(self, record, logs, evaluations):
+        with pytest.raises(DataError, match="was not evaluated"):
+            read_result(record(logs, evaluations))
 
 
 def result(after, problems, **overrides):
@@ -121,10 +200,112 @@ def test_words_of_a_command():
     assert words_of({"num_prompts": 64, "verified": True, "dry_run": False}) == ["--num_prompts", "64", "--verified"]
 
 
+class TestInterrupted:
+    """Signals to the command. The training is a few lines, the processes and signals are real."""
+
+    TRAINING = """
+import os, sys, time
+from pathlib import Path
+from omniopd_trl.cli import train
+
+def run(arguments):
+    folder = Path(arguments[arguments.index("--config") + 1]).parent
+    (folder / "_audits").mkdir(exist_ok=True)
+    if folder.parent.name == "first":
+        (folder / "_audits" / "rank-0.sqlite").touch()
+    (folder / "arguments").write_text(" ".join(arguments[2:]))
+    (folder / "process").write_text(str(os.getpid()))
+    if "ENDS" in os.environ:
+        return 1
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        time.sleep(0.1)  # for a second signal
+        return 130
+
+train.run = run
+"""
+    COMMAND = (
+        "import sys; from omniopd_trl.cli import ablate, main; ablate._IMPORTED = ['training']; sys.exit(main.main())"
+    )
+
+    @pytest.fixture
+    def start(self, tmp_path):
+        """A function that starts the command on two rows and two seeds, with two runs at a time."""
+        (tmp_path / "training.py").write_text(self.TRAINING)
+        plan = {"config": "demo", "seeds": [0, 1], "rows": [{"name": "first"}, {"name": "second"}]}
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+
+        def start(**environment):
+            paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+            return subprocess.Popen(
+                [sys.executable, "-c", self.COMMAND, "ablate", "plan.yaml", "--jobs", "2"],
+                cwd=tmp_path,
+                env={**ENVIRONMENT, **paths, **environment},
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        return start
+
+    @staticmethod
+    def processes(tmp_path, number):
+        """The processes of the runs, when this many have begun."""
+        return wait_for(lambda: len(files := list(tmp_path.rglob("process"))) == number and files)
+
+    @pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+    def test_control_c(self, tmp_path, start, to_all):
+        """The runs are interrupted once, no other is started, and the same command continues."""
+        command = start()
+        ids = [int(path.read_text()) for path in self.processes(tmp_path, 2)]
+        (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
+        output, errors = command.communicate(timeout=30)
+        assert command.returncode == 128 + signal.SIGINT
+        assert errors == "Interrupted. The same command continues.\n"
+        assert output == "".join(f"runs/plan/{row}/seed-0: started\n" for row in ("first", "second"))
+        assert not any(map(is_running, ids))
+        folders = [tmp_path / "runs" / "plan" / row / f"seed-{seed}" for seed in (0, 1) for row in ("first", "second")]
+        assert [folder.exists() for folder in folders] == [True, True, False, False]
+        assert [(folder / ablate.LOG).read_text() for folder in folders[:2]] == ["interrupted\n"] * 2
+        output, errors = start(ENDS="1").communicate(timeout=30)
+        assert output.count("started") == output.count("FAILED") == 4
+        assert "4 of 4 runs failed" in errors
+        # Only where there is something to resume from.
+        arguments = [(folder / "arguments").read_text() for folder in folders]
+        assert arguments == ["--resume_from_checkpoint true", "", "", ""]
+
+    def test_killed(self, tmp_path, start):
+        """A run does not survive the command, which could no longer stop it from paying the teacher."""
+        command = start()
+        ids = [int(path.read_text()) for path in self.processes(tmp_path, 2)]
+        command.kill()
+        command.communicate(timeout=30)
+        assert wait_for(lambda: not any(map(is_running, ids)))
+
+
+def wait_for(condition, seconds=60):
+    """What a condition returns, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return result
+
+
+def is_running(process):
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_grid_is_trained_and_continued(tmp_path, tiny_model_dir, monkeypatch, capsys):
-    """One of three runs fails. Started again with the cause removed, only that one runs."""
+def test_a_grid_is_interrupted_and_continued(tmp_path, tiny_model_dir, monkeypatch, capsys):
+    """A run in a forked process that is interrupted and resumed has the numbers of one in a fresh process.
+
+    The second run fails at first. Started again with the cause removed, only that one runs.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -133,30 +314,46 @@ def test_a_grid_is_trained_and_continued(tmp_path, tiny_model_dir, monkeypatch, 
         questions(8).to_json(tmp_path / "problems" / f"{name}.jsonl")
     recipe = {
         **{"model_name_or_path": str(tiny_model_dir), "teacher_model_name_or_path": "scripted"},
-        **{"dataset_name": "problems", "dataset_test_split": "test", "max_steps": 2, "max_completion_length": 12},
-        **{"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
-        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
+        **{"dataset_name": "problems", "dataset_test_split": "test", "max_steps": 4, "max_completion_length": 12},
+        **{"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True},
+        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1},
         **{"chunk_length": 4, "min_chunk_length": 2, "num_chunks": 2, "save_strategy": "no", "num_rollouts": 2},
+        "learning_rate": 0.01,
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
-    rows = [{"name": "first"}, {"name": "high beta", "options": {"beta": 0.5}}, {"name": "broken"}]
-    rows[2]["options"] = {"model_name_or_path": str(tmp_path / "copy")}
+    # Libraries read their variables when they are imported, so a row that sets one gets a fresh process.
+    fresh = {"model_name_or_path": str(tmp_path / "copy"), "env": {"OMP_NUM_THREADS": "1"}}
+    rows = [{"name": "forked"}, {"name": "fresh", "options": fresh}]
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"config": "base.yaml", "rows": rows}))
+    folders = [tmp_path / "runs" / "plan" / row["name"] / "seed-0" for row in rows]
+
+    def interrupt():
+        wait_for(lambda: journals_of(folders[0]), 120)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert main(["ablate", "plan.yaml", "--jobs", "1"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.endswith("Interrupted. The same command continues.\n")
+    assert "Interrupted at step" in (folders[0] / ablate.LOG).read_text()
+    assert not folders[1].exists()
     assert main(["ablate", "plan.yaml", "--jobs", "2"]) == 1
     shown = capsys.readouterr()
-    assert "1 of 3 runs failed: runs/plan/broken/seed-0. Read log.txt" in shown.err
-    assert "| high beta | 1 |" in shown.out
-    kept = (tmp_path / "runs/plan/first/seed-0/finished.json").stat().st_mtime_ns
+    assert "1 of 2 runs failed: runs/plan/fresh/seed-0. Read log.txt" in shown.err
+    assert "| forked | 1 |" in shown.out
+    kept = (folders[0] / ablate.FINISHED).stat().st_mtime_ns
     (tmp_path / "copy").symlink_to(tiny_model_dir)
     assert main(["ablate", "plan.yaml"]) == 0
     shown = capsys.readouterr().out
-    assert "first/seed-0: started" not in shown
-    assert "broken/seed-0: done" in shown
-    assert (tmp_path / "runs/plan/first/seed-0/finished.json").stat().st_mtime_ns == kept
+    assert "forked/seed-0: started" not in shown
+    assert "fresh/seed-0: done" in shown
+    assert (folders[0] / ablate.FINISHED).stat().st_mtime_ns == kept
+    forked, fresh = (replace(read_result(folder), seconds=0) for folder in folders)
+    assert forked == fresh
+    assert fresh.written > 0
+    for name in ("loss", "grad_norm", "eval_kl/unaudited"):
+        series = [Run(folder).series(name) for folder in folders]
+        assert series[0] == series[1]
+        assert series[0][-1][1] > 0
     table = json.loads((tmp_path / "runs/plan/plan.json").read_text())
-    first, _, same = table["rows"]
-    # The same model by another path: the same numbers.
-    assert same["after"] == first["after"]
-    assert same["difference"]["value"] == 0
-    assert same["written"] == first["written"] > 0
-    assert (tmp_path / "runs/plan/plan.svg").read_text().count("broken") == 1
+    assert table["rows"][1]["difference"]["value"] == 0
+    assert (tmp_path / "runs/plan/plan.svg").read_text().count("fresh") == 1

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
-from omniopd_trl.cli.eval import _problems
+from omniopd_trl.cli.eval import load_problems
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, load_splits
 from omniopd_trl.data import BENCHMARKS, load_benchmark, prepare_prompts
 from omniopd_trl.data.benchmarks import load_benchmark_splits
@@ -357,8 +357,8 @@ class TestReasoningGym:
         mixture = DatasetMixtureConfig()
         test = prepare_prompts(load_splits(arguments, mixture), template)["test"]
         assert [row["prompt"][0]["content"] for row in test] == [f"{row['question']} So" for row in test]
-        assert list(test["prompt"]) == list(_problems(arguments, mixture, "test", None)["prompt"])
-        plain = _problems(OmniOPDScriptArguments(dataset_name=name), mixture, "test", None)
+        assert list(test["prompt"]) == list(load_problems(arguments, mixture, "test")["prompt"])
+        plain = load_problems(OmniOPDScriptArguments(dataset_name=name), mixture)
         assert "Answer: " in plain[0]["prompt"][0]["content"]
 
     def test_problems(self):

@@ -379,7 +379,7 @@ class TestServices:
         monkeypatch.setattr(wire, "text_of", program)
         with Loopback(OPENAI.answer) as server:
             command = ["eval", "--config", "recipe.yaml", "--num_samples", "1", "--output_dir", "o", "--json"]
-            code = main([*command, "--teacher_base_url", server.url + OPENAI.path])
+            code = main([*command, "--split", "train", "--teacher_base_url", server.url + OPENAI.path])
         captured = capsys.readouterr()
         if "SandboxError" in captured.err:
             pytest.skip(captured.err)
@@ -528,7 +528,10 @@ class TestCommand:
             ("stream", f"dataset_name: {problems}\ndataset_streaming: true\nmax_steps: 1\n"),
         ):
             recipe.write_text(text + f"model_name_or_path: {tiny_model_dir}\noutput_dir: run\n")
-            code, out, err = self.run(capsys, *common, "--limit", 4, "--output_dir", name)
+            code, _, err = self.run(capsys, *common, "--output_dir", name)
+            assert code == 2
+            assert "has only the split 'train', which the recipe trains on" in err
+            code, out, err = self.run(capsys, *common, "--limit", 4, "--output_dir", name, "--split", "train")
             assert code == 0, err
             assert json.loads(out)["metrics"]["num_problems"] == 4
         (tmp_path / "others.jsonl").write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}) + "\n")
@@ -536,6 +539,10 @@ class TestCommand:
         code, out, err = self.run(capsys, *common, "--dataset", "others.jsonl", "--output_dir", "other")
         assert code == 0, err
         assert json.loads(out)["metrics"]["num_problems"] == 1
+        recipe.write_text(f"dataset_name: benchmark:dapo_math_17k@{problems}\noutput_dir: run\n")
+        code, _, err = self.run(capsys, *common, "--output_dir", "set")
+        assert code == 2
+        assert "add `--split train`" in err
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -13,7 +13,8 @@ import torch
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
-from omniopd_trl.evals.probe import Estimate, Form, Measured, Signal, _found, estimate, judge, measure
+from omniopd_trl.evals.probe import Estimate, Form, Measured, Signal, estimate, judge, measure
+from omniopd_trl.evals.probe.measurement import _found
 from omniopd_trl.method.chunks import Chunk
 from tests.support.audits import audit_settings
 from tests.support.training import similarity as edit
