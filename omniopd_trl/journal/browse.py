@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.journal.file import check_version, connect, damage_error, explained, journals_of
 from omniopd_trl.journal.records import ENTROPY_UNIT, decode, decode_first, restore_chunks
 from omniopd_trl.journal.schema import TOKENS
+
+if TYPE_CHECKING:
+    from omniopd_trl.audits.types import ChunkAudit
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,15 @@ class ShownChunk:
         return dict(zip(self.rollouts, self.imitated, strict=False)).get(rollout)
 
 
+def agreement_of(chunk: "ShownChunk | ChunkAudit") -> float:
+    """How far the teacher agrees with a chunk of the student, in [0, 1]: what chunks are ordered by.
+
+    This is the posterior (Eq. 5), and with branches `k_sem / n`: posteriors weight nothing there, and their prior says
+    what the student finds likely.
+    """
+    return sum(chunk.similarities) / len(chunk.similarities) if chunk.branches else chunk.posterior
+
+
 @dataclass(frozen=True)
 class AuditedTrajectory:
     """A trajectory and its audit, as a journal holds them.
@@ -150,8 +162,8 @@ class AuditPlace:
         attempt: number of the attempt at the step, in the journal of the process.
         index: index of the trajectory in the step's batch of the process.
         size: size of the record in bytes.
-        low: lowest posterior of the chunks; `None` without chunks, or when it is not recorded.
-        high: highest posterior of the chunks.
+        low: lowest `agreement_of` of the chunks; `None` without chunks, or when it is not recorded.
+        high: highest one.
         is_empty: whether the audit is known to have no chunks.
     """
 

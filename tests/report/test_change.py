@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from omniopd_trl.audits.types import Audit, ChunkAudit
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit
 from omniopd_trl.cli.train import print_change
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.report.change import first_and_last
@@ -14,7 +14,7 @@ from omniopd_trl.report.runs import Run
 from tests.support.journals import journal, trajectory
 
 
-def record(folder, posteriors):
+def record(folder, posteriors, branches=()):
     """A run whose steps have chunks with these posteriors, two to a trajectory."""
     with journal(folder, num_processes=1) as j:
         for step, of_step in enumerate(posteriors):
@@ -22,7 +22,9 @@ def record(folder, posteriors):
             j.record_trajectories(step, [trajectory() for _ in pairs])
             for index, pair in enumerate(pairs):
                 chunks = [
-                    ChunkAudit(Chunk(k, k + 1, k), "", f"text {posterior}", ("x",), (0.5,), 0.5, posterior)
+                    ChunkAudit(
+                        *(Chunk(k, k + 1, k), "", f"text {posterior}", ("x",), (1 - posterior,), 0.5, posterior, branches)
+                    )
                     for k, posterior in enumerate(pair)
                 ]
                 j.record(step, index, Audit(tuple(chunks)))
@@ -30,17 +32,19 @@ def record(folder, posteriors):
 
 
 @pytest.mark.parametrize(
-    ("posteriors", "shown"),
+    ("posteriors", "branches", "shown"),
     [
-        ([[0.9, 0.1, 0.5, 0.7, 0.3], [0.2], [0.6, 0.4, 0.8, 1.0]], (0.3, 0.4)),
-        ([[], [0.5], [0.25], []], (0.5, 0.25)),  # the steps at both ends have no chunk
-        ([[0.5, 0.4]], None),
-        ([[], []], None),
+        ([[0.9, 0.1, 0.5, 0.7, 0.3], [0.2], [0.6, 0.4, 0.8, 1.0]], (), (0.3, 0.4)),
+        # With branches by the similarity, which is 1 minus the posterior here.
+        ([[0.9, 0.1, 0.5, 0.7, 0.3], [0.2], [0.6, 0.4, 0.8, 1.0]], (Branch((1,), "x"),) * 2, (0.7, 1.0)),
+        ([[], [0.5], [0.25], []], (), (0.5, 0.25)),  # the steps at both ends have no chunk
+        ([[0.5, 0.4]], (), None),
+        ([[], []], (), None),
     ],
 )
-def test_rank(tmp_path, posteriors, shown):
+def test_rank(tmp_path, posteriors, branches, shown):
     """The lower quartile of both steps, better or worse; nothing to compare with a single step."""
-    chunks = first_and_last(record(tmp_path, posteriors))
+    chunks = first_and_last(record(tmp_path, posteriors, branches))
     assert (chunks and tuple(audited.chunk.posterior for audited in chunks)) == shown
 
 
