@@ -285,8 +285,8 @@ def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any =
     free = deque(devices[slot % len(devices)] if devices else None for slot in range(number))
     waiting = deque(jobs)
     running: list[_Run] = []
-    # Control-C is blocked except in `_wait`, where each process that was started is known. A new process starts with the
-    # signal blocked, and unblocks it when it can handle it.
+    # Control-C is blocked except in `_wait`, where each process that was started is known. A new process starts with
+    # the signal blocked, and unblocks it when it can handle it.
     if forks == "forkserver":
         resource_tracker.ensure_running()  # unblocks the signal when it starts
     _mask_control_c(True)

@@ -157,8 +157,8 @@ def print_change(output_dir: str) -> None:
         if chunks is not None:
             console = Console()
             console.print(
-                "\nA chunk of the first step and one of the last. In each step, the teacher agrees less with a quarter "
-                "of the chunks.",
+                "\nA chunk of the first step and one of the last: in each step, a quarter of the chunks have a lower "
+                f"{chunks[0].order}.",
                 highlight=False,
             )
             print_audits(run, chunks, console)

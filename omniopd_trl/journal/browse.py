@@ -87,13 +87,12 @@ class ShownChunk:
         return dict(zip(self.rollouts, self.imitated, strict=False)).get(rollout)
 
 
-def agreement_of(chunk: "ShownChunk | ChunkAudit") -> float:
-    """How far the teacher agrees with a chunk of the student, in [0, 1]: what chunks are ordered by.
+def preference_of(chunk: "ShownChunk | ChunkAudit") -> float:
+    """What chunks are ordered by: the posterior, and with branches the advantage of the trajectory's own chunk.
 
-    This is the posterior (Eq. 5), and with branches `k_sem / n`: posteriors weight nothing there, and their prior says
-    what the student finds likely.
+    With branches the posterior weights nothing, and the similarity is low at some forks whatever the student writes.
     """
-    return sum(chunk.similarities) / len(chunk.similarities) if chunk.branches else chunk.posterior
+    return chunk.branches[0].advantage if chunk.branches else chunk.posterior
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class AuditPlace:
         attempt: number of the attempt at the step, in the journal of the process.
         index: index of the trajectory in the step's batch of the process.
         size: size of the record in bytes.
-        low: lowest `agreement_of` of the chunks; `None` without chunks, or when it is not recorded.
+        low: lowest `preference_of` of the chunks; `None` without chunks, or when it is not recorded.
         high: highest one.
         is_empty: whether the audit is known to have no chunks.
     """

@@ -89,7 +89,7 @@ class Shown:
 
     Attributes:
         index: index of the trajectory in the generation batch of the process.
-        low: lowest `agreement_of` of its chunks; `None` without chunks.
+        low: lowest `preference_of` of its chunks; `None` without chunks.
         high: highest one.
         entropies: entropy of each token of the completion, in nats.
         weights: weight of each chunk in the loss.

@@ -315,7 +315,7 @@ class OmniOPDConfig(DistillationConfig):
             W&B and Trackio; the audits also to TensorBoard and Comet.
         num_completions_to_print (`int`, *optional*):
             Number of completions, and of audited chunks, to print. Defaults to all completions and five chunks. The
-            chunks are evenly spaced by their posterior, and with branches by their mean similarity.
+            chunks are evenly spaced by their posterior, and with branches by their advantage.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
@@ -777,7 +777,7 @@ class OmniOPDConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Number of completions, and of audited chunks, to print. Defaults to all completions and five "
-            "chunks. The chunks are evenly spaced by their posterior, and with branches by their mean similarity."
+            "chunks. The chunks are evenly spaced by their posterior, and with branches by their advantage."
         },
     )
 

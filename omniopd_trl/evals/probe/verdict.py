@@ -243,7 +243,7 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
     if gate is not None and gate[0] > form.min_anchor_entropy:
         reason = f"{gate[1]:.0%} of the forks have at most this entropy, and {gate[2]:.0%} of what all forks teach"
         yield Advice("min_anchor_entropy", gate[0], reason)
-    # At least half of the trajectories have M chunks. With fewer, there are no other anchors: more candidates find none.
+    # At least half of the trajectories have M chunks. One with fewer has no other anchors, and no other candidates.
     is_full = measured.chunks_per_trajectory >= form.num_chunks - 0.5
     if not form.fork_candidates and is_full and measured.asked_per_trajectory < form.num_chunks / 2:
         yield Advice(
