@@ -180,9 +180,7 @@ def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str],
             bits = sum(bool(has(trajectory)) << bit for bit, (_, has) in enumerate(OUTCOMES))
             values = [round(1000 * preference_of(chunk)) for chunk in trajectory.chunks]
             branched[number] |= any(chunk.branches for chunk in trajectory.chunks)
-            rows.append(
-                [number, place.step, place.rank, place.index, prompt, values, bits, len(blocks), len(block)]
-            )
+            rows.append([number, place.step, place.rank, place.index, prompt, values, bits, len(blocks), len(block)])
             block.append(_details(run, trajectory))
             if len(block) == BLOCK:
                 blocks.append(_data(f"block-{len(blocks)}", block))

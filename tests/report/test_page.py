@@ -131,7 +131,7 @@ def test_what_is_imitated_and_the_branches_of_a_fork(tmp_path, page):
     wrong = browser.find_element("css selector", ".chunk[aria-current]")
     assert (wrong.get_attribute("class"), wrong.get_attribute("title")) == ("chunk low", "Chunk 2, advantage -0.500")
     assert texts(browser, ".legend span")[0] == "advantage below 0above"
-    assert texts(browser, "#measure") == ["advantage"]
+    assert "A chunk's advantage from " in texts(browser, "#filters label")
     put(browser, "high", "-0.4")
     assert texts(browser, "#count") == ["4 of 4 trajectories."]
     put(browser, "high", "-0.6")

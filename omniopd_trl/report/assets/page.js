@@ -50,7 +50,8 @@
     };
     options("run", "all", [...index.runs.entries()]);
     document.querySelector(".run").hidden = index.runs.length < 2;
-    $("measure").textContent = [...new Set(index.runs.map((name, run) => measure(run)))].join(" or ");
+    const measures = new Set(index.runs.map((name, run) => measure(run)));
+    $("low").labels[0].firstChild.data = `A chunk's ${[...measures].join(" or ")} from `;
     options("outcome", "any", index.outcomes.map((name, bit) => [bit, name, rows.filter((row) => row.outcomes & (1 << bit)).length])
       .filter(([, , count]) => count).map(([bit, name, count]) => [bit, `${name} (${count})`]));
   };
