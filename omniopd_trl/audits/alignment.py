@@ -17,6 +17,9 @@ PARTIAL_CHARACTER = "\ufffd"
 # Tokens before new ones that are decoded again: the text of a token depends on nearby tokens only.
 DECODING_CONTEXT = 8
 
+# What follows a word without a space.
+CLOSING = tuple(".,;:!?)]}%…。，、；：！？）")
+
 # The text of a chunk, encoded alone, may begin with other tokens. The first tokens are compared. This many equal ones
 # in a row show that the rest is the same.
 FIRST_TOKENS, EQUAL_TOKENS = 8, 4
@@ -154,7 +157,7 @@ class Alignment:
         """The first tokens of each rollout, as the student's tokens that follow those before its chunk.
 
         Rollouts keep their white space. Services may trim the space before a continuation: if no rollout begins with
-        one, a rollout without white space gets that of its chunk, as in [`cut`].
+        one, a rollout that begins a word gets the white space of its chunk, as in [`cut`].
 
         The text before a chunk is encoded alone and together with the rollout. A rollout is left out if the encoding
         changes before it, as when the tokenizer joins its first letters with the last ones of the student, if the
@@ -179,7 +182,7 @@ class Alignment:
         before = [self._decode(ids[max(0, end - DECODING_CONTEXT) : end], strip=False, special=True) for end in ends]
         is_trimmed = not any(rollout.startswith(" ") for of_chunk in rollouts for rollout in of_chunk)
         joined = [
-            context + (_with_space_of(text, rollout) if is_trimmed and not _space_before(rollout) else rollout)
+            context + (_with_space_of(text, rollout) if is_trimmed and _lacks_space(context, rollout) else rollout)
             for context, text, of_chunk in zip(before, texts, rollouts, strict=True)
             for rollout in of_chunk
         ]
@@ -217,6 +220,12 @@ def _space_before(text: str) -> str:
 def _with_space_of(chunk: str, rollout: str) -> str:
     """A rollout with the leading white space of a chunk, unless the chunk is white space only."""
     return _space_before(chunk) + rollout.lstrip() if chunk.strip() else rollout
+
+
+def _lacks_space(before: str, rollout: str) -> bool:
+    """Whether white space before a rollout may have been trimmed: not before punctuation, nor inside a number."""
+    is_number = before[-1:].isdigit() and rollout[:1].isdigit()
+    return bool(rollout) and not (_space_before(rollout) or rollout.startswith(CLOSING) or is_number)
 
 
 def _extra_tokens(tokens: list[int], alone: list[int]) -> int:

@@ -66,6 +66,10 @@ _CHUNK = pa.struct(
         pa.field("posterior", pa.float64()),
         pa.field("weight", pa.float64()),
         pa.field("mark", pa.float64()),
+        pa.field(
+            "branches",
+            pa.list_(pa.struct([("text", pa.string()), ("similarity", pa.float64()), ("advantage", pa.float64())])),
+        ),
     ]
 )
 _FIELDS = (
@@ -88,7 +92,8 @@ _FIELDS = (
         pa.list_(_CHUNK),
         "audited chunks: tokens `[start, end)` with the anchor; `offset`, the number of characters of `completion` "
         "before `text`; the rollouts with their similarity (Eq. 3); `prior` (Eq. 4), `posterior` (Eq. 5), and the "
-        "weight in the loss; `mark`, that of a judge, if there is one",
+        "weight in the loss; `mark`, that of a judge, if there is one; `branches`, what else the student wrote there, "
+        "its own chunk first, if there are any",
     ),
     ("num_dropped_chunks", pa.int32(), "chunks with too few rollouts"),
     (
@@ -250,6 +255,10 @@ def _chunk(chunk: ShownChunk, completion: str | None) -> dict[str, Any]:
         "posterior": chunk.posterior,
         "weight": chunk.weight,
         "mark": chunk.mark,
+        "branches": [
+            {"text": clean_text(branch.text), "similarity": branch.similarity, "advantage": branch.advantage}
+            for branch in chunk.branches
+        ],
     }
 
 
@@ -316,8 +325,8 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
     }
     name = repo_id or "FOLDER"
     branches = (
-        f"\nThe run trained {settings['num_branches']} branches of the student beside each chunk. They are not in\n"
-        "this dataset, which can train the recorded chunks in the paper's form.\n"
+        f"\nThe run trained {settings['num_branches']} branches of the student beside each chunk. They are those of\n"
+        "its student, so this dataset can train the recorded chunks in the paper's form only.\n"
         if settings.get("num_branches")
         else ""
     )

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from trl.trainer.utils import log_table_to_comet_experiment
 
 from omniopd_trl.audits.types import Audit
-from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownBranch, ShownChunk
 from omniopd_trl.journal.schema import Shown
 from omniopd_trl.report.runs import text_of_prompt, token_texts
 from omniopd_trl.report.terminal import CONTEXT, AuditedChunk, as_json, chunks_of, print_audits
@@ -164,6 +164,7 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
         "chunk": values["student"][:fork] + FORK + values["student"][fork:],
         **{name: values[name] for name in ("rollouts", "k_sem", "num_rollouts", "prior", "posterior", "weight")},
         **({} if audited.chunk.mark is None else {"mark": audited.chunk.mark}),
+        **({"branches": values["branches"]} if audited.chunk.branches else {}),
         **({} if verified is None else {name: verified[name] for name in ("reward", "advantage")}),
         "trajectory_tokens": usage.prompt_tokens + usage.completion_tokens,
         "trajectory_usd": values["trajectory_usd"],
@@ -171,13 +172,18 @@ def table_row(audited: AuditedChunk, pieces: Callable[[AuditedTrajectory], list[
 
 
 def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows as a data frame for a tracker, with the rollouts of a chunk as one text."""
+    """The rows as a data frame for a tracker, with the rollouts of a chunk, and its branches, as one text each."""
 
-    def as_text(rollouts: list[dict[str, Any]]) -> str:
-        part = lambda one: f" (imitated: {one['imitated']!r})" if one.get("imitated") else ""  # noqa: E731
-        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}{part(one)}" for one in rollouts)
+    def as_text(texts: list[dict[str, Any]]) -> str:
+        def facts(one: dict[str, Any]) -> str:
+            advantage = f" (advantage {one['advantage']:+.3f})" if "advantage" in one else ""
+            return f"{advantage} (imitated: {one['imitated']!r})" if one.get("imitated") else advantage
 
-    return pd.DataFrame([{**row, "rollouts": as_text(row["rollouts"])} for row in rows])
+        return "\n".join(f"{one['count']} x {one['similarity']:.3f}: {one['text']}{facts(one)}" for one in texts)
+
+    return pd.DataFrame(
+        [{**row, **{name: as_text(row[name]) for name in ("rollouts", "branches") if name in row}} for row in rows]
+    )
 
 
 def trace_of(audited: AuditedChunk) -> dict[str, Any]:
@@ -189,7 +195,8 @@ def trace_of(audited: AuditedChunk) -> dict[str, Any]:
     prompt = trajectory.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     values = as_json(audited)
-    metadata = {name: values[name] for name in ("step", "rank", "index", "k_sem", "prior", "posterior", "weight")}
+    names = ("step", "rank", "index", "k_sem", "prior", "posterior", "weight", *(["branches"] * bool(chunk.branches)))
+    metadata = {name: values[name] for name in names}
     spans = [
         {
             "id": str(number),
@@ -218,6 +225,7 @@ def _audited(place: tuple[int, int, str], row: PendingAudit, audit: Audit, shown
             *(chunk.chunk.start, chunk.chunk.end, chunk.chunk.anchor, chunk.prefix, chunk.text),
             *(chunk.rollouts, chunk.similarities, chunk.prior, chunk.posterior),
             weight=weight,
+            branches=tuple(ShownBranch(b.text, b.similarity or 0.0, b.advantage, b.token_ids) for b in chunk.branches),
             mark=chunk.mark,
             imitated=tuple(imitated),
         )

@@ -240,8 +240,9 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         )
     if args.num_branches:
         raise ConfigError(
-            f"num_branches={args.num_branches}: an export holds no branches of the student, and they cannot be "
-            "sampled off-policy. Set num_branches=0 to train its chunks in the paper's form, or train with a teacher."
+            f"num_branches={args.num_branches}: branches are drawn from the student that is trained, and those of an "
+            "export are another student's. Set num_branches=0 to train its chunks in the paper's form, or train with "
+            "a teacher."
         )
     if args.rollout_imitation and "min_anchor_entropy" not in recorded:
         raise ConfigError(

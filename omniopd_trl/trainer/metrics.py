@@ -492,12 +492,13 @@ def _equal_pairs(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
     """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
     if not any(audit.chunks for audit in audits):
+        agreed = ", or the branches of each fork have one text" if args.num_branches else ""
         yield (
             "no chunks",
             f"No chunk of a batch could be audited at step {step}: the completions are shorter than "
             f"min_chunk_length={args.min_chunk_length} tokens, or no token's entropy is above "
             f"min_anchor_entropy={args.min_anchor_entropy:g}, or all were truncated and mask_truncated_completions "
-            "excludes them, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
+            f"excludes them{agreed}, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
         )
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)
     if num_short > 0.1 * num_rollouts:

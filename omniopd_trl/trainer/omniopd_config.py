@@ -994,9 +994,8 @@ class OmniOPDConfig(DistillationConfig):
             return
         if self.min_anchor_entropy == 0:
             raise ConfigError(
-                f"rollout_imitation={self.rollout_imitation:g} without a gate: imitating the teacher where the "
-                "student has no alternative made a student of the demo collapse to a pass@1 of 0.16. Set "
-                "min_anchor_entropy, to 0.1 for example."
+                f"rollout_imitation={self.rollout_imitation:g} without a gate: where the student has no alternative, "
+                "it would be trained on the teacher's style. Set min_anchor_entropy, to 0.1 for example."
             )
         if self.signal == "judge":
             raise ConfigError(

@@ -430,7 +430,11 @@ class StepAudits:
     ) -> torch.Tensor | Failure:
         """The weights of this process's chunks, `(K,)`. With branches, those of the trajectories' own."""
         if self._args.num_branches and mode == "train":
-            own = [chunk.branches[0].advantage / len(chunk.branches) for audit in audits for chunk in audit.chunks]
+            own = [
+                self._advantages(chunk, row.trajectory.seed)[0] / len(chunk.branches)
+                for audit, row in zip(audits, rows, strict=True)
+                for chunk in audit.chunks
+            ]
             return torch.tensor(own, dtype=torch.float32)
         table = torch.tensor([*_columns(audits, rows)], dtype=torch.float64).reshape(-1, 6)
         tables, first, count = [table], 0, len(table)
@@ -475,15 +479,18 @@ class StepAudits:
                 self._posteriors = (0.0, 0.0)
         return weights
 
-    def _weigh_branches(self, chunk: ChunkAudit, seed: int) -> tuple[list[float], list[Suffix]]:
-        """The weights of a fork; see `branch_weights`. The control permutes its advantages, seeded by the chunk."""
+    def _advantages(self, chunk: ChunkAudit, seed: int) -> list[float]:
+        """The advantages of a fork. The control permutes them, seeded by the trajectory's seed and the chunk."""
         advantages = [branch.advantage for branch in chunk.branches]
         if self._args.posterior_baseline == "shuffled":
             random.Random(repr((seed, "branches", chunk.chunk.start))).shuffle(advantages)
+        return advantages
+
+    def _weigh_branches(self, chunk: ChunkAudit, seed: int) -> tuple[list[float], list[Suffix]]:
+        """The weights of a fork; see `branch_weights`."""
+        token_ids = [branch.token_ids for branch in chunk.branches]
         sampled = [branch.sampling_logprobs for branch in chunk.branches]
-        return branch_weights(
-            [branch.token_ids for branch in chunk.branches], advantages, sampled if any(sampled) else ()
-        )
+        return branch_weights(token_ids, self._advantages(chunk, seed), sampled if any(sampled) else ())
 
 
 def _all_verified(trajectories: Sequence[Trajectory]) -> list[Verified] | None:

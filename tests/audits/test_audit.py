@@ -34,6 +34,7 @@ from omniopd_trl.teachers.remote.engine import Capabilities
 from tests.support.audits import audit_settings
 from tests.support.corpus import STUDENT_LINES
 from tests.support.journals import journal
+from tests.support.judge import judge, numbered
 from tests.support.other_tokenizers import channels, llama_2, llama_style_tokenizer, metaspace, word_piece
 from tests.support.services import FINAL, Scripted
 
@@ -458,6 +459,21 @@ def test_a_trajectory_whose_anchors_are_all_certain_asks_nothing(tiny_tokenizer)
     assert chunk.chunk.anchor == 2
 
 
+def test_the_most_diverse_candidates_become_forks(tiny_tokenizer):
+    """Of four candidates two are kept. Equally diverse ones are taken by the entropy at their anchors."""
+    written, scores = trajectory(tiny_tokenizer, "abcdefghijklmnopqrstuvwx", {2: 1.0, 8: 4.0, 14: 2.0, 20: 3.0})
+    settings = {"num_chunks": 2, "fork_candidates": 4, "chunk_length": 4, "min_chunk_length": 4}
+    judge = auditor(tiny_tokenizer, ScriptedTeacher(["x"]), chunk_placement="center", num_branches=1, **settings)
+    chunks = judge.candidates(written, scores)
+    assert [chunk.anchor for chunk in chunks] == [2, 8, 14, 20]
+    assert [chunk.anchor for chunk in judge.select(written, scores)] == [8, 20]
+    ids = written.completion_ids
+    branches = [[Branch(tuple(ids[c.start : c.end][:: 1 if c.anchor == 8 else -1]), "")] for c in chunks]
+    forks = judge.forks(written, scores, chunks, branches)
+    assert [(fork.chunk.anchor, fork.diversity) for fork in forks] == [(14, 0.5), (20, 0.5)]
+    assert forks[0].branches[1].text == tiny_tokenizer.decode(ids[14 - 2 : 14 + 2][::-1])
+
+
 def test_a_branch_that_ended_is_compared_with_whole_rollouts(tiny_tokenizer):
     """Not with rollouts of its own length, which would pay the student for ending early. Agreed forks ask nothing."""
     written, scores = trajectory(tiny_tokenizer, "First we add 3 and 4.", {})
@@ -478,6 +494,19 @@ def test_a_branch_that_ended_is_compared_with_whole_rollouts(tiny_tokenizer):
     assert audit.agreed == (same,)
     [(prefixes, _)] = teacher.calls
     assert [prefix.completion for prefix in prefixes] == [tiny_tokenizer.decode(ids[:5])]
+
+
+def test_a_judge_is_not_told_which_branch_is_the_trajectorys(tiny_tokenizer):
+    """The candidates of a fork are in alphabetical order."""
+    written, scores = trajectory(tiny_tokenizer, "abcdefghijklmnop", {})
+    ids, chunk = written.completion_ids, Chunk(8, 12, 8)
+    teacher = Recorder(judge)
+    marking = auditor(tiny_tokenizer, teacher, signal="judge")
+    forks = marking.forks(written, scores, [chunk], [[Branch(tuple(ids[start : start + 4]), "") for start in (12, 0)]])
+    [audited] = asyncio.run(marking.audit(replace(written, forks=forks), scores)).chunks
+    assert [branch.text for branch in audited.branches] == ["ijkl", "mnop", "abcd"]
+    [([question], _)] = teacher.calls
+    assert numbered(question.prompt[1]["content"], "candidate") == {1: "abcd", 2: "ijkl", 3: "mnop"}
 
 
 def test_prefix_and_chunk_never_split_a_character(tiny_tokenizer):
@@ -852,6 +881,29 @@ def test_imitated_tokens_of_the_students_own_text(make, trim, tiny_tokenizer):
         own = tuple(ids[chunk.start : chunk.start + 3])
         assert of_chunk == ([None] * 2 if chunk in inside else [own] * 2), chunk
     assert bool(inside) == bool(odd), "no chunk begins inside a character"
+
+
+@pytest.mark.parametrize(
+    ("before", "chunk", "rollout", "imitated"),
+    [
+        ("Tom has 3", " apples", "buys 4", " buys"),
+        ("Tom has 3", " apples", "4 apples", "4"),
+        ("Tom has 3", " apples", ". So", "."),
+        ("Tom has 3", " apples", "", None),
+        ("Tom has", " 3", "4 apples", " 4"),
+    ],
+    ids=["word", "digit", "punctuation", "nothing", "number"],
+)
+def test_the_space_before_a_single_rollout(before, chunk, rollout, imitated, tiny_tokenizer):
+    """No other rollout tells whether the service trims it. Where text follows without a space, none is added."""
+    ids = tiny_tokenizer(f"{before}{chunk}", add_special_tokens=False)["input_ids"]
+    start = len(tiny_tokenizer(before, add_special_tokens=False)["input_ids"])
+    found = Alignment(tiny_tokenizer).continuations(
+        ids, [Chunk(start, start + 4, start)], [chunk], [[rollout]], [], max_tokens=4
+    )
+    expected = tiny_tokenizer(imitated or "", add_special_tokens=False)["input_ids"]
+    assert found[0][0][: len(expected)] == tuple(expected)
+    assert bool(found[0][0]) == bool(imitated)
 
 
 def test_what_is_left_out_of_an_imitation(tiny_tokenizer):

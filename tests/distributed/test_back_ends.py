@@ -26,14 +26,14 @@ QUANTIZES = importlib.util.find_spec("bitsandbytes") is not None
 
 TRAINED = (
     *("tied_full", "tied_lora", "untied_full", "untied_lora"),
-    *("local_teacher_full", "offloaded_reference_full", "branches_full", "judge_full", "verifier_full"),
+    *("local_teacher_full", "offloaded_reference_full", "branches_full", "cascade_lora", "verifier_full"),
 )
 LORA = {"init_lora_weights": False}
 # What a run has that sets neither. Comparisons to 1e-4 have to do without the first.
 DEFAULT = {"bf16": True, "gradient_checkpointing": True}
 # Limits on gradient norms. Some steps of these students are above theirs: adapters, sharded weights, branches, marks.
 UNCLIPPED = 0.5
-CLIPPED = {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.3, "judge_full": 0.5}
+CLIPPED = {"tied_lora": 0.5, "untied_lora": 0.5, "untied_full": 0.2, "branches_full": 0.5, "cascade_lora": 0.5}
 # Completions that are given, and chunks that no rounding moves to another place: one for each long completion.
 GIVEN = {"observed": True, "chunk_length": 40, "num_chunks": 1, "min_chunk_length": 20, "prior": "reference"}
 # Everything that a checkpoint has to bring back: completions and dropout that are drawn, a learning rate that falls, a
@@ -67,10 +67,11 @@ def trained(make_tiny_model, tiny_teacher_dir, tmp_path_factory) -> Callable[[st
     students.append({**students[0], "name": "local_teacher_full", **greedy})
     students.append({**students[0], "name": "offloaded_reference_full", "ref_model_offload": True})
     # Some chunks stop after two equal rollouts, on one process and not on the other.
-    branches = {"num_branches": 3, "learning_rate": 3e-2, "first_rollouts": 2}
-    imitation = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
-    students.append({**students[0], "name": "branches_full", **branches, **imitation})
-    students.append({**students[0], "name": "judge_full", "signal": "judge"})
+    branches = {"num_branches": 3, "learning_rate": 3e-2, "rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
+    students.append({**students[0], "name": "branches_full", **branches, "first_rollouts": 2})
+    students[-1] |= {"loss_normalization": "components", "fork_candidates": 4}
+    students.append({**students[1], "name": "cascade_lora", **branches, "signal": "cascade"})
+    students[-1] |= {"loss_normalization": "sum"}
     # One group is spread over all processes. Those of two lengths are right, and not audited.
     verifier = {"verified": True, "num_generations": 8, "reward_weight": 0.5, "audit_trajectories": "wrong"}
     students.append({**students[0], "name": "verifier_full", **verifier})

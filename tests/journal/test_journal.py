@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Trajectory
 from omniopd_trl.errors import OmniOPDError
 from omniopd_trl.journal import file, store
 from omniopd_trl.journal.file import journal_path, lock_path
@@ -132,14 +132,17 @@ def test_prefixes_are_not_repeated(tmp_path):
 def test_reopened(tmp_path):
     """A later process finds trajectories and finished audits, and nothing else."""
     stored = [trajectory(0), trajectory(1)]
+    branches = (Branch((4, 5), "four", (), 1.0, 0.5), Branch((4,), "4", (-0.5,), 0.1, -0.5))
+    marked = replace(audit().chunks[0], branches=branches, mark=0.5)
+    finished = replace(audit(), chunks=(marked,), agreed=(Chunk(4, 6, 5),), answers=("no", "1: 5"))
     with journal(tmp_path) as j:
         assert j.trajectories(5) is None
         j.record_trajectories(5, stored)
-        j.record(5, 1, audit())
+        j.record(5, 1, finished)
     with journal(tmp_path, run="resumed") as j:
         assert j.trajectories(5) == stored
         assert j.audit(5, 0) is None
-        assert j.audit(5, 1) == audit()
+        assert j.audit(5, 1) == finished
         assert j.trajectories(4) is None
         assert j.trajectories(6) is None
         j.record(5, 0, audit("what was missing"))

@@ -6,7 +6,10 @@ import json
 import math
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
@@ -14,19 +17,24 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Mi
 from transformers.utils import logging
 
 from omniopd_trl import OmniOPDTrainer
+from omniopd_trl.audits.types import Branch, PolicyScores, Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method import Suffix
 from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
+from omniopd_trl.report.terminal import chunks_of
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import objective
+from omniopd_trl.trainer.audit_table import data_frame, table_row, trace_of
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.generation import sample_branches
+from omniopd_trl.trainer.step_audits import StepAudits
 from tests.support import training
 from tests.support.judge import judge, mark_of
 from tests.support.objective import LORA, compare, load
+from tests.support.ranks import Ranks
 from tests.support.teachers import Agreeing, Here, Remote
 from tests.support.training import (
     FOUR_MICRO_BATCHES,
@@ -399,6 +407,11 @@ def test_branches_are_draws_of_the_policy(tmp_path, tiny_model_dir, tiny_tokeniz
     _, other = trainer._sample_branches([(prefix[:-1], 1), (prefix, 2)], batch, 1)
     assert other != branches
     assert trainer.generation_config.max_new_tokens == 40
+    # Batches of one part have seeds of their own, or equal rows would get equal branches.
+    trainer.args.num_branches, original, purposes = 2, trainer._sample, []
+    trainer._sample = lambda *args, **kwargs: purposes.append(kwargs["purpose"]) or original(*args, **kwargs)
+    trainer._sample_branches([([5] * 20, 6), ([6] * 20, 6)], {k: v[:1] for k, v in batch.items()}, 0)
+    assert len({*purposes}) == len(purposes) == (2 if from_trees else 4)
     assert caplog.text.count("sampled from its whole prefix, since of the test") == (not from_trees)
 
 
@@ -412,8 +425,9 @@ def not_sampled(*args, **kwargs):
 
 
 def test_recorded_branches_are_replayed(tmp_path, tiny_model_dir):
-    """Same branches, same advantages and same step, without a draw and without a request."""
+    """Same branches, advantages and ratios, and the same step, without a draw and without a request."""
     first = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **RUN)
+    first.__class__ = OtherSampler
     first.train()
     again = make_trainer(tmp_path, tiny_model_dir, teacher=Remote.silent(), **RUN)
     again.model.generate = not_sampled
@@ -472,14 +486,53 @@ def test_trajectories_without_recorded_branches_get_new_ones(tmp_path, tiny_mode
     assert any(runs[0].values())
 
 
-def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
-    """The journal holds the branches of each fork that was asked for, and `omniopd audits` shows them.
+def test_a_process_whose_branches_are_recorded_takes_part(tmp_path, tiny_model_dir):
+    """Sampling is collective. After an interruption between two records, one process has branches and one has none."""
+    ranks, trainer = Ranks(), make_trainer(tmp_path, tiny_model_dir, **BRANCHES)
+    trajectory, calls = Trajectory("What?", [5], [*range(6, 30)]), {0: [], 1: []}
 
-    It shows what is imitated of each rollout, too.
+    def process(rank):
+        ranks.local.rank = rank
+        parts = (trainer.auditor, SimpleNamespace(journal=None), ranks, trainer.args)
+        audits = StepAudits(*parts, callbacks=trainer.callback_handler, step=lambda: 0)
+        audits._known_forks = {0: ()} if rank == 0 else {}
+
+        def sample(prefixes):
+            calls[rank].append(len(prefixes))
+            return [[Branch((7, 8), "")] * K for _ in prefixes]
+
+        return audits.fork([trajectory], {0: PolicyScores(*torch.rand(3, 24))}, sample)[0].forks
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, (0, 1))
+    assert calls == {0: [0], 1: [2]}
+    assert first == ()
+    assert [branch.token_ids for branch in second[0].branches[1:]] == [(7, 8)] * K
+
+
+def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
+    """The journal holds the branches of each fork that was asked for.
+
+    `omniopd audits`, the tables of `log_completions` and the export show them. The first two show what is imitated of
+    each rollout, too.
     """
-    trainer = make_trainer(tmp_path, tiny_model_dir, **BRANCHES, **IMITATION)
+    trainer = make_trainer(tmp_path, tiny_model_dir, log_completions=True, **BRANCHES, **IMITATION)
     kept = keep_forks(trainer)
     trainer.train()
+    recorded = [*chunks_of(read_audits(tmp_path, list_audits(tmp_path)))]
+    table = pq.read_table(tmp_path / "completions" / "audits_00001.parquet").to_pylist()
+    assert table == [table_row(chunk, trainer._audit_table.pieces) for chunk in recorded]
+    assert [sum(branch["count"] for branch in row["branches"]) for row in table] == [K + 1] * len(recorded)
+    assert "advantage" in capsys.readouterr().out
+    assert main(["export", str(tmp_path)]) == 0
+    exported = pq.read_table(tmp_path / "_export" / "data").to_pylist()
+    assert [[b["advantage"] for b in chunk["branches"]] for row in exported for chunk in row["chunks"]] == [
+        [branch.advantage for branch in one.chunk.branches] for one in recorded
+    ]
+    assert [trace_of(one)["metadata"]["branches"] for one in recorded] == [row["branches"] for row in table]
+    for text, row in zip(data_frame(table)["branches"], table, strict=True):
+        for branch in row["branches"]:
+            assert f"{branch['text']} (advantage {branch['advantage']:+.3f})" in text
     asked = 0
     for audit in read_audits(tmp_path, list_audits(tmp_path)):
         forks = {f.chunk.start: f for f in kept[audit.prompt[-1]["content"]].forks if f.diversity}
@@ -524,8 +577,9 @@ class Uncut(RecordingTrainer):
     _generate_single_turn = OmniOPDTrainer._generate_single_turn
 
 
-def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir):
+def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir, caplog):
     """A student without a choice: no request, no chunk loss, and the anchor leaves the forks out."""
+    logging.enable_propagation()
     teacher = Here()
     trainer = make_trainer(
         tmp_path, tiny_model_dir, teacher=teacher, top_k=1, importance_sampling_correction=False, **BRANCHES
@@ -543,16 +597,41 @@ def test_forks_whose_branches_agree_are_not_asked_for(tmp_path, tiny_model_dir):
         (batch["audited_mask"].sum() / batch["completion_mask"].sum()).item()
     )
     assert "audit/posterior" not in logged
+    assert "or the branches of each fork have one text" in caplog.text
+
+
+def test_forks_without_rollouts_are_anchored(tmp_path, tiny_model_dir):
+    """A fork that the teacher refuses is not trained, and its tokens are un-audited."""
+    refusing = ScriptedTeacher(lambda prefix, i: training.script(prefix, i) if len(prefix.completion) % 2 else None)
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=refusing, max_failed_chunks=1.0, **BRANCHES)
+    trainer.train()
+    audits, [batch] = [*read_audits(tmp_path, list_audits(tmp_path))], trainer.batches
+    audited = torch.zeros_like(batch["audited_mask"])
+    for audit in audits:
+        for chunk in audit.chunks:
+            audited[audit.index, chunk.start : chunk.end] = True
+    assert torch.equal(batch["audited_mask"], audited)
+    assert all(audited[row, suffix.start] for row, of_row in enumerate(batch["suffixes"]) for suffix in of_row)
+    assert any(batch["suffixes"])
+    assert any(audit.num_dropped for audit in audits)
 
 
 def test_the_control_permutes_the_advantages_of_a_fork(tmp_path, tiny_model_dir):
-    """The rollouts and the advantages in the journal are those of the plain run; the weights are others."""
+    """The rollouts and the advantages in the journal are those of the plain run; the weights are others.
+
+    The journal holds the weights that were used: those of a chunk's last token, if no branch is equal to the chunk.
+    """
     steps = []
     for baseline in ("none", "shuffled"):
         trainer = make_trainer(tmp_path / baseline, tiny_model_dir, posterior_baseline=baseline, **BRANCHES)
         trainer.train()
-        audits = read_audits(tmp_path / baseline, list_audits(tmp_path / baseline))
+        audits = [*read_audits(tmp_path / baseline, list_audits(tmp_path / baseline))]
         advantages = [[b.advantage for b in chunk.branches] for audit in audits for chunk in audit.chunks]
+        for audit in audits:
+            used = trainer.batches[0]["weights"][audit.index]
+            assert [chunk.weight for chunk in audit.chunks] == pytest.approx(
+                [used[chunk.end - 1].item() for chunk in audit.chunks]
+            )
         steps.append((advantages, trainer.batches[0]["weights"], trainer.state.log_history[0]["branches/similarity"]))
     assert steps[0][0] == steps[1][0]
     assert steps[0][2] == steps[1][2]
@@ -585,6 +664,7 @@ def test_an_evaluation_audits_chunks_as_in_the_paper(tmp_path, tiny_model_dir):
     """It asks for `num_chunks` chunks, not for the candidates, imitates nothing, and logs the paper's metrics."""
     settings = {**BRANCHES, **IMITATION, "fork_candidates": 4, "num_chunks": 1, "audit_eval": True}
     trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=questions(4), **settings)
+    trainer._sample_branches = not_sampled
     logged = trainer.evaluate()
     assert logged["eval_audit/num_chunks"] == 1
     assert logged["eval_audit/posterior"] > 0

@@ -8,10 +8,15 @@ import pytest
 from transformers.utils import logging
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.journal.browse import list_audits, read_audits
 from tests.support import training
+from tests.support.loopback import Loopback, wire
+from tests.support.loopback.teachers import SERVICES, services
 from tests.support.objective import check
 from tests.support.teachers import Remote
-from tests.support.training import FOUR_MICRO_BATCHES, Repeating, make_trainer
+from tests.support.training import FOUR_MICRO_BATCHES, LINES, Repeating, make_trainer
+
+__all__ = ["services"]  # a fixture
 
 IMITATION = {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1}
 
@@ -53,6 +58,36 @@ def test_rollouts_that_the_trajectory_shares(tmp_path, tiny_model_dir, tiny_toke
     assert trainer.batches[0]["imitation"].count_nonzero() > 20
     assert any(trainer.batches[0]["suffixes"])
     assert logged["imitation/left_out"] == 0
+
+
+@pytest.mark.parametrize("continuation", ["prefill", "instruct"])
+def test_a_single_rollout_of_a_service_that_trims(
+    tmp_path, tiny_model_dir, tiny_tokenizer, monkeypatch, services, continuation
+):
+    """A teacher that writes what the student writes: similarities are 1, and the student's own tokens are imitated."""
+
+    def rest(messages, index):
+        said = messages[-1]["content"]
+        said = said if isinstance(said, str) else "".join(part["text"] for part in said)
+        before = re.search("<partial_solution>(.*?)</partial_solution>", said, re.DOTALL)
+        before = before[1] if before else said if messages[-1]["role"] == "assistant" else ""
+        return LINES[len(before) :].strip()
+
+    monkeypatch.setattr(wire, "text_of", rest)
+    service = next(service for service in SERVICES if service.name.startswith("anthropic"))
+    settings = {**IMITATION, "similarity": "exact", "num_rollouts": 1, "teacher_temperature": 0.0, "num_chunks": 3}
+    with Loopback(service.answer) as server:
+        settings |= {"teacher_base_url": server.url + service.path, "teacher_continuation": continuation}
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=service.name, **settings)
+        trainer.__class__ = Repeating
+        trainer.train()
+    logged, audits = trainer.state.log_history[0], [*read_audits(tmp_path, list_audits(tmp_path))]
+    assert {chunk.text[0] == " " for audit in audits for chunk in audit.chunks} == {True, False}
+    assert logged["audit/similarity"] == 1
+    assert logged["imitation/left_out"] == 0
+    for audit in audits:
+        own = [audit.completion_ids[chunk.start :][:3] for chunk in audit.chunks]
+        assert [chunk.imitated for chunk in audit.chunks] == [(tiny_tokenizer.decode([*ids]),) for ids in own]
 
 
 @pytest.mark.parametrize(

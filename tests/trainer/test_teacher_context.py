@@ -9,13 +9,17 @@ import torch
 from datasets import Dataset
 
 from omniopd_trl import OmniOPDConfig
+from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
+from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.report.page import _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
+from omniopd_trl.trainer.metrics import context_ratios
 from omniopd_trl.trainer.plan import prompt_lengths
+from tests.support.judge import judge
 from tests.support.loopback import Loopback
 from tests.support.loopback.teachers import SERVICES, services
 from tests.support.teachers import Here, Unasked
@@ -82,6 +86,13 @@ def test_the_share_of_quotations_is_logged(run, tmp_path, tiny_model_dir):
     plain = make_trainer(tmp_path, tiny_model_dir)
     plain.train()
     assert "rollouts/context_quoted" not in plain.state.log_history[0]
+
+
+@pytest.mark.parametrize(("prefix", "quoted"), [("It is ", 1), ("It is 12, so ", 0)])
+def test_what_the_student_wrote_before_is_no_quotation(prefix, quoted):
+    chunk = ChunkAudit(Chunk(0, 4, 0), prefix, "x", ("12 apples",), (0.5,), 0.5, 0.5)
+    trajectory = Trajectory("How many?", [], [], teacher_context="12")
+    assert context_ratios([Audit((chunk,))], [trajectory]) == {"rollouts/context_quoted": (quoted, 1)}
 
 
 def test_records_show_it(run, capsys, tmp_path):
@@ -205,6 +216,19 @@ def test_a_service_receives_it(tmp_path, tiny_model_dir, services, continuation)
     assert all(any(text in body for text in known) for body in bodies)
     ids = trainer.batches[0]["prompt_ids"]
     assert not any(MARK.strip() in text for text in trainer.processing_class.batch_decode(ids))
+
+
+def test_a_judge_reads_it(tmp_path, tiny_model_dir):
+    asked = []
+
+    def answer(prefix, index):
+        asked.append(prefix.prompt[1]["content"])
+        return judge(prefix, index)
+
+    make_trainer(tmp_path, tiny_model_dir, teacher=ScriptedTeacher(answer), signal="judge", **CONTEXT).train()
+    assert asked
+    known = [f"{question}{MARK}{context}" for question, context in answers().items()]
+    assert all(any(text in question for text in known) for question in asked)
 
 
 def test_the_forecast_counts_it(run):

@@ -163,6 +163,31 @@ def test_work_of_a_step_of_trl(tmp_path, student, make_tiny_model, tiny_tokenize
     }
 
 
+def test_work_of_branches(tmp_path, student, tiny_tokenizer):
+    """What a branch does not share with its trajectory is in the row once, and only the student computes it."""
+    rows = {**settings(tmp_path), "per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS}
+    args = OmniOPDConfig(**rows, num_chunks=2, chunk_length=8, num_rollouts=2, num_branches=3)
+    trainer = OmniOPDTrainer(student, ScriptedTeacher(script), args, one_question(), processing_class=tiny_tokenizer)
+    trainer.objective._why_apart = ""  # the check of the student computes short rows
+    count, suffixes, compute_loss = HeadProducts(), [], trainer.compute_loss
+
+    def keep(model, inputs, *arguments, **options):
+        suffixes.extend(suffix.token_ids for row in inputs["suffixes"] for suffix in row)
+        return compute_loss(model, inputs, *arguments, **options)
+
+    trainer.compute_loss = keep
+    count.watch(trainer, {"student": trainer.model, "other": trainer.ref_model})
+    with count:
+        trainer.train()
+    whole = ROWS * (trainer._buffered_inputs[0]["prompt_ids"].size(1) + TOKENS)
+    audited, trained = ROWS * 2 * 8, sum(map(len, suffixes))
+    assert 0 < trained <= 3 * audited
+    assert count.decoder_tokens[SCORING, "student"] == count.decoder_tokens[FORWARD, "other"] == whole
+    assert count.decoder_tokens[FORWARD, "student"] == whole + trained - len(suffixes)
+    assert count.rows[FORWARD] == 2 * ROWS * TOKENS + trained
+    assert count.rows[BACKWARD] == 3 * audited + 4 * (ROWS * TOKENS - audited) + 3 * trained
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_hold_rows_of_like_lengths(tmp_path, tiny_model_dir, size):
     """Models see each trajectory padded to the longest of its like, in training as in scoring, and nothing more."""
