@@ -36,7 +36,7 @@ def corrected(trajectory: AuditedTrajectory) -> int | None:
         return None
     for number, chunk in enumerate(trajectory.chunks):
         words = chunk.text.split()
-        if len(words) > 4 and len({*chunk.rollouts}) == 1 and not any(chunk.similarities):
+        if len(words) > 4 and len({*chunk.rollouts}) == 1:
             others = chunk.rollouts[0].split()
             if len(others) == len(words) and sum(a != b for a, b in zip(words, others, strict=True)) == 2:
                 return number

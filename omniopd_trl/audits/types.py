@@ -44,7 +44,7 @@ class AuditSettings:
     keep_special_tokens: bool = False
     min_anchor_entropy: float = 0.0
     num_branches: int = 0
-    fork_candidates: int | None = None
+    fork_candidates: int = 0
     scale_advantages: bool = False
     teacher_context_template: str | None = None
     signal: Signal = "rollouts"

@@ -23,15 +23,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="show chunks beside what the teacher wrote in their place",
         description="Show audited chunks: the student's text, each distinct rollout of the teacher with its count and "
         "similarity, and the posterior. Without a selection: the five chunks with the lowest posterior of the last "
-        "step. Also while the run writes.",
+        "step. With branches, advantages are compared in place of posteriors. Also while the run writes.",
         allow_abbrev=False,
     )
     audits.add_argument("folder", metavar="RUN_DIR", help="the `output_dir` of a run")
     audits.add_argument("--step", type=int, metavar="N", help="only audits of this optimizer step")
     audits.add_argument("--prompt", metavar="TEXT", help="only audits whose prompt contains this text")
     choice = audits.add_mutually_exclusive_group()
-    choice.add_argument("--worst", type=positive_int, metavar="K", help="the K chunks with the lowest posterior")
-    choice.add_argument("--best", type=positive_int, metavar="K", help="the K chunks with the highest posterior")
+    lowest = "the K chunks with the lowest posterior, or with branches the lowest advantage"
+    choice.add_argument("--worst", type=positive_int, metavar="K", help=lowest)
+    choice.add_argument("--best", type=positive_int, metavar="K", help="the K chunks with the highest one")
     choice.add_argument("--random", type=positive_int, metavar="K", help="K random chunks")
     form = audits.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON list")
@@ -115,7 +116,7 @@ def show_audits(options: argparse.Namespace) -> None:
         prompts = zip(chosen, read_prompts(run.folder, chosen), strict=True)
         chosen = [place for place, prompt in prompts if options.prompt.lower() in text_of_prompt(prompt).lower()]
     number = selection or 5
-    posterior: Callable[[AuditedChunk], float] = lambda audited: audited.chunk.posterior  # noqa: E731
+    preference: Callable[[AuditedChunk], float] = lambda audited: audited.preference  # noqa: E731
     if options.random:
         random.shuffle(chosen)
         pool: list[AuditedChunk] = []
@@ -125,14 +126,14 @@ def show_audits(options: argparse.Namespace) -> None:
                 break
         found = random.sample(pool, min(number, len(pool)))
     else:
-        # The chunks are in the trajectories whose own lowest or highest posteriors are the lowest or highest. An audit
+        # The chunks are in the trajectories whose own lowest or highest ones are the lowest or highest. An audit
         # of a step that is not finished has no record of them.
         known = [place for place in chosen if place.low is not None]
         unknown = [place for place in chosen if place.low is None]
         select: Callable[..., list[Any]] = heapq.nlargest if options.best else heapq.nsmallest
         end: Callable[[AuditPlace], Any] = lambda place: place.high if options.best else place.low  # noqa: E731
         chunks = chunks_of(read_audits(run.folder, [*select(number, known, key=end), *unknown]))
-        found = select(number, chunks, key=posterior)
+        found = select(number, chunks, key=preference)
     if not found:
         raise DataError(
             "No audited chunk matches. Try another --step or --prompt; `omniopd report` also shows trajectories "

@@ -158,7 +158,7 @@ def print_change(output_dir: str) -> None:
             console = Console()
             console.print(
                 "\nA chunk of the first step and one of the last: in each step, a quarter of the chunks have a lower "
-                "posterior.",
+                f"{chunks[0].order}.",
                 highlight=False,
             )
             print_audits(run, chunks, console)

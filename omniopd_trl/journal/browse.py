@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.journal.file import check_version, connect, damage_error, explained, journals_of
 from omniopd_trl.journal.records import ENTROPY_UNIT, decode, decode_first, restore_chunks
 from omniopd_trl.journal.schema import TOKENS
+
+if TYPE_CHECKING:
+    from omniopd_trl.audits.types import ChunkAudit
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ class ShownChunk:
         return dict(zip(self.rollouts, self.imitated, strict=False)).get(rollout)
 
 
+def preference_of(chunk: "ShownChunk | ChunkAudit") -> float:
+    """What chunks are ordered by: the posterior, and with branches the advantage of the trajectory's own chunk.
+
+    With branches the posterior weights nothing, and the similarity is low at some forks whatever the student writes.
+    """
+    return chunk.branches[0].advantage if chunk.branches else chunk.posterior
+
+
 @dataclass(frozen=True)
 class AuditedTrajectory:
     """A trajectory and its audit, as a journal holds them.
@@ -150,8 +161,8 @@ class AuditPlace:
         attempt: number of the attempt at the step, in the journal of the process.
         index: index of the trajectory in the step's batch of the process.
         size: size of the record in bytes.
-        low: lowest posterior of the chunks; `None` without chunks, or when it is not recorded.
-        high: highest posterior of the chunks.
+        low: lowest `preference_of` of the chunks; `None` without chunks, or when it is not recorded.
+        high: highest one.
         is_empty: whether the audit is known to have no chunks.
     """
 

@@ -89,8 +89,8 @@ class Shown:
 
     Attributes:
         index: index of the trajectory in the generation batch of the process.
-        low: lowest posterior of its chunks; `None` without chunks.
-        high: highest posterior.
+        low: lowest `preference_of` of its chunks; `None` without chunks.
+        high: highest one.
         entropies: entropy of each token of the completion, in nats.
         weights: weight of each chunk in the loss.
         logprobs: log-probability of each token under the policy of the step, in nats. A run that trains from an export

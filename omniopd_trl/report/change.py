@@ -14,7 +14,7 @@ def first_and_last(run: Run) -> tuple[AuditedChunk, AuditedChunk] | None:
     """The chunk at the lower quartile of the posterior, of the first and of the last step with audited chunks.
 
     A quarter of the chunks of the step have a lower posterior. Both chunks have the same rank, so the second one has a
-    higher posterior only when the student agrees more often with the teacher.
+    higher posterior only when the student agrees more often with the teacher. With branches, advantages are compared.
 
     Returns:
         Both chunks; `None` when there is only one step.
@@ -34,5 +34,5 @@ def first_and_last(run: Run) -> tuple[AuditedChunk, AuditedChunk] | None:
 
 def _lower_quartile(run: Run, places: list[AuditPlace]) -> AuditedChunk | None:
     some = places[:: -(-len(places) // _TRAJECTORIES)]
-    ordered = sorted(chunks_of(read_audits(run.folder, some)), key=lambda audited: audited.chunk.posterior)
+    ordered = sorted(chunks_of(read_audits(run.folder, some)), key=lambda audited: audited.preference)
     return ordered[(len(ordered) - 1) // 4] if ordered else None

@@ -50,7 +50,8 @@ _SETTINGS = (
     *("prior_strength", "beta", "loss_normalization", "posterior_baseline", "importance_sampling_correction"),
     *("importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "max_steps"),
     *("num_train_epochs", "seed", _BATCH, "cascade_low", "cascade_high"),
-    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories", "num_branches"),
+    *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
+    *("num_branches", "fork_candidates", "scale_advantages"),
 )
 
 _CHUNK = pa.struct(
@@ -286,8 +287,9 @@ def training_options(about: dict[str, Any], name: str) -> str:
         about: what is known about the run.
         name: folder of the export, or id of its repository.
     """
-    without = " --num_branches 0" if about["settings"].get("num_branches") else ""
-    return f"--teacher_model_name_or_path export:{name}{without}"
+    off = {"num_branches": 0, "fork_candidates": 0, "scale_advantages": "false"}
+    without = (f" --{option} {value}" for option, value in off.items() if about["settings"].get(option))
+    return f"--teacher_model_name_or_path export:{name}{''.join(without)}"
 
 
 def card(about: dict[str, Any], repo_id: str | None = None) -> str:

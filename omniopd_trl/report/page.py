@@ -20,7 +20,7 @@ from operator import itemgetter
 from string import Template
 from typing import Any, TypeVar
 
-from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, read_audits, read_prompts
+from omniopd_trl.journal.browse import AuditedTrajectory, AuditPlace, preference_of, read_audits, read_prompts
 from omniopd_trl.report.figures import Figure
 from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
 from omniopd_trl.report.runs import Run, facts_of, short_name, text_of_prompt, visible
@@ -172,15 +172,15 @@ def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str],
     rows: list[list[Any]] = []
     blocks: list[str] = []
     chosen = _within(runs, limit)
+    branched = [False] * len(runs)
     for number, (run, places) in enumerate(zip(runs, chosen, strict=True)):
         block: list[dict[str, Any]] = []
         for place, trajectory in zip(places, read_audits(run.folder, places), strict=True):
             prompt = prompts.setdefault(text_of_prompt(trajectory.prompt), len(prompts))
             bits = sum(bool(has(trajectory)) << bit for bit, (_, has) in enumerate(OUTCOMES))
-            posteriors = [round(1000 * chunk.posterior) for chunk in trajectory.chunks]
-            rows.append(
-                [number, place.step, place.rank, place.index, prompt, posteriors, bits, len(blocks), len(block)]
-            )
+            values = [round(1000 * preference_of(chunk)) for chunk in trajectory.chunks]
+            branched[number] |= any(chunk.branches for chunk in trajectory.chunks)
+            rows.append([number, place.step, place.rank, place.index, prompt, values, bits, len(blocks), len(block)])
             block.append(_details(run, trajectory))
             if len(block) == BLOCK:
                 blocks.append(_data(f"block-{len(blocks)}", block))
@@ -189,6 +189,7 @@ def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str],
             blocks.append(_data(f"block-{len(blocks)}", block))
     index = {
         "runs": [run.name for run in runs],
+        "branched": branched,
         "processes": max((row[2] for row in rows), default=0) + 1,
         "outcomes": [name for name, _ in OUTCOMES],
         "prompts": list(prompts),

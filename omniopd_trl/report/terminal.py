@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownChunk, preference_of
 from omniopd_trl.report.runs import facts_of, text_of_prompt, visible
 
 # Characters of the student's text that are shown before a chunk, and of the prompt.
@@ -33,6 +33,16 @@ class AuditedChunk:
     @property
     def chunk(self) -> ShownChunk:
         return self.trajectory.chunks[self.number]
+
+    @property
+    def preference(self) -> float:
+        """What chunks are ordered by; see [`~omniopd_trl.journal.browse.preference_of`]."""
+        return preference_of(self.chunk)
+
+    @property
+    def order(self) -> str:
+        """What it is called."""
+        return "advantage" if self.chunk.branches else "posterior"
 
 
 def chunks_of(trajectories: Iterable[AuditedTrajectory]) -> Iterator[AuditedChunk]:

@@ -105,7 +105,8 @@ class AuditTable:
         number = self._args.num_completions_to_print
         printed = spread(chunks, NUM_PRINTED if number is None else number)
         name = f"{prefix}_audits" if prefix else "audits"
-        title = f"{name}, step {step}: {len(printed)} of {len(chunks)} chunks, evenly spaced by their posterior"
+        shown = f"{len(printed)} of {len(chunks)} chunks, evenly spaced by their {chunks[0].order}"
+        title = f"{name}, step {step}: {shown}"
         path = Path(self._args.output_dir, "completions", f"{name}_{step:05d}.parquet")
         rows = [table_row(chunk, self.pieces) for chunk in chunks]
         key = f"{prefix}/audits" if prefix else "audits"
@@ -139,8 +140,8 @@ class AuditTable:
 
 
 def spread(chunks: Iterable[AuditedChunk], number: int) -> list[AuditedChunk]:
-    """At most `number` chunks, evenly spaced by posterior from the lowest to the highest. One alone is the median."""
-    ordered = sorted(chunks, key=lambda audited: audited.chunk.posterior)
+    """At most `number` chunks, evenly spaced by preference from the lowest on. One alone is the median."""
+    ordered = sorted(chunks, key=lambda audited: audited.preference)
     last = len(ordered) - 1
     if number > last:
         return ordered

@@ -58,7 +58,7 @@ _CHOICES = {
 
 _COUNTS = (
     *("num_chunks", "chunk_length", "min_chunk_length", "num_rollouts", "num_eval_generations", "min_rollouts"),
-    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens", "fork_candidates"),
+    *("teacher_max_concurrency", "teacher_max_attempts", "teacher_budget_tokens"),
     *("rollout_imitation_tokens", "num_generations"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
@@ -138,9 +138,9 @@ class OmniOPDConfig(DistillationConfig):
             Number of further continuations that the student writes in the place of each chunk, K. They are compared
             with the same rollouts as the chunk, and all of them are trained, each by its advantage over the others.
             The teacher is asked only where they differ. `0` is the paper's method. See docs/branches.md.
-        fork_candidates (`int`, *optional*):
+        fork_candidates (`int`, *optional*, defaults to `0`):
             Number of chunks per trajectory for which branches are sampled, with `num_branches`. The `num_chunks` with
-            the most diverse branches are kept. Defaults to `num_chunks`.
+            the most diverse branches are kept. `0` samples for `num_chunks` only.
         scale_advantages (`bool`, *optional*, defaults to `False`):
             Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. `"edit"` and
             other similarities with small differences need it.
@@ -315,7 +315,7 @@ class OmniOPDConfig(DistillationConfig):
             W&B and Trackio; the audits also to TensorBoard and Comet.
         num_completions_to_print (`int`, *optional*):
             Number of completions, and of audited chunks, to print. Defaults to all completions and five chunks. The
-            chunks are evenly spaced by their posterior.
+            chunks are evenly spaced by their posterior, and with branches by their advantage.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
@@ -426,11 +426,11 @@ class OmniOPDConfig(DistillationConfig):
             "docs/branches.md."
         },
     )
-    fork_candidates: int | None = field(
-        default=None,
+    fork_candidates: int = field(
+        default=0,
         metadata={
             "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
-            "`num_chunks` with the most diverse branches are kept. Defaults to `num_chunks`."
+            "`num_chunks` with the most diverse branches are kept. `0` samples for `num_chunks` only."
         },
     )
     scale_advantages: bool = field(
@@ -777,7 +777,7 @@ class OmniOPDConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Number of completions, and of audited chunks, to print. Defaults to all completions and five "
-            "chunks. The chunks are evenly spaced by their posterior."
+            "chunks. The chunks are evenly spaced by their posterior, and with branches by their advantage."
         },
     )
 
@@ -847,7 +847,7 @@ class OmniOPDConfig(DistillationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
-        for name in ("num_branches", "first_rollouts"):
+        for name in ("num_branches", "fork_candidates", "first_rollouts"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 0.")
@@ -922,14 +922,14 @@ class OmniOPDConfig(DistillationConfig):
 
     def _check_branches(self) -> None:
         if not self.num_branches:
-            for name in ("fork_candidates", "scale_advantages"):
+            for name, off in (("fork_candidates", 0), ("scale_advantages", False)):
                 if getattr(self, name):
                     raise ConfigError(
                         f"{name}={getattr(self, name)} has no effect without branches. Set num_branches, to 7 for "
-                        "example, or leave it out."
+                        f"example, or {name}={off}."
                     )
             return
-        if self.fork_candidates is not None and self.fork_candidates < self.num_chunks:
+        if 0 < self.fork_candidates < self.num_chunks:
             raise ConfigError(
                 f"fork_candidates={self.fork_candidates} is less than num_chunks={self.num_chunks}, and that many of "
                 "them are kept. Raise it, or lower num_chunks."

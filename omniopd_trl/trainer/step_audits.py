@@ -21,6 +21,7 @@ from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory, Verified
 from omniopd_trl.errors import TeacherError
+from omniopd_trl.journal.browse import preference_of
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.journal.schema import JournalError, Shown
@@ -505,11 +506,11 @@ def _shown(
 ) -> Iterator[Shown]:
     rest = iter(weights)
     for audit, row, texts in zip(audits, rows, imitated, strict=True):
-        posteriors = [chunk.posterior for chunk in audit.chunks]
-        own = list(islice(rest, len(posteriors)))
+        preferences = [preference_of(chunk) for chunk in audit.chunks]
+        own = list(islice(rest, len(preferences)))
         entropies = row.scores.entropy.tolist()
         logprobs = row.scores.logprobs.tolist()
-        ends = (min(posteriors, default=None), max(posteriors, default=None))
+        ends = (min(preferences, default=None), max(preferences, default=None))
         yield Shown(row.index, *ends, entropies, own, logprobs, texts if any(texts) else [])
 
 

@@ -28,7 +28,7 @@ FORM = Form(
     num_rollouts=4,
     min_rollouts=1,
     num_branches=7,
-    fork_candidates=None,
+    fork_candidates=0,
     teacher_temperature=1.0,
     min_anchor_entropy=0.0,
     posterior_baseline="none",
@@ -171,6 +171,8 @@ def test_options_of_a_teacher_that_is_sure():
         (replace(NUMBERS, gates=((0.05, 0.5, 0.1),)), FORM, "min_anchor_entropy", None),
         (replace(NUMBERS, asked_per_trajectory=1.0), FORM, "fork_candidates", 6),
         (replace(NUMBERS, asked_per_trajectory=1.0), replace(FORM, fork_candidates=4), "fork_candidates", None),
+        # The gate or the length limits the chunks, not M: there are no other candidates.
+        (replace(NUMBERS, asked_per_trajectory=1.0, chunks_per_trajectory=2.4), FORM, "fork_candidates", None),
         (NUMBERS, replace(FORM, num_branches=0, prior="reference"), "prior", "policy"),
         (NUMBERS, replace(FORM, num_branches=0, posterior_baseline="batch"), "posterior_baseline", "none"),
         (NUMBERS, replace(FORM, min_rollouts=2), "min_rollouts", 1),

@@ -110,7 +110,10 @@ def test_a_link_leads_to_a_chunk(report, page):
 
 
 def test_what_is_imitated_and_the_branches_of_a_fork(tmp_path, page):
-    """Parts are below their rollouts. Branches are in a second table, equal ones in one row, its own text first."""
+    """Parts are below their rollouts. Branches are in a second table, equal ones in one row, its own text first.
+
+    Chunks are compared by their advantage: one below 0 is red, and other chunks are green.
+    """
     own, other = Branch((1,), WRONG, (), 0.25, -0.5), Branch((2,), RIGHT, (), 1.0, 0.25)
     imitated = [[HOSTILE[:9]] * 4, [" 51"] * 3 + [None]]
     run = record_run(tmp_path, 1, imitated=imitated, branches=(own, other, other))
@@ -125,6 +128,14 @@ def test_what_is_imitated_and_the_branches_of_a_fork(tmp_path, page):
     head, *rows = [re.sub(r"\s+", " ", row.text) for row in branches.find_elements("css selector", "tr")]
     assert head == "times similarity advantage branches of the student (words that differ are marked)"
     assert rows == [f"1 0.250 -0.500 {WRONG}", "2 1.000 +0.250 " + RIGHT.replace("51", "6151")]
+    wrong = browser.find_element("css selector", ".chunk[aria-current]")
+    assert (wrong.get_attribute("class"), wrong.get_attribute("title")) == ("chunk low", "Chunk 2, advantage -0.500")
+    assert texts(browser, ".legend span")[0] == "advantage below 0above"
+    assert "A chunk's advantage from " in texts(browser, "#filters label")
+    put(browser, "high", "-0.4")
+    assert texts(browser, "#count") == ["4 of 4 trajectories."]
+    put(browser, "high", "-0.6")
+    assert texts(browser, "#count") == ["0 of 4 trajectories."]
     (figure,) = browser.find_elements("css selector", "figure img[alt^='Spread of the advantages']")
     assert figure.get_attribute("alt").endswith("advantages from 0.5 to 0.25.")
     browser.get(browser.current_url.replace("c=1", "c=0"))

@@ -552,9 +552,16 @@ def test_what_people_see_of_branches(tmp_path, tiny_model_dir, capsys):
             for rollout, part in zip(chunk.rollouts, chunk.imitated, strict=True):
                 assert part is None or (part.strip("\ufffd \n") and rollout.startswith(part.strip("\ufffd \n")))
     assert asked
+    # Chunks are ordered by their advantage: the posteriors weight nothing.
+    places = list_audits(tmp_path)
+    advantages = [[c.branches[0].advantage for c in audit.chunks] for audit in read_audits(tmp_path, places)]
+    assert [(place.low, place.high) for place in places] == [
+        (min(row, default=None), max(row, default=None)) for row in advantages
+    ]
     capsys.readouterr()
     assert main(["audits", str(tmp_path), "--json", "--worst", "1"]) == 0
     [shown] = json.loads(capsys.readouterr().out)
+    assert shown["branches"][0]["advantage"] == min(min(row) for row in advantages if row)
     assert sum(branch["count"] for branch in shown["branches"]) == K + 1
     assert all("imitated" in rollout for rollout in shown["rollouts"])
     assert main(["audits", str(tmp_path), "--worst", "1"]) == 0
@@ -636,7 +643,10 @@ def test_the_control_permutes_the_advantages_of_a_fork(tmp_path, tiny_model_dir)
     [
         ({"num_branches": -1}, "num_branches=-1 must be a whole number of at least 0"),
         ({"num_branches": True}, "num_branches=True must be a whole number"),
-        ({"fork_candidates": 8}, "fork_candidates=8 has no effect without branches"),
+        (
+            {"fork_candidates": 8},
+            "fork_candidates=8 has no effect without branches. Set num_branches, to 7 for example, or fork_",
+        ),
         ({"scale_advantages": True}, "scale_advantages=True has no effect without branches"),
         ({"num_branches": 3, "fork_candidates": 1}, "fork_candidates=1 is less than num_chunks=2"),
         ({"num_branches": 3, "posterior_baseline": "batch"}, "posterior_baseline='batch' and num_branches=3"),

@@ -108,10 +108,12 @@ def test_the_rollouts_are_scored_again(first, folder, tmp_path, tiny_model_dir):
 def test_a_run_with_branches(tmp_path, tiny_model_dir, capsys):
     """Its chunks can be trained in the paper's form: those that the teacher was asked about, with its rollouts."""
     settings = {**SETTINGS, "rollout_imitation": 0.0, "max_steps": 1}
-    run = make_trainer(tmp_path / "run", tiny_model_dir, teacher=Here(), num_branches=3, **settings)
+    branches = {"num_branches": 3, "fork_candidates": 4, "scale_advantages": True}
+    run = make_trainer(tmp_path / "run", tiny_model_dir, teacher=Here(), **branches, **settings)
     run.train()
     folder = export(run)
-    assert capsys.readouterr().out.endswith(f"--teacher_model_name_or_path export:{folder} --num_branches 0\n")
+    without = "--num_branches 0 --fork_candidates 0 --scale_advantages false"
+    assert capsys.readouterr().out.endswith(f"--teacher_model_name_or_path export:{folder} {without}\n")
     assert "`num_branches` | `3`" in (folder / "README.md").read_text()
     again = make_trainer(tmp_path / "again", tiny_model_dir, teacher=f"export:{folder}", **settings)
     again.train()

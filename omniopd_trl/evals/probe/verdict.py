@@ -39,7 +39,7 @@ class Form:
     num_rollouts: int
     min_rollouts: int
     num_branches: int
-    fork_candidates: int | None
+    fork_candidates: int
     teacher_temperature: float
     min_anchor_entropy: float
     posterior_baseline: str
@@ -243,12 +243,14 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
     if gate is not None and gate[0] > form.min_anchor_entropy:
         reason = f"{gate[1]:.0%} of the forks have at most this entropy, and {gate[2]:.0%} of what all forks teach"
         yield Advice("min_anchor_entropy", gate[0], reason)
-    if form.fork_candidates is None and measured.asked_per_trajectory < form.num_chunks / 2:
+    # At least half of the trajectories have M chunks. One with fewer has no other anchors, and no other candidates.
+    is_full = measured.chunks_per_trajectory >= form.num_chunks - 0.5
+    if not form.fork_candidates and is_full and measured.asked_per_trajectory < form.num_chunks / 2:
         yield Advice(
             "fork_candidates",
             2 * form.num_chunks,
             f"only {measured.asked_per_trajectory:.1f} of {measured.chunks_per_trajectory:.1f} chunks have branches "
-            "that differ; more candidates cost the student's time, not the teacher's tokens",
+            f"that differ; of more candidates, the teacher is asked about up to {form.num_chunks} that do",
         )
     share = measured.num_asked / measured.num_forks
     more = "; more chunks would teach as well, at their price" * (share > _FOUND)

@@ -20,7 +20,12 @@
     return JSON.parse(await new Response(stream).text());
   };
   const number = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
-  const level = (posterior) => (posterior < 1 / 3 ? "low" : posterior < 2 / 3 ? "middle" : "high");
+  // What chunks are compared by: their posterior, from 0 to 1. With branches their advantage, where the sign counts.
+  const measure = (run) => (index.branched[run] ? "advantage" : "posterior");
+  const level = (value, run) => {
+    const [low, high] = index.branched[run] ? [0, 0] : [1 / 3, 2 / 3];
+    return value < low ? "low" : value < high ? "middle" : "high";
+  };
 
   // ---- The data ----
   let index = null;
@@ -30,9 +35,9 @@
   let drawn = null; // the link of what is shown
   const load = async () => {
     index = await unpack("index");
-    rows = index.rows.map(([run, step, process, place, prompt, posteriors, outcomes, block, at]) => (
-      { key: [run, step, process, place].join("."), run, step, process, place, prompt, posteriors, outcomes, block, at,
-        low: Math.min(...posteriors) / 1000, high: Math.max(...posteriors) / 1000 }
+    rows = index.rows.map(([run, step, process, place, prompt, values, outcomes, block, at]) => (
+      { key: [run, step, process, place].join("."), run, step, process, place, prompt, values, outcomes, block, at,
+        low: Math.min(...values) / 1000, high: Math.max(...values) / 1000 }
     ));
     byKey = new Map(rows.map((row) => [row.key, row]));
     blocks = new Map();
@@ -45,6 +50,8 @@
     };
     options("run", "all", [...index.runs.entries()]);
     document.querySelector(".run").hidden = index.runs.length < 2;
+    const measures = new Set(index.runs.map((name, run) => measure(run)));
+    $("low").labels[0].firstChild.data = `A chunk's ${[...measures].join(" or ")} from `;
     options("outcome", "any", index.outcomes.map((name, bit) => [bit, name, rows.filter((row) => row.outcomes & (1 << bit)).length])
       .filter(([, , count]) => count).map(([bit, name, count]) => [bit, `${name} (${count})`]));
   };
@@ -67,19 +74,22 @@
     const [run, step, low, high, outcome] = ["run", "step", "low", "high", "outcome"].map(value);
     const text = $("prompt").value.toLowerCase();
     const matches = text && index.prompts.map((prompt) => prompt.toLowerCase().includes(text));
-    const within = (posterior) => (low === null || posterior >= 1000 * low) && (high === null || posterior <= 1000 * high);
+    const within = (value) => (low === null || value >= 1000 * low) && (high === null || value <= 1000 * high);
     return rows.filter((row) => (run === null || row.run === run) && (step === null || row.step === step)
       && (!text || matches[row.prompt]) && (outcome === null || row.outcomes & (1 << outcome))
-      && ((low === null && high === null) || row.posteriors.some(within)));
+      && ((low === null && high === null) || row.values.some(within)));
   };
   const label = (row) => [...(index.runs.length > 1 ? [index.runs[row.run]] : []), `step ${row.step}`,
     ...(index.processes > 1 ? [`process ${row.process}`] : []), `trajectory ${row.place}`].join(", ");
   const strip = (row) => {
-    const text = row.posteriors.length ? `posteriors ${row.posteriors.map((p) => number(p / 1000, 2)).join(", ")}` : "no chunk";
+    const text = row.values.length ? `${measure(row.run)}s ${row.values.map((value) => number(value / 1000, 2)).join(", ")}` : "no chunk";
     const element = make("span", { className: "strip", title: text },
-      ...row.posteriors.map((posterior) => make("i", { className: level(posterior / 1000) })));
+      ...row.values.map((value) => make("i", { className: level(value / 1000, row.run) })));
     // The height shows it, too: not every reader sees the colors.
-    row.posteriors.forEach((posterior, at) => { element.children[at].style.height = `${15 + 0.085 * posterior}%`; });
+    row.values.forEach((value, at) => {
+      const share = index.branched[row.run] ? Math.min(1, Math.max(0, (value + 1000) / 2000)) : value / 1000;
+      element.children[at].style.height = `${15 + 85 * share}%`;
+    });
     element.setAttribute("role", "img");
     element.setAttribute("aria-label", text);
     return element;
@@ -199,9 +209,9 @@
     return [spans, characters.length];
   };
 
-  const LEGEND = () => make("p", { className: "legend" },
-    make("span", {}, make("i", { className: "low" }), "posterior below ⅓", make("i", { className: "middle" }), "below ⅔",
-      make("i", { className: "high" }), "above"),
+  const legend = (run) => make("p", { className: "legend" },
+    make("span", {}, make("i", { className: "low" }), `${measure(run)} below ${index.branched[run] ? 0 : "⅓"}`,
+      ...(index.branched[run] ? [] : [make("i", { className: "middle" }), "below ⅔"]), make("i", { className: "high" }), "above"),
     make("span", {}, "entropy ", ...["0.05", "0.25", "0.75", "1.5", "2.5"].map((bound, i) => make("span", { className: `e${i + 1}`, text: bound })), " nats"),
     make("span", {}, make("span", { className: "fork", text: "" }), "fork: the token with the highest entropy of its chunk"));
 
@@ -213,8 +223,9 @@
     audit_.chunks.forEach((part, at) => {
       const start = Math.max(offset, part.start); // chunks may overlap
       body.append(...spans(offset, start));
-      const link = make("a", { className: `chunk ${level(part.posterior)}`, href: `#t=${linked}&c=${at}${row === other ? "&in=other" : ""}`,
-        title: `Chunk ${at + 1}, posterior ${number(part.posterior)}` }, ...spans(start, part.end, Math.max(start, part.fork)));
+      const value = row.values[at] / 1000;
+      const link = make("a", { className: `chunk ${level(value, row.run)}`, href: `#t=${linked}&c=${at}${row === other ? "&in=other" : ""}`,
+        title: `Chunk ${at + 1}, ${measure(row.run)} ${number(value)}` }, ...spans(start, part.end, Math.max(start, part.fork)));
       link.dataset.chunk = at;
       body.append(link);
       offset = Math.max(offset, part.end);
@@ -230,7 +241,7 @@
       make("div", { className: "head" }, make("h3", { text: label(row) })),
       ...region("Prompt", index.prompts[row.prompt]),
       ...(audit_.context === null ? [] : region("What only the teacher saw", audit_.context)),
-      make("h4", { text: "The student's answer" }), body, LEGEND(),
+      make("h4", { text: "The student's answer" }), body, legend(row.run),
       make("div", { className: "panel" }),
       make("p", { className: "muted facts", text: `The whole trajectory: ${audit_.facts.join(" · ")}` }),
       ...audit_.failures.map((text) => make("p", { className: "muted failure", text: `Missing: ${text}` })));
@@ -249,7 +260,7 @@
   const show = async () => {
     const asked = new URLSearchParams(location.hash.slice(1));
     // Without a link, the first one with a chunk that the teacher would not have written is open.
-    const row = byKey.get(asked.get("t")) ?? (current && byKey.get(current.key)) ?? found.find((each) => each.low < 1 / 3) ?? found[0];
+    const row = byKey.get(asked.get("t")) ?? (current && byKey.get(current.key)) ?? found.find((each) => level(each.low, each.run) === "low") ?? found[0];
     if (!row) return;
     current = row;
     other = byKey.get(asked.get("with")) ?? null;
@@ -265,7 +276,8 @@
     columns.forEach(([element, audit_], at) => {
       const { chunks } = audit_;
       if (!chunks.length) return;
-      const lowest = chunks.reduce((best, part, i) => (part.posterior < chunks[best].posterior ? i : best), 0);
+      const { values } = at ? other : current;
+      const lowest = values.indexOf(Math.min(...values));
       const open = at === chosen && chunks[wanted] ? wanted : lowest;
       if (at === chosen) chunk = open;
       element.querySelector(".panel").replaceChildren(...panel(audit_, open));
@@ -284,8 +296,8 @@
       const at = found.indexOf(current);
       location.hash = `t=${found[at < 0 ? 0 : Math.min(found.length - 1, Math.max(0, at + move))].key}`;
     }
-    if (turn && current?.posteriors.length) {
-      const last = current.posteriors.length - 1;
+    if (turn && current?.values.length) {
+      const last = current.values.length - 1;
       location.hash = `t=${current.key}${other ? `&with=${other.key}` : ""}&c=${Math.min(last, Math.max(0, (chunk ?? -1) + turn))}`;
     }
   });
