@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,6 @@ def show_audits(options: argparse.Namespace) -> None:
         prompts = zip(chosen, read_prompts(run.folder, chosen), strict=True)
         chosen = [place for place, prompt in prompts if options.prompt.lower() in text_of_prompt(prompt).lower()]
     number = selection or 5
-    preference: Callable[[AuditedChunk], float] = lambda audited: audited.preference  # noqa: E731
     if options.random:
         random.shuffle(chosen)
         pool: list[AuditedChunk] = []
@@ -133,7 +133,7 @@ def show_audits(options: argparse.Namespace) -> None:
         select: Callable[..., list[Any]] = heapq.nlargest if options.best else heapq.nsmallest
         end: Callable[[AuditPlace], Any] = lambda place: place.high if options.best else place.low  # noqa: E731
         chunks = chunks_of(read_audits(run.folder, [*select(number, known, key=end), *unknown]))
-        found = select(number, chunks, key=preference)
+        found = select(number, chunks, key=attrgetter("preference"))
     if not found:
         raise DataError(
             "No audited chunk matches. Try another --step or --prompt; `omniopd report` also shows trajectories "

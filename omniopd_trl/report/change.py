@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One audited chunk of the first and one of the last step of a run, for the end of training."""
 
+from operator import attrgetter
+
 from omniopd_trl.journal.browse import AuditPlace, read_audits
 from omniopd_trl.report.runs import Run
 from omniopd_trl.report.terminal import AuditedChunk, chunks_of
@@ -34,5 +36,5 @@ def first_and_last(run: Run) -> tuple[AuditedChunk, AuditedChunk] | None:
 
 def _lower_quartile(run: Run, places: list[AuditPlace]) -> AuditedChunk | None:
     some = places[:: -(-len(places) // _TRAJECTORIES)]
-    ordered = sorted(chunks_of(read_audits(run.folder, some)), key=lambda audited: audited.preference)
+    ordered = sorted(chunks_of(read_audits(run.folder, some)), key=attrgetter("preference"))
     return ordered[(len(ordered) - 1) // 4] if ordered else None

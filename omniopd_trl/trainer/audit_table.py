@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class AuditTable:
 
 def spread(chunks: Iterable[AuditedChunk], number: int) -> list[AuditedChunk]:
     """At most `number` chunks, evenly spaced by preference from the lowest on. One alone is the median."""
-    ordered = sorted(chunks, key=lambda audited: audited.preference)
+    ordered = sorted(chunks, key=attrgetter("preference"))
     last = len(ordered) - 1
     if number > last:
         return ordered
