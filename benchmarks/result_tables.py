@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_tables import table
+from omniopd_trl.cli.ablate import change_of_similarity
 from scripts.pages import update
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -58,18 +59,20 @@ PRICES = {"Claude Haiku 4.5": (1.0, 5.0), "GPT-6 Luna": (0.1, 0.5)}
 
 def ablation(results: dict[str, Any]) -> str:
     """The rows of a plan, from `omniopd ablate`."""
+    has_similarity = any(map(change_of_similarity, results["rows"]))  # tables of earlier versions have none
     titles = [
-        *("setting", "pass@1 after", "of each seed", "difference to the first row", "p"),
-        *("KL", "tokens", "copied", "teacher read + wrote", *(f"$, {name}" for name in PRICES)),
+        *("setting", "pass@1 after", "of each seed", "difference to the first row", "p", "KL", "tokens", "copied"),
+        *(["similarity"] if has_similarity else []),
+        *("teacher read + wrote", *(f"$, {name}" for name in PRICES)),
     ]
     recipe, first = results["recipe"], results["rows"][0]
     prompts = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     seeds = f"Seeds {', '.join(map(str, first['seeds']))}; {recipe['max_steps']} steps of {prompts} prompts"
     before = "" if first["before"] is None else f"; pass@1 before training {first['before']:.3f}"
-    return f"{seeds}{before}.\n\n{table(titles, [_ablation_row(row) for row in results['rows']])}"
+    return f"{seeds}{before}.\n\n{table(titles, [_ablation_row(row, has_similarity) for row in results['rows']])}"
 
 
-def _ablation_row(row: dict[str, Any]) -> list[str]:
+def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
     spread = f" ± {row['after_std']:.3f}" if row["after_std"] is not None else ""
     test = row["difference"]
     low, high = test["interval"] if test else (0.0, 0.0)
@@ -82,6 +85,7 @@ def _ablation_row(row: dict[str, Any]) -> list[str]:
         "" if row["kl"] is None else f"{row['kl']:.3f}",
         "" if row["length"] is None else f"{row['length']:.0f}",
         f"{row['copied']:.2f}",
+        *([change_of_similarity(row)] if has_similarity else []),
         f"{row['read']:,.0f} + {row['written']:,.0f}",
         *(f"{(row['read'] * read + row['written'] * wrote) / 1e6:.2f}" for read, wrote in PRICES.values()),
     ]

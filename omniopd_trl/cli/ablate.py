@@ -33,6 +33,11 @@ _IMPORTED = ("omniopd_trl.cli.recipe", "omniopd_trl.trainer.omniopd_trainer", "o
 
 _PLAN_KEYS = ("config", "seeds", "options", "rows")
 _ROW_KEYS = ("name", "options", "solutions")
+# Fields of a result that a row has the mean of.
+_AVERAGED = (
+    *("before", "after", "kl", "length", "copied", "similarity_first", "similarity_last"),
+    *("read", "written", "usd", "seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ class Result:
         kl: KL to the initial student on un-audited tokens of the evaluation, in nats per token.
         length: tokens per completion of the evaluation.
         copied: share of the completions that repeats the prompt; see `copied_share`.
+        similarity_first: mean similarity to the rollouts in the first quarter of the logged steps; of all branches if
+            there are some, or else of the chunks. `None` without a teacher's rollouts.
+        similarity_last: the same in the last quarter. Where it rises and `after` falls, the student learns to agree
+            instead of to solve.
         read: tokens that the teacher read.
         written: tokens that the teacher wrote.
         usd: cost of the teacher in US dollars.
@@ -103,6 +112,8 @@ class Result:
     kl: float | None
     length: float | None
     copied: float | None
+    similarity_first: float | None
+    similarity_last: float | None
     read: int
     written: int
     usd: float
@@ -459,6 +470,9 @@ def read_result(folder: Path) -> Result:
     def last(metric: str) -> float | None:
         return next((value for _, value in reversed(run.series(metric))), None)
 
+    agreement = [value for _, value in run.series("branches/similarity") or run.series("audit/similarity")]
+    quarter = -(-len(agreement) // 4)
+
     return Result(
         before=scores[0][1] if scores[0][0] == 0 else None,
         after=scores[-1][1],
@@ -466,6 +480,8 @@ def read_result(folder: Path) -> Result:
         kl=last("eval_kl/unaudited"),
         length=last("eval_completions/mean_length"),
         copied=last("eval_completions/copied_share"),
+        similarity_first=statistics.fmean(agreement[:quarter]) if agreement else None,
+        similarity_last=statistics.fmean(agreement[-quarter:]) if agreement else None,
         read=usage.prompt_tokens,
         written=usage.completion_tokens,
         usd=usd,
@@ -492,7 +508,7 @@ def summarize(plan: Plan, results: Mapping[int, Mapping[int, Result]]) -> dict[s
         runs = results[number]
         row: dict[str, Any] = {"name": plan.rows[number].name, "options": dict(plan.rows[number].options)}
         row["seeds"] = sorted(runs)
-        for name in ("before", "after", "kl", "length", "copied", "read", "written", "usd", "seconds"):
+        for name in _AVERAGED:
             values = [value for run in runs.values() if (value := getattr(run, name)) is not None]
             row[name] = statistics.fmean(values) if values else None
         after = [runs[seed].after for seed in sorted(runs)]
@@ -524,7 +540,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     titles = (
         *("setting", "seeds", "pass@1 before", "after", "difference to the first row", "p"),
-        *("KL", "tokens", "copied", "teacher read", "wrote", "dollars", "seconds"),
+        *("KL", "tokens", "copied", "similarity", "teacher read", "wrote", "dollars", "seconds"),
     )
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in table["rows"]:
@@ -539,6 +555,7 @@ def markdown(table: Mapping[str, Any]) -> str:
             _number(row["kl"], ".3f"),
             _number(row["length"], ".0f"),
             _number(row["copied"], ".2f"),
+            change_of_similarity(row),
             f"{row['read']:,.0f}",
             f"{row['written']:,.0f}",
             f"{row['usd']:.2f}",
@@ -546,6 +563,12 @@ def markdown(table: Mapping[str, Any]) -> str:
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def change_of_similarity(row: Mapping[str, Any]) -> str:
+    """The mean similarity in the first and in the last quarter of a row's steps; empty without rollouts."""
+    first, last = row.get("similarity_first"), row.get("similarity_last")
+    return "" if first is None or last is None else f"{first:.2f} to {last:.2f}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -136,17 +136,26 @@ class TestResult:
         """Of the last evaluation, with several samples of a problem averaged."""
         first = {"step": 0, "eval_pass@1": 0.25, "eval_kl/unaudited": 0.0, "eval_completions/mean_length": 80}
         last = {"step": 20, "eval_pass@1": 0.75, "eval_kl/unaudited": 0.02, "eval_completions/mean_length": 90}
+        similarity = [{"step": step, "audit/similarity": step / 8} for step in range(1, 6)]
         folder = record(
-            [first, {"step": 10, "loss": 1.0}, {**last, "eval_completions/copied_share": 0.125}],
+            [first, *similarity, {**last, "eval_completions/copied_share": 0.125}],
             {0: [("p", 0.0), ("q", 0.5)], 20: [("p", 1.0), ("q", 1.0), ("p", 0.0), ("q", 1.0)]},
         )
         numbers = {"before": 0.25, "after": 0.75, "kl": 0.02, "length": 90, "copied": 0.125, "seconds": 12.5}
         paid = {"read": 150, "written": 15, "usd": 0.75}
-        assert read_result(folder) == Result(problems={"p": 0.5, "q": 1.0}, **numbers, **paid)
+        quarters = {"similarity_first": 0.1875, "similarity_last": 0.5625}  # two of five steps each
+        assert read_result(folder) == Result(problems={"p": 0.5, "q": 1.0}, **numbers, **quarters, **paid)
+
+    def test_the_similarity_of_branches_comes_first(self, record):
+        """The trajectory's own chunk is one of them."""
+        both = {"step": 1, "audit/similarity": 0.9, "branches/similarity": 0.5}
+        found = read_result(record([both, {"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]}))
+        assert (found.similarity_first, found.similarity_last) == (0.5, 0.5)
 
     def test_without_an_evaluation_at_the_start(self, record):
         found = read_result(record([{"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]}))
         assert (found.before, found.after, found.kl, found.length, found.copied) == (None, 1.0, None, None, None)
+        assert (found.similarity_first, found.similarity_last) == (None, None)
 
     @pytest.mark.parametrize(
         ("logs", "evaluations"),
@@ -160,7 +169,7 @@ class TestResult:
 
 def result(after, problems, **overrides):
     values = {"before": 0.4, "kl": 0.1, "length": 50.0, "copied": 0.0, "read": 100, "written": 20, "usd": 0.5}
-    values |= {"seconds": 10.0, **overrides}
+    values |= {"similarity_first": 0.25, "similarity_last": 0.5, "seconds": 10.0, **overrides}
     return Result(after=after, problems=problems, **values)
 
 
@@ -186,6 +195,7 @@ def test_the_table():
     assert alone["after_std"] is None
     text = markdown({"rows": [first, second, alone]})
     assert "| second | 2 | 0.400 | 0.800 ± 0.283 | +0.200 [" in text
+    assert "| 0.00 | 0.25 to 0.50 | 200 |" in text
     assert text.count("\n") == 4
 
 
