@@ -128,6 +128,19 @@ def wording(results: dict[str, Any]) -> str:
     return f"{results['num_places']} results, {results['num_rollouts']} rollouts each.\n\n{table(titles, cells)}"
 
 
+def known_answers(results: dict[str, Any]) -> str:
+    """What the real model knows before training, from `benchmarks.known_answers`."""
+    cells = [
+        [
+            f"`{row['beginning'].format(equation='16 + 49 =')}`" if row["beginning"] else "nothing",
+            "{:.3f} [{:.3f}, {:.3f}]".format(row["pass@1"], *row["interval"]),
+        ]
+        for row in results["rows"]
+    ]
+    problems = f"{results['rows'][0]['problems']} problems, {results['num_samples']} samples of each."
+    return f"{problems}\n\n{table(['the answer begins with', 'pass@1'], cells)}"
+
+
 # Of a plan that has not been run to its end.
 NOTHING = "There are no results of this plan yet."
 
@@ -147,6 +160,8 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("results.md", f"results/demo/{plan}.json", ablation)
         for plan in ("options", "varied_similarity", "varied_methods", "varied_options", "real_model")
     ),
+    ("results.md", "results/demo/real_model_settings.json", ablation),
+    ("results.md", "results/known_answers.json", known_answers),
     ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )
 
