@@ -141,7 +141,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ),
     *(
         ("results.md", f"results/demo/{plan}.json", ablation)
-        for plan in ("options", "varied_similarity", "varied_methods", "varied_options", "real_model")
+        for plan in ("options", "judge", "varied_similarity", "varied_methods", "varied_options", "real_model")
     ),
     ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )
