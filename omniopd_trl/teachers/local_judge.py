@@ -1,21 +1,23 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A local model that continues texts, with a function that answers questions in its place."""
+"""A local model with a function that judges in its place."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.teachers.base import Messages, Prefix, SamplingRequest, TeacherReply
+from omniopd_trl.teachers.instruct.judge import asked_marks
 from omniopd_trl.teachers.local import LocalTeacher
 
 
 class LocalJudge(LocalTeacher):
     """A teacher for `signal: judge` and `signal: cascade` whose model is too small to judge.
 
-    Its function reads the messages of a question and returns a text, as a model would. The text is cut to the tokens
-    of the request, and its tokens and those of the question are counted with the model's tokenizer and chat template.
-    The temperature does not matter: all samples are equal, and counted once. Texts are continued by the model.
+    Its function reads the messages that ask for marks and returns a text, as a model would. The text is cut to the
+    tokens of the request, and its tokens and those of the messages are counted with the model's tokenizer and chat
+    template. The temperature does not matter: all samples are equal, and counted once. The model continues texts, and
+    answers other questions.
 
     Args:
         name: name of the teacher.
@@ -28,12 +30,12 @@ class LocalJudge(LocalTeacher):
         self.name, self.answer = name, answer
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
-        others = [prefix for prefix in prefixes if not prefix.is_question]
-        continued = iter(await super().sample(others, request) if others else ())
-        return [self._answer(prefix, request) if prefix.is_question else next(continued) for prefix in prefixes]
+        others = [prefix for prefix in prefixes if not asked_marks(prefix)]
+        written = iter(await super().sample(others, request) if others else ())
+        return [self._judge(prefix, request) if asked_marks(prefix) else next(written) for prefix in prefixes]
 
-    def _answer(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
-        assert not isinstance(prefix.prompt, str)  # a question is a conversation
+    def _judge(self, prefix: Prefix, request: SamplingRequest) -> TeacherReply:
+        assert not isinstance(prefix.prompt, str)  # it asks for marks
         # Not verbose: a question that is longer than the model's context is no problem, since no model reads it.
         read, written = (
             self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

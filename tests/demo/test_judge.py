@@ -175,8 +175,11 @@ def test_a_cascade_of_the_teacher(teacher):
 
 def test_tokens_are_counted_and_answers_are_cut(teacher):
     question = render_question(MIA.question, [Passage(BEGUN, "51", ("51",)), Passage(", so", " Mia", (" Mia",))])
-    prefixes = [Prefix(question, is_question=True), Prefix(question, is_question=True), Prefix(MIA.question, BEGUN)]
-    answer, _, continued = asyncio.run(teacher.sample(prefixes, SamplingRequest(2, 40, temperature=0.0)))
+    problem = [{"role": "user", "content": MIA.question}]
+    # An evaluation of the teacher asks a problem as a question, too: the model answers it.
+    prefixes = [Prefix(question, is_question=True), Prefix(problem, is_question=True), Prefix(problem, BEGUN)]
+    answer, solved, continued = asyncio.run(teacher.sample(prefixes, SamplingRequest(2, 40, temperature=0.0)))
+    assert solved.rollouts[0].text.startswith("Let us count the stickers.\n- Begin with 27.")
     assert {rollout.text for rollout in answer.rollouts} == {write_marks(question)}
     assert len(answer.rollouts) == len(continued.rollouts) == 2
     assert continued.rollouts[0].text.startswith("51")
