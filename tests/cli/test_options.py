@@ -166,7 +166,7 @@ class TestPaths:
         assert resolve_demo_name(None) is None
         assert resolve_demo_name("demo:judge") == "demo:judge"
         with pytest.raises(ConfigError, match="There are demo:student"):
-            resolve_demo_name("demo:x")
+            resolve_demo_name("demo:unknown")
 
 
 @pytest.mark.parametrize("env", ["5", "[A]", "{A: [1]}"])
