@@ -158,7 +158,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ),
     *(
         ("results.md", f"results/demo/{plan}.json", ablation)
-        for plan in ("options", "varied_similarity", "varied_methods", "varied_options", "real_model")
+        for plan in ("options", "judge", "varied_similarity", "varied_methods", "varied_options", "real_model")
     ),
     ("results.md", "results/demo/real_model_settings.json", ablation),
     ("results.md", "results/known_answers.json", known_answers),

@@ -44,11 +44,11 @@ def layer_of(module):
 
 
 def allowed(layer):
-    """The layers that one may import. The demo is apart: it imports errors, and only the commands import it."""
+    """The layers that one may import. The demo is apart: it imports errors, and commands and teachers import it."""
     if layer in LAYERS:
         own = {*LAYERS[: LAYERS.index(layer) + 1]} - EXCEPT.get(layer, set())
         # The root has nothing but names that are imported on first use, and the version.
-        return own | {"root"} | ({"demo"} if layer == "cli" else set())
+        return own | {"root"} | ({"demo"} if layer in ("cli", "teachers") else set())
     return {"errors", layer} if layer == "demo" else set()
 
 

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.demo import ASSETS, asset_path
+from omniopd_trl.demo import ASSETS, JUDGE, asset_path
 from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 
 # The dataclasses of the parser and their base classes, with the package and file of each.
@@ -478,18 +478,19 @@ def resolve_demo_name(name: Any) -> Any:
     """The path of a part of the demo, such as `demo:student` (see `asset_path`), or of a name with `~`.
 
     Args:
-        name: value of an option. Anything but a string that starts with `demo:` or `~` is returned unchanged.
+        name: value of an option. Anything but a string that starts with `demo:` or `~` is returned unchanged, and so
+            is `demo:judge`, a teacher without a path.
 
     Raises:
         ConfigError: when the demo has no such part.
     """
-    if not isinstance(name, str):
+    if not isinstance(name, str) or name == JUDGE:
         return name
     if not name.startswith(_DEMO):
         return os.path.expanduser(name)
     part = name.removeprefix(_DEMO)
     if part not in ASSETS:
-        advice = did_you_mean(name, [_DEMO + asset for asset in ASSETS])
+        advice = did_you_mean(name, [*(_DEMO + asset for asset in ASSETS), JUDGE])
         raise ConfigError(f"{name!r} is no part of the demo. {advice}")
     return str(asset_path(part))
 

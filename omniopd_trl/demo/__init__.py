@@ -7,6 +7,10 @@
 
 from pathlib import Path
 
+# The name of a teacher that marks the student's text by the rules of the world (`judge.py`), and continues it with the
+# model `teacher`. It is no asset.
+JUDGE = "demo:judge"
+
 ASSETS = ("student", "teacher", "teacher_shared", "teacher_varied", "problems")
 
 

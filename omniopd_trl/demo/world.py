@@ -35,6 +35,7 @@ The module needs only the standard library, and the same seed always gives the s
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -135,6 +136,28 @@ STUDENT_SLIP = Slip(carry=0.6, borrow=0.6, group=0.4)
 def _crosses_ten(left: int, sign: str, right: int) -> bool:
     """Whether a sum has a carry, or a difference a borrow, out of the last digit."""
     return left % 10 + right % 10 >= 10 if sign == "+" else left % 10 < right % 10
+
+
+_EVENT = re.compile(rf"\w+ ({'|'.join(verb for verb, _ in _GAINS + _LOSSES)}) (?:(\d+) (\w+) of )?(\d+) \w+\.")
+
+
+def read_problem(question: str) -> Problem | None:
+    """The problem whose [`Problem.question`] is this text; `None` if it is no question of this world.
+
+    Example:
+        >>> read_problem("Mia has 27 stickers. Mia finds 24 stickers. How many stickers does Mia have now?").answer
+        '51'
+    """
+    begin = re.match(r"(\w+) has (\d+) (\w+)\.", question)
+    if begin is None:
+        return None
+    events = []
+    for verb, count, container, size in _EVENT.findall(question):
+        sign: Literal["+", "-"] = "+" if verb in dict(_GAINS) else "-"
+        gerund = dict(_GAINS + _LOSSES)[verb]
+        events.append(Event(sign, verb, gerund, int(size), int(count or 0), container))
+    problem = Problem(begin[1], begin[3], int(begin[2]), tuple(events))
+    return problem if problem.question == question else None
 
 
 def make_problem(rng: random.Random) -> Problem:
@@ -318,6 +341,29 @@ def solution(problem: Problem, style: Style, slip: Slip = NO_SLIP, rng: random.R
     seed = _seed_of_words(slip, rng, style)
     calculate = _exact if rng is None or slip == NO_SLIP else _slipping(slip, rng)
     return _join(_lines(problem, style, lambda i: calculate, seed))
+
+
+def finished_solution(problem: Problem, written: str) -> str:
+    """The solution in the style `"student"` that keeps the results in a text, and is right in everything else.
+
+    Args:
+        problem: the problem to solve.
+        written: the beginning of a solution in this style. A number at its very end is not kept: it may go on.
+
+    Example:
+        >>> problem = Problem("Mia", "stickers", 27, (Event("+", "finds", "Finding", 24),))
+        >>> print(finished_solution(problem, "Mia starts with 27 stickers.\\nMia finds 24: 27 + 24 = 41, so"))
+        Mia starts with 27 stickers.
+        Mia finds 24: 27 + 24 = 41, so Mia has 41 stickers.
+        Answer: 41
+    """
+    found = enumerate(re.search(r" = (\d+)(?=\D)", line) for line in written.split("\n"))
+    results = {index: int(match[1]) for index, match in found if match}
+
+    def calculate_at(line: int) -> _Calculate:
+        return (lambda *_: results[line]) if line in results else _exact
+
+    return _join(_lines(problem, "student", calculate_at, 0))
 
 
 def mixed_solution(

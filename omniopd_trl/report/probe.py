@@ -65,14 +65,22 @@ def signal_rows(signals: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
         "unrelated",
         "standard errors above 0: gap",
         "spread",
+        "repeated",
     ]
     rows = [
         [signal["similarity"], str(signal["chunk_length"])]
         + [f"{signal[name]:.3f}" for name in ("matched", "unrelated", "spread", "spread_unrelated")]
         + [_sigmas(*signal[name]) for name in ("gap", "signal")]
+        + [_with_error(signal.get("repeated"))]  # not there in older files
         for signal in signals
     ]
     return titles, rows
+
+
+def _with_error(estimate: Sequence[float | None] | None) -> str:
+    if estimate is None or estimate[1] is None:
+        return "-"
+    return f"{estimate[0]:.2f} ± {estimate[1]:.2f}"
 
 
 def _sigmas(value: float, error: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, get_args
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
+from omniopd_trl.demo import JUDGE, asset_path
 from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 from omniopd_trl.teachers.base import Teacher
 from omniopd_trl.teachers.options import TeacherOptions, check_options
@@ -46,7 +47,7 @@ CONTINUATIONS: dict[str, tuple[Continuation, ...]] = {
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Provider and model of a teacher behind a service; `None` for a path, a Hub id, `"scripted"` or an export.
+    """Provider and model of a teacher behind a service; `None` for a path, a Hub id, or a name that is no service's.
 
     Args:
         name: name of the teacher, as in a recipe. The provider is case-insensitive.
@@ -59,7 +60,7 @@ def split_name(name: str) -> tuple[str, str] | None:
         ('anthropic', 'claude-haiku-4-5')
     """
     provider, colon, model = (part.strip() for part in name.partition(":"))
-    if not colon or is_export(name):
+    if not colon or is_export(name) or name == JUDGE:
         return None
     if provider.lower() in PROVIDERS:
         if not model:
@@ -203,7 +204,7 @@ def load_teacher(
     """Create a teacher from a name or a model. Sends no request.
 
     Args:
-        teacher: a `Teacher`, which is returned unchanged; `"scripted"`; a service's model such as
+        teacher: a `Teacher`, which is returned unchanged; `"scripted"`; `"demo:judge"`; a service's model such as
             `"anthropic:claude-haiku-4-5"`; or a path, Hub id or instance of a causal language model.
         options: options of the teacher. Defaults to those of an empty configuration. Limits are for the whole job, and
             this process gets its share of them.
@@ -226,7 +227,7 @@ def load_teacher(
     if isinstance(teacher, Teacher):
         return teacher
     if kind == "scripted":
-        return ScriptedTeacher()
+        return _demo_judge(options) if name == JUDGE else ScriptedTeacher()
     template = options.teacher_chat_template_kwargs
     # The student's arguments are for a chat template. A closed service has none: it may refuse the whole request.
     if template is None and (
@@ -254,6 +255,13 @@ def load_teacher(
         extra_body=options.teacher_extra_body,
         extra_headers=options.teacher_extra_headers,
     )
+
+
+def _demo_judge(options: TeacherOptions) -> Teacher:
+    from omniopd_trl.demo.judge import write_marks
+    from omniopd_trl.teachers.local_judge import LocalJudge
+
+    return LocalJudge(JUDGE, write_marks, str(asset_path("teacher")), device=options.device)
 
 
 def _local_teacher(
@@ -331,4 +339,4 @@ def _kind_of(teacher: "str | PreTrainedModel | Teacher") -> tuple[str, str]:
     parts = split_name(teacher)
     if parts is not None:
         return parts[0], ":".join(parts)
-    return ("scripted" if teacher == "scripted" else "local"), teacher
+    return ("scripted" if teacher in ("scripted", JUDGE) else "local"), teacher

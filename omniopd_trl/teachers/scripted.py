@@ -68,8 +68,7 @@ def _prompt_text(prefix: Prefix) -> str:
 
 def _words_of_prompt(prefix: Prefix, index: int) -> str:
     key = json.dumps([prefix.prompt, prefix.completion, index], sort_keys=True)
-    num_marks = asked_marks(prefix.prompt) if prefix.is_question and not isinstance(prefix.prompt, str) else 0
-    if num_marks:
+    if num_marks := asked_marks(prefix):
         marks = random.Random(key)
         numbers = range(1, num_marks + 1)
         return "\n".join(f"{number}: {marks.randint(0, HIGHEST)}" for number in numbers)

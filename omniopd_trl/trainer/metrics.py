@@ -18,7 +18,7 @@ from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
 from omniopd_trl.errors import NonFiniteError
 from omniopd_trl.evals.copying import num_quotes
 from omniopd_trl.journal.schema import Shown
-from omniopd_trl.method.branches import diversity
+from omniopd_trl.method.branches import diversity, leave_one_out
 from omniopd_trl.models.vllm_logprobs import LARGE_DIFFERENCE, sampling_difference
 from omniopd_trl.report.runs import text_of_prompt
 from omniopd_trl.teachers import OUTCOMES, Usage
@@ -182,7 +182,9 @@ class Metrics:
         self._usd_counted = usd
         signal = [chunk.posterior for audit in audits for chunk in audit.chunks]
         if is_branched:
-            signal = [b.advantage for audit in audits for chunk in audit.chunks for b in chunk.branches]
+            forks = [[b.similarity or 0.0 for b in chunk.branches] for audit in audits for chunk in audit.chunks]
+            # Not divided by their deviation: with `scale_advantages` that of all forks is nearly the same number.
+            signal = [advantage for similarities in forks for advantage in leave_one_out(similarities)]
         moments = (len(signal), sum(signal), sum(value * value for value in signal))
         all_usd, all_tokens, *totals = self.add(mode, ratios, usd, tokens, *moments)
         if mode == "train":
@@ -197,7 +199,7 @@ class Metrics:
     def _add_spread(self, mode: str, is_branched: bool) -> None:
         """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.
 
-        With branches, it is that of the advantages.
+        With branches, it is that of the advantages before `scale_advantages` divides them, in units of similarity.
         """
         (count, total, squares), self._posteriors = self._posteriors, [0.0, 0.0, 0.0]
         if count < 2:
@@ -209,7 +211,9 @@ class Metrics:
             return
         is_plain = self._is_plain and not is_branched
         least = max(LEAST_SPREAD, LEAST_RELATIVE_SPREAD * mean if is_plain else 0.0)
-        self._without_signal = self._without_signal + 1 if spread < least else 0
+        if is_branched and self._args.scale_advantages:
+            least = 0.0  # small differences weigh as much as others
+        self._without_signal = self._without_signal + 1 if spread <= least else 0
         if self._without_signal < STEPS_WITHOUT_SIGNAL:
             return
         baseline = "posterior_baseline='batch', " if is_plain and spread >= LEAST_SPREAD else ""

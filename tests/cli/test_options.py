@@ -164,8 +164,9 @@ class TestPaths:
         assert args.teacher_model_name_or_path == str(asset_path("teacher"))
         assert script_args.dataset_name == str(asset_path("problems"))
         assert resolve_demo_name(None) is None
+        assert resolve_demo_name("demo:judge") == "demo:judge"
         with pytest.raises(ConfigError, match="There are demo:student"):
-            resolve_demo_name("demo:x")
+            resolve_demo_name("demo:unknown")
 
 
 @pytest.mark.parametrize("env", ["5", "[A]", "{A: [1]}"])

@@ -50,6 +50,7 @@ GOOD = Signal(
     decided_centered=0.7,
     noise=0.01,
     preferred=0.165,
+    repeated=Estimate(0.9, 0.03),
 )
 NUMBERS = Measured(
     num_trajectories=32,
@@ -70,6 +71,7 @@ NUMBERS = Measured(
     found=((3, 0.8), (7, 1.0)),
 )
 EDIT = replace(GOOD, similarity="edit")
+SMALL = replace(EDIT, spread=0.04, variance=0.003, signal=Estimate(0.002, 0.0003))
 WEAK = replace(EDIT, signal=Estimate(0.0001, 0.0005), spread=0.03, variance=0.002)
 
 
@@ -132,17 +134,33 @@ def test_options_of_a_teacher_that_is_sure():
     }
 
 
+def test_similarities_that_cannot_be_told_apart_are_named():
+    """Those of the same chunk length, with the form in which they would train; not one that is clearly worse."""
+    worse = replace(EDIT, similarity="rouge1", repeated=Estimate(0.5, 0.05))
+    numbers = with_signals(SMALL, GOOD, worse, replace(GOOD, chunk_length=5))
+    (advice,) = (advice for advice in judge(numbers, FORM).advice if advice.option == "similarity")
+    assert (advice.value, advice.reason) == (
+        "edit",
+        "two rollouts prefer the same branches by edit with scaled advantages (0.900 ± 0.030). The probe cannot tell "
+        "it from exact (0.900 ± 0.030): only training can, with a run of each, at the same price",
+    )
+    (advice,) = (advice for advice in judge(with_signals(worse, GOOD), FORM).advice if advice.option == "similarity")
+    assert (advice.value, advice.reason) == (
+        "exact",
+        "two rollouts prefer the same branches by exact (0.900 ± 0.030); the recipe has rouge1 (0.500 ± 0.050) on 10 "
+        "tokens",
+    )
+
+
 @pytest.mark.parametrize(
     ("numbers", "form", "option", "value"),
     [
-        # Another similarity must be clearly better, not better by chance.
-        (
-            with_signals(GOOD, replace(EDIT, signal=Estimate(0.18, 0.01))),
-            FORM,
-            "similarity",
-            "exact",
-        ),
-        (with_signals(GOOD, replace(EDIT, signal=Estimate(0.2, 0.01))), FORM, "similarity", "edit"),
+        # Another similarity must be clearly repeated better. Its scale says nothing.
+        (with_signals(GOOD, replace(EDIT, repeated=Estimate(0.98, 0.03))), FORM, "similarity", "exact"),
+        (with_signals(GOOD, replace(EDIT, repeated=Estimate(0.99, 0.03))), FORM, "similarity", "edit"),
+        (with_signals(SMALL, GOOD), FORM, "similarity", "edit"),
+        (with_signals(replace(SMALL, repeated=None), replace(GOOD, repeated=None)), FORM, "similarity", "edit"),
+        (with_signals(GOOD, replace(WEAK, repeated=Estimate(1.0, 0.0))), FORM, "similarity", "exact"),
         (with_signals(WEAK, replace(GOOD, chunk_length=5)), FORM, "chunk_length", 5),
         (replace(NUMBERS, found=((3, 0.95), (7, 1.0))), FORM, "num_branches", 3),
         (with_signals(replace(GOOD, noise=0.4, preferred=0.11)), FORM, "num_rollouts", 4),
@@ -268,7 +286,7 @@ def test_measured_numbers(audits, tiny_tokenizer):
         (first, edit),
         (next(s for s in numbers.signals if s.similarity == "exact"), lambda a, b: float(a.strip() == b.strip())),
     ):
-        own, floor, noise = [], [], []
+        own, floor, noise, repeated = [], [], [], []
         for k, (_, texts, rollouts, _) in enumerate(forks):
             table = [[phi(text, rollout) for text in texts] for rollout in rollouts]
             own.append([sum(column) / 2 for column in zip(*table, strict=True)])
@@ -277,6 +295,9 @@ def test_measured_numbers(audits, tiny_tokenizer):
             # Two rollouts: half of the squared difference of their verdicts, each without its mean.
             a, b = (np.array(row) - np.mean(row) for row in table)
             noise.append(np.mean((a - b) ** 2) / 2)
+            with np.errstate(invalid="ignore"):
+                (_, *pair), (*_, same), _ = np.nan_to_num(np.corrcoef([floor[-1], *table]))
+                repeated.append(same - np.mean(pair))
         assert signal.matched == pytest.approx(np.mean(own))
         assert signal.unrelated == pytest.approx(np.mean(floor))
         assert signal.gap.value == pytest.approx(np.mean(own) - np.mean(floor))
@@ -286,6 +307,7 @@ def test_measured_numbers(audits, tiny_tokenizer):
         difference = [np.var(a) - np.var(b) for a, b in zip(own, floor, strict=True)]
         assert signal.signal == pytest.approx(estimate(difference, [index for index, *_ in forks]))
         assert signal.noise == pytest.approx(np.mean(noise))
+        assert signal.repeated == pytest.approx(estimate(repeated, [index for index, *_ in forks]))
         assert signal.preferred == pytest.approx(signal.variance - np.mean(noise) / 2)
         assert signal.decided == pytest.approx(signal.variance / np.mean(np.square(own)) if np.any(own) else 0)
         assert signal.decided_centered == pytest.approx(signal.variance / np.var(own) if np.var(own) else 0)

@@ -55,9 +55,10 @@ def test_the_question_holds_the_problem_the_solution_and_the_candidates():
         '<candidate number="3" place="2">7 x 2 = 15</candidate>',
         "Write 3 lines, from `1: MARK` to `3: MARK`, with marks from 0 to 10, and nothing else.",
     ]
-    assert asked_marks([system, user]) == 3
-    assert asked_marks(render_again([system, user], "Sure!", 3)) == 3
-    assert asked_marks([{"role": "user", "content": "Hello"}]) == 0
+    assert asked_marks(Prefix([system, user], is_question=True)) == 3
+    assert asked_marks(Prefix(render_again([system, user], "Sure!", 3), is_question=True)) == 3
+    assert asked_marks(Prefix([{"role": "user", "content": "Hello"}], is_question=True)) == 0
+    assert asked_marks(Prefix("Write 3 lines, ", is_question=True)) == asked_marks(Prefix([system, user])) == 0
 
 
 HOSTILE = st.lists(

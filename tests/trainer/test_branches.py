@@ -5,6 +5,7 @@
 import json
 import math
 import re
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -78,6 +79,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
     student, reference = student.double().eval(), reference.double().eval()
     chunk_sum, kl_sum, num_audited, num_unaudited = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
     num_forks = num_agreed = 0
+    advantages = []
     imitation = Imitation(student, tokenizer, args)
 
     def logp_of(model, ids):
@@ -123,6 +125,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
             for j, ids in enumerate(branches):
                 others = values[:j] + values[j + 1 :]
                 advantage = values[j] - sum(others) / len(others)
+                advantages.append(advantage)
                 if args.scale_advantages:
                     advantage = advantage / sigma if sigma > 1e-9 else 0.0
                 rows = logp_of(student, prompt_ids + completion[: chunk.start] + ids)[-len(ids) - 1 : -1]
@@ -144,6 +147,7 @@ def dense(student, reference, batch, trajectories, tokenizer, args, sampled=None
         "kl/unaudited": kl_sum.item() / num_unaudited,
         "audit/audited_fraction": num_audited / (num_audited + num_unaudited),
         "branches/agreed": num_agreed / num_forks,
+        "branches/advantage_std": statistics.pstdev(advantages),
         **imitation.metrics(),
     }
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics that say whether there is anything to learn, and what it costs."""
 
+import copy
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from omniopd_trl.audits.types import Audit, ChunkAudit, PolicyScores
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, PolicyScores
 from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import ScriptedTeacher
@@ -159,6 +160,21 @@ class TestWarnings:
             measured.add_audits("train", flat, scores, 0.0, False)
         assert caplog.text.count("hardly differed") == (words is not None)
         assert words is None or words in caplog.text
+
+    @pytest.mark.parametrize(
+        ("scale", "similarity", "warns"), [(False, 0.91, True), (True, 0.91, False), (True, 0.9, True)]
+    )
+    def test_branches_that_hardly_differ(self, trainer, caplog, scale, similarity, warns):
+        """A difference of 0.01 is small, unless advantages are scaled: then only equal similarities are no signal."""
+        args = copy.copy(trainer.args)
+        args.num_branches, args.scale_advantages = 1, scale
+        measured = Metrics(trainer.accelerator, args, trainer._metrics, lambda: 7)
+        branches = (Branch((1,), "a", similarity=0.9), Branch((2,), "b", similarity=similarity))
+        audits = [Audit((ChunkAudit(Chunk(0, 4, 0), "", "a", ("c",), (0.9,), 0.5, 0.5, branches),))]
+        for _ in range(5):
+            measured.add_audits("train", audits, [PolicyScores(*torch.ones(3, 16))], 0.0, False)
+        assert measured.take("train")["branches/advantage_std"] == pytest.approx(similarity - 0.9)
+        assert ("hardly differed" in caplog.text) == warns
 
     def test_custom_weights_are_not_judged_by_the_mean(self, tmp_path, tiny_model_dir):
         """A function may subtract a baseline of its own."""

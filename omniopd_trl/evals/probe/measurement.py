@@ -27,6 +27,8 @@ _LENGTHS = (1.0, 0.5, 0.25)
 # Standard errors that an effect must be away from 0. Four similarities and three lengths are tried, so 2 would be
 # passed by chance by one of them in a quarter of all probes of a useless teacher, and 3 in one of sixty (one-sided).
 SIGMAS = 3.0
+# Similarities that differ by no more are equal: the rest is rounding.
+ROUNDING = 1e-9
 # Candidates for `min_anchor_entropy`, in nats.
 _GATES = (0.05, 0.1, 0.2, 0.5)
 
@@ -71,6 +73,9 @@ class Signal:
         noise: variance of one rollout's verdict on the branches of a fork; `None` with a single rollout.
         preferred: `variance` without what the noise of the rollouts adds to it: how much the teacher's preferences
             differ. Below 0 if all of it is noise.
+        repeated: whether two rollouts of a fork prefer the same branches, by much or by little: the correlation of
+            their similarities over the branches, averaged, minus that of a rollout and the `s'_j`. 0 where one of them
+            prefers no branch. It compares similarities of different scales; `None` with a single rollout.
     """
 
     similarity: str
@@ -86,6 +91,7 @@ class Signal:
     decided_centered: float
     noise: float | None
     preferred: float
+    repeated: Estimate | None = None
 
     @property
     def is_clear(self) -> bool:
@@ -278,7 +284,8 @@ def _signal(forks: Sequence[_Judged], similarity: str, length: int) -> Signal:
     gaps = [float(s.mean() - fork.unrelated.mean()) for s, fork in zip(own, forks, strict=True)]
     variances = [float(s.var()) for s in own]
     floors = [float(fork.unrelated.var()) for fork in forks]
-    noises = [(_noise(fork.matched), len(fork.matched)) for fork in forks if len(fork.matched) > 1]
+    several = [fork for fork in forks if len(fork.matched) > 1]
+    noises = [(_noise(fork.matched), len(fork.matched)) for fork in several]
     everything = np.concatenate(own)
     variance, square = _mean(variances), float((everything**2).mean())
     total = float(everything.var())
@@ -297,6 +304,7 @@ def _signal(forks: Sequence[_Judged], similarity: str, length: int) -> Signal:
         noise=_mean([noise for noise, _ in noises]) if noises else None,
         # The `s_j` of n rollouts have 1/n of the noise of one.
         preferred=variance - _mean([noise / n for noise, n in noises]),
+        repeated=estimate([*map(_repeated, several)], [fork.group for fork in several]) if several else None,
     )
 
 
@@ -308,6 +316,19 @@ def _noise(similarities: NDArray[np.float64]) -> float:
     centered = similarities - similarities.mean(1, keepdims=True)
     rest = centered - centered.mean(0)
     return float((rest**2).sum() / ((len(rest) - 1) * rest.shape[1]))
+
+
+def _repeated(fork: _Judged) -> float:
+    """Mean correlation of pairs of rollouts over the branches, minus that of rollouts and unrelated ones."""
+    rollouts, unrelated = [*map(_standardized, fork.matched)], _standardized(fork.unrelated)
+    pairs = [float((a * b).mean()) for a, b in combinations(rollouts, 2)]
+    return _mean(pairs) - _mean([float((a * unrelated).mean()) for a in rollouts])
+
+
+def _standardized(similarities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With mean 0 and variance 1; 0 where all are equal."""
+    centered = similarities - similarities.mean()
+    return centered / centered.std() if np.ptp(similarities) > ROUNDING else np.zeros_like(centered)
 
 
 def _own_numbers(forks: Sequence[_Judged], similarity: str | Similarity) -> dict[str, Any]:

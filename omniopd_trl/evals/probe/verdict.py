@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verdict of a probe and the recommended options, from its numbers alone."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from omniopd_trl.accounting.forecast import least_stopped_share
-from omniopd_trl.evals.probe.measurement import SIGMAS, Measured, Signal
+from omniopd_trl.evals.probe.measurement import ROUNDING, SIGMAS, Estimate, Measured, Signal
 
 VerdictKind = Literal["will teach", "will not", "uncertain"]
 
@@ -23,8 +24,6 @@ _HALF_OF_THE_LARGEST_SPREAD = 0.25
 # The share of the squared weights that the student's choices decide in the paper's form. Below it, a hundred chunks
 # or more must cancel out what one of them adds in noise.
 _DECIDED = 0.01
-# A spread up to this is rounding.
-_ROUNDING = 1e-9
 # Waiting for the first rollouts must save this share of all rollouts.
 _SAVED = 0.1
 # More rollouts than in the paper are not recommended.
@@ -117,13 +116,13 @@ def judge(measured: Measured, form: Form, failure: str | None = None) -> Verdict
             f"{measured.num_trajectories} trajectories are too few for a standard error; {MIN_TRAJECTORIES} are "
             "needed. Raise `--num_prompts`, or `--max_usd` if the cap stopped the probe",
         )
-    asked, best = measured.signals[0], _best(measured)
+    asked, (best, alike) = measured.signals[0], _best(measured)
     verdict = _of_teacher(measured) or _of_signal(asked, form)
     if verdict.kind == "will teach" and (too_similar := _too_similar(measured)):
         verdict = Verdict("uncertain", too_similar)
     if not best.is_clear or measured.own_chunk.sigmas >= SIGMAS:
         return verdict
-    advice = tuple(_advice(measured, form, best))
+    advice = tuple(_advice(measured, form, best, alike))
     if verdict.kind != "will teach" and not asked.is_clear:
         named = f"{best.similarity!r} with chunks of {best.chunk_length} tokens sees a difference"
         verdict = replace(verdict, reason=f"{verdict.reason}. With the options below it may: {named}")
@@ -145,7 +144,7 @@ def _of_teacher(measured: Measured) -> Verdict | None:
 def _of_signal(asked: Signal, form: Form) -> Verdict:
     """The verdict on the recipe's similarity and chunk length."""
     name = f"`{asked.similarity}`"
-    if asked.spread <= _ROUNDING:
+    if asked.spread <= ROUNDING:
         return Verdict(
             "will not",
             f"by {name}, all branches of each fork agree equally with the teacher ({asked.matched:.2f} on average), "
@@ -201,27 +200,56 @@ def _too_similar(measured: Measured) -> str | None:
     )
 
 
-def _best(measured: Measured) -> Signal:
-    """The signal to recommend: the recipe's, unless another one is clearly further above its noise."""
-    asked, *others = measured.signals
-    clear = [signal for signal in others if signal.is_clear]
-    best = max(clear, key=lambda signal: signal.signal.sigmas, default=asked)
-    # Each number of standard errors has an error of about 1.
-    return asked if asked.is_clear and best.signal.sigmas < asked.signal.sigmas + 2 else best
+def _best(measured: Measured) -> tuple[Signal, list[Signal]]:
+    """The signal to recommend, and others of its chunk length that the probe cannot tell from it.
+
+    It is the recipe's, unless it is not clear or another one is repeated better by two standard errors. How far a
+    signal is above 0 is not compared: similarities have different scales, which `scale_advantages` removes.
+    """
+    asked = measured.signals[0]
+    clear = [signal for signal in measured.signals if signal.is_clear]
+    top = max(clear, key=lambda signal: _repeated(signal).value, default=asked)
+    alike = [signal for signal in clear if not _is_less(_repeated(signal), _repeated(top))]
+    best = asked if asked in alike else max(alike, key=lambda signal: signal.signal.sigmas, default=asked)
+    return best, [s for s in alike if s is not best and s.chunk_length == best.chunk_length]
+
+
+def _repeated(signal: Signal) -> Estimate:
+    """With a single rollout nothing is known."""
+    return signal.repeated or Estimate(0.0, math.inf)
+
+
+def _is_less(one: Estimate, other: Estimate) -> bool:
+    # Both are of the same forks, so the error of their difference is smaller than this if they are correlated.
+    return other.value - one.value > 2 * math.hypot(one.error, other.error)
+
+
+def _is_scaled(signal: Signal) -> bool:
+    """Whether branches by this similarity need `scale_advantages`."""
+    return signal.similarity != "exact" and signal.spread < _HALF_OF_THE_LARGEST_SPREAD
+
+
+def _named(signal: Signal) -> str:
+    return (
+        f"{signal.similarity}{' with scaled advantages' * _is_scaled(signal)}"
+        f"{f' ({signal.repeated})' * (signal.repeated is not None)}"
+    )
 
 
 def _most_branches(measured: Measured) -> int:
     return measured.found[-1][0] if measured.found else 0
 
 
-def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
+def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal]) -> Iterator[Advice]:
     asked = measured.signals[0]
-    yield Advice(
-        "similarity",
-        best.similarity,
-        f"differences between branches are {best.signal.sigmas:.1f} standard errors above those of unrelated rollouts"
-        + (f", and {asked.signal.sigmas:.1f} by {asked.similarity} on {asked.chunk_length} tokens" * (best != asked)),
-    )
+    reason = f"two rollouts prefer the same branches by {_named(best)}"
+    if best != asked:
+        reason += f"; the recipe has {_named(asked)} on {asked.chunk_length} tokens"
+        reason += ", and sees too little" * (not asked.is_clear)
+    if alike:
+        others = ", ".join(map(_named, alike))
+        reason += f". The probe cannot tell it from {others}: only training can, with a run of each, at the same price"
+    yield Advice("similarity", best.similarity, reason)
     yield Advice("chunk_length", best.chunk_length, "C at which this similarity was measured")
     branches = next(k for k, share in measured.found if share >= _FOUND)
     shares = ", ".join(f"{share:.0%} with {k}" for k, share in measured.found)
@@ -234,7 +262,7 @@ def _advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
     )
     if form.prior != "policy":
         yield Advice("prior", "policy", "branches do not use the prior")
-    if best.similarity != "exact" and best.spread < _HALF_OF_THE_LARGEST_SPREAD:
+    if _is_scaled(best):
         reason = f"similarities of a fork differ by {best.spread:.3f} only, of at most 0.5"
         yield Advice("scale_advantages", True, reason)
     elif form.scale_advantages:

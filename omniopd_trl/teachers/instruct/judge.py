@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omniopd_trl.teachers.base import Messages, Prompt
+from omniopd_trl.teachers.base import Messages, Prefix, Prompt
 from omniopd_trl.teachers.instruct.prompt import free_tag, render_problem, turns_of
 
 Signal = Literal["rollouts", "judge", "cascade"]
@@ -150,9 +150,11 @@ def parse_marks(answer: str, count: int) -> list[float] | None:
     return [mark / HIGHEST for _, mark in marks] if all(mark <= HIGHEST for _, mark in marks) else None
 
 
-def asked_marks(question: Messages) -> int:
-    """The number of marks that the last message of a question asks for; 0 if it is another question."""
-    match = re.search(r"Write ([0-9]+) lines?, ", question[-1]["content"].rpartition("\n")[2])
+def asked_marks(prefix: Prefix) -> int:
+    """The number of marks that a prefix asks for; 0 if it is another question, or a text to continue."""
+    if not prefix.is_question or isinstance(prefix.prompt, str):
+        return 0
+    match = re.search(r"Write ([0-9]+) lines?, ", prefix.prompt[-1]["content"].rpartition("\n")[2])
     return int(match[1]) if match else 0
 
 
