@@ -33,7 +33,8 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values of new tokens, `(B, heads, tokens, size)`, and return those of all tokens."""
         if torch.is_grad_enabled():  # a backward allows no write to the tensors that it needs
-            return super().update(key_states, value_states, *args, **kwargs)
+            joined: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return joined
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
