@@ -15,6 +15,7 @@ from trl import DistillationConfig
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import TeacherError
+from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.options import READ_BY
 from omniopd_trl.trainer.callbacks import OnTrainBegin
@@ -157,6 +158,10 @@ class Baseline:
         """Evaluate pass@1 of the teacher, as [`OmniOPDTrainer.evaluate_teacher`] does."""
         self.evaluator.follow(self)
         return self.evaluator.evaluate_teacher()
+
+    @growing_cache()
+    def _generate(self: Any, prompts: list[Any]) -> Any:
+        return super()._generate(prompts)  # type: ignore[misc]
 
     def cost_until(self, step: int) -> tuple[Usage, float]:
         """Tokens and US dollars of the teacher for the first `step` steps."""

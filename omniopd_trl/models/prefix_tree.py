@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from omniopd_trl.errors import first_line
+from omniopd_trl.models.growing_cache import GrowingLayer
 from omniopd_trl.models.tree_attention import difference_of, takes_masks, tree_mask
 
 # Most tokens that a row may have besides those of its trunk. They are computed for each row.
@@ -27,7 +28,7 @@ MOST_OWN = 8
 
 def cuts_cache(model: PreTrainedModel) -> bool:
     """Whether the model keeps keys and values of each token. Sliding-window and recurrent layers keep a state."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in DynamicCache(config=model.config).layers)
 
 
 def cache_name(model: PreTrainedModel) -> str:

@@ -33,6 +33,7 @@ from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.data.encoding import encode_text, render_chat
 from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.method import SamplingFilters
+from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.models.loading import loading, why_not_loaded
 from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, generate_from_tree, prefill, why_no_tree
 from omniopd_trl.models.sampling import SeededSampling
@@ -365,6 +366,7 @@ class LocalTeacher(InProcessTeacher):
                 return self._sample_trajectories(trajectories, request)
         return self._sample_trajectories(trajectories, request)
 
+    @growing_cache()
     def _sample_trajectories(
         self, trajectories: Sequence[Sequence[Prefix]], request: SamplingRequest
     ) -> list[list[TeacherReply]]:

@@ -18,6 +18,7 @@ from trl import DistillationTrainer
 from omniopd_trl.audits.types import Branch
 from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.method import importance_weights
+from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.models.prefix_tree import generating_from_trees
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers.local import without_generation_defaults
@@ -51,7 +52,8 @@ def on_policy(
     """
     _reshard(model)
     key = (args.seed, purpose, step) if model.training else (EVALUATION_SEED, "evaluation", eval_batch)
-    with _seeded(key, accelerator, args), evaluation_mode(model), without_generation_defaults(model):
+    seeded = _seeded(key, accelerator, args)
+    with seeded, evaluation_mode(model), without_generation_defaults(model), growing_cache():
         yield
 
 
