@@ -91,6 +91,44 @@ def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
     ]
 
 
+# Setting, and its rows in the plans `methods` and `real_model`.
+_OVERVIEW = (
+    ("the paper's form", "paper's form", "paper's form"),
+    ("[branches](docs/branches.md), ours", *["branches, edit, scaled advantages, 8 candidates"] * 2),
+    (
+        "white-box distillation: needs logits and the student's tokenizer",
+        "white-box OPD, teacher of the same style and tokenizer",
+        "white-box OPD, the same teacher",
+    ),
+    (
+        "GRPO: needs answers that can be verified",
+        "GRPO, 8 samples for each prompt",
+        "GRPO, 4 samples for each prompt",
+    ),
+    (
+        "SFT on the teacher's solutions",
+        "SFT on one solution for each prompt",
+        "SFT on right solutions of the teacher",
+    ),
+    ("control: branches with shuffled advantages", *["control, advantages shuffled within each fork"] * 2),
+)
+
+
+def overview(results: dict[str, Any]) -> str:
+    """The main table and that of the real model, side by side."""
+    demo, real = results, json.loads((DOCS / "results/demo/real_model.json").read_text(encoding="utf-8"))
+    cells = [["before training", f"{demo['rows'][0]['before']:.3f}", f"{real['rows'][0]['before']:.3f}"]]
+    for title, *names in _OVERVIEW:
+        rows = [
+            next(row for row in part["rows"] if row["name"] == n) for part, n in zip((demo, real), names, strict=True)
+        ]
+        cells.append([title, *(f"{row['after']:.3f} ± {row['after_std']:.3f}" for row in rows)])
+    titles = [
+        f"{name}, {part['recipe']['max_steps']} steps" for name, part in (("demo", demo), ("SmolLM2-135M", real))
+    ]
+    return table(["pass@1", *titles], cells)
+
+
 def gradient_variance(results: dict[str, Any]) -> str:
     """Noise of the gradient of each form, from `benchmarks.gradient_variance`."""
     titles = ["similarity", "form", "norm", "deviation", "cosine", "norm", "deviation", "SNR", "cosine", "of a draw"]
@@ -146,6 +184,7 @@ NOTHING = "There are no results of this plan yet."
 
 # Page, file of results, and the function that turns the file into Markdown.
 TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("../README.md", "results/demo/methods.json", overview),
     ("demo.md", "results/wording.json", wording),
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
