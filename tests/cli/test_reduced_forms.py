@@ -23,13 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 PAPER, SHUFFLED = "paper's form", "control, posteriors shuffled over the step"
 SFT = "SFT on one solution for each prompt"
 EDIT, EDIT_BASELINE = "edit", "edit, batch baseline"
-BRANCHES, IMITATION = "branches, one greedy rollout", "gate, one greedy rollout, imitation"
+BRANCHES, SHUFFLED_BRANCHES = "branches, one greedy rollout", "control, advantages shuffled within each fork"
+IMITATION = "gate, one greedy rollout, imitation"
 
 # Rows of the shipped plans, with their steps here.
 ROWS = {
     "methods": {PAPER: 14, SHUFFLED: 14, SFT: 8},
     "table5": {EDIT: 10, EDIT_BASELINE: 10},
-    "varied_options": {BRANCHES: 8, IMITATION: 8},
+    "varied_options": {BRANCHES: 12, SHUFFLED_BRANCHES: 12, IMITATION: 8},
 }
 PROBLEMS = 256  # of 512
 
@@ -74,13 +75,14 @@ def after(tmp_path_factory):
         pytest.param(PAPER, SHUFFLED, 0.1, id="the gain is the teacher's"),
         pytest.param(PAPER, SFT, 0.2, id="SFT on a foreign style fails"),
         pytest.param(EDIT_BASELINE, EDIT, 0.05, id="edit needs a baseline"),
+        pytest.param(BRANCHES, SHUFFLED_BRANCHES, 0.1, id="the gain of branches is the teacher's"),
         pytest.param(BRANCHES, IMITATION, 0.2, id="imitation of foreign words fails"),
     ],
 )
 def test_direction(after, better, worse, least):
-    """Seed 3 has differences of 0.238, 0.418, 0.176 and 0.422, with binomial errors of 0.031 to 0.034.
+    """Seed 3 has differences of 0.238, 0.418, 0.176, 0.254 and 0.496, with binomial errors of 0.031 to 0.038.
 
-    They are at least 3.8 errors above the bounds.
+    They are at least 3.8 errors above the bounds. The third is 0.207 with seed 4.
     """
     assert after[better] - after[worse] > least
 
