@@ -33,7 +33,6 @@ from benchmarks.shapes import model_of, tokenizer
 from benchmarks.step_time import PROMPT_TOKENS
 from omniopd_trl.accounting.hardware import (
     BACK_ENDS,
-    DECODE_EFFICIENCY,
     GIB,
     GPUS,
     QWEN3,
@@ -53,6 +52,7 @@ from omniopd_trl.accounting.hardware import (
     state_bytes,
     step_flops,
     student_bytes,
+    teacher_servers,
     waiting_seconds,
     work_bytes,
 )
@@ -67,10 +67,6 @@ NUM_GPUS = (1, 8, 64)
 GPU = GPUS["h100-80"]
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu"  # what benchmarks/gpu.sh measured
-
-# A self-hosted teacher: 32 billion parameters in bf16 on two such GPUs, 64 sequences at a time, and a prefix cache
-# that serves four of five prompt tokens.
-TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 64, 0.8
 
 # The method's defaults.
 NUM_CHUNKS, CHUNK_LENGTH, NUM_ROLLOUTS, ROLLOUT_TOKENS = 10, 50, 10, 70
@@ -123,13 +119,6 @@ def teacher_tokens(gpus: int, seconds: float) -> tuple[float, float]:
     """Prompt and completion tokens per second that the teacher must deliver for steps of this duration."""
     chunks = max(SEQUENCES, gpus) * NUM_CHUNKS
     return chunks * TOKENS / 2 / seconds, chunks * NUM_ROLLOUTS * ROLLOUT_TOKENS / seconds
-
-
-def teacher_servers(reads: float, writes: float) -> float:
-    """Number of self-hosted teachers that deliver this many prompt and completion tokens per second."""
-    decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * GPU.bandwidth * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
-    prefill = UTILIZATION * GPU.flops * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
-    return reads / prefill + writes / decode
 
 
 # ---- Tables ----

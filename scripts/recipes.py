@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Write the recipes of the paper's Tables 1 and 2, and their table in recipes/README.md, from one table.
+"""Write the recipes of the paper's Tables 1 and 2, and their tables in two pages, from one table.
 
 python -m scripts.recipes           # write
 python -m scripts.recipes --check   # exit 1 if a file is out of date
@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from omniopd_trl.accounting.hardware import GIB, known_shape
+from omniopd_trl.accounting.forecast import Forecast, Load
+from omniopd_trl.accounting.hardware import GIB, TEACHER_GPUS, known_shape, teacher_servers
 from omniopd_trl.accounting.job import Job
 from omniopd_trl.cli.hardware import job_of
 from omniopd_trl.cli.recipe import parse_args
@@ -29,6 +30,7 @@ from scripts.pages import page_with
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PAGE = FOLDER / "README.md"
+COSTS = FOLDER.parent / "docs" / "reproduce.md"
 BEGIN = "<!-- Written by `make docs` from scripts/recipes.py; do not edit below this line. -->"
 END = "<!-- Written by `make docs` from scripts/recipes.py; do not edit above this line. -->"
 
@@ -36,6 +38,7 @@ PROMPT = 1024  # tokens of a sequence of 20K that are left to the prompt
 SOLUTION = 14_336  # `max_completion_length` for solutions of 20K teacher tokens
 # The paper's means in tokens (Section 9).
 MEAN_PROMPT, MEAN_TRAJECTORY = 200, 6340
+EPOCH = 1000  # steps of 16 prompts: about one epoch of the paper's 17K problems
 
 Options = Mapping[str, Any]  # option -> value; a tuple has the comment of the line beside it
 
@@ -467,10 +470,14 @@ def parsed(row: Row, options: Options) -> tuple[Any, ...]:
 
 @cache
 def job(name: str, tier_name: str) -> Job:
-    """The job of a recipe on a tier, by the formulas of `omniopd cost --gpu`."""
+    """The job of a recipe on a tier, by its name."""
     row = next(row for row in ROWS if row.name == name)
     tiers = [*tiers_of(row), opd_tier(row)]
-    tier = next(tier for tier in tiers if tier is not None and tier.name == tier_name)
+    return job_on(row, next(tier for tier in tiers if tier is not None and tier.name == tier_name))
+
+
+def job_on(row: Row, tier: Tier) -> Job:
+    """The job of a recipe on a tier, by the formulas of `omniopd cost --gpu`."""
     script_args, args, model_args, _ = parsed(row, tier.options)
     launch = Namespace(gpu=tier.gpu, num_processes=tier.num_gpus, accelerate_config=tier.accelerate_config)
     return job_of(launch, script_args, args, model_args, PROMPT)
@@ -494,26 +501,36 @@ def cheap(row: Row) -> tuple[str, Options]:
         words, options = "one greedy rollout", dict(_ONE_ROLLOUT)
     if teacher.takes_temperature is not None:
         options["teacher_temperature"] = 0
-    _, usd = paid(row.name, tuple(options.items()))
+    _, usd = paid(row.name, options)
     return words, {**options, "teacher_budget_usd": math.ceil(1.2 * usd)}
 
 
 @cache
-def paid(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[float, float]:
-    """Requests, and dollars without a prompt cache, that `omniopd cost` forecasts for trajectories of mean length."""
+def forecast_of(name: str, options: tuple[tuple[str, Any], ...] = ()) -> Forecast:
+    """What `omniopd cost` forecasts for trajectories of mean length."""
     row = next(row for row in ROWS if row.name == name)
     _, args, *_ = parsed(row, dict(options))
     provider, model = TEACHERS[row.teacher].name.split(":", 1)
-    run = forecast_run(
+    return forecast_run(
         args,
         Requests.of(args, capabilities_of(provider, model), None),
         TeacherOptions.of(args).price(provider, model),
         prompt_tokens=[MEAN_PROMPT],
         trajectory_length=MEAN_TRAJECTORY,
         trajectories_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        steps=args.max_steps,
+        steps=steps_of(args),
         num_rows=None,
-    ).run
+    )
+
+
+def steps_of(args: Any) -> int:
+    """Steps of a recipe. One that trains for an epoch does not say how many."""
+    return args.max_steps if args.max_steps > 0 else EPOCH
+
+
+def paid(name: str, options: Options | None = None) -> tuple[float, float]:
+    """Requests of a recipe, and dollars without a prompt cache."""
+    run = forecast_of(name, tuple((options or {}).items())).run
     assert run.no_cache.usd is not None
     return run.requests, run.no_cache.usd
 
@@ -521,8 +538,14 @@ def paid(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[float, f
 def estimate(row: Row, tier: Tier) -> str:
     """Memory and time of a recipe on a tier, in words."""
     it = job(row.name, tier.name)
-    mean, longest = (it.step(tokens).total for tokens in (MEAN_PROMPT + MEAN_TRAJECTORY, it.max_tokens))
+    mean, longest = seconds(it)
     return f"{memory(it)} per GPU, {mean:.0f} to {longest:.0f} seconds per step"
+
+
+def seconds(it: Job) -> tuple[float, float]:
+    """Seconds of a step with trajectories of mean length, and if all have the maximum length."""
+    mean, longest = (it.step(tokens).total for tokens in (MEAN_PROMPT + MEAN_TRAJECTORY, it.max_tokens))
+    return mean, longest
 
 
 def memory(it: Job) -> str:
@@ -563,7 +586,7 @@ def header(row: Row) -> str:
     ]
     if teacher.key is not None:
         words, options = cheap(row)
-        (few, usd), (requests, paper_usd) = paid(row.name, tuple(options.items())), paid(row.name)
+        (few, usd), (requests, paper_usd) = paid(row.name, options), paid(row.name)
         it = job(row.name, first.name)
         longer = replace(it, max_tokens=it.max_tokens + 10 * options["num_branches"] * (50 - 1))  # M K (C - 1) tokens
         lines += [
@@ -615,10 +638,7 @@ def table() -> str:
     ]
     for row in ROWS:
         student, teacher = STUDENTS[row.student], TEACHERS[row.teacher]
-        figures = ", ".join(f"{_METHODS[method]} {value}" for method, value in row.paper.items())
-        by = f" with {row.with_teacher}" if row.with_teacher else ""
-        paper = f"{figures}{by}" if figures else "no teacher of this generation"
-        cells = [f"[{row.name}.yaml]({row.name}.yaml)", student.name, teacher.title, teacher.needs, paper]
+        cells = [f"[{row.name}.yaml]({row.name}.yaml)", student.name, teacher.title, teacher.needs, reported(row)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| student | hardware | memory per GPU | seconds per step |", "|---|---|---|---|"]
     for student_name, student in STUDENTS.items():
@@ -632,10 +652,56 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def reported(row: Row) -> str:
+    """What the paper reports for a recipe, in words."""
+    figures = ", ".join(f"{_METHODS[method]} {value}" for method, value in row.paper.items())
+    by = f" with {row.with_teacher}" if row.with_teacher else ""
+    return f"{figures}{by}" if figures else "no teacher of this generation"
+
+
+def costs() -> str:
+    """The tables of docs/reproduce.md: what the teacher of each recipe costs, and the time of each student."""
+    lines = [
+        "| recipe | the paper reports | steps | OmniOPD: the teacher reads + writes | costs | SFT: reads + writes | costs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        forecast, steps = forecast_of(row.name), steps_of(parsed(row, {})[1])
+        cells = [f"`{row.name}`", reported(row), f"{steps:,}"]
+        for load in (forecast.run, forecast.sft_run):
+            cells += [f"{load.prompt_tokens / 1e6:,.1f} + {load.completion_tokens / 1e6:,.1f} M", price(row, load)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| student | method | hardware | 50 steps | {EPOCH:,} steps |", "|---|---|---|---|---|"]
+    for student_name in STUDENTS:
+        row = next(row for row in ROWS if row.student == student_name)
+        first, opd = tiers_of(row)[0], opd_tier(row)
+        assert opd is not None
+        others = [replace(first, options={"method": method}) for method in ("grpo", "sft")]
+        for tier in (*tiers_of(row), *others, opd):
+            it = job_on(row, tier)
+            low, high = (tier.num_gpus * step / 3600 for step in seconds(it))
+            hours = [f"{steps * low:,.1f} to {steps * high:,.1f}" for steps in (50, EPOCH)]
+            lines.append(f"| {' | '.join([STUDENTS[student_name].name, _METHODS[it.method], tier.name, *hours])} |")
+    return "\n".join(lines)
+
+
+def price(row: Row, load: Load) -> str:
+    """Dollars of a load with the best cache and without one, or GPU-hours of a server of one's own."""
+    if load.no_cache.usd is not None and load.trajectory_cache.usd is not None:
+        low, high = (f"{usd:,.2f}" for usd in (load.trajectory_cache.usd, load.no_cache.usd))
+        return f"{high} dollars" if low == high else f"{low} to {high} dollars"
+    served = TEACHERS[row.teacher].served
+    shape = known_shape(served) if served is not None else None
+    if shape is None or shape.experts > 1:
+        return "not calculated"
+    return f"{teacher_servers(load.prompt_tokens, load.completion_tokens) * TEACHER_GPUS / 3600:,.0f} GPU-hours"
+
+
 def outdated() -> dict[Path, str]:
     """The files that differ from the table, with what they should be."""
     wanted = {FOLDER / f"{row.name}.yaml": text(row) for row in ROWS}
-    wanted[PAGE] = page_with(PAGE.read_text(encoding="utf-8"), BEGIN, END, table())
+    for page, part in ((PAGE, table), (COSTS, costs)):
+        wanted[page] = page_with(page.read_text(encoding="utf-8"), BEGIN, END, part())
     return {path: new for path, new in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != new}
 
 

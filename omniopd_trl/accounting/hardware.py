@@ -208,6 +208,10 @@ CPU_BANDWIDTH = 40e9  # bytes per second and GPU of the CPU's memory: an eighth 
 ENGINE_BYTES = 2 * GIB  # what vLLM needs beside weights and cache: activations, graphs, the tables of its sampler
 MAX_SEQUENCES = 256  # sequences that vLLM decodes at once
 
+# A self-hosted teacher: 32 billion parameters in bf16 on two H100s, 64 sequences at a time, and a prefix cache that
+# serves four of five prompt tokens.
+TEACHER_PARAMETERS, TEACHER_GPUS, TEACHER_SEQUENCES, TEACHER_CACHED = 32e9, 2, 64, 0.8
+
 TILE = 4096 * 32_768  # logits: tokens by vocabulary entries
 
 
@@ -466,3 +470,14 @@ def generation_seconds(
     turns = max(1.0, sequences * tokens / cache_tokens, sequences / MAX_SEQUENCES)
     cache = sequences * student.cache_bytes(tokens / 2, 2)
     return tokens * (turns * weights + cache) / (efficiency * gpu.bandwidth)
+
+
+def teacher_servers(reads: float, writes: float) -> float:
+    """Number of self-hosted teachers that deliver this many prompt and completion tokens per second.
+
+    With tokens instead of tokens per second: the seconds in which one server delivers them.
+    """
+    gpu = GPUS["h100-80"]
+    decode = TEACHER_SEQUENCES * DECODE_EFFICIENCY * gpu.bandwidth * TEACHER_GPUS / (2 * TEACHER_PARAMETERS)
+    prefill = UTILIZATION * gpu.flops * TEACHER_GPUS / (2 * TEACHER_PARAMETERS) / (1 - TEACHER_CACHED)
+    return reads / prefill + writes / decode

@@ -480,6 +480,17 @@ class TestPage:
             assert dollars == cost.dollars, advice
 
     @pytest.mark.parametrize("name", LIMITED)
+    def test_reproduce(self, name):
+        """docs/reproduce.md has the same tokens and dollars."""
+        cost = next(cost for cost in costs_of_page() if cost.recipe == name and not cost.options)
+        page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name.removesuffix('.yaml')}` |")]
+        read, written = (int(tokens.replace(",", "")) / 1e6 for tokens in cost.tokens[1:])
+        no_cache, _, best_cache, sft = cost.dollars
+        assert f" | {read:,.1f} + {written:,.1f} M | {best_cache} to {no_cache} dollars | " in line
+        assert line.endswith(f" M | {sft} dollars |")
+
+    @pytest.mark.parametrize("name", LIMITED)
     def test_budget_covers_the_forecast(self, name):
         """The budget is above the dearest of the three prices, by no more than half of it."""
         cost = next(cost for cost in costs_of_page() if cost.recipe == name and not cost.options)
