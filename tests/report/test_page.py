@@ -386,6 +386,7 @@ def test_a_probe(tmp_path, page):
     """Its verdict, the recommended options with their reasons, and what was measured."""
     signal = {"similarity": "edit", "chunk_length": 8, "matched": 0.5, "unrelated": 0.25, "spread": 0.125}
     signal |= {"spread_unrelated": 0.0, "gap": [0.25, 0.05], "signal": [0.125, None]}
+    signal["repeated"] = [0.875, 0.0625]
     measured = {"num_trajectories": 8, "num_forks": 32, "num_asked": 9, "student_agreement": 0.5}
     measured |= {"self_agreement": None, "duplicates": None, "signals": [signal]}
     answers = dict.fromkeys(("samples", "refused", "restarted", "filtered", "empty", "failed_requests", "short"), 0)
@@ -402,7 +403,7 @@ def test_a_probe(tmp_path, page):
     rows = [row.split("\t") for row in lines_of(browser, "#probe tbody tr")]
     assert ["num_branches", "7", "of 9 forks"] in rows
     assert ["paid for this probe", "100 tokens read and 10 written, 0.5000 dollars"] in rows
-    assert ["edit", "8", "0.500", "0.250", "0.125", "0.000", "5.0", "-"] in rows
+    assert ["edit", "8", "0.500", "0.250", "0.125", "0.000", "5.0", "-", "0.88 ± 0.06"] in rows
     assert browser.find_elements("css selector", "#probe :is(img, script, b)") == []
     assert len(texts(browser, "#list li")) == 4  # the audits are below
 
