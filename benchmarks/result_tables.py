@@ -73,12 +73,11 @@ def ablation(results: dict[str, Any]) -> str:
 
 
 def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
-    spread = f" ± {row['after_std']:.3f}" if row["after_std"] is not None else ""
     test = row["difference"]
     low, high = test["interval"] if test else (0.0, 0.0)
     return [
         row["name"],
-        f"{row['after']:.3f}{spread}",
+        _after(row),
         ", ".join(f"{score:.3f}" for score in row["after_by_seed"]),
         f"{test['value']:+.3f} [{low:+.3f}, {high:+.3f}]" if test else "",
         f"{test['p_value']:.3f}" if test else "",
@@ -89,6 +88,10 @@ def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
         f"{row['read']:,.0f} + {row['written']:,.0f}",
         *(f"{(row['read'] * read + row['written'] * wrote) / 1e6:.2f}" for read, wrote in PRICES.values()),
     ]
+
+
+def _after(row: dict[str, Any]) -> str:
+    return f"{row['after']:.3f}" + ("" if row["after_std"] is None else f" ± {row['after_std']:.3f}")
 
 
 # Setting, and its rows in the plans `methods` and `real_model`.
@@ -116,13 +119,16 @@ _OVERVIEW = (
 
 def overview(results: dict[str, Any]) -> str:
     """The main table and that of the real model, side by side."""
-    demo, real = results, json.loads((DOCS / "results/demo/real_model.json").read_text(encoding="utf-8"))
+    file = DOCS / "results/demo/real_model.json"
+    if not file.exists():
+        return NOTHING
+    demo, real = results, json.loads(file.read_text(encoding="utf-8"))
     cells = [["before training", f"{demo['rows'][0]['before']:.3f}", f"{real['rows'][0]['before']:.3f}"]]
     for title, *names in _OVERVIEW:
         rows = [
             next(row for row in part["rows"] if row["name"] == n) for part, n in zip((demo, real), names, strict=True)
         ]
-        cells.append([title, *(f"{row['after']:.3f} ± {row['after_std']:.3f}" for row in rows)])
+        cells.append([title, *map(_after, rows)])
     titles = [
         f"{name}, {part['recipe']['max_steps']} steps" for name, part in (("demo", demo), ("SmolLM2-135M", real))
     ]
