@@ -686,7 +686,7 @@ def costs() -> str:
 
 
 def price(row: Row, load: Load) -> str:
-    """Dollars of a load with the best cache and without one, or GPU-hours of a server of one's own."""
+    """Dollars of a load with the best cache and without a cache; GPU-hours if the teacher is self-hosted."""
     if load.no_cache.usd is not None and load.trajectory_cache.usd is not None:
         low, high = (f"{usd:,.2f}" for usd in (load.trajectory_cache.usd, load.no_cache.usd))
         return f"{high} dollars" if low == high else f"{low} to {high} dollars"

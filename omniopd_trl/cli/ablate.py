@@ -568,7 +568,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 def change_of_similarity(row: Mapping[str, Any]) -> str:
     """The mean similarity in the first and in the last quarter of a row's steps; empty without rollouts."""
     first, last = row.get("similarity_first"), row.get("similarity_last")
-    return "" if first is None or last is None else f"{first:.2f} to {last:.2f}"
+    return "" if first is None else f"{first:.2f} to {last:.2f}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -77,7 +77,7 @@ def is_right(problem: Problem, before: str, text: str, is_end: bool = False) -> 
         problem: the problem.
         before: the solution up to the text. Its results are kept. Lines before the one that the text begins in are not
             judged.
-        text: the text. One without a word or a number is not right.
+        text: the text. It is not right if it is only white space.
         is_end: whether the solution ends with the text. It is then right only if nothing is missing.
     """
     first = before.count("\n")
