@@ -22,7 +22,10 @@ TEXT = "First we add the two numbers that Tom has: 3 and 9 apples, so there are 
 
 @pytest.fixture(scope="module")
 def teacher(device, tiny_teacher_dir) -> LocalTeacher:
-    return LocalTeacher(str(tiny_teacher_dir), device=device, model_init_kwargs={"dtype": torch.float32})
+    teacher = LocalTeacher(str(tiny_teacher_dir), device=device, model_init_kwargs={"dtype": torch.float32})
+    # The first call tries short rows to learn whether the model can continue them from one cache.
+    teacher.sample_trajectories([trajectory(0)], GREEDY)
+    return teacher
 
 
 def trajectory(n: int) -> list[Prefix]:
