@@ -59,20 +59,24 @@ PRICES = {"Claude Haiku 4.5": (1.0, 5.0), "GPT-6 Luna": (0.1, 0.5)}
 
 def ablation(results: dict[str, Any]) -> str:
     """The rows of a plan, from `omniopd ablate`."""
-    has_similarity = any(map(change_of_similarity, results["rows"]))  # tables of earlier versions have none
+    # Tables of earlier versions have neither.
+    has_similarity = any(map(change_of_similarity, results["rows"]))
+    has_processor = any(row.get("processor_seconds") for row in results["rows"])
     titles = [
         *("setting", "pass@1 after", "of each seed", "difference to the first row", "p", "KL", "tokens", "copied"),
         *(["similarity"] if has_similarity else []),
         *("teacher read + wrote", *(f"$, {name}" for name in PRICES)),
+        *(["processor, s"] if has_processor else []),
     ]
     recipe, first = results["recipe"], results["rows"][0]
     prompts = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     seeds = f"Seeds {', '.join(map(str, first['seeds']))}; {recipe['max_steps']} steps of {prompts} prompts"
     before = "" if first["before"] is None else f"; pass@1 before training {first['before']:.3f}"
-    return f"{seeds}{before}.\n\n{table(titles, [_ablation_row(row, has_similarity) for row in results['rows']])}"
+    rows = [_ablation_row(row, has_similarity, has_processor) for row in results["rows"]]
+    return f"{seeds}{before}.\n\n{table(titles, rows)}"
 
 
-def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
+def _ablation_row(row: dict[str, Any], has_similarity: bool, has_processor: bool) -> list[str]:
     test = row["difference"]
     low, high = test["interval"] if test else (0.0, 0.0)
     return [
@@ -87,6 +91,7 @@ def _ablation_row(row: dict[str, Any], has_similarity: bool) -> list[str]:
         *([change_of_similarity(row)] if has_similarity else []),
         f"{row['read']:,.0f} + {row['written']:,.0f}",
         *(f"{(row['read'] * read + row['written'] * wrote) / 1e6:.2f}" for read, wrote in PRICES.values()),
+        *([f"{row['processor_seconds']:.0f}"] if has_processor else []),
     ]
 
 
@@ -206,6 +211,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         for plan in ("options", "judge", "varied_similarity", "varied_methods", "varied_options", "real_model")
     ),
     ("results.md", "results/demo/real_model_settings.json", ablation),
+    ("results.md", "results/demo/real_model_options.json", ablation),
     ("results.md", "results/known_answers.json", known_answers),
     ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )

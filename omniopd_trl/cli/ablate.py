@@ -36,7 +36,7 @@ _ROW_KEYS = ("name", "options", "solutions")
 # Fields of a result that a row has the mean of.
 _AVERAGED = (
     *("before", "after", "kl", "length", "copied", "similarity_first", "similarity_last"),
-    *("read", "written", "usd", "seconds"),
+    *("read", "written", "usd", "seconds", "processor_seconds"),
 )
 
 
@@ -104,6 +104,8 @@ class Result:
         written: tokens that the teacher wrote.
         usd: cost of the teacher in US dollars.
         seconds: wall time of the run.
+        processor_seconds: time of a processor that the run took, with its evaluations. Other jobs on the machine hardly
+            change it. `None` for runs of earlier versions.
     """
 
     before: float | None
@@ -118,6 +120,7 @@ class Result:
     written: int
     usd: float
     seconds: float
+    processor_seconds: float | None = None
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -363,6 +366,7 @@ class _Run:
         if job.solutions is not None:
             self.commands.insert(0, ["solutions", "--config", str(path), *words_of(job.solutions)])
         self.began = time.perf_counter()
+        self.processor_seconds = 0.0
         self._start()
 
     @property
@@ -371,18 +375,21 @@ class _Run:
 
     def _start(self) -> None:
         context: Any = multiprocessing.get_context(self.start_method)
-        arguments = (self.commands.pop(0), str(self.job.folder / LOG), self.device)
+        self.used, used = context.Pipe(duplex=False)
+        arguments = (self.commands.pop(0), str(self.job.folder / LOG), self.device, used)
         self.process = context.Process(target=_run_command, args=arguments)
         self.process.start()
+        used.close()
 
     def has_ended(self) -> bool:
         """Whether the last command has ended, or one has failed. Starts the next one if there is one."""
         code = self.process.exitcode
-        if code == 0 and self.commands:
-            self._start()
-            return False
         if code == 0:
-            result = {"seconds": self.seconds}
+            self.processor_seconds += self.used.recv()
+            if self.commands:
+                self._start()
+                return False
+            result = {"seconds": self.seconds, "processor_seconds": self.processor_seconds}
             (self.job.folder / FINISHED).write_text(json.dumps(result) + "\n", encoding="utf-8")
         return code is not None
 
@@ -392,8 +399,15 @@ class _Run:
             os.kill(self.process.pid, signal.SIGINT)
 
 
-def _run_command(command: Sequence[str], log: str, device: str | None) -> None:
-    """Run `omniopd train` or another command in this process, which is one of its own, with its output in a file."""
+def _run_command(command: Sequence[str], log: str, device: str | None, used: connection.Connection) -> None:
+    """Run `omniopd train` or another command in this process, which is one of its own, with its output in a file.
+
+    Args:
+        command: the words after `omniopd`.
+        log: path of the file.
+        device: the GPU to use; `None` without one.
+        used: gets the seconds of a processor that this process and its children took.
+    """
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream, target in ((os.open(os.devnull, os.O_RDONLY), 0), (file, 1), (file, 2)):
         os.dup2(stream, target)
@@ -413,6 +427,7 @@ def _run_command(command: Sequence[str], log: str, device: str | None) -> None:
             code = main(command)
     except KeyboardInterrupt:  # before the command has begun
         code = 128 + signal.SIGINT
+    used.send(sum(os.times()[:4]))
     sys.exit(code)
 
 
@@ -485,7 +500,7 @@ def read_result(folder: Path) -> Result:
         read=usage.prompt_tokens,
         written=usage.completion_tokens,
         usd=usd,
-        seconds=json.loads((folder / FINISHED).read_text(encoding="utf-8"))["seconds"],
+        **json.loads((folder / FINISHED).read_text(encoding="utf-8")),
     )
 
 
@@ -540,7 +555,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     titles = (
         *("setting", "seeds", "pass@1 before", "after", "difference to the first row", "p"),
-        *("KL", "tokens", "copied", "similarity", "teacher read", "wrote", "dollars", "seconds"),
+        *("KL", "tokens", "copied", "similarity", "teacher read", "wrote", "dollars", "seconds", "of a processor"),
     )
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in table["rows"]:
@@ -560,6 +575,7 @@ def markdown(table: Mapping[str, Any]) -> str:
             f"{row['written']:,.0f}",
             f"{row['usd']:.2f}",
             f"{row['seconds']:.0f}",
+            _number(row["processor_seconds"], ".0f"),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -125,7 +125,7 @@ class TestResult:
                 rows = [{"prompt": prompt, "pass@1": score} for prompt, score in scores]
                 path = tmp_path / "completions" / f"eval_{step:05d}.parquet"
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            (tmp_path / ablate.FINISHED).write_text('{"seconds": 12.5}')
+            (tmp_path / ablate.FINISHED).write_text('{"seconds": 12.5, "processor_seconds": 10}')
             return tmp_path
 
         return record
@@ -139,7 +139,8 @@ class TestResult:
             [first, *similarity, {**last, "eval_completions/copied_share": 0.125}],
             {0: [("p", 0.0), ("q", 0.5)], 20: [("p", 1.0), ("q", 1.0), ("p", 0.0), ("q", 1.0)]},
         )
-        numbers = {"before": 0.25, "after": 0.75, "kl": 0.02, "length": 90, "copied": 0.125, "seconds": 12.5}
+        numbers = {"before": 0.25, "after": 0.75, "kl": 0.02, "length": 90, "copied": 0.125}
+        numbers |= {"seconds": 12.5, "processor_seconds": 10}
         paid = {"read": 150, "written": 15, "usd": 0.75}
         quarters = {"similarity_first": 0.1875, "similarity_last": 0.5625}  # two of five steps each
         assert read_result(folder) == Result(problems={"p": 0.5, "q": 1.0}, **numbers, **quarters, **paid)
@@ -155,6 +156,15 @@ class TestResult:
         assert (found.before, found.after, found.kl, found.length, found.copied) == (None, 1.0, None, None, None)
         assert (found.similarity_first, found.similarity_last) == (None, None)
 
+    def test_of_an_earlier_version(self, record):
+        """It did not measure the time of a processor."""
+        folder = record([{"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]})
+        (folder / ablate.FINISHED).write_text('{"seconds": 12.5}')
+        found = read_result(folder)
+        assert (found.seconds, found.processor_seconds) == (12.5, None)
+        (row,) = summarize(Plan({}, [0], [Row("first", {})]), {0: {0: found}})["rows"]
+        assert markdown({"rows": [row]}).endswith("| 12 |  |")
+
     @pytest.mark.parametrize(
         ("logs", "evaluations"),
         [([{"step": 20, "loss": 1.0}], {}), ([{"step": 20, "eval_loss": 1.0}], {20: [("p", 1.0)]})],
@@ -167,7 +177,13 @@ class TestResult:
 
 def result(after, problems, **overrides):
     values = {"before": 0.4, "kl": 0.1, "length": 50.0, "copied": 0.0, "read": 100, "written": 20, "usd": 0.5}
-    values |= {"similarity_first": 0.25, "similarity_last": 0.5, "seconds": 10.0, **overrides}
+    values |= {
+        "similarity_first": 0.25,
+        "similarity_last": 0.5,
+        "seconds": 10.0,
+        "processor_seconds": 9.0,
+        **overrides,
+    }
     return Result(after=after, problems=problems, **values)
 
 
@@ -194,6 +210,7 @@ def test_the_table():
     text = markdown({"rows": [first, second, alone]})
     assert "| second | 2 | 0.400 | 0.800 ± 0.283 | +0.200 [" in text
     assert "| 0.00 | 0.25 to 0.50 | 200 |" in text
+    assert text.endswith("| 0.50 | 10 | 9 |")
     assert text.count("\n") == 4
 
 
@@ -366,9 +383,13 @@ def test_a_grid_is_interrupted_and_continued(tmp_path, tiny_model_dir, monkeypat
     assert "forked/seed-0: started" not in shown
     assert "fresh/seed-0: done" in shown
     assert (folders[0] / ablate.FINISHED).stat().st_mtime_ns == kept
-    forked, fresh = (replace(read_result(folder), seconds=0) for folder in folders)
+    forked, fresh = (replace(read_result(folder), seconds=0, processor_seconds=0) for folder in folders)
     assert forked == fresh
     assert fresh.written > 0
+    for folder in folders:
+        finished = json.loads((folder / ablate.FINISHED).read_text())
+        # It does not wait for long, and imports by several threads may take more than one processor.
+        assert 0.5 < finished["processor_seconds"] < 2 * finished["seconds"]
     for name in ("loss", "grad_norm", "eval_kl/unaudited"):
         series = [Run(folder).series(name) for folder in folders]
         assert series[0] == series[1]
