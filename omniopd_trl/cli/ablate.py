@@ -104,8 +104,8 @@ class Result:
         written: tokens that the teacher wrote.
         usd: cost of the teacher in US dollars.
         seconds: wall time of the run.
-        processor_seconds: time of a processor that the run took, with its evaluations. Other jobs on the machine hardly
-            change it. `None` for runs of earlier versions.
+        processor_seconds: time of a processor that the run took, with its evaluations. Other jobs on the machine
+            hardly change it. `None` for runs of earlier versions.
     """
 
     before: float | None
