@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of an optimizer step with branches, compared with a step without.
 
-    python -m benchmarks.branches [--shape small] [--tokens 6340] [--branches 7] [--steps 2] [--results FILE]
+    python -m benchmarks.branches [--shape small] [--tokens 6340] [--branches 7] [--steps 2]
+        [--attention sdpa | eager | flex_attention] [--results FILE]
 
 Two trainers share the student and the optimizer, and take steps in turn in one process, on one trajectory of random
 tokens with M = 10 chunks of C = 50 tokens. One has K branches at each chunk, which it samples with transformers; the
@@ -11,7 +12,8 @@ tokens less those that branches share are added to the row.
 
 Parts and times are those of `benchmarks.step_time`; "generation" is the sampling of the branches, since trajectories
 are not generated. The peak of a step is what the step allocates beyond what was held before it: PyTorch's memory on a
-GPU, the resident memory of the process on a CPU. Medians are over the steps after the first.
+GPU, the resident memory of the process on a CPU. Medians are over the steps after the warm-up: one step, and two with
+FlexAttention, which needs a GPU and compiles kernels for the first length, and then for any.
 """
 
 import argparse
@@ -119,7 +121,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=BATCHES, default="small")
     parser.add_argument("--tokens", type=int, default=6340, help="tokens of the trajectory")
     parser.add_argument("--branches", type=int, default=7, help="K")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each trainer, after one warm-up step")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of each trainer, after the warm-up")
+    parser.add_argument("--attention", choices=("sdpa", "eager", "flex_attention"), default="sdpa")
     parser.add_argument("--results", type=Path, help="a JSON file to which the results are added")
     options = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -127,18 +130,22 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # from transformers, about names in TRL
     batch = Batch(BATCHES[options.shape].shape, (options.tokens,), micro_batch=1, micro_batches=1)
     device, dtype = best_device()
-    models = Models(batch.shape, device, dtype)
+    if options.attention == "flex_attention" and device.type == "cpu":
+        parser.error("--attention flex_attention needs a GPU: PyTorch has no backward pass of it for a CPU.")
+    models = Models(batch.shape, device, dtype, options.attention)
+    warm_up = 2 if options.attention == "flex_attention" else 1  # the first step also allocates the optimizer's state
     with tempfile.TemporaryDirectory() as folder:
         trainers = [
-            make_trainer(models, batch, options.tokens, k, options.steps + 1, Path(folder, str(k)))
+            make_trainer(models, batch, options.tokens, k, options.steps + warm_up, Path(folder, str(k)))
             for k in (options.branches, 0)
         ]
         turns = take_steps_in_turn(*trainers, names=(f"K = {options.branches}", "K = 0"), kind=Peaks)
-    # The first step is a warm-up and allocates the optimizer's state.
-    parts = [{p: statistics.median(s.get(p, 0.0) for s in turn.steps[1:]) for p in PARTS} for turn in turns]
-    whole = [statistics.median(sum(step.values()) for step in turn.steps[1:]) for turn in turns]
-    peaks = [statistics.median(turn.peaks[1:]) / 2**20 for turn in turns]
+    measured = [turn.steps[warm_up:] for turn in turns]
+    parts = [{p: statistics.median(step.get(p, 0.0) for step in steps) for p in PARTS} for steps in measured]
+    whole = [statistics.median(sum(step.values()) for step in steps) for steps in measured]
+    peaks = [statistics.median(turn.peaks[warm_up:]) / 2**20 for turn in turns]
     where: dict[str, Any] = {"shape": batch.shape.name, "tokens": options.tokens, "branches": options.branches}
+    where["attention"] = options.attention
     where |= {"device": device.type, "dtype": str(dtype), "steps": options.steps, "added": trainers[0].added}
     print(", ".join(f"{name} {value}" for name, value in where.items()) + "\n")
     unit = "seconds" if device.type == "cuda" else "CPU seconds"

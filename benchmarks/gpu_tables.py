@@ -170,11 +170,12 @@ def _branches(results: dict[str, Any]) -> str:
             pairs = (e["step"], e["seconds"]["generation"], e["seconds"]["student"])
             ratios = [f"{e['time_ratio']:.2f}", f"{e['peak_ratio']:.2f}"]
             rows.append(
-                [e["shape"], f"{e['tokens']:,}", f"{e['branches']}", f"{e['added']:,}"]
+                [e["shape"], e["attention"], f"{e['tokens']:,}", f"{e['branches']}", f"{e['added']:,}"]
                 + [f"{own:.2f} / {other:.2f}" for own, other in pairs]
                 + ratios
             )
-    titles = ["student", "T", "K", "tokens added", "step, s", "sampling, s", "loss, s", "time ratio", "memory ratio"]
+    titles = ["student", "attention", "T", "K", "tokens added", "step, s", "sampling, s", "loss, s"]
+    titles += ["time ratio", "memory ratio"]
     return table(titles, rows) if rows else ""
 
 

@@ -30,11 +30,11 @@ def config_of(shape: Shape) -> Qwen3Config:
     )
 
 
-def model_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
-    """A model with random weights, created on the device."""
+def model_of(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str | None = None) -> Qwen3ForCausalLM:
+    """A model with random weights, created on the device. `attention` is its `attn_implementation`."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype, attn_implementation=attention)
 
 
 QWEN_VOCABULARY = QWEN3[0].vocabulary

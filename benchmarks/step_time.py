@@ -260,10 +260,10 @@ def prompts(words: PreTrainedTokenizerFast, count: int) -> Dataset:
 class Models:
     """A student with random weights, its optimizer and its tokenizer, shared by all measured lengths."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, attention: str | None = None):
         self.shape, self.device, self.dtype = shape, device, dtype
         self.words = tokenizer(shape.vocabulary)
-        self.student = model_of(shape, device, dtype)
+        self.student = model_of(shape, device, dtype, attention)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6, fused=device.type == "cuda")
 
 

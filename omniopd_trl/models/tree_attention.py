@@ -2,8 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden states of rows that hold several continuations of one text, with a mask for each position."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from omniopd_trl.errors import first_line
@@ -11,33 +17,140 @@ from omniopd_trl.errors import first_line
 # Largest relative difference between the states of a packed row and of separate rows that is rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDING_IN_HALF = 0.05
+# Positions of a block of FlexAttention's masks.
+_BLOCK = 128
+# Kernels that PyTorch may compile for one attention. A run needs one for each of causal, padded and packed rows, with
+# and without gradients, for one row and for more, for its first length and for any. After 8, which is PyTorch's limit,
+# it would compute with whole matrices of scores instead.
+_KERNELS = 64
+
+
+@dataclass(frozen=True)
+class TreeMask:
+    """Who attends to whom in rows that hold several continuations of one text.
+
+    A position attends to itself and to all before it, except those from `start` to before `end`. For a token of a
+    continuation, `start` is where the continuation leaves the text, and `end` is the column of its first token. For a
+    token of the text both are 0. Padding behind the text or behind the continuations needs no entry: only padding
+    attends to it.
+
+    Attributes:
+        start: `(R, L)`, columns of the row.
+        end: `(R, L)`, likewise.
+    """
+
+    start: torch.Tensor
+    end: torch.Tensor
+
+    @property
+    def rule(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """A function of row, head, query and key, which are broadcast: whether the query attends to the key.
+
+        It is FlexAttention's `mask_mod`, of which kernels are compiled.
+        """
+        start, end = self.start, self.end
+
+        def attends(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (key <= query) & ((key < start[row, query]) | (key >= end[row, query]))
+
+        return attends
+
+    def of_queries(self, first: int, last: int) -> torch.Tensor:
+        """`(R, last - first, L)`, true where these queries attend to a key."""
+        num_rows, length = self.start.shape
+        row, query, key = (
+            torch.arange(low, high, device=self.start.device)
+            for low, high in ((0, num_rows), (first, last), (0, length))
+        )
+        return self.rule(row[:, None, None], row.new_zeros(()), query[:, None], key)
+
+    def dense(self) -> torch.Tensor:
+        """`(R, 1, L, L)`, true where a position attends to another."""
+        return self.of_queries(0, self.start.size(1))[:, None]
+
+    def blocks(self) -> BlockMask:
+        """The mask for FlexAttention, without the L x L bytes for each row that `create_block_mask` takes.
+
+        Its compiled form takes none either, but needs further compilations.
+        """
+        length = self.start.size(1)
+        num_blocks = -(-length // _BLOCK)
+        counts = []  # of pairs that attend, in the blocks of a row of blocks, (R, num_blocks)
+        for first in range(0, length, _BLOCK):
+            attends = self.of_queries(first, min(first + _BLOCK, length))
+            padded = nn.functional.pad(attends, (0, num_blocks * _BLOCK - length))
+            counts.append(padded.unflatten(-1, (num_blocks, _BLOCK)).sum((1, 3)))
+        count = torch.stack(counts, 1)[:, None]
+        whole = count == _BLOCK**2
+
+        def listed(kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Number and indices of the blocks of this kind in each row of blocks."""
+            return kind.sum(-1).int(), kind.int().argsort(dim=-1, descending=True, stable=True).int()
+
+        return BlockMask.from_kv_blocks(
+            *listed((count > 0) & ~whole),
+            *listed(whole),
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=self.rule,
+            seq_lengths=(length, length),
+        )
 
 
 def last_hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | TreeMask,
+    position_ids: torch.Tensor,
 ) -> torch.Tensor:
     """The states before the LM head, `(R, L, H)`.
 
     Args:
         model: a causal language model, or its PEFT wrapper.
         input_ids: `(R, L)`.
-        attention_mask: `(R, L)`, true on tokens, or `(R, 1, L, L)`, true where a position attends to another. Each
-            position must attend to one at least.
+        attention_mask: `(R, L)`, true on tokens, or the mask of packed rows, for a model for which [`why_not_packed`]
+            is `None`.
         position_ids: `(R, L)`.
     """
     plain = model.get_base_model() if is_peft_model(model) else model
-    if attention_mask.dim() == 4:
-        attention_mask = tree_mask(plain, attention_mask)
-    outputs = plain.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    )
+    mask: torch.Tensor | BlockMask
+    if isinstance(attention_mask, torch.Tensor):
+        mask = attention_mask
+    elif _is_flex(plain):
+        mask = attention_mask.blocks()
+    else:
+        mask = tree_mask(plain, attention_mask.dense())
+    outputs = plain.base_model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     states: torch.Tensor = outputs.last_hidden_state
     return states
 
 
 def takes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model's attention takes a mask for each position."""
+    """Whether the model's attention takes a tensor with a mask for each position."""
     return model.config._attn_implementation in ("sdpa", "eager")
+
+
+def _is_flex(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation == "flex_attention"
+
+
+@contextmanager
+def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which a model with FlexAttention samples with `sdpa`.
+
+    FlexAttention would compile further kernels for prompts and for single tokens, and takes no tensor as a mask.
+    Training cannot change the attention in this way: gradient checkpointing calls it again in the backward pass.
+
+    Args:
+        model: a causal language model, or its PEFT wrapper.
+    """
+    if not _is_flex(model):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
 
 
 def tree_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
@@ -46,6 +159,21 @@ def tree_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
         return mask
     # It adds the mask to its scores.
     return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+
+
+@contextmanager
+def attention_kernels(model: PreTrainedModel) -> Iterator[None]:
+    """Context for forward passes, in which PyTorch may compile all kernels that FlexAttention needs.
+
+    Args:
+        model: a causal language model, or its PEFT wrapper.
+    """
+    if not _is_flex(model):
+        yield
+        return
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=max(config.recompile_limit, _KERNELS)):  # each thread has its own value
+        yield
 
 
 def difference_of(model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -72,24 +200,22 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     A recurrent layer, or an attention without masks, would silently read what the mask hides. The states of a short
     packed row are therefore compared with those of separate rows. The model should be in evaluation mode.
     """
-    if not takes_masks(model):
+    if not takes_masks(model) and not _is_flex(model):
         return f"attn_implementation={model.config._attn_implementation!r} takes no mask of this form"
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary, device = model.get_input_embeddings().num_embeddings, model.device
     trunk, suffix, start = [1, 2, 3, 4, 5, 6], [7, 8, 9], 3
-    packed = [*trunk, *suffix]
-    mask = torch.ones(len(packed), len(packed), dtype=torch.bool).tril()
-    mask[len(trunk) :, start : len(trunk)] = False
+    hidden = torch.tensor([[[0] * len(trunk) + [at] * len(suffix)] for at in (start, len(trunk))], device=device)
     positions = [*range(len(trunk)), *range(start, start + len(suffix))]
     row = [*trunk[:start], *suffix]
 
-    def states(ids: list[int], mask: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        device = model.device
+    def states(ids: list[int], mask: torch.Tensor | TreeMask, positions: list[int]) -> torch.Tensor:
         input_ids = torch.tensor([ids], device=device) % vocabulary
-        return last_hidden_states(model, input_ids, mask.to(device), torch.tensor([positions], device=device))[0]
+        return last_hidden_states(model, input_ids, mask, torch.tensor([positions], device=device))[0]
 
-    expected = states(row, torch.ones(1, len(row), dtype=torch.bool), [*range(len(row))])[start:]
+    is_token = torch.ones(1, len(row), dtype=torch.bool, device=device)
+    expected = states(row, is_token, [*range(len(row))])[start:]
     try:
-        found = states(packed, mask[None, None], positions)[len(trunk) :]
+        found = states([*trunk, *suffix], TreeMask(*hidden), positions)[len(trunk) :]
     except Exception as error:  # whatever a model does with a mask that it does not know
         return f"its forward refuses the mask ({type(error).__name__}: {first_line(error)})"
     difference = difference_of(model, found, expected)

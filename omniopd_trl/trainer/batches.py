@@ -13,6 +13,7 @@ from torch import nn
 from trl.trainer.utils import flush_left
 
 from omniopd_trl.method.branches import Suffix
+from omniopd_trl.models.tree_attention import TreeMask
 
 # Keys of TRL's batch that the forward passes read. Prompts are `(B, P)`, the others `(B, T)`.
 TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "audited_mask", "weights")
@@ -99,7 +100,7 @@ class BranchedBatch:
 
     Attributes:
         input_ids: `(R, L)`.
-        attention_mask: `(R, L)`, or `(R, 1, L, L)`, true where a position attends to another.
+        attention_mask: `(R, L)`, true on tokens, or the mask of packed rows.
         position_ids: `(R, L)`.
         predictors: `(2, S)`, row and column of the position that predicts each token of the suffixes.
         targets: `(S,)`, these tokens.
@@ -109,7 +110,7 @@ class BranchedBatch:
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | TreeMask
     position_ids: torch.Tensor
     predictors: torch.Tensor
     targets: torch.Tensor
@@ -162,15 +163,14 @@ class BranchedBatch:
             input_ids[row, offset : offset + len(ids)] = torch.tensor(ids, dtype=torch.long)
             is_token[row, offset : offset + len(ids)] = True
         position_ids = torch.arange(length, device=device).repeat(len(added), 1)
-        mask = is_token
+        mask: torch.Tensor | TreeMask = is_token
         if is_packed:
-            mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() & is_token[:, None]
+            hidden = torch.zeros(2, len(added), length, dtype=torch.long)
             for (row, start, suffix), (_, first) in zip(branches, places, strict=True):
                 size = len(suffix.token_ids) - 1
                 position_ids[row, first : first + size] = torch.arange(start, start + size)
-                mask[row, first : first + size, start:first] = False
-            mask |= torch.eye(length, dtype=torch.bool, device=device)  # a softmax over nothing is NaN
-            mask = mask[:, None]
+                hidden[:, row, first : first + size] = torch.tensor([[start], [first]])
+            mask = TreeMask(*hidden.to(device))
         predictors = [
             (row, start - 1) if t == 0 else (other, first + t - 1)
             for (row, start, suffix), (other, first) in zip(branches, places, strict=True)
@@ -183,10 +183,11 @@ class BranchedBatch:
         ]
         targets, weights, sampled, imitation = zip(*flat, strict=True) if flat else ((), (), (), ())
         parts = (
-            *(input_ids, mask, position_ids, torch.tensor(predictors, dtype=torch.long).reshape(-1, 2).T),
-            *(torch.tensor(targets, dtype=torch.long), *map(torch.tensor, (weights, sampled, imitation))),
+            torch.tensor(predictors, dtype=torch.long).reshape(-1, 2).T,
+            torch.tensor(targets, dtype=torch.long),
+            *map(torch.tensor, (weights, sampled, imitation)),
         )
-        return cls(*(part.to(device) for part in parts))
+        return cls(input_ids, mask, position_ids, *(part.to(device) for part in parts))
 
 
 def rows_by_length(batch: dict[str, Any], size: int) -> list[list[int]]:

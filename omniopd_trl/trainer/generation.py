@@ -20,6 +20,7 @@ from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.method import importance_weights
 from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.models.prefix_tree import generating_from_trees
+from omniopd_trl.models.tree_attention import sampling_attention
 from omniopd_trl.models.vllm_logprobs import SamplingLogprobs
 from omniopd_trl.teachers.local import without_generation_defaults
 from omniopd_trl.trainer.exported import Export
@@ -53,7 +54,8 @@ def on_policy(
     _reshard(model)
     key = (args.seed, purpose, step) if model.training else (EVALUATION_SEED, "evaluation", eval_batch)
     seeded = _seeded(key, accelerator, args)
-    with seeded, evaluation_mode(model), without_generation_defaults(model), growing_cache():
+    attention = sampling_attention(accelerator.unwrap_model(model))
+    with seeded, evaluation_mode(model), without_generation_defaults(model), growing_cache(), attention:
         yield
 
 

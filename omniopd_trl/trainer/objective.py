@@ -19,7 +19,13 @@ from omniopd_trl.method.loss import chunk_loss, combine
 from omniopd_trl.models.lm_head import LMHead, kl_to_reference, lm_head_of, log_kept_mass, logprobs_of
 from omniopd_trl.models.prefix_tree import why_no_tree
 from omniopd_trl.models.reference import Reference
-from omniopd_trl.models.tree_attention import attention_window, last_hidden_states, why_not_packed
+from omniopd_trl.models.tree_attention import (
+    attention_kernels,
+    attention_window,
+    last_hidden_states,
+    sampling_attention,
+    why_not_packed,
+)
 from omniopd_trl.trainer.batches import BranchedBatch, PackedBatch
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -313,7 +319,8 @@ class Objective:
         def body(student: PreTrainedModel) -> None:
             plain = student.get_base_model() if is_peft_model(student) else student
             # Not called as a module: the hooks of FSDP2 would run a second time.
-            self._why_no_tree = why_no_tree(plain, plain.forward) or ""
+            with sampling_attention(plain):
+                self._why_no_tree = why_no_tree(plain, plain.forward) or ""
 
         if self._why_no_tree is None:
             with evaluation_mode(self._accelerator.unwrap_model(model)):
@@ -351,7 +358,7 @@ class Objective:
         unwrapped = self._accelerator.unwrap_model(model)
 
         def run(_: None) -> Any:
-            with self._accelerator.autocast():
+            with self._accelerator.autocast(), attention_kernels(unwrapped):
                 return body(unwrapped)
 
         # On a GPU, FSDP2 of torch before 2.13 fails when it is called without an argument.

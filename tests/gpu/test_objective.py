@@ -3,6 +3,7 @@
 """Loss, metrics and gradient of the trainer on the GPU, against the dense float64 reference on the CPU."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from omniopd_trl.audits.types import PolicyScores
 from tests.gpu.bounds import hold
+from tests.support.flex_attention import FLEX, reference_flex_attention
 from tests.support.training import RecordingTrainer, dense_objective, make_trainer, perturb, questions
 
 pytestmark = pytest.mark.gpu
@@ -101,6 +103,35 @@ def test_float32_of_a_wider_student(tmp_path, device, make_tiny_model, tiny_toke
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     trainer = make_trainer(tmp_path, path, temperature=0.7, use_cpu=device.type == "cpu", **settings)
     check_float32(record_property, trainer, device, path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_branches_with_flex_attention(tmp_path, device, make_tiny_model, record_property, lora):
+    """Loss and gradient of a step with packed branches are those with `sdpa`. A dry run has no kernels to test."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    path = make_tiny_model(seed=7, initializer_range=0.1, **wide)
+    settings = {"num_branches": 3, "chunk_length": 6, "min_chunk_length": 4, "gradient_checkpointing": True}
+    settings |= {"use_cpu": device.type == "cpu", "peft_config": LoraConfig(**LORA) if lora else None}
+    steps = []
+    for name, attention in (("flex", FLEX), ("sdpa", {})):
+        with reference_flex_attention() if device.type == "cpu" else nullcontext():
+            trainer = make_trainer(tmp_path / name, path, **settings, **attention)
+            gradient, _, batch = one_step(trainer, device)
+        assert trainer.objective._why_apart == "", "branches are not packed"
+        steps.append((gradient, batch, trainer.state.log_history[0]["loss"]))
+    (gradient, batch, loss), (expected, plain, plain_loss) = steps
+    # Both sample with sdpa.
+    assert torch.equal(batch["completion_ids"], plain["completion_ids"])
+    assert torch.equal(batch["audited_mask"], plain["audited_mask"])
+    assert any(batch["suffixes"])
+    assert gradient.keys() == expected.keys()
+    assert max(g.abs().max() for g in expected.values()) > 1e-3, "there is no gradient to compare with"
+    excess = max(
+        ((gradient[key] - value).abs() / (GRADIENT_ABSOLUTE + GRADIENT_RELATIVE * value.abs())).max().item()
+        for key, value in expected.items()
+    )
+    hold(record_property, "loss", abs(loss - plain_loss) / max(abs(plain_loss), 1e-2), FLOAT32_LOSS)
+    hold(record_property, "gradient", excess, 1.0)
 
 
 def dense_rows(model: torch.nn.Module, batch: dict[str, Any], temperature: float) -> list[torch.Tensor]:
