@@ -121,10 +121,11 @@ def _verified(task: str, options: dict[str, Any], pairs: Sequence[tuple[str, int
         outcome = sandbox.run(_VERIFIER, json.dumps([task, options, part]) + "\n")
         ready, *lines = outcome.stdout.splitlines() or [""]
         if ready != "ready":
+            reason = " ".join(outcome.stderr.split())[-300:] or "it wrote nothing"
             raise SandboxError(
                 f"The sandbox does not run the verifier of {task!r} ({outcome.status}: "
-                f"{' '.join(outcome.stderr.split())[-300:] or 'it wrote nothing'}). A sandbox elsewhere needs reasoning_gym: "
-                "set OMNIOPD_SANDBOX to 'auto' to use this machine."
+                f"{reason}). A sandbox elsewhere needs reasoning_gym: set OMNIOPD_SANDBOX to 'auto' "
+                "to use this machine."
             )
         # The next answer ended its process.
         scores += [*map(_number, lines), 0.0][: len(part)]
