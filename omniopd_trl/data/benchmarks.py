@@ -121,6 +121,8 @@ def load_benchmark_splits(name: str) -> DatasetDict:
         for split, dataset in loaded.items():
             parts.setdefault(split, []).append(dataset)
     for split, datasets in parts.items():
+        if len(datasets) > 1:  # the sets number their problems alike
+            datasets[:] = [one.map(_with_source, desc="ids") for one in datasets]
         columns = {tuple(sorted(dataset.column_names)) for dataset in datasets}
         if len(columns) > 1:
             raise DataError(
@@ -189,6 +191,10 @@ def _load(name: str, benchmark: Benchmark, split: str | None, limit: int | None,
         features=Features({**_FEATURES, "tests" if benchmark.scorer == "code" else "answer": Value("string")}),
         new_fingerprint=Hasher.hash(["benchmark", _VERSION, name, dataset._fingerprint]),
     )
+
+
+def _with_source(row: Row) -> Row:
+    return {"id": f"{row['source']}/{row['id']}"}
 
 
 def _select(name: str, benchmark: Benchmark, dataset: Dataset, limit: int | None) -> Dataset:
@@ -300,7 +306,10 @@ def _gym_problems(name: str, split: str, limit: int | None) -> Dataset:
     task, options = gym_task(name)
     if split not in ("train", "test"):
         raise ConfigError(f"{name!r} has the splits 'train' and 'test', not {split!r}.")
-    size, seed = options.pop("size", None), options.pop("seed", 0)
+    size, seed = options.pop("size", None), options.pop("seed", None) or 0
+    for option, value in (("size", size), ("seed", seed)):
+        if value is not None and type(value) is not int:
+            raise ConfigError(f"{name!r}: {option}={value!r} must be a whole number.")
     settings = {
         "train": options | {"size": 2000 if size is None else size, "seed": seed},
         "test": options | {"size": 200 if size is None else size, "seed": seed + _GYM_TEST_SEED},

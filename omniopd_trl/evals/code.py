@@ -164,11 +164,11 @@ def _same_word(word: str, right: str) -> bool:
 def _is_result(line: str, expected: Any) -> bool:
     try:
         result = json.loads(line)
-    except ValueError:
+        return _same_value(result, expected) or (
+            isinstance(expected, list) and len(expected) == 1 and _same_value(result, expected[0])
+        )
+    except (ValueError, RecursionError, OverflowError):  # thousands of brackets, a whole number beyond a float
         return False
-    return _same_value(result, expected) or (
-        isinstance(expected, list) and len(expected) == 1 and _same_value(result, expected[0])
-    )
 
 
 def _same_value(value: Any, right: Any) -> bool:
@@ -214,6 +214,20 @@ def _parse(tests: str) -> dict[str, Any]:
             f"`tests` {tests!r:.100} cannot be read ({type(error).__name__}: {first_line(error)}). It must be JSON "
             'text such as {"inputs": ["1 2"], "outputs": ["3"]}.'
         ) from error
+
+
+def check_tests(tests: Any) -> str:
+    """The tests, which can be read.
+
+    Raises:
+        DataError: when they cannot, such as values in place of JSON text.
+    """
+    if not isinstance(tests, str):
+        raise DataError(
+            f"`tests` {tests!r:.100} is not text. It must be JSON text: write the column with `json.dumps`."
+        )
+    _parse(tests)
+    return tests
 
 
 class CodeAccuracy:
@@ -265,7 +279,7 @@ class CodeAccuracy:
         loop = asyncio.get_running_loop()
         sandbox = await loop.run_in_executor(self._pool, self.sandbox)
         pairs = [
-            None if given is None else (program_of(text_of_completion(completion)), given)
+            None if given is None else (program_of(text_of_completion(completion)), check_tests(given))
             for completion, given in zip(completions, tests, strict=True)
         ]
         distinct = [*dict.fromkeys(pair for pair in pairs if pair is not None)]

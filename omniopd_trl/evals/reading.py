@@ -32,6 +32,7 @@ _ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _PLAIN_NUMBER = re.compile(r"[\d\s.,/%+-]*")
+_DIGIT = re.compile(r"[^\W\D0-9]|[\u066b\u066c]")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         golds: texts with the right answer, in order of precedence.
         lenient: see [`math_accuracy`].
     """
+    completion = _DIGIT.sub(_ascii, completion)
     gold = next((gold for text in golds if text is not None and (gold := _parse_gold(text))), None)
     if gold is None:
         return Reading(None)
@@ -134,7 +136,7 @@ def _parse_marked(text: str) -> tuple[Any, ...]:
         text = text.replace("$", "")
     text = text.rstrip(".* ")
     readings = [text]
-    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) and not _PLAIN_NUMBER.fullmatch(text):
+    if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) and not _is_one_number(text):
         # math-verify parses LaTeX only between delimiters: outside of them `2^{10}` would be 2. Between them, a word
         # is a product of its letters, so a text with words is first (or only) parsed as text.
         words = _WORD.search(_LATEX_COMMAND.sub("", text))
@@ -148,6 +150,16 @@ def _parse_marked(text: str) -> tuple[Any, ...]:
         if parsed:
             return parsed
     return ()
+
+
+def _is_one_number(text: str) -> bool:
+    """Whether a text without letters is no list, of which math-verify would read one number: `1,234`, not `1, 2`."""
+    return bool(_PLAIN_NUMBER.fullmatch(text)) and ("," not in text or plain_number(text) is not None)
+
+
+def _ascii(found: re.Match[str]) -> str:
+    """A digit of another script, or one of the Arabic separators of decimals and of thousands."""
+    return {"\u066b": ".", "\u066c": ","}.get(found[0]) or str(int(found[0]))
 
 
 def _parse_raw(text: str) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@
 
 import asyncio
 import inspect
+import json
 import logging
 import math
 from collections import Counter
@@ -167,14 +168,20 @@ class Rewards:
             funcs = []
             named = {name for names in columns for name in names}
             if "tests" in named:
-                from omniopd_trl.evals.code import code_accuracy
+                from omniopd_trl.evals.code import check_tests, code_accuracy
 
+                for one in datasets:
+                    if (tests := next(iter(one)).get("tests")) is not None:
+                        check_tests(tests)
                 code_accuracy.sandbox()  # a machine without one is refused before anything is generated
                 funcs = [code_accuracy]
             elif "gym" in named:
-                from omniopd_trl.evals.procedural import reasoning_gym_accuracy
+                from omniopd_trl.evals.procedural import EVALUATED, reasoning_gym_accuracy, verifier_sandbox
 
                 find_extra("reasoning_gym", "gym")
+                first = (next(iter(one)).get("gym") for one in datasets)
+                if any(json.loads(named)["task"] in EVALUATED for named in first if named):
+                    verifier_sandbox()
                 funcs = [reasoning_gym_accuracy]
             elif {"solution", "answer"} & named:
                 find_extra("math_verify", "eval")

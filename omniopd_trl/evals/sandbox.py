@@ -101,8 +101,8 @@ class Sandbox(Protocol):
 
 
 @cache
-def make_sandbox(name: str = "auto", limits: Limits = Limits()) -> Sandbox:
-    """The sandbox of a name. The same name and limits give the same sandbox.
+def make_sandbox(name: str = "auto", limits: Limits = Limits(), python: str | None = None) -> Sandbox:
+    """The sandbox of a name. The same arguments give the same sandbox.
 
     Args:
         name: `"auto"` for [bubblewrap](https://github.com/containers/bubblewrap) if it is installed and works, or else
@@ -111,6 +111,7 @@ def make_sandbox(name: str = "auto", limits: Limits = Limits()) -> Sandbox:
             https://github.com/bytedance/SandboxFusion) service or of another one with its `/run_code`:
             `"http://127.0.0.1:8080"`.
         limits: what a program may use.
+        python: argument of [`LocalSandbox`].
 
     Raises:
         ConfigError: when there is no such sandbox.
@@ -131,7 +132,7 @@ def make_sandbox(name: str = "auto", limits: Limits = Limits()) -> Sandbox:
         )
     reasons = []
     for kind in kinds[name]:
-        sandbox = LocalSandbox(kind, limits)
+        sandbox = LocalSandbox(kind, limits, python)
         try:
             sandbox.run("")
             return sandbox

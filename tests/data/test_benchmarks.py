@@ -387,6 +387,8 @@ class TestReasoningGym:
             ("reasoning_gym:chain_sums", "no task 'chain_sums'. Did you mean `chain_sum`"),
             ("reasoning_gym:chain_sum?terms=2", "unexpected keyword argument 'terms'"),
             ("reasoning_gym:chain_sum?min_terms=-1", "cannot create 'chain_sum' with {'min_terms': -1"),
+            ("reasoning_gym:chain_sum?seed=abc", "seed='abc' must be a whole number"),
+            ("reasoning_gym:chain_sum?size=2.5", "size=2.5 must be a whole number"),
             ("reasoning_gym:chain_sum?min_terms", "Options of a task are"),
         ],
     )
@@ -414,6 +416,12 @@ class TestInRecipes:
         """A procedural task gives both splits."""
         splits = load_benchmark_splits("reasoning_gym:chain_sum?size=10")
         assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 10, "test": 10}
+
+    def test_joined_sets_have_ids_of_their_own(self):
+        """Two tasks number their problems alike, and may have equal answers: an evaluation must tell them apart."""
+        test = load_benchmark_splits("reasoning_gym:gcd?size=30,reasoning_gym:lcm?size=30")["test"]
+        assert len({*test["id"]}) == len(test) > 30
+        assert test["id"][0] == "reasoning_gym:gcd?size=30/test-0"
 
     def test_kinds_that_do_not_mix(self, write):
         """Problems with answers and problems with tests are not joined."""

@@ -140,6 +140,7 @@ class TestCalls:
             ("def add(a, b): return object()", 0),
             ("import os\ndef add(a, b): os._exit(0)", 0),
             ("def add(a, b):\n while True: pass", 0),
+            ("import os\nos.write(3, b'[' * 200_000 + b'\\n')\ndef add(a, b): return a + b", 0),
         ],
     )
     def test_verdicts(self, box, program, failed):
@@ -157,6 +158,7 @@ class TestCalls:
             ("[5, 6]", [5], False),
             ("0.1 + 0.2", 0.3, True),
             ("1", 1.0, True),
+            ("10**400", 1.0, False),
             ("1", True, False),
             ("True", True, True),
             ("None", None, True),
@@ -215,6 +217,13 @@ def test_unreadable_tests(tests):
     with pytest.raises(DataError, match=r"`tests` .* cannot be read") as error:
         run_tests("print(1)", tests, None)
     assert "\n" not in str(error.value)
+
+
+def test_tests_that_are_no_text():
+    """A column of values in place of JSON text is refused before anything is generated."""
+    rows = Dataset.from_list([{"prompt": "a", "tests": {"inputs": ["1"], "outputs": ["1"]}}])
+    with pytest.raises(DataError, match="is not text"):
+        Rewards(None, rows, device="cpu")
 
 
 class TestReward:

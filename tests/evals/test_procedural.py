@@ -3,20 +3,32 @@
 """Problems of reasoning_gym are scored by their own verifiers."""
 
 import asyncio
+import inspect
+import re
 
 import pytest
 import reasoning_gym
+from reasoning_gym.factory import DATASETS
 
 from omniopd_trl.data import load_benchmark
-from omniopd_trl.evals.procedural import reasoning_gym_accuracy
+from omniopd_trl.evals.procedural import EVALUATED, reasoning_gym_accuracy, verifier_sandbox
 from omniopd_trl.evals.rewards import Rewards
+from omniopd_trl.evals.sandbox import SandboxError
+
+
+@pytest.fixture(scope="module")
+def box():
+    try:
+        return verifier_sandbox()
+    except SandboxError as error:
+        pytest.skip(str(error))
 
 
 # A number; a list of words in any order of equal ones; a puzzle with many right answers, whose verifier needs what is
 # not JSON.
 @pytest.mark.parametrize("task", ["chain_sum", "word_sorting", "zebra_puzzles", "countdown", "n_queens"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_scores(task, split):
+def test_scores(task, split, box):
     """The problem that is scored is the one in the dataset: its own answer is right, that of another is not."""
     rows = load_benchmark(f"reasoning_gym:{task}?size=4", split)
     right = [f"I think so.\nAnswer: {answer}" for answer in rows["answer"]]
@@ -25,7 +37,7 @@ def test_scores(task, split):
     assert reasoning_gym_accuracy(["x"], [None]) == [None]
 
 
-def test_equals_the_package():
+def test_equals_the_package(box):
     """Scores are those of the package on the same problems, partial ones if asked."""
     options = {"size": 20, "seed": 10**9}
     reference = reasoning_gym.create_dataset("countdown", **options)
@@ -44,3 +56,36 @@ def test_as_the_default_of_an_evaluation():
     completions = [f"Answer: {dataset[0]['answer']}", "Answer: none"]
     ((name, scores),) = rewards.score(list(dataset), completions, run=asyncio.run)
     assert (name, scores.tolist()) == ("pass@1", [1.0, 0.0])
+
+
+def test_hostile_answers(box, tmp_path):
+    """An answer that a verifier evaluates can neither act on this machine nor stop the run, and counts as wrong."""
+    row = load_benchmark("reasoning_gym:countdown?size=1")[0]
+    trace = tmp_path / "trace"
+    hostile = ["9**9**9**9", f"open({str(trace)!r}, 'w')", "(" * 5000, "exit()", "print(1.0)"]
+    answers = [f"Answer: {answer}" for answer in [*hostile, row["answer"]]]
+    assert reasoning_gym_accuracy(answers, [row["gym"]] * len(answers)) == [0.0] * len(hostile) + [1.0]
+    assert not trace.exists()
+
+
+def test_tasks_that_evaluate_answers():
+    """Every task whose verifier evaluates, sums a power or holds other tasks is in the list."""
+    evaluates = re.compile(r"\beval\(answer|parse_expr\(answer|sympify\(answer|Fraction\(answer|self\.datasets\b")
+    # Its `parse_expr` is a parser of its own.
+    found = {
+        name
+        for name, (task, _) in DATASETS.items()
+        if name != "propositional_logic" and evaluates.search(inspect.getsource(inspect.getmodule(task)))
+    }
+    assert found == EVALUATED
+
+
+def test_an_error_of_a_verifier(monkeypatch):
+    """An answer on which a verifier fails is wrong, and does not end the run."""
+
+    def fail(*_):
+        raise RecursionError
+
+    monkeypatch.setattr(DATASETS["gcd"][0], "score_answer", fail)
+    row = load_benchmark("reasoning_gym:gcd?size=1")[0]
+    assert reasoning_gym_accuracy(["Answer: 1"], [row["gym"]]) == [0.0]
