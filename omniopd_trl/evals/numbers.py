@@ -19,7 +19,10 @@ _FORMATTING = (
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|quad|qquad|circ|degree)\b|\\[()\[\]]"), " "),
     (re.compile(r"(?<=\d)_(?=\d{3})"), ""),
-    (re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)"), r" \1\3/\2\4 "),
+    (
+        re.compile(r"(-\s*)?\\[dt]?frac\s*(?:\{\s*(-?)\s*(\d+)\s*\}\s*\{\s*(-?)\s*(\d+)\s*\}|(\d)\s*(\d))"),
+        lambda found: _written_fraction(*found.groups()),
+    ),
     (re.compile(r"\\times\b|\\cdot\b|[\u00d7\u00b7]"), "*"),
     (re.compile(r"\\approx\b|\u2248"), "="),
     (re.compile(r"\\[%$€£]|[$€£]|\*\*"), lambda found: "%" if "%" in found[0] else " "),
@@ -47,6 +50,9 @@ _CALCULATES = re.compile(
     r"|\b(?:sqrt|log|ln|exp|sin|cos|tan|abs|mod|half|double|twice|squared|cubed|factorial|minus|plus|times|negative)\b",
     re.IGNORECASE,
 )
+# Before the last equals sign: one of several numbers, and the variable that has the value.
+_CHOICE = re.compile(r"\d.*\bor\b", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(r"([^\W\d_]+)\s*$")
 # Units that math-verify takes for variables when they have an exponent.
 _UNITS = re.compile(r"\b[mgshlLNJWVK]\b")
 
@@ -97,7 +103,9 @@ def plain_number(text: str) -> PlainNumber | None:
     text = boxed[-1] if boxed else text
     for pattern, replacement in _FORMATTING:
         text = pattern.sub(replacement, text)
-    text = text.rpartition("=")[2]
+    defined, _, text = text.rpartition("=")
+    if _CHOICE.search(defined):
+        return None
     found = _NUMBER.search(text)
     if found is None:
         return None
@@ -108,12 +116,23 @@ def plain_number(text: str) -> PlainNumber | None:
     if number is None:
         return None
     value, is_reduced = number
+    if name := _NAME.search(defined):
+        for other in re.split(rf"(?<!\w){name[1]}\s*=", defined)[1:]:
+            if (earlier := plain_number(other)) is not None and value not in earlier.values:
+                return None  # `x = 37, x = 38`
     return PlainNumber(
         frozenset({value, value / 100} if found["percent"] else {value}),
         is_fraction=found["numerator"] is not None,
         is_reduced=is_reduced,
         has_words=bool(re.search(r"[^\W\d_]", _UNITS.sub("", f"{before}|{after}"))),
     )
+
+
+def _written_fraction(minus: str | None, *parts: str | None) -> str:
+    """A fraction in LaTeX as `a/b`, with one sign for those before it and in it."""
+    sign_above, above, sign_below, below, *digits = (part or "" for part in parts)
+    is_negative = (bool(minus) + len(sign_above) + len(sign_below)) % 2
+    return f" {'-' * is_negative}{above or digits[0]}/{below or digits[1]} "
 
 
 def _value(found: re.Match[str]) -> tuple[Fraction, bool] | None:

@@ -32,6 +32,9 @@ _ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _PLAIN_NUMBER = re.compile(r"[\d\s.,/%+-]*")
+# Between the solutions of an equation, and one of them.
+_SEPARATOR = re.compile(r"\s*(?:[,;]\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*|\s*(?:;|,(?!\d{3}\b))\s*")
+_SOLUTION = re.compile(r"(?:([^\W\d_])(?:_\{?\w\}?)?\s*=)?([^=]*)")
 _DIGIT = re.compile(r"[^\W\D0-9]|[\u066b\u066c]")
 
 
@@ -60,15 +63,16 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         if number is None or not (number.is_reduced or gold.number.is_fraction):
             return Reading(0.0)  # `74/2` is a calculation
         return Reading(float(gold.number.equals(number)), str(min(number.values)))
-    parsed = _parse(completion)
-    if not parsed:
-        return Reading(0.0)
+    readings = [_parse(completion, lists) for lists in ([False, True] if lenient else [True])]
+    parsed = next((parsed for parsed in readings if parsed and _equals(gold, parsed)), readings[0])
+    return Reading(float(_equals(gold, parsed)), _comparable(parsed)) if parsed else Reading(0.0)
+
+
+def _equals(gold: _Gold, parsed: tuple[Any, ...]) -> bool:
     # Equal strings have equal values. Most right answers need no algebra.
     if {part for part in parsed if isinstance(part, str)} & {part for part in gold.parsed if isinstance(part, str)}:
-        is_correct = True
-    else:
-        is_correct = math_verify.verify(list(gold.parsed), list(parsed), timeout_seconds=None)
-    return Reading(float(is_correct), _comparable(parsed))
+        return True
+    return bool(math_verify.verify(list(gold.parsed), list(parsed), timeout_seconds=None))
 
 
 def _comparable(parsed: tuple[Any, ...]) -> str:
@@ -93,7 +97,9 @@ def _number_of(text: str) -> PlainNumber | None:
         return number if not number.has_words or _is_constant(_parse_marked(text)) else None
     if marked is not None and re.search(r"\d", text):
         return None
-    source = next((part for part in _parse(text if marked is None else marked) if isinstance(part, str)), "")
+    source = next(
+        (part for part in _parse(text if marked is None else marked, lists=True) if isinstance(part, str)), ""
+    )
     return plain_number(source)
 
 
@@ -106,20 +112,25 @@ def _is_constant(parsed: tuple[Any, ...]) -> bool:
 # The same right answers are parsed at every evaluation and for every sample of a prompt.
 @lru_cache(maxsize=65536)
 def _parse_gold(text: str) -> _Gold | None:
-    parsed = _parse(text)
+    parsed = _parse(text, lists=True)
     return _Gold(parsed, _number_of(text)) if parsed else None
 
 
-def _parse(text: str) -> tuple[Any, ...]:
-    """The expressions that math-verify finds in a text, each with its source string. Empty if there are none."""
+def _parse(text: str, lists: bool = False) -> tuple[Any, ...]:
+    """The expressions that math-verify finds in a text, each with its source string. Empty if there are none.
+
+    Args:
+        text: a completion or a right answer.
+        lists: whether `x = 1 or x = 2` is a list. math-verify reads one of its numbers.
+    """
     tail = _marked(text)
     if tail is None:
         # A right answer alone is short. A longer text is parsed as prose.
-        return _parse_marked(text) if len(text) <= 100 else _parse_raw(text[-_MAX_CHARACTERS:])
+        return _parse_marked(text, lists) if len(text) <= 100 else _parse_raw(text[-_MAX_CHARACTERS:])
     # The prompt requests the answer on one line, and later lines are ignored. A line that cannot be parsed alone (the
     # opening of a displayed formula) is parsed together with the rest.
     head = tail.split("\n", 1)[0]
-    return _parse_marked(head) or _parse_marked(tail)
+    return _parse_marked(head, lists) or _parse_marked(tail, lists)
 
 
 def _marked(text: str) -> str | None:
@@ -128,8 +139,10 @@ def _marked(text: str) -> str | None:
     return text[marks[-1].end() :].strip()[:_MAX_CHARACTERS] if marks else None
 
 
-def _parse_marked(text: str) -> tuple[Any, ...]:
+def _parse_marked(text: str, lists: bool = False) -> tuple[Any, ...]:
     """Parse a text that consists of an answer and little else."""
+    if lists:
+        text = _solutions(text)
     # A single dollar sign is a currency, a pair delimits a formula.
     text = text.replace("\\$", "").strip()
     if text.count("$") % 2:
@@ -150,6 +163,22 @@ def _parse_marked(text: str) -> tuple[Any, ...]:
         if parsed:
             return parsed
     return ()
+
+
+def _solutions(text: str) -> str:
+    """`x = 1 or x = 2` as `1, 2`, the form of a list that math-verify reads. Other texts as they are."""
+    boxed = (
+        text.strip().rstrip(".").removeprefix("\\boxed{").removesuffix("}") if text.startswith("\\boxed{") else text
+    )
+    parts = _SEPARATOR.split(boxed.replace("$", "").strip().rstrip(". "))
+    found = [_SOLUTION.fullmatch(part) for part in parts]
+    names = {one[1] for one in found if one and one[1]}
+    is_list = len(parts) > 1 and all(one and one[2].strip() for one in found) and len(names) <= 1
+    if not is_list or not (names or re.search(r"\b(?:or|and)\b", boxed)):
+        return text
+    values = [one[2].strip() for one in found if one]
+    has_words = any(_WORD.search(_LATEX_COMMAND.sub("", value)) for value in values)
+    return text if has_words else ", ".join(values)
 
 
 def _is_one_number(text: str) -> bool:

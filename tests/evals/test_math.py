@@ -47,6 +47,13 @@ def score(completion, gold, **options):
         ("Answer: \u0663\u066b\u0665", "3.5"),
         ("Answer: \u0661\u066c\u0662\u0663\u0664", "1234"),
         ("Answer: (\u0663, \u0664)", "(3, 4)"),
+        *(
+            (f"Answer: {form}", "1, 2")
+            for form in ("1 or 2", "1 and 2", "x = 2 or x = 1", "x = 1, x = 2", "$x=1$, $x=2$")
+        ),
+        *((f"Answer: {form}", "1, 2") for form in (r"\boxed{1 \text{ or } 2}", "x_1 = 1; x_2 = 2")),
+        *(("Answer: 3, -2", gold) for gold in ("3 or -2", "x = 3, x = -2", r"$x=-2 \text{ or } x=3$")),
+        ("Answer: a and b", "b, a"),
         (r"Answer: \boxed{7}", "7"),
         (r"so we get \boxed{\frac{1}{3}}.", r"\frac{1}{3}"),
         (r"Answer: \sqrt{2}", r"$\sqrt{2}$"),
@@ -86,6 +93,9 @@ def test_right(completion, gold):
         (r"Answer: \frac{1}{2}", "2"),
         ("Answer: (1, 3)", "(1, 2)"),
         ("Answer: 2", "1, 2"),
+        ("Answer: 2", "1 or 2"),
+        ("Answer: 2", "x = 1, x = 2"),
+        ("Answer: 1 or 3", "1 or 2"),
         ("Answer: 1.2", "1,2"),
         ("Answer: 1, 3", "1, 2"),
         ("", "7"),
@@ -127,10 +137,16 @@ def test_wrong(completion, gold):
         *((form, "1234") for form in ("1.234e3", r"1.234 \times 10^{3}", "1.234*10^3", r"1000 + 234 = \boxed{1234}")),
         *((form, "0.5") for form in ("1/2", r"\frac12", r"\dfrac{1}{2}", ".5", "0.50", "50%", "50 percent", "5e-1")),
         *((form, "1/2") for form in ("2/4", r"\frac{50}{100}", "0.5")),
+        *(
+            (form, "-0.5")
+            for form in (r"\frac{-1}{2}", r"\frac{1}{-2}", r"-\frac{1}{2}", r"-\frac12", r"$\frac{ - 1 }{ 2 }$")
+        ),
+        *((form, "37") for form in ("x = 37, x = 37", "12 + 30 = 42, 42 - 5 = 37")),
         *((form, "-3") for form in ("-3", "\u22123", "- 3", "-3.0")),
         *((form, "1.5") for form in ("3/2", "1 1/2", r"1\frac{1}{2}")),
         *((form, "16") for form in ("16 m^3", "16 cm^2", "a total of 16 a day")),
         *((form, "50%") for form in ("50", "0.5", "50 percent")),
+        (r"-\frac{-1}{2}", "0.5"),
         ("5", "$x = 5$"),
         ("37 pears", "37 apples"),
         ("37", "She has 12 + 30 - 5 of them.\n#### 37"),
@@ -158,12 +174,15 @@ def test_a_number_in_any_form_is_right(answer, gold):
             (form, "37")
             for form in ("37 or 38", "38 or 37", "36, 37", "12, 30, 5, 37", "the sum of 12, 30 and 37", "37 7")
         ),
+        *((form, "37") for form in ("x = 38 or x = 37", "38 or x = 37", "x = 38, x = 37", "x_1 = 38, x_2 = 37")),
+        *((form, "37") for form in ("$x = 38$ or $x = 37$", "n = 36; n = 38; n = 37")),
         *(
             (form, "37")
             for form in ("37x", "x + 37", "37 - x", r"37\pi", "minus 37", "37!", "half of 37", "37 (12 + 30 - 5)")
         ),
         *((form, "1024") for form in (r"2^{10}", "2^10", "2**10", r"4 \cdot 2^8", "10.24 * 10^2")),
         *((form, "0.5") for form in ("2/4", "1 - 0.5", "1:2", "0,5")),
+        *((form, "0.5") for form in (r"\frac{-1}{2}", r"-\frac{1}{2}")),
         ("3", "-3"),
         ("9e999999999", "37"),
         ("1/0", "37"),
