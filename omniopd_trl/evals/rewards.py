@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -167,20 +168,20 @@ class Rewards:
         if funcs is None:
             funcs = []
             named = {name for names in columns for name in names}
+            first: list[dict[str, Any]] = [row for one in datasets for row in islice(one, 1)]
             if "tests" in named:
                 from omniopd_trl.evals.code import check_tests, code_accuracy
 
-                for one in datasets:
-                    if (tests := next(iter(one)).get("tests")) is not None:
-                        check_tests(tests)
+                for row in first:
+                    if row.get("tests") is not None:
+                        check_tests(row["tests"])
                 code_accuracy.sandbox()  # a machine without one is refused before anything is generated
                 funcs = [code_accuracy]
             elif "gym" in named:
                 from omniopd_trl.evals.procedural import EVALUATED, reasoning_gym_accuracy, verifier_sandbox
 
                 find_extra("reasoning_gym", "gym")
-                first = (next(iter(one)).get("gym") for one in datasets)
-                if any(json.loads(named)["task"] in EVALUATED for named in first if named):
+                if any(json.loads(row["gym"])["task"] in EVALUATED for row in first if row.get("gym")):
                     verifier_sandbox()
                 funcs = [reasoning_gym_accuracy]
             elif {"solution", "answer"} & named:
