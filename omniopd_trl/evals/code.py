@@ -89,8 +89,11 @@ def program_of(completion: str) -> str:
 
     A block that the completion does not close counts too; it is cut off, and fails by itself.
     """
-    blocks = {language.strip().lower(): text for language, text in _BLOCK.findall(completion)}
-    return next((blocks[language] for language in ("python", "python3", "py", "") if language in blocks), completion)
+    blocks: dict[str, str] = {}
+    for language, text in _BLOCK.findall(completion):
+        name = language.strip().lower()
+        blocks["python" if name in ("python3", "py") else name] = text
+    return next((blocks[name] for name in ("python", "") if name in blocks), completion)
 
 
 def run_tests(program: str, tests: str, sandbox: Sandbox) -> Verdict:

@@ -53,6 +53,8 @@ class TestProgramOf:
             ("```python\nf\n```\nIt prints\n```\n3\n```", "f\n"),
             ("```cpp\ng\n```\nIn Python:\n```python\nh\n```", "h\n"),
             ("```\ni\n```\n```\nj\n```", "j\n"),
+            ("```python\nk\n```\nFaster:\n```python3\nl\n```", "l\n"),
+            ("```py\nm\n```\nAgain:\n```python\nn\n```", "n\n"),
             ("", ""),
         ],
     )
