@@ -219,17 +219,20 @@ def _parse(tests: str) -> dict[str, Any]:
         ) from error
 
 
-def check_tests(tests: Any) -> str:
-    """The tests, which can be read.
+def check_tests(tests: Any) -> None:
+    """Refuse tests that cannot be read.
 
     Raises:
-        DataError: when they cannot, such as values in place of JSON text.
+        DataError: when they are not JSON text, or not of one of the forms.
     """
+    _parse(_json_text(tests))
+
+
+def _json_text(tests: Any) -> str:
     if not isinstance(tests, str):
         raise DataError(
             f"`tests` {tests!r:.100} is not text. It must be JSON text: write the column with `json.dumps`."
         )
-    _parse(tests)
     return tests
 
 
@@ -282,7 +285,7 @@ class CodeAccuracy:
         loop = asyncio.get_running_loop()
         sandbox = await loop.run_in_executor(self._pool, self.sandbox)
         pairs = [
-            None if given is None else (program_of(text_of_completion(completion)), check_tests(given))
+            None if given is None else (program_of(text_of_completion(completion)), _json_text(given))
             for completion, given in zip(completions, tests, strict=True)
         ]
         distinct = [*dict.fromkeys(pair for pair in pairs if pair is not None)]

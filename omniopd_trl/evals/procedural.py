@@ -135,9 +135,10 @@ def _verified(task: str, options: dict[str, Any], pairs: Sequence[tuple[str, int
 def _number(line: str) -> float:
     """A score. An answer that is evaluated may write anything."""
     try:
-        return min(max(float(line), 0.0), 1.0)
+        score = float(line)
     except ValueError:
         return 0.0
+    return score if 0 <= score <= 1 else 0.0
 
 
 @lru_cache(maxsize=64)

@@ -63,9 +63,13 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         if number is None or not (number.is_reduced or gold.number.is_fraction):
             return Reading(0.0)  # `74/2` is a calculation
         return Reading(float(gold.number.equals(number)), str(min(number.values)))
-    readings = [_parse(completion, lists) for lists in ([False, True] if lenient else [True])]
-    parsed = next((parsed for parsed in readings if parsed and _equals(gold, parsed)), readings[0])
-    return Reading(float(_equals(gold, parsed)), _comparable(parsed)) if parsed else Reading(0.0)
+    parsed: tuple[Any, ...] = ()
+    for lists in (False, True) if lenient else (True,):
+        found = _parse(completion, lists)
+        if found and _equals(gold, found):
+            return Reading(1.0, _comparable(found))
+        parsed = parsed or found
+    return Reading(0.0, _comparable(parsed)) if parsed else Reading(0.0)
 
 
 def _equals(gold: _Gold, parsed: tuple[Any, ...]) -> bool:

@@ -168,7 +168,7 @@ class Rewards:
         if funcs is None:
             funcs = []
             named = {name for names in columns for name in names}
-            first: list[dict[str, Any]] = [row for one in datasets for row in islice(one, 1)]
+            first = (row for one in datasets for row in islice(one, 1))  # read only where it is needed
             if "tests" in named:
                 from omniopd_trl.evals.code import check_tests, code_accuracy
 
