@@ -128,14 +128,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "ablate",
         help="train a grid of settings and seeds, and compare them in one table",
-        description="Train every row of a plan with every seed, several runs at a time, and write a table "
+        description="Train every row of each plan with every seed, several runs at a time, and write a table "
         "(NAME_OF_THE_PLAN.md), a figure and all numbers (NAME_OF_THE_PLAN.json). The other rows are compared with "
         "the first by a paired test over problems. Started again, it continues: finished runs are kept, and "
         "interrupted ones are resumed from their journal and their last checkpoint, so nothing is paid twice. Plans "
         "with one --output_dir share the runs of rows with the same name and the same options.",
         allow_abbrev=False,
     )
-    parser.add_argument("plan", metavar="PLAN", help="a YAML file; recipes/plans has examples")
+    parser.add_argument("plans", metavar="PLAN", nargs="+", help="YAML files; recipes/plans has examples")
     parser.add_argument(
         "-o", "--output_dir", metavar="DIR", help="folder of the runs (default: runs/NAME_OF_THE_PLAN)"
     )
@@ -148,40 +148,63 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """Run the plan and write its results.
+    """Run the plans together, and write the results of each.
 
     Raises:
-        ConfigError: when the plan cannot be used.
+        ConfigError: when a plan cannot be used.
         DataError: when a run failed, after the others have ended.
         KeyboardInterrupt: as `run_all`.
     """
-    plan = read_plan(options.plan, seeds=options.seeds, names=options.rows)
-    folder = Path(options.output_dir or Path("runs", Path(options.plan).stem))
-    jobs = jobs_of(plan, folder)
+    plans = [read_plan(path, seeds=options.seeds, names=options.rows) for path in options.plans]
+    files = [Path(options.output_dir or Path("runs", Path(path).stem), Path(path).stem) for path in options.plans]
+    if twice := [str(file) for file in files if files.count(file) > 1]:
+        raise ConfigError(f"Two plans would write their tables to {twice[0]}.md. Rename one of them.")
+    grids = [jobs_of(plan, file.parent) for plan, file in zip(plans, files, strict=True)]
+    jobs = distinct(grids)
     devices = _devices()
     number = options.jobs or len(devices) or os.cpu_count() or 1
     if number < 1:
         raise ConfigError(f"--jobs is {number}, but it must be at least 1.")
-    apply_env(plan.recipe)  # inherited by the process that runs are forked from
+    env = plans[0].recipe.get("env")
+    apply_env(plans[0].recipe)  # inherited by the process that runs are forked from
     try:
-        failed = run_all([job for job in jobs if not job.is_finished], number, devices, plan.recipe.get("env"))
+        failed = run_all([job for job in jobs if not job.is_finished], number, devices, env)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("The same command continues.") from error
+    for plan, grid, file in zip(plans, grids, files, strict=True):
+        _write_table(plan, grid, file)
+    if failed:
+        names = ", ".join(str(job.folder) for job in failed)
+        raise DataError(f"{len(failed)} of {len(jobs)} runs failed: {names}. Read {LOG} in each, and start again.")
+
+
+def distinct(grids: Sequence[Sequence[Job]]) -> list[Job]:
+    """The runs of several plans, those that plans share once.
+
+    Raises:
+        ConfigError: when two plans would train runs with different settings in one folder.
+    """
+    jobs: dict[Path, Job] = {}
+    for job in (job for grid in grids for job in grid):
+        other = jobs.setdefault(job.folder, job)
+        sides = [{**side.recipe, "solutions": side.solutions} for side in (other, job)]
+        _check_same(job.folder, *sides)
+    return list(jobs.values())
+
+
+def _write_table(plan: Plan, jobs: Sequence[Job], file: Path) -> None:
+    """Write the table and the figure of the plan's finished runs to files with this path and their own suffixes."""
     results: dict[int, dict[int, Result]] = {}
     for job in jobs:
         if job.is_finished:
             results.setdefault(job.row, {})[job.seed] = read_result(job.folder)
     if results:
         table = summarize(plan, results)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{Path(options.plan).stem}{suffix}" for suffix in (".json", ".md")]
-        for path, text in zip(files, (json.dumps(table, indent=1), markdown(table)), strict=True):
+        paths = [file.with_name(f"{file.name}{suffix}") for suffix in (".json", ".md")]
+        for path, text in zip(paths, (json.dumps(table, indent=1), markdown(table)), strict=True):
             path.write_text(text + "\n", encoding="utf-8")
-        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {' and '.join(map(str, files))}.\n")
-        _draw(table, files[0].with_suffix(""))
-    if failed:
-        names = ", ".join(str(job.folder) for job in failed)
-        raise DataError(f"{len(failed)} of {len(jobs)} runs failed: {names}. Read {LOG} in each, and start again.")
+        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {' and '.join(map(str, paths))}.\n")
+        _draw(table, file)
 
 
 def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[str] | None = None) -> Plan:
@@ -271,7 +294,10 @@ def _check_unchanged(folder: Path, recipe: Mapping[str, Any]) -> None:
     path = folder / RECIPE
     if not path.exists():
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    _check_same(folder, yaml.safe_load(path.read_text(encoding="utf-8")), recipe)
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
     changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
     if changed:
         key = changed[0]

@@ -241,7 +241,7 @@ def bars(
     matplotlib = import_extra("matplotlib", "report")
     from matplotlib.figure import Figure as Canvas
 
-    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
+    paths = [path.with_name(path.name + suffix) for suffix in (".svg", ".png")]
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": path.name}):
         canvas = Canvas(figsize=(5.2, 0.6 + 0.32 * len(rows)), layout="constrained")
         axes = canvas.subplots()

@@ -18,7 +18,18 @@ import pytest
 import yaml
 
 from omniopd_trl.cli import ablate
-from omniopd_trl.cli.ablate import Plan, Result, Row, jobs_of, markdown, read_plan, read_result, summarize, words_of
+from omniopd_trl.cli.ablate import (
+    Plan,
+    Result,
+    Row,
+    distinct,
+    jobs_of,
+    markdown,
+    read_plan,
+    read_result,
+    summarize,
+    words_of,
+)
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
@@ -93,6 +104,29 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     assert jobs_of(plan, tmp_path) == [job]
     with pytest.raises(ConfigError, match=r"`beta` was 0.1 and is 0.2.*--output_dir"):
         jobs_of(Plan({"beta": 0.2, **evaluated}, [0], [Row("a", {})]), tmp_path)
+
+
+def test_plans_share_their_equal_runs(tmp_path):
+    recipe = {"beta": 0.1, "eval_strategy": "steps"}
+    one = jobs_of(Plan(recipe, [0, 1], [Row("a", {}), Row("b", {"beta": 0.2})]), tmp_path)
+    other = jobs_of(Plan(recipe, [1, 2], [Row("a", {}), Row("c", {"beta": 0.3})]), tmp_path)
+    assert [job.folder for job in distinct([one, other])] == [
+        *(tmp_path / name / f"seed-{seed}" for seed in (0, 1) for name in ("a", "b")),
+        *(tmp_path / name for name in ("c/seed-1", "a/seed-2", "c/seed-2")),
+    ]
+    with pytest.raises(ConfigError, match=r"b/seed-0 .*`beta` was 0.2 and is 0.3.*--output_dir"):
+        distinct([one, jobs_of(Plan(recipe, [0], [Row("b", {"beta": 0.3})]), tmp_path)])
+    with pytest.raises(ConfigError, match="`solutions` was None and is "):
+        distinct([one, jobs_of(Plan(recipe, [0], [Row("a", {}, {"num_prompts": 1})]), tmp_path)])
+
+
+def test_two_plans_of_one_name_are_refused(tmp_path, capsys):
+    paths = [tmp_path / name / "plan.yaml" for name in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump({"config": "demo", "rows": [{"name": "a"}]}))
+    assert main(["ablate", *map(str, paths), "-o", str(tmp_path / "runs")]) == 2
+    assert "Rename one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
