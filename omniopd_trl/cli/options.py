@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.demo import ASSETS, JUDGE, asset_path
 from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 
@@ -333,7 +334,10 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"The recipe {path!r} is nested too deeply. A recipe maps options to values.") from error
     except OSError as error:
-        raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). Check the path.") from error
+        name = Path(path).stem
+        shipped = f"`omniopd recipes {name}` copies the recipe of this name here." if name in recipe_files() else ""
+        advice = shipped or "Check the path; `omniopd recipes` lists those that ship with the package."
+        raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). {advice}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The recipe {path!r} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):

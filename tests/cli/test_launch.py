@@ -388,6 +388,7 @@ class TestArguments:
             (["stray"], "`stray` belongs to no option"),
             (["--no_max_steps"], "`--no_max_steps` belongs to no option"),
             (["--config", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
+            (["--config", "elsewhere/demo.yaml"], "`omniopd recipes demo` copies"),
             (["--cpu", "--multi_gpu"], "accelerate cannot launch this: You can only use one of"),
         ],
     )
