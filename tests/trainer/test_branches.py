@@ -280,6 +280,7 @@ def test_rows_hold_the_states_of_each_branch(tiny_model_dir, attention, is_packe
                 expected = alone[len(prompt) + suffix.start + t - 1]
                 torch.testing.assert_close(state, expected, rtol=0, atol=1e-12)
     assert not found
+    assert rows.position_ids.max() == tokens.input_ids.size(1) - 1, "padding has a position beyond the trajectories"
     nan = math.nan
     expected = [nan, nan, nan, -0.5, -1.0, nan, nan, nan, nan, nan, nan]
     torch.testing.assert_close(rows.sampling_logprobs, torch.tensor(expected), equal_nan=True)
