@@ -227,8 +227,8 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             "so no run has the settings of all. Export a run that kept its settings."
         )
     # The defaults of these are not recorded.
-    recorded = {name: OmniOPDConfig.__dataclass_fields__[name].default for name in SINCE_EARLIER_RECORDS}
-    recorded |= export.about["settings"]
+    defaults = {name: OmniOPDConfig.__dataclass_fields__[name].default for name in SINCE_EARLIER_RECORDS}
+    recorded: dict[str, Any] = {**defaults, **export.about["settings"]}
     different = [
         f"{option} is {getattr(args, option)!r} and was {recorded[option]!r}"
         for option in DECISIVE

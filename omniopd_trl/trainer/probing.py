@@ -44,7 +44,7 @@ class ProbingTrainer(OmniOPDTrainer):
                 forks = tuple(forks[index] for index in sorted(kept))
             return forks
 
-        self.auditor.forks = some  # type: ignore[method-assign]
+        self.auditor.forks = some  # type: ignore[assignment, method-assign]
 
     def probe_teacher(self, datasets: list[tuple[str, Any]]) -> None:
         if not list_audits(self.args.output_dir):  # recorded answers show that the teacher can be asked
