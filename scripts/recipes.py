@@ -588,12 +588,17 @@ def header(row: Row) -> str:
         words, options = cheap(row)
         (few, usd), (requests, paper_usd) = paid(row.name, options), paid(row.name)
         it = job(row.name, first.name)
+        first_check = "`omniopd probe` measures first whether it would teach"
+        if "signal" in options:
+            first_check = (
+                "read the marks of the first steps (`omniopd audits`), which `omniopd probe` does not measure"
+            )
         longer = replace(it, max_tokens=it.max_tokens + 10 * options["num_branches"] * (50 - 1))  # M K (C - 1) tokens
         lines += [
             f"# A cheaper form, not in the paper: seven branches at each fork (docs/branches.md) and {words}.",
             f"# Forecast without a cache: {few:,.0f} requests and {usd:,.2f} dollars, instead of {requests:,.0f} and "
             f"{paper_usd:,.2f} below.",
-            "# We have not run it: `omniopd probe` measures first whether it would teach.",
+            f"# We have not run it: {first_check}.",
             f"# {first.name}, with branches in the rows: {memory(longer)} per GPU:",
             "#",
             f"#   {replace(first, options=options).command(row.name)} --output_dir outputs/{row.name}_cheap",

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from omniopd_trl.accounting.pricing import Price
     from omniopd_trl.evals.probe import Measured, Verdict
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-    from omniopd_trl.trainer.plan import Requests
     from omniopd_trl.trainer.probing import Probed
 
 # Branches when the recipe has none, and trajectories of a generation batch. When the cap is reached, the batches
@@ -60,7 +59,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "reserved before it is sent",
     )
     parser.add_argument(
-        "--num_prompts", type=positive_int, default=32, metavar="P", help="prompts of the recipe (default: 32)"
+        "--num_prompts",
+        type=positive_int,
+        default=32,
+        metavar="P",
+        help="prompts of the recipe, in whole batches of up to 8 (default: 32)",
     )
     parser.add_argument(
         "--probe_dir", metavar="DIR", help="folder of the probe (default: `probe` in the recipe's `output_dir`)"
@@ -87,8 +90,9 @@ class _Plan(NamedTuple):
         batches: generation batches.
         forks: forks per trajectory.
         max_usd: the cap; `None` where nothing is paid, or another limit holds.
+        max_tokens: the recipe's limit in tokens; `None` without one.
         price: price of the teacher.
-        requests: how the teacher is asked.
+        samples_per_request: as the teacher is known to support; `None` if one request returns all samples.
     """
 
     arguments: list[str]
@@ -96,8 +100,9 @@ class _Plan(NamedTuple):
     batches: int
     forks: int
     max_usd: float | None
+    max_tokens: int | None
     price: "Price | None"
-    requests: "Requests"
+    samples_per_request: int | None
 
     def command(self, folder: Path, **changes: Any) -> list[str]:
         """The command line with the options of the probe."""
@@ -138,6 +143,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
             "can be asked. `omniopd audits` shows what it holds."
         )
+    if args.signal != "rollouts":
+        raise ConfigError(
+            f"signal={args.signal!r}: a probe compares rollouts, and marks have none. Add `--signal rollouts` to "
+            "probe the teacher's rollouts, or train some steps and read the marks (`omniopd audits`)."
+        )
     dataset = _prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     steps = num_steps(args, rows, 1, args.num_generations)
@@ -151,7 +161,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     found: list[Probed] = []
     stopped: str | None = None
     try:
-        found, stopped, settings, tokenizer = _probe(plan, dataset, folder, spent(folder / "other")[1])
+        found, stopped, settings, tokenizer = _probe(plan, dataset, folder, folder / "other")
     except NoRolloutError as error:
         verdict = Verdict("will not", str(error).rstrip("."))
         numbers = None
@@ -229,7 +239,6 @@ def _plan(
     provider, model = split_name(teacher) or ("", teacher)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     capabilities = capabilities_by_name(teacher)
-    requests = Requests.of(args, capabilities, tokenizer)
     max_usd: float | None = None
     price = None
     if is_service(teacher):
@@ -280,8 +289,9 @@ def _plan(
         "report_to": "none",
         "save_audits": True,
     }
-    batches = max(1, prompts // (per_device * accumulation))
-    return _Plan(arguments, settings, batches, forks, max_usd, price, requests)
+    batches = math.ceil(prompts / (per_device * accumulation))
+    samples = None if capabilities is None else capabilities.samples_per_request
+    return _Plan(arguments, settings, batches, forks, max_usd, args.teacher_budget_tokens, price, samples)
 
 
 def _other_continuation(args: "OmniOPDConfig") -> str | None:
@@ -304,24 +314,41 @@ def _probe(
     plan: _Plan,
     dataset: Any,
     folder: Path,
-    usd_elsewhere: float = 0.0,
+    elsewhere: Path,
     batches: int | None = None,
     **changes: Any,
 ) -> tuple[Any, ...]:
     """Audit the prompts in a folder.
 
+    Args:
+        plan: the plan.
+        dataset: the training set.
+        folder: where the audits are recorded.
+        elsewhere: the folder of the other continuation. What was spent there counts in the same limits.
+        batches: generation batches; `None` for those of the plan.
+        **changes: options that replace those of the plan.
+
     Returns:
         The audits, why the cap stopped them, the settings of the auditor, and the student's tokenizer.
+
+    Raises:
+        BudgetError: when nothing is left of a limit.
     """
     from omniopd_trl.cli.recipe import parse_args
     from omniopd_trl.cli.train import set_init_kwargs
+    from omniopd_trl.journal.reader import spent
     from omniopd_trl.trainer.probing import ProbingTrainer
 
-    if plan.max_usd is not None:
-        left = plan.max_usd - usd_elsewhere
-        if left <= 0:
-            raise BudgetError(f"{usd_elsewhere:.4f} dollars of --max_usd {plan.max_usd:g} are spent.")
-        changes["teacher_budget_usd"] = left
+    usage, usd = spent(elsewhere)
+    for name, limit, there in (
+        ("teacher_budget_usd", plan.max_usd, usd),
+        ("teacher_budget_tokens", plan.max_tokens, usage.prompt_tokens + usage.completion_tokens),
+    ):
+        if limit is None:
+            continue
+        if limit <= there:
+            raise BudgetError(f"{there:g} of {name}={limit:g} are spent in {elsewhere}. Raise it, or `--max_usd`.")
+        changes[name] = limit - there
     # Its warnings are about training, and nothing is trained.
     logging.getLogger("omniopd_trl.trainer.startup").setLevel(logging.ERROR)
     _, args, model_args, _ = parse_args(plan.command(folder, **changes))
@@ -353,15 +380,12 @@ def _compare(
 ) -> dict[str, Any]:
     """Both continuations on the same trajectories; the failure of the other one when it cannot be measured."""
     from omniopd_trl.evals.probe import measure
-    from omniopd_trl.journal.reader import spent
 
     settings = plan.settings
     per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     batches = min(plan.batches, max(1, _COMPARED // per_step))
     try:
-        others, *_ = _probe(
-            plan, dataset, folder / "other", spent(folder)[1], batches=batches, teacher_continuation=other
-        )
+        others, *_ = _probe(plan, dataset, folder / "other", folder, batches=batches, teacher_continuation=other)
     except OmniOPDError as error:  # the numbers of the recipe's own are paid for, and are printed
         return {other: {"failure": str(error)}}
     own = args.teacher_continuation or "the recipe's"
@@ -428,7 +452,7 @@ def _cost(
     costs: dict[str, Any] = {"trajectories": trajectories}
     for name, (per_trajectory, samples, first) in rows.items():
         going = 1 - least_stopped_share(numbers.duplicates or 0.0, first) if first else 1.0
-        most = min(plan.requests.samples, samples)
+        most = min(plan.samples_per_request or samples, samples)
         number = per_trajectory * (math.ceil(first / most) + going * math.ceil((samples - first) / most))
         written = per_trajectory * (first + going * (samples - first)) * usage.completion_tokens / (forks * _ROLLOUTS)
         one = Usage(

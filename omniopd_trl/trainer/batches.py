@@ -162,7 +162,9 @@ class BranchedBatch:
         for row, (offset, ids) in enumerate(zip(offsets, added, strict=True)):
             input_ids[row, offset : offset + len(ids)] = torch.tensor(ids, dtype=torch.long)
             is_token[row, offset : offset + len(ids)] = True
-        position_ids = torch.arange(length, device=device).repeat(len(added), 1)
+        # Padding gets no position beyond those of the trajectories: an embedding of positions may end there, and some
+        # models scale all positions by the highest one.
+        position_ids = torch.arange(length, device=device).clamp(max=width - 1).repeat(len(added), 1)
         mask: torch.Tensor | TreeMask = is_token
         if is_packed:
             hidden = torch.zeros(2, len(added), length, dtype=torch.long)

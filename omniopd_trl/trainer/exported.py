@@ -28,6 +28,7 @@ from omniopd_trl.teachers import Teacher, TeacherOptions
 from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, TeacherReply
 from omniopd_trl.teachers.load import EXPORT_PREFIX
 from omniopd_trl.teachers.options import check_options
+from omniopd_trl.trainer.fingerprint import SINCE_EARLIER_RECORDS
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -225,7 +226,9 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             f"Steps of the export {export.source!r} were recorded with different {', '.join(export.about['mixed'])}, "
             "so no run has the settings of all. Export a run that kept its settings."
         )
-    recorded = export.about["settings"]
+    # The defaults of these are not recorded.
+    defaults = {name: OmniOPDConfig.__dataclass_fields__[name].default for name in SINCE_EARLIER_RECORDS}
+    recorded: dict[str, Any] = {**defaults, **export.about["settings"]}
     different = [
         f"{option} is {getattr(args, option)!r} and was {recorded[option]!r}"
         for option in DECISIVE
@@ -244,12 +247,7 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
             "export are another student's. Set num_branches=0 to train its chunks in the paper's form, or train with "
             "a teacher."
         )
-    if args.rollout_imitation and "min_anchor_entropy" not in recorded:
-        raise ConfigError(
-            f"rollout_imitation={args.rollout_imitation:g}: the chunks of the export {export.source!r} were selected "
-            "without min_anchor_entropy, which imitation needs. Leave it out, or train with a teacher."
-        )
-    generations = recorded.get("num_generations", 1)
+    generations = recorded["num_generations"]
     if args.num_generations != generations:
         raise ConfigError(
             f"num_generations={args.num_generations}: each prompt of the export {export.source!r} has "

@@ -48,7 +48,7 @@ _IRRELEVANT_TO_AUDITS = (
 )
 # Settings that did not exist when earlier records were written. Their defaults are what these runs did, and are left
 # out: otherwise no record of an earlier version would be replayed.
-_SINCE_EARLIER_RECORDS = (
+SINCE_EARLIER_RECORDS = (
     *("min_anchor_entropy", "num_branches", "fork_candidates", "scale_advantages"),
     *("teacher_context_column", "teacher_context_template"),
     *("signal", "cascade_low", "cascade_high", "first_rollouts"),
@@ -85,7 +85,7 @@ def replay_key(
         Values that can be written as JSON, without secrets.
     """
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(_IRRELEVANT_TO_AUDITS) and k not in _BATCH}
-    for name in _SINCE_EARLIER_RECORDS:
+    for name in SINCE_EARLIER_RECORDS:
         if settings[name] == type(args).__dataclass_fields__[name].default:
             del settings[name]
     if args.teacher_context_column is not None:  # the text, since the default may change

@@ -36,6 +36,8 @@ _REFUSED_GENERATION_KWARGS = {
     **dict.fromkeys(("do_sample", "num_beams", "num_return_sequences", "n", "best_of"), ""),
     **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings", "ignore_eos"), ""),
 }
+# Keys that depend on where a completion begins. An engine takes a branch for a completion of its own.
+_OF_WHOLE_COMPLETIONS = {"min_new_tokens", "min_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"}
 # Keys that do not change the sampling distribution.
 _HARMLESS_GENERATION_KWARGS = {
     *("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile", "compile_config"),
@@ -944,6 +946,15 @@ class OmniOPDConfig(DistillationConfig):
                 f"prior='reference' has no effect with num_branches={self.num_branches}: advantages do not use the "
                 "prior, and it would cost a pass of the reference. Leave it out."
             )
+        whole = sorted(_OF_WHOLE_COMPLETIONS & (self.generation_kwargs or {}).keys())
+        if self.use_vllm and self.vllm_structured_outputs_regex is not None:
+            whole.append("vllm_structured_outputs_regex")
+        if whole:
+            raise ConfigError(
+                f"{whole[0]} with num_branches={self.num_branches}: it depends on where a completion begins, and a "
+                "branch begins inside of one, so branches would be drawn from another distribution. Leave one of them "
+                "out."
+            )
 
     def _check_verifier(self) -> None:
         if self.num_generations == 1:
@@ -960,7 +971,8 @@ class OmniOPDConfig(DistillationConfig):
         weights = self.reward_weights
         if weights is None:
             return
-        is_number = [isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in weights]
+        numbers = weights if isinstance(weights, list | tuple) else []
+        is_number = [isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in numbers]
         if not is_number or not all(is_number):
             raise ConfigError(f"reward_weights={weights!r} must hold one finite number for each reward function.")
 

@@ -6,10 +6,9 @@ import random
 from itertools import islice
 from typing import Any, NamedTuple
 
-from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
+from omniopd_trl.audits.types import Audit, Fork, PolicyScores, Trajectory
 from omniopd_trl.errors import BudgetError
 from omniopd_trl.journal.browse import AuditedTrajectory, list_audits, read_audits
-from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from omniopd_trl.trainer.step_audits import PendingAudit
 
@@ -30,22 +29,22 @@ class ProbingTrainer(OmniOPDTrainer):
     its journal, and pays for no answer twice.
 
     Args:
-        forks_per_trajectory: forks of each trajectory, drawn at random from those that the settings select.
+        forks_per_trajectory: forks of each trajectory, drawn at random from those that a run would have.
     """
 
     def __init__(self, *args: Any, forks_per_trajectory: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._pending: list[tuple[int, PendingAudit]] = []
-        select = self.auditor.candidates
+        keep = self.auditor.forks
 
-        def some(trajectory: Trajectory, scores: PolicyScores) -> list[Chunk]:
-            chunks = select(trajectory, scores)
-            if len(chunks) > forks_per_trajectory:
-                kept = random.Random(trajectory.seed).sample(range(len(chunks)), forks_per_trajectory)
-                chunks = [chunks[index] for index in sorted(kept)]
-            return chunks
+        def some(trajectory: Trajectory, *sampled: Any) -> tuple[Fork, ...]:
+            forks = keep(trajectory, *sampled)
+            if len(forks) > forks_per_trajectory:
+                kept = random.Random(trajectory.seed).sample(range(len(forks)), forks_per_trajectory)
+                forks = tuple(forks[index] for index in sorted(kept))
+            return forks
 
-        self.auditor.candidates = some  # type: ignore[method-assign]
+        self.auditor.forks = some  # type: ignore[assignment, method-assign]
 
     def probe_teacher(self, datasets: list[tuple[str, Any]]) -> None:
         if not list_audits(self.args.output_dir):  # recorded answers show that the teacher can be asked

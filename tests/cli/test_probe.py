@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from omniopd_trl.audits.auditor import Auditor
 from omniopd_trl.cli.main import main
 from omniopd_trl.cli.options import option_hints
 from omniopd_trl.evals.probe import Form
@@ -160,6 +161,43 @@ def test_both_continuations_are_compared_where_the_model_allows_both(probe, tmp_
     assert "continuation instruct" in out
 
 
+def test_both_continuations_share_the_limits(probe, tmp_path, services, tiny_teacher_dir):
+    """Half as many tokens more than the recipe's own continuation takes: the other one stops there."""
+
+    def answer(path, body):
+        answered = wire.openai(path, body)
+        answered["usage"]["prompt_tokens"] = 400
+        return answered
+
+    def tokens(folder):
+        usage, _ = spent(tmp_path / folder)
+        return usage.prompt_tokens + usage.completion_tokens
+
+    with Loopback(answer) as server:
+        settings = paid(server, "vllm:teacher", teacher_tokenizer_name_or_path=str(tiny_teacher_dir))
+        assert probe("--probe_dir", "free", **settings)[0] == 0
+        limit = tokens("free") * 3 // 2
+        assert tokens("free") + tokens("free/other") > limit
+        assert probe("--probe_dir", "limited", **settings, teacher_budget_tokens=limit)[0] == 0
+    assert tokens("limited") == tokens("free")
+    assert 0 < tokens("limited/other") <= limit - tokens("limited")
+
+
+def test_forks_are_those_of_a_run(probe, tmp_path, monkeypatch):
+    """With `fork_candidates`, the most diverse ones, and not a part of the candidates at random."""
+    forks, calls = Auditor.forks, []
+
+    def keep(auditor, trajectory, scores, chunks, branches):
+        kept = forks(auditor, trajectory, scores, chunks, branches)
+        calls.append((len(chunks), len(kept)))
+        return kept
+
+    monkeypatch.setattr(Auditor, "forks", keep)
+    assert probe(num_branches=3, num_chunks=1, fork_candidates=3)[0] == 0
+    assert any(candidates > kept for candidates, kept in calls)
+    assert result_of(tmp_path)["measured"]["num_forks"] == sum(kept for _, kept in calls)
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
@@ -167,6 +205,7 @@ def test_both_continuations_are_compared_where_the_model_allows_both(probe, tmp_
         (["--num_prompts", "0"], {}, "must be a whole number"),
         ([], {"teacher_model_name_or_path": "export:out"}, "is an export"),
         ([], {"teacher_model_name_or_path": ...}, "does not set `teacher_model_name_or_path`"),
+        ([], {"signal": "judge"}, "signal='judge': a probe compares rollouts"),
         ([], {"num_chunk": 5}, "Did you mean `num_chunks`?"),
     ],
 )

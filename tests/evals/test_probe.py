@@ -89,6 +89,12 @@ def with_signals(*signals):
         (replace(NUMBERS, num_dropped=14), FORM, "will not", "max_failed_chunks=0.2 (the service said no)"),
         (replace(NUMBERS, num_dropped=13), FORM, "will teach", "prefers some branches"),
         (replace(NUMBERS, num_trajectories=8), FORM, "uncertain", "--num_prompts"),
+        (
+            replace(NUMBERS, num_agreed=95, num_asked=1, signals=()),
+            FORM,
+            "uncertain",
+            "fewer than two forks were answered",
+        ),
         (replace(NUMBERS, own_chunk=Estimate(0.3, 0.03)), FORM, "will not", "repeats text that it has seen"),
         # A chunk at the end of a trajectory knows that it ended: a small difference is no echo.
         (replace(NUMBERS, own_chunk=Estimate(0.1, 0.03)), FORM, "will teach", ""),
@@ -181,6 +187,14 @@ def test_similarities_that_cannot_be_told_apart_are_named():
             None,
         ),
         (with_signals(replace(GOOD, noise=0.4, preferred=0.11)), FORM, "teacher_temperature", None),
+        # Several greedy rollouts would be equal.
+        (
+            with_signals(replace(GOOD, noise=0.4, preferred=0.11)),
+            replace(FORM, teacher_temperature=0.0),
+            "teacher_temperature",
+            1.0,
+        ),
+        (NUMBERS, replace(FORM, teacher_temperature=0.0), "teacher_temperature", None),
         (with_signals(replace(GOOD, noise=None)), FORM, "num_rollouts", None),
         (with_signals(replace(GOOD, similarity="edit", spread=0.04)), FORM, "scale_advantages", True),
         (with_signals(replace(GOOD, spread=0.04)), FORM, "scale_advantages", None),

@@ -280,6 +280,7 @@ def test_rows_hold_the_states_of_each_branch(tiny_model_dir, attention, is_packe
                 expected = alone[len(prompt) + suffix.start + t - 1]
                 torch.testing.assert_close(state, expected, rtol=0, atol=1e-12)
     assert not found
+    assert rows.position_ids.max() == tokens.input_ids.size(1) - 1, "padding has a position beyond the trajectories"
     nan = math.nan
     expected = [nan, nan, nan, -0.5, -1.0, nan, nan, nan, nan, nan, nan]
     torch.testing.assert_close(rows.sampling_logprobs, torch.tensor(expected), equal_nan=True)
@@ -655,6 +656,14 @@ def test_the_control_permutes_the_advantages_of_a_fork(tmp_path, tiny_model_dir)
         ({"num_branches": 3, "fork_candidates": 1}, "fork_candidates=1 is less than num_chunks=2"),
         ({"num_branches": 3, "posterior_baseline": "batch"}, "posterior_baseline='batch' and num_branches=3"),
         ({"num_branches": 3, "prior": "reference"}, "prior='reference' has no effect with num_branches=3"),
+        (
+            {"num_branches": 3, "generation_kwargs": {"min_new_tokens": 5}},
+            "min_new_tokens with num_branches=3: it dep",
+        ),
+        (
+            {"num_branches": 3, "use_vllm": True, "vllm_structured_outputs_regex": "a*"},
+            "vllm_structured_outputs_regex with num_branches=3",
+        ),
         ({"num_branches": 3, "chunk_weights": lambda chunks: chunks.posteriors}, "`chunk_weights` cannot be used"),
         ({"min_anchor_entropy": -1.0}, "min_anchor_entropy=-1.0 must not be negative"),
     ],

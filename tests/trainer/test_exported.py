@@ -198,7 +198,8 @@ def test_an_export_without_log_probabilities(folder, tmp_path, tiny_model_dir):
         ({"max_steps": -1, "num_train_epochs": 2.0}, "num_train_epochs=2 .*holds 3 such steps"),
         ({"gradient_accumulation_steps": 2}, "4 trajectories per step.* holds 0 such steps"),
         ({"audit_eval": True}, "audit_eval=True needs a teacher"),
-        ({"signal": "cascade"}, "signal='cascade' needs a teacher to ask"),
+        ({"signal": "cascade"}, "signal is 'cascade' and was 'rollouts'"),
+        ({"first_rollouts": 2}, "first_rollouts is 2 and was 0"),
         ({"num_branches": 3}, r"num_branches=3: .* are another student's. Set num_branches=0 to"),
         ({"min_anchor_entropy": 0.2}, r"min_anchor_entropy is 0\.2 and was 0\.1"),
     ],
@@ -239,8 +240,11 @@ def test_other_rows(folder, tmp_path, tiny_model_dir):
     with pytest.raises(ConfigError, match=r"top_p=0\.9: .* without this filter"):
         opened("filtered", about={"settings": {**settings, "top_p": 0.9}}, top_p=0.9)
     del settings["min_anchor_entropy"]
-    with pytest.raises(ConfigError, match="were selected without min_anchor_entropy, which imitation needs"):
+    with pytest.raises(ConfigError, match=r"min_anchor_entropy is 0\.1 and was 0\.0"):
         opened("ungated", about={"settings": settings})
+    marks = {"signal": "judge", "rollout_imitation": 0.0, "min_anchor_entropy": 0.0}
+    with pytest.raises(ConfigError, match="signal='judge' needs a teacher to ask"):
+        opened("marks", about={"settings": {**settings, "signal": "judge"}}, **marks)
 
 
 def test_another_tokenizer(folder, tmp_path, make_tiny_model, tiny_teacher_tokenizer, monkeypatch):

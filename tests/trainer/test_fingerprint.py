@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.trainer.fingerprint import _SINCE_EARLIER_RECORDS, fingerprint, identity_of, replay_key
+from omniopd_trl.trainer.fingerprint import SINCE_EARLIER_RECORDS, fingerprint, identity_of, replay_key
 from tests.support import ROOT
 from tests.support.teachers import Here
 from tests.support.training import FOUR_STEPS, make_trainer, trainable
@@ -219,7 +219,7 @@ def test_later_settings_do_not_count_at_their_defaults(tmp_path, tiny_model_dir)
     """Records of an earlier version are replayed: they were made without these settings."""
     trainer = make_trainer(tmp_path, tiny_model_dir)
     before = settings_of(trainer)
-    assert not before.keys() & set(_SINCE_EARLIER_RECORDS)
+    assert not before.keys() & set(SINCE_EARLIER_RECORDS)
     assert fingerprint(settings_of(trainer, min_anchor_entropy=0.5)) != fingerprint(before)
 
 

@@ -324,6 +324,7 @@ def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir):
         ({"num_generations": 0}, "num_generations=0 must be a whole number of at least 1"),
         ({"num_generations": 3}, "num_generations=3 does not divide the 8 trajectories of a step"),
         ({"reward_weight": -1.0}, "reward_weight=-1.0 must not be negative"),
+        ({"reward_weights": 0.5}, "reward_weights=0.5 must hold one finite number for each"),
         ({"reward_weights": ["1"]}, "reward_weights=['1'] must hold one finite number for each"),
         ({"reward_weights": [1.0, 2.0], "reward_funcs": by_length}, "reward_weights=[1.0, 2.0] has 2 numbers"),
         ({"reward_funcs": 3}, "`reward_funcs` holds 3, which is neither a function nor a reward model"),

@@ -116,6 +116,12 @@ def judge(measured: Measured, form: Form, failure: str | None = None) -> Verdict
             f"{measured.num_trajectories} trajectories are too few for a standard error; {MIN_TRAJECTORIES} are "
             "needed. Raise `--num_prompts`, or `--max_usd` if the cap stopped the probe",
         )
+    if not measured.signals:
+        return Verdict(
+            "uncertain",
+            "fewer than two forks were answered, and there is nothing to compare. Raise `--num_prompts`, or lower "
+            "`min_anchor_entropy`",
+        )
     asked, (best, alike) = measured.signals[0], _best(measured)
     verdict = _of_teacher(measured) or _of_signal(asked, form)
     if verdict.kind == "will teach" and (too_similar := _too_similar(measured)):
@@ -315,3 +321,5 @@ def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Ad
             f"one greedy answer: {measured.duplicates:.0%} of pairs of rollouts are equal (leave it out if the "
             "service takes no temperature)",
         )
+    if needed > 1 and form.teacher_temperature == 0:
+        yield Advice("teacher_temperature", 1.0, "the probe's: greedy rollouts are equal")
