@@ -168,7 +168,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     else:
         failures.update(failure for row in found for failure in row.audit.failures)
         numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity)
-        verdict = judge(numbers, form, next((text for text, _ in failures.most_common(1)), stopped))
+        answers = _answers(found)
+        unwilling = (answers["refused"] + answers["restarted"]) / (answers["samples"] or 1)
+        verdict = judge(numbers, form, next((text for text, _ in failures.most_common(1)), stopped), unwilling)
     compared: dict[str, Any] = {}
     if other is not None and numbers is not None and numbers.signals:
         compared = _compare(plan, dataset, folder, other, found, args, (settings, tokenizer))
@@ -446,7 +448,7 @@ def _cost(
     options = {advice.option: advice.value for advice in verdict.advice}
     chunks = numbers.asked_per_trajectory if args.num_branches else numbers.chunks_per_trajectory
     rows = {"recipe": (chunks, args.num_rollouts, args.first_rollouts)}
-    if options:
+    if options.get("signal") == "rollouts":
         samples, first = (options.get(name, getattr(args, name)) for name in ("num_rollouts", "first_rollouts"))
         rows["recommended"] = (numbers.asked_per_trajectory, samples, first)
     costs: dict[str, Any] = {"trajectories": trajectories}

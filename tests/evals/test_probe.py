@@ -126,9 +126,18 @@ def test_no_verdict_depends_on_the_reason_for_failures():
     assert judge(NUMBERS, FORM) == judge(NUMBERS, FORM, "a reason")
 
 
+@pytest.mark.parametrize(("unwilling", "options"), [(0.9, {"signal": "judge"}), (0.1, {}), (0.0, {})])
+def test_a_teacher_that_does_not_continue_texts_may_mark_them(unwilling, options):
+    """Unless its service failed."""
+    verdict = judge(replace(NUMBERS, num_dropped=60), FORM, "a reason", unwilling)
+    assert verdict.kind == "will not"
+    assert {advice.option: advice.value for advice in verdict.advice} == options
+
+
 def test_options_of_a_teacher_that_is_sure():
     options = {advice.option: advice.value for advice in judge(NUMBERS, FORM).advice}
     assert options == {
+        "signal": "rollouts",
         "similarity": "exact",
         "chunk_length": 10,
         "num_branches": 7,

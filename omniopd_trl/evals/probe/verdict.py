@@ -74,7 +74,15 @@ class Verdict:
         return f"{self.kind}: {self.reason}"
 
 
-def judge(measured: Measured, form: Form, failure: str | None = None) -> Verdict:
+# For a teacher that does not continue texts.
+MARKS = Advice(
+    "signal",
+    "judge",
+    "a mark needs no continuation. Marks are not measured: train some steps, and read them (`omniopd audits`)",
+)
+
+
+def judge(measured: Measured, form: Form, failure: str | None = None, unwilling: float = 0.0) -> Verdict:
     """The verdict on a recipe and the recommended options, from the numbers of a probe alone.
 
     A verdict is about agreement with this teacher. Whether the teacher is right is not measured: `evaluate_teacher`
@@ -84,6 +92,7 @@ def judge(measured: Measured, form: Form, failure: str | None = None) -> Verdict
         measured: the numbers.
         form: the settings of the recipe.
         failure: a reason for missing rollouts, in the words of the service.
+        unwilling: share of the samples that the teacher refused, or in which it did not continue the text.
 
     Returns:
         The verdict. The first cause counts, in the order of the code.
@@ -109,6 +118,7 @@ def judge(measured: Measured, form: Form, failure: str | None = None) -> Verdict
             "will not",
             f"{dropped:.0%} of the forks got too few rollouts, and a run stops at "
             f"max_failed_chunks={form.max_failed_chunks:g}{why}",
+            (MARKS,) if unwilling > form.max_failed_chunks else (),
         )
     if measured.num_trajectories < MIN_TRAJECTORIES:
         return Verdict(
@@ -248,6 +258,7 @@ def _most_branches(measured: Measured) -> int:
 
 def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal]) -> Iterator[Advice]:
     asked = measured.signals[0]
+    yield Advice("signal", "rollouts", "they tell the branches apart. Marks would be cheaper, and are not measured")
     reason = f"two rollouts prefer the same branches by {_named(best)}"
     if best != asked:
         reason += f"; the recipe has {_named(asked)} on {asked.chunk_length} tokens"
