@@ -87,6 +87,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif method == "grpo" or teacher is None:
         teacher = "scripted"  # none is asked
 
+    if options.accelerate_config and options.gpu is None:
+        raise ConfigError(f"--accelerate_config {options.accelerate_config} has no effect without --gpu. Leave it out.")
     if options.gpu is not None:  # what cannot be calculated is refused before the dataset is read
         hardware.job_of(options, script_args, args, model_args, 0)
     if is_export(teacher):

@@ -106,6 +106,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest and not rest[0].startswith("-"):
         raise stray_word(rest[0])
     if options.compare:
+        if rest:
+            raise ConfigError(f"--compare evaluates nothing, so {rest[0]} has no effect. Leave it out.")
         _compare(options.compare, options.json)
         return
     if options.output_dir is None:

@@ -75,6 +75,8 @@ def verify_estimator(options: argparse.Namespace) -> None:
         get_similarity(name)
     if options.max_trajectories is not None and options.max_trajectories < 1:
         raise ConfigError(f"--max_trajectories is {options.max_trajectories}, but it must be at least 1.")
+    if options.output and not (Path(options.output).absolute().parent.is_dir() and not Path(options.output).is_dir()):
+        raise ConfigError(f"--output is {options.output!r}, and no file can be there. Name a file in a folder that exists.")
     run = Run(options.folder)
     settings = run.settings
     alpha = settings.get("prior_strength", 1.0) if options.prior_strength is None else options.prior_strength

@@ -513,6 +513,10 @@ class TestHardware:
         assert message in captured.err.splitlines()[-1]
         assert "measured" not in captured.out
 
+    def test_a_launch_without_a_gpu(self, recipe, capsys):
+        assert main(["cost", "--config", recipe(), "--accelerate_config", "zero3"]) == 2
+        assert "--accelerate_config zero3 has no effect without --gpu" in capsys.readouterr().err
+
     def test_unknown(self, recipe, capsys):
         """The error of an unknown GPU lists the known ones."""
         with pytest.raises(SystemExit):

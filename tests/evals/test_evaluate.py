@@ -554,6 +554,7 @@ class TestCommand:
             (("--output_dir", "o", "--temprature", "1"), "Did you mean `temperature`"),
             (("out",), "`out` belongs to no option"),
             (("--compare", "a", "b"), "holds no result"),
+            (("--compare", "a", "b", "--josn"), "--josn has no effect"),
         ],
     )
     def test_what_is_missing_is_one_line(self, problems, options, words, capsys):
