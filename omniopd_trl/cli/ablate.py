@@ -244,7 +244,8 @@ def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[
             raise ConfigError(f"A row of the plan {path!r} is {row!r}; it needs a `name`.")
         check_names(map(str, row), _ROW_KEYS, f"the row {row['name']!r} of {path}")
     rows = [
-        Row(row["name"], _mapping(row, "options", path) or {}, _mapping(row, "solutions", path)) for row in plan["rows"]
+        Row(row["name"], _mapping(row, "options", path) or {}, _mapping(row, "solutions", path))
+        for row in plan["rows"]
     ]
     titles = [row.name for row in rows]
     if len({_slug(title) for title in titles}) < len(rows):

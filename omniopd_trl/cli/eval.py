@@ -36,8 +36,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Sample answers to a set of problems and score them: pass@1 with a confidence interval, pass@k, "
         "majority, truncation and length. The same command continues an evaluation that was interrupted.",
         epilog="Any option of the training command may be added and overrides the recipe: --temperature 0.6, "
-        "--max_completion_length 8192 (default without a recipe: 4096), --prompt_template math, --reward_funcs my_package.rewards.code, "
-        "--teacher_budget_usd 5.",
+        "--max_completion_length 8192 (default without a recipe: 4096), --prompt_template math, --reward_funcs "
+        "my_package.rewards.code, --teacher_budget_usd 5.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -121,7 +121,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     ):
         arguments += [] if value is None else [f"--{name}", value]
     arguments, recipe = open_recipe(arguments, ("model_name_or_path", "dataset_name"))
-    explicit = settings_of(arguments, recipe, ("use_cpu", "dtype", "dataset_test_split", "max_completion_length", *_VLLM))
+    read = ("use_cpu", "dtype", "dataset_test_split", "max_completion_length", *_VLLM)
+    explicit = settings_of(arguments, recipe, read)
 
     from omniopd_trl.cli.recipe import load_functions, parse_args
 

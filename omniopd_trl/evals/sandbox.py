@@ -52,7 +52,8 @@ class Limits:
         wall_seconds: time until everything is ended. It ends programs that wait.
         memory_mib: address space of each process.
         processes: number of processes and threads.
-        folder_mib: size of the program's folder, which is in memory, and of a file in it. It may have 256 files per MiB.
+        folder_mib: size of the program's folder, which is in memory, and of a file in it. The folder holds 256 files
+            per MiB.
         output_mib: length of the standard output, and of the standard error.
     """
 
@@ -214,7 +215,8 @@ class LocalSandbox:
         # Root needs no user namespace, and in one it would still be root of the machine's files.
         if self._root:
             command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-            command += ["--unshare-cgroup-try", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            command += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+            command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         else:
             command = ["bwrap", "--unshare-all", "--cap-drop", "ALL"]
         command += ["--cap-add", "CAP_SETPCAP", "--cap-add", "CAP_SYS_ADMIN", "--die-with-parent", "--new-session"]
@@ -231,7 +233,7 @@ class LocalSandbox:
         return command + self._as_nobody()
 
     def _folder(self) -> str:
-        """Mount options of the program's folder. An empty file takes 1 KiB of the kernel, which `size` does not count."""
+        """Mount options of the program's folder. An empty file takes 1 KiB of the kernel, which no `size` counts."""
         return f"size={self.limits.folder_mib}m,nr_inodes={self.limits.folder_mib * 256},mode=1777,nosuid,nodev"
 
     def _unshare(self) -> list[str]:

@@ -395,7 +395,7 @@ class TestServices:
             first = ask(server, tmp_path / "a")
             with pytest.raises(ConfigError, match="with base_url="):
                 ask(other, tmp_path / "a")
-            with pytest.raises(ConfigError, match="with chat_template_kwargs=None, and now it is .*True"):
+            with pytest.raises(ConfigError, match=r"with chat_template_kwargs=None, and now it is .*True"):
                 ask(server, tmp_path / "a", **thinks)
             differences = compare(first, ask(other, tmp_path / "b", **thinks)).differences
         assert differences == {"chat_template_kwargs": (None, {"enable_thinking": True})}

@@ -421,9 +421,7 @@ def test_without_root(box):
     if "SandboxError" in process.stderr:
         pytest.skip(f"This machine refuses user namespaces: {process.stderr.splitlines()[-1]}")
     lines = ["PermissionError", "True", "False []", "Read-only file system", "Operation not permitted"]
-    assert process.stdout == "\n".join([*lines, "capabilities 0 0 0 0 0 0", "", ""]), (
-        process.stderr
-    )
+    assert process.stdout == "\n".join([*lines, "capabilities 0 0 0 0 0 0", "", ""]), process.stderr
 
 
 class TestWithoutIsolation:
