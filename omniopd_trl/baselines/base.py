@@ -171,7 +171,7 @@ class Baseline:
         """Log metrics, with the teacher's under the names that a run of OmniOPD has."""
         (before, used, spent), step = self._logged, self.state.global_step
         new, usd = Usage(), 0.0
-        if self.model.training and step > before:
+        if step > before:
             usage, total = self.cost_until(step)
             self._logged = (step, usage, total)
             new = Usage(

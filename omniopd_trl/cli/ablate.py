@@ -19,7 +19,16 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.cli.options import apply_env, check_names, check_recipe, option_hints
+from omniopd_trl.cli.options import (
+    SECTIONS,
+    apply_env,
+    check_method_name,
+    check_names,
+    check_options,
+    check_recipe,
+    option_hints,
+    parse_section,
+)
 from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.cli.train import ControlC
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
@@ -27,12 +36,15 @@ from omniopd_trl.journal.file import journals_of
 
 # Written when a run has ended well, in its folder.
 FINISHED, RECIPE, LOG = "finished.json", "recipe.yaml", "log.txt"
+# Options of `omniopd solutions`, for a run that collects them.
+SOLUTIONS = "solutions.yaml"
 
 # What a run imports, some eight seconds of a processor. Without a GPU, runs are forked from a process that has them.
 _IMPORTED = ("omniopd_trl.cli.recipe", "omniopd_trl.trainer.omniopd_trainer", "omniopd_trl.baselines.make")
 
 _PLAN_KEYS = ("config", "seeds", "options", "rows")
 _ROW_KEYS = ("name", "options", "solutions")
+_SOLUTIONS_KEYS = ("num_solutions", "batch", "verified", "num_prompts")
 # Fields of a result that a row has the mean of.
 _AVERAGED = (
     *("before", "after", "kl", "length", "copied", "similarity_first", "similarity_last"),
@@ -231,7 +243,10 @@ def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise ConfigError(f"A row of the plan {path!r} is {row!r}; it needs a `name`.")
         check_names(map(str, row), _ROW_KEYS, f"the row {row['name']!r} of {path}")
-    rows = [Row(row["name"], row.get("options") or {}, row.get("solutions")) for row in plan["rows"]]
+    rows = [
+        Row(row["name"], _mapping(row, "options", path) or {}, _mapping(row, "solutions", path))
+        for row in plan["rows"]
+    ]
     titles = [row.name for row in rows]
     if len({_slug(title) for title in titles}) < len(rows):
         raise ConfigError(f"Two rows of the plan {path!r} have the same name. Their runs would share a folder.")
@@ -244,10 +259,23 @@ def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[
     name = str(plan.get("config"))
     recipe_path = recipe_files().get(name) or Path(path).parent / name
     hints = option_hints()
-    recipe = {**check_recipe(str(recipe_path), hints), **(plan.get("options") or {})}
+    recipe = {**check_recipe(str(recipe_path), hints), **(_mapping(plan, "options", path) or {})}
     for row in rows:
-        check_names([*(plan.get("options") or {}), *row.options], [*hints, "env"], f"the row {row.name!r} of {path}")
+        where = f"the row {row.name!r} of {path}"
+        options = {**recipe, **row.options}
+        check_options(options, hints, where)
+        check_method_name(options.get("method") or "omniopd")
+        for section in SECTIONS:
+            parse_section(section, options.get(section))
+        check_names(map(str, row.solutions or ()), [*_SOLUTIONS_KEYS, *hints], f"`solutions` of {where}")
     return Plan(recipe, list(dict.fromkeys(found)), rows)
+
+
+def _mapping(values: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any] | None:
+    value = values.get(key)
+    if not isinstance(value, dict | None):
+        raise ConfigError(f"`{key}` is {value!r} in {path}; it must be a mapping of options to values.")
+    return value
 
 
 def jobs_of(plan: Plan, folder: Path) -> list[Job]:
@@ -270,7 +298,7 @@ def jobs_of(plan: Plan, folder: Path) -> list[Job]:
                 "num_completions_to_print": 1,
             }
             _check_evaluated(row.name, recipe)
-            _check_unchanged(place, recipe)
+            _check_unchanged(place, recipe, row.solutions)
             jobs.append(Job(number, seed, place, recipe, row.solutions))
     return jobs
 
@@ -288,13 +316,12 @@ def _check_evaluated(name: str, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def _check_unchanged(folder: Path, recipe: Mapping[str, Any]) -> None:
+def _check_unchanged(folder: Path, recipe: Mapping[str, Any], solutions: Mapping[str, Any] | None) -> None:
     import yaml
 
-    path = folder / RECIPE
-    if not path.exists():
-        return
-    _check_same(folder, yaml.safe_load(path.read_text(encoding="utf-8")), recipe)
+    for name, now in ((RECIPE, recipe), (SOLUTIONS, {"solutions": solutions})):
+        if (folder / name).exists():  # runs of earlier versions have no second file
+            _check_same(folder, yaml.safe_load((folder / name).read_text(encoding="utf-8")), now)
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
@@ -387,9 +414,10 @@ class _Run:
         # `omniopd train` refuses to resume where there is nothing yet.
         resumes = journals_of(job.folder) or any(job.folder.glob("checkpoint-*/trainer_state.json"))
         job.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(dict(job.recipe), sort_keys=False), encoding="utf-8")
+        _write(path, yaml.safe_dump(dict(job.recipe), sort_keys=False))
         self.commands = [["train", "--config", str(path), *(["--resume_from_checkpoint", "true"] if resumes else [])]]
         if job.solutions is not None:
+            _write(job.folder / SOLUTIONS, yaml.safe_dump({"solutions": dict(job.solutions)}))
             self.commands.insert(0, ["solutions", "--config", str(path), *words_of(job.solutions)])
         self.began = time.perf_counter()
         self.processor_seconds = 0.0
@@ -416,7 +444,7 @@ class _Run:
                 self._start()
                 return False
             result = {"seconds": self.seconds, "processor_seconds": self.processor_seconds}
-            (self.job.folder / FINISHED).write_text(json.dumps(result) + "\n", encoding="utf-8")
+            _write(self.job.folder / FINISHED, json.dumps(result) + "\n")
         return code is not None
 
     def interrupt(self) -> None:
@@ -463,6 +491,13 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, all or nothing: the command may be killed."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _say(line: str) -> None:
@@ -636,7 +671,7 @@ def _devices() -> list[str]:
     """The GPUs that runs may use, by index; empty without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [device for device in visible.split(",") if device.strip()]
+        return [device for device in visible.split(",") if device.strip() and not device.strip().startswith("-")]
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]

@@ -87,13 +87,15 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif method == "grpo" or teacher is None:
         teacher = "scripted"  # none is asked
 
+    if options.accelerate_config and options.gpu is None:
+        raise ConfigError(f"--accelerate_config {options.accelerate_config} has no effect without --gpu.")
     if options.gpu is not None:  # what cannot be calculated is refused before the dataset is read
         hardware.job_of(options, script_args, args, model_args, 0)
     if is_export(teacher):
         raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
     capabilities = capabilities_by_name(teacher)
-    price = TeacherOptions.of(args).price(provider, model)
+    price = None if method in ("opd", "grpo") else TeacherOptions.of(args).price(provider, model)
     tokenizer = None
     if options.prompt_length is None:
         try:

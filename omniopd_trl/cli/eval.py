@@ -36,8 +36,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Sample answers to a set of problems and score them: pass@1 with a confidence interval, pass@k, "
         "majority, truncation and length. The same command continues an evaluation that was interrupted.",
         epilog="Any option of the training command may be added and overrides the recipe: --temperature 0.6, "
-        "--max_completion_length 8192, --prompt_template math, --reward_funcs my_package.rewards.code, "
-        "--teacher_budget_usd 5.",
+        "--max_completion_length 8192 (default without a recipe: 4096), --prompt_template math, --reward_funcs "
+        "my_package.rewards.code, --teacher_budget_usd 5.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -106,6 +106,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest and not rest[0].startswith("-"):
         raise stray_word(rest[0])
     if options.compare:
+        if rest:
+            raise ConfigError(f"--compare evaluates nothing, so {rest[0]} has no effect. Leave it out.")
         _compare(options.compare, options.json)
         return
     if options.output_dir is None:
@@ -119,7 +121,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     ):
         arguments += [] if value is None else [f"--{name}", value]
     arguments, recipe = open_recipe(arguments, ("model_name_or_path", "dataset_name"))
-    explicit = settings_of(arguments, recipe, ("use_cpu", "dtype", "dataset_test_split", *_VLLM))
+    read = ("use_cpu", "dtype", "dataset_test_split", "max_completion_length", *_VLLM)
+    explicit = settings_of(arguments, recipe, read)
 
     from omniopd_trl.cli.recipe import load_functions, parse_args
 
@@ -184,7 +187,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         options=teacher_options,
         settings=EvalSettings(
             num_samples=options.num_samples,
-            max_tokens=args.max_completion_length,
+            # TRL's default, which a recipe without the option trains with, cuts the answers of today's models.
+            max_tokens=EvalSettings.max_tokens
+            if options.config is None and explicit["max_completion_length"] is None
+            else args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=max(args.top_k, 0),  # -1 means no limit in vLLM

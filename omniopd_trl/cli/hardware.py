@@ -56,6 +56,11 @@ def job_of(
             f"--accelerate_config single_gpu is for one process, and --num_processes is {options.num_processes}. "
             "Leave out one of them."
         )
+    if script_args.method != "omniopd" and launch not in ("single_gpu", "multi_gpu"):
+        raise ConfigError(
+            f"method={script_args.method!r} does not run under DeepSpeed or FSDP yet, and --accelerate_config is "
+            f"{launch}. Name single_gpu or multi_gpu."
+        )
     if not args.gradient_checkpointing:
         raise ConfigError(
             "gradient_checkpointing=False: the memory of all layers' activations is not known. Set it to true, or "

@@ -342,14 +342,28 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"The recipe {path!r} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ConfigError(f"The recipe {path!r} must be a YAML mapping of options to values, such as `beta: 0.1`.")
-    check_names([str(key) for key in recipe], [*hints, "env"], path)
-    env = recipe.get("env", {})
+    check_options(recipe, hints, path)
+    return recipe
+
+
+def check_options(options: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+    """Refuse unknown options, and values of the wrong type.
+
+    Args:
+        options: options by name, as loaded from YAML.
+        hints: type of each option, by name.
+        where: the source of the options, for the message.
+
+    Raises:
+        ConfigError: for an unknown name or a value of the wrong type.
+    """
+    check_names([str(key) for key in options], [*hints, "env"], where)
+    env = options.get("env", {})
     if not isinstance(env, dict) or any(isinstance(value, (dict, list)) for value in env.values()):
         raise ConfigError(
-            f"`env` is {env!r} in {path}; it must be a mapping of environment variables to their values."
+            f"`env` is {env!r} in {where}; it must be a mapping of environment variables to their values."
         )
-    _check_types({key: value for key, value in recipe.items() if key != "env"}, hints, path)
-    return recipe
+    _check_types({key: value for key, value in options.items() if key != "env"}, hints, where)
 
 
 def _check_size(root: Any, path: str) -> None:

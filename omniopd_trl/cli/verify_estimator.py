@@ -75,6 +75,9 @@ def verify_estimator(options: argparse.Namespace) -> None:
         get_similarity(name)
     if options.max_trajectories is not None and options.max_trajectories < 1:
         raise ConfigError(f"--max_trajectories is {options.max_trajectories}, but it must be at least 1.")
+    output = Path(options.output or "table.json")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output is {str(output)!r}, where no file can be. Name a file in a folder that exists.")
     run = Run(options.folder)
     settings = run.settings
     alpha = settings.get("prior_strength", 1.0) if options.prior_strength is None else options.prior_strength
@@ -107,7 +110,7 @@ def verify_estimator(options: argparse.Namespace) -> None:
     }
     _print(Console(), about, table)
     if options.output:
-        Path(options.output).write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", "utf-8")
+        output.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", "utf-8")
         sys.stdout.write(f"Wrote {options.output}.\n")
 
 

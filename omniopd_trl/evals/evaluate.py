@@ -42,7 +42,15 @@ from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import AuditLedger
 from omniopd_trl.models.weights import hash_of_folder, hash_of_model
-from omniopd_trl.teachers.base import Prefix, Prompt, SamplingRequest, Teacher, TeacherReply, replies_of
+from omniopd_trl.teachers.base import (
+    Prefix,
+    Prompt,
+    SamplingRequest,
+    Teacher,
+    TeacherReply,
+    address_of,
+    replies_of,
+)
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.load import is_local, is_service, load_teacher
 from omniopd_trl.teachers.local import InProcessTeacher, LocalTeacher
@@ -353,6 +361,8 @@ def _described(
     elif isinstance(teacher, RemoteTeacher):
         described["engine"] = "service"
         described["continuation"] = teacher.capabilities.continuation
+        described["base_url"] = address_of(teacher)
+        described["chat_template_kwargs"] = getattr(teacher, "chat_template_kwargs", None) or None
         # The values may be secrets.
         described["extra"] = _hash([teacher.extra_body, teacher.extra_headers])
     described["problems"] = {

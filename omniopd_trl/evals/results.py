@@ -27,6 +27,7 @@ _COMPARED = (
     "served_models",
     "max_batch_tokens",
     "chat_template",
+    "base_url",
 )
 
 

@@ -52,7 +52,8 @@ class Limits:
         wall_seconds: time until everything is ended. It ends programs that wait.
         memory_mib: address space of each process.
         processes: number of processes and threads.
-        folder_mib: size of the program's folder, which is in memory, and of a file in it.
+        folder_mib: size of the program's folder, which is in memory, and of a file in it. The folder holds 256 files
+            per MiB.
         output_mib: length of the standard output, and of the standard error.
     """
 
@@ -215,11 +216,10 @@ class LocalSandbox:
         if self._root:
             command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
             command += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
-            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-                command += ["--cap-add", capability]
+            command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         else:
             command = ["bwrap", "--unshare-all", "--cap-drop", "ALL"]
-        command += ["--die-with-parent", "--new-session"]
+        command += ["--cap-add", "CAP_SETPCAP", "--cap-add", "CAP_SYS_ADMIN", "--die-with-parent", "--new-session"]
         for kind, paths in (("--ro-bind", self._folders), ("--dev-bind", _DEVICES)):
             for path in paths:
                 # bubblewrap makes missing parents that only its own user can enter.
@@ -228,7 +228,13 @@ class LocalSandbox:
                 command += [kind, path, path]
         size = str(self.limits.folder_mib << 20)
         command += ["--perms", "1777", "--size", size, "--tmpfs", _BOX, "--remount-ro", "/", "--chdir", _BOX, "--"]
-        return command + (self._as_nobody() if self._root else [])
+        # bubblewrap sets no limit on the number of files.
+        command += ["sh", "-euc", f'mount -t tmpfs -o remount,{self._folder()} tmpfs {_BOX}\nexec "$@"', "sh"]
+        return command + self._as_nobody()
+
+    def _folder(self) -> str:
+        """Mount options of the program's folder. An empty file takes 1 KiB of the kernel, which no `size` counts."""
+        return f"size={self.limits.folder_mib}m,nr_inodes={self.limits.folder_mib * 256},mode=1777,nosuid,nodev"
 
     def _unshare(self) -> list[str]:
         user = [] if self._root else ["--user", "--map-root-user"]
@@ -250,7 +256,7 @@ class LocalSandbox:
         for device in _DEVICES:
             lines += [f": > {root}{device}", f"mount --bind {device} {root}{device}"]
         lines += [
-            f"mount -t tmpfs -o size={self.limits.folder_mib}m,mode=1777,nosuid,nodev tmpfs {root}{_BOX}",
+            f"mount -t tmpfs -o {self._folder()} tmpfs {root}{_BOX}",
             f"mount -o remount,bind,ro {root}",
             f"cd {root}",
             "pivot_root . old",

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.errors import DataError, TeacherError
@@ -242,6 +243,19 @@ class Teacher(ABC):
 
     async def aclose(self) -> None:
         """Release connections. `sample` may be called again afterwards, for an evaluation or more training."""
+
+
+def address_of(teacher: Teacher) -> str | None:
+    """The address of a service, without what may be a secret in it; `None` for the provider's own."""
+    url = getattr(teacher, "base_url", None)
+    if not url:
+        return None
+    try:
+        parts = urlsplit(str(url).strip())
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:  # not a valid URL: the code that uses it reports that
+        return str(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
 
 
 async def replies_of(teacher: Teacher, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:

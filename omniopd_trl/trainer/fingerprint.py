@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
@@ -26,6 +25,7 @@ from omniopd_trl.method.similarity import Similarity, name_or_function
 from omniopd_trl.method.weights import WeightFunction
 from omniopd_trl.models.weights import hash_of_folder
 from omniopd_trl.teachers import ScriptedTeacher, Teacher
+from omniopd_trl.teachers.base import address_of
 from omniopd_trl.trainer.credentials import is_secret_name
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -110,7 +110,7 @@ def replay_key(
     }
     settings["teacher"] = teacher.name
     settings["teacher_weights"] = hash_of_folder(teacher.name)
-    settings["teacher_base_url"] = _address(teacher)
+    settings["teacher_base_url"] = address_of(teacher)
     settings["teacher_code"] = _teacher_code(teacher)
     return {name: _as_json(value) for name, value in sorted(settings.items())}
 
@@ -124,7 +124,7 @@ def teacher_key(teacher: Teacher) -> dict[str, Any]:
     """What identifies a teacher without its weights, by name. The values can be written as JSON, without secrets."""
     return {
         "teacher": teacher.name,
-        "teacher_base_url": _address(teacher),
+        "teacher_base_url": address_of(teacher),
         "teacher_code": _teacher_code(teacher),
         "teacher_extra_body": getattr(teacher, "extra_body", None) or None,
         "teacher_chat_template_kwargs": getattr(teacher, "chat_template_kwargs", None) or None,
@@ -199,21 +199,8 @@ def _configured(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Teacher):
-        return [value.name, _address(value), _teacher_code(value)]
+        return [value.name, address_of(value), _teacher_code(value)]
     return _described(value, None, set())
-
-
-def _address(teacher: Teacher) -> str | None:
-    """The address of a service, without what may be a secret in it; `None` for the provider's own."""
-    url = getattr(teacher, "base_url", None)
-    if not url:
-        return None
-    try:
-        parts = urlsplit(str(url).strip())
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:  # not a valid URL: the code that uses it reports that
-        return str(url)
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
 
 
 def _hash(value: Any) -> str:

@@ -171,6 +171,14 @@ class TestCounts:
         assert spent(tmp_path / "out")[0] == trainer.teacher_usage
         assert trainer.teacher_dollars is None
 
+    def test_steps_after_the_last_entry_of_the_log(self, tmp_path, tiny_model_dir, teacher_dir):
+        """The entry at the end counts them, also where an evaluation has left the student in evaluation mode."""
+        evaluated = {**EVALUATED, "eval_steps": 3, "logging_steps": 2}
+        rows = questions(4)
+        trainer = make("opd", tmp_path, tiny_model_dir, teacher_dir, eval_dataset=rows, max_steps=3, **evaluated)
+        trainer.train()
+        assert spent(tmp_path / "out")[0] == trainer.teacher_usage != Usage()
+
     def test_opd_with_what_only_the_teacher_sees(self, tmp_path, tiny_model_dir, teacher_dir):
         """The loss compares the student after its prompt with the teacher after its own, which holds the answer."""
         context = {"teacher_context_column": "answer", "teacher_context_template": "({context}) {prompt}"}

@@ -30,7 +30,7 @@ from omniopd_trl.cli.ablate import (
     summarize,
     words_of,
 )
-from omniopd_trl.cli.main import main
+from omniopd_trl.cli.main import main, make_parser
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
 from omniopd_trl.journal.file import journals_of
@@ -75,6 +75,14 @@ def test_the_shipped_plans_are_valid(path, tmp_path):
         ({"rows": [{"name": "a"}, {"name": "A!"}]}, "the same name"),
         ({"rows": [{"name": "a", "options": {"num_chunk": 3}}]}, "num_chunk"),
         ({"options": {"num_chunk": 3}}, "num_chunk"),
+        ({"options": ["num_chunks"]}, "must be a mapping"),
+        ({"options": {"num_chunks": "many"}}, "must be of type int"),
+        ({"rows": [{"name": "a", "options": ["num_chunks"]}]}, "must be a mapping"),
+        ({"rows": [{"name": "a", "options": {"num_chunks": "many"}}]}, "must be of type int"),
+        ({"rows": [{"name": "a", "options": {"method": "gpro"}}]}, "method='gpro' is unknown"),
+        ({"rows": [{"name": "a", "options": {"grpo": {"num_generation": 4}}}]}, "num_generation"),
+        ({"rows": [{"name": "a", "solutions": 64}]}, "must be a mapping"),
+        ({"rows": [{"name": "a", "solutions": {"num_promts": 64}}]}, "num_promts"),
         ({"seeds": []}, "`seeds` is"),
         ({"seeds": "0"}, "`seeds` is"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
@@ -104,6 +112,34 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     assert jobs_of(plan, tmp_path) == [job]
     with pytest.raises(ConfigError, match=r"`beta` was 0.1 and is 0.2.*--output_dir"):
         jobs_of(Plan({"beta": 0.2, **evaluated}, [0], [Row("a", {})]), tmp_path)
+
+
+def test_other_solutions_in_the_same_folder_are_refused(tmp_path, monkeypatch):
+    """A finished run would otherwise be shown as one on the new solutions."""
+
+    def plan(solutions):
+        return Plan({"method": "sft", "eval_strategy": "steps"}, [0], [Row("a", {}, solutions)])
+
+    monkeypatch.setattr(ablate._Run, "_start", lambda run: None)
+    (job,) = jobs_of(plan({"num_prompts": 2}), tmp_path)
+    ablate._Run(job, None, "spawn")
+    assert jobs_of(plan({"num_prompts": 2}), tmp_path) == [job]
+    with pytest.raises(ConfigError, match=r"`solutions` was \{'num_prompts': 2\} and is \{'num_prompts': 4\}"):
+        jobs_of(plan({"num_prompts": 4}), tmp_path)
+
+
+def test_the_options_of_solutions_are_those_of_the_command():
+    words = words_of(dict.fromkeys(ablate._SOLUTIONS_KEYS, 1) | {"batch": True, "verified": True})
+    options, rest = make_parser().parse_known_args(["solutions", "--config", "recipe.yaml", *words])
+    assert not rest
+    assert all(getattr(options, key) for key in ablate._SOLUTIONS_KEYS)
+
+
+@pytest.mark.parametrize(("visible", "devices"), [("0,2", ["0", "2"]), ("", []), ("-1", [])])
+def test_the_devices(monkeypatch, visible, devices):
+    """A machine whose GPUs are hidden has none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ablate._devices() == devices
 
 
 def test_plans_share_their_equal_runs(tmp_path):

@@ -47,6 +47,7 @@ def test_the_table(run, tiny_teacher_dir, tmp_path, capsys):
         (["--similarity", "nothing"], "`similarity` is 'nothing'"),
         (["--max_trajectories", "0"], "must be at least 1"),
         (["--teacher", "scripted"], "it is not a local model"),
+        (["-o", "nowhere/table.json"], "Name a file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(run, options, message, capsys):

@@ -387,6 +387,19 @@ class TestServices:
         assert EvalResult.load("o").scores() == [[1.0], [0.0]]
         assert json.loads(captured.out)["settings"]["reward_funcs"] == ["code_accuracy"]
 
+    def test_another_server_or_template_is_refused(self, tmp_path, monkeypatch):
+        """Samples of two servers, or with and without a thought, must not get into one result."""
+        answer_sums(monkeypatch)
+        with Loopback(OPENAI.answer) as server, Loopback(OPENAI.answer) as other:
+            thinks = {"teacher_chat_template_kwargs": {"enable_thinking": True}}
+            first = ask(server, tmp_path / "a")
+            with pytest.raises(ConfigError, match="with base_url="):
+                ask(other, tmp_path / "a")
+            with pytest.raises(ConfigError, match=r"with chat_template_kwargs=None, and now it is .*True"):
+                ask(server, tmp_path / "a", **thinks)
+            differences = compare(first, ask(other, tmp_path / "b", **thinks)).differences
+        assert differences == {"chat_template_kwargs": (None, {"enable_thinking": True})}
+
     def test_a_budget_that_ends_keeps_what_was_answered(self, tmp_path, monkeypatch):
         """With a larger one the same command asks for the rest, and counts what was spent before."""
         answer_sums(monkeypatch)
@@ -509,6 +522,19 @@ class TestCommand:
         assert code == 2
         assert "Add `--repetition_penalty 1`" in err
 
+    def test_the_longest_sample(self, problems, tmp_path, capsys):
+        """By default as with `evaluate`; with a recipe as in its training."""
+        (tmp_path / "recipe.yaml").write_text("teacher_model_name_or_path: scripted\noutput_dir: run\n")
+        common = ("--model", "scripted", "--dataset", problems, "--num_samples", 1, "--json")
+        for name, options, longest in (
+            ("a", (), EvalSettings().max_tokens),
+            ("b", ("--max_completion_length", 9), 9),
+            ("c", ("--config", "recipe.yaml"), 512),
+        ):
+            code, out, err = self.run(capsys, *common, "--output_dir", name, *options)
+            assert code == 0, err
+            assert json.loads(out)["settings"]["max_tokens"] == longest
+
     def test_the_datasets_of_a_recipe(self, problems, tiny_model_dir, tmp_path, capsys):
         """A mixture, its rows read one by one if the recipe streams, and a set of the command line in its place."""
         recipe = tmp_path / "recipe.yaml"
@@ -554,6 +580,7 @@ class TestCommand:
             (("--output_dir", "o", "--temprature", "1"), "Did you mean `temperature`"),
             (("out",), "`out` belongs to no option"),
             (("--compare", "a", "b"), "holds no result"),
+            (("--compare", "a", "b", "--josn"), "--josn has no effect"),
         ],
     )
     def test_what_is_missing_is_one_line(self, problems, options, words, capsys):

@@ -311,6 +311,17 @@ class TestLimits:
         assert second in ("27", "28")
         assert report_of(box, "import os; print(os.listdir('.'))") == "[]\n"
 
+    def test_many_files(self, box):
+        """Empty files have no size, and take memory of the kernel."""
+        program = (
+            "import os\nfor i in range(10000):\n"
+            " try: os.close(os.open(str(i), os.O_CREAT))\n"
+            " except OSError as error: print(error.errno, i); break"
+        )
+        errno, count = map(int, report_of(box, program).split())
+        assert errno == 28
+        assert 500 < count < 256 * LIMITS.folder_mib
+
     def test_computing(self, box):
         """CPU time ends a program that computes, whatever it does with signals, before the wall-clock limit."""
         program = "import signal\nfor s in (2, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass"
@@ -380,6 +391,8 @@ def test_without_root(box):
         "except OSError as error: print(error.strerror)\n"
         "try: os.chroot('.'); print('root of its namespace')\n"
         "except OSError as error: print(error.strerror)\n"
+        "import ctypes\nsets = (ctypes.c_uint32 * 6)()\n"
+        "ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets); print('capabilities', *sets)\n"
     )
     code = (
         "from omniopd_trl.evals.sandbox import *\n"
@@ -407,9 +420,8 @@ def test_without_root(box):
         )
     if "SandboxError" in process.stderr:
         pytest.skip(f"This machine refuses user namespaces: {process.stderr.splitlines()[-1]}")
-    assert process.stdout == "PermissionError\nTrue\nFalse []\nRead-only file system\nOperation not permitted\n\n", (
-        process.stderr
-    )
+    lines = ["PermissionError", "True", "False []", "Read-only file system", "Operation not permitted"]
+    assert process.stdout == "\n".join([*lines, "capabilities 0 0 0 0 0 0", "", ""]), process.stderr
 
 
 class TestWithoutIsolation:
