@@ -14,7 +14,7 @@ from transformers.utils import logging
 from trl import DistillationConfig
 
 from omniopd_trl.accounting.usage import Usage
-from omniopd_trl.errors import TeacherError
+from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.options import READ_BY
@@ -33,6 +33,11 @@ _OF_THE_EVALUATION = (
 _OF_THE_VERIFIER = ("num_generations", "reward_weight", "reward_weights", "audit_trajectories")
 # When and on what an evaluation runs. TRL's trainers would ask for an evaluation set of their own.
 _SCHEDULE = ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+# What completes DeepSpeed's configuration, by the first trainer of a process for all of them.
+_OF_DEEPSPEED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "learning_rate"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "fp16", "bf16", "save_on_each_node"),
+)
 
 
 class NoTeacher(Teacher):
@@ -51,12 +56,29 @@ class Evaluator(OmniOPDTrainer):
         method: name of the method that trains the student.
         teacher: name of the teacher; `None` for a run that asks none.
         args: configuration of the run. It is not changed.
+        training: configuration of the other trainer, a [`Baseline`], which has to be made after this one. Its
+            DeepSpeed configuration is that of the process.
         own_engine: whether to create a vLLM engine for `use_vllm`. Otherwise that of the other trainer is used.
         **kwargs: other arguments of [`OmniOPDTrainer`].
     """
 
-    def __init__(self, method: str, teacher: str | None, args: OmniOPDConfig, *, own_engine: bool, **kwargs: Any):
+    def __init__(
+        self,
+        method: str,
+        teacher: str | None,
+        args: OmniOPDConfig,
+        training: TrainingArguments,
+        *,
+        own_engine: bool,
+        **kwargs: Any,
+    ):
         args = copy.copy(args)
+        if training.deepspeed_plugin is not None:
+            for name in _OF_DEEPSPEED:
+                setattr(args, name, getattr(training, name))
+            args.deepspeed_plugin = training.deepspeed_plugin
+            if training.deepspeed:  # from the recipe, and not from the launcher: already completed
+                args.hf_deepspeed_config = training.hf_deepspeed_config
         args.audit_eval = False
         args.similarity = OmniOPDConfig.similarity  # another one may load a model
         args.use_vllm = args.use_vllm and own_engine
@@ -74,7 +96,8 @@ class Evaluator(OmniOPDTrainer):
     def follow(self, trainer: Trainer) -> None:
         """Take over the state of the other trainer: step, callbacks, and the student as its back end wraps it."""
         self.state, self.control, self.callback_handler = trainer.state, trainer.control, trainer.callback_handler
-        self.accelerator, self.model_wrapped = trainer.accelerator, trainer.model_wrapped
+        self.accelerator, self.deepspeed = trainer.accelerator, trainer.deepspeed
+        self.model, self.model_wrapped = trainer.model, trainer.model_wrapped
         self.is_in_train = trainer.is_in_train
         self._total_train_tokens = trainer._total_train_tokens
         if getattr(trainer, "use_vllm", False):
@@ -127,6 +150,10 @@ class Baseline:
         self.add_callback(OnTrainBegin(self._begin))
         use_readable_lines(self)
 
+    def _build_accelerator_args(self: Any, **kwargs: Any) -> dict[str, Any]:
+        # Accelerate takes DeepSpeed's plugin once in a process, from the evaluator.
+        return {**super()._build_accelerator_args(**kwargs), "deepspeed_plugin": None}  # type: ignore[misc]
+
     def _begin(self: Any) -> None:
         step = self.state.global_step  # of the checkpoint of a resumed run
         self._logged = (step, *self.cost_until(step))  # of the last entry of the log
@@ -148,7 +175,16 @@ class Baseline:
             return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Evaluate the student, as [`OmniOPDTrainer`] does."""
+        """Evaluate the student, as [`OmniOPDTrainer`] does.
+
+        Raises:
+            ConfigError: before `train` under DeepSpeed.
+        """
+        if self.evaluator.objective.is_sharded and self.optimizer is None:
+            raise ConfigError(
+                "evaluate() was called before train(), and DeepSpeed prepares the student when training begins. Set "
+                "eval_on_start=True."
+            )
         self.evaluator.follow(self)
         metrics = self.evaluator.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.control = self.evaluator.control

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from omniopd_trl.baselines.base import Baseline, Evaluator, config_of, unused_options
@@ -61,10 +62,10 @@ def make_baseline(
         DataError: when there are no solutions for SFT.
     """
     section = section or {}
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ConfigError(
-            f"method={method!r} does not run under DeepSpeed or FSDP yet: the evaluation shares the student with "
-            "TRL's trainer. Launch it with DDP (`--accelerate_config multi_gpu`), and with LoRA where memory is short."
+            f"method={method!r} does not run under FSDP yet. Launch it with DeepSpeed (`--accelerate_config zero3`) "
+            "or DDP (`--accelerate_config multi_gpu`)."
         )
     trainer_class, teacher = TRAINERS[method], args.teacher_model_name_or_path
     special: dict[str, Any] = {"train_dataset": train_dataset}
@@ -75,6 +76,11 @@ def make_baseline(
         special["train_dataset"] = data.dataset
         defaults = {"max_length": None}  # TRL would cut solutions at 1,024 tokens
     elif method == "opd":
+        if evaluate_teacher and is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "method='opd' splits its teacher over the processes under ZeRO-3, and evaluate_teacher samples from a "
+                "teacher in each of them. Set evaluate_teacher=False, and use `omniopd eval`."
+            )
         check_teacher(model, teacher, args)
         defaults = {"beta": 0.5}
     else:
@@ -89,6 +95,7 @@ def make_baseline(
         method,
         teacher if asks else None,
         args,
+        config,
         own_engine=method == "sft",
         model=model,
         train_dataset=train_dataset,

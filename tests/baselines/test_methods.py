@@ -68,7 +68,17 @@ def teacher_dir(make_tiny_model):
     return make_tiny_model(seed=5)
 
 
-def make(method, tmp_path, student, teacher="scripted", section=None, eval_dataset=None, funcs=None, **changes):
+def make(
+    method,
+    tmp_path,
+    student,
+    teacher="scripted",
+    section=None,
+    eval_dataset=None,
+    funcs=None,
+    evaluate_teacher=False,
+    **changes,
+):
     if method == "sft":
         solutions(tmp_path / "out" / "solutions")
     return make_baseline(
@@ -79,6 +89,7 @@ def make(method, tmp_path, student, teacher="scripted", section=None, eval_datas
         train_dataset=questions(),
         eval_dataset=eval_dataset,
         reward_funcs=funcs,
+        evaluate_teacher=evaluate_teacher,
     )
 
 
@@ -283,10 +294,23 @@ class TestRefused:
         with pytest.raises(ConfigError, match="method='grpo' cannot be used with these settings: generation_batch"):
             make("grpo", tmp_path, tiny_model_dir, section=section)
 
-    def test_sharded(self, tmp_path, tiny_model_dir, monkeypatch):
+    def test_fsdp(self, tmp_path, tiny_model_dir, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ConfigError, match="does not run under DeepSpeed or FSDP yet"):
+        with pytest.raises(ConfigError, match=r"method='grpo' does not run under FSDP yet\. Launch it with DeepSpeed"):
             make("grpo", tmp_path, tiny_model_dir)
+
+    def test_a_teacher_that_is_split(self, tmp_path, tiny_model_dir, monkeypatch):
+        monkeypatch.setattr("omniopd_trl.baselines.make.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ConfigError, match=r"splits its teacher .* Set evaluate_teacher=False, and use `omn"):
+            make("opd", tmp_path, tiny_model_dir, evaluate_teacher=True)
+
+
+def test_evaluation_before_training_under_deepspeed(tmp_path, tiny_model_dir):
+    """It is refused: DeepSpeed has not prepared the student."""
+    trainer = make("grpo", tmp_path, tiny_model_dir, section={"num_generations": 2}, eval_dataset=questions(4))
+    trainer.evaluator.objective.is_sharded = True
+    with pytest.raises(ConfigError, match=r"before train\(\), and DeepSpeed .* Set eval_on_start=True"):
+        trainer.evaluate()
 
 
 def test_options_without_effect(tmp_path, tiny_model_dir, caplog):
