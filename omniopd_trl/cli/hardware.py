@@ -56,10 +56,10 @@ def job_of(
             f"--accelerate_config single_gpu is for one process, and --num_processes is {options.num_processes}. "
             "Leave out one of them."
         )
-    if script_args.method != "omniopd" and launch not in ("single_gpu", "multi_gpu"):
+    if script_args.method != "omniopd" and launch == "fsdp2":
         raise ConfigError(
-            f"method={script_args.method!r} does not run under DeepSpeed or FSDP yet, and --accelerate_config is "
-            f"{launch}. Name single_gpu or multi_gpu."
+            f"method={script_args.method!r} does not run under FSDP yet, and --accelerate_config is {launch}. Name "
+            "zero3, zero2, multi_gpu or single_gpu."
         )
     if not args.gradient_checkpointing:
         raise ConfigError(
