@@ -164,7 +164,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         found, stopped, settings, tokenizer = _probe(plan, dataset, folder, folder / "other")
     except NoRolloutError as error:
         verdict = Verdict("will not", str(error).rstrip("."))
-        numbers = None
+        numbers, answers = None, _answers(found)
     else:
         failures.update(failure for row in found for failure in row.audit.failures)
         numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity)
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "options": {advice.option: advice.value for advice in verdict.advice},
         "reasons": {advice.option: advice.reason for advice in verdict.advice},
         "measured": None if numbers is None else asdict(numbers),
-        "answers": _answers(found),
+        "answers": answers,
         "failures": dict(failures.most_common()),
         "continuations": compared,
         "cost": _cost(found, plan, numbers, verdict, args, trajectories),

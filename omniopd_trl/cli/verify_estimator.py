@@ -75,8 +75,8 @@ def verify_estimator(options: argparse.Namespace) -> None:
         get_similarity(name)
     if options.max_trajectories is not None and options.max_trajectories < 1:
         raise ConfigError(f"--max_trajectories is {options.max_trajectories}, but it must be at least 1.")
-    output = Path(options.output or "table.json")
-    if output.is_dir() or not output.absolute().parent.is_dir():
+    output = None if options.output is None else Path(options.output)
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError(f"--output is {str(output)!r}, where no file can be. Name a file in a folder that exists.")
     run = Run(options.folder)
     settings = run.settings
@@ -109,7 +109,7 @@ def verify_estimator(options: argparse.Namespace) -> None:
         "num_trajectories": len(trajectories),
     }
     _print(Console(), about, table)
-    if options.output:
+    if output is not None:
         output.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", "utf-8")
         sys.stdout.write(f"Wrote {options.output}.\n")
 
