@@ -21,6 +21,7 @@ from tests.support.training import NUM_PROMPTS, make_trainer, questions, script,
 PAGE = ROOT / "docs" / "benchmarks.md"
 VOCABULARY = 331  # no other size in the model: a matrix product with this dimension is one with the head
 TOKENS, ROWS = 32, 4
+END = 1  # the end token of the tiny models
 GENERATION, SCORING, FORWARD, BACKWARD = "generation", "scoring", "loss, forward", "loss, backward"
 
 
@@ -82,7 +83,7 @@ def settings(path):
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "max_completion_length": TOKENS,
-        "generation_kwargs": {"min_new_tokens": TOKENS},
+        "generation_kwargs": {"suppress_tokens": [END]},
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": 1,
