@@ -36,6 +36,7 @@ FORM = Form(
     scale_advantages=False,
     max_failed_chunks=0.2,
 )
+UNKNOWN = Estimate(0.0, math.inf)
 GOOD = Signal(
     "exact",
     10,
@@ -73,6 +74,15 @@ NUMBERS = Measured(
 EDIT = replace(GOOD, similarity="edit")
 SMALL = replace(EDIT, spread=0.04, variance=0.003, signal=Estimate(0.002, 0.0003))
 WEAK = replace(EDIT, signal=Estimate(0.0001, 0.0005), spread=0.03, variance=0.002)
+
+
+MARKS = replace(GOOD, similarity="marks", unrelated=None, gap=None)
+MARKED = replace(NUMBERS, signals=(MARKS,), difference=UNKNOWN, middling=0.0)
+JUDGE, CASCADE = (replace(FORM, signal=signal) for signal in ("judge", "cascade"))
+
+
+def with_marks(middling=0.0, **changes):
+    return replace(MARKED, signals=(replace(MARKS, **changes),), middling=middling)
 
 
 def with_signals(*signals):
@@ -113,6 +123,28 @@ def with_signals(*signals):
             "",
         ),
         (with_signals(WEAK, GOOD), FORM, "will not", "'exact' with chunks of 10 tokens sees a difference"),
+        # The same rules for marks, which have no gap and no difference of texts.
+        (MARKED, JUDGE, "will teach", "the judge prefers some branches"),
+        (MARKED, CASCADE, "will teach", "the judge prefers some branches"),
+        (replace(MARKED, num_dropped=14), JUDGE, "will not", "21% of the forks got no marks"),
+        (replace(MARKED, num_dropped=14), CASCADE, "will not", "got no marks"),
+        (replace(MARKED, signals=()), JUDGE, "uncertain", "fewer than two forks were marked twice"),
+        (replace(MARKED, own_chunk=Estimate(0.3, 0.03)), JUDGE, "will not", "prefers what the solution continues"),
+        (with_marks(spread=0.0, spread_unrelated=0.0), JUDGE, "will not", "have equal marks"),
+        # Two marks that depend on the order alone: their mean is the same for all.
+        (with_marks(spread=0.0, spread_unrelated=0.4, signal=Estimate(-0.1, 0.01)), JUDGE, "will not", "not repeat"),
+        (with_marks(signal=Estimate(0.001, 0.01)), JUDGE, "will not", "does not repeat its marks"),
+        (with_marks(signal=Estimate(0.1, 0.06)), JUDGE, "uncertain", "too small to be sure"),
+        (with_marks(signal=Estimate(0.001, 0.01)), CASCADE, "will not", "does not repeat its marks"),
+        (with_marks(signal=Estimate(0.001, 0.01), middling=0.6), CASCADE, "uncertain", "60% of the forks would get"),
+        (with_marks(signal=Estimate(0.001, 0.01), middling=0.6), JUDGE, "will not", "does not repeat its marks"),
+        (
+            replace(with_marks(middling=0.6), own_chunk=Estimate(0.3, 0.03)),
+            CASCADE,
+            "will not",
+            "prefers what the solution continues",
+        ),
+        (with_marks(decided=0.009), replace(JUDGE, num_branches=0), "uncertain", "marks are 0.50 on average"),
     ],
 )
 def test_verdict(numbers, form, kind, words):
@@ -147,6 +179,26 @@ def test_options_of_a_teacher_that_is_sure():
         "num_rollouts": 1,
         "teacher_temperature": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("form", "more"), [(JUDGE, {"signal": "judge", "teacher_temperature": 0}), (CASCADE, {"signal": "cascade"})]
+)
+def test_options_of_a_judge_are_those_without_rollouts(form, more):
+    """One mark is kept, so it should be the likeliest; the rollouts of a cascade are not measured."""
+    options = {advice.option: advice.value for advice in judge(with_marks(middling=0.25), form).advice}
+    assert options == more | {
+        "num_branches": 7,
+        "posterior_baseline": "none",
+        "min_anchor_entropy": 0.1,
+        "num_chunks": 3,
+    }
+    (signal,) = (a.reason for a in judge(with_marks(middling=0.25), form).advice if a.option == "signal")
+    assert ("25% of the forks" in signal) == (form is CASCADE)
+
+
+def test_a_judge_that_refuses_is_not_advised_to_mark():
+    assert judge(replace(MARKED, num_dropped=60), JUDGE, "a reason", unwilling=0.9).advice == ()
 
 
 def test_similarities_that_cannot_be_told_apart_are_named():
@@ -370,6 +422,55 @@ def test_shorter_chunks_are_those_of_shorter_texts(audits, tiny_tokenizer):
         cut.append((replace(trajectory, forks=tuple(forks)), scores, replace(audit, chunks=tuple(chunks))))
     short = measure(cut, tiny_tokenizer, replace(SETTINGS, chunk_length=LENGTH // 2), "rouge1").signals[0]
     assert next(s for s in long.signals if (s.similarity, s.chunk_length) == ("rouge1", LENGTH // 2)) == short
+
+
+def test_marks_by_plain_loops(audits, tiny_tokenizer):
+    """Two markings in the place of two rollouts. A fork that is marked once is left out."""
+    rng = random.Random(1)
+
+    def marked(trajectory):
+        chunks = []
+        for fork in trajectory.forks:
+            mark = {branch.text: rng.randint(0, 10) / 10 for branch in fork.branches}
+            branches = tuple(replace(branch, similarity=mark[branch.text]) for branch in fork.branches)
+            chunks.append(ChunkAudit(fork.chunk, "", branches[0].text, (), (0.0,), 0.5, 0.5, branches))
+        return Audit(tuple(chunks))
+
+    first = [(t, scores, marked(t)) for t, scores, _ in audits]
+    again = [marked(t) for t, *_ in audits]
+    again[1] = replace(again[1], chunks=again[1].chunks[1:])
+    again[2] = None
+    settings = replace(SETTINGS, signal="judge", cascade_low=0.1, cascade_high=0.6)
+    numbers = measure(first, tiny_tokenizer, settings, "edit", again)
+    assert numbers.num_forks == 18
+    assert (numbers.self_agreement, numbers.duplicates, numbers.difference) == (None, None, UNKNOWN)
+    pairs, groups, between = [], [], []
+    for k, ((*_, one), two) in enumerate(zip(first, again, strict=True)):
+        others = {} if two is None else {chunk.chunk: chunk.branches for chunk in two.chunks}
+        for chunk in one.chunks:
+            between.append(any(0.1 < branch.similarity < 0.6 for branch in chunk.branches))
+            if chunk.chunk in others:
+                marks = ([b.similarity for b in branches] for branches in (chunk.branches, others[chunk.chunk]))
+                pairs.append(np.array([*marks]))
+                groups.append(k)
+    assert len(pairs) == 14
+    assert numbers.middling == np.mean(between)
+    (signal,) = numbers.signals
+    assert (signal.similarity, signal.chunk_length) == ("marks", LENGTH)
+    assert signal.gap is signal.unrelated is None
+    assert signal.matched == pytest.approx(np.mean(pairs))
+    assert signal.spread == pytest.approx(np.mean([np.std(marks.mean(0)) for marks in pairs]))
+    # The variance of a mean of two, without the noise of each, is their covariance.
+    covariances = [np.cov(marks, bias=True)[0, 1] for marks in pairs]
+    assert signal.signal == pytest.approx(estimate(covariances, groups))
+    assert signal.preferred == pytest.approx(np.mean(covariances))
+    noise = [np.var(marks[0] - marks[1]) / 4 for marks in pairs]
+    assert signal.spread_unrelated == pytest.approx(np.mean(np.sqrt(noise)))
+    with np.errstate(invalid="ignore"):
+        repeated = [np.nan_to_num(np.corrcoef(marks)[0, 1]) for marks in pairs]
+    assert signal.repeated == pytest.approx(estimate(repeated, groups))
+    own = [marks.mean(0)[0] - marks.mean(0)[1:].mean() for marks in pairs]
+    assert numbers.own_chunk == pytest.approx(estimate(own, groups))
 
 
 def test_fewer_branches_find_fewer_differences():

@@ -8,6 +8,8 @@ asks a teacher.
 A fork has the branches `b_0, ..., b_K` of the student and the rollouts `r_1, ..., r_n` of the teacher. With a
 similarity phi, `s_j = mean_i phi(b_j, r_i)`. The floor of every number is `s'_j`, the same with the rollouts of
 another fork: what phi gives to texts that have nothing to do with each other.
+
+With a judge, `s_j` is the mean of two marks of `b_j`, in two questions. The floor is their noise.
 """
 
 from omniopd_trl.evals.probe.measurement import Estimate, Measured, Signal, estimate, measure

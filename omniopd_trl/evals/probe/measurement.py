@@ -4,7 +4,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from omniopd_trl.audits.types import Audit, AuditSettings, Fork, PolicyScores, T
 from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import Similarity, get_similarity, similarity_matrix
 from omniopd_trl.teachers.base import Rollout, TeacherReply
+from omniopd_trl.teachers.instruct.judge import is_middling
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 # The similarities that are compared with the recipe's: no model, and no two that measure the same.
@@ -27,6 +28,8 @@ _LENGTHS = (1.0, 0.5, 0.25)
 # Standard errors that an effect must be away from 0. Four similarities and three lengths are tried, so 2 would be
 # passed by chance by one of them in a quarter of all probes of a useless teacher, and 3 in one of sixty (one-sided).
 SIGMAS = 3.0
+# The name of a judge's marks, in the place of a similarity.
+MARKS = "marks"
 # Similarities that differ by no more are equal: the rest is rounding.
 ROUNDING = 1e-9
 # Candidates for `min_anchor_entropy`, in nats.
@@ -55,18 +58,22 @@ _UNKNOWN = Estimate(0.0, math.inf)
 
 @dataclass(frozen=True)
 class Signal:
-    """What one similarity with one chunk length sees.
+    """What one similarity with one chunk length sees, or a judge.
+
+    The marks of a judge have no floor from another fork: the judge was not asked what it thinks of a text in another
+    place. Their floor is their noise, from two markings of each fork.
 
     Attributes:
-        similarity: name of the similarity.
+        similarity: name of the similarity; `MARKS` for the marks of a judge.
         chunk_length: length of the chunks, in student tokens.
         matched: mean of `s_j`.
-        unrelated: mean of `s'_j`, the floor.
-        gap: `matched - unrelated`. 0 for a teacher whose text has nothing to do with the student's.
+        unrelated: mean of `s'_j`, the floor; `None` for marks.
+        gap: `matched - unrelated`. 0 for a teacher whose text has nothing to do with the student's. `None` for marks.
         spread: standard deviation of the `s_j` of a fork, averaged over forks. 0 if nothing can be learned.
-        spread_unrelated: the same for the `s'_j`.
+        spread_unrelated: the same for the `s'_j`; for marks, what the noise of the markings alone gives.
         variance: variance of the `s_j` of a fork, averaged.
-        signal: variance of the `s_j` of a fork, minus that of the `s'_j`, which any text gives.
+        signal: variance of the `s_j` of a fork, minus that of the `s'_j`, which any text gives. For marks, minus what
+            their noise adds: the covariance of the two markings.
         decided: share of the squared similarities that is variance within forks. The rest is the same for all choices
             of the student: the paper's form pays it, a baseline or branches subtract it.
         decided_centered: the same after the mean of all chunks is subtracted, as `posterior_baseline: batch` does.
@@ -75,14 +82,15 @@ class Signal:
             differ. Below 0 if all of it is noise.
         repeated: whether two rollouts of a fork prefer the same branches, by much or by little: the correlation of
             their similarities over the branches, averaged, minus that of a rollout and the `s'_j`. 0 where one of them
-            prefers no branch. It compares similarities of different scales; `None` with a single rollout.
+            prefers no branch. It compares similarities of different scales; `None` with a single rollout. For marks,
+            the correlation of the two markings.
     """
 
     similarity: str
     chunk_length: int
     matched: float
-    unrelated: float
-    gap: Estimate
+    unrelated: float | None
+    gap: Estimate | None
     spread: float
     spread_unrelated: float
     variance: float
@@ -96,7 +104,7 @@ class Signal:
     @property
     def is_clear(self) -> bool:
         """Whether the rollouts are about their forks, and tell the student's choices apart."""
-        return self.gap.sigmas >= SIGMAS and self.signal.sigmas >= SIGMAS
+        return (self.gap is None or self.gap.sigmas >= SIGMAS) and self.signal.sigmas >= SIGMAS
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,12 @@ class Measured:
         num_forks: forks whose branches were sampled.
         num_agreed: forks whose branches all have one text. The teacher was not asked.
         num_asked: the other forks.
-        num_dropped: asked forks with fewer than `min_rollouts` rollouts.
+        num_dropped: asked forks with fewer than `min_rollouts` rollouts, or without marks.
         chunks_per_trajectory: chunks that the recipe selects per trajectory.
         asked_per_trajectory: how many of them have branches that differ.
         completion_tokens: mean length of a trajectory, in student tokens.
-        signals: one for each similarity and chunk length, the recipe's first. Empty if no fork was answered.
+        signals: one for each similarity and chunk length, the recipe's first; the marks alone for a judge. Empty if
+            fewer than two forks were answered, or marked twice.
         self_agreement: mean similarity of two rollouts of a fork, by the recipe's; `None` with a single rollout.
         duplicates: share of pairs of rollouts of a fork that have one text; `None` with a single rollout.
         student_agreement: mean similarity of two branches of a fork.
@@ -122,6 +131,7 @@ class Measured:
             unless the teacher has seen the student's text.
         gates: for each entropy in nats, the share of forks at or below it, and their share of what all forks teach.
         found: for each number of branches, the share of the asked forks whose branches would still differ.
+        middling: share of the marked forks with a mark between the thresholds of a cascade; `None` without marks.
     """
 
     num_trajectories: int
@@ -140,6 +150,7 @@ class Measured:
     own_chunk: Estimate = _UNKNOWN
     gates: tuple[tuple[float, float, float], ...] = ()
     found: tuple[tuple[int, float], ...] = ()
+    middling: float | None = None
 
 
 class _Judged(NamedTuple):
@@ -149,9 +160,9 @@ class _Judged(NamedTuple):
         group: index of the trajectory.
         entropy: entropy at the anchor, in nats.
         branches: texts of the branches, the trajectory's own chunk first.
-        rollouts: texts of the rollouts.
-        matched: `(n, K + 1)`, similarity of each rollout and branch.
-        unrelated: `(K + 1,)`, mean similarity of each branch to the rollouts of another fork.
+        rollouts: texts of the rollouts; empty for marks.
+        matched: `(n, K + 1)`, similarity of each rollout and branch; for marks, a row for each of the two markings.
+        unrelated: `(K + 1,)`, mean similarity of each branch to the rollouts of another fork; `None` for marks.
     """
 
     group: int
@@ -159,7 +170,7 @@ class _Judged(NamedTuple):
     branches: list[str]
     rollouts: tuple[str, ...]
     matched: NDArray[np.float64]
-    unrelated: NDArray[np.float64]
+    unrelated: NDArray[np.float64] | None
 
 
 def measure(
@@ -167,6 +178,7 @@ def measure(
     tokenizer: Tokenizer,
     settings: AuditSettings,
     similarity: str | Similarity,
+    again: Sequence[Audit | None] | None = None,
 ) -> Measured:
     """The numbers of a probe, from its audits.
 
@@ -175,6 +187,8 @@ def measure(
         tokenizer: the student's tokenizer.
         settings: the settings of chunks of the recipe. Its forks may be more than the trajectories have.
         similarity: the similarity of the recipe, a name or a function.
+        again: for audits with marks, a second audit of each trajectory and its forks, `None` where there is none. Only
+            forks with both are measured. `None` for audits with rollouts.
 
     Returns:
         The numbers. With fewer than two answered forks there is nothing to compare, and no signal.
@@ -197,6 +211,15 @@ def measure(
     )
     if sum(len(audit.chunks) for _, _, audit in audits) < 2:
         return numbers
+    if again is not None:
+        marked = [*_marked_forks(audits, again)]
+        marks = [{b.text: b.similarity or 0.0 for b in chunk.branches} for *_, a in audits for chunk in a.chunks]
+        between = [is_middling(of_fork, settings.cascade_low, settings.cascade_high) for of_fork in marks]
+        numbers = replace(numbers, middling=_mean(between))
+        if len(marked) < 2:
+            return numbers
+        signal = _signal(marked, MARKS, settings.chunk_length)
+        return replace(numbers, signals=(signal,), own_chunk=_own_chunk(marked), gates=_gates(audits, marked))
     names = [similarity, *(name for name in SIMILARITIES if name != similarity)]
     lengths = {max(round(settings.chunk_length * share), settings.min_chunk_length) for share in _LENGTHS}
     signals: list[Signal] = []
@@ -244,6 +267,20 @@ def _judge_forks(
     ]
 
 
+def _marked_forks(
+    audits: Sequence[tuple[Trajectory, PolicyScores, Audit]], again: Sequence[Audit | None]
+) -> Iterator[_Judged]:
+    """All forks that a judge has marked twice."""
+    for group, ((_, scores, audit), second) in enumerate(zip(audits, again, strict=True)):
+        others = {chunk.chunk: chunk for chunk in second.chunks} if second is not None else {}
+        for chunk in audit.chunks:
+            if chunk.chunk in others:
+                entropy = float(scores.entropy[chunk.chunk.anchor])
+                texts = [branch.text for branch in chunk.branches]
+                marks = [[branch.similarity for branch in c.branches] for c in (chunk, others[chunk.chunk])]
+                yield _Judged(group, entropy, texts, (), np.array(marks, np.float64), None)
+
+
 def _shortened(auditor: Auditor, trajectory: Trajectory, forks: Sequence[Fork], length: int) -> list[Fork]:
     shorter = []
     for fork in forks:
@@ -281,11 +318,13 @@ def _similarities(
 def _signal(forks: Sequence[_Judged], similarity: str, length: int) -> Signal:
     groups = [fork.group for fork in forks]
     own = [fork.matched.mean(0) for fork in forks]
-    gaps = [float(s.mean() - fork.unrelated.mean()) for s, fork in zip(own, forks, strict=True)]
+    unrelated = [fork.unrelated for fork in forks if fork.unrelated is not None]  # of all forks, or of none
+    gaps = [float(s.mean() - other.mean()) for s, other in zip(own, unrelated, strict=False)]
     variances = [float(s.var()) for s in own]
-    floors = [float(fork.unrelated.var()) for fork in forks]
+    floors = [float(other.var()) for other in unrelated]
     several = [fork for fork in forks if len(fork.matched) > 1]
     noises = [(_noise(fork.matched), len(fork.matched)) for fork in several]
+    floors = floors or [noise / n for noise, n in noises]
     everything = np.concatenate(own)
     variance, square = _mean(variances), float((everything**2).mean())
     total = float(everything.var())
@@ -293,8 +332,8 @@ def _signal(forks: Sequence[_Judged], similarity: str, length: int) -> Signal:
         similarity,
         length,
         matched=_mean([float(s.mean()) for s in own]),
-        unrelated=_mean([float(fork.unrelated.mean()) for fork in forks]),
-        gap=estimate(gaps, groups),
+        unrelated=_mean([float(other.mean()) for other in unrelated]) if unrelated else None,
+        gap=estimate(gaps, groups) if gaps else None,
         spread=_mean(np.sqrt(variances)),
         spread_unrelated=_mean(np.sqrt(floors)),
         variance=variance,
@@ -320,8 +359,11 @@ def _noise(similarities: NDArray[np.float64]) -> float:
 
 def _repeated(fork: _Judged) -> float:
     """Mean correlation of pairs of rollouts over the branches, minus that of rollouts and unrelated ones."""
-    rollouts, unrelated = [*map(_standardized, fork.matched)], _standardized(fork.unrelated)
+    rollouts = [*map(_standardized, fork.matched)]
     pairs = [float((a * b).mean()) for a, b in combinations(rollouts, 2)]
+    if fork.unrelated is None:
+        return _mean(pairs)
+    unrelated = _standardized(fork.unrelated)
     return _mean(pairs) - _mean([float((a * unrelated).mean()) for a in rollouts])
 
 
@@ -340,11 +382,7 @@ def _own_numbers(forks: Sequence[_Judged], similarity: str | Similarity) -> dict
     differences = [
         own + of_student[k] - 2 * float(forks[k].matched.mean()) for k, own in zip(several, of_teacher, strict=True)
     ]
-    of_branches = [fork.matched.mean(0) for fork in forks]
-    numbers: dict[str, Any] = {
-        "student_agreement": _mean(of_student),
-        "own_chunk": estimate([s[0] - s[1:].mean() for s in of_branches], [fork.group for fork in forks]),
-    }
+    numbers: dict[str, Any] = {"student_agreement": _mean(of_student), "own_chunk": _own_chunk(forks)}
     if several:
         numbers |= {
             "self_agreement": _mean(of_teacher),
@@ -352,6 +390,11 @@ def _own_numbers(forks: Sequence[_Judged], similarity: str | Similarity) -> dict
             "difference": estimate(differences, [forks[k].group for k in several]),
         }
     return numbers
+
+
+def _own_chunk(forks: Sequence[_Judged]) -> Estimate:
+    of_branches = [fork.matched.mean(0) for fork in forks]
+    return estimate([s[0] - s[1:].mean() for s in of_branches], [fork.group for fork in forks])
 
 
 def _pairs(texts: Sequence[str], similarity: str | Similarity) -> NDArray[np.float64]:

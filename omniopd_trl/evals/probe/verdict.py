@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from omniopd_trl.accounting.forecast import least_stopped_share
-from omniopd_trl.evals.probe.measurement import ROUNDING, SIGMAS, Estimate, Measured, Signal
+from omniopd_trl.evals.probe.measurement import MARKS, ROUNDING, SIGMAS, Estimate, Measured, Signal
 
 VerdictKind = Literal["will teach", "will not", "uncertain"]
 
@@ -46,6 +46,7 @@ class Form:
     scale_advantages: bool
     max_failed_chunks: float
     first_rollouts: int = 0
+    signal: str = "rollouts"
 
 
 class Advice(NamedTuple):
@@ -75,10 +76,8 @@ class Verdict:
 
 
 # For a teacher that does not continue texts.
-MARKS = Advice(
-    "signal",
-    "judge",
-    "a mark needs no continuation. Marks are not measured: train some steps, and read them (`omniopd audits`)",
+_ASK_FOR_MARKS = Advice(
+    "signal", "judge", "a mark needs no continuation. Marks are not measured: `--signal judge` probes them"
 )
 
 
@@ -112,13 +111,14 @@ def judge(measured: Measured, form: Form, failure: str | None = None, unwilling:
             f"at all {measured.num_forks} forks the student writes the same text {_most_branches(measured) + 1} times:"
             " it has no choice that a teacher could prefer. Raise `temperature`, or use harder problems",
         )
+    has_marks = form.signal != "rollouts"
     dropped = measured.num_dropped / measured.num_asked
     if dropped > form.max_failed_chunks:
         return Verdict(
             "will not",
-            f"{dropped:.0%} of the forks got too few rollouts, and a run stops at "
+            f"{dropped:.0%} of the forks got {'no marks' if has_marks else 'too few rollouts'}, and a run stops at "
             f"max_failed_chunks={form.max_failed_chunks:g}{why}",
-            (MARKS,) if unwilling > form.max_failed_chunks else (),
+            (_ASK_FOR_MARKS,) if unwilling > form.max_failed_chunks and not has_marks else (),
         )
     if measured.num_trajectories < MIN_TRAJECTORIES:
         return Verdict(
@@ -129,12 +129,16 @@ def judge(measured: Measured, form: Form, failure: str | None = None, unwilling:
     if not measured.signals:
         return Verdict(
             "uncertain",
-            "fewer than two forks were answered, and there is nothing to compare. Raise `--num_prompts`, or lower "
-            "`min_anchor_entropy`",
+            f"fewer than two forks were {'marked twice' if has_marks else 'answered'}, and there is nothing to "
+            "compare. Raise `--num_prompts`, or lower `min_anchor_entropy`",
         )
     asked, (best, alike) = measured.signals[0], _best(measured)
-    verdict = _of_teacher(measured) or _of_signal(asked, form)
-    if verdict.kind == "will teach" and (too_similar := _too_similar(measured)):
+    of_teacher = _of_teacher(measured)
+    verdict = of_teacher or _of_signal(asked, form)
+    if form.signal == "cascade" and measured.middling and not of_teacher and verdict.kind != "will teach":
+        reason = f"{verdict.reason}. {measured.middling:.0%} of the forks would get rollouts, which are not measured"
+        verdict = Verdict("uncertain", f"{reason}. `--signal rollouts` probes them")
+    if verdict.kind == "will teach" and not has_marks and (too_similar := _too_similar(measured)):
         verdict = Verdict("uncertain", too_similar)
     if not best.is_clear or measured.own_chunk.sigmas >= SIGMAS:
         return verdict
@@ -148,6 +152,12 @@ def judge(measured: Measured, form: Form, failure: str | None = None, unwilling:
 def _of_teacher(measured: Measured) -> Verdict | None:
     """A verdict that no similarity changes."""
     if measured.own_chunk.sigmas >= SIGMAS and measured.own_chunk.value > measured.signals[0].spread / 2:
+        if measured.signals[0].similarity == MARKS:
+            return Verdict(
+                "will not",
+                f"the marks prefer the student's own chunk by {measured.own_chunk} to its other branches, which are "
+                "draws of the same kind: the judge prefers what the solution continues",
+            )
         return Verdict(
             "will not",
             f"the rollouts agree with the student's own chunk by {measured.own_chunk} more than with its other "
@@ -159,49 +169,87 @@ def _of_teacher(measured: Measured) -> Verdict | None:
 
 def _of_signal(asked: Signal, form: Form) -> Verdict:
     """The verdict on the recipe's similarity and chunk length."""
+    if asked.similarity == MARKS:
+        return _of_marks(asked, form)
     name = f"`{asked.similarity}`"
+    assert asked.gap is not None  # of a similarity
     if asked.spread <= ROUNDING:
         return Verdict(
             "will not",
             f"by {name}, all branches of each fork agree equally with the teacher ({asked.matched:.2f} on average), "
             "so no choice of the student is preferred",
         )
-    # What an effect of the size of the branches' own differences would be: if even that could not be seen, the probe
-    # is too small to say no.
-    for estimate, size, problem in (
-        (
+    return (
+        _below_its_floor(
             asked.gap,
             asked.spread,
             f"by {name}, the student's text agrees with its own rollouts ({asked.matched:.3f}) no more than with "
             f"those of other chunks ({asked.unrelated:.3f}; the difference is {asked.gap}): the teacher does not "
             "continue this text",
-        ),
-        (
+        )
+        or _below_its_floor(
             asked.signal,
             asked.variance,
             f"by {name}, the teacher's rollouts tell the branches apart (a spread of {asked.spread:.3f}) no better "
             f"than unrelated rollouts do ({asked.spread_unrelated:.3f})",
-        ),
-    ):
-        if estimate.sigmas >= SIGMAS:
-            continue
-        if SIGMAS * estimate.error > size and estimate.value > 0:
-            return Verdict("uncertain", f"{problem}, but the probe is too small to be sure. Raise `--num_prompts`")
-        return Verdict("will not", problem)
-    if not form.num_branches:
-        centered = form.posterior_baseline != "none"
-        decided = asked.decided_centered if centered else asked.decided
-        if decided < _DECIDED:
-            return Verdict(
-                "uncertain",
-                f"by {name}, similarities are {asked.matched:.2f} on average whatever the student writes, and its "
-                f"choices decide {decided:.1%} of the squared weights: the rest is noise",
-            )
+        )
+        or _saturated(asked, form, f"by {name}, similarities")
+        or Verdict(
+            "will teach",
+            f"by {name}, the teacher prefers some branches to others: a spread of {asked.spread:.3f}, and "
+            f"{asked.spread_unrelated:.3f} with unrelated rollouts; agreement {asked.matched:.3f}, and "
+            f"{asked.unrelated:.3f} with unrelated rollouts",
+        )
+    )
+
+
+def _of_marks(asked: Signal, form: Form) -> Verdict:
+    """The verdict on the marks of a judge."""
+    if max(asked.spread, asked.spread_unrelated) <= ROUNDING:
+        return Verdict(
+            "will not",
+            f"all branches of each fork have equal marks ({asked.matched:.2f} on average), so no choice of the "
+            "student is preferred",
+        )
+    noise = f"{asked.spread_unrelated:.3f} of noise, correlation {asked.repeated}"
+    return (
+        _below_its_floor(
+            asked.signal,
+            asked.variance,
+            f"the judge does not repeat its marks when the candidates are in reverse order (a spread of "
+            f"{asked.spread:.3f}, {noise})",
+        )
+        or _saturated(asked, form, "marks")
+        or Verdict(
+            "will teach",
+            f"the judge prefers some branches to others, also when the candidates are in reverse order: a spread of "
+            f"{asked.spread:.3f}, {noise}; {asked.matched:.3f} on average",
+        )
+    )
+
+
+def _below_its_floor(estimate: Estimate, size: float, problem: str) -> Verdict | None:
+    """A verdict on an effect that is not clearly above 0.
+
+    `size` is what an effect of the size of the branches' own differences would be: if even that could not be seen, the
+    probe is too small to say no.
+    """
+    if estimate.sigmas >= SIGMAS:
+        return None
+    if SIGMAS * estimate.error > size and estimate.value > 0:
+        return Verdict("uncertain", f"{problem}, but the probe is too small to be sure. Raise `--num_prompts`")
+    return Verdict("will not", problem)
+
+
+def _saturated(asked: Signal, form: Form, what: str) -> Verdict | None:
+    """A verdict on a form without branches in which the student's choices decide next to nothing."""
+    decided = asked.decided_centered if form.posterior_baseline != "none" else asked.decided
+    if form.num_branches or decided >= _DECIDED:
+        return None
     return Verdict(
-        "will teach",
-        f"by {name}, the teacher prefers some branches to others: a spread of {asked.spread:.3f}, and "
-        f"{asked.spread_unrelated:.3f} with unrelated rollouts; agreement {asked.matched:.3f}, and "
-        f"{asked.unrelated:.3f} with unrelated rollouts",
+        "uncertain",
+        f"{what} are {asked.matched:.2f} on average whatever the student writes, and its choices decide "
+        f"{decided:.1%} of the squared weights: the rest is noise",
     )
 
 
@@ -257,17 +305,11 @@ def _most_branches(measured: Measured) -> int:
 
 
 def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal]) -> Iterator[Advice]:
-    asked = measured.signals[0]
-    yield Advice("signal", "rollouts", "they tell the branches apart. Marks would be cheaper, and are not measured")
-    reason = f"two rollouts prefer the same branches by {_named(best)}"
-    if best != asked:
-        reason += f"; the recipe has {_named(asked)} on {asked.chunk_length} tokens"
-        reason += ", and sees too little" * (not asked.is_clear)
-    if alike:
-        others = ", ".join(map(_named, alike))
-        reason += f". The probe cannot tell it from {others}: only training can, with a run of each, at the same price"
-    yield Advice("similarity", best.similarity, reason)
-    yield Advice("chunk_length", best.chunk_length, "C at which this similarity was measured")
+    if form.signal == "rollouts":
+        yield from _similarity_advice(measured, best, alike)
+    else:
+        yield from _mark_advice(measured, form, best)
+    what = "similarities" if form.signal == "rollouts" else "marks"
     branches = next(k for k, share in measured.found if share >= _FOUND)
     shares = ", ".join(f"{share:.0%} with {k}" for k, share in measured.found)
     yield Advice("num_branches", branches, f"K: of the forks with alternatives, the branches show {shares}")
@@ -280,10 +322,10 @@ def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal
     if form.prior != "policy":
         yield Advice("prior", "policy", "branches do not use the prior")
     if _is_scaled(best):
-        reason = f"similarities of a fork differ by {best.spread:.3f} only, of at most 0.5"
+        reason = f"{what} of a fork differ by {best.spread:.3f} only, of at most 0.5"
         yield Advice("scale_advantages", True, reason)
     elif form.scale_advantages:
-        yield Advice("scale_advantages", False, f"similarities of a fork differ by {best.spread:.3f} without it")
+        yield Advice("scale_advantages", False, f"{what} of a fork differ by {best.spread:.3f} without it")
     gate = next((g for g in reversed(measured.gates) if g[2] <= _LOST_TO_GATE and g[1] >= _LOST_TO_GATE), None)
     if gate is not None and gate[0] > form.min_anchor_entropy:
         reason = f"{gate[1]:.0%} of the forks have at most this entropy, and {gate[2]:.0%} of what all forks teach"
@@ -301,7 +343,36 @@ def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal
     more = "; more chunks would teach as well, at their price" * (share > _FOUND)
     reason = f"M: {share:.0%} of the chunks have branches that differ, and only for these is the teacher asked{more}"
     yield Advice("num_chunks", form.num_chunks, reason)
-    yield from _rollout_advice(measured, form, best)
+    if form.signal == "rollouts":
+        yield from _rollout_advice(measured, form, best)
+
+
+def _similarity_advice(measured: Measured, best: Signal, alike: Sequence[Signal]) -> Iterator[Advice]:
+    asked = measured.signals[0]
+    reason = "they tell the branches apart. Marks would be cheaper: `--signal judge` probes them"
+    yield Advice("signal", "rollouts", reason)
+    reason = f"two rollouts prefer the same branches by {_named(best)}"
+    if best != asked:
+        reason += f"; the recipe has {_named(asked)} on {asked.chunk_length} tokens"
+        reason += ", and sees too little" * (not asked.is_clear)
+    if alike:
+        others = ", ".join(map(_named, alike))
+        reason += f". The probe cannot tell it from {others}: only training can, with a run of each, at the same price"
+    yield Advice("similarity", best.similarity, reason)
+    yield Advice("chunk_length", best.chunk_length, "C at which this similarity was measured")
+
+
+def _mark_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
+    rest = "Rollouts are not measured: `--signal rollouts` probes them"
+    if form.signal == "cascade":
+        rest = f"{measured.middling:.0%} of the forks have one between the thresholds, and would get rollouts. {rest}"
+    yield Advice("signal", form.signal, f"the marks tell the branches apart ({best.repeated}). {rest}")
+    if form.signal == "judge" and form.teacher_temperature > 0:
+        yield Advice(
+            "teacher_temperature",
+            0,
+            "one mark is kept, so it should be the likeliest one (leave it out if the service takes no temperature)",
+        )
 
 
 def _rollout_advice(measured: Measured, form: Form, best: Signal) -> Iterator[Advice]:
