@@ -196,7 +196,7 @@ class Auditor:
         if settings.signal == "rollouts":
             replies = await self._rollouts(trajectory, chunks, texts, prompt, request)
             return Answered(trajectory, scores, chunks, texts, replies, tally.usd)
-        judged = await ask_marks(self.teacher, prompt, *self._passages(trajectory, chunks, texts), request)
+        judged = await ask_marks(self.teacher, prompt, *self.passages(trajectory, chunks, texts), request)
         replies = [TeacherReply()] * len(chunks)
         asked = [index for index, marks in enumerate(judged.marks) if self._needs_rollouts(marks)]
         if asked:
@@ -258,7 +258,7 @@ class Auditor:
         settings = self.settings
         return settings.signal == "cascade" and is_middling(marks, settings.cascade_low, settings.cascade_high)
 
-    def _passages(
+    def passages(
         self, trajectory: Trajectory, chunks: Sequence[Chunk], texts: Sequence[tuple[str, str]]
     ) -> tuple[list[Passage], str]:
         """The chunks of a trajectory as a judge reads them, and the text after the last one."""

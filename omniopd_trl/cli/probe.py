@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Branches when the recipe has none, and trajectories of a generation batch. When the cap is reached, the batches
 # before are complete.
 _BRANCHES, _BATCH = 7, 8
-# Two rollouts show how much they differ, which a single greedy one does not.
+# Two rollouts show how much they differ, which a single greedy one does not. A judge is asked twice.
 _ROLLOUTS = 2
 # The share of the cap that the forecast of the recipe's own continuation may take, and the trajectories that are also
 # audited with another continuation.
@@ -43,9 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "probe",
         help="measure on some prompts, for about a dollar, whether a recipe will teach, and what to set",
         description="Let the student of a recipe answer some training prompts and continue each fork several times, "
-        "ask the teacher at the forks, and measure refusals, agreement, differences between the student's branches, "
-        "latency and price. Prints a verdict and recommended options, and trains nothing. Answers are recorded as "
-        "they arrive: started again, the command continues and pays for nothing twice.",
+        "ask the teacher for rollouts or marks at the forks, and measure refusals, agreement, differences between the "
+        "student's branches, latency and price. Prints a verdict and recommended options, and trains nothing. "
+        "Answers are recorded as they arrive: started again, the command continues and pays for nothing twice.",
         epilog="Any option of the training command may be added and overrides the recipe: --similarity rouge1.",
         allow_abbrev=False,
     )
@@ -130,6 +130,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.report.runs import PROBE, without_folders
     from omniopd_trl.teachers.load import is_export
     from omniopd_trl.trainer.plan import PROBE_FOLDER, num_steps
+    from omniopd_trl.trainer.probing import AGAIN
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
     for name, value in (
@@ -143,39 +144,40 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
             "can be asked. `omniopd audits` shows what it holds."
         )
-    if args.signal != "rollouts":
-        raise ConfigError(
-            f"signal={args.signal!r}: a probe compares rollouts, and marks have none. Add `--signal rollouts` to "
-            "probe the teacher's rollouts, or train some steps and read the marks (`omniopd audits`)."
-        )
     dataset = _prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     steps = num_steps(args, rows, 1, args.num_generations)
     trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
     folder = Path(options.probe_dir or os.path.join(args.output_dir, PROBE_FOLDER))
-    other = _other_continuation(args)
+    has_marks = args.signal != "rollouts"
+    other = None if has_marks else _other_continuation(args)
+    elsewhere = folder / (AGAIN if has_marks else "other")
 
     form = Form(**{field.name: getattr(args, field.name) for field in fields(Form)})
     failures: Counter[str] = Counter()
     found: list[Probed] = []
     stopped: str | None = None
     try:
-        found, stopped, settings, tokenizer = _probe(plan, dataset, folder, folder / "other")
+        found, stopped, settings, tokenizer = _probe(plan, dataset, folder, elsewhere)
     except NoRolloutError as error:
         verdict = Verdict("will not", str(error).rstrip("."))
-        numbers, answers = None, _answers(found)
+        numbers, answers = None, _answers(found, has_marks)
     else:
         failures.update(failure for row in found for failure in row.audit.failures)
-        numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity)
-        answers = _answers(found)
+        again = None
+        if has_marks:
+            again = [row.again for row in found]
+            settings = replace(settings, cascade_low=args.cascade_low, cascade_high=args.cascade_high)
+        numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity, again)
+        answers = _answers(found, has_marks)
         unwilling = (answers["refused"] + answers["restarted"]) / (answers["samples"] or 1)
         verdict = judge(numbers, form, next((text for text, _ in failures.most_common(1)), stopped), unwilling)
     compared: dict[str, Any] = {}
     if other is not None and numbers is not None and numbers.signals:
         compared = _compare(plan, dataset, folder, other, found, args, (settings, tokenizer))
 
-    (usage, usd), (other_usage, other_usd) = spent(folder), spent(folder / "other")
+    (usage, usd), (other_usage, other_usd) = spent(folder), spent(elsewhere)
     usage, usd = usage + other_usage, usd + other_usd
     result = {
         "teacher": without_folders(args.teacher_model_name_or_path),
@@ -230,7 +232,8 @@ def _plan(
 ) -> _Plan:
     """The size of the probe: as many forks per trajectory as the cap allows for all prompts.
 
-    More trajectories tell more than more forks of one, which depend on each other.
+    More trajectories tell more than more forks of one, which depend on each other. A judge reads the whole trajectory,
+    so fewer forks would save next to nothing.
     """
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, is_service, split_name
@@ -250,7 +253,7 @@ def _plan(
             max_usd = min(options.max_usd, args.teacher_budget_usd or math.inf)
     prompts = min(options.num_prompts, rows or options.num_prompts)
     forks = args.num_chunks
-    if price is not None and max_usd is not None:
+    if price is not None and max_usd is not None and args.signal == "rollouts":
         asked = copy.copy(args)
         asked.num_rollouts, asked.first_rollouts, asked.num_generations = _ROLLOUTS, 0, 1
         load = forecast_run(
@@ -291,6 +294,10 @@ def _plan(
         "report_to": "none",
         "save_audits": True,
     }
+    if args.signal != "rollouts":  # the marks alone: they tell how many rollouts a cascade asks for
+        settings |= {"signal": "judge", "min_rollouts": 1, "teacher_temperature": args.teacher_temperature}
+        for name in ("cascade_low", "cascade_high", "rollout_imitation", "rollout_imitation_tokens"):
+            settings[name] = type(args).__dataclass_fields__[name].default
     batches = math.ceil(prompts / (per_device * accumulation))
     samples = None if capabilities is None else capabilities.samples_per_request
     return _Plan(arguments, settings, batches, forks, max_usd, args.teacher_budget_tokens, price, samples)
@@ -326,7 +333,8 @@ def _probe(
         plan: the plan.
         dataset: the training set.
         folder: where the audits are recorded.
-        elsewhere: the folder of the other continuation. What was spent there counts in the same limits.
+        elsewhere: the folder of the other continuation, or of the second marks. What was spent there counts in the
+            same limits.
         batches: generation batches; `None` for those of the plan.
         **changes: options that replace those of the plan.
 
@@ -406,8 +414,8 @@ def _compare(
     return compared
 
 
-def _answers(found: "Sequence[Probed]") -> dict[str, Any]:
-    """Shares of samples, latency and cache, from the records of the audits."""
+def _answers(found: "Sequence[Probed]", has_marks: bool = False) -> dict[str, Any]:
+    """Shares of samples, latency and cache, from the records of the audits. With marks, a sample is a trajectory's."""
     from omniopd_trl.accounting.usage import Usage
     from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS
 
@@ -417,8 +425,13 @@ def _answers(found: "Sequence[Probed]") -> dict[str, Any]:
     usage = sum((row.record.usage for row in found), Usage())
     asked = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found) * _ROLLOUTS
     requests = outcomes["requests"]
+    marks: dict[str, int] = {}
+    if has_marks:
+        asked = sum(bool(row.audit.num_dropped or row.audit.chunks) for row in found)
+        marks = {"marked": sum(bool(row.audit.chunks) for row in found), "malformed": outcomes["malformed"]}
     return {
         "samples": asked,
+        **marks,
         **{name: outcomes[name] for name in OUTCOMES},
         "short": sum(row.audit.num_short for row in found),
         "seconds_per_request": outcomes[REQUEST_MILLISECONDS] / 1000 / requests if requests else None,
@@ -443,6 +456,8 @@ def _cost(
     forks = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found)
     if numbers is None or not forks:
         return {}
+    if args.signal != "rollouts":
+        return _cost_of_marks(found, plan, numbers, args, trajectories)
     # A local teacher counts no requests: it reads the text before a fork once.
     requests = sum(row.record.outcomes.get("requests", 0) for row in found) or forks
     options = {advice.option: advice.value for advice in verdict.advice}
@@ -470,6 +485,33 @@ def _cost(
             "usd": usd,
             "run_usd": None if usd is None else usd * trajectories,
         }
+    return costs
+
+
+def _cost_of_marks(
+    found: "Sequence[Probed]", plan: _Plan, numbers: "Measured", args: "OmniOPDConfig", trajectories: int
+) -> dict[str, Any]:
+    """Tokens and dollars of the first question about a trajectory, as a run with branches asks it.
+
+    A recipe without branches asks for fewer marks: what was measured is the price of the recommended options.
+    """
+    from omniopd_trl.accounting.usage import Usage
+
+    usage = sum((row.record.usage for row in found), Usage())
+    usd = None if plan.price is None else sum(row.record.usd or 0.0 for row in found)
+    marked = sum(bool(row.audit.chunks) for row in found)
+    costs: dict[str, Any] = {"trajectories": trajectories}
+    own = "recipe" if args.num_branches else "recommended"
+    for name, number in ((own, len(found)), ("marked", marked)):
+        if number:
+            costs[name] = {
+                "prompt_tokens": usage.prompt_tokens / number,
+                "completion_tokens": usage.completion_tokens / number,
+                "usd": None if usd is None else usd / number,
+            }
+    costs[own]["run_usd"] = None if usd is None else usd / len(found) * trajectories
+    if args.signal == "cascade" and numbers.middling is not None:
+        costs["rollouts"] = numbers.middling * numbers.asked_per_trajectory * args.num_rollouts
     return costs
 
 

@@ -13,13 +13,19 @@ def measured_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     forks = f"{measured['num_forks']} forks, {measured['num_asked']} of them with branches that differ"
     rows = [("probed", f"{measured['num_trajectories']} trajectories, {forks}")]
-    counts = [f"{answers[name]} {name}" for name in ("refused", "restarted", "filtered", "empty", "failed_requests")]
-    rows.append(("samples", f"{answers['samples']} asked for: {', '.join(counts)}; {answers['short']} cut short"))
+    has_marks = "marked" in answers
+    names = ("refused", "malformed" if has_marks else "restarted", "filtered", "empty", "failed_requests")
+    counts = ", ".join(f"{answers[name]} {name}" for name in names)
+    if has_marks:
+        share = f"{answers['marked']} of {answers['samples']} trajectories that the judge was asked about"
+        rows.append(("marks", f"read for {share}; answers: {counts}"))
+    else:
+        rows.append(("samples", f"{answers['samples']} asked for: {counts}; {answers['short']} cut short"))
     if answers["seconds_per_request"] is not None:
         latency = f"{answers['seconds_per_request']:.1f} s per request, {answers['retries']} retries"
         rows.append(("service", f"{latency}, {answers['cached']:.0%} of the prompt tokens from its cache"))
     rows += [("failure", f"{count} x {text}") for text, count in list(result["failures"].items())[:3]]
-    if measured["signals"]:
+    if measured["signals"] and not has_marks:
         name = measured["signals"][0]["similarity"]  # the first is the recipe's
         agreement = f"student with itself {measured['student_agreement']:.3f}"
         if measured["self_agreement"] is not None:
@@ -41,14 +47,21 @@ def cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a trajectory of the recipe costs, and what the probe cost, as names and values for people."""
     rows = []
     costs = result["cost"]
-    for name in ("recipe", "recommended"):
+    titles = {"recipe": "price, as it is", "recommended": "price, recommended", "marked": "price, with marks"}
+    for name, title in titles.items():
         if name not in costs:
             continue
         one = costs[name]
         text = f"{one['prompt_tokens']:,.0f} tokens read and {one['completion_tokens']:,.0f} written per trajectory"
+        text += " that has marks" * (name == "marked")
         if one["usd"] is not None:
-            text += f", {one['usd']:.4f} dollars; {one['run_usd']:,.2f} for {costs['trajectories']:,} trajectories"
-        rows.append((f"price, {'as it is' if name == 'recipe' else name}", text))
+            text += f", {one['usd']:.4f} dollars"
+        if one.get("run_usd") is not None:
+            text += f"; {one['run_usd']:,.2f} for {costs['trajectories']:,} trajectories"
+        rows.append((title, text))
+    if "rollouts" in costs:
+        share = f"{result['measured']['middling']:.1%} of the forks have marks between the thresholds"
+        rows.append(("rollouts", f"{share}: {costs['rollouts']:.2f} per trajectory, which are not in the price"))
     paid = result["paid"]
     text = f"{paid['prompt_tokens']:,} tokens read and {paid['completion_tokens']:,} written"
     return [*rows, ("paid for this probe", text + (f", {paid['usd']:.4f} dollars" if paid["usd"] else ""))]
@@ -69,12 +82,16 @@ def signal_rows(signals: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
     ]
     rows = [
         [signal["similarity"], str(signal["chunk_length"])]
-        + [f"{signal[name]:.3f}" for name in ("matched", "unrelated", "spread", "spread_unrelated")]
-        + [_sigmas(*signal[name]) for name in ("gap", "signal")]
+        + [_decimals(signal[name]) for name in ("matched", "unrelated", "spread", "spread_unrelated")]
+        + ["-" if signal[name] is None else _sigmas(*signal[name]) for name in ("gap", "signal")]
         + [_with_error(signal.get("repeated"))]  # not there in older files
         for signal in signals
     ]
     return titles, rows
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _with_error(estimate: Sequence[float | None] | None) -> str:

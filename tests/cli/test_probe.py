@@ -12,6 +12,8 @@ from omniopd_trl.cli.main import main
 from omniopd_trl.cli.options import option_hints
 from omniopd_trl.evals.probe import Form
 from omniopd_trl.journal.reader import spent
+from tests.support.judge import marks_for
+from tests.support.judge import openai as judge_of
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import services
 
@@ -126,6 +128,99 @@ def test_the_cap_is_kept(probe, tmp_path, services):
     assert result["stopped"] is None
 
 
+JUDGE = {"signal": "judge", "num_branches": 3}
+# The first question of a run asks for no marks.
+MARKS = judge_of(lambda messages: marks_for(messages[-1]["content"]) or "Yes.")
+
+
+def candidates_of(bodies):
+    """For each solution, the candidates of each place, in the order of each question about it."""
+    orders = {}
+    for body in bodies:
+        solution, *lists = body["messages"][1]["content"].split("\n\n<candidate ")
+        places = re.findall(r'place="(\d+)">(.*?)</candidate>', "".join(lists), re.DOTALL)
+        orders.setdefault(solution, []).append([[text for p, text in places if p == q] for q, _ in places])
+    return orders
+
+
+def test_a_judge_is_asked_twice_and_paid_once(probe, tmp_path, services):
+    """The second question has the candidates of each fork in reverse order. A cascade needs no other answers."""
+    folder = tmp_path / "out" / "probe"
+    with Loopback(MARKS) as server:
+        recipe = paid(server, **JUDGE, teacher_temperature=0.5)
+        assert probe(prompts=16, **recipe)[0] == 0
+        asked, result = server.bodies[1:], result_of(tmp_path)  # the first one is the question before a run
+        bill = spent(folder), spent(folder / "again")
+        assert probe(prompts=16, **recipe)[0] == 0
+        assert probe(prompts=16, **{**recipe, "signal": "cascade", "cascade_low": 0.05, "num_rollouts": 4})[0] == 0
+        assert len(server.bodies) == len(asked) + 1
+        assert (spent(folder), spent(folder / "again")) == bill
+        cascade = result_of(tmp_path)
+    assert all(body["temperature"] == 0.5 for body in asked)
+    questions = candidates_of(asked)
+    for first, second in questions.values():
+        assert [places[::-1] for places in first] == second != first
+    answers, measured, cost = result["answers"], result["measured"], result["cost"]
+    assert answers["marked"] == answers["samples"] == answers["requests"] == len(questions)
+    assert (answers["malformed"], measured["num_dropped"]) == (0, 0)
+    (signal,) = measured["signals"]
+    # These marks follow from the texts, so they are repeated exactly.
+    assert (signal["similarity"], signal["noise"], signal["spread_unrelated"]) == ("marks", 0, 0)
+    assert signal["spread"] > 0.1
+    assert signal["gap"] is signal["unrelated"] is None
+    # 300 tokens read and 10 written for each question, and the same for the second ones.
+    share = len(questions) / 16
+    assert cost["recipe"]["usd"] == pytest.approx(share * 350e-6)
+    assert cost["recipe"]["run_usd"] == pytest.approx(8 * share * 350e-6)
+    assert cost["marked"]["prompt_tokens"] == 300
+    assert result["paid"]["usd"] == pytest.approx(bill[0][1] + bill[1][1])
+    assert bill[1][1] == pytest.approx(len(questions) * 350e-6)
+    middling = cascade["measured"]["middling"]
+    assert 0 < middling <= 1
+    assert cascade["cost"]["rollouts"] == pytest.approx(4 * middling * measured["asked_per_trajectory"])
+    assert cascade["measured"]["signals"] == measured["signals"]
+    assert main(["report", "out/probe", "-o", "page.html"]) == 0
+    assert main(["audits", "out/probe"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert f"read for {len(questions)} of {len(questions)} trajectories that the judge was asked about" in page
+
+
+def test_a_judge_is_asked_within_the_cap(probe, tmp_path, services):
+    """Both questions about a batch come before the next batch, and an earlier start counts."""
+    cap, folder = 0.01, tmp_path / "out" / "probe"
+    with Loopback(MARKS) as server:
+        for _ in range(2):
+            code, _, error = probe("--max_usd", cap, prompts=16, **paid(server, **JUDGE))
+            assert code == 0, error
+            result = result_of(tmp_path)
+            assert "teacher_budget_usd" in result["stopped"]
+            assert result["measured"]["signals"]
+            assert spent(folder / "again")[1] > 0
+            assert spent(folder)[1] + spent(folder / "again")[1] == pytest.approx(result["paid"]["usd"])
+            assert result["paid"]["usd"] <= cap
+        asked = len(server.requests)
+        assert probe(prompts=16, **paid(server, **JUDGE))[0] == 0
+    assert len(server.requests) > asked
+    for first, *others in candidates_of(server.bodies[1:]).values():
+        assert others.count([places[::-1] for places in first]) == 1
+    assert result_of(tmp_path)["answers"]["marked"] > result["answers"]["marked"]
+    assert result_of(tmp_path)["stopped"] is None
+
+
+def test_a_judge_without_marks_is_not_asked_again(probe, tmp_path, services):
+    with Loopback(judge_of(lambda messages: "They are all good.")) as server:
+        code, out, _ = probe(**paid(server, **JUDGE))
+        asked = len(server.requests) - 1
+    assert code == 0
+    result = result_of(tmp_path)
+    assert result["answers"]["samples"] * 3 == result["answers"]["malformed"] == asked
+    assert result["verdict"] == "will not"
+    assert "100% of the forks got no marks" in result["reason"]
+    assert "'They are all good.'" in out
+    assert result["options"] == {}
+    assert spent(tmp_path / "out" / "probe" / "again")[1] == 0
+
+
 def test_a_service_without_a_price_is_refused(probe, services):
     with Loopback(wire.openai) as server:
         code, _, error = probe(**{**paid(server, "openai:nobody-knows"), **dict.fromkeys(PRICES, ...)})
@@ -205,7 +300,6 @@ def test_forks_are_those_of_a_run(probe, tmp_path, monkeypatch):
         (["--num_prompts", "0"], {}, "must be a whole number"),
         ([], {"teacher_model_name_or_path": "export:out"}, "is an export"),
         ([], {"teacher_model_name_or_path": ...}, "does not set `teacher_model_name_or_path`"),
-        ([], {"signal": "judge"}, "signal='judge': a probe compares rollouts"),
         ([], {"num_chunk": 5}, "Did you mean `num_chunks`?"),
     ],
 )
