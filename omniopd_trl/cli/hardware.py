@@ -245,7 +245,7 @@ def describe(
 
 
 def _fork_notes(job: Job, forks: Forks, attention: str) -> list[str]:
-    more = f"At most {forks.added(job.max_tokens):,.0f} tokens are trained beside a trajectory"
+    more = f"At most {forks.added(job.max_tokens):,.0f} tokens are computed beside a trajectory"
     if forks.num_branches:
         more += f", and {forks.sequences(job.max_tokens) * forks.chunk_length:,.0f} are sampled for its branches"
     notes = [f"{more}: equal branches are merged, and forks whose branches agree are dropped."]

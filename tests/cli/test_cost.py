@@ -482,10 +482,10 @@ class TestHardware:
         [
             ({"optim": "adafactor"}, "optim=adafactor is counted as AdamW"),
             ({"use_peft": True}, "lora_dropout=0.05 keeps a copy"),
-            ({"num_branches": 2}, "At most 980 tokens are trained beside a trajectory, and 1,000 are sampled"),
+            ({"num_branches": 2}, "At most 980 tokens are computed beside a trajectory, and 1,000 are sampled"),
             (
                 {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1},
-                "At most 200 tokens are trained beside a trajectory:",
+                "At most 200 tokens are computed beside a trajectory:",
             ),
             ({"num_branches": 2, "attn_implementation": "eager"}, "attn_implementation=eager: its scores"),
             ({"num_branches": 2, "attn_implementation": "flash_attention_2"}, "each branch is a row with its prefix"),
