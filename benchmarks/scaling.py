@@ -227,10 +227,11 @@ def measured_table() -> list[str]:
 # ---- The checks ----
 
 
-def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dict[str, float]:
+def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False, masked: bool = False) -> dict[str, float]:
     """Bytes and FLOPs of the student's code: a forward and backward with checkpointing and gradient accumulation.
 
-    Weights are in bf16, or in float32 under autocast.
+    Weights are in bf16, or in float32 under autocast. `masked`: whether there is a mask for each pair of tokens, as
+    for branches. It is not counted itself.
 
     Returns:
         `parameters`; `layers`, the peak bytes besides weights and gradients; `forward` and `backward`, in FLOPs.
@@ -259,11 +260,12 @@ def traced(student: Shape, tokens: int = TOKENS, autocasts: bool = False) -> dic
         ids = torch.zeros(1, tokens, dtype=torch.long)
         gradient = torch.zeros(1, tokens, student.hidden, dtype=dtype)
         # transformers cannot inspect the mask of a fake tensor, and would build one of `T * T`.
-        no_mask = {"full_attention": None}
+        pairs = torch.ones(1, 1, tokens, tokens, dtype=torch.bool) if masked else None
+        mask = {"full_attention": pairs}
 
         def states() -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
-                return model.base_model(input_ids=ids, attention_mask=no_mask, use_cache=False).last_hidden_state
+                return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
         # Separate passes, since the FLOP counter keeps tensors alive.
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:

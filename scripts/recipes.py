@@ -485,6 +485,8 @@ def job_on(row: Row, tier: Tier) -> Job:
 
 # Options of forms that are not in the paper and ask for less. `edit` needs `scale_advantages`.
 _BRANCHES: Options = {"num_branches": 7, "min_anchor_entropy": 0.1, "min_rollouts": 1}
+# A mask for each pair of tokens of two rows would not fit beside all weights.
+_ONE_ROW: Options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
 _ONE_ROLLOUT: Options = {**_BRANCHES, "scale_advantages": True, "num_rollouts": 1}
 _JUDGE: Options = {**_BRANCHES, "signal": "judge"}
 
@@ -537,7 +539,11 @@ def paid(name: str, options: Options | None = None) -> tuple[float, float]:
 
 def estimate(row: Row, tier: Tier) -> str:
     """Memory and time of a recipe on a tier, in words."""
-    it = job(row.name, tier.name)
+    return estimate_of(job(row.name, tier.name))
+
+
+def estimate_of(it: Job) -> str:
+    """Memory and time of a job, in words."""
     mean, longest = seconds(it)
     return f"{memory(it)} per GPU, {mean:.0f} to {longest:.0f} seconds per step"
 
@@ -587,21 +593,20 @@ def header(row: Row) -> str:
     if teacher.key is not None:
         words, options = cheap(row)
         (few, usd), (requests, paper_usd) = paid(row.name, options), paid(row.name)
-        it = job(row.name, first.name)
+        form = replace(first, options={**options, **_ONE_ROW})
         first_check = "`omniopd probe` measures first whether it would teach"
         if "signal" in options:
             first_check = (
                 "read the marks of the first steps (`omniopd audits`), which `omniopd probe` does not measure"
             )
-        longer = replace(it, max_tokens=it.max_tokens + 10 * options["num_branches"] * (50 - 1))  # M K (C - 1) tokens
         lines += [
             f"# A cheaper form, not in the paper: seven branches at each fork (docs/branches.md) and {words}.",
             f"# Forecast without a cache: {few:,.0f} requests and {usd:,.2f} dollars, instead of {requests:,.0f} and "
             f"{paper_usd:,.2f} below.",
             f"# We have not run it: {first_check}.",
-            f"# {first.name}, with branches in the rows: {memory(longer)} per GPU:",
+            f"# {first.name}: {estimate_of(job_on(row, form))}:",
             "#",
-            f"#   {replace(first, options=options).command(row.name)} --output_dir outputs/{row.name}_cheap",
+            f"#   {form.command(row.name)} --output_dir outputs/{row.name}_cheap",
             "#",
         ]
     opd = opd_tier(row)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omniopd_trl.errors import ConfigError
 
@@ -302,6 +302,64 @@ BACK_ENDS = (
 )
 
 
+Packing = Literal["mask", "blocks", "rows"]
+
+
+@dataclass(frozen=True)
+class Forks:
+    """Branches and imitated rollouts of a trajectory. All counts are upper bounds.
+
+    Equal branches are merged, tokens that a branch shares with its trajectory are not repeated, and forks whose
+    branches agree are dropped.
+
+    Attributes:
+        num_chunks: forks that are trained, M.
+        chunk_length: tokens of a branch, C.
+        num_branches: branches of a fork besides the trajectory's own, K. 0 without branches.
+        candidates: forks at which branches are sampled.
+        num_imitated: rollouts of a fork that are imitated, N. 0 without imitation.
+        imitated_tokens: tokens of each.
+        merges: whether chunks are joined. One may then be as long as all candidates.
+        packing: how the student computes them. `"mask"`: behind the trajectory, with a mask of one byte for each pair
+            of tokens (`sdpa`, `eager`); `"blocks"`: the same with a mask for blocks (`flex_attention`); `"rows"`: in
+            rows of their own, each padded to the length of the trajectory (any other attention).
+    """
+
+    num_chunks: int
+    chunk_length: int
+    num_branches: int = 0
+    candidates: int = 0
+    num_imitated: int = 0
+    imitated_tokens: int = 0
+    merges: bool = False
+    packing: Packing = "mask"
+
+    def _that_fit(self, chunks: int, tokens: float) -> float:
+        """Number of chunks in a trajectory of `tokens` tokens."""
+        return min(chunks, max(1.0, tokens / self.chunk_length))
+
+    def sequences(self, tokens: float) -> float:
+        """Branches that are sampled after a trajectory of `tokens` tokens, each of `chunk_length`."""
+        return self._that_fit(max(self.candidates, self.num_chunks), tokens) * self.num_branches
+
+    def suffixes(self, tokens: float) -> float:
+        """Branches and rollouts that are trained beside a trajectory."""
+        return self._that_fit(self.num_chunks, tokens) * (self.num_branches + self.num_imitated)
+
+    def inputs(self, tokens: float) -> float:
+        """Tokens that the student reads beside a trajectory. The last token of each suffix predicts nothing."""
+        imitated = self.num_imitated * max(0, self.imitated_tokens - 1)
+        if self.merges:
+            branches = self.sequences(tokens) * self.chunk_length
+        else:
+            branches = self._that_fit(self.num_chunks, tokens) * self.num_branches * (self.chunk_length - 1)
+        return branches + self._that_fit(self.num_chunks, tokens) * imitated
+
+    def added(self, tokens: float) -> float:
+        """Tokens of the student's forward for the loss, beside those of a trajectory."""
+        return self.suffixes(tokens) * tokens if self.packing == "rows" else self.inputs(tokens)
+
+
 def student_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool) -> float:
     """Weights, gradients and optimizer states on one GPU. `accumulates`: whether a step has several micro-batches."""
     per_parameter = back_end.whole + back_end.split / gpus
@@ -333,7 +391,7 @@ def state_bytes(student: Shape, back_end: BackEnd, gpus: int, accumulates: bool)
     return states + back_end.gathers * gathered(student) + back_end.lends * lent(student)
 
 
-def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
+def layer_bytes(student: Shape, tokens: float, autocasts: bool) -> float:
     """Peak memory of one layer while it is recomputed and differentiated, in bf16.
 
     The coefficients come from the code of Qwen3 in transformers, by the check below. They are the number of
@@ -345,7 +403,7 @@ def layer_bytes(student: Shape, tokens: int, autocasts: bool) -> float:
     return 2 * tokens * (hidden + 5 * queries + 6 * student.intermediate + 5.5 * keys) + weights
 
 
-def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+def loss_bytes(student: Shape, back_end: BackEnd, tokens: float) -> float:
     """The maximum of three moments in the backward of chunk loss and anchor, with the states at each moment.
 
     The anchor is first. It needs two tiles of logits in float32, and the casts of two tiles. Its gradient of the head
@@ -364,7 +422,7 @@ def loss_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
     return max(moments)
 
 
-def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
+def forward_bytes(student: Shape, back_end: BackEnd, tokens: float) -> float:
     """At the end of a forward: copies of weights, gathered and cloned weights of the reference, states, two tiles."""
     weights = back_end.copies * student.layers * student.layer_weights
     weights += back_end.gathers_reference * lent(student) + back_end.clones * student.head_parameters
@@ -372,7 +430,7 @@ def forward_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
     return weights + max(states + 2 * 4 * TILE, last_layer_bytes(student, tokens))
 
 
-def last_layer_bytes(student: Shape, tokens: int) -> float:
+def last_layer_bytes(student: Shape, tokens: float) -> float:
     """Bytes of the last layer in a forward: three activations of its MLP in bf16, and two float32 states."""
     return tokens * (2 * 3 * student.intermediate + 4 * 2 * student.hidden)
 
@@ -382,10 +440,22 @@ def state_size(back_end: BackEnd) -> int:
     return 4 if back_end.autocasts else 2
 
 
-def work_bytes(student: Shape, back_end: BackEnd, tokens: int) -> float:
-    """Bytes of a forward and backward with gradient checkpointing: the layers' inputs, and the peak above them."""
+def mask_bytes(student: Shape, tokens: float) -> tuple[float, float]:
+    """Bytes of a mask for each pair of tokens of one row: from the forward to the backward, and in one layer.
+
+    PyTorch copies the mask in bf16 for a layer, and transformers repeats keys and values for each head of the queries.
+    """
+    repeated = 2 * (student.heads - student.kv_heads) * student.head_dim
+    return tokens**2, 2 * (tokens**2 + tokens * repeated)
+
+
+def work_bytes(student: Shape, back_end: BackEnd, tokens: float, masked: float = 0.0) -> float:
+    """Bytes of a forward and backward with gradient checkpointing: the layers' inputs, and the peak above them.
+
+    `masked` are the bytes that a mask adds to a layer.
+    """
     inputs = state_size(back_end) * tokens * student.layers * student.hidden
-    layer = layer_bytes(student, tokens, back_end.autocasts)
+    layer = layer_bytes(student, tokens, back_end.autocasts) + masked
     loss = loss_bytes(student, back_end, tokens)
     return inputs + max(layer, loss, forward_bytes(student, back_end, tokens))
 
@@ -445,12 +515,31 @@ def step_flops(student: Shape, tokens: float, adapters: bool = False, method: st
     return flops
 
 
+def forks_flops(student: Shape, tokens: float, forks: Forks, adapters: bool = False) -> float:
+    """Operations that branches and imitated rollouts add to [`step_flops`] of a trajectory of `tokens` tokens.
+
+    Only the student's loss has them: 4 forwards of the layers, and 4 projections of each target. Scoring and the
+    reference have the trajectory alone.
+    """
+    added, targets = forks.added(tokens), forks.inputs(tokens) + forks.suffixes(tokens)
+    pairs = {
+        "mask": (tokens + added) ** 2 - tokens**2 / 2,  # all pairs are computed, and not half of them
+        "blocks": added * (tokens + forks.chunk_length) / 2,  # forks are spread evenly over the trajectory
+        "rows": added * tokens / 2,
+    }[forks.packing]
+    linear, projections = added * student.layers * 2 * student.layer_weights, student.projection_flops(targets)
+    attention = student.layers * 4 * student.heads * student.head_dim * pairs
+    return 4 * (linear + attention + projections) - (linear + projections if adapters else 0.0)
+
+
 def generation_seconds(
     student: Shape,
     gpu: GPU,
     sequences: float,
     tokens: float,
     *,
+    read: float = 0.0,
+    held: float = 0.0,
     cache_tokens: float = math.inf,
     efficiency: float = DECODE_EFFICIENCY,
 ) -> float:
@@ -463,12 +552,14 @@ def generation_seconds(
         gpu: the GPU.
         sequences: number of sequences.
         tokens: length of each.
+        read: tokens before each sequence, whose keys and values a decoding step reads for it.
+        held: tokens before each sequence that are held for it. Less than `read` where sequences share them.
         cache_tokens: tokens of keys and values that fit at once. The sequences are decoded in turns if all do not fit.
         efficiency: share of the bandwidth that is reached.
     """
     weights = 2 * (student.parameters - (0 if student.tied else student.head_parameters))
-    turns = max(1.0, sequences * tokens / cache_tokens, sequences / MAX_SEQUENCES)
-    cache = sequences * student.cache_bytes(tokens / 2, 2)
+    turns = max(1.0, sequences * (held + tokens) / cache_tokens, sequences / MAX_SEQUENCES)
+    cache = sequences * student.cache_bytes(read + tokens / 2, 2)
     return tokens * (turns * weights + cache) / (efficiency * gpu.bandwidth)
 
 

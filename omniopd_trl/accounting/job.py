@@ -17,9 +17,13 @@ from omniopd_trl.accounting.hardware import (
     TRANSFORMERS_EFFICIENCY,
     UTILIZATION,
     BackEnd,
+    Forks,
+    Packing,
     Shape,
+    forks_flops,
     generation_seconds,
     last_layer_bytes,
+    mask_bytes,
     moved_seconds,
     state_bytes,
     state_size,
@@ -82,6 +86,7 @@ class Job:
         vllm_utilization: the share of the GPU's memory that a colocated vLLM takes.
         vllm_sleeps: whether a colocated vLLM releases its memory during training.
         vllm_tensor_parallel: GPUs that share one colocated vLLM.
+        forks: branches and imitated rollouts; `None` without either.
     """
 
     student: Shape
@@ -103,6 +108,7 @@ class Job:
     vllm_utilization: float = 0.3
     vllm_sleeps: bool = False
     vllm_tensor_parallel: int = 1
+    forks: Forks | None = None
 
     def __post_init__(self) -> None:
         if self.student.experts > 1:
@@ -170,11 +176,17 @@ class Job:
     @cached_property
     def work(self) -> float:
         """Bytes of the forward and backward of a micro-batch, beside the states."""
-        tokens = self.rows * self.max_tokens
+        tokens: float = self.rows * self.max_tokens
         # Rows of different lengths need a mask, of one byte for each pair of tokens.
-        mask = self.rows * self.max_tokens**2 if self.rows > 1 else 0
+        mask: float = self.rows * self.max_tokens**2 if self.rows > 1 else 0
+        masked = 0.0
         teacher = last_layer_bytes(self.teacher, tokens) if self.teacher is not None else 0
-        return work_bytes(self.student, self.back_end, tokens) + mask + teacher
+        if self.forks is not None:
+            row = self.max_tokens + self.forks.added(self.max_tokens)
+            tokens = self.rows * row
+            if self.forks.packing == "mask":
+                mask, masked = (self.rows * size for size in mask_bytes(self.student, row))
+        return work_bytes(self.student, self.back_end, tokens, masked) + mask + teacher
 
     @property
     def generates(self) -> bool:
@@ -213,7 +225,9 @@ class Job:
             return 0.0
         if self.vllm is not None:
             return self.states + self.engine
-        return self.states + self.trajectories * self.student.cache_bytes(self.max_tokens, state_size(self.back_end))
+        item = state_size(self.back_end)
+        size = self.trajectories * self.student.cache_bytes(self.max_tokens, item)
+        return self.states + max(size, self.student.cache_bytes(self._tree(self.max_tokens), item))
 
     def shortfalls(self) -> Iterator[tuple[str, float]]:
         """Where memory is short, and by how many bytes."""
@@ -228,20 +242,55 @@ class Job:
         """Whether every GPU has enough memory."""
         return not any(self.shortfalls())
 
+    def _tree(self, tokens: float) -> float:
+        """Tokens of keys and values from which transformers samples the branches of one trajectory."""
+        forks = self.forks
+        if forks is None or forks.packing == "rows":  # each branch has its whole prefix
+            return tokens
+        return tokens + forks.sequences(tokens) * forks.chunk_length
+
+    def _generate(self, sequences: float, tokens: float, cache_tokens: float, **prefix: float) -> float:
+        """Seconds in which this run's engine writes sequences, `sequences` for each GPU."""
+        split = self.vllm_tensor_parallel if self.vllm == "colocate" else 1
+        return generation_seconds(
+            self.student,
+            replace(self.gpu, bandwidth=split * self.gpu.bandwidth),
+            split * sequences,
+            tokens,
+            cache_tokens=cache_tokens,
+            efficiency=TRANSFORMERS_EFFICIENCY if self.vllm is None else DECODE_EFFICIENCY,
+            **prefix,
+        )
+
+    def _sampling(self, tokens: float) -> float:
+        """Seconds in which the branches of a step are sampled, after the trajectories."""
+        sequences = 0.0 if self.forks is None else self.forks.sequences(tokens)
+        if self.forks is None or not sequences:
+            return 0.0
+        # The trajectory is computed and held once. vLLM reads the prefix of each branch, half of the trajectory on
+        # average, and transformers the trajectory once for all.
+        held, flops = tokens / sequences, self.student.forward_flops(tokens)
+        read = held if self.vllm is None else tokens / 2
+        cache_tokens = max(self.cache_tokens, tokens)
+        if self.vllm is None:
+            cache_tokens = max(self.trajectories * self.max_tokens, self._tree(tokens))
+            if self.forks.packing == "rows":  # each branch computes, holds and reads its prefix
+                held = read = tokens / 2
+                flops = sequences * self.student.forward_flops(tokens / 2)
+        written = self._generate(
+            self.trajectories * sequences, self.forks.chunk_length, cache_tokens, read=read, held=held
+        )
+        return written + self.trajectories * flops / (UTILIZATION * self.gpu.flops)
+
     def step(self, tokens: float) -> Step:
         """Seconds of one optimizer step whose trajectories have `tokens` tokens each, with their prompts."""
         generation = 0.0
         if self.generates:
-            split = self.vllm_tensor_parallel if self.vllm == "colocate" else 1
-            generation = generation_seconds(
-                self.student,
-                replace(self.gpu, bandwidth=split * self.gpu.bandwidth),
-                split * self.trajectories,
-                tokens,
-                cache_tokens=math.inf if self.vllm is None else max(self.cache_tokens, tokens),
-                efficiency=TRANSFORMERS_EFFICIENCY if self.vllm is None else DECODE_EFFICIENCY,
-            )
+            cache_tokens = math.inf if self.vllm is None else max(self.cache_tokens, tokens)
+            generation = self._generate(self.trajectories, tokens, cache_tokens) + self._sampling(tokens)
         flops = step_flops(self.student, tokens, self.back_end.adapters, self.method)
+        if self.forks is not None:
+            flops += forks_flops(self.student, tokens, self.forks, self.back_end.adapters)
         if self.teacher is not None and self.method == "opd":
             flops += self.teacher.forward_flops(tokens)
         training = self.trajectories * flops / (UTILIZATION * self.gpu.flops)
@@ -277,6 +326,11 @@ class Job:
                 f"--per_device_train_batch_size 1 --gradient_accumulation_steps {self.rows * self.micro_batches:g}",
                 {"rows": 1, "micro_batches": self.rows * self.micro_batches},
             )
+        if self.forks is not None and self.forks.packing != "blocks":
+            # Rows of their own become packed ones, and a mask for each pair of tokens one for blocks.
+            packing: Packing = "mask" if self.forks.packing == "rows" else "blocks"
+            attention = "sdpa" if packing == "mask" else "flex_attention"
+            yield f"--attn_implementation {attention}", {"forks": replace(self.forks, packing=packing)}
         is_ddp = self.launch in ("single_gpu", "multi_gpu")
         if is_ddp and not self.optimizer_8bit and not self.lora_parameters:
             yield "--optim adamw_bnb_8bit", {"optimizer_8bit": True}

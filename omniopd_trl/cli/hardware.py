@@ -3,9 +3,10 @@
 """Memory per GPU and time per step of a recipe, for `omniopd cost --gpu`."""
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.accounting.hardware import GIB, GPUS, Shape, known_shape
+from omniopd_trl.accounting.hardware import GIB, GPUS, Forks, Packing, Shape, known_shape
 from omniopd_trl.accounting.job import LAUNCHES, Job, Launch
 from omniopd_trl.errors import ConfigError, DataError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _8BIT = ("adamw_bnb_8bit", "adamw_8bit")
 _ADAMW = ("adamw_torch", "adamw_torch_fused", *_8BIT)
+_PACKINGS: dict[str, Packing] = {"sdpa": "mask", "eager": "mask", "flex_attention": "blocks"}
 _HALF = ("bfloat16", "float16", "auto")  # the checkpoints of today's students are in bfloat16
 
 
@@ -115,7 +117,29 @@ def job_of(
         vllm_utilization=args.vllm_gpu_memory_utilization,
         vllm_sleeps=args.vllm_enable_sleep_mode,
         vllm_tensor_parallel=args.vllm_tensor_parallel_size,
+        forks=_forks_of(args, model_args) if script_args.method == "omniopd" else None,
     )
+
+
+def _forks_of(args: "OmniOPDConfig", model_args: Any) -> Forks | None:
+    """What a recipe trains beside its trajectories; `None` for nothing."""
+    if not args.num_branches and not args.rollout_imitation:
+        return None
+    return Forks(
+        args.num_chunks,
+        args.chunk_length,
+        args.num_branches,
+        args.fork_candidates,
+        num_imitated=args.num_rollouts if args.rollout_imitation else 0,
+        imitated_tokens=args.rollout_imitation_tokens,
+        merges=args.chunk_overlap == "merge",
+        packing=_PACKINGS.get(_attention_of(args, model_args), "rows"),
+    )
+
+
+def _attention_of(args: "OmniOPDConfig", model_args: Any) -> str:
+    options = {"attn_implementation": model_args.attn_implementation, **(args.model_init_kwargs or {})}
+    return options["attn_implementation"] or "sdpa"
 
 
 def _is_model(teacher: str | None) -> bool:
@@ -169,6 +193,8 @@ def describe(
     rows = [("hardware", f"{count}{job.gpu.name}, {available:.1f} GiB of it usable; {job.launch}, {kind}, {optim}")]
     held = "weights, gradients, optimizer and reference" + (" and teacher" if job.teacher is not None else "")
     training = f"{job.states / GIB:.1f} {held}, {job.work / GIB:.1f} activations"
+    if job.forks is not None:
+        training += f" ({(job.work - replace(job, forks=None).work) / GIB:.1f} of them for branches and imitation)"
     if job.vllm == "colocate" and job.generates and not job.vllm_sleeps:
         training += f", {job.engine / GIB:.1f} vLLM"
     rows.append(("memory of training", f"{job.training_bytes / GIB:.1f} GiB per GPU: {training}"))
@@ -209,8 +235,8 @@ def describe(
             f"lora_dropout={model_args.lora_dropout:g} keeps a copy of what an adapter reads, up to 40% of a layer's "
             "activations, which are not counted. Set it to 0."
         )
-    if args.num_branches or args.rollout_imitation:
-        notes.append("Branches and imitated rollouts are not counted in memory and time.")
+    if job.forks is not None:
+        notes += _fork_notes(job, job.forks, _attention_of(args, model_args))
     if job.teacher is not None and job.method == "omniopd":
         notes.append("The time and the cache of the teacher in the same process are not counted.")
     if job.vllm == "server":
@@ -218,15 +244,33 @@ def describe(
     return rows, notes
 
 
+def _fork_notes(job: Job, forks: Forks, attention: str) -> list[str]:
+    more = f"At most {forks.added(job.max_tokens):,.0f} tokens are computed beside a trajectory"
+    if forks.num_branches:
+        more += f", and {forks.sequences(job.max_tokens) * forks.chunk_length:,.0f} are sampled for its branches"
+    notes = [f"{more}: equal branches are merged, and forks whose branches agree are dropped."]
+    if forks.packing == "rows":
+        notes.append(
+            f"attn_implementation={attention}: each branch is a row with its prefix. Set sdpa or flex_attention."
+        )
+    elif attention == "eager":
+        notes.append("attn_implementation=eager: its scores for each pair of tokens and head are not counted.")
+    return notes
+
+
 def _verdict(job: Job) -> str:
     short = [f"{size / GIB:.1f} GiB short in {what}" for what, size in job.shortfalls()]
     if not short:
         return "yes"
     found = job.remedies()
+    without = ""
+    if job.forks is not None and replace(job, forks=None).fits:
+        without = "; without branches and imitation it fits"
     if found is None:
         return (
-            f"no: {', '.join(short)}; no option makes it fit on this GPU. More memory, more GPUs or a smaller student"
+            f"no: {', '.join(short)}; no option makes it fit on this GPU. More memory, more GPUs or a smaller "
+            f"student{without}"
         )
     options, other = found
     needed = max(other.training_bytes, other.generation_bytes) / GIB
-    return f"no: {', '.join(short)}; with {' '.join(options)} it takes {needed:.1f} GiB and fits"
+    return f"no: {', '.join(short)}; with {' '.join(options)} it takes {needed:.1f} GiB and fits{without}"

@@ -7,6 +7,7 @@ That the formulas of activations, states and operations are those of the code is
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,10 +22,15 @@ from omniopd_trl.accounting.hardware import (
     GIB,
     GPUS,
     QWEN3,
+    Forks,
     Shape,
+    forks_flops,
     generation_seconds,
     known_shape,
+    layer_bytes,
+    mask_bytes,
     state_bytes,
+    step_flops,
     work_bytes,
 )
 from omniopd_trl.accounting.job import LAUNCHES, Job
@@ -225,6 +231,134 @@ class TestMemory:
             Job(MIDDLE, H100, 8, "zero3", optimizer_8bit=True)
         with pytest.raises(ConfigError, match=r"weights in bf16 .* not for fsdp2"):
             Job(MIDDLE, H100, 8, "fsdp2", half=True)
+
+
+class TestForks:
+    """Branches and imitated rollouts."""
+
+    @pytest.mark.parametrize(
+        ("forks", "inputs", "suffixes", "sequences"),
+        [
+            (Forks(10, 50, 7), 3430, 70, 70),  # 10 * 7 * 49
+            (Forks(4, 50, 7, candidates=8), 1372, 28, 56),  # 4 * 7 * 49, and 8 * 7
+            (Forks(10, 50, num_imitated=4, imitated_tokens=3), 80, 40, 0),  # 10 * 4 * 2
+            (Forks(10, 50, 7, num_imitated=1, imitated_tokens=3), 3450, 80, 70),
+            (Forks(4, 50, 7, candidates=8, merges=True), 2800, 28, 56),  # 7 branches of one chunk of 8 * 50
+            (Forks(10, 50, 7, num_imitated=1, imitated_tokens=1), 3430, 80, 70),  # a single token predicts nothing
+        ],
+    )
+    def test_counts(self, forks, inputs, suffixes, sequences):
+        """Tokens in a row, what is trained, and what is sampled, for a long trajectory."""
+        assert (forks.inputs(6340), forks.suffixes(6340), forks.sequences(6340)) == (inputs, suffixes, sequences)
+        assert forks.added(6340) == inputs
+        assert replace(forks, packing="rows").added(6340) == suffixes * 6340
+
+    def test_short_trajectories(self):
+        """A trajectory holds no more chunks than its tokens allow, and one chunk at least."""
+        forks = Forks(10, 50, 7, candidates=20)
+        assert [forks.inputs(tokens) for tokens in (10, 100, 500)] == [343, 686, 3430]
+        assert [forks.sequences(tokens) for tokens in (10, 100, 500, 1000)] == [7, 14, 70, 140]
+
+    def test_tokens_of_a_row(self):
+        """Packed branches are further tokens of the student's row; with a block mask nothing else."""
+        plain = Job(MIDDLE, H100, max_tokens=6340)
+        blocks = replace(plain, forks=Forks(10, 50, 7, packing="blocks"))
+        assert blocks.work == replace(plain, max_tokens=9770).work
+        rows = replace(plain, forks=Forks(10, 50, 7, packing="rows"))
+        assert rows.work == replace(plain, max_tokens=71 * 6340).work
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_mask(self, rows):
+        """A mask for each pair: a byte, two in a layer, and keys and values for each of the queries' heads."""
+        # 9,770 tokens; 32 heads of queries and 8 of keys, of 128.
+        assert mask_bytes(MIDDLE, 9770) == (95_452_900, 2 * 95_452_900 + 4 * 9770 * 24 * 128)
+        job = Job(MIDDLE, H100, max_tokens=6340, rows=rows, half=True, lora_parameters=1, forks=Forks(10, 50, 7))
+        unmasked = 2 * rows * 9770 * 36 * 2560 + layer_bytes(MIDDLE, rows * 9770, False)  # a layer is the peak
+        assert job.work == unmasked + rows * sum(mask_bytes(MIDDLE, 9770))
+
+    def test_mask_beside_the_loss(self):
+        """Where all weights are trained the loss is the peak, when a layer's copies are gone."""
+        job = Job(MIDDLE, H100, max_tokens=6340, half=True, forks=Forks(10, 50, 7))
+        assert job.work == replace(job, max_tokens=9770, forks=None).work + 9770**2
+
+    @pytest.mark.parametrize("packing", ["mask", "blocks", "rows"])
+    @pytest.mark.parametrize("engine", [{}, SLEEPS])
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_more_branches_take_more(self, packing, engine, rows):
+        """Memory of training, and time, rise with K; memory of generation does not fall. Imitation adds to both."""
+        forks = [None, *(Forks(10, 50, k, packing=packing) for k in (1, 2, 7, 31))]
+        forks.append(replace(forks[-1], num_imitated=4, imitated_tokens=3))
+        jobs = [Job(MIDDLE, H100, rows=rows, micro_batches=8, forks=each, **engine) for each in forks]
+        for less, more in pairwise(jobs):
+            assert less.training_bytes < more.training_bytes
+            assert less.generation_bytes <= more.generation_bytes
+            for tokens in (100, 6540, 20_000):
+                assert less.step(tokens).training < more.step(tokens).training
+                assert less.step(tokens).generation <= more.step(tokens).generation
+        assert jobs[0].step(6540).generation < jobs[1].step(6540).generation
+
+    def test_cache(self):
+        """transformers samples branches of several trajectories in the tokens of these, and of one in its tree."""
+        one, many = (Job(SMALL, H100, max_tokens=6340, micro_batches=n) for n in (1, 16))
+        forks = Forks(10, 50, 7)
+        per_token = 2 * 28 * 8 * 128 * 4  # keys and values of 28 layers, 8 heads of 128, in float32
+        assert replace(one, forks=forks).generation_bytes == one.generation_bytes + 3500 * per_token
+        assert replace(many, forks=forks).generation_bytes == many.generation_bytes
+        apart = replace(forks, packing="rows")
+        assert replace(one, forks=apart).generation_bytes == one.generation_bytes
+
+    @pytest.mark.parametrize("adapters", [False, True])
+    def test_work(self, adapters):
+        """The student's loss alone: 4 forwards and 4 products with the head, 1 less each for frozen weights."""
+        frozen = 1 if adapters else 0
+        linear = (8 - 2 * frozen) * 3430 * 36 * MIDDLE.layer_weights
+        head = (8 - 2 * frozen) * 3500 * 151_936 * 2560
+        pairs = 4 * 36 * 4 * 32 * 128
+        found = {
+            packing: forks_flops(MIDDLE, 6340, Forks(10, 50, 7, packing=packing), adapters) - head
+            for packing in ("mask", "blocks")
+        }
+        assert found["mask"] == pytest.approx(linear + pairs * (9770**2 - 6340**2 / 2))
+        assert found["blocks"] == pytest.approx(linear + pairs * 3430 * (6340 + 50) / 2)
+        rows = forks_flops(MIDDLE, 6340, Forks(10, 50, 7, packing="rows"))
+        assert rows == pytest.approx(4 * 70 * MIDDLE.forward_flops(6340) + 8 * 3500 * 151_936 * 2560)
+        job = Job(MIDDLE, H100, micro_batches=16, forks=Forks(10, 50, 7), lora_parameters=1000 * frozen)
+        flops = step_flops(MIDDLE, 6340, adapters) + found["mask"] + head
+        assert job.step(6340).training == pytest.approx(16 * flops / (0.4 * H100.flops))
+
+    @pytest.mark.parametrize(
+        ("vllm", "packing", "prefix", "forwards"),
+        [
+            ("server", "mask", 3170, 1),  # vLLM reads half of the trajectory for each branch
+            ("server", "rows", 3170, 1),
+            (None, "blocks", 6340 / 70, 1),  # a tree is read once for all
+            (None, "rows", 3170, None),
+        ],
+    )
+    def test_sampling(self, vllm, packing, prefix, forwards):
+        """70 branches of 50 tokens: a decoding step reads the weights, and keys and values before each branch."""
+        job = Job(MIDDLE, H100, max_tokens=20_000, micro_batches=16, vllm=vllm)
+        seconds = replace(job, forks=Forks(10, 50, 7, packing=packing)).step(6340).generation
+        turns = 16 * 70 / 256  # vLLM decodes 256 at once, and these are also the turns that memory needs
+        if vllm is None and packing == "rows":
+            turns = max(turns, 16 * 70 * (3170 + 50) / (16 * 20_000))
+        read = turns * 2 * MIDDLE.parameters + 16 * 70 * (prefix + 25) * 2 * 36 * 8 * 128 * 2
+        written = 50 * read / ((0.5 if vllm else 0.08) * H100.bandwidth)
+        flops = 70 * MIDDLE.forward_flops(3170) if forwards is None else MIDDLE.forward_flops(6340)
+        expected = written + 16 * flops / (0.4 * H100.flops)
+        assert seconds - job.step(6340).generation == pytest.approx(expected)
+
+    def test_remedies(self):
+        """Packed rows instead of one for each branch, and a mask for blocks where one for all pairs is too large."""
+        job = Job(MIDDLE, H100, optimizer_8bit=True, ref_model_offload=True, vllm="server", forks=Forks(10, 50, 7))
+        apart = replace(job, forks=replace(job.forks, packing="rows"))
+        assert (job.fits, apart.fits) == (True, False)
+        assert apart.remedies() == (["--attn_implementation sdpa"], job)
+        tight = replace(job, gpu=replace(H100, memory=(job.training_bytes - 1) / 0.95))
+        options, other = tight.remedies()
+        assert options == ["--attn_implementation flex_attention"]
+        assert other.fits
+        assert other.forks == replace(job.forks, packing="blocks")
 
 
 class TestRemedies:

@@ -19,11 +19,20 @@ from benchmarks.scaling import (
     step_seconds,
     step_table,
     time_table,
+    traced,
     waits,
 )
 from benchmarks.shapes import Limits
 from benchmarks.step_time import PROMPT_TOKENS, Batch, seconds_at_the_limit
-from omniopd_trl.accounting.hardware import BACK_ENDS, QWEN3, gathered, moved_seconds, state_bytes, step_flops
+from omniopd_trl.accounting.hardware import (
+    BACK_ENDS,
+    QWEN3,
+    gathered,
+    mask_bytes,
+    moved_seconds,
+    state_bytes,
+    step_flops,
+)
 from tests.support import ROOT
 
 LORA = next(back_end for back_end in BACK_ENDS if back_end.adapters)
@@ -35,6 +44,15 @@ def test_formulas_are_those_of_the_code(student):
     """At the real widths, two layers deep: parameters and a forward exactly, a backward and the memory to 1 in 20."""
     for _, name, formula, code in check((replace(student, layers=2),), TOKENS):
         assert formula == pytest.approx(code, rel=0 if name in ("parameters", "forward") else 0.05), name
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+@pytest.mark.parametrize("student", QWEN3[:2], ids=lambda student: student.name)
+def test_a_mask_is_that_of_the_code(student, autocasts):
+    """What a layer takes more with a mask for each pair of tokens, in the code of PyTorch and transformers."""
+    two = replace(student, layers=2)
+    plain, masked = (traced(two, TOKENS // 2, autocasts, masked)["layers"] for masked in (False, True))
+    assert masked - plain == mask_bytes(two, TOKENS // 2)[1]
 
 
 @pytest.mark.parametrize("student", QWEN3, ids=lambda student: student.name)

@@ -482,7 +482,13 @@ class TestHardware:
         [
             ({"optim": "adafactor"}, "optim=adafactor is counted as AdamW"),
             ({"use_peft": True}, "lora_dropout=0.05 keeps a copy"),
-            ({"num_branches": 2}, "Branches and imitated rollouts are not counted"),
+            ({"num_branches": 2}, "At most 980 tokens are computed beside a trajectory, and 1,000 are sampled"),
+            (
+                {"rollout_imitation": 0.5, "min_anchor_entropy": 0.1},
+                "At most 200 tokens are computed beside a trajectory:",
+            ),
+            ({"num_branches": 2, "attn_implementation": "eager"}, "attn_implementation=eager: its scores"),
+            ({"num_branches": 2, "attn_implementation": "flash_attention_2"}, "each branch is a row with its prefix"),
             ({"teacher_model_name_or_path": "Qwen/Qwen3-1.7B"}, "teacher in the same process are not counted"),
             ({"use_vllm": True, "vllm_mode": "server"}, "counted as one GPU of the same kind"),
         ],
@@ -492,6 +498,32 @@ class TestHardware:
         """What is not counted is said."""
         assert main(["cost", "--config", recipe(**settings), "--gpu", "h200"]) == 0
         assert note in capsys.readouterr().out
+
+    def test_branches(self, capsys):
+        """A recipe that fits without branches and not with them, and what it takes; the baselines have none."""
+        name = str(ROOT / "recipes" / "math_qwen3_4b_from_claude_haiku_5_5.yaml")
+        lengths = ["--prompt_length", "200", "--trajectory_length", "6340", "--gpu", "h100-80"]
+        branches = ["--num_branches", "7", "--min_anchor_entropy", "0.1", "--scale_advantages", "true"]
+
+        def printed(*options):
+            assert main(["cost", "--config", name, *lengths, *options]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            return {line[:22].strip(): line[22:] for line in lines if line[20:22] == "  "}, "\n".join(lines)
+
+        rows, text = printed()
+        assert rows["fits"] == "yes"
+        assert "branches" not in text
+        rows, text = printed(*branches)
+        size = re.search(r"no: ([\d.]+) GiB short in training; with (.+) it takes", rows["fits"])
+        assert rows["fits"].endswith("fits; without branches and imitation it fits")
+        assert size[2] == "--per_device_train_batch_size 1 --gradient_accumulation_steps 16"
+        rows, text = printed(*branches, *size[2].split())
+        assert rows["fits"] == "yes"
+        assert re.search(r"activations \([\d.]+ of them for branches and imitation\)", rows["memory of training"])
+        rows, text = printed(*branches, *size[2].split(), "--attn_implementation", "flash_attention_2")
+        assert "with --attn_implementation sdpa it takes" in rows["fits"]
+        plain, branched = (printed("--method", "grpo", *options)[1] for options in ([], branches))
+        assert branched == plain
 
     @pytest.mark.parametrize(
         ("settings", "options", "code", "message"),

@@ -8,19 +8,15 @@ RUNS.json is a list of `{"name", "method", "student"}`, each with optional argum
 configuration. The weights are written to `NAME.safetensors` beside the result.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.baselines.make import make_baseline
-from tests.support.back_ends import whole
+from tests.support.back_ends import train_each, whole
 from tests.support.training import questions
 
 SETTINGS: dict[str, Any] = {
@@ -91,20 +87,5 @@ def train(
     return {"logs": logs, "sharded": is_sharded}
 
 
-def main() -> None:
-    result, runs = Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
-    results = {}
-    for run in runs:
-        torch.manual_seed(0)
-        results[run["name"]] = train(result.parent, **run)
-        AcceleratorState._reset_state()  # the next one is a run of its own
-        GradientState._reset_state()
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(results))
-        partial.rename(result)
-
-
 if __name__ == "__main__":
-    main()
+    train_each(train)

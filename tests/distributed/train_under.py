@@ -9,7 +9,6 @@ MODELS.json is a list of `{"name", "path"}`, each with optional arguments of `tr
 The weights are written to `NAME.safetensors` beside the result.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from tests.support.back_ends import LOGGED, STEPS, training_arguments, whole
+from tests.support.back_ends import LOGGED, STEPS, train_each, training_arguments, whole
 
 BACK_END = sys.argv[1]
 if BACK_END == "fsdp2":
     import tests.support.fsdp2_on_cpu  # noqa: F401
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -354,25 +352,5 @@ def places(model: nn.Module) -> list[Any]:
     return [maker.remote_device for maker in makers]
 
 
-def main() -> None:
-    result, models = Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
-    results = {}
-    for model in models:
-        torch.manual_seed(0)
-        results[model["name"]] = train(result.parent, **model)
-        # The next one is a run of its own.
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-    if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        torch.distributed.barrier()
-    else:
-        rank = 0
-    if rank == 0:
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(results))
-        partial.rename(result)
-
-
 if __name__ == "__main__":
-    main()
+    train_each(train)

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -201,6 +202,32 @@ def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: flo
     # A process of DeepSpeed sometimes aborts after it has finished, so check the result instead of the exit code.
     assert result.exists(), f"{back_end} ended with {code} and no result:\n{output[-8000:]}"
     return json.loads(result.read_text())
+
+
+def train_each(train: Callable[..., dict[str, Any]]) -> None:
+    """`main` of a script: call `train` for each run of a JSON file, and write what it returns to another one.
+
+    The files are the second and the third argument of the script. `train` takes the folder of the results and the
+    settings of a run, of which one is its `"name"`.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    result, runs = Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
+    results = {}
+    for run in runs:
+        torch.manual_seed(0)
+        results[run["name"]] = train(result.parent, **run)
+        AcceleratorState._reset_state()  # the next one is a run of its own
+        GradientState._reset_state()
+    rank = 0
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        torch.distributed.barrier()
+    if rank == 0:
+        partial = result.with_suffix(".partial")
+        partial.write_text(json.dumps(results))
+        partial.rename(result)
 
 
 def whole(parameter: "torch.nn.Parameter") -> "torch.Tensor":
