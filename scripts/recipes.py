@@ -594,16 +594,11 @@ def header(row: Row) -> str:
         words, options = cheap(row)
         (few, usd), (requests, paper_usd) = paid(row.name, options), paid(row.name)
         form = replace(first, options={**options, **_ONE_ROW})
-        first_check = "`omniopd probe` measures first whether it would teach"
-        if "signal" in options:
-            first_check = (
-                "read the marks of the first steps (`omniopd audits`), which `omniopd probe` does not measure"
-            )
         lines += [
             f"# A cheaper form, not in the paper: seven branches at each fork (docs/branches.md) and {words}.",
             f"# Forecast without a cache: {few:,.0f} requests and {usd:,.2f} dollars, instead of {requests:,.0f} and "
             f"{paper_usd:,.2f} below.",
-            f"# We have not run it: {first_check}.",
+            "# We have not run it: `omniopd probe` measures first whether it would teach.",
             f"# {first.name}: {estimate_of(job_on(row, form))}:",
             "#",
             f"#   {form.command(row.name)} --output_dir outputs/{row.name}_cheap",
