@@ -51,7 +51,7 @@ _SETTINGS = (
     *("importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "max_steps"),
     *("num_train_epochs", "seed", _BATCH, "cascade_low", "cascade_high"),
     *("num_generations", "reward_weight", "reward_weights", "audit_trajectories"),
-    *("num_branches", "fork_candidates", "scale_advantages"),
+    *("num_branches", "fork_candidates", "scale_advantages", "rollout_imitation", "rollout_imitation_tokens"),
 )
 
 _CHUNK = pa.struct(

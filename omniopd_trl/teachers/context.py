@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only the teacher sees: a context beside the prompt, such as a reference solution, a rubric or feedback."""
 
+import math
 import re
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
@@ -119,14 +120,16 @@ class TeacherContext:
     def of(self, row: Mapping[str, Any]) -> str | None:
         """What only the teacher sees of a row; `None` without a column.
 
+        A whole number is written without decimals: a column of 7 and 3.5 holds 7.0.
+
         Raises:
-            DataError: when the row has no text and no number there.
+            DataError: when the row has no text and no finite number there. NaN is a missing number.
         """
         if self.column is None:
             return None
         value = row.get(self.column)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return str(value).removesuffix(".0")
         if not isinstance(value, str) or not value.strip():
             raise DataError(
                 f"`{self.column}` (teacher_context_column) must be text that is not blank, or a number, got "

@@ -975,6 +975,12 @@ class OmniOPDConfig(DistillationConfig):
         is_number = [isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in numbers]
         if not is_number or not all(is_number):
             raise ConfigError(f"reward_weights={weights!r} must hold one finite number for each reward function.")
+        if self.uses_rewards and not any(w > 0 if self.audit_trajectories == "wrong" else w for w in numbers):
+            raise ConfigError(
+                f"reward_weights={weights!r} with reward_weight={self.reward_weight:g} and audit_trajectories="
+                f"{self.audit_trajectories!r}: no reward function counts. Give one a weight"
+                f"{' above 0' if self.audit_trajectories == 'wrong' else ''}, or leave them out."
+            )
 
     def _check_signal(self) -> None:
         if self.signal != "cascade":

@@ -14,6 +14,7 @@ from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.journal.browse import list_audits, read_audits
 from omniopd_trl.report import export as export_module
+from omniopd_trl.trainer.fingerprint import SINCE_EARLIER_RECORDS
 from tests.support import hub_stub
 from tests.support.commands import run_process
 from tests.support.journals import audit, journal, trajectory
@@ -194,3 +195,8 @@ def test_a_push_that_fails(run, tmp_path):
     assert "Traceback" not in done.stderr
     assert "hf_another-token" not in done.stderr
     assert json.loads((tmp_path / "out" / "export.json").read_text())["num_trajectories"] == 20
+
+
+def test_the_options_of_all_methods_are_exported():
+    """But the template of a context, which is a text of the user."""
+    assert {*SINCE_EARLIER_RECORDS}.difference(export_module._SETTINGS) == {"teacher_context_template"}

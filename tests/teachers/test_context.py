@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompt that only the teacher sees: templates, columns, and what counts as a quotation."""
 
+import math
+
 import pytest
 from datasets import Dataset
 
@@ -66,12 +68,18 @@ def test_latex_in_a_template_is_no_field():
         ([{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": " "}], r"Row 1 of `train_dataset`.*not blank"),
         ([{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": None}], "Row 1 .*got None"),
         ([{"prompt": "p", "answer": [7]}], r"got \[7\]"),
+        ([{"prompt": "p", "answer": 7.5}, {"prompt": "p", "answer": math.nan}], "Row 1 .*got nan"),
         ([{"prompt": "is it 7?", "answer": "7"}, {"prompt": "is it -8?", "answer": "-8"}], "2 of 2 prompts contain"),
     ],
 )
 def test_columns_are_checked(rows, message):
     with pytest.raises(DataError, match=message):
         TeacherContext("answer").check(Dataset.from_list(rows))
+
+
+def test_numbers_are_written_as_a_rollout_would():
+    """A column that holds 7 and 3.5 has floats only."""
+    assert [TeacherContext("answer").of({"answer": n}) for n in (7.0, 3.5, -37, 1e20)] == ["7", "3.5", "-37", "1e+20"]
 
 
 def test_prompts_that_hold_the_digits_of_an_answer_are_fine():

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from omniopd_trl import OmniOPDConfig
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal.browse import list_audits, read_audits
@@ -327,6 +328,14 @@ def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir):
         ({"reward_weights": 0.5}, "reward_weights=0.5 must hold one finite number for each"),
         ({"reward_weights": ["1"]}, "reward_weights=['1'] must hold one finite number for each"),
         ({"reward_weights": [1.0, 2.0], "reward_funcs": by_length}, "reward_weights=[1.0, 2.0] has 2 numbers"),
+        (
+            {"reward_weights": [0], "reward_weight": 0.5, "num_generations": 2},
+            "reward_weights=[0] with reward_weight=0.5",
+        ),
+        (
+            {"reward_weights": [-1, 0], "audit_trajectories": "wrong"},
+            "no reward function counts. Give one a weight above 0",
+        ),
         ({"reward_funcs": 3}, "`reward_funcs` holds 3, which is neither a function nor a reward model"),
         (
             {"audit_trajectories": "wrong", "dataset": questions().remove_columns("answer")},
@@ -337,6 +346,11 @@ def test_a_resumed_run_replays_the_rewards(tmp_path, tiny_model_dir):
 def test_settings_without_a_meaning_are_refused(tmp_path, tiny_model_dir, settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         make_trainer(tmp_path, tiny_model_dir, **settings)
+
+
+def test_a_penalty_alone_is_a_reward():
+    """Its weight is negative. Only the choice of the wrong trajectories needs one above 0."""
+    OmniOPDConfig(reward_weights=[-0.5], reward_weight=1.0, num_generations=2, use_cpu=True, bf16=False)
 
 
 def test_a_training_set_must_fill_a_step(tmp_path, tiny_model_dir):
