@@ -57,7 +57,8 @@ def near_duplicates(training: Iterable[str], evaluation: Sequence[str], threshol
         One entry per evaluation problem that has a near-duplicate, the most similar first.
     """
     words = [_words(text) for text in evaluation]
-    wordings, wholes = [_wording(problem) for problem in words], [_sequences(problem, _OF_NUMBERS) for problem in words]
+    wordings = [_wording(problem) for problem in words]
+    wholes = [_sequences(problem, _OF_NUMBERS) for problem in words]
     shared_by = Counter(sequence for problem in (*wordings, *wholes) for sequence in problem)
     common = max(_COMMON * len(words), 3)
 

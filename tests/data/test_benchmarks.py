@@ -334,7 +334,7 @@ def test_same_prompts_same_fingerprint(write):
         ("apps", [{**APPS, "input_output": '{"inputs": ["1"], "outputs": []}'}], "1 inputs and 0 outputs"),
         ("eurus_taco_100", EURUS[:2], r"no problems left. Left out are: other categories than taco"),
         ("eurus_code", [eurus("code", "apps", "4")], r"Row 0 of the set 'eurus_code'.*reward_model"),
-        ("apps", [{**APPS, "input_output": STDIN}], "Row 0 of the set 'apps' .* the tests are a dict, and no JSON text"),
+        ("apps", [{**APPS, "input_output": STDIN}], "Row 0 of the set 'apps' .* tests are a dict, and no JSON"),
         ("eurus_code", [{**EURUS[1], "reward_model": {"style": "rule"}}], "Row 0 .*KeyError: 'ground_truth'"),
         ("dapo_math_17k_original", [dapo("a"), {**dapo("b"), "extra_info": None}], "Row 1 of the set .*TypeError"),
         ("dapo_math_17k_original", [dapo("a"), dapo(None)], "Row 1 of the set .* no extra_info.index"),
