@@ -38,7 +38,9 @@ PROMPT = 1024  # tokens of a sequence of 20K that are left to the prompt
 SOLUTION = 14_336  # `max_completion_length` for solutions of 20K teacher tokens
 # The paper's means in tokens (Section 9).
 MEAN_PROMPT, MEAN_TRAJECTORY = 200, 6340
-EPOCH = 1000  # steps of 16 prompts: about one epoch of the paper's 17K problems
+# Steps of 16 prompts of about one epoch: of the paper's 17K problems, and of the 26,758 programming problems of Eurus.
+EPOCH = 1000
+EPOCHS = {"math": EPOCH, "code": 1700}
 
 Options = Mapping[str, Any]  # option -> value; a tuple has the comment of the line beside it
 
@@ -91,7 +93,7 @@ class Student:
         grpo: the same after GRPO.
         options: options of the first tier, with their comments.
         tiers: other hardware.
-        opd: hardware for OPD, where the teacher is on the student's GPU. OPD does not run under DeepSpeed.
+        opd: hardware for OPD, where the teacher is on the student's GPU.
     """
 
     name: str
@@ -393,7 +395,7 @@ def body(row: Row) -> str:
         ]
     else:
         data = [
-            "# Data: the programming problems of PRIME-RL's compilation (Section 5.1), with our prompt; the paper has none",
+            "# Data: the programming problems of PRIME-RL's compilation (Section 5.1), with its prompts; the paper states none",
             "dataset_name: benchmark:eurus_code",
         ]
     method = [
@@ -402,7 +404,7 @@ def body(row: Row) -> str:
         "chunk_length: 50 # C, Section 5.1; 100 was better and more expensive (71.58, Table 4)",
         "num_rollouts: 10 # N, Section 5.1",
         "similarity: edit # phi, Section 5.1"
-        + ("; rouge1 was better for this student (62.87, Table 5)" if row.student == "qwen3_1.7b" else ""),
+        + ("; rouge1 was better for this student (62.87, Table 5)" if row.name.startswith("math_qwen3_1.7b") else ""),
         "prior_strength: 1.0 # alpha, Fig. 2: the best value, used for the 69.08 of Table 1",
         "prior: policy # Eq. 4. Section 1 and Algorithm 1 use the base model, which would be `reference`",
         "beta: 0.1 # Section 5.1",
@@ -520,14 +522,14 @@ def forecast_of(name: str, options: tuple[tuple[str, Any], ...] = ()) -> Forecas
         prompt_tokens=[MEAN_PROMPT],
         trajectory_length=MEAN_TRAJECTORY,
         trajectories_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        steps=steps_of(args),
+        steps=steps_of(row, args),
         num_rows=None,
     )
 
 
-def steps_of(args: Any) -> int:
+def steps_of(row: Row, args: Any) -> int:
     """Steps of a recipe. One that trains for an epoch does not say how many."""
-    return args.max_steps if args.max_steps > 0 else EPOCH
+    return args.max_steps if args.max_steps > 0 else EPOCHS[row.task]
 
 
 def paid(name: str, options: Options | None = None) -> tuple[float, float]:
@@ -671,7 +673,7 @@ def costs() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        forecast, steps = forecast_of(row.name), steps_of(parsed(row, {})[1])
+        forecast, steps = forecast_of(row.name), steps_of(row, parsed(row, {})[1])
         cells = [f"`{row.name}`", reported(row), f"{steps:,}"]
         for load in (forecast.run, forecast.sft_run):
             cells += [f"{load.prompt_tokens / 1e6:,.1f} + {load.completion_tokens / 1e6:,.1f} M", price(row, load)]

@@ -6,8 +6,11 @@ The table of the sets is in [`sets`].
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -33,6 +36,9 @@ _SEED = 0
 # A task of `reasoning_gym` draws problem `i` with the seed `seed + i`: with neighbouring seeds, two splits would hold
 # the same problems.
 _GYM_TEST_SEED = 10**9
+
+# Separates sets. A comma in brackets is part of an option: `operators=["+","-"]`.
+_COMMA = re.compile(r",(?![^\[]*\])")
 
 _FEATURES = {
     "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -83,12 +89,14 @@ def load_benchmark(name: str, split: str | None = None, limit: int | None = None
         raise ConfigError(f"limit={limit}: the number of problems must be at least 1. Leave it out for all.")
     if name.startswith(GYM):
         return _gym_problems(name, split or "test", limit)
-    known, _, path = name.partition("@")
+    known, at, path = name.partition("@")
     if known in BENCHMARKS:
+        if at and not path:
+            raise ConfigError(f"{name!r} names no path. Add the copy of the set after the @, or leave out the @.")
         return _load(known, BENCHMARKS[known], split, limit, path)
-    if "/" not in name and "." not in name:
+    if "/" not in known and "." not in known and not (at and Path(name).exists()):
         raise ConfigError(
-            f"There is no set {name!r}. {did_you_mean(name, BENCHMARKS)} A local file of your own is named with its "
+            f"There is no set {known!r}. {did_you_mean(known, BENCHMARKS)} A local file of your own is named with its "
             "ending (`problems.jsonl`), a folder with a slash (`./problems`)."
         )
     return _load_files(name, split, limit)
@@ -102,14 +110,14 @@ def load_benchmark_splits(name: str) -> DatasetDict:
 
     Returns:
         Sets to train on as the split `"train"`, and sets to evaluate on as the split `"test"`, each joined to one.
-        A `reasoning_gym` task and a local file give all splits that they have.
+        A `reasoning_gym` task gives both, and a local file of your own is a set to evaluate on.
 
     Raises:
         ConfigError: when there is no such set or task.
         DataError: when a set cannot be loaded, or two that are joined have different columns.
     """
     parts: dict[str, list[Dataset]] = {}
-    for part in name.removeprefix(BENCHMARK).split(","):
+    for part in map(str.strip, _COMMA.split(name.removeprefix(BENCHMARK))):
         known = part.partition("@")[0].removeprefix(BENCHMARK)
         if part.startswith(GYM):
             loaded = {split: load_benchmark(part, split) for split in ("train", "test")}
@@ -127,8 +135,8 @@ def load_benchmark_splits(name: str) -> DatasetDict:
         if len(columns) > 1:
             raise DataError(
                 f"The sets of {name!r} for the split {split!r} have different columns "
-                f"({' and '.join(map(str, columns))}): problems with an answer and problems with "
-                "tests cannot be joined. Name one kind."
+                f"({' and '.join(map(str, sorted(columns)))}), and cannot be joined. Name sets of one kind, such as "
+                "problems with an answer or problems with tests."
             )
     return DatasetDict({split: concatenate_datasets(datasets) for split, datasets in parts.items()})
 
@@ -163,7 +171,10 @@ def questions_of(name: str, split: str | None, default: str) -> list[str]:
 
 def _load(name: str, benchmark: Benchmark, split: str | None, limit: int | None, path: str) -> Dataset:
     if path:
-        splits = load_dataset_or_files(path)
+        # A copy of the whole repository has a folder for each configuration.
+        folder = benchmark.folder or benchmark.config
+        inner = [str(found) for found in Path(path).expanduser().rglob(folder) if found.is_dir()] if folder else []
+        splits = load_dataset_or_files(min(inner, default=path))
         split = split or only_split(splits, benchmark.split)
     else:
         try:
@@ -200,31 +211,45 @@ def _with_source(row: Row) -> Row:
 def _select(name: str, benchmark: Benchmark, dataset: Dataset, limit: int | None) -> Dataset:
     """The rows that belong to the set. Only the columns that decide are read."""
     if benchmark.keep:
-        columns = zip(*(dataset[column] for column in benchmark.keep), strict=True)
-        dataset = dataset.select([i for i, values in enumerate(columns) if benchmark.keeps(*values)])
+        kept = []
+        for i, values in enumerate(zip(*(dataset[column] for column in benchmark.keep), strict=True)):
+            with _row_errors(name, benchmark, i):
+                if benchmark.keeps(*values):
+                    kept.append(i)
+        dataset = dataset.select(kept)
     if benchmark.unique is not None:
         column, key = benchmark.unique.split(".")
         numbers: dict[Any, int] = {}
         for i, value in enumerate(dataset[column]):
-            numbers.setdefault(value[key], i)
+            with _row_errors(name, benchmark, i):
+                if value[key] is None:
+                    raise ValueError(f"there is no {benchmark.unique}")
+                numbers.setdefault(value[key], i)
         dataset = dataset.select(list(numbers.values()))
     if benchmark.sample is not None and len(dataset) > benchmark.sample:
         dataset = dataset.shuffle(seed=_SEED).select(range(benchmark.sample))
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _problem(row: Row, index: int, name: str, benchmark: Benchmark) -> Row:
-    """A row of the set in our columns."""
+@contextmanager
+def _row_errors(name: str, benchmark: Benchmark, index: int) -> Iterator[None]:
+    """Reports a row whose cells are not those of the set."""
     try:
-        problem = benchmark.read(row)
-        for column in problem:
-            if problem[column] in (None, ""):
-                raise ValueError(f"there is no {column}")
+        yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
             f"Row {index} of the set {name!r} cannot be read ({type(error).__name__}: {first_line(error)}). Its "
             f"columns {', '.join(benchmark.columns)} must be those of {benchmark.source} on the Hub."
         ) from error
+
+
+def _problem(row: Row, index: int, name: str, benchmark: Benchmark) -> Row:
+    """A row of the set in our columns."""
+    with _row_errors(name, benchmark, index):
+        problem = benchmark.read(row)
+        for column in problem:
+            if problem[column] in (None, ""):
+                raise ValueError(f"there is no {column}")
     if "prompt" not in problem:
         template = CODE_TEMPLATE if benchmark.scorer == "code" else resolve_template("math")
         text = template.replace("{task}", problem.pop("task", STDIN)).replace("{question}", problem["question"])
@@ -265,11 +290,16 @@ def gym_task(name: str) -> tuple[str, dict[str, Any]]:
     """The task and the options of `reasoning_gym:TASK?option=value&...`. Values are read as YAML.
 
     Raises:
-        ConfigError: when an option has no value.
+        ConfigError: when an option has no value, or more than one.
     """
     task, _, query = name.removeprefix(GYM).partition("?")
+    options: dict[str, Any] = {}
     try:
-        options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)} if query else {}
+        # A + is an operator here, and no space.
+        for key, value in parse_qsl(query.replace("+", "%2B"), True, strict_parsing=True) if query else ():
+            if not value or key in options:
+                raise ValueError(f"{key!r} has {'two values' if value else 'no value'}")
+            options[key] = yaml.safe_load(value)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{name!r} cannot be read ({first_line(error)}). Options of a task are "
@@ -293,7 +323,9 @@ def make_gym_dataset(task: str, options: Mapping[str, Any]) -> Any:
     if task not in gym.factory.DATASETS:
         raise ConfigError(f"reasoning_gym has no task {task!r}. {did_you_mean(task, gym.factory.DATASETS)}")
     try:
-        return gym.create_dataset(task, **options)
+        dataset = gym.create_dataset(task, **options)
+        dataset[0]  # some options are checked when a problem is drawn
+        return dataset
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"reasoning_gym cannot create {task!r} with {dict(options)} ({first_line(error)}). See the options of the "

@@ -78,7 +78,7 @@ class Benchmark:
         """A problem of a row: `question` or `prompt`, and `answer` or `tests`."""
         if self.row is not None:
             return self.row(row)
-        return {"question": row[self.question].strip(), "answer": str(row[self.answer]).strip()}
+        return {"question": row[self.question].strip(), "answer": _text(row[self.answer])}
 
     def keeps(self, *values: Any) -> bool:
         """Whether a row is part of the set, by its values of the columns in `keep`."""
@@ -87,6 +87,12 @@ class Benchmark:
 
 
 # How a row is read
+
+
+def _text(answer: Any) -> str:
+    if answer is None:
+        raise ValueError("there is no answer")
+    return str(answer).strip()
 
 
 def make_tests(inputs: Sequence[Any], outputs: Sequence[Any], fn_name: str | None = None) -> str:
@@ -122,6 +128,8 @@ def _apps(row: Row) -> Row:
 
 def _has_tests(text: str | None) -> bool:
     """Whether there are tests that can be read. A few functions have results of more digits than Python converts."""
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"the tests are a {type(text).__name__}, and no JSON text")
     if not text or text in ("{}", "null") or '"inputs": []' in text[:100]:
         return False
     if _LONG_NUMBER.search(text):
@@ -163,14 +171,21 @@ def _eurus(row: Row) -> Row:
     }
     truth = row["reward_model"]["ground_truth"]
     if row["ability"] == "math":
-        return problem | {"answer": str(truth)}
+        return problem | {"answer": _text(truth)}
     return problem | {"tests": _input_output(truth)["tests"]}
 
 
 def _dapo(row: Row) -> Row:
     messages = [{"role": message["role"], "content": message["content"].strip()} for message in row["prompt"]]
     truth = row["reward_model"]["ground_truth"]
-    return {"prompt": messages, "question": messages[-1]["content"], "answer": str(truth)}
+    return {"prompt": messages, "question": messages[-1]["content"], "answer": _text(truth)}
+
+
+def _olympiad(row: Row) -> Row:
+    answers = row["final_answer"]
+    if not isinstance(answers, list):
+        raise TypeError(f"final_answer is {answers!r} and no list")
+    return {"question": row["question"].strip(), "answer": ", ".join(answers)}
 
 
 def _humaneval(row: Row) -> Row:
@@ -247,7 +262,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         config="OE_TO_maths_en_COMP",
         split="train",
         license="Apache-2.0",
-        row=lambda row: {"question": row["question"].strip(), "answer": ", ".join(row["final_answer"])},
+        row=_olympiad,
         reads=("question", "final_answer"),
         id="id",
         keep={"language": "English", "modality": "Text-only", "question_type": "Open-ended", "error": not_},

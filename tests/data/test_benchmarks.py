@@ -264,6 +264,24 @@ def test_folder_and_split(write, tmp_path):
         load_benchmark(f"math_500@{tmp_path / 'math'}", split="dev")
 
 
+@pytest.mark.parametrize(
+    ("name", "folders", "of_the_set"),
+    [
+        ("dapo_math_17k", ["all", "cn", "en"], "en"),
+        ("olympiad_bench", ["OlympiadBench/OE_MM_maths_en_COMP", "OlympiadBench/OE_TO_maths_en_COMP"], "OE_TO"),
+        ("taco", ["ALL", "EASY"], "ALL"),
+    ],
+)
+def test_copy_of_a_repository(name, folders, of_the_set, write, tmp_path):
+    """Of a copy of the whole repository, the configuration of the set is read, and no other."""
+    row = LAYOUTS[name][0][0]
+    asked = "prompt" if name == "dapo_math_17k" else "question"
+    for folder in folders:
+        write(f"copy/{folder}/{BENCHMARKS[name].split}.jsonl", [{**row, asked: f"In {folder}?"}])
+    (question,) = load_benchmark(f"{name}@{tmp_path / 'copy'}")["question"]
+    assert of_the_set in question
+
+
 def test_limit(write):
     """A limit takes the first problems, in order, of those that belong to the set."""
     rows = [{"problem": f"{i} + 1?", "answer": str(i + 1), "id": str(i)} for i in range(5)]
@@ -316,6 +334,14 @@ def test_same_prompts_same_fingerprint(write):
         ("apps", [{**APPS, "input_output": '{"inputs": ["1"], "outputs": []}'}], "1 inputs and 0 outputs"),
         ("eurus_taco_100", EURUS[:2], r"no problems left. Left out are: other categories than taco"),
         ("eurus_code", [eurus("code", "apps", "4")], r"Row 0 of the set 'eurus_code'.*reward_model"),
+        ("apps", [{**APPS, "input_output": STDIN}], "Row 0 of the set 'apps' .* tests are a dict, and no JSON"),
+        ("eurus_code", [{**EURUS[1], "reward_model": {"style": "rule"}}], "Row 0 .*KeyError: 'ground_truth'"),
+        ("dapo_math_17k_original", [dapo("a"), {**dapo("b"), "extra_info": None}], "Row 1 of the set .*TypeError"),
+        ("dapo_math_17k_original", [dapo("a"), dapo(None)], "Row 1 of the set .* no extra_info.index"),
+        ("aime_2025", [{"problem": "P?", "answer": None, "id": "0"}], "Row 0 of the set 'aime_2025' .* no answer"),
+        ("dapo_math_17k_original", [dapo("a", None)], "Row 0 of the set .* no answer"),
+        ("eurus_math", [eurus("math", "numina_olympiads", None)], "Row 0 of the set 'eurus_math' .* no answer"),
+        ("olympiad_bench", [{**OLYMPIAD, "final_answer": "42"}], "final_answer is '42' and no list"),
     ],
 )
 def test_unreadable(name, rows, message, write):
@@ -343,6 +369,10 @@ def test_unknown_names():
     """A mistyped name gets a suggestion, and is not looked up on the Hub."""
     with pytest.raises(ConfigError, match=r"no set 'math500'\. Did you mean `math_500`"):
         load_benchmark("math500")
+    with pytest.raises(ConfigError, match=r"no set 'math500'\. Did you mean `math_500`"):
+        load_benchmark("math500@/data/MATH-500.jsonl")
+    with pytest.raises(ConfigError, match="'math_500@' names no path"):
+        load_benchmark("math_500@")
     with pytest.raises(ConfigError, match="There are dapo_math_17k, "):
         load_benchmark("xyz")
 
@@ -374,6 +404,14 @@ class TestReasoningGym:
         assert dataset["question"] != load_benchmark(name.replace("seed=7", "seed=8"))["question"]
         assert load_benchmark(name, limit=3)["id"] == ["test-0", "test-1", "test-2"]
 
+    def test_options_that_are_lists(self):
+        """Commas in brackets and plus signs belong to an option; sets may have spaces between them."""
+        sums = 'reasoning_gym:basic_arithmetic?operators=["+","-"]&size=4'
+        questions = load_benchmark_splits(f"{sums}, reasoning_gym:gcd?size=2")["test"]["question"]
+        assert questions[:4] == load_benchmark(sums)["question"]
+        assert len(questions) == 6
+        assert "+" in questions[0]
+
     def test_splits_are_apart(self):
         """No test problem is a training problem, though one-digit sums repeat."""
         name = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size=150"
@@ -390,6 +428,9 @@ class TestReasoningGym:
             ("reasoning_gym:chain_sum?seed=abc", "seed='abc' must be a whole number"),
             ("reasoning_gym:chain_sum?size=2.5", "size=2.5 must be a whole number"),
             ("reasoning_gym:chain_sum?min_terms", "Options of a task are"),
+            ("reasoning_gym:chain_sum?min_terms=", "'min_terms' has no value"),
+            ("reasoning_gym:chain_sum?size=3&size=4", "'size' has two values"),
+            ("reasoning_gym:chain_sum?max_digits=99999", "cannot create 'chain_sum'"),
         ],
     )
     def test_mistakes(self, name, message):
@@ -426,5 +467,5 @@ class TestInRecipes:
     def test_kinds_that_do_not_mix(self, write):
         """Problems with answers and problems with tests are not joined."""
         math, code = write("math.jsonl", LAYOUTS["aime_2025"][0]), write("code.jsonl", [HUMANEVAL])
-        with pytest.raises(DataError, match="cannot be joined"):
+        with pytest.raises(DataError, match=r"\('answer', .* and \('id', .*, and cannot be joined"):
             load_benchmark_splits(f"benchmark:aime_2025@{math},humaneval@{code}")

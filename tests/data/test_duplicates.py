@@ -54,6 +54,15 @@ class TestNearDuplicates:
         pairs = near_duplicates(SUMS[100:], [*SUMS[:100], SUMS[250]])
         assert pairs == [NearDuplicate(100, 150, 1.0, 0)]
 
+    def test_other_numbers(self):
+        """A problem of which only the numbers differ is reported, and so is one with a word in five replaced."""
+        near = OTHER.replace("60", "75").replace("three", "4").replace("noon", "1").replace("A train", "Some train")
+        (pair,) = near_duplicates([near], [PROBLEM, OTHER])
+        assert (pair.evaluation, pair.similarity) == (1, 17 / 21)
+        text = [f"word{i}".translate(str.maketrans("0123456789", "abcdefghij")) for i in range(100)]
+        other = [f"new{word}" if i % 5 == 2 else word for i, word in enumerate(text)]
+        assert near_duplicates([" ".join(other)], [" ".join(text)])[0].similarity == 0.8
+
     def test_repetitions(self):
         """The most similar row is named, and the number of others counted."""
         near = PROBLEM.replace("positive", "natural")
