@@ -99,7 +99,7 @@ def _after(row: dict[str, Any]) -> str:
     return f"{row['after']:.3f}" + ("" if row["after_std"] is None else f" ± {row['after_std']:.3f}")
 
 
-# Setting, and its rows in the plans `methods` and `real_model`.
+# Setting, and its rows in the plans `methods` or `methods_controls`, and `real_model`.
 _OVERVIEW = (
     ("the paper's form", "paper's form", "paper's form"),
     ("[branches](docs/branches.md), ours", *["branches, edit, scaled advantages, 8 candidates"] * 2),
@@ -124,10 +124,11 @@ _OVERVIEW = (
 
 def overview(results: dict[str, Any]) -> str:
     """The main table and that of the real model, side by side."""
-    file = DOCS / "results/demo/real_model.json"
-    if not file.exists():
+    files = [DOCS / f"results/demo/{name}.json" for name in ("real_model", "methods_controls")]
+    if not all(file.exists() for file in files):
         return NOTHING
-    demo, real = results, json.loads(file.read_text(encoding="utf-8"))
+    real, controls = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    demo = {**results, "rows": results["rows"] + controls["rows"][1:]}
     cells = [["before training", f"{demo['rows'][0]['before']:.3f}", f"{real['rows'][0]['before']:.3f}"]]
     for title, *names in _OVERVIEW:
         rows = [
@@ -200,6 +201,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("estimator.md", "results/estimator/entropy.json", estimator),
     ("estimator.md", "results/estimator/uniform.json", estimator),
     ("results.md", "results/demo/methods.json", ablation),
+    ("results.md", "results/demo/methods_controls.json", ablation),
     ("results.md", "results/demo/branches.json", ablation),
     ("estimator.md", "results/gradient_variance/demo.json", gradient_variance),
     *(

@@ -28,7 +28,8 @@ IMITATION = "gate, one greedy rollout, imitation"
 
 # Rows of the shipped plans, with their steps here.
 ROWS = {
-    "methods": {PAPER: 14, SHUFFLED: 14, SFT: 8},
+    "methods": {PAPER: 14, SFT: 8},
+    "methods_controls": {SHUFFLED: 14},
     "table5": {EDIT: 10, EDIT_BASELINE: 10},
     "varied_options": {BRANCHES: 12, SHUFFLED_BRANCHES: 12, IMITATION: 8},
 }
