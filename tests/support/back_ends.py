@@ -196,7 +196,7 @@ def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: float = 280.0, **kwargs: Any) -> Any:
+def run(back_end: str, script: Path, result: Path, *arguments: str, seconds: float = 600.0, **kwargs: Any) -> Any:
     """Run a script to its end, and return the content of the JSON file `result` that it writes."""
     code, output = finish(start(back_end, script, result.parent, str(result), *arguments, **kwargs), seconds)
     # A process of DeepSpeed sometimes aborts after it has finished, so check the result instead of the exit code.
