@@ -13,8 +13,13 @@ DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+# They differ from another one in one part: CI has time for those.
+EXHAUSTIVE = ("`multi_gpu`, LoRA", "`fsdp2`, `sync_each_batch`")
 
-@pytest.mark.parametrize("name", LAUNCHES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in EXHAUSTIVE else []) for name in LAUNCHES]
+)
 def test_a_process_holds_what_the_formula_says(name, tmp_path):
     """Student, reference, and what autocast copies or FSDP2 gathers, in bytes per parameter."""
     if "zero" in name and not DEEPSPEED:
