@@ -12,6 +12,7 @@ if torch.cuda.is_available():
     sys.modules["tests.support.fsdp2_on_cpu"] = ModuleType("fsdp2_on_cpu")
 
 from tests.distributed import train_under  # after the module that it would import
+from tests.support.back_ends import train_each
 
 if __name__ == "__main__":
-    train_under.main()
+    train_each(train_under.train)
