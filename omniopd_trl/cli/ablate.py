@@ -391,7 +391,9 @@ def _wait(running: "Sequence[_Run]", enough: Callable[[Sequence[bool]], bool] = 
     """Wait until the process of any run, or of all, has ended. Control-C interrupts it."""
     _mask_control_c(False)
     while not enough([run.process.exitcode is not None for run in running]):
-        connection.wait([run.process.sentinel for run in running if run.process.exitcode is None])
+        # A process may have ended since. Without any, `connection.wait` would wait forever.
+        if sentinels := [run.process.sentinel for run in running if run.process.exitcode is None]:
+            connection.wait(sentinels)
     _mask_control_c(True)
 
 

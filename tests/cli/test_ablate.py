@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pyarrow
@@ -301,6 +302,26 @@ def test_the_table():
 )
 def test_copied_share(prompt, completion, share):
     assert copied_share(prompt, completion) == pytest.approx(share)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("enough", [any, all])
+def test_a_run_that_ends_while_the_others_are_counted(enough):
+    """Nothing is left to wait for then."""
+    codes = iter([None, 0, 0])
+
+    class Process:
+        sentinel = -1  # of a process that has ended
+
+        @property
+        def exitcode(self):
+            return next(codes)
+
+    try:
+        ablate._wait([SimpleNamespace(process=Process())], enough)
+    finally:
+        ablate._mask_control_c(False)
+    assert next(codes, None) is None
 
 
 def test_words_of_a_command():
