@@ -264,9 +264,9 @@ class Job:
 
     def _sampling(self, tokens: float) -> float:
         """Seconds in which the branches of a step are sampled, after the trajectories."""
-        sequences = 0.0 if self.forks is None else self.forks.sequences(tokens)
-        if self.forks is None or not sequences:
+        if self.forks is None or not self.forks.num_branches:
             return 0.0
+        sequences = self.forks.sequences(tokens)
         # The trajectory is computed and held once. vLLM reads the prefix of each branch, half of the trajectory on
         # average, and transformers the trajectory once for all.
         held, flops = tokens / sequences, self.student.forward_flops(tokens)
