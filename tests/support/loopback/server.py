@@ -111,7 +111,11 @@ class Loopback:
         return [request.body for request in self.requests]
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        sent = handler.rfile.read(int(handler.headers["content-length"] or 0))
+        length = int(handler.headers["content-length"] or 0)
+        sent = handler.rfile.read(length)
+        if len(sent) < length:  # the client left, e.g. because its request was cancelled: nothing was asked
+            handler.close_connection = True
+            return
         kind = handler.headers["content-type"] or ""
         if kind == "application/x-www-form-urlencoded":  # a request for a token
             body = dict(parse_qsl(sent.decode()))
