@@ -23,8 +23,8 @@ def math_accuracy(
 ) -> list[float | None]:
     r"""Score whether each completion gives the right answer, with math-verify.
 
-    The answer is the text after the last `Answer:`, the form that the paper's prompt requests, or else the whole
-    completion. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
+    The answer is the text after the last `Answer:`, the form that the paper's prompt requests, or else that in the
+    last 1,000 characters. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
 
     Where the right answer is a plain number, the answer must be one too. `Answer: 12 + 30 - 5` has the value 37 but
     repeats the question, and `Answer: 37 or 38` does not decide. Formatting does not count: thousands separators,
@@ -37,7 +37,8 @@ def math_accuracy(
     Args:
         completions: plain texts, or conversational completions. The last message of a conversation is scored.
         solution: the dataset's column of worked solutions or answers. Used if `answer` is missing or not parsable.
-        answer: the dataset's column of answers. Takes precedence, since a worked solution holds other numbers too.
+        answer: the dataset's column of answers. Takes precedence, since a worked solution holds other numbers too. Of
+            a list, an answer needs all.
         lenient: whether anything with the value of the right answer is right, calculations included.
         **kwargs: other columns that TRL passes. Not used.
 
@@ -78,7 +79,7 @@ def read_answers(
     nothing: list[Any] = [None] * len(completions)
     rows = list(zip(completions, answer or nothing, solution or nothing, strict=True))
     tasks = [
-        (text_of_completion(completion), [None if gold is None else str(gold) for gold in golds], lenient)
+        (text_of_completion(completion), [_text_of_gold(gold) for gold in golds], lenient)
         for completion, *golds in rows
     ]
     readings = workers.read(tasks)
@@ -98,6 +99,12 @@ def read_answers(
             text[-100:],
         )
     return readings
+
+
+def _text_of_gold(gold: Any) -> str | None:
+    if isinstance(gold, list):
+        return ", ".join(map(str, gold))
+    return None if gold is None else str(gold)
 
 
 def text_of_completion(completion: str | list[dict[str, Any]]) -> str:

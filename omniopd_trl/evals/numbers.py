@@ -9,16 +9,22 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
+from unicodedata import normalize
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # Formatting that is removed, in this order, before the number is read.
 _FORMATTING = (
-    (re.compile(r"[\u2212\u2013]"), "-"),
+    (re.compile(r"[\u2010\u2011\u2212\u2013]"), "-"),
     (re.compile(r"[\u00a0\u2007\u2009\u202f]|\\[ ;:,!]|~"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|quad|qquad|circ|degree)\b|\\[()\[\]]"), " "),
-    (re.compile(r"(?<=\d)_(?=\d{3})"), ""),
+    (re.compile(r"(?<=\d)[_'\u2019](?=\d{3})"), ""),
+    # A fraction in one character, also after a whole number.
+    (
+        re.compile(r"[\u00bc-\u00be\u2150-\u215e]"),
+        lambda found: f" {normalize('NFKC', found[0])} ".replace("\u2044", "/"),
+    ),
     (
         re.compile(r"(-\s*)?\\[dt]?frac\s*(?:\{\s*(-?)\s*(\d+)\s*\}\s*\{\s*(-?)\s*(\d+)\s*\}|(\d)\s*(\d))"),
         lambda found: _written_fraction(*found.groups()),
@@ -29,7 +35,7 @@ _FORMATTING = (
     # The exponent of a unit, and indices.
     (
         re.compile(
-            r"(?<=[^\W\d_])\s*\^\s*\{?-?[1-4]\}?|\^\s*\{?\s*\}?(?=\s|$)|[\u00b2\u00b3\u00b0]|(?<=[^\W\d_])_\{?\w+\}?"
+            r"(?<=[^\W\d_])(?:\s*\^\s*\{?-?[1-4]\}?|\u207b?[\u00b9\u00b2\u00b3\u2074]|_\{?\w+\}?)|\^\s*\{?\s*\}?(?=\s|$)|\u00b0"
         ),
         " ",
     ),
@@ -46,7 +52,7 @@ _NUMBER = re.compile(
 )
 # What a text may not hold beside its number: other numbers, operators, commands, and words that calculate.
 _CALCULATES = re.compile(
-    r"[\d+*^=<>!|\\√÷]"
+    r"[\d+*^=<>!|\\√∛∜÷±∓≠≤≥\u00b9\u00b2\u00b3\u2070-\u2079]"
     r"|\b(?:sqrt|log|ln|exp|sin|cos|tan|abs|mod|half|double|twice|squared|cubed|factorial|minus|plus|times|negative)\b",
     re.IGNORECASE,
 )

@@ -28,14 +28,15 @@ from omniopd_trl.evals.workers import Reading
 # Otherwise a student that repeats itself for thousands of tokens would use up the time limit each time.
 _MAX_CHARACTERS = 1000
 
-_ANSWER_MARK = re.compile(r"answer\**\s*[::]\s*\**", re.IGNORECASE)
+_ANSWER_MARK = re.compile(r"answer\**\s*:\s*\**", re.IGNORECASE)
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _PLAIN_NUMBER = re.compile(r"[\d\s.,/%+-]*")
 # Between the solutions of an equation, and one of them.
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*|\s*(?:;|,(?!\d{3}\b))\s*")
 _SOLUTION = re.compile(r"(?:([^\W\d_])(?:_\{?\w\}?)?\s*=)?([^=]*)")
-_DIGIT = re.compile(r"[^\W\D0-9]|[\u066b\u066c]")
+_FOREIGN = re.compile(r"[^\W\D0-9]|[\u066b\u066c\uff01-\uff5e]")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         golds: texts with the right answer, in order of precedence.
         lenient: see [`math_accuracy`].
     """
-    completion = _DIGIT.sub(_ascii, completion)
+    completion = _FOREIGN.sub(_ascii, completion)
     gold = next((gold for text in golds if text is not None and (gold := _parse_gold(text))), None)
     if gold is None:
         return Reading(None)
-    if gold.number is not None and not lenient:
+    if gold.number is not None:
         number = _number_of(completion)
-        if number is None or not (number.is_reduced or gold.number.is_fraction):
-            return Reading(0.0)  # `74/2` is a calculation
-        return Reading(float(gold.number.equals(number)), str(min(number.values)))
+        if number is not None and gold.number.equals(number):
+            # In one form, in which right answers are equal texts: `50%` is 50 or 0.5.
+            return Reading(1.0, str(min(gold.number.values)))
+        if not lenient:
+            if number is None or not (number.is_reduced or gold.number.is_fraction):
+                return Reading(0.0)  # `74/2` is a calculation
+            return Reading(0.0, str(min(number.values)))
     parsed: tuple[Any, ...] = ()
     for lists in (False, True) if lenient else (True,):
         found = _parse(completion, lists)
@@ -98,7 +103,7 @@ def _number_of(text: str) -> PlainNumber | None:
     # displayed formula: what math-verify finds there must be a number.
     if len(text) <= _MAX_CHARACTERS and (number := plain_number(text)) is not None:
         # A letter beside a number is a unit or a variable: `37 m`, `37x`.
-        return number if not number.has_words or _is_constant(_parse_marked(text)) else None
+        return number if not number.has_words or _is_constant(_parse_marked(_TEXT.sub(r"\1", text))) else None
     if marked is not None and re.search(r"\d", text):
         return None
     source = next(
@@ -191,7 +196,9 @@ def _is_one_number(text: str) -> bool:
 
 
 def _ascii(found: re.Match[str]) -> str:
-    """A digit of another script, or one of the Arabic separators of decimals and of thousands."""
+    """A digit of another script, an Arabic separator of decimals or thousands, or a full-width form of ASCII."""
+    if "\uff01" <= found[0] <= "\uff5e":
+        return chr(ord(found[0]) - 0xFEE0)
     return {"\u066b": ".", "\u066c": ","}.get(found[0]) or str(int(found[0]))
 
 
