@@ -119,7 +119,14 @@ def make_sandbox(name: str = "auto", limits: Limits = Limits(), python: str | No
         SandboxError: when it does not work here.
     """
     if name.startswith(("http://", "https://")):
-        return RemoteSandbox(name, limits)
+        remote = RemoteSandbox(name, limits)
+        outcome = remote.run("print(1)")
+        if outcome.stdout.strip() != "1":
+            raise SandboxError(
+                f"The sandbox at {name} does not run Python: `print(1)` ended as {outcome.status}, exit code "
+                f"{outcome.exit_code}, and wrote {outcome.stdout!r:.100}. Check the service."
+            )
+        return remote
     kinds: dict[str, tuple[Isolation, ...]] = {
         "auto": ("bwrap", "namespaces"),
         "bwrap": ("bwrap",),

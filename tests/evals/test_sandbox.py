@@ -525,6 +525,7 @@ class TestRemote:
         with Loopback(self.answer) as server:
             box = make_sandbox(server.url, LIMITS)
             assert isinstance(box, RemoteSandbox)
+            server.requests.clear()
             assert report_of(box, "print(input())", "a") == "a\n"
             assert box.run("1 / 0").exit_code == 1
             assert box.run("while True: pass").status == "timeout"
@@ -549,3 +550,13 @@ class TestRemote:
         broken = {"status": "SandboxError", "message": "no pod", "run_result": None}
         with Loopback(lambda path, body: broken) as server, pytest.raises(SandboxError, match="no pod"):
             RemoteSandbox(server.url, LIMITS).run("print(1)")
+
+    def test_tried_when_it_is_made(self, monkeypatch):
+        """A service that cannot be reached, or has no Python, is refused before anything is generated."""
+        monkeypatch.setattr(sandbox_module, "_WAITS", ())
+        with pytest.raises(SandboxError, match="does not run programs"):
+            make_sandbox("http://127.0.0.1:9", LIMITS)
+        missing = {"status": "Finished", "return_code": 127, "stdout": "", "stderr": "", "execution_time": 0.0}
+        answer = {"status": "Failed", "message": "", "run_result": missing}
+        with Loopback(lambda path, body: answer) as server, pytest.raises(SandboxError, match="exit code 127"):
+            make_sandbox(server.url, LIMITS)
