@@ -28,6 +28,7 @@ from omniopd_trl.cli.options import (
     check_recipe,
     option_hints,
     parse_section,
+    positive_int,
 )
 from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.cli.train import ControlC
@@ -152,7 +153,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "-o", "--output_dir", metavar="DIR", help="folder of the runs (default: runs/NAME_OF_THE_PLAN)"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="J", help="runs at a time (default: the number of GPUs, or of cores without one)"
+        "--jobs",
+        type=positive_int,
+        metavar="J",
+        help="runs at a time (default: the number of GPUs, or of cores without one)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="seeds, instead of those of the plan")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, and the first")
@@ -175,8 +179,6 @@ def ablate(options: argparse.Namespace) -> None:
     jobs = distinct(grids)
     devices = _devices()
     number = options.jobs or len(devices) or os.cpu_count() or 1
-    if number < 1:
-        raise ConfigError(f"--jobs is {number}, but it must be at least 1.")
     env = plans[0].recipe.get("env")
     apply_env(plans[0].recipe)  # inherited by the process that runs are forked from
     try:
@@ -256,7 +258,8 @@ def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[
     found = seeds or plan.get("seeds", [0])
     if not isinstance(found, list) or not all(isinstance(seed, int) for seed in found) or not found:
         raise ConfigError(f"`seeds` is {found!r} in {path}; it must be a list of whole numbers.")
-    name = str(plan.get("config"))
+    if not isinstance(name := plan.get("config"), str):
+        raise ConfigError(f"`config` is {name!r} in {path}; it must be the name or the path of a recipe.")
     recipe_path = recipe_files().get(name) or Path(path).parent / name
     hints = option_hints()
     recipe = {**check_recipe(str(recipe_path), hints), **(_mapping(plan, "options", path) or {})}
@@ -313,6 +316,10 @@ def _check_evaluated(name: str, recipe: Mapping[str, Any]) -> None:
     if recipe.get("save_audits", True) is False:
         raise ConfigError(
             f"The row {name!r} has `save_audits: false`, and the table is read from the journals. Leave it out."
+        )
+    if isinstance(functions := recipe.get("reward_funcs"), list) and len(functions) > 1:
+        raise ConfigError(
+            f"The row {name!r} has {len(functions)} `reward_funcs`, and the table compares one pass@1. Name one."
         )
 
 
@@ -533,7 +540,8 @@ def read_result(folder: Path) -> Result:
 
     run = Run(folder)
     scores = run.series("eval_pass@1")
-    tables = sorted((folder / "completions").glob("eval_*.parquet"))
+    # Not `eval_audits_*`, the table of `audit_eval`.
+    tables = sorted((folder / "completions").glob("eval_[0-9]*.parquet"), key=lambda path: int(path.stem[5:]))
     if not scores or not tables:
         raise DataError(
             f"{folder} was not evaluated: its evaluation set needs a column `answer` or `solution`. Name another set "
@@ -542,7 +550,9 @@ def read_result(folder: Path) -> Result:
     rows = pyarrow.parquet.read_table(tables[-1]).to_pylist()
     problems: dict[str, list[float]] = {}
     for row in rows:
-        problems.setdefault(row["prompt"], []).append(row["pass@1"])
+        score = row["pass@1"]
+        if score == score:  # NaN where the right answer cannot be read; the mean leaves it out as well
+            problems.setdefault(row["prompt"], []).append(score)
     usage, usd = spent(folder)
 
     def last(metric: str) -> float | None:
@@ -624,7 +634,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     for row in table["rows"]:
         test = row["difference"]
         cells = (
-            row["name"],
+            row["name"].replace("|", "\\|"),
             len(row["seeds"]),
             _number(row["before"], ".3f"),
             f"{row['after']:.3f}" + (f" ± {row['after_std']:.3f}" if row["after_std"] is not None else ""),

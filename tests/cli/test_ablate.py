@@ -87,6 +87,7 @@ def test_the_shipped_plans_are_valid(path, tmp_path):
         ({"seeds": []}, "`seeds` is"),
         ({"seeds": "0"}, "`seeds` is"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"config": None}, "`config` is None"),
     ],
 )
 def test_a_plan_that_cannot_be_used_is_refused(tmp_path, change, message):
@@ -157,6 +158,12 @@ def test_plans_share_their_equal_runs(tmp_path):
         distinct([one, jobs_of(Plan(recipe, [0], [Row("a", {}, {"num_prompts": 1})]), tmp_path)])
 
 
+def test_no_run_at_a_time_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["ablate", str(PLANS[0]), "--jobs", "0"])
+    assert "argument --jobs: '0' must be a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_two_plans_of_one_name_are_refused(tmp_path, capsys):
     paths = [tmp_path / name / "plan.yaml" for name in ("one", "two")]
     for path in paths:
@@ -173,6 +180,7 @@ def test_two_plans_of_one_name_are_refused(tmp_path, capsys):
         ({"eval_strategy": False}, "has no `eval_strategy`"),  # `no` in YAML
         ({"eval_strategy": "no"}, "has no `eval_strategy`"),
         ({"do_eval": True, "save_audits": False}, "`save_audits: false`"),
+        ({"do_eval": True, "reward_funcs": ["a.b", "a.c"]}, "has 2 `reward_funcs`"),
     ],
 )
 def test_runs_that_measure_nothing_are_refused(tmp_path, recipe, message):
@@ -229,6 +237,14 @@ class TestResult:
         assert (found.before, found.after, found.kl, found.length, found.copied) == (None, 1.0, None, None, None)
         assert (found.similarity_first, found.similarity_last) == (None, None)
 
+    def test_what_is_no_score(self, record):
+        """A problem whose right answer cannot be read, the table of `audit_eval`, and an earlier evaluation."""
+        last = [("p", 1.0), ("q", 0.0), ("unreadable", float("nan"))]
+        folder = record([{"step": 100_000, "eval_pass@1": 0.5}], {99_999: [("p", 0.0)], 100_000: last})
+        audits = pyarrow.Table.from_pylist([{"text": "a"}])
+        pyarrow.parquet.write_table(audits, folder / "completions" / "eval_audits_100000.parquet")
+        assert read_result(folder).problems == {"p": 1.0, "q": 0.0}
+
     def test_of_an_earlier_version(self, record):
         """It did not measure the time of a processor."""
         folder = record([{"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]})
@@ -262,7 +278,7 @@ def result(after, problems, **overrides):
 
 def test_the_table():
     """Means, standard deviations and the paired difference, by hand."""
-    plan = Plan({}, [0, 1], [Row("first", {}), Row("second", {"beta": 0.0}), Row("alone", {})])
+    plan = Plan({}, [0, 1], [Row("first", {}), Row("second", {"beta": 0.0}), Row("alone | x", {})])
     results = {
         0: {0: result(0.5, {"p": 0.0, "q": 1.0}), 1: result(0.7, {"p": 0.4, "q": 1.0})},
         1: {0: result(0.6, {"p": 0.2, "q": 1.0}, kl=None), 1: result(1.0, {"q": 1.0, "p": 1.0}, read=300)},
@@ -284,6 +300,7 @@ def test_the_table():
     assert "| second | 2 | 0.400 | 0.800 ± 0.283 | +0.200 [" in text
     assert "| 0.00 | 0.25 to 0.50 | 200 |" in text
     assert text.endswith("| 0.50 | 10 | 9 |")
+    assert "\n| alone \\| x | 1 |" in text
     assert text.count("\n") == 4
 
 
