@@ -68,6 +68,7 @@ def verify_estimator(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
+    from omniopd_trl.method.posterior import posterior_mean
     from omniopd_trl.method.similarity import get_similarity
     from omniopd_trl.report.runs import Run, without_folders
 
@@ -81,6 +82,7 @@ def verify_estimator(options: argparse.Namespace) -> None:
     run = Run(options.folder)
     settings = run.settings
     alpha = settings.get("prior_strength", 1.0) if options.prior_strength is None else options.prior_strength
+    posterior_mean(0.0, 1, 0.0, alpha)  # refuses a wrong alpha before the teacher is loaded
     trajectories = list(_read(run, options.max_trajectories))
     if not any(trajectory.chunks for trajectory in trajectories):
         raise DataError(f"{options.folder} holds no audited chunk yet.")
@@ -95,6 +97,11 @@ def verify_estimator(options: argparse.Namespace) -> None:
             f"--num_rollouts is {' '.join(map(str, counts))}, but the chunks of {options.folder} have between 1 and "
             f"{most} rollouts. Record a run with `--num_rollouts {max(counts)}`."
         )
+    if (top_p := settings.get("teacher_top_p", 1.0)) < 1:
+        raise DataError(
+            f"{options.folder} was recorded with teacher_top_p={top_p:g}, so its rollouts are not drawn with the "
+            "probabilities of the teacher. Record a run with `--teacher_top_p 1`."
+        )
     template = settings.get("teacher_context_template")
     teacher = _load_teacher(options, settings)
     logprobs = _teacher_logprobs(teacher, trajectories, settings["teacher_temperature"], template)
@@ -105,8 +112,8 @@ def verify_estimator(options: argparse.Namespace) -> None:
         "chunk_selection": settings.get("chunk_selection"),
         "chunk_length": settings.get("chunk_length"),
         "prior_strength": alpha,
-        "num_chunks": sum(len(trajectory.chunks) for trajectory in trajectories),
-        "num_trajectories": len(trajectories),
+        "num_chunks": sum(len(values) > 0 for values in logprobs),
+        "num_trajectories": sum(bool(trajectory.chunks) for trajectory in trajectories),
     }
     _print(Console(), about, table)
     if output is not None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from omniopd_trl.cli.main import main
+from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers.local import LocalTeacher
 from tests.support.recorded_runs import record_run
 from tests.support.training import make_trainer
@@ -46,6 +47,7 @@ def test_the_table(run, tiny_teacher_dir, tmp_path, capsys):
         (["--num_rollouts", "0"], "have between 1 and 3 rollouts"),
         (["--similarity", "nothing"], "`similarity` is 'nothing'"),
         (["--max_trajectories", "0"], "must be at least 1"),
+        (["--prior_strength", "-1"], "`prior_strength` is -1"),
         (["--teacher", "scripted"], "it is not a local model"),
         (["-o", "nowhere/table.json"], "Name a file in a folder that exists"),
     ],
@@ -57,6 +59,15 @@ def test_what_cannot_be_compared_is_refused(run, options, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_filtered_rollouts_are_refused(run, monkeypatch, capsys):
+    """They are not drawn with the probabilities that they would be compared with."""
+    settings = Run(run).settings
+    assert settings["teacher_top_p"] == 1.0
+    monkeypatch.setattr(Run, "settings", {**settings, "teacher_top_p": 0.9})
+    assert main(["verify-estimator", str(run)]) == 1
+    assert "Record a run with `--teacher_top_p 1`" in capsys.readouterr().err
+
+
 def test_a_run_of_a_service_needs_a_local_teacher(tmp_path, capsys):
     record_run(tmp_path)
     assert main(["verify-estimator", str(tmp_path)]) == 1
@@ -66,4 +77,5 @@ def test_a_run_of_a_service_needs_a_local_teacher(tmp_path, capsys):
 def test_the_module_loads_no_model(run, monkeypatch, capsys):
     """A wrong option is refused before the teacher is loaded."""
     monkeypatch.setattr(LocalTeacher, "__init__", None)
-    assert main(["verify-estimator", str(run), "--num_rollouts", "9"]) == 2
+    for option in (("--num_rollouts", "9"), ("--prior_strength", "-1")):
+        assert main(["verify-estimator", str(run), *option]) == 2
