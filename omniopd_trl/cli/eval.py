@@ -27,6 +27,9 @@ _VLLM = {
     "vllm_tensor_parallel_size": "tensor_parallel_size",
 }
 
+# Options that say what to evaluate. None has a default.
+_OF_AN_EVALUATION = ("model", "dataset", "split", "limit", "config", "output_dir", "max_batch_tokens")
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `omniopd`."""
@@ -106,8 +109,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest and not rest[0].startswith("-"):
         raise stray_word(rest[0])
     if options.compare:
-        if rest:
-            raise ConfigError(f"--compare evaluates nothing, so {rest[0]} has no effect. Leave it out.")
+        given = [f"--{name}" for name in _OF_AN_EVALUATION if getattr(options, name) is not None]
+        if unused := [*rest, *given]:
+            raise ConfigError(f"--compare evaluates nothing, so {unused[0]} has no effect. Leave it out.")
         _compare(options.compare, options.json)
         return
     if options.output_dir is None:
@@ -121,14 +125,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     ):
         arguments += [] if value is None else [f"--{name}", value]
     arguments, recipe = open_recipe(arguments, ("model_name_or_path", "dataset_name"))
-    read = ("use_cpu", "dtype", "dataset_test_split", "max_completion_length", *_VLLM)
+    read = ("use_cpu", "dtype", "dataset_test_split", "max_completion_length", "temperature", *_VLLM)
     explicit = settings_of(arguments, recipe, read)
+    is_greedy = _is_zero(explicit["temperature"])
 
     from omniopd_trl.cli.recipe import load_functions, parse_args
 
     # The parser must neither look for the GPU that a recipe is made for, nor compare the length of chunks with that of
     # a sample.
-    unused = ("--use_cpu", "true", "--chunk_length", "1", "--min_chunk_length", "1")
+    unused = ["--use_cpu", "true", "--chunk_length", "1", "--min_chunk_length", "1"]
+    unused += ["--temperature", "1"] if is_greedy else []  # a student in training cannot be greedy
     parsed = parse_args([*arguments, "--output_dir", options.output_dir, *unused])
     script_args, args, model_args, dataset_args = parsed
     if options.dataset is not None:
@@ -171,6 +177,21 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             teacher_model_revision=model_args.model_revision,
             teacher_chat_template_kwargs=None,
         )
+    settings = EvalSettings(
+        num_samples=options.num_samples,
+        # TRL's default, which a recipe without the option trains with, cuts the answers of today's models.
+        max_tokens=EvalSettings.max_tokens
+        if options.config is None and explicit["max_completion_length"] is None
+        else args.max_completion_length,
+        temperature=0.0 if is_greedy else args.temperature,
+        top_p=args.top_p,
+        top_k=max(args.top_k, 0),  # -1 means no limit in vLLM
+        min_p=args.min_p or 0.0,
+        seed=options.eval_seed,
+        # As in training, an option of math-verify where the recipe names no function.
+        lenient=options.lenient or (args.eval_lenient_answers and functions is None),
+        max_batch_tokens=options.max_batch_tokens,
+    )
     split, trains_on_it = explicit["dataset_test_split"], options.dataset is None
     problems = load_problems(script_args, dataset_args, split, options.limit, is_training_data=trains_on_it)
     context = args.teacher_context if options.with_teacher_context else NO_CONTEXT
@@ -185,21 +206,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         output_dir=options.output_dir,
         engine=options.engine,
         options=teacher_options,
-        settings=EvalSettings(
-            num_samples=options.num_samples,
-            # TRL's default, which a recipe without the option trains with, cuts the answers of today's models.
-            max_tokens=EvalSettings.max_tokens
-            if options.config is None and explicit["max_completion_length"] is None
-            else args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=max(args.top_k, 0),  # -1 means no limit in vLLM
-            min_p=args.min_p or 0.0,
-            seed=options.eval_seed,
-            # As in training, an option of math-verify where the recipe names no function.
-            lenient=options.lenient or (args.eval_lenient_answers and functions is None),
-            max_batch_tokens=options.max_batch_tokens,
-        ),
+        settings=settings,
         reward_funcs=functions,
         context=context,
     )
@@ -207,6 +214,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         sys.stdout.write(json.dumps({"metrics": result.metrics, "settings": result.settings}, indent=2) + "\n")
     else:
         sys.stdout.write(f"{table_of(result)}\nThe result and all samples are in {options.output_dir}.\n")
+
+
+def _is_zero(value: Any) -> bool:
+    try:
+        return float(value) == 0
+    except (TypeError, ValueError):  # not set, or refused by the parser
+        return False
 
 
 def _is_true(value: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from omniopd_trl.cli.options import resolve_demo_name
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _load_teacher(options: argparse.Namespace, settings: dict[str, Any]) -> "Loc
     from omniopd_trl.teachers.local import LocalTeacher
     from omniopd_trl.teachers.options import TeacherOptions
 
-    name = options.teacher or settings.get("teacher_model_name_or_path")
+    name = resolve_demo_name(options.teacher) or settings.get("teacher_model_name_or_path")
     if not name:
         raise DataError(f"{options.folder} does not say what its teacher is. Name it with `--teacher MODEL`.")
     given = {key: settings[key] for key in TeacherOptions.__dataclass_fields__ if settings.get(key) is not None}

@@ -87,7 +87,7 @@ class EvalSettings:
         top_p: nucleus sampling mass.
         top_k: number of the most likely tokens that are kept; 0 keeps all. For a model in this process, as `min_p`.
         min_p: tokens are kept if their probability is at least this share of the highest; 0 keeps all.
-        seed: seed of all samples. The same for all models that are compared.
+        seed: seed of all samples, from 0 to 2^31 - 1. The same for all models that are compared.
         lenient: argument of [`math_accuracy`].
         max_batch_tokens: rows of a batch times their length in tokens, for a model in this process. It bounds the
             memory, and does not change the samples. `None` for the default of [`LocalTeacher`].
@@ -114,6 +114,7 @@ class EvalSettings:
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
             ("top_k", "at least 0", self.top_k >= 0),
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("seed", "from 0 to 2^31 - 1", 0 <= self.seed < 2**31),
             ("max_batch_tokens", "at least 1", self.max_batch_tokens is None or self.max_batch_tokens >= 1),
         ):
             if not holds:

@@ -49,6 +49,7 @@ def test_the_table(run, tiny_teacher_dir, tmp_path, capsys):
         (["--max_trajectories", "0"], "must be at least 1"),
         (["--prior_strength", "-1"], "`prior_strength` is -1"),
         (["--teacher", "scripted"], "it is not a local model"),
+        (["--teacher", "demo:techer"], "Did you mean `demo:teacher`?"),
         (["-o", "nowhere/table.json"], "Name a file in a folder that exists"),
     ],
 )

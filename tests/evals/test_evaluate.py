@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,7 +270,9 @@ class TestRefused:
         with pytest.raises(DataError, match=words):
             evaluate(ScriptedTeacher(), dataset=dataset)
 
-    @pytest.mark.parametrize("change", [{"num_samples": 0}, {"top_p": 0.0}, {"temperature": float("nan")}])
+    @pytest.mark.parametrize(
+        "change", [{"num_samples": 0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"seed": -1}]
+    )
     def test_settings(self, change):
         with pytest.raises(ConfigError, match=next(iter(change))):
             EvalSettings(**change)
@@ -522,6 +525,16 @@ class TestCommand:
         assert code == 2
         assert "Add `--repetition_penalty 1`" in err
 
+    def test_greedy_decoding(self, problems, tiny_model_dir, capsys):
+        """A training refuses this temperature. All samples of a problem are equal."""
+        common = ("--model", tiny_model_dir, "--dataset", problems, "--num_samples", 2, "--max_completion_length", 8)
+        code, out, err = self.run(capsys, *common, "--temperature", "0.0", "--output_dir", "g", "--json")
+        assert code == 0, err
+        assert json.loads(out)["settings"]["temperature"] == 0
+        lines = [json.loads(line) for line in Path("g/samples.jsonl").read_text().splitlines()]
+        assert all(line["samples"][0] == line["samples"][1] for line in lines)
+        assert len({line["samples"][0]["text"] for line in lines}) > 1
+
     def test_the_longest_sample(self, problems, tmp_path, capsys):
         """By default as with `evaluate`; with a recipe as in its training."""
         (tmp_path / "recipe.yaml").write_text("teacher_model_name_or_path: scripted\noutput_dir: run\n")
@@ -581,6 +594,11 @@ class TestCommand:
             (("out",), "`out` belongs to no option"),
             (("--compare", "a", "b"), "holds no result"),
             (("--compare", "a", "b", "--josn"), "--josn has no effect"),
+            (("--compare", "a", "b", "--output_dir", "o"), "--output_dir has no effect"),
+            (
+                ("--output_dir", "o", "--model", "scripted", "--dataset", "problems.jsonl", "--eval_seed", 2**31),
+                "seed=",
+            ),
         ],
     )
     def test_what_is_missing_is_one_line(self, problems, options, words, capsys):
