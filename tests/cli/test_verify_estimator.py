@@ -5,8 +5,10 @@
 import json
 
 import pytest
+import torch
 
 from omniopd_trl.cli.main import main
+from omniopd_trl.journal.browse import read_audits
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers.local import LocalTeacher
 from tests.support.recorded_runs import record_run
@@ -16,7 +18,9 @@ from tests.support.training import make_trainer
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
     folder = tmp_path_factory.mktemp("run")
-    make_trainer(folder, tiny_model_dir, teacher=str(tiny_teacher_dir), save_audits=True, num_rollouts=3).train()
+    context = {"teacher_context_column": "answer", "teacher_context_template": "({context}) {prompt}"}
+    options = {"save_audits": True, "num_rollouts": 3, "teacher_temperature": 0.7, **context}
+    make_trainer(folder, tiny_model_dir, teacher=str(tiny_teacher_dir), **options).train()
     return folder
 
 
@@ -38,6 +42,35 @@ def test_the_table(run, tiny_teacher_dir, tmp_path, capsys):
         for row in written["rows"]
         if row.get("similarity") == "exact" and row["estimate"] == "frequentist"
     )
+
+
+def test_what_is_compared(run, tiny_teacher_dir, tmp_path, monkeypatch):
+    """The first rollouts of each chunk, and what the teacher of the run would give to it in its place."""
+    asked = []
+
+    def logprobs(teacher, *arguments):
+        asked.append(arguments)
+        return [torch.tensor([0.25]).log()] * len(arguments[0])
+
+    monkeypatch.setattr(LocalTeacher, "logprobs", logprobs)
+    recorded, path = Run(run), tmp_path / "table.json"
+    options = ["--similarity", recorded.settings["similarity"], "--num_rollouts", "1", "--max_trajectories", "2"]
+    options += ["--teacher", str(tiny_teacher_dir), "-o", str(path)]
+    assert main(["verify-estimator", str(run), *options]) == 0
+    ((prefixes, texts, temperature),) = asked
+    assert temperature == 0.7
+    assert len(recorded.places) == 8
+    pairs = [(t, chunk) for t in read_audits(run, [recorded.places[k] for k in (0, 4)]) for chunk in t.chunks]
+    for (trajectory, chunk), prefix, text in zip(pairs, prefixes, texts, strict=True):
+        question = trajectory.prompt[-1]["content"]
+        n = int(question.split()[2])
+        assert prefix.prompt[-1]["content"] == f"({n + n * n}) {question}"
+        assert recorded.text(trajectory.completion_ids).startswith(prefix.completion + text)
+        assert text == chunk.text
+    assert any(prefix.completion for prefix in prefixes)
+    rows = json.loads(path.read_text())["rows"]
+    errors = [(chunk.similarities[0] - 0.25) ** 2 for _, chunk in pairs]
+    assert rows[1]["mse"] == pytest.approx(sum(errors) / len(errors))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,12 @@ class TestCompare:
         assert comparison.differences["num_samples"] == (2, 4)
         assert "+0.562" in table_of_comparison(comparison, ("new", "old"))
 
+    def test_problems_are_paired(self, result):
+        """Whatever their order."""
+        again = evaluate(ScriptedTeacher(script), dataset=SUMS.select([3, 1, 0, 2]), settings=FOUR)
+        comparison = compare(again, result)
+        assert (comparison.num_better, comparison.num_worse, comparison.test.interval) == (0, 0, (0.0, 0.0))
+
     def test_other_problems(self, result):
         other = evaluate(ScriptedTeacher(script), dataset=SUMS.select([0, 1]), settings=FOUR)
         with pytest.raises(DataError, match="2 are in the first only, 0 in the second only, and 2 in both"):
