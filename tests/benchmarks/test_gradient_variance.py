@@ -2,11 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The moments of gradients from inner products, against the gradients themselves."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import gradient_variance
 from benchmarks.gradient_variance import (
     BASELINES,
     BRANCHES_OF_A_DRAW,
@@ -16,12 +20,15 @@ from benchmarks.gradient_variance import (
     NUM_DRAWS,
     ROLLOUTS_OF_A_DRAW,
     Forks,
+    collect,
     drawn_weights,
     expected_weights,
+    measure,
     moments,
     score,
 )
 from omniopd_trl.demo import asset_path
+from omniopd_trl.journal.browse import AuditedTrajectory, ShownBranch, ShownChunk
 
 CHOICES = "abc"
 TOKENS = 7
@@ -127,3 +134,57 @@ def test_scores_are_gradients_of_the_student():
         gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).double())
     flat = torch.stack(gradients)
     np.testing.assert_allclose(gram, (flat @ flat.T).numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_branches_are_scored_at_their_fork():
+    """After the prompt and the completion up to the chunk. Equal branches of a fork are one text."""
+    model = AutoModelForCausalLM.from_pretrained(asset_path("student"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
+    prompt, before, own, other = (tokenizer(text)["input_ids"] for text in ("Mia", " finds 24: 27", " + 24", " - 3"))
+    branches = tuple(ShownBranch(name, 0.5, 0.0, tuple(ids)) for name, ids in (("a", own), ("b", other), ("a", own)))
+    start, end = len(before), len(before) + len(own)
+    chunk = ShownChunk(start, end, start, "prefix", "a", ("c", "d"), (0.0, 0.0), 0.5, 0.5, branches=branches)
+    completion = (*before, *own, *own)
+    trajectory = AuditedTrajectory(0, 0, 0, "t", "p", completion, (chunk,), prompt_ids=tuple(prompt))
+    forks = collect(model, [trajectory, replace(trajectory, chunks=())])
+    logprobs, gram = score(model, [([*prompt, *before], ids) for ids in (own, other)])
+    np.testing.assert_allclose(forks.logprobs, logprobs)
+    np.testing.assert_allclose(forks.gram, gram)
+    np.testing.assert_allclose(forks.priors, np.exp(logprobs / [len(own), len(other)]))
+    assert (forks.branches.tolist(), forks.fork.tolist(), forks.trajectories.tolist()) == ([[0, 1, 0]], [0, 0], [0])
+    assert (forks.texts, forks.prefixes[0].completion, forks.rollouts) == (["a", "b"], "prefix", [("c", "d")])
+    assert forks.num_tokens == 2 * len(completion)
+
+
+def test_the_rewards_of_the_expected_gradient(world, monkeypatch):
+    """The teacher's probability of the text for `exact`, and else the mean over rollouts that no draw has."""
+    forks = replace(world[0], prefixes=list("vwxyz"))
+    probabilities = np.random.default_rng(3).random(15)
+
+    class Teacher:
+        def __init__(self, name):
+            assert name == "t"
+
+        def logprobs(self, prefixes, texts, temperature):
+            assert ("".join(prefixes), texts, temperature) == ("vvvwwwxxxyyyzzz", forks.texts, 0.7)
+            return [torch.full((2,), p**0.5, dtype=torch.float64).log() for p in probabilities]
+
+    monkeypatch.setattr(gradient_variance, "LocalTeacher", Teacher)
+    monkeypatch.setattr(gradient_variance, "collect", lambda model, trajectories: forks)
+    monkeypatch.setattr(gradient_variance, "list_audits", lambda folder: folder)
+    monkeypatch.setattr(gradient_variance, "read_audits", lambda folder, places: [SimpleNamespace(step=0)] * 3)
+    monkeypatch.setattr(gradient_variance.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: None)
+    settings = {"teacher_model_name_or_path": "t", "teacher_temperature": 0.7, "prior_strength": 2.0}
+    found = measure(
+        SimpleNamespace(settings=settings, folder="f", logs=[{"branches/agreed": 0.25}]), ["exact", "edit"]
+    )
+    assert (found["num_batches"], found["num_trajectories"], found["num_forks"]) == (1, 3, 5)
+    assert len(found["rows"]) == 2 * 2 * 5
+    held_out = [forks.rollouts[fork][-HELD_OUT:] for fork in forks.fork]
+    shares = [rollouts.count(text) / HELD_OUT for text, rollouts in zip(forks.texts, held_out, strict=True)]
+    for row in found["rows"]:
+        expected = expected_weights(forks, probabilities if row["similarity"] == "exact" else np.array(shares))
+        same_chunks = row["varies"] == "rollouts"
+        weights = drawn_weights(forks, forks.similarities("exact"), row["form"], same_chunks, 2.0)
+        wanted = moments(forks, weights, expected)
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted)
