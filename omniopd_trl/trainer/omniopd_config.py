@@ -210,9 +210,9 @@ class OmniOPDConfig(DistillationConfig):
             (`per_device_train_batch_size` x `gradient_accumulation_steps` x processes) must be divisible by it, and a
             step has G times fewer prompts.
         reward_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is reinforced by
-            this times the advantage of its trajectory, the reward minus the mean of its group. Needs `num_generations`
-            of at least 2. `0` adds nothing. See docs/verifier.md.
+            Weight of a policy gradient on rewards, in addition to the loss of Eq. 8. Each completion token is
+            reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. Needs
+            `num_generations` of at least 2. `0` adds nothing. See docs/verifier.md.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the reward, as in [`~trl.GRPOConfig`]. Defaults to 1 for each.
         audit_trajectories (`str`, *optional*, defaults to `"all"`):
@@ -559,9 +559,9 @@ class OmniOPDConfig(DistillationConfig):
     reward_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is "
-            "reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. Needs "
-            "`num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
+            "help": "Weight of a policy gradient on rewards, in addition to the loss of Eq. 8. Each completion token "
+            "is reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. "
+            "Needs `num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
         },
     )
     reward_weights: list[float] | None = field(
