@@ -14,7 +14,7 @@ trains with one process per GPU.
 
 measures pass@1 of a model or a teacher.
 
-    omniopd probe --config recipes/math_qwen3_4b_anthropic.yaml
+    omniopd probe --config recipes/math_qwen3_4b_from_claude_haiku_4_5.yaml
 
 measures before training, for about a dollar, whether a recipe will teach. `omniopd demo` runs the demo, and
 `omniopd recipes` lists the recipes.
@@ -64,9 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         "cost",
         help="forecast tokens, dollars, memory and time of a recipe",
         description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
-        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). With --gpu, "
-        "also memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to "
-        "the teacher.",
+        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). --gpu adds "
+        "memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to the "
+        "teacher.",
         epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
         allow_abbrev=False,
     )
