@@ -24,9 +24,10 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import CLOCK_SECONDS, BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 # Where each provider's key and address are, besides the credentials that the cloud's own package reads.
 KEYS = {

@@ -24,9 +24,10 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import BatchLimits, Results
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 # HTTP statuses of the codes of gRPC, in which a batch reports the errors of its requests.
 _STATUS_OF_GRPC = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 13: 500, 14: 503, 16: 401}

@@ -27,10 +27,11 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 VLLM_URL = "http://localhost:8000/v1"
 OPENAI_URL = "https://api.openai.com/v1"
