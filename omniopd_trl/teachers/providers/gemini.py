@@ -9,7 +9,7 @@ from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, split_system
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
@@ -142,18 +142,16 @@ class GeminiTeacher(RemoteTeacher):
         if self.is_instructed(prefix):
             messages = render_messages(prefix.prompt, prefix.completion)
         else:
-            prompt = prefix.prompt
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            messages = prefix.messages
             if prefix.completion:
                 messages.append({"role": "assistant", "content": prefix.completion})
-        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+        system, turns = split_system(messages)
         contents = [
             {
                 "role": "model" if message["role"] == "assistant" else "user",
                 "parts": [{"text": str(message["content"])}],
             }
-            for message in messages
-            if message["role"] != "system"
+            for message in turns
         ]
         return contents, system or None
 

@@ -177,8 +177,7 @@ class OpenAITeacher(RemoteTeacher):
     def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if self.is_instructed(prefix):
             return render_messages(prefix.prompt, prefix.completion), {}
-        prompt = prefix.prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = prefix.messages
         if not prefix.completion:  # nothing to continue, and an empty turn is refused or closed
             return messages, {}
         turn: dict[str, Any] = {"role": "assistant", "content": prefix.completion}
@@ -274,7 +273,7 @@ class OpenAITeacher(RemoteTeacher):
         for file in (batch.error_file_id, batch.output_file_id):
             if file is not None:
                 content = await self.client.files.content(file)
-                results |= read_lines(content.content, "custom_id", _result)
+                results |= read_lines(content.content, _result)
         return results
 
     # ---- Errors ----

@@ -467,20 +467,21 @@ def open_batches(records: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, A
     return {number: record for number, record in records.items() if record["open"]}
 
 
-def read_lines(content: bytes, name: str, read: Callable[[dict[str, Any]], "str | ServiceError"]) -> Results:
-    """Read a file of results, with a JSON object in each line. The lines may be in any order.
+def read_lines(content: bytes, read: Callable[[dict[str, Any]], "str | ServiceError"]) -> Results:
+    """Read a file of results, with a JSON object in each line, whose `custom_id` is the name of the request.
+
+    The lines may be in any order.
 
     Args:
         content: the file.
-        name: member that holds the name of the request.
         read: reads the result in a line. A line that it cannot read is returned as it is: it is no answer either.
     """
     results: Results = {}
     for line in content.splitlines():
         try:
             parsed = parse(line)
-            results[str(parsed.get(name))] = line.decode(errors="replace")
-            results[str(parsed.get(name))] = read(parsed)
+            results[str(parsed.get("custom_id"))] = line.decode(errors="replace")
+            results[str(parsed.get("custom_id"))] = read(parsed)
         except MalformedResponseError:
             continue  # also an empty line. Its request has no answer, or one that cannot be read
     return results
