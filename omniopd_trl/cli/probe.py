@@ -15,8 +15,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniopd_trl.cli.opening import open_recipe, with_recipe
-from omniopd_trl.cli.options import positive_int
+from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
+from omniopd_trl.cli.options import number, positive_int
+from omniopd_trl.cli.tables import columns
 from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument(
         "--max_usd",
-        type=_dollars,
+        type=number("a number of dollars above 0", lambda value: 0 < value < math.inf),
         default=1.0,
         metavar="D",
         help="dollars that the probe may spend in its folder, earlier starts included (default: 1). Each request is "
@@ -68,16 +69,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--probe_dir", metavar="DIR", help="folder of the probe (default: `probe` in the recipe's `output_dir`)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def _dollars(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of dollars above 0")
-    return number
 
 
 class _Plan(NamedTuple):
@@ -123,7 +114,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from datasets import Dataset
 
-    from omniopd_trl.cli.recipe import parse_args
+    from omniopd_trl.cli.recipe import load_prompts, parse_args
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure, measure_marks
     from omniopd_trl.evals.probe.costs import answers_of, costs_of
     from omniopd_trl.journal.reader import spent
@@ -133,18 +124,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.trainer.probing import AGAIN
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
-    for name, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("teacher_model_name_or_path", args.teacher_model_name_or_path),
-    ):
-        if value is None:
-            raise ConfigError(f"The recipe {options.config!r} does not set `{name}`. Set it to a model's id or path.")
+    check_models(
+        options.config,
+        model_name_or_path=model_args.model_name_or_path,
+        teacher_model_name_or_path=args.teacher_model_name_or_path,
+    )
     if is_export(args.teacher_model_name_or_path):
         raise ConfigError(
             f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
             "can be asked. `omniopd audits` shows what it holds."
         )
-    dataset = _prompts(script_args, dataset_args)
+    dataset = load_prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     steps = num_steps(args, rows, 1, args.num_generations)
     trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -210,19 +200,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 # ---- Before anything is asked ----
-
-
-def _prompts(script_args: Any, dataset_args: Any) -> Any:
-    from omniopd_trl.cli.recipe import load_splits
-    from omniopd_trl.data.checks import check_dataset
-    from omniopd_trl.data.datasets import get_split
-    from omniopd_trl.data.prompts import prepare_prompts
-
-    splits = load_splits(script_args, dataset_args)
-    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    dataset = prepare_prompts(dataset, script_args.prompt_template)
-    check_dataset(dataset)
-    return dataset
 
 
 def _plan(
@@ -439,31 +416,20 @@ def _text(result: dict[str, Any], verdict: "Verdict") -> str:
     from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
     from omniopd_trl.trainer.plan import aligned
 
-    rows = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
-    lines = [*measured_rows(result), *cost_rows(result)]
-    parts = [aligned([*rows, *lines])]
+    models = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
+    parts = [aligned([*models, *measured_rows(result), *cost_rows(result)])]
     measured = result["measured"]
     if measured is not None and measured["signals"]:
-        parts.append(_columns(*signal_rows(measured["signals"])))
+        titles, signals = signal_rows(measured["signals"])
+        parts.append("\n".join(columns([titles, *signals])))
     if result["stopped"]:
         advice = "With a larger --max_usd the same command continues, and asks nothing again."
         parts.append(f"The probe stopped early: {result['stopped']} {advice}")
     parts.append(f"verdict  {verdict}.")
     if verdict.advice:
-        width = max(len(f"{a.option}: {_yaml(a.value)}") for a in verdict.advice)
-        lines_ = [f"{f'{a.option}: {_yaml(a.value)}':<{width}}  # {a.reason}" for a in verdict.advice]
-        parts.append("\n".join(lines_))
+        parts.append(aligned([(f"{a.option}: {_yaml(a.value)}", f"# {a.reason}") for a in verdict.advice]))
     return "\n\n".join(parts)
 
 
 def _yaml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
-
-
-def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in which every column but the first is aligned at its right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(pairs))
-        for pairs in ([*zip(line, widths, strict=True)] for line in (titles, *rows))
-    )
