@@ -23,7 +23,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="show chunks beside what the teacher wrote in their place",
         description="Show audited chunks: the student's text, each distinct rollout of the teacher with its count and "
         "similarity, and the posterior. Without a selection: the five chunks with the lowest posterior of the last "
-        "step. With branches, advantages are compared in place of posteriors. Also while the run writes.",
+        "step. With branches, advantages are compared in place of posteriors. The run may still be writing.",
         allow_abbrev=False,
     )
     audits.add_argument("folder", metavar="RUN_DIR", help="the `output_dir` of a run")
@@ -43,7 +43,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "report",
         help="write a run, a probe or evaluations to one HTML file",
         description="Write a page with a run's settings, its dynamics and a browser of its audits; of a probe also "
-        "its verdict. With two runs, the page compares them. Also while the run writes. Of evaluations, the page has "
+        "its verdict. With two runs, the page compares them. A run may still be writing. Of evaluations, the page has "
         "the metrics, the paired test against the first, and all samples. The file needs no network.",
         allow_abbrev=False,
     )

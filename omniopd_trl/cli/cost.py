@@ -42,9 +42,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "cost",
         help="forecast tokens, dollars, memory and time of a recipe",
         description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
-        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). With --gpu, "
-        "also memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to "
-        "the teacher.",
+        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). --gpu adds "
+        "memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to the "
+        "teacher.",
         epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
         allow_abbrev=False,
     )

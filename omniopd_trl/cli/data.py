@@ -16,7 +16,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     data = commands.add_parser(
         "data",
         help="list the named sets, or look for evaluation problems in the training data",
-        description="Named training and evaluation sets.",
+        description="List the named training and evaluation sets, or look for evaluation problems in the training "
+        "data.",
         allow_abbrev=False,
     )
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -14,7 +14,7 @@ trains with one process per GPU.
 
 measures pass@1 of a model or a teacher.
 
-    omniopd probe --config recipes/math_qwen3_4b_anthropic.yaml
+    omniopd probe --config recipes/math_qwen3_4b_from_claude_haiku_4_5.yaml
 
 measures before training, for about a dollar, whether a recipe will teach. `omniopd demo` runs the demo, and
 `omniopd recipes` lists the recipes.

@@ -49,7 +49,8 @@ class OmniOPDScriptArguments(ScriptArguments):
             Functions that score answers, in the evaluation of every method, as the reward of method `"grpo"`, and as
             that of `"omniopd"` if `reward_weight` or `audit_trajectories` use rewards: dotted paths of functions with
             the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths of sequence
-            classification models. By default, math-verify compares with the `solution` or `answer` column.
+            classification models. By default, math-verify compares with the `solution` or `answer` column, and
+            programs are run on the column `tests`.
         sft (`dict[str, Any]`, *optional*):
             Options of [`~trl.SFTConfig`] that apply to method `"sft"` only, such as `{"learning_rate": 1e-5}`.
         opd (`dict[str, Any]`, *optional*):
@@ -97,7 +98,7 @@ class OmniOPDScriptArguments(ScriptArguments):
             "and as that of 'omniopd' if `reward_weight` or `audit_trajectories` use rewards: dotted paths of "
             "functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths "
             "of sequence classification models. By default, math-verify compares with the `solution` or `answer` "
-            "column."
+            "column, and programs are run on the column `tests`."
         },
     )
     sft: dict[str, Any] | str | None = field(
