@@ -58,18 +58,16 @@ from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, refusal
 from omniopd_trl.teachers.remote.http import MAX_BODY, check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
     BATCH_ATTEMPTS,
-    MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
     PROBE_SECONDS,
     PROBE_TIMEOUT,
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
-    Attempts,
-    Denials,
-    PaidAttempts,
     RequestFailedError,
+    failure_in,
     may_be_repeated,
+    stop_after,
     wait_before,
 )
 from omniopd_trl.teachers.remote.settings import Capabilities, EngineSettings
@@ -508,7 +506,7 @@ class RemoteTeacher(TakesBatches, Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else Attempts(most)) | clock | Denials(),
+                stop=stop_after(most) | clock,
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -549,18 +547,21 @@ class RemoteTeacher(TakesBatches, Teacher):
 
     def _log_repeated(self, state: RetryCallState) -> None:
         """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
-        now = time.monotonic()
-        error = state.outcome.exception() if state.outcome is not None else None
+        now, failure = time.monotonic(), failure_in(state)
+        if failure is None:
+            return
         if self._probes:
-            if isinstance(error, RequestFailedError) and error.failure.kind not in LEARNED:
-                logger.warning(f"{self.name}: the first question has no answer ({error}). It is asked again.")
+            if failure.kind not in LEARNED:
+                logger.warning(
+                    f"{self.name}: the first question has no answer ({failure.message}). It is asked again."
+                )
             return
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
             return
         self._said_repeated_at = now
         logger.warning(
             f"{self.name}: requests fail and are repeated, each for up to teacher_max_seconds="
-            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {error}"
+            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {failure.message}"
         )
 
     async def _attempt(
