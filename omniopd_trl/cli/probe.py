@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.evals.probe import Form, Verdict, judge, measure, measure_marks
     from omniopd_trl.evals.probe.costs import answers_of, costs_of
     from omniopd_trl.journal.reader import spent
-    from omniopd_trl.report.runs import PROBE, without_folders
+    from omniopd_trl.report.runs import without_folders
     from omniopd_trl.teachers.load import is_export
     from omniopd_trl.trainer.plan import PROBE_FOLDER, num_steps
     from omniopd_trl.trainer.probing import AGAIN
@@ -188,15 +188,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         "paid": {"usd": usd, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
         "stopped": stopped,
     }
-    result = _without_infinities(result)
-    text = _text(result, verdict)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROBE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n" if options.json else f"{text}\n")
-    if not options.json:
-        sys.stdout.write(f"\nWrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}\n")
+    _write(_without_infinities(result), verdict, folder, options)
 
 
 # ---- Before anything is asked ----
@@ -410,6 +402,22 @@ def _without_infinities(value: Any) -> Any:
 
 
 # ---- Printing ----
+
+
+def _write(result: dict[str, Any], verdict: "Verdict", folder: Path, options: argparse.Namespace) -> None:
+    """Write the result and the page, and print one of them."""
+    from omniopd_trl.report.runs import PROBE
+
+    text = _text(result, verdict)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROBE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    else:
+        written = f"Wrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}"
+        sys.stdout.write(f"{text}\n\n{written}\n")
 
 
 def _text(result: dict[str, Any], verdict: "Verdict") -> str:
