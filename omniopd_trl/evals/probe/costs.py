@@ -75,27 +75,30 @@ def costs_of(
         trajectories: trajectories of the run.
 
     Returns:
-        `trajectories`, and the entries of [`costs_of_rollouts`] or [`costs_of_marks`]. Empty without a fork.
+        `trajectories`, and the costs of a trajectory and in dollars those of the run as `recipe` and `recommended`, as
+        far as they are known. With marks also the costs of a trajectory with marks as `marked`, and for a cascade the
+        number of `rollouts` per trajectory, which are in no price. Empty without a fork.
     """
     if measured is None or not _num_forks(rows):
         return {}
     if form.signal == "rollouts":
-        entries = costs_of_rollouts(rows, measured, form, options, price, samples_per_request, trajectories)
+        costs = _costs_of_rollouts(rows, measured, form, options, price, samples_per_request)
     else:
-        entries = costs_of_marks(rows, measured, form, price, trajectories)
-    return {"trajectories": trajectories, **entries}
+        costs = _costs_of_marks(rows, measured, form, price)
+    for name in {"recipe", "recommended"} & costs.keys():
+        usd = costs[name]["usd"]
+        costs[name]["run_usd"] = None if usd is None else usd * trajectories
+    return {"trajectories": trajectories, **costs}
 
 
-def costs_of_rollouts(
+def _costs_of_rollouts(
     rows: Sequence[Row],
     measured: Measured,
     form: Form,
     options: Mapping[str, Any],
     price: Price | None,
     samples_per_request: int | None,
-    trajectories: int,
 ) -> dict[str, Any]:
-    """The entries `recipe` and, if rollouts are recommended, `recommended`; see [`costs_of`]."""
     usage, forks = _usage(rows), _num_forks(rows)
     # A local teacher counts no requests: it reads the text before a fork once.
     requests = sum(record.outcomes.get("requests", 0) for _, record in rows) or forks
@@ -104,7 +107,7 @@ def costs_of_rollouts(
     if options.get("signal") == "rollouts":
         samples, first = (options.get(name, getattr(form, name)) for name in ("num_rollouts", "first_rollouts"))
         forms["recommended"] = (measured.asked_per_trajectory, samples, first)
-    entries = {}
+    costs = {}
     for name, (chunks, samples, first) in forms.items():
         going = 1 - least_stopped_share(measured.duplicates or 0.0, first) if first else 1.0
         most = min(samples_per_request or samples, samples)
@@ -117,42 +120,30 @@ def costs_of_rollouts(
             cache_write_tokens=round(usage.cache_write_tokens / requests),
         )
         usd = None if price is None else number * price.cost(one)
-        entries[name] = _entry(number * usage.prompt_tokens / requests, written, usd, trajectories)
-    return entries
+        costs[name] = _cost(number * usage.prompt_tokens / requests, written, usd)
+    return costs
 
 
-def costs_of_marks(
-    rows: Sequence[Row], measured: Measured, form: Form, price: Price | None, trajectories: int
-) -> dict[str, Any]:
-    """What the first question about a trajectory costs, as a run with branches asks it; see [`costs_of`].
+def _costs_of_marks(rows: Sequence[Row], measured: Measured, form: Form, price: Price | None) -> dict[str, Any]:
+    """The first question about a trajectory, as a run with branches asks it.
 
     A recipe without branches asks for fewer marks: what was measured is the price of the recommended options.
-
-    Returns:
-        The entry `recipe` or `recommended`; the same for each trajectory with marks, `marked`; and for a cascade
-        `rollouts`, their number per trajectory, which is not in the price.
     """
     usage = _usage(rows)
     usd = None if price is None else sum(record.usd or 0.0 for _, record in rows)
-
-    def entry(number: int, trajectories: int | None = None) -> dict[str, float | None]:
-        each = None if usd is None else usd / number
-        return _entry(usage.prompt_tokens / number, usage.completion_tokens / number, each, trajectories)
-
-    entries: dict[str, Any] = {"recipe" if form.num_branches else "recommended": entry(len(rows), trajectories)}
-    if marked := _num_marked(rows):
-        entries["marked"] = entry(marked)
+    costs: dict[str, Any] = {}
+    for name, number in (("recipe" if form.num_branches else "recommended", len(rows)), ("marked", _num_marked(rows))):
+        if number:
+            each = None if usd is None else usd / number
+            costs[name] = _cost(usage.prompt_tokens / number, usage.completion_tokens / number, each)
     if form.signal == "cascade" and measured.middling is not None:
-        entries["rollouts"] = measured.middling * measured.asked_per_trajectory * form.num_rollouts
-    return entries
+        costs["rollouts"] = measured.middling * measured.asked_per_trajectory * form.num_rollouts
+    return costs
 
 
-def _entry(
-    prompt_tokens: float, completion_tokens: float, usd: float | None, trajectories: int | None
-) -> dict[str, float | None]:
-    """The cost of a trajectory, and in dollars that of a run with this many; without the run if it is `None`."""
-    of_run = {} if trajectories is None else {"run_usd": None if usd is None else usd * trajectories}
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "usd": usd, **of_run}
+def _cost(prompt_tokens: float, completion_tokens: float, usd: float | None) -> dict[str, float | None]:
+    """Of a trajectory."""
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "usd": usd}
 
 
 def _usage(rows: Sequence[Row]) -> Usage:
