@@ -95,7 +95,7 @@ def with_signals(*signals):
         (NUMBERS, FORM, "will teach", "prefers some branches"),
         (replace(NUMBERS, num_trajectories=0), FORM, "uncertain", "--max_usd"),
         (replace(NUMBERS, num_forks=0, num_asked=0), FORM, "will not", "have no chunk"),
-        (replace(NUMBERS, num_agreed=96, num_asked=0), FORM, "will not", "the same text 8 times"),
+        (replace(NUMBERS, num_agreed=96, num_asked=0, found=()), FORM, "will not", "have one text"),
         (replace(NUMBERS, num_dropped=14), FORM, "will not", "max_failed_chunks=0.2 (the service said no)"),
         (replace(NUMBERS, num_dropped=13), FORM, "will teach", "prefers some branches"),
         (replace(NUMBERS, num_trajectories=8), FORM, "uncertain", "--num_prompts"),

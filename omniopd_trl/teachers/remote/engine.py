@@ -186,7 +186,7 @@ class RemoteTeacher(TakesBatches, Teacher):
         failure = failure_of(
             said,
             model=self.model,
-            key=self.key_names,
+            key=" or ".join(self.key_variables) or "the environment",
             address=self.base_url,
             has_answered=self._has_answered,
             secrets=self._secrets(),
@@ -285,11 +285,6 @@ class RemoteTeacher(TakesBatches, Teacher):
                 f"{names[0]}=...` in the shell that starts the run."
             )
         return value
-
-    @property
-    def key_names(self) -> str:
-        """Where the key is, for messages."""
-        return " or ".join(self.key_variables) or "the environment"
 
     def warn_once(self, message: str, kind: str | None = None) -> None:
         """Log a warning the first time that it is given, or that one of its kind is."""
