@@ -409,10 +409,12 @@ def _notes(
             f"{reasons}. All are counted, the upper bound: pass the logged audit/num_chunks with "
             "--chunks_per_trajectory."
         )
-    if (requests.overhead or requests.judge_overhead) and options.prompt_length is not None:
+    # That of the judge, where no other is added.
+    instruction = requests.judge_overhead if args.signal == "judge" else requests.overhead or requests.judge_overhead
+    if instruction and options.prompt_length is not None:
         notes.append(
             f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
-            f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
+            f"{instruction} tokens."
         )
     return notes
 
