@@ -264,6 +264,23 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
+def load_prompts(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    """The training set of the recipe, with a checked prompt in each row.
+
+    Raises:
+        ConfigError, DataError: as [`load_splits`]; and when a row has no prompt.
+    """
+    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts
+
+    splits = load_splits(script_args, dataset_args)
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    dataset = prepare_prompts(dataset, script_args.prompt_template)
+    check_dataset(dataset)
+    return dataset
+
+
 def load_functions(names: Sequence[str] | None) -> list[Any] | None:
     """The functions of dotted paths such as `my_package.rewards.code`; ids and paths of models are left as they are.
 

@@ -22,7 +22,7 @@ from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import BASELINES
 from omniopd_trl.teachers.context import TeacherContext
 from omniopd_trl.teachers.instruct.judge import Signal
-from omniopd_trl.teachers.remote.engine import Continuation
+from omniopd_trl.teachers.remote.settings import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
 
 logger = logging.get_logger(__name__)
