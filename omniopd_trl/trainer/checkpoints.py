@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints in a folder, and the one that a run resumes from."""
+"""The checkpoints in a folder, the one that a run resumes from, and where it ends."""
 
 import json
 import os
@@ -81,3 +81,11 @@ def resume_point(resume_from_checkpoint: str | bool, output_dir: str | os.PathLi
 def unmark(checkpoint: Path) -> None:
     """Mark a checkpoint as incomplete before it is overwritten, by removing the trainer's state."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+class EndsAtLastStep:
+    """Mixin for a trainer. transformers takes one more step when it resumes a run that ended within an epoch."""
+
+    def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

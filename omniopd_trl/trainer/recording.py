@@ -18,7 +18,7 @@ from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.teachers import Teacher
-from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
+from omniopd_trl.trainer.checkpoints import EndsAtLastStep, resume_point, state_of, unmark
 from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -125,7 +125,7 @@ def warn_about_separate_folders(args: OmniOPDConfig, accelerator: Accelerator) -
         )
 
 
-class Records(DistillationTrainer):
+class Records(EndsAtLastStep, DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
 
     _whole_checkpoint: Path | None  # the last one that was saved, or loaded

@@ -67,6 +67,20 @@ def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir
     assert spent(tmp_path) == paid
 
 
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.5}], ids=["steps", "epochs"]
+)
+def test_a_run_that_has_ended_takes_no_more_steps(tmp_path, tiny_model_dir, length):
+    """It ends in the middle of an epoch. Started again, as by a scheduler, it neither asks nor trains."""
+    settings = {**FOUR_STEPS, **length}
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings)
+    first.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == first.state.global_step == 2
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=0)
+
+
 ONE_STEP = {**FOUR_STEPS, "max_steps": 1, "save_strategy": "no"}
 
 
