@@ -11,7 +11,7 @@ import torch
 from omniopd_trl.cli.main import main
 from omniopd_trl.errors import BudgetError, ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
-from omniopd_trl.report.page import _details
+from omniopd_trl.report.page import OUTCOMES, _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import Rollout, ScriptedTeacher, Teacher, TeacherReply, Usage
 from tests.support.judge import judge, mark_of, marks_for, openai
@@ -211,9 +211,13 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
     trainer.train()
     printed = capsys.readouterr().out
     assert "the judge wrote: 1: " in printed
-    kinds = set()
+    kinds, extreme = set(), 0
+    of_rollouts = [has for name, has in OUTCOMES if name.startswith(("a chunk has no", "a chunk equals"))]
     for audit in read_audits(tmp_path, list_audits(tmp_path)):
         assert bool(audit.answers) == bool(audit.chunks)
+        if not any(chunk.rollouts for chunk in audit.chunks):
+            extreme += any(chunk.mark in (0, 1) for chunk in audit.chunks)
+            assert not any(has(audit) for has in of_rollouts), "a mark is no rollout"
         for chunk in audit.chunks:
             assert chunk.mark == mark_of(chunk.text)
             kinds.add(bool(chunk.rollouts))
@@ -221,6 +225,7 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
                 assert chunk.similarities == (chunk.mark,)
                 assert [b.similarity for b in chunk.branches] == [mark_of(b.text) for b in chunk.branches]
     assert kinds == {True, False}
+    assert extreme
     assert main(["audits", str(tmp_path), "--json", "--best", "99"]) == 0
     shown = json.loads(capsys.readouterr().out)
     marked = [one for one in shown if not one["rollouts"]]
