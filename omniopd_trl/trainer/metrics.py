@@ -411,6 +411,7 @@ def audit_ratios(
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
     num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
     anchors = [s.entropy[c.chunk.anchor].item() for s, c in chunks]
+    compared = [c.similarities for _, c in chunks if c.rollouts]  # a mark is no similarity
     equal_pairs, pairs = _equal_pairs(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
@@ -419,8 +420,8 @@ def audit_ratios(
         "entropy": (sum(s.entropy.double().sum().item() for s in scored), num_tokens),
         "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
         "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
-        "audit/frac_similarity_zero": (sum(max(c.similarities) <= 0.0 for _, c in chunks), num_chunks),
-        "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
+        "audit/frac_similarity_zero": (sum(max(row) <= 0.0 for row in compared), len(compared)),
+        "audit/frac_similarity_one": (sum(min(row) >= 1.0 for row in compared), len(compared)),
         "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
         "audit/rollout_agreement": (equal_pairs, pairs),
