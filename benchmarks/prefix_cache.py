@@ -53,7 +53,7 @@ from omniopd_trl.demo.world import STUDENT_SLIP, problems, solution
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 
 NUM_CHUNKS, CHUNK_LENGTH = 10, 20
 # Student tokens of a trajectory. With the prompt they fit into the context of the demo's teacher.

@@ -56,7 +56,7 @@ class Row(NamedTuple):
         return {
             "input": round(reading.trajectory.prompt_tokens) == self.prompt_tokens,
             "output": round(reading.trajectory.completion_tokens) == self.completion_tokens,
-            "effort": f"{reading.relative_effort():.2f}" == f"{self.relative_effort:.2f}",
+            "effort": f"{reading.relative_effort:.2f}" == f"{self.relative_effort:.2f}",
         }
 
 
@@ -85,7 +85,7 @@ def table(name: str) -> str:
             f"{row.num_chunks}, {row.num_rollouts}, {row.chunk_length}",
             _cell(f"{reading.trajectory.prompt_tokens:,.0f}", cells["input"]),
             _cell(f"{reading.trajectory.completion_tokens:,.0f}", cells["output"]),
-            _cell(f"{reading.relative_effort():.2f}", cells["effort"]),
+            _cell(f"{reading.relative_effort:.2f}", cells["effort"]),
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)

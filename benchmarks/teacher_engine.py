@@ -25,7 +25,7 @@ from openai import AsyncOpenAI
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 
 CHUNKS, ROLLOUTS, CONCURRENCY = 10, 10, 64
 

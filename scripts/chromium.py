@@ -13,6 +13,7 @@ T = TypeVar("T")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 ARGUMENTS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+SECONDS = 20  # in which a page must change
 
 
 @contextmanager
@@ -30,16 +31,16 @@ def chromium(**capabilities: Any) -> Iterator[Any]:
         yield driver
 
 
-def until(condition: Callable[[], T], seconds: float = 20) -> T:
+def until(condition: Callable[[], T]) -> T:
     """The first true value of a condition.
 
     Raises:
-        TimeoutError: when it has none in this time.
+        TimeoutError: when it has none within `SECONDS`.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"The page did not change within {seconds:g} s.")
+            raise TimeoutError(f"The page did not change within {SECONDS} s.")
         time.sleep(0.02)
     return found
 

@@ -67,8 +67,6 @@ class Budget:
         price: price of the teacher. `None` if it is not known: only tokens are counted then.
         spent: tokens that earlier runs of the same job used, summed over all processes.
         spent_usd: dollars that earlier runs of the same job paid, summed over all processes.
-        forfeited_tokens: tokens of requests that earlier runs counted at their worst case.
-        forfeited_usd: dollars of requests that earlier runs counted at their worst case.
         num_processes: processes that share the limits. Each may spend an equal share of the remaining budget. The
             shares never add up to more than the remaining budget.
 
@@ -91,8 +89,6 @@ class Budget:
         spent: Usage | None = None,
         spent_usd: float = 0.0,
         *,
-        forfeited_tokens: int = 0,
-        forfeited_usd: float = 0.0,
         num_processes: int = 1,
     ):
         for name, limit in (("teacher_budget_usd", max_usd), ("teacher_budget_tokens", max_tokens)):
@@ -111,8 +107,7 @@ class Budget:
         self.price = price
         self.used = spent or Usage()
         self.used_usd = spent_usd
-        self.forfeited_tokens = forfeited_tokens  # possibly charged requests, not part of `used`
-        self.forfeited_usd = forfeited_usd
+        self.forfeited_tokens, self.forfeited_usd = 0, 0.0  # possibly charged requests, not part of `used`
         self.num_processes = num_processes
         # The limits of this process. The remaining budget is divided, rounded down. A deficit is not divided.
         self.tokens_before = before = self.tokens_spent

@@ -77,9 +77,10 @@ class Load:
             self.trajectory_cache.times(number),
         )
 
-    def effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
-        """Work of the teacher in decoded tokens, if decoding one costs as much as prefilling `decode_to_prefill`."""
-        return self.completion_tokens + self.prompt_tokens / decode_to_prefill
+    @property
+    def effort(self) -> float:
+        """Work of the teacher in decoded tokens, if decoding one costs as much as prefilling `DECODE_TO_PREFILL`."""
+        return self.completion_tokens + self.prompt_tokens / DECODE_TO_PREFILL
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class Forecast:
     sft_prompt: Load
     sft_run: Load
 
-    def relative_effort(self, decode_to_prefill: float = DECODE_TO_PREFILL) -> float:
+    @property
+    def relative_effort(self) -> float:
         """Effort of auditing a trajectory relative to one teacher solution (last column of the paper's Table 8)."""
-        return self.trajectory.effort(decode_to_prefill) / self.sft_prompt.effort(decode_to_prefill)
+        return self.trajectory.effort / self.sft_prompt.effort
 
 
 def forecast(

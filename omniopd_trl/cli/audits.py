@@ -5,7 +5,6 @@
 import argparse
 import heapq
 import json
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from omniopd_trl.cli.options import positive_int
+from omniopd_trl.cli.options import number, positive_int
 from omniopd_trl.errors import ConfigError, DataError
 
 
@@ -24,7 +23,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="show chunks beside what the teacher wrote in their place",
         description="Show audited chunks: the student's text, each distinct rollout of the teacher with its count and "
         "similarity, and the posterior. Without a selection: the five chunks with the lowest posterior of the last "
-        "step. With branches, advantages are compared in place of posteriors. Also while the run writes.",
+        "step. With branches, advantages are compared in place of posteriors. The run may still be writing.",
         allow_abbrev=False,
     )
     audits.add_argument("folder", metavar="RUN_DIR", help="the `output_dir` of a run")
@@ -44,7 +43,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "report",
         help="write a run, a probe or evaluations to one HTML file",
         description="Write a page with a run's settings, its dynamics and a browser of its audits; of a probe also "
-        "its verdict. With two runs, the page compares them. Also while the run writes. Of evaluations, the page has "
+        "its verdict. With two runs, the page compares them. A run may still be writing. Of evaluations, the page has "
         "the metrics, the paired test against the first, and all samples. The file needs no network.",
         allow_abbrev=False,
     )
@@ -62,7 +61,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     report.add_argument("--port", type=_port, default=8642, metavar="P", help="port of --live (default: 8642; 0: any)")
     report.add_argument(
         "--max_mib",
-        type=_size,
+        # A browser can open no larger file.
+        type=number("a number above 0 and at most 400", lambda value: 0 < value <= 400),
         default=20.0,
         metavar="M",
         help="limit of the embedded audits or samples in MiB (default: 20); evenly spaced prompts are kept, or the "
@@ -75,16 +75,6 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 65535")
     return int(text)
-
-
-def _size(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = math.nan
-    if not 0 < size <= 400:  # a browser can open no larger file
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and at most 400")
-    return size
 
 
 def show_audits(options: argparse.Namespace) -> None:

@@ -10,7 +10,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniopd_trl.cli import hardware
-from omniopd_trl.cli.opening import open_recipe, with_recipe
+from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
+from omniopd_trl.cli.options import number, positive_int
+from omniopd_trl.cli.tables import columns
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,6 +32,101 @@ _WITHOUT = (
 _ASSUMED = "assumed: max_completion_length, the upper bound; --trajectory_length sets another"
 
 
+_POSITIVE = number("a number above 0", lambda value: 0 < value < math.inf)
+_SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `omniopd`."""
+    parser = commands.add_parser(
+        "cost",
+        help="forecast tokens, dollars, memory and time of a recipe",
+        description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
+        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). --gpu adds "
+        "memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to the "
+        "teacher.",
+        epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "--trajectory_length",
+        type=_POSITIVE,
+        metavar="L",
+        help="mean length of a trajectory in tokens. Defaults to the mean in the logs of the newest checkpoint in "
+        "`output_dir`, and without a checkpoint to `max_completion_length`, the upper bound",
+    )
+    parser.add_argument(
+        "--solution_length",
+        type=_POSITIVE,
+        metavar="S",
+        help="mean length of a solution by the teacher in tokens, for SFT. Defaults to the length of a trajectory",
+    )
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--max_prompts",
+        type=positive_int,
+        metavar="K",
+        help="measure K prompts, evenly spaced in the dataset, instead of all",
+    )
+    prompts.add_argument(
+        "--prompt_length",
+        type=_POSITIVE,
+        metavar="T",
+        help="mean length of a prompt in tokens. If set, neither the dataset nor the student's tokenizer is loaded, "
+        "and `max_steps` is required",
+    )
+    parser.add_argument(
+        "--chunks_per_trajectory",
+        type=_POSITIVE,
+        metavar="K",
+        help="mean number of chunks per trajectory, logged as `audit/num_chunks`. Defaults to `num_chunks`, or to as "
+        "many as fit into a trajectory",
+    )
+    parser.add_argument(
+        "--rollout_tokens",
+        type=_POSITIVE,
+        metavar="W",
+        help="mean number of tokens per rollout: the logged `teacher/completion_tokens` divided by the prompts per "
+        "step, the chunks per trajectory and the rollouts per chunk. Defaults to the maximum of a request",
+    )
+    parser.add_argument(
+        "--rollout_share",
+        type=_SHARE,
+        metavar="S",
+        help="share of the chunks that get rollouts with `signal: cascade`: the logged `judge/frac_rollouts`. "
+        "Defaults to 1, the upper bound",
+    )
+    parser.add_argument(
+        "--stopped_share",
+        type=_SHARE,
+        metavar="S",
+        help="share of the chunks that get no more than `first_rollouts`: the logged `audit/frac_stopped`. Defaults "
+        "to what a run or a probe in the recipe's `output_dir` has measured, or to 0, the upper bound of the cost",
+    )
+    parser.add_argument(
+        "--num_processes",
+        type=positive_int,
+        default=1,
+        metavar="P",
+        help="number of processes of the run (default: 1)",
+    )
+    hardware.add_options(parser)
+    parser.add_argument(
+        "--samples_per_request",
+        type=positive_int,
+        metavar="K",
+        help="number of samples per request. Defaults to what the teacher is known to support",
+    )
+    parser.add_argument(
+        "--tokens_per_token",
+        type=_POSITIVE,
+        default=1.0,
+        metavar="R",
+        help="number of teacher tokens per student token (default: 1.0)",
+    )
+
+
 class _Prompts(NamedTuple):
     """Lengths of the measured prompts, in tokens."""
 
@@ -37,7 +134,7 @@ class _Prompts(NamedTuple):
     total: int | None  # rows of the dataset; `None` for a stream, or when the dataset was not read
 
 
-def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the forecast of a recipe.
 
     Args:
@@ -54,20 +151,15 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from transformers.utils import logging
 
-    from omniopd_trl.accounting.pricing import BATCH_TARIFFS
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.data.checks import prompts_per_step
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import (
-        LETTERS_PER_TOKEN,
         Requests,
         aligned,
-        branches_row,
-        first_rollouts_row,
         forecast_run,
-        left_out,
         num_steps,
         stopped_share_of,
         trajectory_length_of,
@@ -77,9 +169,8 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
     script_args, args, model_args, dataset_args = parse_args(arguments)
     teacher = args.teacher_model_name_or_path
     method = script_args.method
-    if model_args.model_name_or_path is None or (teacher is None and method != "grpo"):
-        missing = "model_name_or_path" if model_args.model_name_or_path is None else "teacher_model_name_or_path"
-        raise ConfigError(f"The recipe {options.config!r} does not set `{missing}`. Set it to a model's id or path.")
+    named = {} if method == "grpo" else {"teacher_model_name_or_path": teacher}
+    check_models(options.config, model_name_or_path=model_args.model_name_or_path, **named)
     if method == "opd":
         from omniopd_trl.baselines.opd import check_is_local
 
@@ -153,45 +244,17 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
         length, name = options.solution_length or trajectory_length, "solution length"
         source = source if options.solution_length is None else "as given"
     if method == "omniopd":
-        head = _describe_audits(args, options, requests)
-        if args.num_branches:
-            head.append(branches_row(args))
-        if args.first_rollouts:
-            head.append(first_rollouts_row(args, *stopped))
+        head = _describe_audits(args, options, requests, stopped)
         table = {
             "trajectory": result.trajectory,
             "step": result.step,
             "run": result.run,
             "SFT, one solution per prompt": result.sft_run,
         }
-        notes = _notes(script_args, args, result, options)
-        if args.signal == "cascade" and not share:
-            notes.append(
-                "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
-                "pass the logged judge/frac_rollouts with --rollout_share."
-            )
-        if options.chunks_per_trajectory is None and (reasons := left_out(args)):
-            notes.append(
-                f"{reasons}. All are counted, the upper bound: pass the logged audit/num_chunks with "
-                "--chunks_per_trajectory."
-            )
-        if (requests.overhead or requests.judge_overhead) and tokenizer is None:
-            notes.append(
-                f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
-                f"{requests.judge_overhead if args.signal == 'judge' else requests.overhead} tokens."
-            )
+        notes = _notes(script_args, args, options, requests, result)
     elif method == "sft":
-        head = []
-        table = {"omniopd solutions, one per prompt": result.sft_run}
-        notes = [
-            "Tokens are counted with the student's tokenizer. `omniopd solutions` sends the requests, training none."
-        ]
-        usd = result.sft_run.no_cache.usd
-        if usd is not None and provider in BATCH_TARIFFS:
-            notes.append(
-                f"In batches (`omniopd solutions --batch`) it costs {BATCH_TARIFFS[provider] * usd:,.4f} dollars."
-            )
-        notes += _budget_notes(args, result.sft_run)
+        head, table = [], {"omniopd solutions, one per prompt": result.sft_run}
+        notes = _sft_notes(args, provider, result.sft_run)
     else:
         head, table = [], {}
         more = "" if options.gpu else " --gpu adds memory and time."
@@ -223,8 +286,10 @@ def cost(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _describe_audits(
-    args: "OmniOPDConfig", options: argparse.Namespace, requests: "Requests"
+    args: "OmniOPDConfig", options: argparse.Namespace, requests: "Requests", stopped: tuple[float, str]
 ) -> list[tuple[str, str]]:
+    from omniopd_trl.trainer.plan import branches_row, first_rollouts_row
+
     chunks = f"at most M = {args.num_chunks} of C = {args.chunk_length} tokens"
     if options.chunks_per_trajectory is not None:
         chunks += f", {options.chunks_per_trajectory:g} on average, as given"
@@ -233,7 +298,10 @@ def _describe_audits(
     samples = f"{requests.samples} of N = {args.num_rollouts}"
     if args.signal == "judge":
         samples = "1, with all marks of a trajectory"
-    return [("samples per request", samples), ("chunks", chunks)]
+    rows = [("samples per request", samples), ("chunks", chunks)]
+    rows += [branches_row(args)] if args.num_branches else []
+    rows += [first_rollouts_row(args, *stopped)] if args.first_rollouts else []
+    return rows
 
 
 def _measure_prompts(
@@ -244,14 +312,13 @@ def _measure_prompts(
 
     from omniopd_trl.data.checks import check_dataset
     from omniopd_trl.data.datasets import get_split
-    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+    from omniopd_trl.data.prompts import prepare_prompts
     from omniopd_trl.trainer.plan import prompt_lengths, some_rows
 
-    template = script_args.prompt_template
     dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
     total = len(dataset) if isinstance(dataset, Dataset) else None
     dataset = some_rows(dataset, max_prompts or total or _STREAMED_PROMPTS)
-    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
+    dataset = prepare_prompts(dataset, script_args.prompt_template)
     check_dataset(dataset)
     args.teacher_context.check(dataset)
     return _Prompts(prompt_lengths(dataset, tokenizer, args), total)
@@ -277,7 +344,7 @@ def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
     return f"{', '.join(parts)} (dollars per million tokens, from {source})"
 
 
-def _table(columns: "dict[str, Load]") -> list[str]:
+def _table(table: "dict[str, Load]") -> list[str]:
     """The table of loads, one column each."""
 
     def count(value: float) -> str:
@@ -287,10 +354,10 @@ def _table(columns: "dict[str, Load]") -> list[str]:
         value = value or 0.0
         return f"{value:,.4f}" if value < 1 else f"{value:,.2f}"
 
-    loads = columns.values()
-    cached = any(load.trajectory_cache.cached_tokens for load in loads) or len(columns) > 1
+    loads = table.values()
+    cached = any(load.trajectory_cache.cached_tokens for load in loads) or len(table) > 1
     rows: list[tuple[str, ...]] = [
-        ("", *columns),
+        ("", *table),
         ("requests", *(count(load.requests) for load in loads)),
         ("prompt tokens", *(count(load.prompt_tokens) for load in loads)),
     ]
@@ -309,16 +376,19 @@ def _table(columns: "dict[str, Load]") -> list[str]:
                 ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in loads)),
                 ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in loads)),
             ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{row[0]:<{widths[0]}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    return columns(rows)
 
 
-def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options: argparse.Namespace) -> list[str]:
-    """Notes on what the numbers leave out, and how they compare with the budget."""
+def _notes(
+    script_args: Any,
+    args: "OmniOPDConfig",
+    options: argparse.Namespace,
+    requests: "Requests",
+    result: "Forecast",
+) -> list[str]:
+    """Notes on what the numbers leave out, how they compare with the budget, and which are upper bounds."""
+    from omniopd_trl.trainer.plan import LETTERS_PER_TOKEN, left_out
+
     notes = ["Tokens are counted with the student's tokenizer. Requests that are retried after an error come on top."]
     if args.audit_eval or script_args.evaluate_teacher:
         notes.append("The teacher's requests during evaluation (audit_eval, evaluate_teacher) come on top.")
@@ -328,7 +398,37 @@ def _notes(script_args: Any, args: "OmniOPDConfig", result: "Forecast", options:
             "tokens as the longest chunk needs: a run may take more than this. Pass what a run has logged with "
             "--chunks_per_trajectory and --rollout_tokens."
         )
-    return notes + _budget_notes(args, result.run)
+    notes += _budget_notes(args, result.run)
+    if args.signal == "cascade" and options.rollout_share is None:
+        notes.append(
+            "The cascade is counted as if all marks were between cascade_low and cascade_high, the upper bound: "
+            "pass the logged judge/frac_rollouts with --rollout_share."
+        )
+    if options.chunks_per_trajectory is None and (reasons := left_out(args)):
+        notes.append(
+            f"{reasons}. All are counted, the upper bound: pass the logged audit/num_chunks with "
+            "--chunks_per_trajectory."
+        )
+    # That of the judge, where no other is added.
+    instruction = requests.judge_overhead if args.signal == "judge" else requests.overhead or requests.judge_overhead
+    if instruction and options.prompt_length is not None:
+        notes.append(
+            f"The instruction that is added to every prompt is counted at {LETTERS_PER_TOKEN} letters per token: "
+            f"{instruction} tokens."
+        )
+    return notes
+
+
+def _sft_notes(args: "OmniOPDConfig", provider: str, load: "Load") -> list[str]:
+    from omniopd_trl.accounting.pricing import BATCH_TARIFFS
+
+    notes = ["Tokens are counted with the student's tokenizer. `omniopd solutions` sends the requests, training none."]
+    usd = load.no_cache.usd
+    if usd is not None and provider in BATCH_TARIFFS:
+        notes.append(
+            f"In batches (`omniopd solutions --batch`) it costs {BATCH_TARIFFS[provider] * usd:,.4f} dollars."
+        )
+    return notes + _budget_notes(args, load)
 
 
 def _budget_notes(args: "OmniOPDConfig", load: "Load") -> list[str]:

@@ -8,13 +8,16 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from omniopd_trl.cli.options import number
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `omniopd`."""
     data = commands.add_parser(
         "data",
         help="list the named sets, or look for evaluation problems in the training data",
-        description="Named training and evaluation sets.",
+        description="List the named training and evaluation sets, or look for evaluation problems in the training "
+        "data.",
         allow_abbrev=False,
     )
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -38,7 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     check.add_argument("--test_split", metavar="SPLIT", help="split of EVALUATION (default: the set's own, or test)")
     check.add_argument(
         "--threshold",
-        type=_share,
+        type=number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
         default=0.8,
         metavar="S",
         help="lowest similarity that is reported: the share of an evaluation problem's words that the training "
@@ -46,16 +49,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     check.add_argument("--json", action="store_true", help="print one JSON list")
     check.set_defaults(call=check_sets)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and at most 1")
-    return share
 
 
 def list_sets() -> None:

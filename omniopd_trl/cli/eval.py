@@ -48,8 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--dataset",
         metavar="DATA",
-        help="id, file or folder of the problems, with `prompt`, "
-        "`question` or `problem`, and `answer` or `solution`. Defaults to the recipe's dataset",
+        help="a named set, or id, file or folder of the problems, with `prompt`, `question` or `problem`, and "
+        "`answer`, `solution` or `tests`. Defaults to the recipe's dataset",
     )
     parser.add_argument(
         "--split", metavar="SPLIT", help="split of the dataset (default: that of the recipe, `test`, or the only one)"

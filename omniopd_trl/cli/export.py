@@ -16,7 +16,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="write a run's trajectories and rollouts as a dataset, and push it to the Hub",
         description="Write the trajectories and rollouts of a run as a dataset: Parquet files with a card, which "
         "`datasets.load_dataset` reads. Another run can train from it without a teacher, with "
-        "`teacher_model_name_or_path: export:DIR`. Also while the run writes.",
+        "`teacher_model_name_or_path: export:DIR`. The run may still be writing.",
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="RUN_DIR", help="the `output_dir` of a run")

@@ -94,7 +94,7 @@ def make_help() -> str:
             "  --main_process_port PORT, --gpu_ids 0,1, --num_machines N, ...",
             "      any other option of `accelerate launch`; `accelerate launch --help` lists them",
             "  --learning_rate 1e-6, --num_chunks 5, --output_dir student, --use_peft, ...",
-            "      any option of a recipe; overrides the recipe;",
+            "      any option of a recipe, whose value in the recipe it overrides;",
             f"      `python -m {MODULE} --help` and docs/configuration.md list them",
             "",
             "An option of both (`debug`, `gradient_accumulation_steps`) goes to the training. The exit code is that",

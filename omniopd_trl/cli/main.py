@@ -14,25 +14,25 @@ trains with one process per GPU.
 
 measures pass@1 of a model or a teacher.
 
-    omniopd probe --config recipes/math_qwen3_4b_anthropic.yaml
+    omniopd probe --config recipes/math_qwen3_4b_from_claude_haiku_4_5.yaml
 
 measures before training, for about a dollar, whether a recipe will teach. `omniopd demo` runs the demo, and
 `omniopd recipes` lists the recipes.
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, data, eval, export, hardware, probe, solutions, verify_estimator
-from omniopd_trl.cli.cost import cost
-from omniopd_trl.cli.options import positive_int
+from omniopd_trl.cli import ablate, audits, cost, data, eval, export, probe, solutions, verify_estimator
 from omniopd_trl.cli.recipes import demo, recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
+
+# Commands that also take the options of the training command.
+_WITH_RECIPE = {"cost": cost.run, "eval": eval.run, "probe": probe.run, "solutions": solutions.run}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
+    listing.set_defaults(call=lambda options: recipes(options.name))
     audits.add_parsers(commands)
     ablate.add_parser(commands)
     verify_estimator.add_parser(commands)
@@ -60,114 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     eval.add_parser(commands)
     solutions.add_parser(commands)
     probe.add_parser(commands)
-    cost = commands.add_parser(
-        "cost",
-        help="forecast tokens, dollars, memory and time of a recipe",
-        description="Forecast the tokens and dollars that a recipe takes from its teacher: per trajectory, per step "
-        "and for the run, with and without a prompt cache, compared with one solution per prompt (SFT). With --gpu, "
-        "also memory per GPU and time per step. Prompts are measured with the student's tokenizer; nothing is sent to "
-        "the teacher.",
-        epilog="Any option of the training command may be added and overrides the recipe: --num_chunks 5.",
-        allow_abbrev=False,
-    )
-    cost.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
-    cost.add_argument(
-        "--trajectory_length",
-        type=_positive_number,
-        metavar="L",
-        help="mean length of a trajectory in tokens. Defaults to the mean in the logs of the newest checkpoint in "
-        "`output_dir`, and without a checkpoint to `max_completion_length`, the upper bound",
-    )
-    cost.add_argument(
-        "--solution_length",
-        type=_positive_number,
-        metavar="S",
-        help="mean length of a solution by the teacher in tokens, for SFT. Defaults to the length of a trajectory",
-    )
-    prompts = cost.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--max_prompts",
-        type=positive_int,
-        metavar="K",
-        help="measure K prompts, evenly spaced in the dataset, instead of all",
-    )
-    prompts.add_argument(
-        "--prompt_length",
-        type=_positive_number,
-        metavar="T",
-        help="mean length of a prompt in tokens. If set, neither the dataset nor the student's tokenizer is loaded, "
-        "and `max_steps` is required",
-    )
-    cost.add_argument(
-        "--chunks_per_trajectory",
-        type=_positive_number,
-        metavar="K",
-        help="mean number of chunks per trajectory, logged as `audit/num_chunks`. Defaults to `num_chunks`, or to as "
-        "many as fit into a trajectory",
-    )
-    cost.add_argument(
-        "--rollout_tokens",
-        type=_positive_number,
-        metavar="W",
-        help="mean number of tokens per rollout: the logged `teacher/completion_tokens` divided by the prompts per "
-        "step, the chunks per trajectory and the rollouts per chunk. Defaults to the maximum of a request",
-    )
-    cost.add_argument(
-        "--rollout_share",
-        type=_share,
-        metavar="S",
-        help="share of the chunks that get rollouts with `signal: cascade`: the logged `judge/frac_rollouts`. "
-        "Defaults to 1, the upper bound",
-    )
-    cost.add_argument(
-        "--stopped_share",
-        type=_share,
-        metavar="S",
-        help="share of the chunks that get no more than `first_rollouts`: the logged `audit/frac_stopped`. Defaults "
-        "to what a run or a probe in the recipe's `output_dir` has measured, or to 0, the upper bound of the cost",
-    )
-    cost.add_argument(
-        "--num_processes",
-        type=positive_int,
-        default=1,
-        metavar="P",
-        help="number of processes of the run (default: 1)",
-    )
-    hardware.add_options(cost)
-    cost.add_argument(
-        "--samples_per_request",
-        type=positive_int,
-        metavar="K",
-        help="number of samples per request. Defaults to what the teacher is known to support",
-    )
-    cost.add_argument(
-        "--tokens_per_token",
-        type=_positive_number,
-        default=1.0,
-        metavar="R",
-        help="number of teacher tokens per student token (default: 1.0)",
-    )
+    cost.add_parser(commands)
     return parser
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
-    return number
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -190,18 +85,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return demo(arguments[1:])
         parser = make_parser()
         options, rest = parser.parse_known_args(arguments)
-        if options.command == "cost":
-            cost(options, rest)
-        elif options.command == "eval":
-            eval.run(options, rest)
-        elif options.command == "solutions":
-            solutions.solutions(options, rest)
-        elif options.command == "probe":
-            probe.run(options, rest)
+        if options.command in _WITH_RECIPE:
+            _WITH_RECIPE[options.command](options, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        elif options.command == "recipes":
-            recipes(options.name)
         else:
             options.call(options)
     except KeyboardInterrupt as error:

@@ -50,3 +50,18 @@ def open_recipe(arguments: Sequence[str], paths: Iterable[str] = LOADED) -> tupl
     apply_env(recipe)
     filter_noise(arguments, recipe)
     return arguments, recipe
+
+
+def check_models(config: str | None, **models: str | None) -> None:
+    """Refuse a recipe that does not name a model.
+
+    Args:
+        config: value of `--config`, for the message.
+        **models: values of the options that name the models.
+
+    Raises:
+        ConfigError: for an option that is not set.
+    """
+    for name, value in models.items():
+        if value is None:
+            raise ConfigError(f"The recipe {config!r} does not set `{name}`. Set it to a model's id or path.")

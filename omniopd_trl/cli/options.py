@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -174,6 +174,26 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def number(rule: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """The `type` of an option whose value is a number.
+
+    Args:
+        rule: what the value must be, for the message, such as `"a number above 0"`.
+        fits: whether a number is that. It is false for NaN, which stands for a text that is no number.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
+        return value
+
+    return parse
 
 
 def option_names(hints: Mapping[str, Any]) -> list[str]:

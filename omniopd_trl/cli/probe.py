@@ -11,25 +11,25 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniopd_trl.cli.opening import open_recipe, with_recipe
-from omniopd_trl.cli.options import positive_int
+from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
+from omniopd_trl.cli.options import number, positive_int
+from omniopd_trl.cli.tables import columns
 from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
 
 if TYPE_CHECKING:
     from omniopd_trl.accounting.pricing import Price
-    from omniopd_trl.evals.probe import Measured, Verdict
+    from omniopd_trl.evals.probe import Verdict
+    from omniopd_trl.evals.probe.costs import Row
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
     from omniopd_trl.trainer.probing import Probed
 
 # Branches when the recipe has none, and trajectories of a generation batch. When the cap is reached, the batches
 # before are complete.
 _BRANCHES, _BATCH = 7, 8
-# Two rollouts show how much they differ, which a single greedy one does not. A judge is asked twice.
-_ROLLOUTS = 2
 # The share of the cap that the forecast of the recipe's own continuation may take, and the trajectories that are also
 # audited with another continuation.
 _SHARE, _COMPARED = 0.7, 16
@@ -52,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--config", metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument(
         "--max_usd",
-        type=_dollars,
+        type=number("a number of dollars above 0", lambda value: 0 < value < math.inf),
         default=1.0,
         metavar="D",
         help="dollars that the probe may spend in its folder, earlier starts included (default: 1). Each request is "
@@ -69,16 +69,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--probe_dir", metavar="DIR", help="folder of the probe (default: `probe` in the recipe's `output_dir`)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def _dollars(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of dollars above 0")
-    return number
 
 
 class _Plan(NamedTuple):
@@ -124,27 +114,27 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from datasets import Dataset
 
-    from omniopd_trl.cli.recipe import parse_args
-    from omniopd_trl.evals.probe import Form, Verdict, judge, measure
+    from omniopd_trl.cli.recipe import load_prompts, parse_args
+    from omniopd_trl.evals.probe import Form, Verdict, judge, measure, measure_marks
+    from omniopd_trl.evals.probe.costs import answers_of, costs_of
     from omniopd_trl.journal.reader import spent
-    from omniopd_trl.report.runs import PROBE, without_folders
+    from omniopd_trl.report.runs import without_folders
     from omniopd_trl.teachers.load import is_export
     from omniopd_trl.trainer.plan import PROBE_FOLDER, num_steps
     from omniopd_trl.trainer.probing import AGAIN
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
-    for name, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("teacher_model_name_or_path", args.teacher_model_name_or_path),
-    ):
-        if value is None:
-            raise ConfigError(f"The recipe {options.config!r} does not set `{name}`. Set it to a model's id or path.")
+    check_models(
+        options.config,
+        model_name_or_path=model_args.model_name_or_path,
+        teacher_model_name_or_path=args.teacher_model_name_or_path,
+    )
     if is_export(args.teacher_model_name_or_path):
         raise ConfigError(
             f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
             "can be asked. `omniopd audits` shows what it holds."
         )
-    dataset = _prompts(script_args, dataset_args)
+    dataset = load_prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     steps = num_steps(args, rows, 1, args.num_generations)
     trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -162,15 +152,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         found, stopped, settings, tokenizer = _probe(plan, dataset, folder, elsewhere)
     except NoRolloutError as error:
         verdict = Verdict("will not", str(error).rstrip("."))
-        numbers, answers = None, _answers(found, has_marks)
+        numbers, answers = None, answers_of([], has_marks)
     else:
         failures.update(failure for row in found for failure in row.audit.failures)
-        again = None
+        audits = [row[:3] for row in found]
         if has_marks:
-            again = [row.again for row in found]
-            settings = replace(settings, cascade_low=args.cascade_low, cascade_high=args.cascade_high)
-        numbers = measure([row[:3] for row in found], tokenizer, settings, args.similarity, again)
-        answers = _answers(found, has_marks)
+            thresholds = (args.cascade_low, args.cascade_high)
+            numbers = measure_marks(audits, [row.again for row in found], tokenizer, settings, thresholds)
+        else:
+            numbers = measure(audits, tokenizer, settings, args.similarity)
+        answers = answers_of(_records(found), has_marks)
         unwilling = (answers["refused"] + answers["restarted"]) / (answers["samples"] or 1)
         verdict = judge(numbers, form, next((text for text, _ in failures.most_common(1)), stopped), unwilling)
     compared: dict[str, Any] = {}
@@ -179,47 +170,28 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     (usage, usd), (other_usage, other_usd) = spent(folder), spent(elsewhere)
     usage, usd = usage + other_usage, usd + other_usd
+    recommended = {advice.option: advice.value for advice in verdict.advice}
     result = {
         "teacher": without_folders(args.teacher_model_name_or_path),
         "student": without_folders(model_args.model_name_or_path),
         "verdict": verdict.kind,
         "reason": verdict.reason,
-        "options": {advice.option: advice.value for advice in verdict.advice},
+        "options": recommended,
         "reasons": {advice.option: advice.reason for advice in verdict.advice},
         "measured": None if numbers is None else asdict(numbers),
         "answers": answers,
         "failures": dict(failures.most_common()),
         "continuations": compared,
-        "cost": _cost(found, plan, numbers, verdict, args, trajectories),
+        "cost": costs_of(
+            _records(found), numbers, form, recommended, plan.price, plan.samples_per_request, trajectories
+        ),
         "paid": {"usd": usd, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
         "stopped": stopped,
     }
-    result = _without_infinities(result)
-    text = _text(result, verdict)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROBE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n" if options.json else f"{text}\n")
-    if not options.json:
-        sys.stdout.write(f"\nWrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}\n")
+    _write(_without_infinities(result), verdict, folder, options)
 
 
 # ---- Before anything is asked ----
-
-
-def _prompts(script_args: Any, dataset_args: Any) -> Any:
-    from omniopd_trl.cli.recipe import load_splits
-    from omniopd_trl.data.checks import check_dataset
-    from omniopd_trl.data.datasets import get_split
-    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
-
-    template = script_args.prompt_template
-    splits = load_splits(script_args, dataset_args)
-    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
-    check_dataset(dataset)
-    return dataset
 
 
 def _plan(
@@ -235,6 +207,7 @@ def _plan(
     More trajectories tell more than more forks of one, which depend on each other. A judge reads the whole trajectory,
     so fewer forks would save next to nothing.
     """
+    from omniopd_trl.evals.probe.costs import ROLLOUTS_OF_A_FORK
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, is_service, split_name
     from omniopd_trl.teachers.options import TeacherOptions
@@ -255,7 +228,7 @@ def _plan(
     forks = args.num_chunks
     if price is not None and max_usd is not None and args.signal == "rollouts":
         asked = copy.copy(args)
-        asked.num_rollouts, asked.first_rollouts, asked.num_generations = _ROLLOUTS, 0, 1
+        asked.num_rollouts, asked.first_rollouts, asked.num_generations = ROLLOUTS_OF_A_FORK, 0, 1
         load = forecast_run(
             asked,
             Requests.of(asked, capabilities, tokenizer),
@@ -273,9 +246,9 @@ def _plan(
     settings = {
         "method": "omniopd",
         "num_branches": args.num_branches or _BRANCHES,
-        "num_rollouts": _ROLLOUTS,
+        "num_rollouts": ROLLOUTS_OF_A_FORK,
         "first_rollouts": 0,
-        "min_rollouts": min(args.min_rollouts, _ROLLOUTS),
+        "min_rollouts": min(args.min_rollouts, ROLLOUTS_OF_A_FORK),
         "teacher_temperature": args.teacher_temperature or 1.0,
         "posterior_baseline": "none",
         "prior": "policy",
@@ -390,6 +363,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Both continuations on the same trajectories; the failure of the other one when it cannot be measured."""
     from omniopd_trl.evals.probe import measure
+    from omniopd_trl.evals.probe.costs import answers_of
 
     settings = plan.settings
     per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
@@ -406,7 +380,7 @@ def _compare(
         numbers = measure([row[:3] for row in rows], judging[1], judging[0], args.similarity)
         first = numbers.signals[0] if numbers.signals else None
         compared[name] = {
-            **_answers(rows),
+            **answers_of(_records(rows), has_marks=False),
             "forks": numbers.num_asked - numbers.num_dropped,
             "agreement": None if first is None else first.matched,
             "gap": None if first is None else first.gap,
@@ -414,105 +388,8 @@ def _compare(
     return compared
 
 
-def _answers(found: "Sequence[Probed]", has_marks: bool = False) -> dict[str, Any]:
-    """Shares of samples, latency and cache, from the records of the audits. With marks, a sample is a trajectory's."""
-    from omniopd_trl.accounting.usage import Usage
-    from omniopd_trl.teachers.base import OUTCOMES, REQUEST_MILLISECONDS
-
-    outcomes: Counter[str] = Counter()
-    for row in found:
-        outcomes.update(row.record.outcomes)
-    usage = sum((row.record.usage for row in found), Usage())
-    asked = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found) * _ROLLOUTS
-    requests = outcomes["requests"]
-    marks: dict[str, int] = {}
-    if has_marks:
-        asked = sum(bool(row.audit.num_dropped or row.audit.chunks) for row in found)
-        marks = {"marked": sum(bool(row.audit.chunks) for row in found), "malformed": outcomes["malformed"]}
-    return {
-        "samples": asked,
-        **marks,
-        **{name: outcomes[name] for name in OUTCOMES},
-        "short": sum(row.audit.num_short for row in found),
-        "seconds_per_request": outcomes[REQUEST_MILLISECONDS] / 1000 / requests if requests else None,
-        "cached": usage.cached_tokens / usage.prompt_tokens if usage.prompt_tokens else 0.0,
-        "models": sorted({name for row in found for name in row.audit.models}),
-    }
-
-
-def _cost(
-    found: "Sequence[Probed]",
-    plan: _Plan,
-    numbers: "Measured | None",
-    verdict: "Verdict",
-    args: "OmniOPDConfig",
-    trajectories: int,
-) -> dict[str, Any]:
-    """Tokens and dollars of a trajectory and of the run, for the recipe and for the recommended options."""
-    from omniopd_trl.accounting.forecast import least_stopped_share
-    from omniopd_trl.accounting.usage import Usage
-
-    usage = sum((row.record.usage for row in found), Usage())
-    forks = sum(row.audit.num_dropped + len(row.audit.chunks) for row in found)
-    if numbers is None or not forks:
-        return {}
-    if args.signal != "rollouts":
-        return _cost_of_marks(found, plan, numbers, args, trajectories)
-    # A local teacher counts no requests: it reads the text before a fork once.
-    requests = sum(row.record.outcomes.get("requests", 0) for row in found) or forks
-    options = {advice.option: advice.value for advice in verdict.advice}
-    chunks = numbers.asked_per_trajectory if args.num_branches else numbers.chunks_per_trajectory
-    rows = {"recipe": (chunks, args.num_rollouts, args.first_rollouts)}
-    if options.get("signal") == "rollouts":
-        samples, first = (options.get(name, getattr(args, name)) for name in ("num_rollouts", "first_rollouts"))
-        rows["recommended"] = (numbers.asked_per_trajectory, samples, first)
-    costs: dict[str, Any] = {"trajectories": trajectories}
-    for name, (per_trajectory, samples, first) in rows.items():
-        going = 1 - least_stopped_share(numbers.duplicates or 0.0, first) if first else 1.0
-        most = min(plan.samples_per_request or samples, samples)
-        number = per_trajectory * (math.ceil(first / most) + going * math.ceil((samples - first) / most))
-        written = per_trajectory * (first + going * (samples - first)) * usage.completion_tokens / (forks * _ROLLOUTS)
-        one = Usage(
-            prompt_tokens=round(usage.prompt_tokens / requests),
-            cached_tokens=round(usage.cached_tokens / requests),
-            completion_tokens=round(written / number) if number else 0,
-            cache_write_tokens=round(usage.cache_write_tokens / requests),
-        )
-        usd = None if plan.price is None else number * plan.price.cost(one)
-        costs[name] = {
-            "prompt_tokens": number * usage.prompt_tokens / requests,
-            "completion_tokens": written,
-            "usd": usd,
-            "run_usd": None if usd is None else usd * trajectories,
-        }
-    return costs
-
-
-def _cost_of_marks(
-    found: "Sequence[Probed]", plan: _Plan, numbers: "Measured", args: "OmniOPDConfig", trajectories: int
-) -> dict[str, Any]:
-    """Tokens and dollars of the first question about a trajectory, as a run with branches asks it.
-
-    A recipe without branches asks for fewer marks: what was measured is the price of the recommended options.
-    """
-    from omniopd_trl.accounting.usage import Usage
-
-    usage = sum((row.record.usage for row in found), Usage())
-    usd = None if plan.price is None else sum(row.record.usd or 0.0 for row in found)
-    marked = sum(bool(row.audit.chunks) for row in found)
-    costs: dict[str, Any] = {"trajectories": trajectories}
-    own = "recipe" if args.num_branches else "recommended"
-    for name, number in ((own, len(found)), ("marked", marked)):
-        if number:
-            costs[name] = {
-                "prompt_tokens": usage.prompt_tokens / number,
-                "completion_tokens": usage.completion_tokens / number,
-                "usd": None if usd is None else usd / number,
-            }
-    costs[own]["run_usd"] = None if usd is None else usd / len(found) * trajectories
-    if args.signal == "cascade" and numbers.middling is not None:
-        costs["rollouts"] = numbers.middling * numbers.asked_per_trajectory * args.num_rollouts
-    return costs
+def _records(found: "Sequence[Probed]") -> "list[Row]":
+    return [(row.audit, row.record) for row in found]
 
 
 def _without_infinities(value: Any) -> Any:
@@ -527,35 +404,40 @@ def _without_infinities(value: Any) -> Any:
 # ---- Printing ----
 
 
+def _write(result: dict[str, Any], verdict: "Verdict", folder: Path, options: argparse.Namespace) -> None:
+    """Write the result and the page, and print one of them."""
+    from omniopd_trl.report.runs import PROBE
+
+    text = _text(result, verdict)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROBE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = f"# Probe of {options.config}\n\n**{verdict.kind}**: {verdict.reason}.\n\n```text\n{text}\n```\n"
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    else:
+        written = f"Wrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}"
+        sys.stdout.write(f"{text}\n\n{written}\n")
+
+
 def _text(result: dict[str, Any], verdict: "Verdict") -> str:
     from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
     from omniopd_trl.trainer.plan import aligned
 
-    rows = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
-    lines = [*measured_rows(result), *cost_rows(result)]
-    parts = [aligned([*rows, *lines])]
+    models = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
+    parts = [aligned([*models, *measured_rows(result), *cost_rows(result)])]
     measured = result["measured"]
     if measured is not None and measured["signals"]:
-        parts.append(_columns(*signal_rows(measured["signals"])))
+        titles, signals = signal_rows(measured["signals"])
+        parts.append("\n".join(columns([titles, *signals])))
     if result["stopped"]:
         advice = "With a larger --max_usd the same command continues, and asks nothing again."
         parts.append(f"The probe stopped early: {result['stopped']} {advice}")
     parts.append(f"verdict  {verdict}.")
     if verdict.advice:
-        width = max(len(f"{a.option}: {_yaml(a.value)}") for a in verdict.advice)
-        lines_ = [f"{f'{a.option}: {_yaml(a.value)}':<{width}}  # {a.reason}" for a in verdict.advice]
-        parts.append("\n".join(lines_))
+        parts.append(aligned([(f"{a.option}: {_yaml(a.value)}", f"# {a.reason}") for a in verdict.advice]))
     return "\n\n".join(parts)
 
 
 def _yaml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
-
-
-def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in which every column but the first is aligned at its right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(pairs))
-        for pairs in ([*zip(line, widths, strict=True)] for line in (titles, *rows))
-    )

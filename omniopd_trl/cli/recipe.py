@@ -49,7 +49,8 @@ class OmniOPDScriptArguments(ScriptArguments):
             Functions that score answers, in the evaluation of every method, as the reward of method `"grpo"`, and as
             that of `"omniopd"` if `reward_weight` or `audit_trajectories` use rewards: dotted paths of functions with
             the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths of sequence
-            classification models. By default, math-verify compares with the `solution` or `answer` column.
+            classification models. By default, math-verify compares with the `solution` or `answer` column, and
+            programs are run on the column `tests`.
         sft (`dict[str, Any]`, *optional*):
             Options of [`~trl.SFTConfig`] that apply to method `"sft"` only, such as `{"learning_rate": 1e-5}`.
         opd (`dict[str, Any]`, *optional*):
@@ -97,7 +98,7 @@ class OmniOPDScriptArguments(ScriptArguments):
             "and as that of 'omniopd' if `reward_weight` or `audit_trajectories` use rewards: dotted paths of "
             "functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths "
             "of sequence classification models. By default, math-verify compares with the `solution` or `answer` "
-            "column."
+            "column, and programs are run on the column `tests`."
         },
     )
     sft: dict[str, Any] | str | None = field(
@@ -261,6 +262,23 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
             return splits.remove_columns("prompt")  # the recipe's template replaces that of the set
         return splits
     return load_dataset_or_files(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+
+def load_prompts(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    """The training set of the recipe, with a checked prompt in each row.
+
+    Raises:
+        ConfigError, DataError: as [`load_splits`]; and when a row has no prompt.
+    """
+    from omniopd_trl.data.checks import check_dataset
+    from omniopd_trl.data.datasets import get_split
+    from omniopd_trl.data.prompts import prepare_prompts
+
+    splits = load_splits(script_args, dataset_args)
+    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    dataset = prepare_prompts(dataset, script_args.prompt_template)
+    check_dataset(dataset)
+    return dataset
 
 
 def load_functions(names: Sequence[str] | None) -> list[Any] | None:

@@ -16,10 +16,10 @@ FOLDER = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 _DEMO_HELP = """\
 usage: omniopd demo [--OPTION VALUE ...]
 
-Train the student of the demo, which ships with the package, in one process on the CPU: no network, no GPU, three to
-four minutes on two cores. The student forgets carries in word problems; the teacher corrects it by text alone. The run
-measures pass@1 before and after on 512 problems, and ends with a table. The model and the answers of the teacher are
-written to ./runs/demo.
+Train the student of the demo, which ships with the package, in one process on the CPU. This needs no network and no
+GPU, and takes about two minutes of one core. The student forgets carries in word problems; the teacher corrects it by
+text alone. The run measures pass@1 before and after on 512 problems, and ends with a table. The model and the answers
+of the teacher are written to ./runs/demo.
 
   --seed 1, --learning_rate 1e-4, --output_dir elsewhere, ...
       any option of a recipe; `omniopd recipes demo` copies the recipe itself into the current folder
@@ -80,8 +80,8 @@ def demo(arguments: Sequence[str]) -> int:
     from omniopd_trl.cli.train import run
 
     sys.stdout.write(
-        "Training the student of the demo on the CPU, in three to four minutes on two cores. It is evaluated before "
-        "and after.\n"
+        "Training the student of the demo on the CPU, in about two minutes of one core. It is evaluated before and "
+        "after.\n"
     )
     sys.stdout.flush()
     return run(["--config", str(recipe_files()["demo"]), *arguments])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.cli.opening import open_recipe, with_recipe
+from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
 from omniopd_trl.cli.options import positive_int
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 
@@ -59,7 +59,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--dry_run", action="store_true", help="print requests, tokens and dollars, and ask nothing")
 
 
-def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Collect the solutions, after a forecast.
 
     Args:
@@ -74,8 +74,11 @@ def solutions(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.cli.recipe import load_functions, parse_args
 
     script_args, args, model_args, dataset_args = parse_args(arguments)
-    if args.teacher_model_name_or_path is None:
-        raise ConfigError(f"The recipe {options.config!r} does not set `teacher_model_name_or_path`. Set it.")
+    check_models(
+        options.config,
+        model_name_or_path=model_args.model_name_or_path,  # its tokenizer measures the prompts
+        teacher_model_name_or_path=args.teacher_model_name_or_path,
+    )
     if options.num_solutions > 1 and args.teacher_temperature == 0:
         raise ConfigError(
             f"-k {options.num_solutions} with teacher_temperature=0: all solutions of a prompt would be the same. Add "
@@ -100,20 +103,13 @@ def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | 
     """The training prompts in the order of the seed, and a name of the whole set."""
     from datasets import Dataset
 
-    from omniopd_trl.cli.recipe import load_splits
-    from omniopd_trl.data.checks import check_dataset
-    from omniopd_trl.data.datasets import get_split
-    from omniopd_trl.data.prompts import prepare_prompts, resolve_template
+    from omniopd_trl.cli.recipe import load_prompts
 
-    template = script_args.prompt_template
-    splits = load_splits(script_args, dataset_args)
-    dataset = get_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    dataset = load_prompts(script_args, dataset_args)
     if not isinstance(dataset, Dataset):
         raise DataError(
             "dataset_streaming=True: solutions are collected for a dataset that can be counted. Set it to false."
         )
-    dataset = prepare_prompts(dataset, None if template is None else resolve_template(template))
-    check_dataset(dataset)
     identity = dataset._fingerprint
     dataset = dataset.shuffle(seed=seed)
     return dataset.select(range(min(num_prompts or len(dataset), len(dataset)))), identity
@@ -127,8 +123,6 @@ def _forecast(dataset: Any, args: "OmniOPDConfig", model_args: Any, options: arg
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import prompt_lengths
 
-    if model_args.model_name_or_path is None:
-        raise ConfigError("No student is named. Set `model_name_or_path`: its tokenizer measures the prompts.")
     provider, model = split_name(args.teacher_model_name_or_path) or ("", args.teacher_model_name_or_path)
     if options.batch and provider not in BATCH_TARIFFS:
         raise ConfigError(
@@ -157,6 +151,8 @@ def _max_tokens(args: "OmniOPDConfig") -> int:
 
 
 def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: argparse.Namespace, folder: str) -> str:
+    from omniopd_trl.trainer.plan import aligned
+
     most = "" if options.solution_length else "at most "
     rows = [
         ("teacher", args.teacher_model_name_or_path),
@@ -174,8 +170,7 @@ def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: ar
     ):
         if limit is not None:
             rows.append((name, f"{limit:g}; the command stops before it would be exceeded"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return aligned(rows)
 
 
 def _collect(

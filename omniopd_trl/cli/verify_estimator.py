@@ -28,7 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="compare the estimates of a recorded run with its local teacher's probabilities (Table 3)",
         description="Compare two estimates of the teacher's support for a chunk, the mean similarity k_sem / N and "
         "the posterior mean (Eq. 5), with the probability that the teacher gives to the chunk: mean squared error and "
-        "Pearson correlation, with 95%% intervals by bootstrap over trajectories. Chunks and rollouts are those that "
+        "Pearson correlation, with 95% intervals by bootstrap over trajectories. Chunks and rollouts are those that "
         "a run with a local teacher recorded. For Table 3, record with `--learning_rate 0 --num_rollouts 20`.",
         allow_abbrev=False,
     )

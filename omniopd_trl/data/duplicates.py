@@ -45,8 +45,8 @@ def near_duplicates(training: Iterable[str], evaluation: Sequence[str], threshol
 
     Case, spaces, punctuation and LaTeX's marks do not count. Only problems that share more than a third of the
     sequences of three words that are particular to the evaluation problem are compared, numbers apart, so the time
-    grows with the length of both sets and not with their product: seconds for 17,000 and 500 problems. Of problems
-    whose whole wording is that of their set, sequences of five words with their numbers are compared instead.
+    grows with the length of both sets and not with their product. Of problems whose whole wording is that of their
+    set, sequences of five words with their numbers are compared instead.
 
     Args:
         training: texts of the training problems.

@@ -142,8 +142,8 @@ def evaluate(
         model: path or id of a model, an instance, the name of a service's model such as
             `"anthropic:claude-haiku-4-5"`, or a [`Teacher`]. An instance is left as it was.
         tokenizer: tokenizer of a model in this process. Loaded from the model's path or id when it is not given.
-        dataset: the problems, with a column `prompt`, plain text or conversational, and `answer` or `solution`, or
-            what `reward_funcs` read. A column `id` names the problems.
+        dataset: the problems, with a column `prompt`, plain text or conversational, and `answer`, `solution` or
+            `tests`, or what `reward_funcs` read. A column `id` names the problems.
         settings: how to sample and to score.
         output_dir: folder of the results, which makes the evaluation resumable. `None` keeps nothing.
         engine: what generates for a model by path or id.

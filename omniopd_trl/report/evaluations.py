@@ -143,8 +143,9 @@ def _comparisons(evaluations: Sequence[Evaluation]) -> str:
 
 def _ends(first: Evaluation, other: Evaluation) -> str:
     """The problems where a result differs most from the first, with links."""
-    shared = [key for key in first.problems if key in other.problems]
-    changes = sorted((_mean(other, key) - _mean(first, key), key) for key in shared if _both_scored(first, other, key))
+    shared = first.problems.keys() & other.problems.keys()
+    scored = [key for key in shared if is_scored(first.problems[key]) and is_scored(other.problems[key])]
+    changes = sorted((_mean(other, key) - _mean(first, key), key) for key in scored)
     parts = []
     for word, chosen in (("worse", changes[:_NAMED]), ("better", changes[::-1][:_NAMED])):
         items = [
@@ -156,10 +157,6 @@ def _ends(first: Evaluation, other: Evaluation) -> str:
         if items:
             parts.append(f"<h3>Where {escaped(other.name)} is {word}</h3>\n<ul>{''.join(items)}</ul>")
     return "\n".join(parts)
-
-
-def _both_scored(first: Evaluation, other: Evaluation, key: str) -> bool:
-    return is_scored(first.problems[key]) and is_scored(other.problems[key])
 
 
 def _mean(evaluation: Evaluation, key: str) -> float:

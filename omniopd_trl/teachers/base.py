@@ -54,6 +54,17 @@ class Prefix:
             messages = [{**m, "content": text_of_content(m.get("content"))} for m in self.prompt]
             object.__setattr__(self, "prompt", messages)
 
+    @property
+    def messages(self) -> Messages:
+        """The prompt as messages, in a new list. Plain text is one message of the user."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+
+
+def split_system(messages: Messages) -> tuple[str, Messages]:
+    """The text of the system's messages, joined by blank lines, and the other messages."""
+    system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+    return system, [message for message in messages if message["role"] != "system"]
+
 
 def text_of_content(content: Any) -> Any:
     """The text of a message's content. Parts are joined by line breaks; other content is returned unchanged.

@@ -23,7 +23,8 @@ from omniopd_trl.teachers.providers.capabilities import (
 )
 from omniopd_trl.teachers.providers.gemini import GeminiTeacher
 from omniopd_trl.teachers.providers.openai import OpenAITeacher, is_self_hosted
-from omniopd_trl.teachers.remote.engine import Capabilities, Continuation, EngineSettings, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.settings import Capabilities, Continuation, EngineSettings
 from omniopd_trl.teachers.scripted import ScriptedTeacher
 
 if TYPE_CHECKING:

@@ -229,10 +229,11 @@ class LocalTeacher(InProcessTeacher):
         chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
         device: device of the model, unless `model_init_kwargs` holds a `device_map`.
         max_batch_tokens: maximum rows of a batch times their length in tokens. It bounds the memory of the cache.
-        seed_per_sample: whether each sample of a request with a seed has a seed of its own, which follows from its
-            prefix and its index ([`seed_of_sample`]). A sample is then the same in any batch, up to rounding.
 
     Attributes:
+        seed_per_sample: whether each sample of a request with a seed has a seed of its own, which follows from its
+            prefix and its index ([`seed_of_sample`]). A sample is then the same in any batch, up to rounding. Defaults
+            to false.
         context_length: maximum number of positions; `None` when the model's configuration does not state it.
 
     Raises:
@@ -250,7 +251,6 @@ class LocalTeacher(InProcessTeacher):
         chat_template_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
-        seed_per_sample: bool = False,
     ):
         if isinstance(model, str):
             self.name = model
@@ -291,7 +291,7 @@ class LocalTeacher(InProcessTeacher):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_batch_tokens = max_batch_tokens
-        self.seed_per_sample = seed_per_sample
+        self.seed_per_sample = False
         self.eos_token_ids = eos_ids = end_tokens(model.generation_config.eos_token_id, tokenizer)
         # The model reads it in masked columns and after the end of a row: any token of its embedding will do.
         pad_id, vocab_size = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]

@@ -14,7 +14,7 @@ from omniopd_trl.accounting.pricing import Price, price_of
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers.instruct.judge import Signal
 from omniopd_trl.teachers.providers.capabilities import OPENAI_STYLE, PROVIDERS
-from omniopd_trl.teachers.remote.engine import Continuation
+from omniopd_trl.teachers.remote.settings import Continuation
 
 if TYPE_CHECKING:
     import torch

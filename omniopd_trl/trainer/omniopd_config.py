@@ -22,7 +22,7 @@ from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.method.weights import BASELINES
 from omniopd_trl.teachers.context import TeacherContext
 from omniopd_trl.teachers.instruct.judge import Signal
-from omniopd_trl.teachers.remote.engine import Continuation
+from omniopd_trl.teachers.remote.settings import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
 
 logger = logging.get_logger(__name__)
@@ -153,9 +153,9 @@ class OmniOPDConfig(DistillationConfig):
             first, and for rollouts of the chunks whose marks are between `cascade_low` and `cascade_high`. The
             teacher must be able to follow an instruction. See docs/judge.md.
         cascade_low (`float`, *optional*, defaults to `0.3`):
-            Marks up to here are clearly bad, with `signal="cascade"`: no rollouts are asked for.
+            Chunks with a mark of at most this get no rollouts, with `signal="cascade"`: they are clearly bad.
         cascade_high (`float`, *optional*, defaults to `0.7`):
-            Marks from here on are clearly good, with `signal="cascade"`: no rollouts are asked for.
+            Chunks with a mark of at least this get no rollouts, with `signal="cascade"`: they are clearly good.
 
         > Parameters that control the loss
 
@@ -210,9 +210,9 @@ class OmniOPDConfig(DistillationConfig):
             (`per_device_train_batch_size` x `gradient_accumulation_steps` x processes) must be divisible by it, and a
             step has G times fewer prompts.
         reward_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is reinforced by
-            this times the advantage of its trajectory, the reward minus the mean of its group. Needs `num_generations`
-            of at least 2. `0` adds nothing. See docs/verifier.md.
+            Weight of a policy gradient on rewards, in addition to the loss of Eq. 8. Each completion token is
+            reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. Needs
+            `num_generations` of at least 2. `0` adds nothing. See docs/verifier.md.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the reward, as in [`~trl.GRPOConfig`]. Defaults to 1 for each.
         audit_trajectories (`str`, *optional*, defaults to `"all"`):
@@ -234,9 +234,9 @@ class OmniOPDConfig(DistillationConfig):
             rubric or feedback. The student's prompt is unchanged. Needed in an evaluation set if the teacher is asked
             there (`audit_eval`, `evaluate_teacher`). By default, the teacher sees what the student sees.
         teacher_context_template (`str`, *optional*):
-            The prompt of the teacher, with `{prompt}` and `{context}` once each. It replaces a prompt of plain text,
-            and the content of the last message of the user in a conversation. By default, the context comes before
-            the prompt, with the request to neither mention nor quote it.
+            Template of the teacher's prompt, with `{prompt}` and `{context}` once each. It replaces a prompt of plain
+            text, and the content of the last message of the user in a conversation. By default, the context comes
+            before the prompt, with the request to neither mention nor quote it.
         keep_special_tokens (`bool`, *optional*, defaults to `False`):
             Whether the teacher's prefix keeps the special tokens inside the student's text, such as gpt-oss's
             `<|channel|>`. By default they are left out, since they mean nothing to a teacher of another family.
@@ -252,7 +252,8 @@ class OmniOPDConfig(DistillationConfig):
             Base URL of the service, for example `http://127.0.0.1:8000/v1` for a `vllm:` or `openai:` teacher.
             Defaults to the SDK's own.
         teacher_tokenizer_name_or_path (`str`, *optional*):
-            Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the teacher's name.
+            Tokenizer whose chat template renders the prompts of a `raw` continuation, for a `vllm:` or `openai:`
+            teacher. Defaults to the teacher's name.
         teacher_continuation (`str`, *optional*):
             How to ask the teacher to continue the student's text: `"raw"`, `"continue_final"`, `"prefill"`,
             `"prefix_flag"` or `"instruct"`. Defaults to what the model is known to support.
@@ -302,7 +303,7 @@ class OmniOPDConfig(DistillationConfig):
 
         audit_eval (`bool`, *optional*, defaults to `False`):
             Whether to ask the teacher for audits during evaluation as well. By default, evaluation reports the KL, the
-            entropy and, if the evaluation set has a `solution` or `answer` column, pass@1.
+            entropy and, if the evaluation set has a column `answer`, `solution` or `tests`, pass@1.
         num_eval_generations (`int`, *optional*, defaults to `1`):
             Number of samples per evaluation problem. pass@1 is averaged over them.
         eval_lenient_answers (`bool`, *optional*, defaults to `False`):
@@ -454,11 +455,17 @@ class OmniOPDConfig(DistillationConfig):
     )
     cascade_low: float = field(
         default=0.3,
-        metadata={"help": "Marks up to here are clearly bad, with `signal='cascade'`: no rollouts are asked for."},
+        metadata={
+            "help": "Chunks with a mark of at most this get no rollouts, with `signal='cascade'`: they are clearly "
+            "bad."
+        },
     )
     cascade_high: float = field(
         default=0.7,
-        metadata={"help": "Marks from here on are clearly good, with `signal='cascade'`: no rollouts are asked for."},
+        metadata={
+            "help": "Chunks with a mark of at least this get no rollouts, with `signal='cascade'`: they are clearly "
+            "good."
+        },
     )
 
     # Parameters that control the loss
@@ -552,9 +559,9 @@ class OmniOPDConfig(DistillationConfig):
     reward_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a policy gradient on rewards beside the loss of Eq. 8. Each completion token is "
-            "reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. Needs "
-            "`num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
+            "help": "Weight of a policy gradient on rewards, in addition to the loss of Eq. 8. Each completion token "
+            "is reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. "
+            "Needs `num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
         },
     )
     reward_weights: list[float] | None = field(
@@ -602,9 +609,9 @@ class OmniOPDConfig(DistillationConfig):
     teacher_context_template: str | None = field(
         default=None,
         metadata={
-            "help": "The prompt of the teacher, with {prompt} and {context} once each. It replaces a prompt of plain "
-            "text, and the content of the last message of the user in a conversation. By default, the context comes "
-            "before the prompt, with the request to neither mention nor quote it."
+            "help": "Template of the teacher's prompt, with {prompt} and {context} once each. It replaces a prompt of "
+            "plain text, and the content of the last message of the user in a conversation. By default, the context "
+            "comes before the prompt, with the request to neither mention nor quote it."
         },
     )
     keep_special_tokens: bool = field(
@@ -641,8 +648,8 @@ class OmniOPDConfig(DistillationConfig):
     teacher_tokenizer_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Tokenizer whose chat template renders the prompts of a `vllm:` teacher. Defaults to the "
-            "teacher's name."
+            "help": "Tokenizer whose chat template renders the prompts of a `raw` continuation, for a `vllm:` or "
+            "`openai:` teacher. Defaults to the teacher's name."
         },
     )
     teacher_continuation: str | None = field(
@@ -751,7 +758,7 @@ class OmniOPDConfig(DistillationConfig):
         default=False,
         metadata={
             "help": "Whether to ask the teacher for audits during evaluation as well. By default, evaluation reports "
-            "the KL, the entropy and, if the evaluation set has a `solution` or `answer` column, pass@1."
+            "the KL, the entropy and, if the evaluation set has a column `answer`, `solution` or `tests`, pass@1."
         },
     )
     num_eval_generations: int = field(

@@ -76,7 +76,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             Dataset to use for training. It must include a column `"prompt"`, plain text or conversational. Not used
             with an export, which holds its prompts.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
-            Dataset to use for evaluation. If it has a `"solution"` or `"answer"` column, pass@1 is reported.
+            Dataset to use for evaluation. If it has a column `"answer"`, `"solution"` or `"tests"`, pass@1 is reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer. If `None`, it is loaded from the model's name, with padding on the left.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
@@ -104,7 +104,8 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             Functions that score the trajectories of training, as `eval_reward_funcs` and [`~trl.GRPOTrainer`]'s
             `reward_funcs`. Their rewards are logged, and used as `args.reward_weight` and `args.audit_trajectories`
             say. If these need rewards, defaults to the function for the columns of the training set: math-verify for
-            `solution` or `answer`. Not used with an export, which holds its rewards. See docs/verifier.md.
+            `solution` or `answer`, programs for `tests`. Not used with an export, which holds its rewards. See
+            docs/verifier.md.
     """  # noqa: E501
 
     def __init__(

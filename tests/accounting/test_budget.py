@@ -407,23 +407,16 @@ class TestLimits:
 
     @pytest.mark.parametrize("settled", [0, 40])
     def test_earlier_runs_count(self, settled):
-        """What an earlier run used and forfeited counts against the same limits."""
-        budget = Budget(
-            max_usd=100, max_tokens=1000, price=DOLLAR, spent=Usage(settled, 0, 0), spent_usd=settled, forfeited_usd=5
-        )
+        """What an earlier run used counts against the same limits."""
+        budget = Budget(max_usd=100, max_tokens=1000, price=DOLLAR, spent=Usage(settled, 0, 0), spent_usd=settled)
 
         async def ask(tokens):
             async with budget.reserve(tokens, 0):
                 pass
 
-        asyncio.run(ask(95 - settled))
-        with pytest.raises(BudgetError, match=f"{settled + 5}.0000 of"):
-            asyncio.run(ask(96 - settled))
-
-    def test_forfeited_tokens_of_earlier_runs(self):
-        """So do tokens."""
-        budget = Budget(max_tokens=100, forfeited_tokens=60)
-        assert budget.tokens_spent == 60
+        asyncio.run(ask(100 - settled))
+        with pytest.raises(BudgetError, match=f"{settled}.0000 of"):
+            asyncio.run(ask(101 - settled))
 
     def test_share(self):
         """Each of four processes may spend a quarter of what is left, and the message says so."""

@@ -30,7 +30,7 @@ from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, ScriptedTeacher, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.remote.answers import Sample
-from omniopd_trl.teachers.remote.engine import Capabilities
+from omniopd_trl.teachers.remote.settings import Capabilities
 from tests.support.audits import audit_settings
 from tests.support.corpus import STUDENT_LINES
 from tests.support.journals import journal

@@ -28,7 +28,7 @@ from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote import batch as batch_module
 from omniopd_trl.teachers.remote.batch import BatchLimits
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.commands import ENVIRONMENT
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.batches import LOST, AnthropicBatches, GeminiBatches, OpenAIBatches

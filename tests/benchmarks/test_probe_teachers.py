@@ -10,7 +10,7 @@ import pytest
 from benchmarks.probe import SETTINGS, TEACHERS, probing_trainer
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.audits.auditor import Auditor
-from omniopd_trl.evals.probe import Form, judge, measure
+from omniopd_trl.evals.probe import Form, judge, measure, measure_marks
 from omniopd_trl.method import get_similarity
 from omniopd_trl.teachers import ScriptedTeacher, load_teacher
 from omniopd_trl.teachers.instruct.judge import asked_marks
@@ -80,7 +80,7 @@ def test_verdict_on_a_judge(trainer, trajectories, name):
         )
     )
     audits = [(*row, audit) for row, audit in zip(trajectories, first, strict=True)]
-    numbers = measure(audits, tokenizer, settings, "exact", again)
+    numbers = measure_marks(audits, again, tokenizer, settings, (0.3, 0.7))
     config = OmniOPDConfig("unused", **SETTINGS | {"signal": "judge"})
     verdict = judge(numbers, Form(**{field.name: getattr(config, field.name) for field in fields(Form)}))
     assert verdict.kind == expected, verdict

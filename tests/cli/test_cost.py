@@ -305,6 +305,13 @@ class TestCost:
         if teacher.startswith("anthropic:"):
             assert re.search(r"^prompt tokens +337,000 ", printed, re.MULTILINE)
 
+    def test_instruction_of_a_cascade(self, recipe, capsys):
+        """A teacher that continues exactly is instructed as a judge only."""
+        settings = {"teacher_model_name_or_path": "anthropic:claude-haiku-4-5", "signal": "cascade", "num_branches": 7}
+        path = recipe(**settings, min_anchor_entropy=0.1)
+        assert main(["cost", "--config", path, "--prompt_length", "200", "--trajectory_length", "6340"]) == 0
+        assert re.search(r"at 4 letters per token: [1-9]\d* tokens", capsys.readouterr().out)
+
     @pytest.mark.case("F7")
     @pytest.mark.parametrize(
         ("settings", "samples", "price"),

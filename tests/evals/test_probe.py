@@ -13,7 +13,7 @@ import torch
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Fork, PolicyScores, Trajectory
-from omniopd_trl.evals.probe import Estimate, Form, Measured, Signal, estimate, judge, measure
+from omniopd_trl.evals.probe import Estimate, Form, Measured, Signal, estimate, judge, measure, measure_marks
 from omniopd_trl.evals.probe.measurement import _found
 from omniopd_trl.method.chunks import Chunk
 from tests.support.audits import audit_settings
@@ -95,7 +95,7 @@ def with_signals(*signals):
         (NUMBERS, FORM, "will teach", "prefers some branches"),
         (replace(NUMBERS, num_trajectories=0), FORM, "uncertain", "--max_usd"),
         (replace(NUMBERS, num_forks=0, num_asked=0), FORM, "will not", "have no chunk"),
-        (replace(NUMBERS, num_agreed=96, num_asked=0), FORM, "will not", "the same text 8 times"),
+        (replace(NUMBERS, num_agreed=96, num_asked=0, found=()), FORM, "will not", "have one text"),
         (replace(NUMBERS, num_dropped=14), FORM, "will not", "max_failed_chunks=0.2 (the service said no)"),
         (replace(NUMBERS, num_dropped=13), FORM, "will teach", "prefers some branches"),
         (replace(NUMBERS, num_trajectories=8), FORM, "uncertain", "--num_prompts"),
@@ -440,8 +440,8 @@ def test_marks_by_plain_loops(audits, tiny_tokenizer):
     again = [marked(t) for t, *_ in audits]
     again[1] = replace(again[1], chunks=again[1].chunks[1:])
     again[2] = None
-    settings = replace(SETTINGS, signal="judge", cascade_low=0.1, cascade_high=0.6)
-    numbers = measure(first, tiny_tokenizer, settings, "edit", again)
+    settings = replace(SETTINGS, signal="judge")
+    numbers = measure_marks(first, again, tiny_tokenizer, settings, (0.1, 0.6))
     assert numbers.num_forks == 18
     assert (numbers.self_agreement, numbers.duplicates, numbers.difference) == (None, None, UNKNOWN)
     pairs, groups, between = [], [], []

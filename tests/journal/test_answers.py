@@ -17,8 +17,8 @@ from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
 from omniopd_trl.teachers.base import Rollout
 from omniopd_trl.teachers.remote.answers import Response, Sample
-from omniopd_trl.teachers.remote.engine import Capabilities
 from omniopd_trl.teachers.remote.failures import Failure
+from omniopd_trl.teachers.remote.settings import Capabilities
 from tests.support.journals import journal, trajectory
 from tests.support.services import FINAL, TRANSIENT, FailedError, Scripted, short_waits
 

@@ -11,7 +11,7 @@ from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers import Prefix
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.real_servers.questions import (
     GREEDY,
     TRAINING,

@@ -18,7 +18,7 @@ from omniopd_trl.teachers import Prefix
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.instruct.repair import repair
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.real_servers.questions import (
     GREEDY,
     TRAINING,

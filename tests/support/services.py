@@ -10,18 +10,13 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.teachers.remote import retries
 from omniopd_trl.teachers.remote.answers import Response, Sample
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings, RemoteTeacher
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-)
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.failures import Failure
+from omniopd_trl.teachers.remote.settings import Capabilities, EngineSettings
 from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 
 RATE_LIMITED = Failure("rate_limited", "too often")
-
-
 TRANSIENT = Failure("transient", "a moment")
-
-
 FINAL = Failure("final", "the key was refused")
 
 

@@ -12,7 +12,7 @@ from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.errors import BudgetError, TeacherError
 from omniopd_trl.teachers.base import Prefix
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, counts_of, services, teacher_of  # noqa: F401 (a fixture)

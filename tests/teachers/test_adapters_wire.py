@@ -14,7 +14,7 @@ from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote.answers import without_common_space
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, counts_of, services, teacher_of  # noqa: F401 (a fixture)
 

@@ -22,8 +22,8 @@ from omniopd_trl.teachers.base import Prefix, SamplingRequest, clean_text
 from omniopd_trl.teachers.providers import anthropic, gemini, openai
 from omniopd_trl.teachers.remote import answers
 from omniopd_trl.teachers.remote.answers import Asked, Response, Sample, counts, from_kept, read_sample, to_kept
-from omniopd_trl.teachers.remote.engine import EngineSettings
 from omniopd_trl.teachers.remote.failures import MalformedResponseError
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.journals import journal, trajectory
 from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire

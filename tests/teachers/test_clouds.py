@@ -15,7 +15,7 @@ from omniopd_trl.errors import ConfigError, MissingExtraError, TeacherError
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.providers.capabilities import capabilities_of
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import ask, services  # noqa: F401 (a fixture)
 

@@ -10,7 +10,7 @@ import pytest
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.remote import delivery
 from omniopd_trl.teachers.remote.delivery import Delivery, trace_delivery
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 

@@ -14,8 +14,8 @@ import pytest
 from omniopd_trl.errors import TeacherError
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
 from omniopd_trl.teachers.remote.failures import ServiceError, clean, failure_of, redact
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 

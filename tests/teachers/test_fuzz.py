@@ -23,7 +23,7 @@ from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.resume import audit_or_replay
 from omniopd_trl.method.similarity import get_similarity
 from omniopd_trl.teachers.base import Prefix
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.audits import audit_settings
 from tests.support.journals import SETTINGS as JOURNAL
 from tests.support.journals import journal

@@ -11,8 +11,8 @@ import pytest
 from omniopd_trl.errors import ConfigError, TeacherError
 from omniopd_trl.teachers.base import Prefix
 from omniopd_trl.teachers.load import remote_teacher
-from omniopd_trl.teachers.remote.engine import EngineSettings
 from omniopd_trl.teachers.remote.http import MAX_BODY
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
 

@@ -8,7 +8,7 @@ import pytest
 
 from omniopd_trl.errors import NoRolloutError, TeacherError
 from omniopd_trl.teachers.remote import engine, retries
-from omniopd_trl.teachers.remote.engine import EngineSettings
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import SERVICES, ControlC, services, teacher_of  # noqa: F401 (a fixture)
 

@@ -17,7 +17,6 @@ from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix, SamplingRequ
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote import retries
 from omniopd_trl.teachers.remote.answers import Response
-from omniopd_trl.teachers.remote.engine import Capabilities, EngineSettings
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
@@ -26,6 +25,7 @@ from omniopd_trl.teachers.remote.failures import (
     redact,
     retry_after,
 )
+from omniopd_trl.teachers.remote.settings import Capabilities, EngineSettings
 from omniopd_trl.teachers.remote.throttle import Throttle
 from tests.support.ledgers import MemoryLedger
 from tests.support.loopback import Fault, Loopback, wire

@@ -178,48 +178,21 @@ def measure(
     tokenizer: Tokenizer,
     settings: AuditSettings,
     similarity: str | Similarity,
-    again: Sequence[Audit | None] | None = None,
 ) -> Measured:
-    """The numbers of a probe, from its audits.
+    """The numbers of a probe, from its audits with rollouts.
 
     Args:
         audits: trajectories with forks, their scores, and their audits.
         tokenizer: the student's tokenizer.
         settings: the settings of chunks of the recipe. Its forks may be more than the trajectories have.
         similarity: the similarity of the recipe, a name or a function.
-        again: for audits with marks, a second audit of each trajectory and its forks, `None` where there is none. Only
-            forks with both are measured. `None` for audits with rollouts.
 
     Returns:
         The numbers. With fewer than two answered forks there is nothing to compare, and no signal.
     """
-    forks = [fork for trajectory, _, _ in audits for fork in trajectory.forks or ()]
-    asked = [fork for fork in forks if fork.diversity > 0]
-    auditor = _auditor(tokenizer, settings, similarity)
-    selected = [len(auditor.select(trajectory, scores)) for trajectory, scores, _ in audits]
-    chunks = _mean(selected)
-    numbers = Measured(
-        num_trajectories=len(audits),
-        num_forks=len(forks),
-        num_agreed=len(forks) - len(asked),
-        num_asked=len(asked),
-        num_dropped=sum(audit.num_dropped for _, _, audit in audits),
-        chunks_per_trajectory=chunks,
-        asked_per_trajectory=chunks * len(asked) / len(forks) if forks else 0.0,
-        completion_tokens=_mean([len(trajectory.completion_ids) for trajectory, _, _ in audits]),
-        found=_found(asked),
-    )
-    if sum(len(audit.chunks) for _, _, audit in audits) < 2:
+    numbers = _counts(audits, tokenizer, settings)
+    if _num_answered(audits) < 2:
         return numbers
-    if again is not None:
-        marked = [*_marked_forks(audits, again)]
-        marks = [{b.text: b.similarity or 0.0 for b in chunk.branches} for *_, a in audits for chunk in a.chunks]
-        between = [is_middling(of_fork, settings.cascade_low, settings.cascade_high) for of_fork in marks]
-        numbers = replace(numbers, middling=_mean(between))
-        if len(marked) < 2:
-            return numbers
-        signal = _signal(marked, MARKS, settings.chunk_length)
-        return replace(numbers, signals=(signal,), own_chunk=_own_chunk(marked), gates=_gates(audits, marked))
     names = [similarity, *(name for name in SIMILARITIES if name != similarity)]
     lengths = {max(round(settings.chunk_length * share), settings.min_chunk_length) for share in _LENGTHS}
     signals: list[Signal] = []
@@ -230,6 +203,63 @@ def measure(
             own = own or judged
             signals.append(_signal(judged, name if isinstance(name, str) else "custom", length))
     return replace(numbers, signals=tuple(signals), **_own_numbers(own, similarity), gates=_gates(audits, own))
+
+
+def measure_marks(
+    audits: Sequence[tuple[Trajectory, PolicyScores, Audit]],
+    again: Sequence[Audit | None],
+    tokenizer: Tokenizer,
+    settings: AuditSettings,
+    thresholds: tuple[float, float],
+) -> Measured:
+    """The numbers of a probe, from its audits with marks.
+
+    Args:
+        audits: as in [`measure`].
+        again: a second audit of each trajectory and its forks; `None` where there is none. Only forks with both are
+            measured.
+        tokenizer: as in [`measure`].
+        settings: as in [`measure`].
+        thresholds: the lower and the upper threshold of a cascade.
+
+    Returns:
+        The numbers. With fewer than two forks that were marked twice there is nothing to compare, and no signal.
+    """
+    numbers = _counts(audits, tokenizer, settings)
+    if _num_answered(audits) < 2:
+        return numbers
+    marks = [{b.text: b.similarity or 0.0 for b in chunk.branches} for *_, audit in audits for chunk in audit.chunks]
+    numbers = replace(numbers, middling=_mean([is_middling(of_fork, *thresholds) for of_fork in marks]))
+    marked = [*_marked_forks(audits, again)]
+    if len(marked) < 2:
+        return numbers
+    signal = _signal(marked, MARKS, settings.chunk_length)
+    return replace(numbers, signals=(signal,), own_chunk=_own_chunk(marked), gates=_gates(audits, marked))
+
+
+def _counts(
+    audits: Sequence[tuple[Trajectory, PolicyScores, Audit]], tokenizer: Tokenizer, settings: AuditSettings
+) -> Measured:
+    """The numbers that need no answer of the teacher, and no similarity."""
+    forks = [fork for trajectory, _, _ in audits for fork in trajectory.forks or ()]
+    asked = [fork for fork in forks if fork.diversity > 0]
+    auditor = _auditor(tokenizer, settings, "exact")
+    chunks = _mean([len(auditor.select(trajectory, scores)) for trajectory, scores, _ in audits])
+    return Measured(
+        num_trajectories=len(audits),
+        num_forks=len(forks),
+        num_agreed=len(forks) - len(asked),
+        num_asked=len(asked),
+        num_dropped=sum(audit.num_dropped for _, _, audit in audits),
+        chunks_per_trajectory=chunks,
+        asked_per_trajectory=chunks * len(asked) / len(forks) if forks else 0.0,
+        completion_tokens=_mean([len(trajectory.completion_ids) for trajectory, _, _ in audits]),
+        found=_found(asked),
+    )
+
+
+def _num_answered(audits: Sequence[tuple[Trajectory, PolicyScores, Audit]]) -> int:
+    return sum(len(audit.chunks) for _, _, audit in audits)
 
 
 def _auditor(tokenizer: Tokenizer, settings: AuditSettings, similarity: str | Similarity) -> Auditor:

@@ -108,8 +108,8 @@ def judge(measured: Measured, form: Form, failure: str | None = None, unwilling:
     if not measured.num_asked:
         return Verdict(
             "will not",
-            f"at all {measured.num_forks} forks the student writes the same text {_most_branches(measured) + 1} times:"
-            " it has no choice that a teacher could prefer. Raise `temperature`, or use harder problems",
+            f"at all {measured.num_forks} forks the branches of the student have one text: it has no choice that a "
+            "teacher could prefer. Raise `temperature`, or use harder problems",
         )
     has_marks = form.signal != "rollouts"
     dropped = measured.num_dropped / measured.num_asked
@@ -298,10 +298,6 @@ def _named(signal: Signal) -> str:
         f"{signal.similarity}{' with scaled advantages' * _is_scaled(signal)}"
         f"{f' ({signal.repeated})' * (signal.repeated is not None)}"
     )
-
-
-def _most_branches(measured: Measured) -> int:
-    return measured.found[-1][0] if measured.found else 0
 
 
 def _advice(measured: Measured, form: Form, best: Signal, alike: Sequence[Signal]) -> Iterator[Advice]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, split_system
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
@@ -24,9 +24,10 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import CLOCK_SECONDS, BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 # Where each provider's key and address are, besides the credentials that the cloud's own package reads.
 KEYS = {
@@ -153,15 +154,13 @@ class AnthropicTeacher(RemoteTeacher):
         if self.is_instructed(prefix):
             messages = render_messages(prefix.prompt, prefix.completion)
         else:
-            prompt = prefix.prompt
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            messages = prefix.messages
             if beginning := prefix.completion.rstrip():  # an empty turn is refused
                 messages.append({"role": "assistant", "content": beginning})
-        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
-        turns: list[dict[str, Any]] = [dict(message) for message in messages if message["role"] != "system"]
+        system, turns = split_system(messages)
         if cached and turns and isinstance(turns[-1]["content"], str):
             block = {"type": "text", "text": turns[-1]["content"], "cache_control": {"type": "ephemeral"}}
-            turns[-1]["content"] = [block]
+            turns[-1] = {**turns[-1], "content": [block]}
         return {"messages": turns, **({"system": system} if system else {})}
 
     # ---- Batches ----
@@ -198,7 +197,7 @@ class AnthropicTeacher(RemoteTeacher):
         if batch.results_url is None:
             return {}  # the service keeps results for 29 days
         response = await self.client.messages.batches.with_raw_response.results(batch_id)
-        return read_lines(response.http_response.content, "custom_id", _result)
+        return read_lines(response.http_response.content, _result)
 
     # ---- Errors ----
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from transformers.utils import logging
 
-from omniopd_trl.teachers.remote.engine import Capabilities
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 logger = logging.get_logger(__name__)
 

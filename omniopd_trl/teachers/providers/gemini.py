@@ -9,7 +9,7 @@ from typing import Any
 
 from omniopd_trl.accounting.usage import Usage
 from omniopd_trl.errors import import_extra
-from omniopd_trl.teachers.base import Prefix, SamplingRequest
+from omniopd_trl.teachers.base import Prefix, SamplingRequest, split_system
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.teachers.remote.answers import (
     Asked,
@@ -24,9 +24,10 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import BatchLimits, Results
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 # HTTP statuses of the codes of gRPC, in which a batch reports the errors of its requests.
 _STATUS_OF_GRPC = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 13: 500, 14: 503, 16: 401}
@@ -141,18 +142,16 @@ class GeminiTeacher(RemoteTeacher):
         if self.is_instructed(prefix):
             messages = render_messages(prefix.prompt, prefix.completion)
         else:
-            prompt = prefix.prompt
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            messages = prefix.messages
             if prefix.completion:
                 messages.append({"role": "assistant", "content": prefix.completion})
-        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+        system, turns = split_system(messages)
         contents = [
             {
                 "role": "model" if message["role"] == "assistant" else "user",
                 "parts": [{"text": str(message["content"])}],
             }
-            for message in messages
-            if message["role"] != "system"
+            for message in turns
         ]
         return contents, system or None
 

@@ -27,10 +27,11 @@ from omniopd_trl.teachers.remote.answers import (
     served_model,
 )
 from omniopd_trl.teachers.remote.batch import BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 VLLM_URL = "http://localhost:8000/v1"
 OPENAI_URL = "https://api.openai.com/v1"
@@ -176,8 +177,7 @@ class OpenAITeacher(RemoteTeacher):
     def _messages(self, prefix: Prefix) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if self.is_instructed(prefix):
             return render_messages(prefix.prompt, prefix.completion), {}
-        prompt = prefix.prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = prefix.messages
         if not prefix.completion:  # nothing to continue, and an empty turn is refused or closed
             return messages, {}
         turn: dict[str, Any] = {"role": "assistant", "content": prefix.completion}
@@ -273,7 +273,7 @@ class OpenAITeacher(RemoteTeacher):
         for file in (batch.error_file_id, batch.output_file_id):
             if file is not None:
                 content = await self.client.files.content(file)
-                results |= read_lines(content.content, "custom_id", _result)
+                results |= read_lines(content.content, _result)
         return results
 
     # ---- Errors ----

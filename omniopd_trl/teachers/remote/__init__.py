@@ -3,7 +3,7 @@
 """The engine of all teachers behind a service: concurrency, limits, retries, classification of errors."""
 
 from omniopd_trl.teachers.remote.answers import Response, Sample
-from omniopd_trl.teachers.remote.engine import Capabilities, Continuation, EngineSettings, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import (
     Failure,
     MalformedResponseError,
@@ -12,6 +12,7 @@ from omniopd_trl.teachers.remote.failures import (
     redact,
     retry_after,
 )
+from omniopd_trl.teachers.remote.settings import Capabilities, Continuation, EngineSettings
 
 __all__ = [
     "Capabilities",

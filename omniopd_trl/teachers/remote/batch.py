@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -33,7 +33,8 @@ from omniopd_trl.teachers.remote.http import MAX_BODY
 from omniopd_trl.teachers.remote.retries import RequestFailedError
 
 if TYPE_CHECKING:
-    from omniopd_trl.teachers.remote.engine import Capabilities, RemoteTeacher
+    from omniopd_trl.teachers.remote.engine import RemoteTeacher
+    from omniopd_trl.teachers.remote.settings import Capabilities
 
 # Seconds between two looks at the batches of a service, and before a lost batch is looked for in its list.
 POLL_SECONDS = 60.0
@@ -72,6 +73,62 @@ class BatchLimits(NamedTuple):
 
     requests: int
     size: int
+
+
+class TakesBatches:
+    """What a remote teacher implements if its service takes batches. The defaults are for one that takes none.
+
+    Attributes:
+        batch_limits: limits of the service.
+    """
+
+    batch_limits: BatchLimits | None = None
+
+    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
+        """The request that `request` sends, for a batch."""
+        raise NotImplementedError
+
+    def why_no_batches(self) -> str:
+        """Why this teacher cannot be asked in batches; empty when it can. It then has the following methods."""
+        return "its service has none"
+
+    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
+        """Submit a batch, and return the service's name of it.
+
+        Args:
+            tag: a name that no other batch has, for `find_batch`.
+            requests: the requests, by their names in the batch.
+        """
+        raise NotImplementedError
+
+    async def find_batch(
+        self, tag: str, names: Collection[str], since: float, known: Collection[str]
+    ) -> tuple[str | None, bool]:
+        """Find a batch that may have been submitted by a process that was killed before it knew.
+
+        Args:
+            tag: as in `submit_batch`.
+            names: the names of its requests.
+            since: when it was submitted at the earliest, as `time.time` gives it.
+            known: the service's names of other batches of the same folder.
+
+        Returns:
+            The service's name of it, or `None`; and whether that is certain. Otherwise ask again later.
+        """
+        raise NotImplementedError
+
+    async def collect_batch(self, batch_id: str, names: Collection[str]) -> Results | ServiceError | None:
+        """What has become of a batch.
+
+        Args:
+            batch_id: the service's name of it.
+            names: the names of its requests, in order.
+
+        Returns:
+            `None` while it is processed. Afterwards the body of the answer or the error of each request, by its name;
+            or the error of a batch that the service has not begun.
+        """
+        raise NotImplementedError
 
 
 class BatchStore(Protocol):
@@ -410,20 +467,21 @@ def open_batches(records: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, A
     return {number: record for number, record in records.items() if record["open"]}
 
 
-def read_lines(content: bytes, name: str, read: Callable[[dict[str, Any]], "str | ServiceError"]) -> Results:
-    """Read a file of results, with a JSON object in each line. The lines may be in any order.
+def read_lines(content: bytes, read: Callable[[dict[str, Any]], "str | ServiceError"]) -> Results:
+    """Read a file of results, with a JSON object in each line, whose `custom_id` is the name of the request.
+
+    The lines may be in any order.
 
     Args:
         content: the file.
-        name: member that holds the name of the request.
         read: reads the result in a line. A line that it cannot read is returned as it is: it is no answer either.
     """
     results: Results = {}
     for line in content.splitlines():
         try:
             parsed = parse(line)
-            results[str(parsed.get(name))] = line.decode(errors="replace")
-            results[str(parsed.get(name))] = read(parsed)
+            results[str(parsed.get("custom_id"))] = line.decode(errors="replace")
+            results[str(parsed.get("custom_id"))] = read(parsed)
         except MalformedResponseError:
             continue  # also an empty line. Its request has no answer, or one that cannot be read
     return results

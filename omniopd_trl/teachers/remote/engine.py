@@ -14,14 +14,12 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import partial
 from itertools import combinations
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers.utils import logging
@@ -39,7 +37,8 @@ from omniopd_trl.teachers.base import (
     TeacherReply,
 )
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
-from omniopd_trl.teachers.remote.answers import Asked, Prepared, Response, from_kept, to_kept
+from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
+from omniopd_trl.teachers.remote.batch import Batches, TakesBatches
 from omniopd_trl.teachers.remote.delivery import Delivery
 from omniopd_trl.teachers.remote.failures import (
     LEARNED,
@@ -59,89 +58,26 @@ from omniopd_trl.teachers.remote.fields import OTHER_LIMIT, check_extra, refusal
 from omniopd_trl.teachers.remote.http import MAX_BODY, check_keys, check_proxies
 from omniopd_trl.teachers.remote.retries import (
     BATCH_ATTEMPTS,
-    MAX_PAID_ATTEMPTS,
     PROBE_ATTEMPTS,
     PROBE_SECONDS,
     PROBE_TIMEOUT,
     SAID_EVERY,
     SAID_FROM_ATTEMPT,
     AttemptClock,
-    Attempts,
-    Denials,
-    PaidAttempts,
     RequestFailedError,
+    failure_in,
     may_be_repeated,
+    stop_after,
     wait_before,
 )
+from omniopd_trl.teachers.remote.settings import Capabilities, EngineSettings
+from omniopd_trl.teachers.remote.tasks import gather_or_cancel, run_in_thread
 from omniopd_trl.teachers.remote.throttle import Throttle
-
-if TYPE_CHECKING:
-    from omniopd_trl.teachers.remote.batch import Batches, BatchLimits, Results
 
 logger = logging.get_logger(__name__)
 
-T = TypeVar("T")
-
 # A prefix that is longer by this many characters has more tokens, whatever they are.
 GROWN_CHARACTERS = 256
-
-Continuation = Literal["raw", "continue_final", "prefill", "prefix_flag", "instruct"]
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """Capabilities of a model behind a service. `teachers/providers/capabilities.py` lists them by model name.
-
-    Attributes:
-        continuation: how the student's text becomes the beginning of the teacher's answer.
-        samples_per_request: maximum number of samples per request.
-        takes_temperature: whether the service accepts and honours a temperature and `top_p`.
-        refused: optional fields that the service refused. They are left out.
-        reasoning_off: fields of the request's body that disable hidden reasoning, or minimize it.
-        reasoning_headroom: additional tokens per sample, for reasoning that cannot be disabled and counts against the
-            limit.
-        min_cached_prefix: shortest prompt that the service caches, in tokens; `None` when it caches none.
-        shutdown: date on which the provider retires the model; `None` when unknown.
-    """
-
-    continuation: Continuation
-    samples_per_request: int = 1
-    takes_temperature: bool = True
-    refused: frozenset[str] = frozenset()
-    reasoning_off: dict[str, Any] = field(default_factory=dict)
-    reasoning_headroom: int = 0
-    min_cached_prefix: int | None = None
-    shutdown: date | None = None
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Limits of one process; see `OmniOPDConfig` for the meaning of each field.
-
-    Attributes:
-        max_concurrency: requests in flight at once.
-        requests_per_minute: `None` for no limit.
-        tokens_per_minute: `None` for no limit.
-        timeout: limit of one attempt, in seconds.
-        max_attempts: attempts per request, the first one included. With `None`, `max_seconds` is the limit, and
-            `MAX_PAID_ATTEMPTS` limits the attempts that may be charged.
-        max_seconds: limit of all attempts of a request and the waits between them, in seconds. Time in the queue does
-            not count.
-        max_retry_after: the longest wait, in seconds, that a service may ask for.
-        probe_samples: samples that the probe asks for: those of a chunk, so it fails where the run would.
-        probe_continues: whether the probe asks for a continuation. A run that only asks questions needs none.
-    """
-
-    max_concurrency: int = 64
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    timeout: float = 120.0
-    max_attempts: int | None = None
-    max_seconds: float = 600.0
-    max_retry_after: float = 120.0
-    probe_samples: int = 2
-    probe_continues: bool = True
-
 
 # Keeps an answer, and counts its usage and its cost in US dollars; see `KeptAnswers`.
 _Keep = Callable[[Response, Usage, float | None], None]
@@ -158,7 +94,7 @@ class _Tally:
     given_up: list[Failure] = field(default_factory=list)
 
 
-class RemoteTeacher(Teacher):
+class RemoteTeacher(TakesBatches, Teacher):
     """Base class of teachers behind a service.
 
     Args:
@@ -173,7 +109,8 @@ class RemoteTeacher(Teacher):
         ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
 
     A subclass implements `request`, and `connect` when it uses a client. It extends `unsupported` when its service has
-    other words for what it does not take, and `classify` when its SDK has more exceptions.
+    other words for what it does not take, and `classify` when its SDK has more exceptions. For batches it implements
+    the methods of [`TakesBatches`].
 
     Attributes:
         model: the service's name of the model.
@@ -186,7 +123,6 @@ class RemoteTeacher(Teacher):
     model: str = ""
     base_url: str | None = None
     key_variables: tuple[str, ...] = ()
-    batch_limits: "BatchLimits | None" = None
 
     # Tokens that a template may add to a prompt.
     prompt_overhead = 512
@@ -234,52 +170,6 @@ class RemoteTeacher(Teacher):
         outcome. Any other error raises the SDK's exception.
         """
 
-    def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
-        """The request that `request` sends, for a batch."""
-        raise NotImplementedError
-
-    def why_no_batches(self) -> str:
-        """Why this teacher cannot be asked in batches; empty when it can. It then has the following methods."""
-        return "its service has none"
-
-    async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
-        """Submit a batch, and return the service's name of it.
-
-        Args:
-            tag: a name that no other batch has, for `find_batch`.
-            requests: the requests, by their names in the batch.
-        """
-        raise NotImplementedError
-
-    async def find_batch(
-        self, tag: str, names: Collection[str], since: float, known: Collection[str]
-    ) -> tuple[str | None, bool]:
-        """Find a batch that may have been submitted by a process that was killed before it knew.
-
-        Args:
-            tag: as in `submit_batch`.
-            names: the names of its requests.
-            since: when it was submitted at the earliest, as `time.time` gives it.
-            known: the service's names of other batches of the same folder.
-
-        Returns:
-            The service's name of it, or `None`; and whether that is certain. Otherwise ask again later.
-        """
-        raise NotImplementedError
-
-    async def collect_batch(self, batch_id: str, names: Collection[str]) -> "Results | ServiceError | None":
-        """What has become of a batch.
-
-        Args:
-            batch_id: the service's name of it.
-            names: the names of its requests, in order.
-
-        Returns:
-            `None` while it is processed. Afterwards the body of the answer or the error of each request, by its name;
-            or the error of a batch that the service has not begun.
-        """
-        raise NotImplementedError
-
     def unsupported(self, said: ServiceError) -> Failure | None:
         """The capability or field that a request used and the service refused; `None` for any other reason."""
         return refusal(said)
@@ -296,7 +186,7 @@ class RemoteTeacher(Teacher):
         failure = failure_of(
             said,
             model=self.model,
-            key=self.key_names,
+            key=" or ".join(self.key_variables) or "the environment",
             address=self.base_url,
             has_answered=self._has_answered,
             secrets=self._secrets(),
@@ -396,11 +286,6 @@ class RemoteTeacher(Teacher):
             )
         return value
 
-    @property
-    def key_names(self) -> str:
-        """Where the key is, for messages."""
-        return " or ".join(self.key_variables) or "the environment"
-
     def warn_once(self, message: str, kind: str | None = None) -> None:
         """Log a warning the first time that it is given, or that one of its kind is."""
         self._warn_once(f"{self.name}: {message}", kind)
@@ -417,7 +302,7 @@ class RemoteTeacher(Teacher):
         # it, so a prompt cache can serve the longer one.
         kept = [self._kept(prefix, request) for prefix in prefixes]
         tallies = [_Tally() for _ in prefixes]
-        replies = await _all(
+        replies = await gather_or_cancel(
             self._continue(prefix, found, request, tally)
             for prefix, found, tally in zip(prefixes, kept, tallies, strict=True)
         )
@@ -437,7 +322,7 @@ class RemoteTeacher(Teacher):
         # In a separate event loop. Client and throttle must not outlive it.
         continues = self.settings.probe_continues
         prefix = Prefix(prompt, "Let us think." if continues else "", is_question=not continues)
-        reply = _run(self._probe(prefix, request, tally))
+        reply = run_in_thread(self._probe(prefix, request, tally))
         if not reply.rollouts:
             asked = f"The teacher {self.name} was asked one short question"
             failed = [failure for failure in tally.given_up if failure.kind != "rejected"]
@@ -502,7 +387,7 @@ class RemoteTeacher(Teacher):
             return [response, *await ask_all(sizes)]
 
         async def ask_all(sizes: list[tuple[int, int]]) -> list[Response]:
-            answers = await _all(ask(start, size) for start, size in sizes)
+            answers = await gather_or_cancel(ask(start, size) for start, size in sizes)
             return [response for answer in answers for response in answer]
 
         sizes, end = [], 0
@@ -512,9 +397,13 @@ class RemoteTeacher(Teacher):
         if len(sizes) > 1 and self._fills_cache(prefix):
             start, size = sizes.pop(0)  # the cache can be read once the first answer has begun
             answers[start] = size, await ask(start, size)
-        asked = await _all(ask(start, size) for start, size in sizes)
+        asked = await gather_or_cancel(ask(start, size) for start, size in sizes)
         answers |= {start: (size, parts) for (start, size), parts in zip(sizes, asked, strict=True)}
         responses = [response for _, (_, parts) in sorted(answers.items(), key=itemgetter(0)) for response in parts]
+        return self._reply(responses, request.num_samples, tally)
+
+    def _reply(self, responses: Sequence[Response], num_samples: int, tally: _Tally) -> TeacherReply:
+        """The reply to a prefix, from the answers to its requests. Counts what has become of the samples."""
         if not all(response.samples for response in responses):
             tally.problems.append("a response without samples")
         samples = [sample for response in responses for sample in response.samples]
@@ -531,9 +420,9 @@ class RemoteTeacher(Teacher):
         rollouts = tuple(Rollout(s.text, s.finish_reason) for s in samples if s.outcome in ("ok", "restarted"))
         usage = sum((response.usage for response in responses if response.usage is not None), Usage())
         failure = None
-        if len(rollouts) < request.num_samples:
+        if len(rollouts) < num_samples:
             reason = tally.problems[0] if tally.problems else "no reason"
-            failure = f"{len(rollouts)} of {request.num_samples} rollouts: {reason}"
+            failure = f"{len(rollouts)} of {num_samples} rollouts: {reason}"
         if tally.counts["reasoned"]:
             self.warn_once(
                 f"the model reasons before it answers, in {tally.counts['reasoned']} of {len(samples)} samples of a "
@@ -612,7 +501,7 @@ class RemoteTeacher(Teacher):
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
-                stop=(PaidAttempts(MAX_PAID_ATTEMPTS) if most is None else Attempts(most)) | clock | Denials(),
+                stop=stop_after(most) | clock,
                 wait=lambda state: wait_before(state, clock.left(state)),
                 before_sleep=self._log_repeated,
                 reraise=True,
@@ -653,18 +542,21 @@ class RemoteTeacher(Teacher):
 
     def _log_repeated(self, state: RetryCallState) -> None:
         """Log why requests are repeated, at most once every `SAID_EVERY` seconds."""
-        now = time.monotonic()
-        error = state.outcome.exception() if state.outcome is not None else None
+        now, failure = time.monotonic(), failure_in(state)
+        if failure is None:
+            return
         if self._probes:
-            if isinstance(error, RequestFailedError) and error.failure.kind not in LEARNED:
-                logger.warning(f"{self.name}: the first question has no answer ({error}). It is asked again.")
+            if failure.kind not in LEARNED:
+                logger.warning(
+                    f"{self.name}: the first question has no answer ({failure.message}). It is asked again."
+                )
             return
         if state.attempt_number < SAID_FROM_ATTEMPT or now - self._said_repeated_at < SAID_EVERY:
             return
         self._said_repeated_at = now
         logger.warning(
             f"{self.name}: requests fail and are repeated, each for up to teacher_max_seconds="
-            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {error}"
+            f"{self.settings.max_seconds:g}. The last one failed {state.attempt_number} times: {failure.message}"
         )
 
     async def _attempt(
@@ -833,7 +725,10 @@ class RemoteTeacher(Teacher):
     def _learn(self, failure: Failure, learned: dict[str, Any]) -> None:
         self.capabilities = replace(self.capabilities, **learned)
         if failure.fields:
-            self._warn_refused(failure)
+            logger.warning(
+                f"{self.name} refused a request ({failure.message}). From now on {without(failure.fields)}. To send "
+                "another value, set it in teacher_extra_body; a value of null leaves a field out from the start."
+            )
             return
         what = {
             "no_prefill": "it does not continue a prefill, and is instructed to write what comes next; set "
@@ -842,12 +737,6 @@ class RemoteTeacher(Teacher):
             "always_reasons": "its reasoning cannot be disabled, and is paid for",
         }[failure.kind]
         logger.warning(f"{self.name} refused a request ({failure.message}). From now on: {what}.")
-
-    def _warn_refused(self, failure: Failure) -> None:
-        logger.warning(
-            f"{self.name} refused a request ({failure.message}). From now on {without(failure.fields)}. To send "
-            "another value, set it in teacher_extra_body; a value of null leaves a field out from the start."
-        )
 
 
 def _is_counted(response: Response) -> bool:
@@ -866,48 +755,9 @@ def _keep(
     kept.keep(start, size, to_kept(response, num_samples), usage, usd)
 
 
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order. The first error cancels the others, so no more is spent, and is raised unchanged."""
-    coroutines = list(coroutines)
-    if len(coroutines) == 1:
-        return [await coroutines[0]]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors.exceptions[0].__cause__
-    return [task.result() for task in tasks]
-
-
 def _part(request: SamplingRequest, prefix: Prefix, start: int) -> SamplingRequest:
     """The request for the samples from `start` on. Its seed differs: equal seeds would return equal samples."""
     if request.seed is None:
         return request
     seed = (request.seed + zlib.crc32(prefix.completion.encode()) + start) % 2**31
     return replace(request, seed=seed)
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also when the caller is inside an event loop (a notebook).
-
-    An interruption (Control-C) cancels it and is raised at once.
-    """
-    started: Future[Callable[[], object]] = Future()
-
-    async def cancellable() -> T:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        started.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
-        return await coroutine
-
-    executor = ThreadPoolExecutor(1)
-    running = executor.submit(asyncio.run, cancellable())
-    try:
-        return running.result()
-    except BaseException:
-        if not running.done():
-            started.result()()
-            wait([running], timeout=1.0)
-        raise
-    finally:
-        executor.shutdown(wait=False)

@@ -4,6 +4,7 @@
 
 import random
 import time
+from collections.abc import Callable
 
 from tenacity import RetryCallState
 from tenacity.stop import stop_base
@@ -40,40 +41,43 @@ class RequestFailedError(Exception):
         self.failure = failure
 
 
-class PaidAttempts(stop_base):
-    """Stops a request after `attempts` failed attempts that may be charged."""
-
-    def __init__(self, attempts: int):
-        self.left = attempts
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
-        self.left -= isinstance(error, RequestFailedError) and error.failure.may_be_billed
-        return self.left <= 0
+def failure_in(state: RetryCallState) -> Failure | None:
+    """The failure of an attempt; `None` if it ended otherwise."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    return error.failure if isinstance(error, RequestFailedError) else None
 
 
 class Attempts(stop_base):
-    """Stops a request after `attempts` failed attempts. A refused field does not count: the next attempt differs."""
+    """Stops a request after some failed attempts.
 
-    def __init__(self, attempts: int):
-        self.left = attempts
+    Args:
+        most: number of failed attempts.
+        counts: whether an attempt with this failure is one of them.
+    """
+
+    def __init__(self, most: int, counts: Callable[[Failure], bool]):
+        self.left = most
+        self.counts = counts
 
     def __call__(self, retry_state: RetryCallState) -> bool:
-        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
-        self.left -= not (isinstance(error, RequestFailedError) and error.failure.kind in LEARNED)
+        failure = failure_in(retry_state)
+        self.left -= failure is not None and self.counts(failure)
         return self.left <= 0
 
 
-class Denials(stop_base):
-    """Stops a request that was denied twice."""
+def stop_after(most: int | None) -> stop_base:
+    """Stops a request after two denials, and after its failed attempts.
 
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
-        self.number += isinstance(error, RequestFailedError) and error.failure.kind == "denied"
-        return self.number > 1
+    Args:
+        most: number of failed attempts. A refused field does not count: the next attempt differs. `None` for
+            `MAX_PAID_ATTEMPTS` that may be charged.
+    """
+    limit = (
+        Attempts(MAX_PAID_ATTEMPTS, lambda failure: failure.may_be_billed)
+        if most is None
+        else Attempts(most, lambda failure: failure.kind not in LEARNED)
+    )
+    return Attempts(2, lambda failure: failure.kind == "denied") | limit
 
 
 class AttemptClock(stop_base):
@@ -106,10 +110,10 @@ def wait_before(state: RetryCallState, left: float) -> float:
 
     A wait that would use up the remaining time is reduced to half of it, so there is time for another attempt.
     """
-    error = state.outcome.exception() if state.outcome is not None else None
-    if not isinstance(error, RequestFailedError) or error.failure.kind in LEARNED:
+    failure = failure_in(state)
+    if failure is None or failure.kind in LEARNED:
         return 0.0
     longest = min(MAX_BACKOFF, BACKOFF * 2 ** min(state.attempt_number, 30))  # 2^1024 overflows a float
-    least = error.failure.retry_after or 0.0
+    least = failure.retry_after or 0.0
     wait = least + random.uniform(0, longest)
     return wait if wait < left or left < BACKOFF else max(least, left / 2)

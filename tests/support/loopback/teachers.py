@@ -15,7 +15,8 @@ import pytest
 from omniopd_trl.teachers.base import REQUEST_MILLISECONDS, Prefix, SamplingRequest, TeacherReply
 from omniopd_trl.teachers.load import remote_teacher
 from omniopd_trl.teachers.remote import retries
-from omniopd_trl.teachers.remote.engine import EngineSettings, RemoteTeacher
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import wire
 from tests.support.loopback.server import Loopback
 
