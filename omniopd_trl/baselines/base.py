@@ -19,7 +19,7 @@ from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.options import READ_BY
 from omniopd_trl.trainer.callbacks import OnTrainBegin
-from omniopd_trl.trainer.checkpoints import resume_point
+from omniopd_trl.trainer.checkpoints import EndsAtLastStep, resume_point
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from omniopd_trl.trainer.progress import use_readable_lines
@@ -124,7 +124,7 @@ class Evaluator(OmniOPDTrainer):
                 self._recorder.paid(usage, usd or None)
 
 
-class Baseline:
+class Baseline(EndsAtLastStep):
     """Mixin for a trainer of TRL: evaluation and records are those of an [`Evaluator`] with the same student.
 
     `train`, `evaluate`, `evaluate_teacher` and `log` work as those of [`OmniOPDTrainer`].

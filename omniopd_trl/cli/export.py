@@ -55,4 +55,8 @@ def export(options: argparse.Namespace) -> None:
     if options.push is not None:
         address = push_export(folder, options.push, private=options.private)
         sys.stdout.write(f"Pushed it to {address}.\n")
-    sys.stdout.write(f"Train from it with: {training_options(about, str(folder))}\n")
+    training = training_options(about, str(folder))
+    if training is None:
+        sys.stdout.write("It holds marks of a judge, so no run can train from it.\n")
+    else:
+        sys.stdout.write(f"Train from it with: {training}\n")

@@ -77,8 +77,8 @@ async def audit_or_replay(
         index: index of the trajectory in the generation batch of this process.
 
     Returns:
-        The audit. A replayed audit has no usage, no cost and no outcomes, because it costs nothing now. Replayed
-        answers have no usage either.
+        The audit. A replayed audit has no usage, no cost and no outcomes, because it costs nothing now. The count of
+        malformed answers stays, as the answers do. Replayed answers have no usage either.
 
     Raises:
         TeacherError: as `Auditor.audit`.
@@ -88,7 +88,8 @@ async def audit_or_replay(
         return await auditor.audit(trajectory, scores)
     stored = journal.audit(step, index)
     if stored is not None:
-        return replace(stored, usage=Usage(), usd=None, outcomes={})
+        malformed = {name: count for name, count in stored.outcomes.items() if name == "malformed"}
+        return replace(stored, usage=Usage(), usd=None, outcomes=malformed)
     ledger = AuditLedger(journal, step, index)
     try:
         answered = await auditor.ask(trajectory, scores, ledger)

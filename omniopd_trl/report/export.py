@@ -280,13 +280,18 @@ def _prompt(prompt: Any) -> Any:
     ]
 
 
-def training_options(about: dict[str, Any], name: str) -> str:
+def training_options(about: dict[str, Any], name: str) -> str | None:
     """The options that train from an export, in addition to the recipe of the run.
 
     Args:
         about: what is known about the run.
         name: folder of the export, or id of its repository.
+
+    Returns:
+        The options; `None` if the run asked a judge: training from an export needs the rollouts of all chunks.
     """
+    if about["settings"].get("signal", "rollouts") != "rollouts":
+        return None
     off = {"num_branches": 0, "fork_candidates": 0, "scale_advantages": "false"}
     without = (f" --{option} {value}" for option, value in off.items() if about["settings"].get(option))
     return f"--teacher_model_name_or_path export:{name}{''.join(without)}"
@@ -330,6 +335,22 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
         if settings.get("num_branches")
         else ""
     )
+    options = training_options(about, name)
+    training = (
+        f"No run can train from this dataset: the teacher gave marks (`signal: {settings.get('signal')}`), and\n"
+        "training needs the rollouts of all chunks."
+        if options is None
+        else f"""\
+The recipe of the run, with this dataset in place of the teacher, asks no teacher and costs nothing:
+
+```bash
+omniopd train --config RECIPE.yaml {options}
+```
+{branches}
+The rollouts are scored again, so `similarity`, `prior_strength`, `posterior_baseline`, `beta` and the learning rate
+may differ. The trajectories are those of the student of the run. With another student or other settings, training is
+off-policy: the metric `off_policy/kl` says how far, and truncated importance weights correct the chunk loss."""
+    )
     return f"""---
 {header.to_yaml()}
 ---
@@ -349,15 +370,7 @@ audits = load_dataset("{name}", split="train")
 
 ## Train from it
 
-The recipe of the run, with this dataset in place of the teacher, asks no teacher and costs nothing:
-
-```bash
-omniopd train --config RECIPE.yaml {training_options(about, name)}
-```
-{branches}
-The rollouts are scored again, so `similarity`, `prior_strength`, `posterior_baseline`, `beta` and the learning rate
-may differ. The trajectories are those of the student of the run. With another student or other settings, training is
-off-policy: the metric `off_policy/kl` says how far, and truncated importance weights correct the chunk loss.
+{training}
 
 ## Columns
 

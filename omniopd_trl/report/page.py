@@ -42,8 +42,8 @@ OUTCOMES: tuple[tuple[str, Callable[[AuditedTrajectory], object]], ...] = (
     ("a rollout was set aside", lambda t: t.num_set_aside),
     ("a rollout was cut short", lambda t: t.num_short),
     ("no chunk was audited", lambda t: not t.chunks),
-    ("a chunk has no similar rollout", lambda t: any(not any(chunk.similarities) for chunk in t.chunks)),
-    ("a chunk equals every rollout", lambda t: any(min(c.similarities, default=0) == 1 for c in t.chunks)),
+    ("a chunk has no similar rollout", lambda t: any(c.rollouts and not any(c.similarities) for c in t.chunks)),
+    ("a chunk equals every rollout", lambda t: any(c.rollouts and min(c.similarities) == 1 for c in t.chunks)),
     ("an answer of the judge has no marks", lambda t: t.outcomes.get("malformed")),
     ("left out by audit_trajectories", lambda t: t.verified is not None and not t.verified["is_chosen"]),
 )

@@ -90,8 +90,8 @@ class Audits(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         asks = mode == "train" or self.args.audit_eval
         # Prompts of map-style datasets were checked at the start. Those of streams are checked before the student
-        # answers them.
-        for row in inputs if asks else ():
+        # answers them. A judge renders none of them; see `check_prompts`.
+        for row in inputs if asks and self.args.signal != "judge" else ():
             self.teacher.check_prompt(self.args.teacher_context.prompt(row))
         batch = super()._generate_and_score_completions(inputs)
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)

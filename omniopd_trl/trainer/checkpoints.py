@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints in a folder, and the one that a run resumes from."""
+"""The checkpoints in a folder, the one that a run resumes from, and where it ends."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -81,3 +82,31 @@ def resume_point(resume_from_checkpoint: str | bool, output_dir: str | os.PathLi
 def unmark(checkpoint: Path) -> None:
     """Mark a checkpoint as incomplete before it is overwritten, by removing the trainer's state."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def check_adapters(checkpoint: Path, model: Any) -> None:
+    """Check that a checkpoint and the student that resumes from it both have adapters, or neither.
+
+    Raises:
+        DataError: when one of them is a whole model.
+    """
+    saved, has_adapters = (checkpoint / "adapter_config.json").exists(), is_peft_model(model)
+    is_whole = not saved and (checkpoint / "config.json").exists()
+    if has_adapters and is_whole:
+        what = "a whole model, and the student has adapters (`peft_config`, in a recipe `use_peft`)"
+    elif saved and not has_adapters:
+        what = "adapters, and the student has none (`peft_config`, in a recipe `use_peft`)"
+    else:
+        return
+    raise DataError(
+        f"The checkpoint {checkpoint} holds {what}. Resume with the settings that it was saved with, or start a run "
+        "in another output_dir."
+    )
+
+
+class EndsAtLastStep:
+    """Mixin for a trainer. transformers takes one more step when it resumes a run that ended within an epoch."""
+
+    def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

@@ -94,8 +94,9 @@ class Metrics:
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
         self._warned: set[str] = set()
-        # Number, sum and sum of squares of the posteriors of the current step or evaluation batch, over all processes.
-        self._posteriors = [0.0, 0.0, 0.0]
+        # Trajectories that are audited, and number, sum and sum of squares of the posteriors, of the current step or
+        # evaluation batch, over all processes.
+        self._posteriors = [0.0] * 4
         self._without_signal = 0  # steps in a row
         self._is_plain = args.posterior_baseline == "none" and not custom_weights
         self._budget = budget
@@ -185,23 +186,25 @@ class Metrics:
             forks = [[b.similarity or 0.0 for b in chunk.branches] for audit in audits for chunk in audit.chunks]
             # Not divided by their deviation: with `scale_advantages` that of all forks is nearly the same number.
             signal = [advantage for similarities in forks for advantage in leave_one_out(similarities)]
-        moments = (len(signal), sum(signal), sum(value * value for value in signal))
+        num_chosen = len(audits) - num_left_out
+        moments = (num_chosen, len(signal), sum(signal), sum(value * value for value in signal))
         all_usd, all_tokens, *totals = self.add(mode, ratios, usd, tokens, *moments)
         if mode == "train":
             self._logged[mode] |= {name: [value] for name, value in self._balance(all_usd, all_tokens).items()}
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
             self._add_spread(mode, is_branched)
-        if num_left_out < len(audits):
-            for kind, message in audit_warnings(audits, self._step(), self._args):
-                self.warn_once(kind, message)
+        for kind, message in audit_warnings(audits, self._step(), self._args):
+            self.warn_once(kind, message)
 
     def _add_spread(self, mode: str, is_branched: bool) -> None:
         """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.
 
         With branches, it is that of the advantages before `scale_advantages` divides them, in units of similarity.
         """
-        (count, total, squares), self._posteriors = self._posteriors, [0.0, 0.0, 0.0]
+        (num_chosen, count, total, squares), self._posteriors = self._posteriors, [0.0] * 4
+        if num_chosen and not count:
+            self.warn_once("no chunks", self._why_no_chunks())
         if count < 2:
             return
         mean = total / count
@@ -225,6 +228,18 @@ class Metrics:
             "almost the same weight, and the student learns little. Inspect the rollouts, and try the following: "
             f"{baseline}another `similarity` or `chunk_length`, or a teacher whose style is closer to the student's. "
             "See docs/metrics.md.",
+        )
+
+    def _why_no_chunks(self) -> str:
+        args = self._args
+        agreed = ", or the branches of each fork have one text" if args.num_branches else ""
+        rewards = " and the rewards" if args.reward_weight else ""
+        return (
+            f"No chunk of a batch could be audited at step {self._step()}: the completions are shorter than "
+            f"min_chunk_length={args.min_chunk_length} tokens, or no token's entropy is above "
+            f"min_anchor_entropy={args.min_anchor_entropy:g}, or all were truncated and mask_truncated_completions "
+            f"excludes them{agreed}, or the teacher returned nothing. Such a batch trains on the KL anchor{rewards} "
+            "only."
         )
 
     def _spent(self) -> tuple[float, int]:
@@ -356,7 +371,7 @@ class Metrics:
         """Remove what an earlier evaluation, prediction or training has left."""
         self._logged[mode].clear()
         self._sums[mode].clear()
-        self._posteriors = [0.0, 0.0, 0.0]
+        self._posteriors = [0.0] * 4
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log a warning unless one of the same kind was logged before."""
@@ -396,6 +411,7 @@ def audit_ratios(
     outcomes = sum((Counter(audit.outcomes) for audit in audits), Counter())
     num_repeated, num_repeatable = _duplicates(chunk.rollouts for _, chunk in chunks)
     anchors = [s.entropy[c.chunk.anchor].item() for s, c in chunks]
+    compared = [c.similarities for _, c in chunks if c.rollouts]  # a mark is no similarity
     equal_pairs, pairs = _equal_pairs(chunk.rollouts for _, chunk in chunks)
     # The paper's form, whatever the baseline. The policy is still the one that is updated.
     loss = -sum(c.posterior * s.logprobs[c.chunk.start : c.chunk.end].sum().item() for s, c in chunks)
@@ -404,8 +420,8 @@ def audit_ratios(
         "entropy": (sum(s.entropy.double().sum().item() for s in scored), num_tokens),
         "audit/posterior": (sum(c.posterior for _, c in chunks), num_chunks),
         "audit/similarity": (sum(c.mean_similarity for _, c in chunks), num_chunks),
-        "audit/frac_similarity_zero": (sum(max(c.similarities) <= 0.0 for _, c in chunks), num_chunks),
-        "audit/frac_similarity_one": (sum(min(c.similarities) >= 1.0 for _, c in chunks), num_chunks),
+        "audit/frac_similarity_zero": (sum(max(row) <= 0.0 for row in compared), len(compared)),
+        "audit/frac_similarity_one": (sum(min(row) >= 1.0 for row in compared), len(compared)),
         "audit/duplicate_rollouts": (num_repeated, num_repeatable),
         "audit/prior": (sum(c.prior for _, c in chunks), num_chunks),
         "audit/rollout_agreement": (equal_pairs, pairs),
@@ -495,15 +511,6 @@ def _equal_pairs(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
 
 def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
     """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
-    if not any(audit.chunks for audit in audits):
-        agreed = ", or the branches of each fork have one text" if args.num_branches else ""
-        yield (
-            "no chunks",
-            f"No chunk of a batch could be audited at step {step}: the completions are shorter than "
-            f"min_chunk_length={args.min_chunk_length} tokens, or no token's entropy is above "
-            f"min_anchor_entropy={args.min_anchor_entropy:g}, or all were truncated and mask_truncated_completions "
-            f"excludes them{agreed}, or the teacher returned nothing. Such a batch trains on the KL anchor only.",
-        )
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)
     if num_short > 0.1 * num_rollouts:
         yield (

@@ -22,6 +22,7 @@ from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.teachers.instruct.prompt import render_messages
 from omniopd_trl.trainer.checkpoints import checkpoints_of, state_of
+from omniopd_trl.trainer.exported import Export
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
@@ -269,6 +270,16 @@ def plan(
     """
     is_map_style = isinstance(dataset, Dataset)
     trajectories = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    done = f" ({state.global_step:,} done)" if state.global_step else ""
+    rows = [
+        ("student", student),
+        ("teacher", teacher.name),
+        ("a step", f"{_per_step(args, trajectories)} x up to {args.num_chunks} {_places(args)} x {_per_chunk(args)}"),
+        *([branches_row(args)] if args.num_branches else []),
+        ("the run", f"{state.max_steps:,} steps{done}"),
+    ]
+    if isinstance(teacher, Export):  # which nobody asks
+        return aligned(rows)
     length, checkpoint = trajectory_length_of(args)
     capabilities, budget = getattr(teacher, "capabilities", None), teacher.budget
     requests = Requests.of(args, capabilities, tokenizer)
@@ -282,18 +293,11 @@ def plan(
         steps=state.max_steps,
         num_rows=len(dataset) if is_map_style else None,
     )
-    run, done = result.run, f" ({state.global_step:,} done)" if state.global_step else ""
+    run = result.run
     most = "at most " if left_out(args) else ""
     tokens = f"{most}{run.prompt_tokens:,.0f} tokens read and {run.completion_tokens:,.0f} written by the teacher"
     source = "max_completion_length" if checkpoint is None else f"measured in {checkpoint}"
-    rows = [
-        ("student", student),
-        ("teacher", teacher.name),
-        ("a step", f"{_per_step(args, trajectories)} x up to {args.num_chunks} {_places(args)} x {_per_chunk(args)}"),
-        *([branches_row(args)] if args.num_branches else []),
-        ("the run", f"{state.max_steps:,} steps{done}"),
-        ("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"),
-    ]
+    rows.append(("forecast", f"{tokens}, with completions of {length:,.0f} tokens ({source})"))
     if teacher.is_remote and args.signal == "judge":
         rows.append(("requests", f"{most}{run.requests:,.0f}, for the marks of a trajectory each"))
     elif teacher.is_remote:

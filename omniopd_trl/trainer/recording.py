@@ -18,8 +18,8 @@ from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
 from omniopd_trl.teachers import Teacher
-from omniopd_trl.trainer.checkpoints import resume_point, state_of, unmark
-from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop
+from omniopd_trl.trainer.checkpoints import EndsAtLastStep, check_adapters, resume_point, state_of, unmark
+from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop, together
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -125,7 +125,7 @@ def warn_about_separate_folders(args: OmniOPDConfig, accelerator: Accelerator) -
         )
 
 
-class Records(DistillationTrainer):
+class Records(EndsAtLastStep, DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
 
     _whole_checkpoint: Path | None  # the last one that was saved, or loaded
@@ -139,11 +139,15 @@ class Records(DistillationTrainer):
                 Otherwise the run starts over: it replays nothing, and what was spent before counts.
 
         Raises:
-            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal.
+            DataError: for `True`, when `output_dir` holds neither a checkpoint nor a journal; when the checkpoint has
+                adapters and the student has none, or the other way round.
         """
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        if checkpoint:
+            with together(self.args.process_index):
+                check_adapters(Path(checkpoint), self.model)
         self._reset_step(checkpoint)
         if checkpoint:
             self.objective.reference.load(Path(checkpoint), self.accelerator.unwrap_model(self.model))

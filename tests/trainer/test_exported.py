@@ -3,6 +3,7 @@
 """Training from the export of an earlier run: nothing is asked, and the steps are those of that run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def same_weights(one, other):
     return all(torch.equal(weights, there[name]) for name, weights in trainable(one.model).items())
 
 
-def test_the_same_settings_give_the_same_weights(first, folder, tmp_path, tiny_model_dir, caplog):
+def test_the_same_settings_give_the_same_weights(first, folder, tmp_path, tiny_model_dir, caplog, capsys):
     """Bit for bit, at every step: the student is then the one that sampled, and its drift is 0. Nothing is asked."""
     logging.enable_propagation()
     calls = first.teacher.calls
@@ -75,6 +76,9 @@ def test_the_same_settings_give_the_same_weights(first, folder, tmp_path, tiny_m
     assert first.teacher.calls == calls
     assert again.teacher_usage.prompt_tokens == again.teacher_usage.completion_tokens == 0
     assert caplog.text.count("no teacher is asked") == 1
+    plan = capsys.readouterr().out
+    assert re.search(r"(?m)^the run +3 steps$", plan)
+    assert "forecast" not in plan
     again.create_model_card()
     assert "(export, off-policy)" in Path(again.args.output_dir, "README.md").read_text()
 

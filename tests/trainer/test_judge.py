@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from omniopd_trl.cli.main import main
-from omniopd_trl.errors import BudgetError, ConfigError, TeacherError
+from omniopd_trl.errors import BudgetError, ConfigError, DataError, TeacherError
 from omniopd_trl.journal.browse import list_audits, read_audits
-from omniopd_trl.report.export import write_export
-from omniopd_trl.report.page import _details
+from omniopd_trl.report.page import OUTCOMES, _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import Rollout, ScriptedTeacher, Teacher, TeacherReply, Usage
 from tests.support.judge import judge, mark_of, marks_for, openai
@@ -24,6 +23,14 @@ from tests.support.training import FOUR_MICRO_BATCHES, FOUR_STEPS, make_trainer,
 
 LOW, HIGH = 0.25, 0.75
 CASCADE = {"signal": "cascade", "cascade_low": LOW, "cascade_high": HIGH}
+
+
+class StrictJudge(ScriptedTeacher):
+    """A judge whose chat template renders questions, and not the prompts of the dataset."""
+
+    def check_prompt(self, prompt):
+        if prompt[0]["role"] != "system":
+            raise DataError("a conversation must begin with a system message")
 
 
 class Judge(Teacher):
@@ -93,7 +100,7 @@ def test_gradient_equals_dense_reference(tmp_path, tiny_model_dir, tiny_tokenize
         assert not teacher.prefixes
         assert logged["judge/frac_rollouts"] == 0
         assert logged["judge/mark"] == pytest.approx(logged["audit/similarity"])
-        assert "audit/duplicate_rollouts" not in logged
+        assert not {"audit/duplicate_rollouts", "audit/frac_similarity_zero"} & logged.keys()
     else:
         num_chunks = round(8 * logged["audit/num_chunks"])
         assert 0 < len(teacher.prefixes) < num_chunks
@@ -113,13 +120,17 @@ def test_rollouts_need_no_judge(tmp_path, tiny_model_dir):
 
 def test_chunks_without_marks_are_dropped(tmp_path, tiny_model_dir):
     """Three answers of another form: the chunks of this trajectory are counted, and too many stop the run."""
-    teacher = Judge.of(*["Sure! All are fine."] * 3)
-    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, signal="judge", max_failed_chunks=0.5)
+    teacher, settings = Judge.of(*["Sure! All are fine."] * 3), {"signal": "judge", "max_failed_chunks": 0.5}
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=teacher, **settings)
     trainer.train()
     logged = trainer.state.log_history[0]
     assert 0 < logged["audit/dropped_chunks"] < 0.5
     num_questions = len(teacher.questions)
     assert logged["judge/malformed"] == pytest.approx(3 / num_questions)
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Judge.of(silent=True), **settings)
+    again.train(resume_from_checkpoint=True)
+    replayed = again.state.log_history[0]
+    assert replayed["judge/malformed"] == logged["judge/malformed"], "replayed answers are in the share"
     [audit] = [a for a in read_audits(tmp_path, list_audits(tmp_path)) if a.num_dropped]
     assert audit.answers == ("Sure! All are fine.",) * 3
     assert audit.failures[0].startswith("no marks: 3 answers of the judge are not the")
@@ -200,9 +211,13 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
     trainer.train()
     printed = capsys.readouterr().out
     assert "the judge wrote: 1: " in printed
-    kinds = set()
+    kinds, extreme = set(), 0
+    of_rollouts = [has for name, has in OUTCOMES if name.startswith(("a chunk has no", "a chunk equals"))]
     for audit in read_audits(tmp_path, list_audits(tmp_path)):
         assert bool(audit.answers) == bool(audit.chunks)
+        if not any(chunk.rollouts for chunk in audit.chunks):
+            extreme += any(chunk.mark in (0, 1) for chunk in audit.chunks)
+            assert not any(has(audit) for has in of_rollouts), "a mark is no rollout"
         for chunk in audit.chunks:
             assert chunk.mark == mark_of(chunk.text)
             kinds.add(bool(chunk.rollouts))
@@ -210,6 +225,7 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
                 assert chunk.similarities == (chunk.mark,)
                 assert [b.similarity for b in chunk.branches] == [mark_of(b.text) for b in chunk.branches]
     assert kinds == {True, False}
+    assert extreme
     assert main(["audits", str(tmp_path), "--json", "--best", "99"]) == 0
     shown = json.loads(capsys.readouterr().out)
     marked = [one for one in shown if not one["rollouts"]]
@@ -218,8 +234,12 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
     assert ["Hm."] in [one["trajectory_judge_answers"][:1] for one in shown]
     run = Run(tmp_path)
     assert "the judge wrote: Hm." in str([_details(run, one) for one in read_audits(tmp_path, run.places)])
-    about = write_export(run, tmp_path / "export")
-    assert about["settings"]["signal"] == "cascade"
+    assert main(["export", str(tmp_path), "-o", str(tmp_path / "export")]) == 0
+    assert "It holds marks of a judge, so no run can train from it." in capsys.readouterr().out
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["settings"]["signal"] == "cascade"
+    written = (tmp_path / "export" / "README.md").read_text()
+    assert "the teacher gave marks (`signal: cascade`)" in written
+    assert "omniopd train" not in written
 
 
 # ---- Money ----
@@ -262,6 +282,13 @@ def test_an_evaluation_asks_for_marks(tmp_path, tiny_model_dir):
     assert logged["eval_judge/mark"] == pytest.approx(logged["eval_audit/similarity"])
     assert teacher.questions
     assert not teacher.prefixes
+
+
+def test_a_judge_need_not_render_the_prompts(tmp_path, tiny_model_dir):
+    """It renders its questions, whatever the dataset holds. A cascade continues the prompts as well."""
+    make_trainer(tmp_path / "judge", tiny_model_dir, teacher=StrictJudge(judge), signal="judge").train()
+    with pytest.raises(DataError, match="Row 0 of `train_dataset`: a conversation must begin with a system message"):
+        make_trainer(tmp_path / "cascade", tiny_model_dir, teacher=StrictJudge(judge), **CASCADE)
 
 
 def test_the_default_scripted_teacher_can_judge(tmp_path, tiny_model_dir):

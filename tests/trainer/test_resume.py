@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from omniopd_trl.teachers import Rollout, Usage
 from omniopd_trl.trainer import recording
 from omniopd_trl.trainer.checkpoints import last_checkpoint
 from tests.support import ROOT
+from tests.support.objective import LORA
 from tests.support.teachers import Here, Remote
 from tests.support.training import FOUR_STEPS, make_trainer, questions, trainable
 
@@ -65,6 +67,20 @@ def test_journaled_steps_are_replayed_without_a_request(tmp_path, tiny_model_dir
     assert again.state.log_history[3]["teacher/completion_tokens"] == 0
     assert again.teacher_usage == Usage()
     assert spent(tmp_path) == paid
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.5}], ids=["steps", "epochs"]
+)
+def test_a_run_that_has_ended_takes_no_more_steps(tmp_path, tiny_model_dir, length):
+    """It ends in the middle of an epoch. Started again, as by a scheduler, it neither asks nor trains."""
+    settings = {**FOUR_STEPS, **length}
+    first = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings)
+    first.train()
+    again = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == first.state.global_step == 2
+    torch.testing.assert_close(trainable(again.model), trainable(first.model), rtol=0, atol=0)
 
 
 ONE_STEP = {**FOUR_STEPS, "max_steps": 1, "save_strategy": "no"}
@@ -137,6 +153,22 @@ def test_a_checkpoint_that_is_not_of_the_newest_run(tmp_path, tiny_model_dir, ca
         "checkpoint of step 2 is not of the newest run in this folder, which has recorded steps up to 0" in caplog.text
     )
     assert older.teacher.calls > 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "words"),
+    [
+        ({}, {"peft_config": LoraConfig(**LORA)}, "holds a whole model, and the student has adapters"),
+        ({"peft_config": LoraConfig(**LORA)}, {}, "holds adapters, and the student has none"),
+    ],
+)
+def test_adapters_that_were_added_or_left_out(tmp_path, tiny_model_dir, saved, resumed, words):
+    """Said before anything is loaded or asked."""
+    settings = {**FOUR_STEPS, "max_steps": 1, "save_steps": 1}
+    make_trainer(tmp_path, tiny_model_dir, teacher=Here(), **settings, **saved).train()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here.silent(), **{**settings, "max_steps": 2}, **resumed)
+    with pytest.raises(DataError, match=f"checkpoint-1 {words}"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_nothing_to_resume(tmp_path, tiny_model_dir):

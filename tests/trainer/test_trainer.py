@@ -14,7 +14,8 @@ from transformers.utils import logging
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, OmniOPDError
 from omniopd_trl.teachers import LocalTeacher, ScriptedTeacher, Teacher
-from tests.support.training import make_trainer, perturb, questions, script, trainable
+from tests.support.teachers import Remote
+from tests.support.training import FOUR_MICRO_BATCHES, make_trainer, perturb, questions, script, trainable
 
 
 class Refusing(Teacher):
@@ -120,6 +121,15 @@ def test_a_batch_where_no_chunk_can_be_formed(tmp_path, tiny_model_dir, caplog):
     assert log["audit/audited_fraction"] == 0
     assert "audit/posterior" not in log
     assert "No chunk of a batch could be audited at step 0" in caplog.text
+
+
+def test_a_micro_batch_where_no_chunk_can_be_formed(tmp_path, tiny_model_dir, caplog):
+    """Other micro-batches of the step have chunks: nothing is said. Each is counted when its own audits are there."""
+    logging.enable_propagation()
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Remote(), **FOUR_MICRO_BATCHES)
+    trainer.train()
+    assert trainer.state.log_history[0]["audit/num_chunks"] > 0
+    assert "No chunk of a batch" not in caplog.text
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
