@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -179,14 +180,17 @@ def ablate(options: argparse.Namespace) -> None:
     jobs = distinct(grids)
     devices = _devices()
     number = options.jobs or len(devices) or os.cpu_count() or 1
-    env = plans[0].recipe.get("env")
-    apply_env(plans[0].recipe)  # inherited by the process that runs are forked from
+    env = _common_env(jobs)
+    apply_env({"env": env or {}})  # inherited by the process that runs are forked from
+    tables = [*zip(plans, grids, files, strict=True)]
     try:
-        failed = run_all([job for job in jobs if not job.is_finished], number, devices, env)
+        failed = run_all([job for job in jobs if not job.is_finished], number, devices, env, partial(_update, tables))
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("The same command continues.") from error
-    for plan, grid, file in zip(plans, grids, files, strict=True):
-        _write_table(plan, grid, file)
+    for plan, grid, file in tables:
+        if table := _write_table(plan, grid, file):
+            sys.stdout.write(f"\n{markdown(table)}\n\nWrote {file}.json and {file}.md.\n")
+            _draw(table, file)
     if failed:
         names = ", ".join(str(job.folder) for job in failed)
         raise DataError(f"{len(failed)} of {len(jobs)} runs failed: {names}. Read {LOG} in each, and start again.")
@@ -206,19 +210,38 @@ def distinct(grids: Sequence[Sequence[Job]]) -> list[Job]:
     return list(jobs.values())
 
 
-def _write_table(plan: Plan, jobs: Sequence[Job], file: Path) -> None:
-    """Write the table and the figure of the plan's finished runs to files with this path and their own suffixes."""
+def _common_env(jobs: Sequence[Job]) -> Any:
+    """The environment variables that all runs set; `None` where they differ, and each run sets its own."""
+    env = jobs[0].recipe.get("env")
+    return env if all(job.recipe.get("env") == env for job in jobs) else None
+
+
+def _update(tables: Sequence[tuple[Plan, Sequence[Job], Path]], ended: Job) -> None:
+    """Write the tables that a run belongs to, from the runs that have finished so far."""
+    for plan, jobs, file in tables:
+        if ended.is_finished and any(job.folder == ended.folder for job in jobs):
+            try:
+                _write_table(plan, jobs, file)
+            except DataError as error:  # the command fails with it after the other runs
+                _say(f"{file}.md: {error}")
+
+
+def _write_table(plan: Plan, jobs: Sequence[Job], file: Path) -> dict[str, Any] | None:
+    """Write the table of the plan's finished runs to files with this path and their own suffixes.
+
+    Returns:
+        The table; `None` without a finished run.
+    """
     results: dict[int, dict[int, Result]] = {}
     for job in jobs:
         if job.is_finished:
             results.setdefault(job.row, {})[job.seed] = read_result(job.folder)
-    if results:
-        table = summarize(plan, results)
-        paths = [file.with_name(f"{file.name}{suffix}") for suffix in (".json", ".md")]
-        for path, text in zip(paths, (json.dumps(table, indent=1), markdown(table)), strict=True):
-            path.write_text(text + "\n", encoding="utf-8")
-        sys.stdout.write(f"\n{markdown(table)}\n\nWrote {' and '.join(map(str, paths))}.\n")
-        _draw(table, file)
+    if not results:
+        return None
+    table = summarize(plan, results)
+    for suffix, text in ((".json", json.dumps(table, indent=1)), (".md", markdown(table))):
+        _write(file.with_name(f"{file.name}{suffix}"), f"{text}\n")
+    return table
 
 
 def read_plan(path: str, *, seeds: Sequence[int] | None = None, names: Sequence[str] | None = None) -> Plan:
@@ -341,14 +364,17 @@ def _check_same(folder: Path, before: Mapping[str, Any], recipe: Mapping[str, An
         )
 
 
-def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any = None) -> list[Job]:
+def run_all(
+    jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any, ended: Callable[[Job], None]
+) -> list[Job]:
     """Run the jobs, `number` at a time, and return those that failed.
 
     Args:
         jobs: runs that are not finished.
         number: runs at a time.
         devices: GPUs; each run gets one of them.
-        env: the environment variables of this process that a recipe sets.
+        env: the environment variables of this process that recipes set.
+        ended: called after each run.
 
     Raises:
         KeyboardInterrupt: after Control-C, when the runs have ended as `omniopd train` does. No other is started.
@@ -377,6 +403,7 @@ def run_all(jobs: Sequence[Job], number: int, devices: Sequence[str], env: Any =
                 running.remove(run)
                 free.append(run.device)
                 _say(f"{run.job.folder}: {'done' if run.job.is_finished else 'FAILED'} after {run.seconds:.0f} s")
+                ended(run.job)
     except BaseException:
         for run in running:
             run.interrupt()

@@ -158,6 +158,40 @@ def test_plans_share_their_equal_runs(tmp_path):
         distinct([one, jobs_of(Plan(recipe, [0], [Row("a", {}, {"num_prompts": 1})]), tmp_path)])
 
 
+def test_the_table_is_written_after_each_run(tmp_path, monkeypatch, capsys):
+    """Tables of the plans that the run belongs to. One that cannot be read does not stop the other runs."""
+    recipe = {"eval_strategy": "steps"}
+    plans = [Plan(recipe, [0, 1], [Row("a", {})]), Plan(recipe, [0], [Row("b", {})])]
+    grids = [jobs_of(plan, tmp_path) for plan in plans]
+    tables = [*zip(plans, grids, [tmp_path / "one", tmp_path / "other"], strict=True)]
+    read = {"a": result(0.5, {"p": 0.5})}
+    monkeypatch.setattr(ablate, "read_result", lambda folder: read[folder.parent.name])
+    ablate._update(tables, grids[0][0])  # it failed
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "a" / "seed-0").mkdir(parents=True)
+    (tmp_path / "a" / "seed-0" / ablate.FINISHED).touch()
+    ablate._update(tables, grids[0][0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "one.json", "one.md"]
+    assert json.loads((tmp_path / "one.json").read_text())["rows"][0]["after_by_seed"] == [0.5]
+
+    def fails(folder):
+        raise DataError(f"{folder.name} was not evaluated")
+
+    monkeypatch.setattr(ablate, "read_result", fails)
+    ablate._update(tables, grids[0][0])
+    assert capsys.readouterr().out == f"{tmp_path / 'one'}.md: seed-0 was not evaluated\n"
+
+
+@pytest.mark.parametrize(
+    ("envs", "common"),
+    [([{"A": 1}, {"A": 1}], {"A": 1}), ([{"A": 1}, {"A": 2}], None), ([{"A": 1}, None], None), ([None, None], None)],
+)
+def test_variables_of_one_plan_do_not_reach_the_runs_of_another(envs, common, tmp_path):
+    plans = [Plan({"eval_strategy": "steps", **({"env": env} if env else {})}, [0], [Row("a", {})]) for env in envs]
+    jobs = [job for number, plan in enumerate(plans) for job in jobs_of(plan, tmp_path / str(number))]
+    assert ablate._common_env(jobs) == common
+
+
 def test_no_run_at_a_time_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["ablate", str(PLANS[0]), "--jobs", "0"])
