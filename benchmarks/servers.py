@@ -3,6 +3,7 @@
 """Real servers in separate processes, on free ports. They are ended with all their children."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # vLLM takes 20 to 60 s on two cores.
@@ -72,6 +74,18 @@ def vllm_serve(model: str | Path, *arguments: str, max_model_len: int = 512) -> 
     ]
 
 
+def free_port() -> int:
+    """A free port of 127.0.0.1 for a process that binds it seconds later.
+
+    It is below the ports that Linux gives to sockets that ask for any (from 32,768), so none of those takes it in the
+    meantime.
+    """
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", secrets.choice(range(20_000, 32_768))))
+            return int(probe.getsockname()[1])
+
+
 class Server:
     """A server process. `with` starts and stops it.
 
@@ -109,9 +123,7 @@ class Server:
         Raises:
             RuntimeError: when the server ends or does not answer in time. The message holds the end of its log.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("ab") as output:
             # A new session, hence a process group: killing only the server would leave its workers running.

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from benchmarks.servers import free_port
 from tests.support import ROOT
 
 if TYPE_CHECKING:  # scripts must choose their device before they import torch
@@ -239,9 +239,3 @@ def whole(parameter: "torch.nn.Parameter") -> "torch.Tensor":
             return parameter.detach().clone()
     value = parameter.detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
