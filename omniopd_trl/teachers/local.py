@@ -265,7 +265,7 @@ class LocalTeacher(InProcessTeacher):
                     model = _load(model, kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"The model {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
+                    f"The teacher {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
                 ) from error
             revision = kwargs["revision"]
         else:
