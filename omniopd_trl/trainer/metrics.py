@@ -194,7 +194,7 @@ class Metrics:
         self._posteriors = [known + new for known, new in zip(self._posteriors, totals, strict=True)]
         if is_last:
             self._add_spread(mode, is_branched)
-        for kind, message in audit_warnings(audits, self._step(), self._args):
+        for kind, message in audit_warnings(audits, self._args):
             self.warn_once(kind, message)
 
     def _add_spread(self, mode: str, is_branched: bool) -> None:
@@ -509,7 +509,7 @@ def _equal_pairs(chunks: Iterable[Sequence[str]]) -> tuple[int, int]:
     return equal, pairs
 
 
-def audit_warnings(audits: list[Audit], step: int, args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
+def audit_warnings(audits: list[Audit], args: OmniOPDConfig) -> Iterator[tuple[str, str]]:
     """Warnings about the audits of a batch or micro-batch, as pairs of kind and message."""
     num_short, num_rollouts = sum(a.num_short for a in audits), sum(a.num_rollouts for a in audits)
     if num_short > 0.1 * num_rollouts:
