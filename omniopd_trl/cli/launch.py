@@ -20,16 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omniopd_trl.cli.hints import package_tree
 from omniopd_trl.cli.opening import open_recipe
-from omniopd_trl.cli.options import (
-    check_names,
-    option_hints,
-    option_name,
-    option_names,
-    package_tree,
-    split_config,
-    stray_word,
-)
+from omniopd_trl.cli.options import check_names, option_name, option_names, split_config, stray_word
 from omniopd_trl.cli.recipes import FOLDER
 from omniopd_trl.errors import ConfigError, did_you_mean, import_extra
 
@@ -183,7 +176,7 @@ def train(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
 
     # The checks without an import of torch, TRL or accelerate come first, since these imports are slow.
-    value, launch, training = split_arguments(split_config(arguments), option_names(option_hints()), launch_options())
+    value, launch, training = split_arguments(split_config(arguments), option_names(), launch_options())
     training, recipe = open_recipe(training)
     path = None if value is None else resolve_config(value)
 

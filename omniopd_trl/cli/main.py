@@ -27,8 +27,10 @@ import sys
 from collections.abc import Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, cost, data, eval, export, probe, solutions, verify_estimator
-from omniopd_trl.cli.recipes import demo, recipes
+from omniopd_trl.cli import audits, cost, data, eval, export, probe, solutions, verify_estimator
+from omniopd_trl.cli.ablate import command as ablate
+from omniopd_trl.cli.demo import demo
+from omniopd_trl.cli.recipes import recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 # Commands that also take the options of the training command.
@@ -54,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     listing.set_defaults(call=lambda options: recipes(options.name))
     audits.add_parsers(commands)
-    ablate.add_parser(commands)
+    ablate.add_parser(commands, main)
     verify_estimator.add_parser(commands)
     export.add_parser(commands)
     data.add_parser(commands)

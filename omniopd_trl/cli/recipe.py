@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from omniopd_trl.cli.hints import SECTIONS
 from omniopd_trl.cli.options import (
-    SECTIONS,
     check_arguments,
     check_method_name,
     parse_section,

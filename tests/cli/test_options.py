@@ -11,9 +11,10 @@ import time
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from omniopd_trl.cli import launch, options
+from omniopd_trl.cli import hints, launch
+from omniopd_trl.cli.hints import describe_type, hints_of, option_hints
 from omniopd_trl.cli.main import main
-from omniopd_trl.cli.options import check_arguments, check_paths, describe_type, option_hints, resolve_demo_name
+from omniopd_trl.cli.options import check_arguments, check_paths, resolve_demo_name
 from omniopd_trl.cli.recipe import dataclass_types, parse_args
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import ConfigError, DataError
@@ -27,10 +28,10 @@ class TestSources:
 
     def test_options(self):
         """They are those of the dataclasses that make the parser."""
-        oracle = options.hints_of(dataclass_types()) | {"resume_from_checkpoint": str | bool | None}
-        hints = option_hints()
-        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
-        assert len(hints) > 200
+        oracle = hints_of(dataclass_types()) | {"resume_from_checkpoint": str | bool | None}
+        found = option_hints()
+        assert {n: describe_type(h) for n, h in found.items()} == {n: describe_type(h) for n, h in oracle.items()}
+        assert len(found) > 200
 
     def test_launch_options(self):
         """Those of `accelerate launch` are its parser's."""
@@ -47,12 +48,12 @@ class TestSources:
     )
     def test_unknown_version(self, monkeypatch, source):
         """A source file of another form is no error: the dataclasses are asked."""
-        expected, read = option_hints(), options.package_tree
+        expected, read = option_hints(), hints.package_tree
 
         def tree(package, file):
             return ast.parse(source) if file == "training_args.py" else read(package, file)
 
-        monkeypatch.setattr(options, "package_tree", tree)
+        monkeypatch.setattr(hints, "package_tree", tree)
         option_hints.cache_clear()
         try:
             assert option_hints().keys() == expected.keys()
@@ -246,11 +247,25 @@ def test_recipe_that_explodes(tmp_path, text, message):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [("beta: 0.1\nenv: {A: 1}\nbeta: 0.2", (1, 3)), ("env: {beta: 1, C: 2, beta: 3}", (1, 1))],
+    ids=["options", "a section"],
+)
+def test_an_option_that_is_set_twice(tmp_path, text, lines):
+    """YAML would read the last value, without a word about the first."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    first, second = lines
+    with pytest.raises(ConfigError, match=f"sets `beta` in line {first} and in line {second}, and only the last"):
+        check_arguments(["--config", str(path)])
+
+
 @pytest.mark.case("U11")
 def test_recipe_with_aliases(tmp_path):
     """Ordinary anchors, aliases and merges are read."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto}")
+    path.write_text("model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto, <<: *kwargs}")
     assert check_arguments(["--config", str(path)]) == {
         "model_init_kwargs": {"revision": "a"},
         "teacher_model_init_kwargs": {"revision": "a", "dtype": "auto"},
@@ -259,12 +274,12 @@ def test_recipe_with_aliases(tmp_path):
 
 def test_sections():
     """The options of a baseline are those of TRL's configuration, from a recipe and from the command line."""
-    for name, config in options.SECTIONS.items():
+    for name, config in hints.SECTIONS.items():
         import trl
 
-        oracle = options.hints_of([getattr(trl, config)])
-        hints = options.section_hints(name)
-        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
+        oracle = hints_of([getattr(trl, config)])
+        found = hints.section_hints(name)
+        assert {n: describe_type(h) for n, h in found.items()} == {n: describe_type(h) for n, h in oracle.items()}
     script_args, *_ = parse_args(
         ["--grpo", '{"num_generations": 4, "learning_rate": "1e-5"}', "--use_cpu", "true", "--bf16", "false"]
     )
