@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from omniopd_trl.cli.options import number
+from omniopd_trl.cli.options import number, resolve_demo_name
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -75,8 +75,8 @@ def check_sets(options: argparse.Namespace) -> None:
     from omniopd_trl.data.benchmarks import questions_of
     from omniopd_trl.data.duplicates import near_duplicates
 
-    training = questions_of(options.training, options.train_split, "train")
-    evaluation = questions_of(options.evaluation, options.test_split, "test")
+    training = questions_of(resolve_demo_name(options.training), options.train_split, "train")
+    evaluation = questions_of(resolve_demo_name(options.evaluation), options.test_split, "test")
     pairs = near_duplicates(training, evaluation, options.threshold)
     if options.json:
         rows: list[dict[str, Any]] = [

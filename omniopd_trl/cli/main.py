@@ -24,12 +24,13 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import omniopd_trl
 from omniopd_trl.cli import audits, cost, data, eval, export, probe, solutions, verify_estimator
 from omniopd_trl.cli.ablate import command as ablate
 from omniopd_trl.cli.demo import demo
+from omniopd_trl.cli.options import check_names, option_name, option_names
 from omniopd_trl.cli.recipes import recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
@@ -64,7 +65,18 @@ def make_parser() -> argparse.ArgumentParser:
     solutions.add_parser(commands)
     probe.add_parser(commands)
     cost.add_parser(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a command and of its actions. argparse has no public way to list them."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from _option_strings(part)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,12 +97,14 @@ def main(args: Sequence[str] | None = None) -> int:
             return train(arguments[1:])
         if arguments[:1] == ["demo"]:
             return demo(arguments[1:])
-        parser = make_parser()
-        options, rest = parser.parse_known_args(arguments)
-        if options.command in _WITH_RECIPE:
-            _WITH_RECIPE[options.command](options, rest)
+        options, rest = make_parser().parse_known_args(arguments)
+        with_recipe = _WITH_RECIPE.get(options.command)
+        known = [*map(option_name, _option_strings(options.parser)), *(option_names() if with_recipe else ())]
+        check_names([option_name(word) for word in rest if word.startswith("--")], known, "the command line")
+        if with_recipe is not None:
+            with_recipe(options, rest)
         elif rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         else:
             options.call(options)
     except KeyboardInterrupt as error:

@@ -105,6 +105,11 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     options = [argument for argument in arguments if argument.startswith("--")]
     check_names(map(option_name, options), option_names(), "the command line")
     recipe = {}
+    if arguments.count("--config") > 1:
+        raise ConfigError(
+            "`--config` is given twice, and a run has one recipe. Leave out one of them; `omniopd demo` has its own, "
+            "and `omniopd train` takes any."
+        )
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
@@ -246,7 +251,9 @@ def load_yaml(path: str, kind: str, advice: str) -> Any:
         raise ConfigError(f"The {kind} {path!r} is nested too deeply. A recipe maps options to values.") from error
     except OSError as error:
         raise ConfigError(f"The {kind} {path!r} cannot be read ({error.strerror}). {advice}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The {kind} {path!r} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"The {kind} {path!r} is not valid YAML: {error}") from error
 
 

@@ -283,7 +283,7 @@ def _load(
         if not isinstance(model, str):
             raise ConfigError("engine='vllm' loads a model itself. Pass its path or id instead of an instance.")
         return VLLMTeacher(model, tokenizer, options)
-    teacher = load_teacher(model, options, tokenizer=tokenizer)
+    teacher = load_teacher(model, options, tokenizer=tokenizer, role="model")
     assert isinstance(teacher, LocalTeacher)
     teacher.seed_per_sample = True
     if settings.max_batch_tokens is not None:

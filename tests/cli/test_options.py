@@ -216,10 +216,62 @@ class TestWords:
         assert main(command) == 2
         assert f"Name the recipe with `--config {command[-1]}`." in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("command", "meant"),
+        [
+            (["audits", "run", "--stpe", "3"], "step"),
+            (["data", "check", "a", "b", "--threshhold", "1"], "threshold"),
+            (["cost", "--max_prompt", "4"], "max_prompts"),
+            (["cost", "--num_chunk", "4"], "num_chunks"),
+            (["eval", "--num_sample=4"], "num_samples"),
+            (["solutions", "--num-solution", "4"], "num_solutions"),
+        ],
+    )
+    def test_options_of_a_command(self, command, meant, capsys):
+        """A mistyped option is compared with those of the command, and those of a recipe where it takes them."""
+        assert main(command) == 2
+        assert f"(in the command line). Did you mean `{meant}`?" in capsys.readouterr().err
+
+    def test_a_word_too_many(self, capsys):
+        """The usage is that of the command."""
+        with pytest.raises(SystemExit):
+            main(["recipes", "demo", "other"])
+        assert capsys.readouterr().err.startswith("usage: omniopd recipes [-h] [NAME]\n")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["other"], "`other` belongs to no option"),
+            (["other.yaml"], "Name the recipe with `--config other.yaml`."),
+            (["--config", "other.yaml"], "`--config` is given twice"),
+        ],
+    )
+    def test_words_after_a_recipe(self, words, message, recipe):
+        """Refused in the words of this package."""
+        with pytest.raises(ConfigError, match=message):
+            parse_args(["--config", recipe(), *words])
+
+    def test_infinity(self, recipe):
+        """`transformers` makes a whole number of it."""
+        with pytest.raises(ConfigError, match="is too large .*infinity"):
+            parse_args(["--config", recipe(save_steps=float("inf"))])
+
     def test_cost_without_recipe(self, capsys):
         """The forecast needs a recipe, and says so in one line."""
         assert main(["cost", "--num_chunks", "5"]) == 2
         assert capsys.readouterr().err == ("ConfigError: `omniopd cost` needs a recipe: add `--config RECIPE.yaml`.\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"beta: caf\xe9", "is not UTF-8 text .*Save it as UTF-8"), (b"beta:\t0.1", "line 1, column 6")],
+)
+def test_a_recipe_that_is_no_text(tmp_path, content, message):
+    """Another encoding, and a tab, which YAML does not allow."""
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        check_arguments(["--config", str(path)])
 
 
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))

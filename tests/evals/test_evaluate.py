@@ -77,6 +77,15 @@ def test_a_column_that_the_model_sees(tmp_path, tiny_model_dir, capsys):
     assert "the column 'answer'" in capsys.readouterr().out
 
 
+def test_a_model_that_cannot_be_loaded(tmp_path, capsys):
+    """It may be a student, so it is not called a teacher."""
+    command = ["eval", "--model", "no/model", "--dataset", "demo:problems", "--output_dir", str(tmp_path / "a")]
+    assert main([*command, "--max_completion_length", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "DataError: The model 'no/model' cannot be loaded: there is no such folder." in error
+    assert "teacher" not in error
+
+
 class TestMetrics:
     """Every number is one that can be computed by hand."""
 
