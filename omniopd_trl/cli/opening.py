@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command does with a recipe before the slow imports: refuse mistyped options, and prepare the process."""
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from omniopd_trl.cli.noise import filter_noise
@@ -50,6 +52,21 @@ def open_recipe(arguments: Sequence[str], paths: Iterable[str] = LOADED) -> tupl
     apply_env(recipe)
     filter_noise(arguments, recipe)
     return arguments, recipe
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder for results that can be neither written to nor created. Nothing is created.
+
+    Raises:
+        ConfigError: when the folder, or what is there of its path, is a file or is read-only.
+    """
+    if not str(folder):
+        raise ConfigError("`output_dir` is empty. Name a folder.")
+    path = Path(folder).absolute()
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "cannot be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"Results cannot be written to {str(folder)!r}: {there} {problem}. Choose another folder.")
 
 
 def check_models(config: str | None, **models: str | None) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ _OF_THE_RUN = re.compile(
     r"(teacher_)?model_.*|use_cpu|deepspeed|fsdp.*|max_completion_length|num_generations_eval"
 )
 
+# Options that hold a mapping, and no path of a file with one.
+_MAPPING = re.compile(r"_(kwargs|body|headers)$")
 # Options that name a model or a dataset.
 LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
 _DATA_FILES = (".json", ".jsonl", ".parquet")
@@ -118,6 +121,9 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     check_method_name(settings_of(arguments, recipe, ["method"])["method"] or "omniopd")
     for name, section in settings_of(arguments, recipe, SECTIONS).items():
         parse_section(name, section)
+    for name, value in settings_of(arguments, recipe, filter(_MAPPING.search, option_hints())).items():
+        if isinstance(value, str):
+            _parse_mapping(name, value)
     return recipe
 
 
@@ -142,20 +148,9 @@ def parse_section(name: str, section: Any) -> dict[str, Any]:
         ConfigError: for anything else, an unknown option, a value of the wrong type, or an option that holds for the
             whole run.
     """
-    if isinstance(section, str):
-        try:
-            section = json.loads(section)
-        except ValueError as error:
-            raise ConfigError(
-                f"`{name}` is {section!r:.200}, which is not valid JSON ({error}). Write it as in "
-                f"--{name} '{{\"learning_rate\": 1e-5}}'."
-            ) from error
     if section is None:
         return {}
-    if not isinstance(section, dict):
-        raise ConfigError(
-            f"`{name}` is {section!r:.200}; it must be a mapping of options of {SECTIONS[name]} to values."
-        )
+    section = _parse_mapping(name, section, f"options of {SECTIONS[name]}")
     hints, where = section_hints(name), f"the section `{name}`"
     check_names(map(str, section), [*hints], where)
     for key, value in section.items():
@@ -165,6 +160,21 @@ def parse_section(name: str, section: Any) -> dict[str, Any]:
             )
     _check_types(section, hints, where)
     return {key: _number(value, hints[key]) for key, value in section.items()}
+
+
+def _parse_mapping(name: str, value: Any, keys: str = "keys") -> dict[str, Any]:
+    """The mapping that an option holds, also as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"`{name}` is {value!r:.200}, which is not valid JSON ({error}). Write it as in "
+                f"--{name} '{{\"learning_rate\": 1e-5}}', with {keys} of your own."
+            ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{name}` is {value!r:.200}; it must be a mapping of {keys} to values.")
+    return value
 
 
 def _number(value: Any, hint: Any) -> Any:
@@ -178,7 +188,7 @@ def _number(value: Any, hint: Any) -> Any:
 def stray_word(word: str) -> ConfigError:
     """The error about a word of the command line that belongs to no option."""
     is_recipe = word.lower().endswith((".yaml", ".yml"))
-    advice = f"Name the recipe with `--config {word}`." if is_recipe else "`--help` lists the options."
+    advice = f"Name the recipe with `--config {shlex.quote(word)}`." if is_recipe else "`--help` lists the options."
     return ConfigError(f"`{word}` belongs to no option (in the command line). {advice}")
 
 

@@ -226,7 +226,7 @@ def load_teacher(
             f"teacher={name!r}: an export answers only the audits of a run that trains from it, and cannot be asked "
             "anything else. Name a teacher."
         )
-    check_options(kind, name, options)
+    check_options(kind, name, options, role)
     if isinstance(teacher, Teacher):
         return teacher
     if kind == "scripted":

@@ -253,7 +253,7 @@ class TestWords:
 
     def test_infinity(self, recipe):
         """`transformers` makes a whole number of it."""
-        with pytest.raises(ConfigError, match="is too large .*infinity"):
+        with pytest.raises(ConfigError, match=r"is too large .*infinity"):
             parse_args(["--config", recipe(save_steps=float("inf"))])
 
     def test_cost_without_recipe(self, capsys):
@@ -317,7 +317,9 @@ def test_an_option_that_is_set_twice(tmp_path, text, lines):
 def test_recipe_with_aliases(tmp_path):
     """Ordinary anchors, aliases and merges are read."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto, <<: *kwargs}")
+    path.write_text(
+        "model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto, <<: *kwargs}"
+    )
     assert check_arguments(["--config", str(path)]) == {
         "model_init_kwargs": {"revision": "a"},
         "teacher_model_init_kwargs": {"revision": "a", "dtype": "auto"},

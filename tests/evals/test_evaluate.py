@@ -259,6 +259,9 @@ class TestModelsInThisProcess:
     def test_a_context_that_is_too_short_is_refused(self, model):
         with pytest.raises(ConfigError, match=r"max_tokens=250.*context of 256. Lower it to at most 24\d"):
             evaluate(*model, SUMS, settings=EvalSettings(max_tokens=250))
+        long = Dataset.from_list([{"prompt": "1 " * 300, "answer": "1"}])
+        with pytest.raises(ConfigError, match=r"context of 256\. Remove such prompts"):
+            evaluate(*model, long, settings=EvalSettings(max_tokens=1))
 
     def test_other_weights_are_refused_in_the_same_folder(self, model, tmp_path):
         settings = EvalSettings(num_samples=1, max_tokens=4)

@@ -15,6 +15,7 @@ from typing import Any
 from omniopd_trl.cli.ablate.plan import LOG, Job, Plan, distinct, jobs_of, read_plan
 from omniopd_trl.cli.ablate.processes import Command, run_all, say, write
 from omniopd_trl.cli.ablate.results import Result, markdown, read_result, summarize
+from omniopd_trl.cli.opening import check_writable
 from omniopd_trl.cli.options import apply_env, positive_int
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
 
@@ -58,6 +59,8 @@ def ablate(omniopd: Command, options: argparse.Namespace) -> None:
     files = [Path(options.output_dir or Path("runs", Path(path).stem), Path(path).stem) for path in options.plans]
     if twice := [str(file) for file in files if files.count(file) > 1]:
         raise ConfigError(f"Two plans would write their tables to {twice[0]}.md. Rename one of them.")
+    for file in files:
+        check_writable(file.parent)
     grids = [jobs_of(plan, file.parent) for plan, file in zip(plans, files, strict=True)]
     jobs = distinct(grids)
     devices = _devices()
