@@ -21,7 +21,6 @@ measures before training, for about a dollar, whether a recipe will teach. `omni
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,8 @@ import omniopd_trl
 from omniopd_trl.cli import audits, cost, data, eval, export, probe, solutions, verify_estimator
 from omniopd_trl.cli.ablate import command as ablate
 from omniopd_trl.cli.demo import demo
+from omniopd_trl.cli.noise import is_verbose
+from omniopd_trl.cli.opening import drop_output, open_streams
 from omniopd_trl.cli.options import check_names, option_name, option_names
 from omniopd_trl.cli.recipes import recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
@@ -90,6 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         `omniopd train`, the exit code of the training. argparse itself exits with 2 for an invalid command line.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    open_streams()
     try:
         if arguments[:1] == ["train"]:
             from omniopd_trl.cli.launch import train
@@ -110,8 +112,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         sys.stderr.write(" ".join(["Interrupted.", *map(str, error.args)]) + "\n")
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # such as of `omniopd audits runs/demo --jsonl | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+    except BrokenPipeError:
+        drop_output()
+        return 1
+    except OSError as error:  # such as a full disk
+        if is_verbose():
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}. With OMNIOPD_VERBOSE=1, the traceback is shown.\n")
         return 1
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.noise import is_verbose
-from omniopd_trl.cli.opening import check_writable, open_recipe
+from omniopd_trl.cli.opening import check_writable, drop_output, open_recipe, open_streams
 from omniopd_trl.errors import RESUME, ConfigError, HubError, OmniOPDError, first_line
 
 if TYPE_CHECKING:
@@ -441,6 +441,7 @@ def run(args: Sequence[str] | None = None) -> int:
         Control-C.
     """
     parsed = None
+    open_streams()
     try:
         # The checks without an import of torch and TRL come first, since these imports take many seconds.
         arguments, _ = open_recipe(sys.argv[1:] if args is None else args)
@@ -455,6 +456,10 @@ def run(args: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"\n{describe_interruption(parsed and parsed[1], step)}\n")
             sys.stderr.flush()
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        drop_output()
+        sys.stderr.write(f"What reads the output of this run has ended, and so does the run. To continue, {RESUME}.\n")
+        return 1
     except OmniOPDError as error:
         # The message is enough, so print no traceback. It is printed once if all processes stop, and otherwise by the
         # process that stops.

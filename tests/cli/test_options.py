@@ -3,15 +3,18 @@
 """What is checked before torch and TRL are imported."""
 
 import ast
+import errno
+import io
 import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from omniopd_trl.cli import hints, launch
+from omniopd_trl.cli import hints, launch, train
 from omniopd_trl.cli.hints import describe_type, hints_of, option_hints
 from omniopd_trl.cli.main import main
 from omniopd_trl.cli.options import check_arguments, check_paths, resolve_demo_name
@@ -272,6 +275,50 @@ def test_a_recipe_that_is_no_text(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         check_arguments(["--config", str(path)])
+
+
+class TestStreams:
+    """Output that cannot be written."""
+
+    @pytest.mark.parametrize("call", [lambda: main(["recipes"]), lambda: train.run(["--help"])])
+    def test_encoding_and_closed_streams(self, call, monkeypatch):
+        """A character that the terminal's encoding lacks is shown as an escape. A closed stream is no error."""
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+        monkeypatch.setattr(sys, "stderr", None)
+        with suppress(SystemExit):
+            call()
+        sys.stdout.write("±")
+        sys.stdout.flush()
+        sys.stderr.write("nowhere")
+        sys.stderr.close()
+        assert raw.getvalue().endswith(b"\\xb1")
+
+    def test_a_full_disk(self, monkeypatch, capsys):
+        """One line, and the traceback on request."""
+
+        class Full(io.StringIO):
+            def write(self, text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        monkeypatch.delenv("OMNIOPD_VERBOSE", raising=False)
+        assert main(["recipes"]) == 1
+        assert capsys.readouterr().err.startswith("OSError: [Errno 28] No space left on device. With OMNIOPD_VERBOSE")
+        monkeypatch.setenv("OMNIOPD_VERBOSE", "1")
+        with pytest.raises(OSError, match="No space left"):
+            main(["recipes"])
+
+    def test_the_reader_of_a_run_ends(self, recipe, monkeypatch, capsys):
+        """As with `omniopd train ... | head`: the run ends with it, and says how to continue."""
+
+        def closed(*args):
+            raise BrokenPipeError
+
+        monkeypatch.setattr(train, "main", closed)
+        monkeypatch.setattr(train, "drop_output", lambda: None)
+        assert train.run(["--config", recipe()]) == 1
+        assert "so does the run. To continue, start the command again, training with" in capsys.readouterr().err
 
 
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))
