@@ -407,10 +407,11 @@ def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str
         args: configuration of the run; `None` when it was not read yet.
         step: number of finished optimizer steps; `None` outside of training.
     """
+    if args is None or step is None:  # maybe within an import, which must not be tried again
+        return "Interrupted outside of the training's steps."
+
     from omniopd_trl.trainer.checkpoints import last_checkpoint
 
-    if args is None or step is None:
-        return "Interrupted outside of the training's steps."
     checkpoint = last_checkpoint(str(args.output_dir))
     kept = "There is no checkpoint." if checkpoint is None else f"The last checkpoint is {checkpoint}."
     if checkpoint is None and not args.save_audits:

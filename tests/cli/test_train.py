@@ -308,6 +308,21 @@ class TestMistakes:
         assert usage == "usage: python -m omniopd_trl.train --config RECIPE.yaml [--OPTION VALUE ...]"
         assert "invalid int value: 'ten'" in error
 
+    def test_control_c_within_an_import(self, tmp_path):
+        """The import is not tried again for the message: half of a package may be loaded."""
+        code = (
+            "import sys, omniopd_trl.cli.train as t\n"
+            "class Interrupts:\n"
+            "    def find_spec(self, name, *args):\n"
+            "        if name in ('trl', 'transformers.trainer'):\n"
+            "            raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupts())\n"
+            "sys.exit(t.run(['--output_dir', 'out']))"
+        )
+        process = run_process(sys.executable, "-c", code, cwd=tmp_path)
+        assert process.returncode == 128 + signal.SIGINT
+        assert process.stderr == "\nInterrupted outside of the training's steps.\n"
+
     @pytest.mark.case("A3")
     def test_control_c_while_the_teacher_is_asked(self, recipe, tmp_path, monkeypatch, capsys):
         """The server does not answer the question at the start: one Control-C ends the command."""
