@@ -197,6 +197,9 @@ def train(arguments: Sequence[str]) -> int:
         # Otherwise the processes would look for GPUs, and without GPUs each would train alone.
         training = [*training, "--use_cpu", "true"]
     args = launch_parser.parse_args([*launch, "-m", MODULE, *training])
+    for name in ("num_processes", "num_machines"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"`--{name}` is {number}; it must be at least 1.")
     # accelerate's `quiet` would hide the exit code.
     args.quiet = None
     if config is not None:

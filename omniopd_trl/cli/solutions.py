@@ -222,7 +222,10 @@ def _collect(
         report=_print,
     )
     if not progress.num_kept:
-        raise DataError(f"No solution was kept: {progress}. Nothing can be trained on {folder}.")
+        raise DataError(
+            f"No solution was kept: {progress}. Nothing can be trained on {folder}. Raise max_completion_length if "
+            "they are cut off, and leave out --verified if they are wrong."
+        )
     train = ["omniopd", "train", "--config", options.config, "--method", "sft", "--output_dir", args.output_dir]
     if Path(folder) != Path(args.output_dir, "solutions"):
         train += ["--solutions", folder]
