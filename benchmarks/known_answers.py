@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.results import write_json
-from omniopd_trl.cli.options import check_recipe, option_hints
+from omniopd_trl.cli.options import check_recipe
 from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.data.benchmarks import load_benchmark
 from omniopd_trl.evals.math import math_accuracy
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="file for the results, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = check_recipe(str(recipe_files()[RECIPE]), option_hints())
+    recipe = check_recipe(str(recipe_files()[RECIPE]))
     name = recipe["model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")

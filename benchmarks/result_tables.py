@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_tables import table
-from omniopd_trl.cli.ablate import change_of_similarity
+from omniopd_trl.cli.ablate.results import change_of_similarity
 from scripts.pages import update
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -5,6 +5,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,32 @@ def test_direction_is_enforced(module, source, problem):
     """The check itself sees what it is there to see."""
     (found,) = problems_of(module, source)
     assert problem in found
+
+
+def circle_in(sources):
+    """Modules that import each other in a circle, given the source of each; empty without one."""
+    graph = {}
+    for module, source in sources.items():
+        # `from package.module import name` names a module, or what is in `package.module`.
+        names = [name if name in sources else name.rpartition(".")[0] for name in imports_of(ast.parse(source))]
+        graph[module] = {*names} & {*sources} - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_circles():
+    """No two modules need each other, also not by imports inside functions."""
+    assert circle_in({module_name(path): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}) == []
+
+
+def test_circles_are_found():
+    """Through several modules, and an import inside a function."""
+    sources = {"a.b": "from a.c import f", "a.c": "def f():\n    from a import d", "a.d": "import a.b"}
+    assert {*circle_in(sources)} == {*sources}
+    assert circle_in({**sources, "a.d": "if TYPE_CHECKING:\n    import a.b"}) == []
 
 
 def test_types_only_imports_pass():

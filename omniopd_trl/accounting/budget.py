@@ -296,4 +296,5 @@ class Budget:
         share = ""
         if self.num_processes > 1:
             share = f" Each of {self.num_processes} processes may spend an equal share of the remaining budget."
-        return f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and {RESUME}."
+        again = RESUME if self.tokens_spent else "start the command again"  # there is nothing to resume from
+        return f"The budget is used up: {'; '.join(spent)}.{share} Raise the budget and {again}."

@@ -186,7 +186,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(f"The teacher {teacher!r} is an export: training from it asks no teacher and costs nothing.")
     provider, model = split_name(teacher) or ("", teacher)
     capabilities = capabilities_by_name(teacher)
-    price = None if method in ("opd", "grpo") else TeacherOptions.of(args).price(provider, model)
+    price, prices = None, (args.teacher_input_price, args.teacher_output_price, args.teacher_cached_price)
+    if method not in ("opd", "grpo") and (capabilities is not None or any(value is not None for value in prices)):
+        price = TeacherOptions.of(args).price(provider, model)
     tokenizer = None
     if options.prompt_length is None:
         try:
@@ -269,7 +271,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     rows = [
         ("method", method),
         ("teacher", teacher),
-        *([("price", _describe_price(price, args))] if table else []),
+        *([("price", _describe_price(price, args, is_service=capabilities is not None))] if table else []),
         *head,
         ("prompts", _describe_prompts(prompts, options.prompt_length)),
         (name, f"{length:,.0f} tokens, {source}"),
@@ -332,7 +334,9 @@ def _describe_prompts(prompts: _Prompts, given: float | None) -> str:
     return f"{len(prompts.lengths):,} of {total} measured: {mean:,.1f} tokens on average, at most {longest:,}"
 
 
-def _describe_price(price: "Price | None", args: "OmniOPDConfig") -> str:
+def _describe_price(price: "Price | None", args: "OmniOPDConfig", *, is_service: bool) -> str:
+    if price is None and not is_service:
+        return "none: the teacher is not behind a service"
     if price is None:
         return "not known, tokens only; set teacher_input_price and teacher_output_price for dollars"
     parts = [f"{price.input:g} in", f"{price.output:g} out"]

@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from omniopd_trl.cli.options import number
+from omniopd_trl.cli.options import number, resolve_demo_name
+from omniopd_trl.cli.tables import columns
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,17 +54,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def list_sets() -> None:
     """Print the named sets."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
     from omniopd_trl.data.sets import BENCHMARKS
 
-    name_width = max(map(len, BENCHMARKS))
-    columns = (Column("name", min_width=name_width), "purpose", "scored by", Column("source", overflow="fold"))
-    table = Table(*columns, "license", box=None, pad_edge=False)
-    for name, benchmark in BENCHMARKS.items():
-        table.add_row(name, benchmark.purpose, benchmark.scorer, benchmark.source, benchmark.license)
-    Console().print(table)
+    rows = [("name", "purpose", "scored by", "source", "license")]
+    rows += [(name, it.purpose, it.scorer, it.source, it.license) for name, it in BENCHMARKS.items()]
+    sys.stdout.write("\n".join(columns(rows, str.ljust)) + "\n")
 
 
 def check_sets(options: argparse.Namespace) -> None:
@@ -75,8 +70,8 @@ def check_sets(options: argparse.Namespace) -> None:
     from omniopd_trl.data.benchmarks import questions_of
     from omniopd_trl.data.duplicates import near_duplicates
 
-    training = questions_of(options.training, options.train_split, "train")
-    evaluation = questions_of(options.evaluation, options.test_split, "test")
+    training = questions_of(resolve_demo_name(options.training), options.train_split, "train")
+    evaluation = questions_of(resolve_demo_name(options.evaluation), options.test_split, "test")
     pairs = near_duplicates(training, evaluation, options.threshold)
     if options.json:
         rows: list[dict[str, Any]] = [

@@ -20,16 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omniopd_trl.cli.hints import package_tree
 from omniopd_trl.cli.opening import open_recipe
-from omniopd_trl.cli.options import (
-    check_names,
-    option_hints,
-    option_name,
-    option_names,
-    package_tree,
-    split_config,
-    stray_word,
-)
+from omniopd_trl.cli.options import check_names, option_name, option_names, split_config, stray_word
 from omniopd_trl.cli.recipes import FOLDER
 from omniopd_trl.errors import ConfigError, did_you_mean, import_extra
 
@@ -183,7 +176,7 @@ def train(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
 
     # The checks without an import of torch, TRL or accelerate come first, since these imports are slow.
-    value, launch, training = split_arguments(split_config(arguments), option_names(option_hints()), launch_options())
+    value, launch, training = split_arguments(split_config(arguments), option_names(), launch_options())
     training, recipe = open_recipe(training)
     path = None if value is None else resolve_config(value)
 
@@ -204,6 +197,9 @@ def train(arguments: Sequence[str]) -> int:
         # Otherwise the processes would look for GPUs, and without GPUs each would train alone.
         training = [*training, "--use_cpu", "true"]
     args = launch_parser.parse_args([*launch, "-m", MODULE, *training])
+    for name in ("num_processes", "num_machines"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"`--{name}` is {number}; it must be at least 1.")
     # accelerate's `quiet` would hide the exit code.
     args.quiet = None
     if config is not None:

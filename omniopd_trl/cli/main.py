@@ -21,14 +21,18 @@ measures before training, for about a dollar, whether a recipe will teach. `omni
 """
 
 import argparse
-import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import omniopd_trl
-from omniopd_trl.cli import ablate, audits, cost, data, eval, export, probe, solutions, verify_estimator
-from omniopd_trl.cli.recipes import demo, recipes
+from omniopd_trl.cli import audits, cost, data, eval, export, probe, solutions, verify_estimator
+from omniopd_trl.cli.ablate import command as ablate
+from omniopd_trl.cli.demo import demo
+from omniopd_trl.cli.noise import is_verbose
+from omniopd_trl.cli.opening import drop_output, open_streams
+from omniopd_trl.cli.options import check_names, option_name, option_names
+from omniopd_trl.cli.recipes import recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 # Commands that also take the options of the training command.
@@ -54,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("name", nargs="?", metavar="NAME", help="the recipe to copy")
     listing.set_defaults(call=lambda options: recipes(options.name))
     audits.add_parsers(commands)
-    ablate.add_parser(commands)
+    ablate.add_parser(commands, main)
     verify_estimator.add_parser(commands)
     export.add_parser(commands)
     data.add_parser(commands)
@@ -62,7 +66,18 @@ def make_parser() -> argparse.ArgumentParser:
     solutions.add_parser(commands)
     probe.add_parser(commands)
     cost.add_parser(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a command and of its actions. argparse has no public way to list them."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from _option_strings(part)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -76,6 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         `omniopd train`, the exit code of the training. argparse itself exits with 2 for an invalid command line.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    open_streams()
     try:
         if arguments[:1] == ["train"]:
             from omniopd_trl.cli.launch import train
@@ -83,19 +99,26 @@ def main(args: Sequence[str] | None = None) -> int:
             return train(arguments[1:])
         if arguments[:1] == ["demo"]:
             return demo(arguments[1:])
-        parser = make_parser()
-        options, rest = parser.parse_known_args(arguments)
-        if options.command in _WITH_RECIPE:
-            _WITH_RECIPE[options.command](options, rest)
+        options, rest = make_parser().parse_known_args(arguments)
+        with_recipe = _WITH_RECIPE.get(options.command)
+        known = [*map(option_name, _option_strings(options.parser)), *(option_names() if with_recipe else ())]
+        check_names([option_name(word) for word in rest if word.startswith("--")], known, "the command line")
+        if with_recipe is not None:
+            with_recipe(options, rest)
         elif rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         else:
             options.call(options)
     except KeyboardInterrupt as error:
         sys.stderr.write(" ".join(["Interrupted.", *map(str, error.args)]) + "\n")
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # such as of `omniopd audits runs/demo --jsonl | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+    except BrokenPipeError:
+        drop_output()
+        return 1
+    except OSError as error:  # such as a full disk
+        if is_verbose():
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}. With OMNIOPD_VERBOSE=1, the traceback is shown.\n")
         return 1
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -28,6 +28,11 @@ _MESSAGES = {
 }
 
 
+def is_verbose() -> bool:
+    """Whether everything is shown, also tracebacks of other packages' errors."""
+    return os.environ.get("OMNIOPD_VERBOSE", "0") not in ("", "0")
+
+
 def filter_noise(arguments: Sequence[str], recipe: Mapping[str, Any]) -> None:
     """Hide these messages in this process. Call it before the packages that log them are imported.
 
@@ -36,7 +41,7 @@ def filter_noise(arguments: Sequence[str], recipe: Mapping[str, Any]) -> None:
         recipe: the recipe as loaded from YAML.
     """
     settings = settings_of(arguments, recipe, ("log_level", "load_in_4bit"))
-    if os.environ.get("OMNIOPD_VERBOSE", "0") not in ("", "0") or settings["log_level"] == "debug":
+    if is_verbose() or settings["log_level"] == "debug":
         return
     # Show progress bars after a second only. Those of small files would flash by.
     os.environ.setdefault("TQDM_DELAY", "1")

@@ -1,47 +1,24 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a recipe and of the command line, and the checks that need neither torch nor TRL.
-
-The names and types of the options are read from the source files of the installed packages. A mistyped key is
-refused in less than a second (an import of TRL takes many), and the check always matches the installed versions.
-"""
+"""The options of a recipe and of the command line, and the checks that need neither torch nor TRL."""
 
 import argparse
-import ast
-import importlib.util
 import json
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omniopd_trl.cli.hints import SECTIONS, describe_type, option_hints, section_hints
 from omniopd_trl.cli.recipes import recipe_files
 from omniopd_trl.demo import ASSETS, JUDGE, asset_path
 from omniopd_trl.errors import ConfigError, DataError, did_you_mean
 
-# The dataclasses of the parser and their base classes, with the package and file of each.
-_FILES = {
-    "OmniOPDScriptArguments": ("omniopd_trl", "cli/recipe.py"),
-    "ScriptArguments": ("trl", "scripts/utils.py"),
-    "OmniOPDConfig": ("omniopd_trl", "trainer/omniopd_config.py"),
-    "DistillationConfig": ("trl", "trainer/distillation_config.py"),
-    "_BaseConfig": ("trl", "trainer/base_config.py"),
-    "TrainingArguments": ("transformers", "training_args.py"),
-    "ModelConfig": ("trl", "trainer/model_config.py"),
-    "DatasetMixtureConfig": ("trl", "scripts/utils.py"),
-    "SFTConfig": ("trl", "trainer/sft_config.py"),
-    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
-}
-_PARSED = ("OmniOPDScriptArguments", "OmniOPDConfig", "ModelConfig", "DatasetMixtureConfig")
-
-# The baselines, which have a section of options each, and TRL's configuration of each.
-SECTIONS = {"sft": "SFTConfig", "opd": "DistillationConfig", "grpo": "GRPOConfig"}
 METHODS = ("omniopd", *SECTIONS)
 # What a section may not set, since it holds for the whole run: the folder, the evaluation, the student and its engine.
 _OF_THE_RUN = re.compile(
@@ -50,6 +27,8 @@ _OF_THE_RUN = re.compile(
     r"(teacher_)?model_.*|use_cpu|deepspeed|fsdp.*|max_completion_length|num_generations_eval"
 )
 
+# Options that hold a mapping, and no path of a file with one.
+_MAPPING = re.compile(r"_(kwargs|body|headers)$")
 # Options that name a model or a dataset.
 LOADED = ("model_name_or_path", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "dataset_name")
 _DATA_FILES = (".json", ".jsonl", ".parquet")
@@ -67,101 +46,6 @@ _KEYS = {
 }
 
 _BOOLEANS = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # as TRL's parser reads them
-
-
-class _SourceChanged(Exception):
-    """A file of an installed package has an unexpected form."""
-
-
-@cache
-def option_hints() -> dict[str, Any]:
-    """The type of each option of a recipe, by name.
-
-    The types are read from the source files. If these have an unexpected form (a newer version), the types are read
-    from the dataclasses, which takes some seconds to import TRL.
-    """
-    hints: dict[str, Any] = {}
-    try:
-        for name in _PARSED:
-            hints |= _hints_in_source(name)
-    except _SourceChanged:
-        from omniopd_trl.cli.recipe import dataclass_types
-
-        hints = hints_of(dataclass_types())
-    # Declared as a string, but the Trainer and this command also accept `true`.
-    return hints | {"resume_from_checkpoint": str | bool | None}
-
-
-def hints_of(dataclass_types: Iterable[type]) -> dict[str, Any]:
-    """The type of each option of dataclasses, by name."""
-    hints: dict[str, Any] = {}
-    for dataclass_type in dataclass_types:
-        own = typing.get_type_hints(dataclass_type)
-        hints.update({item.name: own[item.name] for item in fields(dataclass_type) if item.init})
-    return hints
-
-
-def package_tree(package: str, file: str) -> ast.Module:
-    """The syntax tree of a file of an installed package, without importing it.
-
-    Raises:
-        _SourceChanged: when there is no such file.
-    """
-    spec = importlib.util.find_spec(package)
-    folders = (spec.submodule_search_locations if spec is not None else None) or []
-    for folder in folders:
-        path = Path(folder) / file
-        if path.is_file():
-            return ast.parse(path.read_text(encoding="utf-8"))
-    raise _SourceChanged(f"{package}/{file}")
-
-
-def _hints_in_source(name: str) -> dict[str, Any]:
-    """The types of the fields of a dataclass and its base classes."""
-    if name not in _FILES:
-        raise _SourceChanged(name)
-    node = next((n for n in package_tree(*_FILES[name]).body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    if node is None:
-        raise _SourceChanged(name)
-    hints: dict[str, Any] = {}
-    for base in node.bases:
-        hints |= _hints_in_source(ast.unparse(base))
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not _is_no_option(item):
-            hints[item.target.id] = _evaluate(item.annotation)
-    return hints
-
-
-def _is_no_option(item: ast.AnnAssign) -> bool:
-    return ast.unparse(item.annotation).startswith(("ClassVar", "typing.ClassVar")) or (
-        isinstance(item.value, ast.Call)
-        and any(k.arg == "init" and ast.unparse(k.value) == "False" for k in item.value.keywords)
-    )
-
-
-class _Names(dict[str, Any]):
-    """The names in annotations. Any other class, such as an enumeration, is represented by a subclass of `str`."""
-
-    def __missing__(self, name: str) -> type:
-        return type(name, (str,), {"__module__": ""})
-
-
-def _evaluate(annotation: ast.expr) -> Any:
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        annotation = ast.parse(annotation.value, mode="eval").body
-    plain: dict[str, Any] = {kind.__name__: kind for kind in (str, int, float, bool, list, dict, tuple, set)}
-    names = _Names(plain | {name: getattr(typing, name) for name in ("Any", "Optional", "Union", "Literal")})
-    code = compile(ast.Expression(annotation), "<annotation>", "eval")
-    try:
-        return eval(code, {"__builtins__": {}}, names)
-    except (TypeError, AttributeError) as error:
-        raise _SourceChanged(ast.unparse(annotation)) from error
-
-
-def describe_type(hint: Any) -> str:
-    """A type as written in source code, without module names."""
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return re.sub(r"(?:\w+\.|(?<![\w.])\.)+(?=\w)", "", text)
 
 
 def split_config(args: Iterable[str]) -> list[str]:
@@ -196,8 +80,9 @@ def number(rule: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
     return parse
 
 
-def option_names(hints: Mapping[str, Any]) -> list[str]:
+def option_names() -> list[str]:
     """All option names that the command line accepts after `--`."""
+    hints = option_hints()
     return [*hints, *(f"no_{name}" for name in hints), "config", "help"]
 
 
@@ -218,20 +103,27 @@ def check_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for an unknown option, or a recipe that cannot be used.
     """
-    hints = option_hints()
     if arguments and not arguments[0].startswith("-"):
         raise stray_word(arguments[0])
     options = [argument for argument in arguments if argument.startswith("--")]
-    check_names(map(option_name, options), option_names(hints), "the command line")
+    check_names(map(option_name, options), option_names(), "the command line")
     recipe = {}
+    if arguments.count("--config") > 1:
+        raise ConfigError(
+            "`--config` is given twice, and a run has one recipe. Leave out one of them; `omniopd demo` has its own, "
+            "and `omniopd train` takes any."
+        )
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ConfigError("`--config` needs the path of a recipe, such as recipes/demo.yaml.")
-        recipe = check_recipe(arguments[position], hints)
+        recipe = check_recipe(arguments[position])
     check_method_name(settings_of(arguments, recipe, ["method"])["method"] or "omniopd")
     for name, section in settings_of(arguments, recipe, SECTIONS).items():
         parse_section(name, section)
+    for name, value in settings_of(arguments, recipe, filter(_MAPPING.search, option_hints())).items():
+        if isinstance(value, str):
+            _parse_mapping(name, value)
     return recipe
 
 
@@ -245,17 +137,6 @@ def check_method_name(method: str) -> None:
         raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
 
 
-@cache
-def section_hints(name: str) -> dict[str, Any]:
-    """The type of each option of a baseline's section, read as `option_hints` reads them."""
-    try:
-        return _hints_in_source(SECTIONS[name])
-    except _SourceChanged:
-        import trl
-
-        return hints_of([getattr(trl, SECTIONS[name])])
-
-
 def parse_section(name: str, section: Any) -> dict[str, Any]:
     """The options in the section of a baseline, with numbers in place of texts such as `1e-6`.
 
@@ -267,20 +148,9 @@ def parse_section(name: str, section: Any) -> dict[str, Any]:
         ConfigError: for anything else, an unknown option, a value of the wrong type, or an option that holds for the
             whole run.
     """
-    if isinstance(section, str):
-        try:
-            section = json.loads(section)
-        except ValueError as error:
-            raise ConfigError(
-                f"`{name}` is {section!r:.200}, which is not valid JSON ({error}). Write it as in "
-                f"--{name} '{{\"learning_rate\": 1e-5}}'."
-            ) from error
     if section is None:
         return {}
-    if not isinstance(section, dict):
-        raise ConfigError(
-            f"`{name}` is {section!r:.200}; it must be a mapping of options of {SECTIONS[name]} to values."
-        )
+    section = _parse_mapping(name, section, f"options of {SECTIONS[name]}")
     hints, where = section_hints(name), f"the section `{name}`"
     check_names(map(str, section), [*hints], where)
     for key, value in section.items():
@@ -290,6 +160,21 @@ def parse_section(name: str, section: Any) -> dict[str, Any]:
             )
     _check_types(section, hints, where)
     return {key: _number(value, hints[key]) for key, value in section.items()}
+
+
+def _parse_mapping(name: str, value: Any, keys: str = "keys") -> dict[str, Any]:
+    """The mapping that an option holds, also as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"`{name}` is {value!r:.200}, which is not valid JSON ({error}). Write it as in "
+                f"--{name} '{{\"learning_rate\": 1e-5}}', with {keys} of your own."
+            ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{name}` is {value!r:.200}; it must be a mapping of {keys} to values.")
+    return value
 
 
 def _number(value: Any, hint: Any) -> Any:
@@ -303,7 +188,7 @@ def _number(value: Any, hint: Any) -> Any:
 def stray_word(word: str) -> ConfigError:
     """The error about a word of the command line that belongs to no option."""
     is_recipe = word.lower().endswith((".yaml", ".yml"))
-    advice = f"Name the recipe with `--config {word}`." if is_recipe else "`--help` lists the options."
+    advice = f"Name the recipe with `--config {shlex.quote(word)}`." if is_recipe else "`--help` lists the options."
     return ConfigError(f"`{word}` belongs to no option (in the command line). {advice}")
 
 
@@ -330,14 +215,13 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
             raise ConfigError(f"There is no option `{name}` (in {where}). {advice}")
 
 
-def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+def check_recipe(path: str) -> dict[str, Any]:
     """Refuse a recipe with unknown keys or with values of the wrong type, which the parser would not check.
 
     A string counts as what the parser converts it to, as on the command line: `1e-6` is a string in YAML 1.1.
 
     Args:
         path: path of the YAML file.
-        hints: type of each option, by name.
 
     Returns:
         The recipe as loaded from YAML.
@@ -345,38 +229,55 @@ def check_recipe(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
+    name = Path(path).stem
+    shipped = f"`omniopd recipes {name}` copies the recipe of this name here." if name in recipe_files() else ""
+    recipe = load_yaml(
+        path, "recipe", shipped or "Check the path; `omniopd recipes` lists those that ship with the package."
+    )
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"The recipe {path!r} must be a YAML mapping of options to values, such as `beta: 0.1`.")
+    check_options(recipe, path)
+    return recipe
+
+
+def load_yaml(path: str, kind: str, advice: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        path: path of the file.
+        kind: what the file is, for messages: `"recipe"` or `"plan"`.
+        advice: the next step when there is no such file.
+
+    Raises:
+        ConfigError: for a file that cannot be read, is not valid YAML, or is larger than it looks.
+    """
     import yaml
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _check_size(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        recipe = yaml.safe_load(text)
+        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), f"The {kind} {path!r}")
+        return yaml.safe_load(text)
     except RecursionError as error:
-        raise ConfigError(f"The recipe {path!r} is nested too deeply. A recipe maps options to values.") from error
+        raise ConfigError(f"The {kind} {path!r} is nested too deeply. A recipe maps options to values.") from error
     except OSError as error:
-        name = Path(path).stem
-        shipped = f"`omniopd recipes {name}` copies the recipe of this name here." if name in recipe_files() else ""
-        advice = shipped or "Check the path; `omniopd recipes` lists those that ship with the package."
-        raise ConfigError(f"The recipe {path!r} cannot be read ({error.strerror}). {advice}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe {path!r} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"The recipe {path!r} must be a YAML mapping of options to values, such as `beta: 0.1`.")
-    check_options(recipe, hints, path)
-    return recipe
+        raise ConfigError(f"The {kind} {path!r} cannot be read ({error.strerror}). {advice}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The {kind} {path!r} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The {kind} {path!r} is not valid YAML: {error}") from error
 
 
-def check_options(options: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+def check_options(options: Mapping[str, Any], where: str) -> None:
     """Refuse unknown options, and values of the wrong type.
 
     Args:
         options: options by name, as loaded from YAML.
-        hints: type of each option, by name.
         where: the source of the options, for the message.
 
     Raises:
         ConfigError: for an unknown name or a value of the wrong type.
     """
+    hints = option_hints()
     check_names([str(key) for key in options], [*hints, "env"], where)
     env = options.get("env", {})
     if not isinstance(env, dict) or any(isinstance(value, (dict, list)) for value in env.values()):
@@ -386,17 +287,17 @@ def check_options(options: Mapping[str, Any], hints: Mapping[str, Any], where: s
     _check_types({key: value for key, value in options.items() if key != "env"}, hints, where)
 
 
-def _check_size(root: Any, path: str) -> None:
-    """Refuse a recipe whose aliases stand for more nodes than a recipe can need, or contain themselves.
+def _check_nodes(root: Any, file: str) -> None:
+    """Refuse a file whose aliases stand for more nodes than a recipe can need, or contain themselves.
 
     Aliases share one node, so such a file loads at once, but would be written out by whatever walks through it.
 
     Args:
-        root: the node graph of the recipe, from `yaml.compose`.
-        path: path of the recipe, for the message.
+        root: the node graph, from `yaml.compose`.
+        file: kind and path of the file, for the message.
 
     Raises:
-        ConfigError: for more than `_MAX_NODES` nodes.
+        ConfigError: for more than `_MAX_NODES` nodes, and for a key that a mapping has twice.
     """
     sizes: dict[int, float] = {}
 
@@ -404,6 +305,14 @@ def _check_size(root: Any, path: str) -> None:
         if id(node) not in sizes:
             sizes[id(node)] = math.inf  # of a node inside itself
             parts = [] if isinstance(node.value, str) else node.value
+            first: dict[str, Any] = {}
+            for key in (part[0] for part in parts if isinstance(part, tuple) and isinstance(part[0].value, str)):
+                other = first.setdefault(key.value, key)
+                if other is not key and key.value != "<<":
+                    lines = f"in line {other.start_mark.line + 1} and in line {key.start_mark.line + 1}"
+                    raise ConfigError(
+                        f"{file} sets `{key.value}` {lines}, and only the last value would count. Remove one of them."
+                    )
             sizes[id(node)] = 1 + sum(
                 size(n) for part in parts for n in (part if isinstance(part, tuple) else (part,))
             )
@@ -411,7 +320,7 @@ def _check_size(root: Any, path: str) -> None:
 
     if root is not None and size(root) > _MAX_NODES:
         raise ConfigError(
-            f"The recipe {path!r} has aliases that multiply to more than {_MAX_NODES:,} values. Write the values out."
+            f"{file} has aliases that multiply to more than {_MAX_NODES:,} values. Write the values out."
         )
 
 

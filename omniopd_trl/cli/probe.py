@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
+from omniopd_trl.cli.opening import check_models, check_writable, open_recipe, with_recipe
 from omniopd_trl.cli.options import number, positive_int
 from omniopd_trl.cli.tables import columns
 from omniopd_trl.errors import BudgetError, ConfigError, NoRolloutError, OmniOPDError
@@ -134,12 +135,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             f"The teacher {args.teacher_model_name_or_path!r} is an export: it answers its own run only, and nothing "
             "can be asked. `omniopd audits` shows what it holds."
         )
+    folder = Path(options.probe_dir or os.path.join(args.output_dir, PROBE_FOLDER))
+    check_writable(folder)
     dataset = load_prompts(script_args, dataset_args)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     steps = num_steps(args, rows, 1, args.num_generations)
     trajectories = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     plan = _plan(arguments, args, model_args, dataset, rows, options)
-    folder = Path(options.probe_dir or os.path.join(args.output_dir, PROBE_FOLDER))
     has_marks = args.signal != "rollouts"
     other = None if has_marks else _other_continuation(args)
     elsewhere = folder / (AGAIN if has_marks else "other")
@@ -416,7 +418,7 @@ def _write(result: dict[str, Any], verdict: "Verdict", folder: Path, options: ar
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     else:
-        written = f"Wrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {folder}"
+        written = f"Wrote {folder / PROBE} and {folder / PAGE}. The audits: omniopd report {shlex.quote(str(folder))}"
         sys.stdout.write(f"{text}\n\n{written}\n")
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from omniopd_trl.cli.hints import SECTIONS
 from omniopd_trl.cli.options import (
-    SECTIONS,
     check_arguments,
     check_method_name,
     parse_section,
     resolve_demo_name,
     split_config,
+    stray_word,
 )
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
@@ -210,17 +211,21 @@ def parse_args(
     check_arguments(arguments)
     parser = make_parser()
     try:
-        parsed = parser.parse_args_and_config(arguments)  # type: ignore[attr-defined]
+        *parsed, strays = parser.parse_args_and_config(arguments, return_remaining_strings=True)  # type: ignore[attr-defined]
     except OmniOPDError:
         raise
+    except OverflowError as error:
+        raise ConfigError(f"A number of the recipe or the command line is too large ({error}). Lower it.") from error
     except (ValueError, TypeError) as error:
         # Errors from the checks of the inherited configurations. The message is enough without a traceback.
         raise ConfigError(str(error)) from error
+    if strays:
+        raise stray_word(strays[0])
     for part in parsed:
         for item in fields(part):
             if item.name.endswith(("name_or_path", "dataset_name")):
                 setattr(part, item.name, resolve_demo_name(getattr(part, item.name)))
-    return parsed
+    return tuple(parsed)
 
 
 def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtureConfig) -> Mapping[str, Any]:

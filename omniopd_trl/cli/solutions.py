@@ -5,6 +5,7 @@
 import argparse
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,8 +222,11 @@ def _collect(
         report=_print,
     )
     if not progress.num_kept:
-        raise DataError(f"No solution was kept: {progress}. Nothing can be trained on {folder}.")
-    train = f"omniopd train --config {options.config} --method sft --output_dir {args.output_dir}"
+        raise DataError(
+            f"No solution was kept: {progress}. Nothing can be trained on {folder}. Raise max_completion_length if "
+            "they are cut off, and leave out --verified if they are wrong."
+        )
+    train = ["omniopd", "train", "--config", options.config, "--method", "sft", "--output_dir", args.output_dir]
     if Path(folder) != Path(args.output_dir, "solutions"):
-        train += f" --solutions {folder}"
-    _print(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {train}")
+        train += ["--solutions", folder]
+    _print(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {shlex.join(train)}")

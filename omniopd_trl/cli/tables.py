@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table. The first column is aligned at its left, the others at their right."""
+def columns(rows: Sequence[Sequence[str]], align: Callable[[str, int], str] = str.rjust) -> list[str]:
+    """The lines of a table. The first column is aligned at its left, and the others by `align`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([row[0].ljust(widths[0]), *(align(c, w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     ]

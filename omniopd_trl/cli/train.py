@@ -14,6 +14,7 @@ them.
 import atexit
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -22,8 +23,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from omniopd_trl.cli.opening import open_recipe
-from omniopd_trl.errors import ConfigError, HubError, OmniOPDError
+from omniopd_trl.cli.noise import is_verbose
+from omniopd_trl.cli.opening import check_writable, drop_output, open_recipe, open_streams
+from omniopd_trl.errors import RESUME, ConfigError, HubError, OmniOPDError, first_line
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -222,9 +224,11 @@ def main(
     template = script_args.prompt_template
     if template is not None:
         template = resolve_template(template)
-    check_method(method, str(training_args.output_dir))
+    output_dir = str(training_args.output_dir)
+    check_writable(output_dir)
+    check_method(method, output_dir)
     reward_funcs = load_functions(script_args.reward_funcs)
-    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
     evaluates = (
         training_args.do_eval
         or training_args.eval_strategy != "no"
@@ -266,27 +270,37 @@ def main(
         "peft_config": get_peft_config(model_args),
     }
     trainer: Any
-    if method == "omniopd":
-        from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
+    try:
+        if method == "omniopd":
+            from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 
-        scores_training = training_args.uses_rewards and not from_export
-        trainer = OmniOPDTrainer(
-            teacher_model=teacher_name,
-            eval_reward_funcs=reward_funcs,
-            reward_funcs=reward_funcs if scores_training else None,
-            **arguments,
-        )
-    else:
-        from omniopd_trl.baselines.make import make_baseline
+            scores_training = training_args.uses_rewards and not from_export
+            trainer = OmniOPDTrainer(
+                teacher_model=teacher_name,
+                eval_reward_funcs=reward_funcs,
+                reward_funcs=reward_funcs if scores_training else None,
+                **arguments,
+            )
+        else:
+            from omniopd_trl.baselines.make import make_baseline
 
-        trainer = make_baseline(
-            method,
-            section=getattr(script_args, method),
-            solutions=script_args.solutions,
-            reward_funcs=reward_funcs,
-            evaluate_teacher=script_args.evaluate_teacher,
-            **arguments,
-        )
+            trainer = make_baseline(
+                method,
+                section=getattr(script_args, method),
+                solutions=script_args.solutions,
+                reward_funcs=reward_funcs,
+                evaluate_teacher=script_args.evaluate_teacher,
+                **arguments,
+            )
+    except OmniOPDError:
+        raise
+    except ValueError as error:  # of the checks of transformers, TRL and PEFT
+        if is_verbose():
+            raise
+        reason = first_line(error).rstrip(".")
+        raise ConfigError(
+            f"These settings cannot be used: {reason}. Change them. With OMNIOPD_VERBOSE=1, the traceback is shown."
+        ) from error
 
     if script_args.evaluate_teacher:
         training_args.teacher_context.check(eval_dataset, "eval_dataset")
@@ -296,6 +310,10 @@ def main(
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as error:
         raise Interrupted(trainer.state.global_step) from error
+    except KeyError as error:
+        if is_verbose() or "metric_for_best_model" not in str(error):
+            raise
+        raise ConfigError(f"{error.args[0]} What is recorded is not paid for again: {RESUME}.") from error
     seconds = time.perf_counter() - start
     # The teacher's tokens and dollars for training, before the evaluation of the teacher adds to them.
     usage = trainer.teacher_usage
@@ -310,7 +328,7 @@ def main(
         trainer.evaluate()
     teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
-    saved_to = str(training_args.output_dir)
+    saved_to = output_dir
     name = script_args.dataset_name
     # Only an id on the Hub is of use in the model card.
     card = {"dataset_name": None if name is None or ":" in name or os.path.exists(name) else name}
@@ -322,11 +340,11 @@ def main(
             logger.warning(str(error))
             saved_to += ", not pushed: see the warning"
     else:
-        trainer.save_model(saved_to)
+        trainer.save_model(output_dir)
         trainer.create_model_card(**card)
 
     if training_args.save_audits and trainer.accelerator.is_main_process:
-        print_change(str(training_args.output_dir))
+        print_change(output_dir)
     trainer.accelerator.print(
         "\n"
         + summarize(
@@ -342,7 +360,7 @@ def main(
         )
     )
     if training_args.save_audits and method == "omniopd":
-        trainer.accelerator.print(f"\nSee what the teacher wrote: omniopd audits {training_args.output_dir}")
+        trainer.accelerator.print(f"\nSee what the teacher wrote: omniopd audits {shlex.quote(output_dir)}")
     # Finishes the trackers and destroys the process group.
     trainer.end()
 
@@ -389,10 +407,11 @@ def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str
         args: configuration of the run; `None` when it was not read yet.
         step: number of finished optimizer steps; `None` outside of training.
     """
+    if args is None or step is None:  # maybe within an import, which must not be tried again
+        return "Interrupted outside of the training's steps."
+
     from omniopd_trl.trainer.checkpoints import last_checkpoint
 
-    if args is None or step is None:
-        return "Interrupted outside of the training's steps."
     checkpoint = last_checkpoint(str(args.output_dir))
     kept = "There is no checkpoint." if checkpoint is None else f"The last checkpoint is {checkpoint}."
     if checkpoint is None and not args.save_audits:
@@ -423,6 +442,7 @@ def run(args: Sequence[str] | None = None) -> int:
         Control-C.
     """
     parsed = None
+    open_streams()
     try:
         # The checks without an import of torch and TRL come first, since these imports take many seconds.
         arguments, _ = open_recipe(sys.argv[1:] if args is None else args)
@@ -437,6 +457,10 @@ def run(args: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"\n{describe_interruption(parsed and parsed[1], step)}\n")
             sys.stderr.flush()
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        drop_output()
+        sys.stderr.write(f"What reads the output of this run has ended, and so does the run. To continue, {RESUME}.\n")
+        return 1
     except OmniOPDError as error:
         # The message is enough, so print no traceback. It is printed once if all processes stop, and otherwise by the
         # process that stops.

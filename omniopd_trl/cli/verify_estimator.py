@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from omniopd_trl.cli.options import resolve_demo_name
+from omniopd_trl.cli.options import positive_int, resolve_demo_name
 from omniopd_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--num_rollouts",
         nargs="+",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="numbers of rollouts to compare, the first N of each chunk (default: all that were recorded)",
     )
@@ -53,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--prior_strength", type=float, metavar="ALPHA", help="prior strength (default: that of the run)"
     )
     parser.add_argument(
-        "--max_trajectories", type=int, metavar="K", help="use K trajectories, evenly spaced (default: all)"
+        "--max_trajectories", type=positive_int, metavar="K", help="use K trajectories, evenly spaced (default: all)"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     parser.set_defaults(call=verify_estimator)
@@ -75,8 +75,6 @@ def verify_estimator(options: argparse.Namespace) -> None:
 
     for name in options.similarity:
         get_similarity(name)
-    if options.max_trajectories is not None and options.max_trajectories < 1:
-        raise ConfigError(f"--max_trajectories is {options.max_trajectories}, but it must be at least 1.")
     output = None if options.output is None else Path(options.output)
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError(f"--output is {str(output)!r}, where no file can be. Name a file in a folder that exists.")
@@ -93,10 +91,10 @@ def verify_estimator(options: argparse.Namespace) -> None:
             f"{options.folder} holds chunks with a mark and no rollouts. Record a run with `--signal rollouts`."
         )
     counts = options.num_rollouts or [most]
-    if not all(1 <= count <= most for count in counts):
+    if max(counts) > most:
         raise ConfigError(
-            f"--num_rollouts is {' '.join(map(str, counts))}, but the chunks of {options.folder} have between 1 and "
-            f"{most} rollouts. Record a run with `--num_rollouts {max(counts)}`."
+            f"--num_rollouts is {' '.join(map(str, counts))}, but a chunk of {options.folder} has only {most}. Give "
+            f"at most {most}, or record a run with `--num_rollouts {max(counts)}`."
         )
     if (top_p := settings.get("teacher_top_p", 1.0)) < 1:
         raise DataError(

@@ -73,16 +73,21 @@ def load_dataset_or_files(
         )
     try:
         if builder is not None:
-            return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
-        source = str(path) if path.is_dir() else name
-        return datasets.load_dataset(source, name=config, streaming=streaming, **options)
+            splits = datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
+        else:
+            source = str(path) if path.is_dir() else name
+            splits = datasets.load_dataset(source, name=config, streaming=streaming, **options)
+        if path.exists() and not streaming:
+            for split in splits.values():
+                split.data.validate(full=True)  # a text that is not UTF-8 would be an error when it is read
+        return splits
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         # `datasets` wraps the actual error in a generic one ("An error occurred while generating the dataset").
         reason = first_line(error.__cause__ or error)
         if isinstance(error, StopIteration) or "corresponds to no data" in reason:
             reason = "it has no rows"
         if builder is not None:
-            advice = "Check that every line is one JSON object and that all have the same fields."
+            advice = "Check that every line is one JSON object in UTF-8, and that all have the same fields."
             if builder == "parquet":
                 advice = "Check that the file is complete."
         elif path.is_dir():

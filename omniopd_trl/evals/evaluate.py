@@ -283,7 +283,7 @@ def _load(
         if not isinstance(model, str):
             raise ConfigError("engine='vllm' loads a model itself. Pass its path or id instead of an instance.")
         return VLLMTeacher(model, tokenizer, options)
-    teacher = load_teacher(model, options, tokenizer=tokenizer)
+    teacher = load_teacher(model, options, tokenizer=tokenizer, role="model")
     assert isinstance(teacher, LocalTeacher)
     teacher.seed_per_sample = True
     if settings.max_batch_tokens is not None:
@@ -326,9 +326,10 @@ def _check_prompts(teacher: Teacher, prompts: Sequence[Prompt], settings: EvalSe
         return len(prompts) if teacher.is_remote else 1
     context = teacher.context_length
     if context is not None and longest + settings.max_tokens > context:
+        advice = f"Lower it to at most {context - longest}." if longest < context else "Remove such prompts."
         raise ConfigError(
-            f"max_tokens={settings.max_tokens}: with the longest prompt, of {longest} tokens, a sample does not fit "
-            f"the model's context of {context}. Lower it to at most {context - longest}."
+            f"max_tokens={settings.max_tokens} (`--max_completion_length`): with the longest prompt, of {longest} "
+            f"tokens, a sample does not fit the model's context of {context}. {advice}"
         )
     return max(1, teacher.max_batch_tokens // (settings.num_samples * (longest + settings.max_tokens)))
 

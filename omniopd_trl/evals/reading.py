@@ -217,8 +217,6 @@ def _serve(seconds: float, most_bytes: int) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (most_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    # A Control-C reaches all processes of a terminal. This one ends with its input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     _parse("$1$")  # builds the parsers
     answers = os.fdopen(os.dup(1), "w")

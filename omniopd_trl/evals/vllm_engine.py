@@ -31,6 +31,7 @@ class VLLMTeacher(InProcessTeacher):
 
     # Tokens of the samples that are requested together. vLLM batches them itself; a kill loses what is in flight.
     max_batch_tokens = 2**21
+    role = "model"
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase | None, options: TeacherOptions):
         vllm = import_extra("vllm", "vllm")

@@ -99,6 +99,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            process_group=0,  # Control-C of the terminal must not reach it while it imports. It ends with its input
         )
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -294,7 +295,7 @@ def training_options(about: dict[str, Any], name: str) -> str | None:
         return None
     off = {"num_branches": 0, "fork_candidates": 0, "scale_advantages": "false"}
     without = (f" --{option} {value}" for option, value in off.items() if about["settings"].get(option))
-    return f"--teacher_model_name_or_path export:{name}{''.join(without)}"
+    return f"--teacher_model_name_or_path export:{shlex.quote(name)}{''.join(without)}"
 
 
 def card(about: dict[str, Any], repo_id: str | None = None) -> str:

@@ -201,6 +201,7 @@ def load_teacher(
     options: TeacherOptions | None = None,
     spent: tuple[Usage, float] | None = None,
     tokenizer: Any = None,
+    role: str = "teacher",
 ) -> Teacher:
     """Create a teacher from a name or a model. Sends no request.
 
@@ -212,6 +213,7 @@ def load_teacher(
         spent: tokens and dollars that earlier runs of the same job paid. They count against the budget of a teacher
             behind a service. Defaults to zero.
         tokenizer: tokenizer of a model in this process. Loaded from the model's path or id when it is not given.
+        role: what a model in this process is called in messages.
 
     Raises:
         ConfigError: when there is no such teacher, or it cannot enforce an option.
@@ -224,7 +226,7 @@ def load_teacher(
             f"teacher={name!r}: an export answers only the audits of a run that trains from it, and cannot be asked "
             "anything else. Name a teacher."
         )
-    check_options(kind, name, options)
+    check_options(kind, name, options, role)
     if isinstance(teacher, Teacher):
         return teacher
     if kind == "scripted":
@@ -236,7 +238,7 @@ def load_teacher(
     ):
         template = options.chat_template_kwargs
     if kind == "local":
-        return _local_teacher(teacher, tokenizer, options, template)
+        return _local_teacher(teacher, tokenizer, options, template, role)
     used, usd = spent or (Usage(), 0.0)
     return remote_teacher(
         name,
@@ -270,6 +272,7 @@ def _local_teacher(
     tokenizer: Any,
     options: TeacherOptions,
     chat_template_kwargs: dict[str, Any] | None,
+    role: str,
 ) -> Teacher:
     from omniopd_trl.teachers.local import LocalTeacher
 
@@ -282,6 +285,7 @@ def _local_teacher(
             trust_remote_code=options.trust_remote_code,
             chat_template_kwargs=chat_template_kwargs,
             device=options.device,
+            role=role,
         )
     except DataError as error:
         meant = suggest_name(teacher) if isinstance(teacher, str) else None

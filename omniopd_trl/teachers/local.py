@@ -142,8 +142,10 @@ class InProcessTeacher(Teacher):
         chat_template_kwargs: arguments for its chat template.
         context_length: maximum number of positions; `None` when it is not known.
         max_batch_tokens: rows of a batch times their length, in tokens.
+        role: what the model is called in messages. Defaults to "teacher".
     """
 
+    role: str = "teacher"
     tokenizer: PreTrainedTokenizerBase
     chat_template_kwargs: dict[str, Any]
     context_length: int | None
@@ -177,11 +179,11 @@ class InProcessTeacher(Teacher):
             rendered = self._render(prefix.prompt)
             token_ids = self.tokenizer(rendered + prefix.completion, add_special_tokens=False)["input_ids"]
         if not token_ids:
-            raise DataError("An empty prompt leaves the teacher nothing to continue. Remove it from the dataset.")
+            raise DataError(f"An empty prompt leaves the {self.role} nothing to continue. Remove it from the dataset.")
         return token_ids
 
     def _render(self, prompt: Messages) -> str:
-        return render_chat(self.tokenizer, prompt, self.chat_template_kwargs, f"the teacher {self.name!r}")
+        return render_chat(self.tokenizer, prompt, self.chat_template_kwargs, f"the {self.role} {self.name!r}")
 
     async def sample(self, prefixes: Sequence[Prefix], request: SamplingRequest) -> list[TeacherReply]:
         # Trajectories arrive as concurrent calls. Calls that arrive in the same iteration of the event loop share
@@ -229,6 +231,7 @@ class LocalTeacher(InProcessTeacher):
         chat_template_kwargs: arguments for the teacher's chat template, for example `{"enable_thinking": False}`.
         device: device of the model, unless `model_init_kwargs` holds a `device_map`.
         max_batch_tokens: maximum rows of a batch times their length in tokens. It bounds the memory of the cache.
+        role: what the model is called in messages.
 
     Attributes:
         seed_per_sample: whether each sample of a request with a seed has a seed of its own, which follows from its
@@ -251,7 +254,9 @@ class LocalTeacher(InProcessTeacher):
         chat_template_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        role: str = "teacher",
     ):
+        self.role = role
         if isinstance(model, str):
             self.name = model
             kwargs: dict[str, Any] = {
@@ -261,11 +266,11 @@ class LocalTeacher(InProcessTeacher):
                 **(model_init_kwargs or {}),
             }
             try:
-                with _whole(), loading("teacher"):
+                with _whole(), loading(role):
                     model = _load(model, kwargs)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"The teacher {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
+                    f"The {role} {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
                 ) from error
             revision = kwargs["revision"]
         else:
@@ -282,8 +287,8 @@ class LocalTeacher(InProcessTeacher):
                 )
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"No tokenizer can be loaded for the teacher {self.name!r}. Pass "
-                    f"`teacher_model=LocalTeacher(model, tokenizer)`. ({first_line(error)})"
+                    f"No tokenizer can be loaded for the {role} {self.name!r} ({first_line(error)}). Save one in its "
+                    f"folder; in Python, pass `LocalTeacher(model, tokenizer)`."
                 ) from error
         if device is not None and not hasattr(model, "hf_device_map"):
             model = model.to(device)

@@ -121,7 +121,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 LIMITS = ("teacher_budget_usd", "teacher_budget_tokens", "teacher_requests_per_minute", "teacher_tokens_per_minute")
 
 
-def check_options(kind: str, name: str, options: TeacherOptions) -> None:
+def check_options(kind: str, name: str, options: TeacherOptions, role: str = "teacher") -> None:
     """Refuse limits that a custom teacher would not enforce, and warn about other options without effect.
 
     A recipe for a service is often tried with the scripted teacher or with a small model. They cost nothing and stay
@@ -131,6 +131,7 @@ def check_options(kind: str, name: str, options: TeacherOptions) -> None:
         kind: a provider, `"local"`, `"scripted"`, `"own"` or `"export"`.
         name: name of the teacher, for the messages.
         options: options to check.
+        role: what the teacher is called in the warning.
 
     Raises:
         ConfigError: when a limit is set and the teacher is an instance, which has its own limits.
@@ -147,7 +148,7 @@ def check_options(kind: str, name: str, options: TeacherOptions) -> None:
     # Each process makes the same teacher from the same settings.
     if unread and options.process_index == 0:
         logger.warning(
-            f"{', '.join(unread)}: without effect, since the teacher {name!r} is "
+            f"{', '.join(unread)}: without effect, since the {role} {name!r} is "
             f"{_WORDS.get(kind, 'a service that does not use it')}."
         )
 

@@ -61,13 +61,15 @@ def resume_point(resume_from_checkpoint: str | bool, output_dir: str | os.PathLi
         The path of the checkpoint; `None` for step 0, from which the journal is replayed.
 
     Raises:
-        DataError: when there is no such checkpoint, and for `True`, when there is no journal either.
+        DataError: when there is no such complete checkpoint, and for `True`, when there is no journal either.
     """
     if resume_from_checkpoint is not True:
-        if not os.path.isdir(resume_from_checkpoint):
+        there = os.path.isdir(resume_from_checkpoint)
+        if not there or state_of(Path(str(resume_from_checkpoint))) is None:
+            problem = "which holds no complete checkpoint" if there else "and there is no such folder"
             raise DataError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, and there is no such folder. Give the path "
-                "of a checkpoint-N folder, or `true` for the last one in `output_dir`."
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, {problem}. Give the path of a checkpoint-N "
+                "folder, or `true` for the last one in `output_dir`."
             )
         return str(resume_from_checkpoint)
     checkpoint = last_checkpoint(output_dir)

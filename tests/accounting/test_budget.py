@@ -459,16 +459,19 @@ class TestLimits:
     def test_message(self):
         """The refusal says what is spent, what the next request may need, and what to do."""
 
-        async def run():
-            async with Budget(max_usd=1, max_tokens=10, price=PRICE).reserve(11, 2):
+        async def run(spent):
+            async with Budget(max_usd=1, max_tokens=10, price=PRICE, spent=Usage(spent)).reserve(11, 2):
                 pass
 
-        with pytest.raises(BudgetError) as error:
-            asyncio.run(run())
-        message = str(error.value)
-        assert "0.0000 of teacher_budget_usd=1 dollars are spent, and the next request may cost 0.0000" in message
-        assert "0 of teacher_budget_tokens=10 tokens are spent, and the next request may use 13" in message
-        assert "Raise the budget and start the command again, training with resume_from_checkpoint=True" in message
+        for spent in (0, 3):
+            with pytest.raises(BudgetError) as error:
+                asyncio.run(run(spent))
+            message = str(error.value)
+            assert "0.0000 of teacher_budget_usd=1 dollars are spent, and the next request may cost 0.0000" in message
+            assert f"{spent} of teacher_budget_tokens=10 tokens are spent, and the next request may use 13" in message
+            assert "Raise the budget and start the command again" in message
+            # A run that has paid nothing has nothing to resume from.
+            assert ("training with resume_from_checkpoint=True" in message) == (spent > 0)
 
 
 def test_what_is_in_flight_is_noted_before_it_is_sent():

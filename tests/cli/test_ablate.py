@@ -18,19 +18,20 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from omniopd_trl.cli import ablate
-from omniopd_trl.cli.ablate import (
+from omniopd_trl.cli.ablate import command, processes
+from omniopd_trl.cli.ablate.plan import (
+    _SOLUTIONS_KEYS,
+    FINISHED,
+    LOG,
+    RECIPE,
     Plan,
-    Result,
     Row,
     distinct,
     jobs_of,
-    markdown,
     read_plan,
-    read_result,
-    summarize,
-    words_of,
 )
+from omniopd_trl.cli.ablate.processes import words_of
+from omniopd_trl.cli.ablate.results import Result, markdown, read_result, summarize
 from omniopd_trl.cli.main import main, make_parser
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
@@ -110,7 +111,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     plan = Plan({"beta": 0.1, **evaluated}, [0], [Row("a", {})])
     (job,) = jobs_of(plan, tmp_path)
     job.folder.mkdir(parents=True)
-    (job.folder / ablate.RECIPE).write_text(yaml.safe_dump(dict(job.recipe)))
+    (job.folder / RECIPE).write_text(yaml.safe_dump(dict(job.recipe)))
     assert jobs_of(plan, tmp_path) == [job]
     with pytest.raises(ConfigError, match=r"`beta` was 0.1 and is 0.2.*--output_dir"):
         jobs_of(Plan({"beta": 0.2, **evaluated}, [0], [Row("a", {})]), tmp_path)
@@ -122,26 +123,26 @@ def test_other_solutions_in_the_same_folder_are_refused(tmp_path, monkeypatch):
     def plan(solutions):
         return Plan({"method": "sft", "eval_strategy": "steps"}, [0], [Row("a", {}, solutions)])
 
-    monkeypatch.setattr(ablate._Run, "_start", lambda run: None)
+    monkeypatch.setattr(processes._Run, "_start", lambda run: None)
     (job,) = jobs_of(plan({"num_prompts": 2}), tmp_path)
-    ablate._Run(job, None, "spawn")
+    processes._Run(job, None, "spawn", main)
     assert jobs_of(plan({"num_prompts": 2}), tmp_path) == [job]
     with pytest.raises(ConfigError, match=r"`solutions` was \{'num_prompts': 2\} and is \{'num_prompts': 4\}"):
         jobs_of(plan({"num_prompts": 4}), tmp_path)
 
 
 def test_the_options_of_solutions_are_those_of_the_command():
-    words = words_of(dict.fromkeys(ablate._SOLUTIONS_KEYS, 1) | {"batch": True, "verified": True})
+    words = words_of(dict.fromkeys(_SOLUTIONS_KEYS, 1) | {"batch": True, "verified": True})
     options, rest = make_parser().parse_known_args(["solutions", "--config", "recipe.yaml", *words])
     assert not rest
-    assert all(getattr(options, key) for key in ablate._SOLUTIONS_KEYS)
+    assert all(getattr(options, key) for key in _SOLUTIONS_KEYS)
 
 
 @pytest.mark.parametrize(("visible", "devices"), [("0,2", ["0", "2"]), ("", []), ("-1", [])])
 def test_the_devices(monkeypatch, visible, devices):
     """A machine whose GPUs are hidden has none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert ablate._devices() == devices
+    assert command._devices() == devices
 
 
 def test_plans_share_their_equal_runs(tmp_path):
@@ -165,20 +166,20 @@ def test_the_table_is_written_after_each_run(tmp_path, monkeypatch, capsys):
     grids = [jobs_of(plan, tmp_path) for plan in plans]
     tables = [*zip(plans, grids, [tmp_path / "one", tmp_path / "other"], strict=True)]
     read = {"a": result(0.5, {"p": 0.5})}
-    monkeypatch.setattr(ablate, "read_result", lambda folder: read[folder.parent.name])
-    ablate._update(tables, grids[0][0])  # it failed
+    monkeypatch.setattr(command, "read_result", lambda folder: read[folder.parent.name])
+    command._update(tables, grids[0][0])  # it failed
     assert not [*tmp_path.iterdir()]
     (tmp_path / "a" / "seed-0").mkdir(parents=True)
-    (tmp_path / "a" / "seed-0" / ablate.FINISHED).touch()
-    ablate._update(tables, grids[0][0])
+    (tmp_path / "a" / "seed-0" / FINISHED).touch()
+    command._update(tables, grids[0][0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "one.json", "one.md"]
     assert json.loads((tmp_path / "one.json").read_text())["rows"][0]["after_by_seed"] == [0.5]
 
     def fails(folder):
         raise DataError(f"{folder.name} was not evaluated")
 
-    monkeypatch.setattr(ablate, "read_result", fails)
-    ablate._update(tables, grids[0][0])
+    monkeypatch.setattr(command, "read_result", fails)
+    command._update(tables, grids[0][0])
     assert capsys.readouterr().out == f"{tmp_path / 'one'}.md: seed-0 was not evaluated\n"
 
 
@@ -189,7 +190,7 @@ def test_the_table_is_written_after_each_run(tmp_path, monkeypatch, capsys):
 def test_variables_of_one_plan_do_not_reach_the_runs_of_another(envs, common, tmp_path):
     plans = [Plan({"eval_strategy": "steps", **({"env": env} if env else {})}, [0], [Row("a", {})]) for env in envs]
     jobs = [job for number, plan in enumerate(plans) for job in jobs_of(plan, tmp_path / str(number))]
-    assert ablate._common_env(jobs) == common
+    assert command._common_env(jobs) == common
 
 
 def test_no_run_at_a_time_is_refused(capsys):
@@ -240,7 +241,7 @@ class TestResult:
                 rows = [{"prompt": prompt, "pass@1": score} for prompt, score in scores]
                 path = tmp_path / "completions" / f"eval_{step:05d}.parquet"
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            (tmp_path / ablate.FINISHED).write_text('{"seconds": 12.5, "processor_seconds": 10}')
+            (tmp_path / FINISHED).write_text('{"seconds": 12.5, "processor_seconds": 10}')
             return tmp_path
 
         return record
@@ -282,7 +283,7 @@ class TestResult:
     def test_of_an_earlier_version(self, record):
         """It did not measure the time of a processor."""
         folder = record([{"step": 20, "eval_pass@1": 1.0}], {20: [("p", 1.0)]})
-        (folder / ablate.FINISHED).write_text('{"seconds": 12.5}')
+        (folder / FINISHED).write_text('{"seconds": 12.5}')
         found = read_result(folder)
         assert (found.seconds, found.processor_seconds) == (12.5, None)
         (row,) = summarize(Plan({}, [0], [Row("first", {})]), {0: {0: found}})["rows"]
@@ -312,13 +313,14 @@ def result(after, problems, **overrides):
 
 def test_the_table():
     """Means, standard deviations and the paired difference, by hand."""
-    plan = Plan({}, [0, 1], [Row("first", {}), Row("second", {"beta": 0.0}), Row("alone | x", {})])
+    plan = Plan({}, [0, 1], [Row("first", {}), Row("second", {"beta": 0.0}), Row("alone | x", {}), Row("other", {})])
     results = {
         0: {0: result(0.5, {"p": 0.0, "q": 1.0}), 1: result(0.7, {"p": 0.4, "q": 1.0})},
         1: {0: result(0.6, {"p": 0.2, "q": 1.0}, kl=None), 1: result(1.0, {"q": 1.0, "p": 1.0}, read=300)},
         2: {5: result(0.1, {"p": 0.1, "q": 0.1})},
+        3: {0: result(0.1, {"r": 0.1})},
     }
-    first, second, alone = summarize(plan, results)["rows"]
+    first, second, alone, other = summarize(plan, results)["rows"]
     assert first["after"] == pytest.approx(0.6)
     assert first["after_std"] == pytest.approx(0.02**0.5)
     assert first["difference"] is None
@@ -330,12 +332,19 @@ def test_the_table():
     assert second["read"] == 200
     assert alone["difference"] is None  # no seed in common
     assert alone["after_std"] is None
-    text = markdown({"rows": [first, second, alone]})
+    text = markdown({"rows": [first, second, {**alone, "no_difference": None}]})
     assert "| second | 2 | 0.400 | 0.800 ± 0.283 | +0.200 [" in text
     assert "| 0.00 | 0.25 to 0.50 | 200 |" in text
     assert text.endswith("| 0.50 | 10 | 9 |")
     assert "\n| alone \\| x | 1 |" in text
     assert text.count("\n") == 4
+    assert "No difference" not in text
+    *_, prompt, blank, seed = markdown({"rows": [first, other, alone, {**other, "name": "z"}]}).splitlines()
+    assert prompt == (
+        "No difference of other, z: its evaluation has other prompts than the first row, so no problems can be "
+        "paired; compare `after`."
+    )
+    assert (blank, seed) == ("", "No difference of alone | x: no seed has finished in both this row and the first.")
 
 
 @pytest.mark.parametrize(
@@ -369,9 +378,9 @@ def test_a_run_that_ends_while_the_others_are_counted(enough):
             return next(codes)
 
     try:
-        ablate._wait([SimpleNamespace(process=Process())], enough)
+        processes._wait([SimpleNamespace(process=Process())], enough)
     finally:
-        ablate._mask_control_c(False)
+        processes._mask_control_c(False)
     assert next(codes, None) is None
 
 
@@ -407,7 +416,8 @@ def run(arguments):
 train.run = run
 """
     COMMAND = (
-        "import sys; from omniopd_trl.cli import ablate, main; ablate._IMPORTED = ['training']; sys.exit(main.main())"
+        "import sys; from omniopd_trl.cli.ablate import processes; processes._IMPORTED = ['training']\n"
+        "from omniopd_trl.cli.main import main; sys.exit(main())"
     )
 
     @pytest.fixture
@@ -449,7 +459,7 @@ train.run = run
         assert not any(map(is_running, ids))
         folders = [tmp_path / "runs" / "plan" / row / f"seed-{seed}" for seed in (0, 1) for row in ("first", "second")]
         assert [folder.exists() for folder in folders] == [True, True, False, False]
-        assert [(folder / ablate.LOG).read_text() for folder in folders[:2]] == ["interrupted\n"] * 2
+        assert [(folder / LOG).read_text() for folder in folders[:2]] == ["interrupted\n"] * 2
         output, errors = start(ENDS="1").communicate(timeout=30)
         assert output.count("started") == output.count("FAILED") == 4
         assert "4 of 4 runs failed" in errors
@@ -514,24 +524,24 @@ def test_a_grid_is_interrupted_and_continued(tmp_path, tiny_model_dir, monkeypat
     threading.Thread(target=interrupt).start()
     assert main(["ablate", "plan.yaml", "--jobs", "1"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err.endswith("Interrupted. The same command continues.\n")
-    assert "Interrupted at step" in (folders[0] / ablate.LOG).read_text()
+    assert "Interrupted at step" in (folders[0] / LOG).read_text()
     assert not folders[1].exists()
     assert main(["ablate", "plan.yaml", "--jobs", "2"]) == 1
     shown = capsys.readouterr()
     assert "1 of 2 runs failed: runs/plan/fresh/seed-0. Read log.txt" in shown.err
     assert "| forked | 1 |" in shown.out
-    kept = (folders[0] / ablate.FINISHED).stat().st_mtime_ns
+    kept = (folders[0] / FINISHED).stat().st_mtime_ns
     (tmp_path / "copy").symlink_to(tiny_model_dir)
     assert main(["ablate", "plan.yaml"]) == 0
     shown = capsys.readouterr().out
     assert "forked/seed-0: started" not in shown
     assert "fresh/seed-0: done" in shown
-    assert (folders[0] / ablate.FINISHED).stat().st_mtime_ns == kept
+    assert (folders[0] / FINISHED).stat().st_mtime_ns == kept
     forked, fresh = (replace(read_result(folder), seconds=0, processor_seconds=0) for folder in folders)
     assert forked == fresh
     assert fresh.written > 0
     for folder in folders:
-        finished = json.loads((folder / ablate.FINISHED).read_text())
+        finished = json.loads((folder / FINISHED).read_text())
         # It does not wait for long, and imports by several threads may take more than one processor.
         assert 0.5 < finished["processor_seconds"] < 2 * finished["seconds"]
     for name in ("loss", "grad_norm", "eval_kl/unaudited"):

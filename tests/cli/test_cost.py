@@ -375,6 +375,8 @@ class TestCost:
         rows = forecast(teacher_model_name_or_path="vllm:Qwen/Qwen3-32B")
         assert "teacher_input_price" in rows["price"]
         assert "dollars, no prompt cache" not in rows
+        for teacher in ("some/model", "scripted"):
+            assert forecast(teacher_model_name_or_path=teacher)["price"] == "none: the teacher is not behind a service"
         assert rows["samples per request"] == "10 of N = 10"
 
     @pytest.mark.parametrize(("usd", "verdict"), [(1e6, "is enough"), (0.01, "is not enough")])

@@ -389,6 +389,8 @@ class TestArguments:
             (["--no_max_steps"], "`--no_max_steps` belongs to no option"),
             (["--config", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
             (["--config", "elsewhere/demo.yaml"], "`omniopd recipes demo` copies"),
+            (["--num_processes", "0"], "`--num_processes` is 0; it must be at least 1"),
+            (["--num_machines", "-1"], "`--num_machines` is -1; it must be at least 1"),
             (["--cpu", "--multi_gpu"], "accelerate cannot launch this: You can only use one of"),
         ],
     )

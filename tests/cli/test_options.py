@@ -3,17 +3,21 @@
 """What is checked before torch and TRL are imported."""
 
 import ast
+import errno
+import io
 import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from omniopd_trl.cli import launch, options
+from omniopd_trl.cli import hints, launch, train
+from omniopd_trl.cli.hints import describe_type, hints_of, option_hints
 from omniopd_trl.cli.main import main
-from omniopd_trl.cli.options import check_arguments, check_paths, describe_type, option_hints, resolve_demo_name
+from omniopd_trl.cli.options import check_arguments, check_paths, resolve_demo_name
 from omniopd_trl.cli.recipe import dataclass_types, parse_args
 from omniopd_trl.demo import asset_path
 from omniopd_trl.errors import ConfigError, DataError
@@ -27,10 +31,10 @@ class TestSources:
 
     def test_options(self):
         """They are those of the dataclasses that make the parser."""
-        oracle = options.hints_of(dataclass_types()) | {"resume_from_checkpoint": str | bool | None}
-        hints = option_hints()
-        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
-        assert len(hints) > 200
+        oracle = hints_of(dataclass_types()) | {"resume_from_checkpoint": str | bool | None}
+        found = option_hints()
+        assert {n: describe_type(h) for n, h in found.items()} == {n: describe_type(h) for n, h in oracle.items()}
+        assert len(found) > 200
 
     def test_launch_options(self):
         """Those of `accelerate launch` are its parser's."""
@@ -47,12 +51,12 @@ class TestSources:
     )
     def test_unknown_version(self, monkeypatch, source):
         """A source file of another form is no error: the dataclasses are asked."""
-        expected, read = option_hints(), options.package_tree
+        expected, read = option_hints(), hints.package_tree
 
         def tree(package, file):
             return ast.parse(source) if file == "training_args.py" else read(package, file)
 
-        monkeypatch.setattr(options, "package_tree", tree)
+        monkeypatch.setattr(hints, "package_tree", tree)
         option_hints.cache_clear()
         try:
             assert option_hints().keys() == expected.keys()
@@ -215,10 +219,106 @@ class TestWords:
         assert main(command) == 2
         assert f"Name the recipe with `--config {command[-1]}`." in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("command", "meant"),
+        [
+            (["audits", "run", "--stpe", "3"], "step"),
+            (["data", "check", "a", "b", "--threshhold", "1"], "threshold"),
+            (["cost", "--max_prompt", "4"], "max_prompts"),
+            (["cost", "--num_chunk", "4"], "num_chunks"),
+            (["eval", "--num_sample=4"], "num_samples"),
+            (["solutions", "--num-solution", "4"], "num_solutions"),
+        ],
+    )
+    def test_options_of_a_command(self, command, meant, capsys):
+        """A mistyped option is compared with those of the command, and those of a recipe where it takes them."""
+        assert main(command) == 2
+        assert f"(in the command line). Did you mean `{meant}`?" in capsys.readouterr().err
+
+    def test_a_word_too_many(self, capsys):
+        """The usage is that of the command."""
+        with pytest.raises(SystemExit):
+            main(["recipes", "demo", "other"])
+        assert capsys.readouterr().err.startswith("usage: omniopd recipes [-h] [NAME]\n")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["other"], "`other` belongs to no option"),
+            (["other.yaml"], "Name the recipe with `--config other.yaml`."),
+            (["--config", "other.yaml"], "`--config` is given twice"),
+        ],
+    )
+    def test_words_after_a_recipe(self, words, message, recipe):
+        """Refused in the words of this package."""
+        with pytest.raises(ConfigError, match=message):
+            parse_args(["--config", recipe(), *words])
+
+    def test_infinity(self, recipe):
+        """`transformers` makes a whole number of it."""
+        with pytest.raises(ConfigError, match=r"is too large .*infinity"):
+            parse_args(["--config", recipe(save_steps=float("inf"))])
+
     def test_cost_without_recipe(self, capsys):
         """The forecast needs a recipe, and says so in one line."""
         assert main(["cost", "--num_chunks", "5"]) == 2
         assert capsys.readouterr().err == ("ConfigError: `omniopd cost` needs a recipe: add `--config RECIPE.yaml`.\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"beta: caf\xe9", "is not UTF-8 text .*Save it as UTF-8"), (b"beta:\t0.1", "line 1, column 6")],
+)
+def test_a_recipe_that_is_no_text(tmp_path, content, message):
+    """Another encoding, and a tab, which YAML does not allow."""
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        check_arguments(["--config", str(path)])
+
+
+class TestStreams:
+    """Output that cannot be written."""
+
+    @pytest.mark.parametrize("call", [lambda: main(["recipes"]), lambda: train.run(["--help"])])
+    def test_encoding_and_closed_streams(self, call, monkeypatch):
+        """A character that the terminal's encoding lacks is shown as an escape. A closed stream is no error."""
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+        monkeypatch.setattr(sys, "stderr", None)
+        with suppress(SystemExit):
+            call()
+        sys.stdout.write("±")
+        sys.stdout.flush()
+        sys.stderr.write("nowhere")
+        sys.stderr.close()
+        assert raw.getvalue().endswith(b"\\xb1")
+
+    def test_a_full_disk(self, monkeypatch, capsys):
+        """One line, and the traceback on request."""
+
+        class Full(io.StringIO):
+            def write(self, text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        monkeypatch.delenv("OMNIOPD_VERBOSE", raising=False)
+        assert main(["recipes"]) == 1
+        assert capsys.readouterr().err.startswith("OSError: [Errno 28] No space left on device. With OMNIOPD_VERBOSE")
+        monkeypatch.setenv("OMNIOPD_VERBOSE", "1")
+        with pytest.raises(OSError, match="No space left"):
+            main(["recipes"])
+
+    def test_the_reader_of_a_run_ends(self, recipe, monkeypatch, capsys):
+        """As with `omniopd train ... | head`: the run ends with it, and says how to continue."""
+
+        def closed(*args):
+            raise BrokenPipeError
+
+        monkeypatch.setattr(train, "main", closed)
+        monkeypatch.setattr(train, "drop_output", lambda: None)
+        assert train.run(["--config", recipe()]) == 1
+        assert "so does the run. To continue, start the command again, training with" in capsys.readouterr().err
 
 
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))
@@ -246,11 +346,27 @@ def test_recipe_that_explodes(tmp_path, text, message):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [("beta: 0.1\nenv: {A: 1}\nbeta: 0.2", (1, 3)), ("env: {beta: 1, C: 2, beta: 3}", (1, 1))],
+    ids=["options", "a section"],
+)
+def test_an_option_that_is_set_twice(tmp_path, text, lines):
+    """YAML would read the last value, without a word about the first."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    first, second = lines
+    with pytest.raises(ConfigError, match=f"sets `beta` in line {first} and in line {second}, and only the last"):
+        check_arguments(["--config", str(path)])
+
+
 @pytest.mark.case("U11")
 def test_recipe_with_aliases(tmp_path):
     """Ordinary anchors, aliases and merges are read."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto}")
+    path.write_text(
+        "model_init_kwargs: &kwargs {revision: a}\nteacher_model_init_kwargs: {<<: *kwargs, dtype: auto, <<: *kwargs}"
+    )
     assert check_arguments(["--config", str(path)]) == {
         "model_init_kwargs": {"revision": "a"},
         "teacher_model_init_kwargs": {"revision": "a", "dtype": "auto"},
@@ -259,12 +375,12 @@ def test_recipe_with_aliases(tmp_path):
 
 def test_sections():
     """The options of a baseline are those of TRL's configuration, from a recipe and from the command line."""
-    for name, config in options.SECTIONS.items():
+    for name, config in hints.SECTIONS.items():
         import trl
 
-        oracle = options.hints_of([getattr(trl, config)])
-        hints = options.section_hints(name)
-        assert {n: describe_type(h) for n, h in hints.items()} == {n: describe_type(h) for n, h in oracle.items()}
+        oracle = hints_of([getattr(trl, config)])
+        found = hints.section_hints(name)
+        assert {n: describe_type(h) for n, h in found.items()} == {n: describe_type(h) for n, h in oracle.items()}
     script_args, *_ = parse_args(
         ["--grpo", '{"num_generations": 4, "learning_rate": "1e-5"}', "--use_cpu", "true", "--bf16", "false"]
     )

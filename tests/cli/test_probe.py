@@ -8,8 +8,8 @@ import re
 import pytest
 
 from omniopd_trl.audits.auditor import Auditor
+from omniopd_trl.cli.hints import option_hints
 from omniopd_trl.cli.main import main
-from omniopd_trl.cli.options import option_hints
 from omniopd_trl.evals.probe import Form
 from omniopd_trl.journal.reader import spent
 from tests.support.judge import marks_for

@@ -26,7 +26,7 @@ from omniopd_trl.cli import train
 from omniopd_trl.cli.hardware import job_of
 from omniopd_trl.cli.launch import launch_options, split_arguments
 from omniopd_trl.cli.main import main
-from omniopd_trl.cli.options import option_hints, option_names
+from omniopd_trl.cli.options import option_names
 from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import TeacherOptions, load_teacher
@@ -204,7 +204,7 @@ class TestGenerated:
         assert len(commands) == 6  # three for OmniOPD, and GRPO, SFT, and OPD or the cheaper form
         gpus = {"24 GB": "rtx4090", "80 GB": "h100-80", "H200": "h200"}
         for above, words in commands.items():
-            launch, training = split_arguments(words, option_names(option_hints()), launch_options())[::2]
+            launch, training = split_arguments(words, option_names(), launch_options())[::2]
             processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
             training[1] = str(ROOT / training[1])
             script_args, args, model_args, _ = parse_args([*training, "--use_cpu", "true"])

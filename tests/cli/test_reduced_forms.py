@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from omniopd_trl.cli import train
-from omniopd_trl.cli.ablate import read_plan
+from omniopd_trl.cli.ablate.plan import read_plan
 from omniopd_trl.cli.main import main
 from omniopd_trl.data import load_dataset_or_files
 from omniopd_trl.demo import asset_path

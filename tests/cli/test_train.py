@@ -243,6 +243,42 @@ class TestMistakes:
         assert run(["--config", recipe(chunk_length=64)]) == 2
         assert capsys.readouterr().err.startswith("ConfigError: chunk_length=64 is larger than max_completion_length")
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"seed": -1}, "These settings cannot be used: Seed must be between 0 and 2**32 - 1. Change them."),
+            ({"output_dir": ""}, "`output_dir` is empty. Name a folder."),
+            ({"output_dir": "recipe.yaml"}, "recipe.yaml is a file. Choose another folder."),
+            ({"output_dir": "recipe.yaml/out"}, "recipe.yaml is a file. Choose another folder."),
+            ({"generation_kwargs": "{top_k"}, "`generation_kwargs` is '{top_k', which is not valid JSON"),
+            ({"chat_template_kwargs": "5"}, "`chat_template_kwargs` is 5; it must be a mapping of keys to values."),
+        ],
+    )
+    def test_settings_that_another_package_would_refuse(self, recipe, tmp_path, monkeypatch, capsys, changes, message):
+        """One line of this package, and the traceback only where it is asked for."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("OMNIOPD_VERBOSE", raising=False)
+        assert run(["--config", recipe(**changes)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+    def test_traceback_on_request(self, recipe, tmp_path, monkeypatch):
+        """Of the error of another package."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("OMNIOPD_VERBOSE", "1")
+        with pytest.raises(ValueError, match=r"^Seed must be between"):
+            run(["--config", recipe(seed=-1)])
+
+    def test_a_metric_that_does_not_exist(self, recipe, tmp_path, monkeypatch, capsys):
+        """transformers finds out after the first evaluation. The error lists the metrics, and how to continue."""
+        monkeypatch.chdir(tmp_path)
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "nope", "save_strategy": "steps"}
+        best |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+        assert run(["--config", recipe(**best)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "'eval_nope', which is not found" in error
+        assert "'eval_pass@1'" in error
+        assert "recorded answers are not paid again" in error
+
     def test_every_process_says_it(self, recipe, capsys, monkeypatch):
         """What goes wrong in another process than the first is not lost."""
         monkeypatch.setenv("RANK", "1")
@@ -271,6 +307,21 @@ class TestMistakes:
         usage, error = capsys.readouterr().err.splitlines()
         assert usage == "usage: python -m omniopd_trl.train --config RECIPE.yaml [--OPTION VALUE ...]"
         assert "invalid int value: 'ten'" in error
+
+    def test_control_c_within_an_import(self, tmp_path):
+        """The import is not tried again for the message: half of a package may be loaded."""
+        code = (
+            "import sys, omniopd_trl.cli.train as t\n"
+            "class Interrupts:\n"
+            "    def find_spec(self, name, *args):\n"
+            "        if name in ('trl', 'transformers.trainer'):\n"
+            "            raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupts())\n"
+            "sys.exit(t.run(['--output_dir', 'out']))"
+        )
+        process = run_process(sys.executable, "-c", code, cwd=tmp_path)
+        assert process.returncode == 128 + signal.SIGINT
+        assert process.stderr == "\nInterrupted outside of the training's steps.\n"
 
     @pytest.mark.case("A3")
     def test_control_c_while_the_teacher_is_asked(self, recipe, tmp_path, monkeypatch, capsys):
@@ -506,6 +557,8 @@ class TestResolveCheckpoint:
             resolve_checkpoint("true", str(tmp_path))
         with pytest.raises(DataError, match="no such folder"):
             resolve_checkpoint("checkpoint-7", str(tmp_path))
+        with pytest.raises(DataError, match=r"which holds no complete checkpoint\. Give the path of a checkpoint-N"):
+            resolve_checkpoint(str(tmp_path), str(tmp_path))
 
 
 class TestSummarize:

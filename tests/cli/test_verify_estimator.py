@@ -76,10 +76,8 @@ def test_what_is_compared(run, tiny_teacher_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num_rollouts", "4"], "have between 1 and 3 rollouts"),
-        (["--num_rollouts", "0"], "have between 1 and 3 rollouts"),
+        (["--num_rollouts", "4"], "has only 3. Give at most 3, or record a run with `--num_rollouts 4`."),
         (["--similarity", "nothing"], "`similarity` is 'nothing'"),
-        (["--max_trajectories", "0"], "must be at least 1"),
         (["--prior_strength", "-1"], "`prior_strength` is -1"),
         (["--teacher", "scripted"], "it is not a local model"),
         (["--teacher", "demo:techer"], "Did you mean `demo:teacher`?"),

@@ -101,6 +101,9 @@ class TestLoading:
         path.write_text('{"question": "1 + 1?"}\n{"question": \n')
         with pytest.raises(DataError, match="every line is one JSON object"):
             load_dataset_or_files(str(path))
+        path.write_bytes(b'{"question": "caf\xe9?"}\n')
+        with pytest.raises(DataError, match=r"Invalid UTF8 .*is one JSON object in UTF-8"):
+            load_dataset_or_files(str(path))
         path = tmp_path / "sums.parquet"
         path.write_bytes(b"PAR1 and nothing else")
         with pytest.raises(DataError, match="the file is complete"):

@@ -77,6 +77,15 @@ def test_a_column_that_the_model_sees(tmp_path, tiny_model_dir, capsys):
     assert "the column 'answer'" in capsys.readouterr().out
 
 
+def test_a_model_that_cannot_be_loaded(tmp_path, capsys):
+    """It may be a student, so it is not called a teacher."""
+    command = ["eval", "--model", "no/model", "--dataset", "demo:problems", "--output_dir", str(tmp_path / "a")]
+    assert main([*command, "--max_completion_length", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "DataError: The model 'no/model' cannot be loaded: there is no such folder." in error
+    assert "teacher" not in error
+
+
 class TestMetrics:
     """Every number is one that can be computed by hand."""
 
@@ -250,6 +259,9 @@ class TestModelsInThisProcess:
     def test_a_context_that_is_too_short_is_refused(self, model):
         with pytest.raises(ConfigError, match=r"max_tokens=250.*context of 256. Lower it to at most 24\d"):
             evaluate(*model, SUMS, settings=EvalSettings(max_tokens=250))
+        long = Dataset.from_list([{"prompt": "1 " * 300, "answer": "1"}])
+        with pytest.raises(ConfigError, match=r"context of 256\. Remove such prompts"):
+            evaluate(*model, long, settings=EvalSettings(max_tokens=1))
 
     def test_other_weights_are_refused_in_the_same_folder(self, model, tmp_path):
         settings = EvalSettings(num_samples=1, max_tokens=4)

@@ -84,6 +84,12 @@ def test_a_killed_worker_is_replaced(worker):
     assert Killed().read(ENDLESS).problem == f"its process ended with exit code {-signal.SIGKILL}"
 
 
+def test_control_c_of_the_terminal_does_not_reach_it(worker):
+    """The terminal sends it to the process group. Within its imports, it would print a traceback."""
+    assert worker.read(RIGHT).score == 1.0
+    assert os.getpgid(worker._process.pid) != os.getpgrp()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the address space")
 def test_memory_is_limited(worker):
     """The limit is the process's own; an answer that would need more is wrong, and the process lives on."""
