@@ -369,5 +369,10 @@ def _usage(usage: Any) -> Usage | None:
         "completion_tokens",
         "completion_tokens_details.reasoning_tokens",
         "prompt_tokens_details.cache_write_tokens",
+        "total_tokens",
     )
-    return None if found is None else Usage(*found)
+    if found is None:
+        return None
+    prompt, cached, completion, reasoning, written, total = found
+    # Some services, such as xAI, count reasoning in the total only.
+    return Usage(prompt, cached, max(completion, total - prompt), reasoning, written)
