@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a request that got no answer reached the service, which may then charge for it."""
 
+import asyncio
 import time
 from contextvars import ContextVar
 from typing import Any
@@ -35,8 +36,11 @@ class Delivery:
             self._on_new_connection = True
         elif name == "send_request_headers.started":
             self._to_service = info["request"].method != b"CONNECT"  # otherwise it asks a proxy for a tunnel
-        elif name == "send_request_body.complete" and self._to_service:
-            self._sent_at = time.monotonic()
+        elif name.startswith("send_request_body.") and self._to_service:
+            # A time limit may cancel the request right after its last byte is written, which is reported as a failure.
+            is_cancelled = isinstance(info.get("exception"), asyncio.CancelledError)
+            if name.endswith(".complete") or is_cancelled:
+                self._sent_at = time.monotonic()
         elif name == "receive_response_headers.complete" and self._to_service:
             self._answered = True
 
