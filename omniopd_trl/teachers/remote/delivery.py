@@ -7,6 +7,8 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
+from omniopd_trl.teachers.remote.failures import causes
+
 # A connection that the service closed while it was idle fails this soon after it is used again, in seconds.
 STALE_SECONDS = 1.0
 
@@ -64,12 +66,7 @@ class Delivery:
 
 def _names(error: BaseException) -> set[str]:
     """The types of an error and of its causes, by name: no HTTP client is imported for them."""
-    names: set[str] = set()
-    cause: BaseException | None = error
-    while cause is not None:
-        names |= {kind.__name__ for kind in type(cause).__mro__}
-        cause = cause.__cause__
-    return names
+    return {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
 
 
 async def trace_delivery(request: Any) -> None:
