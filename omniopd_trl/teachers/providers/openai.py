@@ -26,8 +26,7 @@ from omniopd_trl.teachers.remote.answers import (
     refused_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.batch import BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.batch import BatchLimits, BatchTeacher, Results, read_lines
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
@@ -43,7 +42,7 @@ KEYS = {
 }
 
 
-class OpenAITeacher(RemoteTeacher):
+class OpenAITeacher(BatchTeacher):
     """A teacher behind `/v1/completions` (`raw`) or `/v1/chat/completions` (all other continuations).
 
     Args:
