@@ -294,6 +294,19 @@ def test_content_over_the_wire():
     assert texts == [" 7", contents[1][: 70 * 64]]
 
 
+@pytest.mark.parametrize(
+    ("reason", "sample"),
+    [
+        ("model_length", Sample(" 7", "length")),  # of Mistral
+        ("sensitive", Sample("", "stop", "filtered")),  # this one and the next of Z.ai
+        ("network_error", Sample("", "network_error", "interrupted")),
+    ],
+)
+def test_finish_reasons(reason, sample):
+    """Reasons of single services that do not end a complete sample."""
+    assert read_sample(ASKED, " 7", reason) == sample
+
+
 @pytest.mark.case("T14")
 @pytest.mark.usefixtures("services")
 @pytest.mark.parametrize("reason", ["error", "insufficient_system_resource", "abort", "ABORT", "cancelled"])
