@@ -239,7 +239,8 @@ def read_sample(asked: Asked, content: Any, finish_reason: str | None, *, reason
     if not answer.strip() and (reasoned or hidden or answer != text):
         return Sample("", finish, "empty", reasoned=True)
     reasoned = answer != text
-    if not answer:
+    # White space may continue a text. It answers no question, and services refuse it as a turn of a conversation.
+    if not (answer.strip() if asked.prefix.is_question else answer):
         return Sample("", finish, "empty")
     if asked.instructed:
         repaired = repair(asked.prefix.completion, answer, asked.prefix.prompt)
