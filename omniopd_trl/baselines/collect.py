@@ -29,8 +29,7 @@ from omniopd_trl.journal.store import Journal
 from omniopd_trl.teachers import Prefix, Rollout, SamplingRequest, Teacher, TeacherReply
 from omniopd_trl.teachers.base import replies_of
 from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
-from omniopd_trl.teachers.remote.batch import Batches, open_batches
-from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.batch import Batches, BatchTeacher, open_batches
 from omniopd_trl.trainer.fingerprint import fingerprint, teacher_key
 from omniopd_trl.trainer.validation import probe_teacher
 
@@ -164,8 +163,8 @@ def collect_solutions(
             "Solutions cannot be verified: the dataset has neither a `solution` nor an `answer` column. Add one, set "
             "`reward_funcs`, or leave out --verified."
         )
-    reason = "it is no service"
-    if in_batches and (not isinstance(teacher, RemoteTeacher) or (reason := teacher.why_no_batches())):
+    reason = "it is no service that takes them"
+    if in_batches and (not isinstance(teacher, BatchTeacher) or (reason := teacher.why_no_batches())):
         raise ConfigError(f"{teacher.name} cannot be asked in batches: {reason}. Leave out --batch.")
     size = 1 if teacher.is_remote else LOCAL_BATCH
     key = {
@@ -193,7 +192,7 @@ def collect_solutions(
         store = _BatchRecords(journal, len(dataset))
         if not store.are_open(str(folder), in_batches):  # the check may not fit into what their worst case leaves
             probe_teacher(teacher, [("train_dataset", dataset)], context)
-        batches = Batches(teacher, store, report) if in_batches and isinstance(teacher, RemoteTeacher) else None
+        batches = Batches(teacher, store, report) if in_batches and isinstance(teacher, BatchTeacher) else None
         loop = EventLoopThread()
         try:
             loop.run(collection.run(batches))

@@ -77,7 +77,7 @@ def collect(server, teacher, folder, *, prompts=4, batch=True, limits=None, budg
         in_batches=batch,
         report=lambda line: lines.append(str(line)),
     )
-    assert remote.batches is None  # the teacher is given back
+    assert remote.answer_in_batch is None  # the teacher is given back
     assert not isinstance(remote.budget.price, BatchPrice)
     return lines
 

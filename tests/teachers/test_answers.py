@@ -294,6 +294,19 @@ def test_content_over_the_wire():
     assert texts == [" 7", contents[1][: 70 * 64]]
 
 
+@pytest.mark.parametrize(
+    ("reason", "sample"),
+    [
+        ("model_length", Sample(" 7", "length")),  # of Mistral
+        ("sensitive", Sample("", "stop", "filtered")),  # this one and the next of Z.ai
+        ("network_error", Sample("", "network_error", "interrupted")),
+    ],
+)
+def test_finish_reasons(reason, sample):
+    """Reasons of single services that do not end a complete sample."""
+    assert read_sample(ASKED, " 7", reason) == sample
+
+
 @pytest.mark.case("T14")
 @pytest.mark.usefixtures("services")
 @pytest.mark.parametrize("reason", ["error", "insufficient_system_resource", "abort", "ABORT", "cancelled"])
@@ -358,13 +371,21 @@ def test_wrong_usage(name, value):
     """If a number of tokens is none, the service does not say what it used; the samples are read all the same."""
     read, answer = FORMATS[name]
     key = "usageMetadata" if name == "generateContent" else "usage"
-    numbers = [path for path in paths(answer) if path[0] == key and "otal" not in path[-1]]
+    numbers = [path for path in paths(answer) if path[0] == key and path[-1] != "totalTokenCount"]
     assert len(numbers) >= 4
     for path in numbers:
         response = read(json.dumps(changed(answer, path, value)), ASKED)
         is_empty_group = value == {} and isinstance(reduce(lambda inner, key: inner[key], path, answer), dict)
         assert response.usage is None or is_empty_group
         assert len(response.samples) >= 1
+
+
+@pytest.mark.parametrize(("total", "completion"), [(135, 103), (41, 9), (32, 9), (None, 9)])
+def test_reasoning_in_the_total_only(total, completion):
+    """The answer of xAI's documentation: 9 tokens of text and 94 of reasoning, which are charged."""
+    details = {"completion_tokens_details": {"reasoning_tokens": 94}}
+    usage = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": total, **details}
+    assert openai.read_answer(json.dumps({**CHAT, "usage": usage}), ASKED).usage == Usage(32, 0, completion, 94)
 
 
 @pytest.mark.case("T15")

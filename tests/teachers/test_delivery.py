@@ -80,6 +80,30 @@ def test_sent(fault, before, expected):
         assert arrived(f"{server.url}/v1/completions", before=before, timeout=0.3) is expected
 
 
+def test_cancelled_as_it_is_sent():
+    """A time limit that ends between the last byte and the client's report of it: the service has the request."""
+
+    async def send(url):
+        attempt, task = Delivery(), asyncio.current_task()
+        note = attempt.trace
+
+        async def trace(event, info):
+            if event.endswith("send_request_body.started"):
+                asyncio.get_running_loop().call_soon(task.cancel)
+            await note(event, info)
+
+        attempt.trace = trace
+        async with httpx2.AsyncClient(event_hooks={"request": [trace_delivery]}) as client:
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await client.post(url, json={"model": "m", "prompt": ""})
+        while not server.requests:  # it has all of it
+            await asyncio.sleep(0.01)
+        return attempt.may_have_arrived(caught.value)
+
+    with Loopback(wire.openai) as server:
+        assert asyncio.run(asyncio.wait_for(send(f"{server.url}/v1/completions"), 5.0))
+
+
 def test_answer_that_breaks_off():
     """The answer had begun, so it was computed, also on a connection that was used again."""
 

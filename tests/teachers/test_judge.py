@@ -213,6 +213,16 @@ def test_a_malformed_answer_is_asked_for_again_and_paid_once(services):  # noqa:
         assert len(server.requests) == len(ledger.payments) == 2
 
 
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_answer_is_empty(services, blank):  # noqa: F811
+    """It is not asked for again: Claude refuses a conversation with a blank turn."""
+    with Loopback(openai(lambda messages: blank)) as server:
+        found = ask(teacher_of(SERVICES[1], server))
+    assert not found.answers
+    assert "a sample was empty" in found.replies[0].failure
+    assert len(server.requests) == 1
+
+
 def test_reasoning_before_the_marks_is_removed(services):  # noqa: F811
     with Loopback(openai(lambda messages: "<think>1: 3?</think>\n1: 10\n2: 0\n3: 9")) as server:
         assert ask(teacher_of(SERVICES[1], server)).marks[0] == {"3 + 4 = 7": 1.0}

@@ -23,8 +23,7 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.batch import CLOCK_SECONDS, BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.batch import CLOCK_SECONDS, BatchLimits, BatchTeacher, Results, read_lines
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
 from omniopd_trl.teachers.remote.settings import Capabilities
@@ -46,7 +45,7 @@ _NO_CREDENTIALS = {
 }
 
 
-class AnthropicTeacher(RemoteTeacher):
+class AnthropicTeacher(BatchTeacher):
     """A teacher behind `/v1/messages`, with one sample per request.
 
     Older models continue a last message of the assistant (`prefill`). It must not end in white space: trailing white

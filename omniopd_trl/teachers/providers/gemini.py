@@ -23,8 +23,7 @@ from omniopd_trl.teachers.remote.answers import (
     read_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.batch import BatchLimits, Results
-from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.batch import BatchLimits, BatchTeacher, Results
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import check_address, http_client
 from omniopd_trl.teachers.remote.settings import Capabilities
@@ -33,7 +32,7 @@ from omniopd_trl.teachers.remote.settings import Capabilities
 _STATUS_OF_GRPC = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 13: 500, 14: 503, 16: 401}
 
 
-class GeminiTeacher(RemoteTeacher):
+class GeminiTeacher(BatchTeacher):
     """A teacher behind `generateContent`.
 
     Models up to 2.5 continue a last turn of the role `model` (`prefill`); later ones refuse it and are instructed.

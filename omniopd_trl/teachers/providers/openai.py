@@ -26,8 +26,7 @@ from omniopd_trl.teachers.remote.answers import (
     refused_sample,
     served_model,
 )
-from omniopd_trl.teachers.remote.batch import BatchLimits, Results, read_lines
-from omniopd_trl.teachers.remote.engine import RemoteTeacher
+from omniopd_trl.teachers.remote.batch import BatchLimits, BatchTeacher, Results, read_lines
 from omniopd_trl.teachers.remote.failures import NOT_REACHED, Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.fields import limit_field
 from omniopd_trl.teachers.remote.http import check_address, http_client
@@ -43,7 +42,7 @@ KEYS = {
 }
 
 
-class OpenAITeacher(RemoteTeacher):
+class OpenAITeacher(BatchTeacher):
     """A teacher behind `/v1/completions` (`raw`) or `/v1/chat/completions` (all other continuations).
 
     Args:
@@ -369,5 +368,10 @@ def _usage(usage: Any) -> Usage | None:
         "completion_tokens",
         "completion_tokens_details.reasoning_tokens",
         "prompt_tokens_details.cache_write_tokens",
+        "total_tokens",
     )
-    return None if found is None else Usage(*found)
+    if found is None:
+        return None
+    prompt, cached, completion, reasoning, written, total = found
+    # Some services, such as xAI, count reasoning in the total only.
+    return Usage(prompt, cached, max(completion, total - prompt), reasoning, written)

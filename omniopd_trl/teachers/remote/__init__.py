@@ -4,14 +4,7 @@
 
 from omniopd_trl.teachers.remote.answers import Response, Sample
 from omniopd_trl.teachers.remote.engine import RemoteTeacher
-from omniopd_trl.teachers.remote.failures import (
-    Failure,
-    MalformedResponseError,
-    ServiceError,
-    failure_of,
-    redact,
-    retry_after,
-)
+from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.settings import Capabilities, Continuation, EngineSettings
 
 __all__ = [
@@ -24,7 +17,4 @@ __all__ = [
     "Response",
     "Sample",
     "ServiceError",
-    "failure_of",
-    "redact",
-    "retry_after",
 ]

@@ -178,11 +178,13 @@ def served_model(value: Any) -> str | None:
 
 # The meaning of a finish reason, in lower case, over all services. All others end a complete sample.
 _FINISH: dict[str, str] = {
-    **dict.fromkeys(("length", "max_tokens", "model_context_window_exceeded", "continuation"), "length"),
+    **dict.fromkeys(
+        ("length", "max_tokens", "model_length", "model_context_window_exceeded", "continuation"), "length"
+    ),
     **dict.fromkeys(
         (
             *("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "language"),
-            *("model_armor", "escalation", "pup_limited_disabled"),
+            *("model_armor", "escalation", "pup_limited_disabled", "sensitive"),
         ),
         "filtered",
     ),
@@ -190,7 +192,7 @@ _FINISH: dict[str, str] = {
     **dict.fromkeys(
         (
             *("error", "insufficient_system_resource", "abort", "aborted", "cancelled", "canceled", "timeout"),
-            *("internal_error", "server_error", "failed", "incomplete", "malformed_response"),
+            *("internal_error", "server_error", "network_error", "failed", "incomplete", "malformed_response"),
         ),
         "interrupted",
     ),
@@ -237,7 +239,8 @@ def read_sample(asked: Asked, content: Any, finish_reason: str | None, *, reason
     if not answer.strip() and (reasoned or hidden or answer != text):
         return Sample("", finish, "empty", reasoned=True)
     reasoned = answer != text
-    if not answer:
+    # White space may continue a text. It answers no question, and services refuse it as a turn of a conversation.
+    if not (answer.strip() if asked.prefix.is_question else answer):
         return Sample("", finish, "empty")
     if asked.instructed:
         repaired = repair(asked.prefix.completion, answer, asked.prefix.prompt)

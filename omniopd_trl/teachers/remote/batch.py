@@ -17,24 +17,23 @@ import json
 import sys
 import time
 import uuid
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from omniopd_trl.accounting.budget import Reservation
 from omniopd_trl.accounting.pricing import batch_price
 from omniopd_trl.errors import OmniOPDError, TeacherError
 from omniopd_trl.teachers.base import Prefix, SamplingRequest
 from omniopd_trl.teachers.remote.answers import Prepared, Response, parse
+from omniopd_trl.teachers.remote.engine import RemoteTeacher
 from omniopd_trl.teachers.remote.failures import Failure, MalformedResponseError, ServiceError
 from omniopd_trl.teachers.remote.http import MAX_BODY
 from omniopd_trl.teachers.remote.retries import RequestFailedError
-
-if TYPE_CHECKING:
-    from omniopd_trl.teachers.remote.engine import RemoteTeacher
-    from omniopd_trl.teachers.remote.settings import Capabilities
+from omniopd_trl.teachers.remote.settings import Capabilities
 
 # Seconds between two looks at the batches of a service, and before a lost batch is looked for in its list.
 POLL_SECONDS = 60.0
@@ -75,23 +74,24 @@ class BatchLimits(NamedTuple):
     size: int
 
 
-class TakesBatches:
-    """What a remote teacher implements if its service takes batches. The defaults are for one that takes none.
+class BatchTeacher(RemoteTeacher):
+    """A teacher behind a service that takes batches.
 
     Attributes:
         batch_limits: limits of the service.
     """
 
-    batch_limits: BatchLimits | None = None
+    batch_limits: BatchLimits
 
+    @abstractmethod
     def prepare(self, prefix: Prefix, num_samples: int, request: SamplingRequest) -> Prepared:
         """The request that `request` sends, for a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def why_no_batches(self) -> str:
-        """Why this teacher cannot be asked in batches; empty when it can. It then has the following methods."""
-        return "its service has none"
+        """Why this teacher cannot be asked in batches; empty when it can."""
 
+    @abstractmethod
     async def submit_batch(self, tag: str, requests: Mapping[str, Prepared]) -> str:
         """Submit a batch, and return the service's name of it.
 
@@ -99,8 +99,8 @@ class TakesBatches:
             tag: a name that no other batch has, for `find_batch`.
             requests: the requests, by their names in the batch.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def find_batch(
         self, tag: str, names: Collection[str], since: float, known: Collection[str]
     ) -> tuple[str | None, bool]:
@@ -115,8 +115,8 @@ class TakesBatches:
         Returns:
             The service's name of it, or `None`; and whether that is certain. Otherwise ask again later.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def collect_batch(self, batch_id: str, names: Collection[str]) -> Results | ServiceError | None:
         """What has become of a batch.
 
@@ -128,7 +128,6 @@ class TakesBatches:
             `None` while it is processed. Afterwards the body of the answer or the error of each request, by its name;
             or the error of a batch that the service has not begun.
         """
-        raise NotImplementedError
 
 
 class BatchStore(Protocol):
@@ -151,7 +150,7 @@ class _Request:
     request: SamplingRequest
     keep: Callable[..., None]
     worst: tuple[int, float]
-    sent_with: "Capabilities"
+    sent_with: Capabilities
     answer: "asyncio.Future[Response]"
     prepared: Prepared | None = None
 
@@ -178,11 +177,10 @@ class Batches:
         report: called with a line for people when a batch is submitted, found again or has ended.
     """
 
-    def __init__(self, teacher: "RemoteTeacher", store: BatchStore, report: Callable[[str], None] = lambda line: None):
-        assert teacher.batch_limits is not None
+    def __init__(self, teacher: BatchTeacher, store: BatchStore, report: Callable[[str], None] = lambda line: None):
         self._teacher, self._budget, self._limits = teacher, teacher.budget, teacher.batch_limits
         self._store, self._report = store, report
-        teacher.batches, teacher.max_body = self, MAX_BATCH_BODY
+        teacher.answer_in_batch, teacher.max_body = self.answer, MAX_BATCH_BODY
         self._price = self._budget.price
         if self._price is not None:
             self._budget.price = batch_price(teacher.name.partition(":")[0], self._price)
@@ -280,7 +278,7 @@ class Batches:
 
     def close(self) -> None:
         """Give the teacher back as it was: it sends single requests at its standard price."""
-        self._teacher.batches, self._teacher.max_body, self._budget.price = None, MAX_BODY, self._price
+        self._teacher.answer_in_batch, self._teacher.max_body, self._budget.price = None, MAX_BODY, self._price
 
     # ---- Submit ----
 

@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a request that got no answer reached the service, which may then charge for it."""
 
+import asyncio
 import time
 from contextvars import ContextVar
 from typing import Any
+
+from omniopd_trl.teachers.remote.failures import causes
 
 # A connection that the service closed while it was idle fails this soon after it is used again, in seconds.
 STALE_SECONDS = 1.0
@@ -35,8 +38,11 @@ class Delivery:
             self._on_new_connection = True
         elif name == "send_request_headers.started":
             self._to_service = info["request"].method != b"CONNECT"  # otherwise it asks a proxy for a tunnel
-        elif name == "send_request_body.complete" and self._to_service:
-            self._sent_at = time.monotonic()
+        elif name.startswith("send_request_body.") and self._to_service:
+            # A time limit may cancel the request right after its last byte is written, which is reported as a failure.
+            is_cancelled = isinstance(info.get("exception"), asyncio.CancelledError)
+            if name.endswith(".complete") or is_cancelled:
+                self._sent_at = time.monotonic()
         elif name == "receive_response_headers.complete" and self._to_service:
             self._answered = True
 
@@ -60,12 +66,7 @@ class Delivery:
 
 def _names(error: BaseException) -> set[str]:
     """The types of an error and of its causes, by name: no HTTP client is imported for them."""
-    names: set[str] = set()
-    cause: BaseException | None = error
-    while cause is not None:
-        names |= {kind.__name__ for kind in type(cause).__mro__}
-        cause = cause.__cause__
-    return names
+    return {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
 
 
 async def trace_delivery(request: Any) -> None:

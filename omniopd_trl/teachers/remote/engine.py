@@ -14,7 +14,7 @@ import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -38,7 +38,6 @@ from omniopd_trl.teachers.base import (
 )
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
 from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
-from omniopd_trl.teachers.remote.batch import Batches, TakesBatches
 from omniopd_trl.teachers.remote.delivery import Delivery
 from omniopd_trl.teachers.remote.failures import (
     LEARNED,
@@ -94,7 +93,7 @@ class _Tally:
     given_up: list[Failure] = field(default_factory=list)
 
 
-class RemoteTeacher(TakesBatches, Teacher):
+class RemoteTeacher(Teacher):
     """Base class of teachers behind a service.
 
     Args:
@@ -109,8 +108,8 @@ class RemoteTeacher(TakesBatches, Teacher):
         ConfigError: when a key, a proxy, or an extra field or header cannot be sent.
 
     A subclass implements `request`, and `connect` when it uses a client. It extends `unsupported` when its service has
-    other words for what it does not take, and `classify` when its SDK has more exceptions. For batches it implements
-    the methods of [`TakesBatches`].
+    other words for what it does not take, and `classify` when its SDK has more exceptions. A service that takes
+    batches has a subclass of [`~omniopd_trl.teachers.remote.batch.BatchTeacher`].
 
     Attributes:
         model: the service's name of the model.
@@ -158,7 +157,8 @@ class RemoteTeacher(TakesBatches, Teacher):
         self.served_model: str | None = None
         self._has_answered = False
         self._probes = False
-        self.batches: Batches | None = None  # set by `Batches`, which then sends the requests
+        # Set while requests are sent in batches.
+        self.answer_in_batch: Callable[[Prefix, int, SamplingRequest, _Keep], Awaitable[Response]] | None = None
         self.max_body = MAX_BODY
 
     @abstractmethod
@@ -470,7 +470,7 @@ class RemoteTeacher(TakesBatches, Teacher):
         return [(begin, min(most, end - begin)) for begin in range(start, end, most)]
 
     def _fills_cache(self, prefix: Prefix) -> bool:
-        if self.batches is not None:
+        if self.answer_in_batch is not None:
             return False  # the requests of a batch are answered in any order, up to a day apart
         least = self.capabilities.min_cached_prefix
         # The bound is in bytes, and a token of prose has about four.
@@ -497,7 +497,7 @@ class RemoteTeacher(TakesBatches, Teacher):
             RequestFailedError: when the service refuses several samples per request.
         """
         clock = AttemptClock(self.settings.max_seconds)
-        most = self.settings.max_attempts or (None if self.batches is None else BATCH_ATTEMPTS)
+        most = self.settings.max_attempts or (None if self.answer_in_batch is None else BATCH_ATTEMPTS)
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(may_be_repeated),
@@ -511,10 +511,10 @@ class RemoteTeacher(TakesBatches, Teacher):
                     # In each attempt: another request may have changed the capabilities.
                     headroom = self.capabilities.reasoning_headroom
                     part = replace(request, max_tokens=request.max_tokens + headroom) if headroom else request
-                    if self.batches is not None:
+                    if self.answer_in_batch is not None:
                         tally.counts["requests"] += 1
                         tally.counts["retries"] += again
-                        return await self.batches.answer(prefix, num_samples, part, keep)
+                        return await self.answer_in_batch(prefix, num_samples, part, keep)
                     prompt_tokens, completion_tokens = self.max_prompt_tokens(prefix), num_samples * part.max_tokens
                     async with (
                         self._throttle.slot(prompt_tokens // 4 + completion_tokens, again) as began,

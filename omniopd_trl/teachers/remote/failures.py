@@ -417,17 +417,14 @@ def failure_without_answer(error: BaseException, *, address: str | None, limit: 
         limit: name and value of the limit of an attempt, for the message.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
-    cause = error.__cause__ or error if "APIError" in names else error  # an SDK wraps the error of its client
     if names & _TIMEOUTS:
         return Failure("transient", f"no answer within {limit}", may_be_billed=True)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    is_other_success = isinstance(status, int) and 200 <= status < 300  # an error for an SDK that expects a 200
-    if names & _UNREADABLE or type(cause).__name__ in _UNREADABLE or is_other_success:
-        return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
-    if names & _CONNECTIONS:
+    cause = error.__cause__ or error if "APIError" in names else error  # an SDK wraps the error of its client
+    if names & _CONNECTIONS and type(cause).__name__ not in _UNREADABLE:
         where = f"no connection to {address}" if address else "no connection"
         return Failure("transient", f"{where} ({type(cause).__name__}: {cause})", may_be_billed=True)
-    if "APIError" in names:  # for the SDK of Gemini, 206 and other statuses of success are errors
+    # For the SDK of Gemini, 206 and other statuses of success are errors.
+    if names & _UNREADABLE or "APIError" in names:
         return Failure("transient", f"the response cannot be read ({error})", may_be_billed=True)
     return None
 
@@ -469,12 +466,17 @@ def escape_controls(text: str) -> str:
 _QUERY_KEY = r"(?i:[?&][\w.-]*(?:key|token|secret|passw\w*|auth\w*|sig\w*|code)=)"
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and its causes. The SDKs wrap those of the HTTP client in their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
 def malformed_in(error: Exception) -> Exception:
     """The `MalformedResponseError` of our HTTP client, which the SDKs wrap in their own; else the error itself."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, MalformedResponseError):
-        cause = cause.__cause__
-    return cause or error
+    return next((cause for cause in causes(error) if isinstance(cause, MalformedResponseError)), error)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
