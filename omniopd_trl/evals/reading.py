@@ -21,7 +21,7 @@ from typing import Any
 
 import math_verify
 
-from omniopd_trl.evals.numbers import PlainNumber, plain_number
+from omniopd_trl.evals.numbers import PlainNumber, number_in, plain_number
 from omniopd_trl.evals.workers import Reading
 
 # Maximum number of characters that are searched for an answer, taken from the end if no mark precedes the answer.
@@ -61,13 +61,13 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         return Reading(None)
     if gold.number is not None:
         number = _number_of(completion)
-        if number is not None and gold.number.equals(number):
+        if number is not None and gold.number.equals(number, lenient):
             # In one form, in which right answers are equal texts: `50%` is 50 or 0.5.
             return Reading(1.0, str(min(gold.number.values)))
-        if not lenient:
-            if number is None or not (number.is_reduced or gold.number.is_fraction):
-                return Reading(0.0)  # `74/2` is a calculation
+        if number is not None and (lenient or number.is_reduced or gold.number.is_fraction):
             return Reading(0.0, str(min(number.values)))
+        if not lenient:
+            return Reading(0.0)  # `74/2` is a calculation
     parsed: tuple[Any, ...] = ()
     for lists in (False, True) if lenient else (True,):
         found = _parse(completion, lists)
@@ -106,10 +106,9 @@ def _number_of(text: str) -> PlainNumber | None:
         return number if not number.has_words or _is_constant(_parse_marked(_TEXT.sub(r"\1", text))) else None
     if marked is not None and re.search(r"\d", text):
         return None
-    source = next(
-        (part for part in _parse(text if marked is None else marked, lists=True) if isinstance(part, str)), ""
-    )
-    return plain_number(source)
+    text = text if marked is None else marked
+    source = next((part for part in _parse(text, lists=True) if isinstance(part, str)), "")
+    return number_in(text, source) if source and source in text else plain_number(source)
 
 
 def _is_constant(parsed: tuple[Any, ...]) -> bool:

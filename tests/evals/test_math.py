@@ -161,7 +161,20 @@ def test_wrong(completion, gold):
         *((form, "0.5") for form in ("½", "\uff15\uff10\uff05")),
         *((form, "1.5") for form in ("1½", "1 ½")),
         *((form, "1234") for form in ("1'234", "1’234", "１，２３４")),
-        *((form, "16") for form in ("16 m⁴", "16 m s⁻²", "16 m/s²")),
+        *((form, "16") for form in ("16 m⁴", "16 m s⁻²", "16 m/s²", "16 degrees", "16 hundred-dollar bills")),
+        *(
+            (form, "42000000")
+            for form in (
+                "42 million",
+                "$42$ million people",
+                r"42\text{ Million}",
+                r"\boxed{42} million",
+                "42,000 thousand",
+            )
+        ),
+        *((form, "42 million") for form in ("42000000", "4.2e7", "42.0 million")),
+        *((form, "500000") for form in ("1/2 million", "5 hundred thousand", "x = 5 hundred thousand")),
+        *(("3 dozen eggs", gold) for gold in ("3", "36", "3 dozen")),
         (r"\text{16 cm}", "16"),
         ("-¾", "-0.75"),
         (r"-\frac{-1}{2}", "0.5"),
@@ -203,6 +216,12 @@ def test_a_number_in_any_form_is_right(answer, gold):
         *((form, "0.5") for form in ("2/4", "1 - 0.5", "1:2", "0,5")),
         *((form, "0.5") for form in (r"\frac{-1}{2}", r"-\frac{1}{2}")),
         *((form, "5") for form in ("5²", "5⁴", "5½", "±5", "≤ 5", "x ≠ 5", "x ≥ 5", "∛5", "\uff0d5")),
+        *((form, "42") for form in ("42 million", r"42\text{ billion}", "42 thousand dollars", "$42$ hundred", "42k")),
+        *(
+            (form, "37")
+            for form in ("not 37", "not $37$", r"not \boxed{37}", "isn’t equal to 37", "cannot be 37", "never 37")
+        ),
+        ("42", "42 million"),
         ("3", "-3"),
         ("9e999999999", "37"),
         ("1/0", "37"),
@@ -220,14 +239,23 @@ def test_the_lenient_reading_is_an_option():
     assert score("Answer: 12 + 30 - 5", "37", lenient=True) == 1.0
     assert score("Answer: 37 or 38", "38", lenient=True) == 1.0
     assert score(r"Answer: 2^{10}", "1024", lenient=True) == 1.0
+    assert score("Answer: 42 million", "42", lenient=True) == 0.0
     # Without a mark, the number that math-verify finds counts, if it is one.
     assert score("First 12, then 30, then 5 less: 37.", "37") == 1.0
     assert score("It is 12 + 30 - 5.", "37") == 0.0
+    assert score("There are 3 towns with 14 million people each, so 42 million.", "42000000") == 1.0
+    assert score("There are 3 towns with 14 million people each, so 42 million.", "42") == 0.0
+    assert score("First 12, then 30, then 5 less, which is not 37.", "37") == 0.0
+    assert score("They are not enough: she has no more than 37.", "37") == 1.0
 
 
 @pytest.mark.case("R21")
 @pytest.mark.parametrize(
-    "text", ["1," * 500, "1 " * 500, "\\frac" * 200, "{" * 500, "1/" * 500, "\\text{" * 200, "a^" * 400]
+    "text",
+    [
+        *("1," * 500, "1 " * 500, "\\frac" * 200, "{" * 500, "1/" * 500, "\\text{" * 200, "a^" * 400),
+        *("not the " * 200 + "x 1 x2", "1" + " million" * 150 + "x2", "1" + " " * 1000 + "x2", "\\boxed{}" * 100),
+    ],
 )
 def test_reading_a_number_is_fast(text):
     """Every form is read in time proportional to its length."""
