@@ -34,7 +34,7 @@ from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
-from omniopd_trl.evals.math import math_accuracy, read_answers
+from omniopd_trl.evals.math import as_votes, math_accuracy, read_answers
 from omniopd_trl.evals.results import SAMPLES, EvalResult, Problem, write_json
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path, journals_of
@@ -621,7 +621,10 @@ def _score(
         columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
         readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
-        answers = [reading.answer for reading in readings]
+        parts = [slice(start, start + n) for start in range(0, len(texts), n)]
+        read = [reading.answer for reading in readings]
+        votes = as_votes([read[part] for part in parts], [scores[part] for part in parts], lenient=settings.lenient)
+        answers = [answer for row in votes for answer in row]
         timed_out = [reading.problem is not None for reading in readings]
     else:
         scored = _rewards(rewards, repeated, texts)

@@ -3,14 +3,21 @@
 """Reward functions for mathematical answers, in TRL's signature."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 from omniopd_trl.errors import DataError, find_extra
 from omniopd_trl.evals import workers
 
 logger = logging.getLogger(__name__)
+
+# A number as `read_answers` writes it.
+_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 
 
 def math_accuracy(
@@ -99,6 +106,41 @@ def read_answers(
             text[-100:],
         )
     return readings
+
+
+def as_votes(
+    answers: Sequence[Sequence[str | None]], scores: Sequence[Sequence[float | None]], *, lenient: bool = False
+) -> list[list[str | None]]:
+    """Answers with one text for those that are equal, as votes of a majority.
+
+    Right answers are equal, and wrong ones if one would be right where the other is. Two formulas may take seconds, so
+    wrong answers are compared only where this can change the majority: a right answer is the most frequent one, and
+    all wrong ones together are not fewer.
+
+    Args:
+        answers: the answers that [`read_answers`] reads from the samples of each problem.
+        scores: their scores.
+        lenient: argument of [`math_accuracy`].
+    """
+    votes: list[list[str | None]] = []
+    pairs: list[tuple[int, str, str]] = []
+    for row, marks in zip(answers, scores, strict=True):
+        right = next((answer for answer, mark in zip(row, marks, strict=True) if mark == 1), None)
+        numbers: dict[Fraction, str] = {}
+        texts = [right if mark == 1 else answer for answer, mark in zip(row, marks, strict=True)]
+        for index, text in enumerate(texts):
+            if text is not None and _NUMBER.fullmatch(text):
+                texts[index] = numbers.setdefault(round(Fraction(text), 6), text)
+        counts = Counter(text for text in texts if text is not None)
+        if right is not None and max(counts.values()) == counts[right] <= counts.total() / 2:
+            wrong = combinations((text for text in counts if text != right), 2)
+            pairs += [(len(votes), *pair) for pair in wrong if not all(map(_NUMBER.fullmatch, pair))]
+        votes.append(texts)
+    readings = workers.read([(f"Answer: {second}", [first], lenient) for _, first, second in pairs])
+    for (problem, first, second), reading in zip(pairs, readings, strict=True):
+        if reading.score == 1:
+            votes[problem] = [first if text == second else text for text in votes[problem]]
+    return votes
 
 
 def _text_of_gold(gold: Any) -> str | None:

@@ -140,9 +140,9 @@ def plain_number(text: str) -> PlainNumber | None:
             if (earlier := plain_number(other)) is not None and value not in earlier.values:
                 return None  # `x = 37, x = 38`
     scale = prod(_SCALES[word.removesuffix("s")] for word in re.findall(r"\w+", (found["scales"] or "").lower()))
-    units = {1, Fraction(1, 100)} if found["percent"] else {1, 12} if found["dozen"] else {scale}
+    other = value / 100 if found["percent"] else 12 * value if found["dozen"] else value
     return PlainNumber(
-        frozenset(value * unit for unit in units),
+        frozenset({value * scale, other * scale}),
         is_fraction=found["numerator"] is not None,
         is_reduced=is_reduced,
         has_words=bool(re.search(r"[^\W\d_]", _UNITS.sub("", f"{before}|{after}"))),

@@ -85,13 +85,10 @@ def _equals(gold: _Gold, parsed: tuple[Any, ...]) -> bool:
 
 
 def _comparable(parsed: tuple[Any, ...]) -> str:
-    """Expressions as a text: equal numbers have equal texts, and so have formulas that sympy writes alike."""
+    """Expressions as a text: a number by its value, and anything else as it was written."""
     source = next((part for part in parsed if isinstance(part, str)), "")
     number = plain_number(source)
-    try:
-        return str(parsed[0] if number is None or number.has_words else min(number.values))
-    except ValueError:  # a number with more digits than Python writes
-        return source
+    return source if number is None or number.has_words else str(min(number.values))
 
 
 def _number_of(text: str) -> PlainNumber | None:

@@ -40,8 +40,8 @@ class Problem:
             results of other models.
         id: the dataset's `id`; `None` if it has none.
         scores: score of each sample, 1.0 for a right answer; `None` where the right answer cannot be read.
-        answers: what was read as the answer of each sample, in a comparable form; `None` without a readable answer,
-            and for custom reward functions.
+        answers: what was read as the answer of each sample, as [`~omniopd_trl.evals.math.as_votes`] writes it; `None`
+            without a readable answer, and for custom reward functions.
         truncated: whether each sample was cut at the maximum length.
         answered: whether the model gave the sample. A service may refuse it, or filter it.
         timed_out: whether the scorer had to be stopped. The sample counts as wrong.

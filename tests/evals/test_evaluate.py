@@ -119,6 +119,12 @@ class TestMetrics:
         metrics = evaluate(ScriptedTeacher(["Answer: 2"]), dataset=rows, settings=FOUR).metrics
         assert (metrics["num_problems"], metrics["num_not_scored"], metrics["pass@1"]) == (1, 1, 1.0)
 
+    def test_equal_formulas_vote_together(self):
+        texts = ["Answer: x + 1", r"Answer: $2\sqrt{3}$", r"Answer: $\sqrt{12}$", "Answer: 2"]
+        rows = Dataset.from_list([{"prompt": "?", "answer": "1 + x"}])
+        metrics = evaluate(ScriptedTeacher(texts), dataset=rows, settings=FOUR).metrics
+        assert (metrics["pass@1"], metrics["majority@4"]) == (1 / 4, 0)
+
     def test_a_custom_function(self):
         """Graded scores have a mean, and no pass@2. It gets the columns of its sample, and may be asynchronous."""
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from omniopd_trl.errors import DataError, MissingExtraError
-from omniopd_trl.evals import math_accuracy
-from omniopd_trl.evals.math import read_answers
+from omniopd_trl.evals import math_accuracy, workers
+from omniopd_trl.evals.math import as_votes, read_answers
 from omniopd_trl.evals.numbers import plain_number
 from omniopd_trl.evals.workers import Reading
 from tests.support import ROOT
@@ -349,7 +349,7 @@ def test_endless_repetition_is_quick_and_quiet(caplog):
         ("Answer: ४२", "42", Reading(1.0, "42")),
         ("答案：Answer：42", "42", Reading(1.0, "42")),
         ("答案：Answer：42 or 43", "42", Reading(0.0)),
-        (r"Answer: \sqrt{12}", r"2\sqrt{3}", Reading(1.0, "sqrt(12)")),
+        (r"Answer: $\sqrt{12}$", r"2\sqrt{3}", Reading(1.0, r"\sqrt{12}")),
         (r"Answer: x + 1", r"\sqrt{2}", Reading(0.0, "x + 1")),
         ("Answer: 7", "none", Reading(None)),
     ],
@@ -357,6 +357,41 @@ def test_endless_repetition_is_quick_and_quiet(caplog):
 def test_what_is_read(completion, gold, expected):
     """The last answer, in a form in which equal numbers are equal texts; `None` where nothing can be read."""
     assert read_answers([completion], answer=[gold]) == [expected]
+
+
+class TestVotes:
+    """Which answers vote together in a majority."""
+
+    def test_equal_answers(self):
+        """Formulas of one value vote together where this decides, right answers and numbers always."""
+        texts = (
+            r"\sqrt{12}",
+            "x+5",
+            "7x",
+            r"$2\sqrt{3}$",
+            "5 + x",
+            "7",
+            "none",
+            r"\frac{6}{\sqrt{3}}",
+            "7.00000001",
+            "7",
+        )
+        readings = read_answers([f"Answer: {text}" for text in texts], answer=["x + 5"] * len(texts))
+        answers, scores = [one.answer for one in readings], [one.score for one in readings]
+        assert (sum(scores), len({*answers})) == (2, 9)
+        root, right = r"\sqrt{12}", "x+5"
+        expected = [right if score else answer for answer, score in zip(answers, scores, strict=True)]
+        expected[8] = "7"
+        assert as_votes([answers], [scores]) == [expected], "7 has more votes than the right answer"
+        expected = [root, right, "7x", root, right, "7", None, root]
+        assert as_votes([answers[:8]], [scores[:8]]) == [expected]
+
+    def test_no_needless_comparison(self, monkeypatch):
+        """Nothing is compared where the majority is known: no right answer, or more of them than of all others."""
+        monkeypatch.setattr(workers, "read", lambda tasks: [] if not tasks else pytest.fail("compared"))
+        rows = [["x+5", "5+x", "y"], ["y", "y", "x+5", "5+x"], ["y"], [None, None]]
+        scores = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [None], [0.0, 0.0]]
+        assert as_votes(rows, scores) == [["x+5", "5+x", "y"], ["y", "y", "y", "5+x"], ["y"], [None, None]]
 
 
 def test_the_table_of_forms():
