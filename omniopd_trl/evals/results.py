@@ -135,6 +135,13 @@ def is_scored(problem: Problem) -> bool:
     return None not in problem.scores
 
 
+def nothing_to_score(num_problems: int) -> DataError:
+    """The error of a set without any right answer."""
+    return DataError(
+        f"None of {num_problems} problems has a right answer that can be read. Check the `answer` column."
+    )
+
+
 def metrics_of(problems: Sequence[Problem], reads_answers: bool = True) -> dict[str, Any]:
     """What an evaluation reports. Shares are of all samples of the scored problems.
 
@@ -154,9 +161,7 @@ def metrics_of(problems: Sequence[Problem], reads_answers: bool = True) -> dict[
     """
     scored = [problem for problem in problems if is_scored(problem)]
     if not scored:
-        raise DataError(
-            f"None of {len(problems)} problems has a right answer that can be read. Check the `answer` column."
-        )
+        raise nothing_to_score(len(problems))
     scores = [[s for s in problem.scores if s is not None] for problem in scored]
     n = len(scores[0])
     metrics: dict[str, Any] = {

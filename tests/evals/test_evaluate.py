@@ -276,11 +276,18 @@ class TestRefused:
             (SUMS.rename_column("prompt", "question"), "no column `prompt`"),
             (SUMS.rename_column("answer", "gold"), "neither a column `answer` nor `solution`"),
             (SUMS.select([0, 1, 0]), "Row 2 of the dataset repeats row 0"),
+            (SUMS.add_column("image", ["x"] * len(SUMS)), "images and tools are not supported yet"),
+            (
+                SUMS.map(lambda row, i: {"prompt": row["prompt"] * (i < 3)}, with_indices=True),
+                "Row 3 .* empty or blank",
+            ),
+            (SUMS.map(lambda row: {"answer": "none"}), "None of 6 problems has a right answer"),
         ],
     )
     def test_datasets(self, dataset, words):
+        """A model is not even loaded: this one is not there."""
         with pytest.raises(DataError, match=words):
-            evaluate(ScriptedTeacher(), dataset=dataset)
+            evaluate("./no-model", dataset=dataset)
 
     @pytest.mark.parametrize(
         "change", [{"num_samples": 0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"seed": -1}]
