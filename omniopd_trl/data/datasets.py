@@ -131,6 +131,8 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
         return list(dataset.column_names)
     try:
         return list(next(iter(dataset), {}))
+    except DataError:  # such as a row without a question
+        raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(
             f"The first row of the stream cannot be read ({first_line(error.__cause__ or error)}). Check that every "

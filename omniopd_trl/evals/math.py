@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
+from numbers import Number
 from typing import Any
 
 from omniopd_trl.errors import DataError, find_extra
@@ -144,9 +145,9 @@ def as_votes(
 
 
 def _text_of_gold(gold: Any) -> str | None:
-    if isinstance(gold, list):
-        return ", ".join(map(str, gold))
-    return None if gold is None else str(gold)
+    parts = gold if isinstance(gold, list) else [gold]
+    # A number in the text of anything else is not the answer.
+    return ", ".join(map(str, parts)) if all(isinstance(part, str | Number) for part in parts) else None
 
 
 def text_of_completion(completion: str | list[dict[str, Any]]) -> str:

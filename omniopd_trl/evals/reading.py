@@ -117,6 +117,7 @@ def _is_constant(parsed: tuple[Any, ...]) -> bool:
 # The same right answers are parsed at every evaluation and for every sample of a prompt.
 @lru_cache(maxsize=65536)
 def _parse_gold(text: str) -> _Gold | None:
+    text = _FOREIGN.sub(_ascii, text)
     parsed = _parse(text, lists=True)
     return _Gold(parsed, _number_of(text)) if parsed else None
 

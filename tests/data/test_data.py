@@ -6,7 +6,7 @@ import json
 import warnings
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 
 from omniopd_trl.data import (
     PROMPT_TEMPLATES,
@@ -247,6 +247,8 @@ class TestTemplates:
         dataset = Dataset.from_list([{"question": "a"}, {"question": None}])
         with pytest.raises(DataError, match=r"Row 1 has no question"):
             prepare_prompts(dataset)
+        with pytest.raises(DataError, match=r"^Row 0 has no question"):
+            check_dataset(prepare_prompts(generated([{"question": None}])))
 
     def test_all_kinds(self):
         """Splits and streams come back as what they were, with the same prompts."""
@@ -293,6 +295,14 @@ class TestCheckDataset:
         """Images and tools are refused with the way to continue without them."""
         with pytest.raises(DataError, match=rf"column `{column}`.*not supported yet.*remove_columns\('{column}'\)"):
             check_dataset(Dataset.from_list([{"prompt": "x", column: ["y"]}]))
+
+    def test_images_of_any_name(self):
+        """A column of images is refused, however it is called."""
+        features = Features({"prompt": Value("string"), "figure": Image()})
+        for streamed in (False, True):
+            rows = Dataset.from_dict({"prompt": ["x"], "figure": [None]}, features)
+            with pytest.raises(DataError, match=r"column `figure`.*not supported yet"):
+                check_dataset(rows.to_iterable_dataset() if streamed else rows)
 
     @pytest.mark.parametrize(
         ("prompt", "message"),

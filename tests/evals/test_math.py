@@ -3,10 +3,12 @@
 """Math accuracy: what is read from a completion, what counts as equal, and what happens when nothing can be read."""
 
 import logging
+import math
 import re
 import sys
 import threading
 import time
+from datetime import date
 
 import pytest
 
@@ -47,6 +49,8 @@ def score(completion, gold, **options):
         ("Answer: \u0663\u066b\u0665", "3.5"),
         ("Answer: \u0661\u066c\u0662\u0663\u0664", "1234"),
         ("Answer: (\u0663, \u0664)", "(3, 4)"),
+        ("Answer: 3.5", "\u0663\u066b\u0665"),
+        ("Answer: \uff17", "\uff17"),
         *(
             (f"Answer: {form}", "1, 2")
             for form in ("1 or 2", "1 and 2", "x = 2 or x = 1", "x = 1, x = 2", "$x=1$, $x=2$")
@@ -310,6 +314,12 @@ def test_unreadable_gold_is_none_and_said_once(caplog):
     warned = [record.getMessage() for record in caplog.records if "no such number" in record.getMessage()]
     assert len(warned) == 1
     assert "neither as right nor as wrong" in warned[0]
+
+
+@pytest.mark.parametrize("gold", [{"a": [7]}, [7, [8]], ["7", None], b"7", True, math.nan, [], date(2024, 1, 7)])
+def test_a_value_that_is_no_answer(gold):
+    """A number somewhere in it is not the right answer. It counts neither way."""
+    assert math_accuracy(["Answer: 7", f"Answer: {gold}"], answer=[gold] * 2) == [None, None]
 
 
 def test_other_thread():
