@@ -236,7 +236,7 @@ def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
     return list(dataset)
 
 
-def _golds(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _golds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The columns with the right answers, those that the dataset has."""
     return {name: [row[name] for row in rows] for name in _GOLDS if name in rows[0]}
 
