@@ -308,7 +308,6 @@ def main(
         training_args.load_best_model_at_end or trainer.state.global_step not in evaluated
     ):
         trainer.evaluate()
-    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
     saved_to = str(training_args.output_dir)
     name = script_args.dataset_name
@@ -324,6 +323,8 @@ def main(
     else:
         trainer.save_model(saved_to)
         trainer.create_model_card(**card)
+    # Last: what a teacher that no longer answers ends is saved.
+    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
     if training_args.save_audits and trainer.accelerator.is_main_process:
         print_change(str(training_args.output_dir))
