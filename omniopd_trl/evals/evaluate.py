@@ -35,7 +35,7 @@ from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
-from omniopd_trl.evals.math import as_votes, math_accuracy, read_answers
+from omniopd_trl.evals.math import as_votes, has_right_answer, math_accuracy, read_answers
 from omniopd_trl.evals.results import SAMPLES, EvalResult, Problem, nothing_to_score, write_json
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path, journals_of
@@ -182,7 +182,7 @@ def evaluate(
         raise ConfigError(f"reward_funcs={reward_funcs!r} names nothing to score with. Leave it out for math-verify.")
     # The answers themselves are known only where math-verify reads them.
     reads_answers = rewards.functions == [math_accuracy]
-    if reads_answers and all(one.score is None for one in read_answers([""] * len(rows), **_golds(rows))):
+    if reads_answers and not has_right_answer(rows):
         raise nothing_to_score(len(rows))
     context.check(dataset, "dataset")
     asked = [{**row, "prompt": context.prompt(row)} for row in rows]
@@ -234,11 +234,6 @@ def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
         )
     check_dataset(dataset, "dataset")
     return list(dataset)
-
-
-def _golds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The columns with the right answers, those that the dataset has."""
-    return {name: [row[name] for row in rows] for name in _GOLDS if name in rows[0]}
 
 
 def _keys(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -627,7 +622,8 @@ def _score(
     timed_out = [False] * len(texts)
     scored: dict[str, list[float | None]] = {}
     if rewards is None:
-        readings = read_answers(texts, **_golds(repeated), lenient=settings.lenient)
+        columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
+        readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
         parts = [slice(start, start + n) for start in range(0, len(texts), n)]
         read = [reading.answer for reading in readings]

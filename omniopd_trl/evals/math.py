@@ -5,7 +5,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
@@ -107,6 +107,12 @@ def read_answers(
             text[-100:],
         )
     return readings
+
+
+def has_right_answer(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any row has an `answer` or a `solution` that can be parsed. No row is named in a warning."""
+    golds = [[_text_of_gold(row.get(name)) for name in ("answer", "solution")] for row in rows]
+    return any(reading.score is not None for reading in workers.read([("", texts, False) for texts in golds]))
 
 
 def as_votes(

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 from omniopd_trl.data.datasets import column_names, named_datasets
 from omniopd_trl.errors import ConfigError, find_extra
 from omniopd_trl.evals.code import CodeAccuracy, check_tests, code_accuracy
-from omniopd_trl.evals.math import math_accuracy
+from omniopd_trl.evals.math import has_right_answer, math_accuracy
 from omniopd_trl.evals.procedural import check_tasks, reasoning_gym_accuracy
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ class Rewards:
     Attributes:
         function_names: name of each function, with a number where an earlier function has the same one.
         names: name of each function's mean in an evaluation.
+        reads_nothing: whether math-verify is the default and cannot read the right answers of a dataset.
 
     Raises:
         ConfigError: when a function cannot be called with what it will get, or a model cannot be used.
@@ -167,6 +168,7 @@ class Rewards:
     ):
         datasets = [one for _, one in named_datasets(None, dataset)]
         columns = [column_names(one) for one in datasets]
+        self.reads_nothing = False
         if funcs is None:
             funcs = []
             named = {name for names in columns for name in names}
@@ -177,6 +179,13 @@ class Rewards:
             elif {"solution", "answer"} & named:
                 find_extra("math_verify", "eval")
                 funcs = [math_accuracy]
+                self.reads_nothing = not all(map(_has_right_answer, datasets))
+                if self.reads_nothing:
+                    logger.warning(
+                        f"None of the first right answers of a dataset ({', '.join({'solution', 'answer'} & named)}) "
+                        "can be read as mathematics, so its samples will have no score. Set "
+                        f"`{option}` to a function that scores them."
+                    )
                 if lenient:
                     logger.warning(
                         "eval_lenient_answers=True: pass@1 is lenient. Where the right answer is a number, a "
@@ -285,6 +294,14 @@ def _cells(datasets: Sequence[Any], column: str) -> Iterator[Any]:
         if column in column_names(dataset):
             cells = dataset[column] if isinstance(dataset, Dataset) else [row[column] for row in islice(dataset, 1)]
             yield from (cell for cell in cells if cell is not None)
+
+
+def _has_right_answer(dataset: Any) -> bool:
+    """Whether math-verify can read one of the first right answers: of 32 rows, or of one row of a stream."""
+    named = [name for name in ("answer", "solution") if name in column_names(dataset)]
+    rows = dataset.select_columns(named) if isinstance(dataset, Dataset) else islice(dataset, 1)
+    given = [*islice((row for row in rows if any(row.get(name) is not None for name in named)), 32)] if named else []
+    return not given or has_right_answer(given)
 
 
 def _check_signature(func: RewardFunc, columns: Sequence[str]) -> None:

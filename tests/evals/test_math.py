@@ -11,11 +11,13 @@ import time
 from datetime import date
 
 import pytest
+from datasets import Dataset
 
 from omniopd_trl.errors import DataError, MissingExtraError
 from omniopd_trl.evals import math_accuracy, workers
 from omniopd_trl.evals.math import as_votes, read_answers
 from omniopd_trl.evals.numbers import plain_number
+from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.evals.workers import Reading
 from tests.support import ROOT
 
@@ -320,6 +322,19 @@ def test_unreadable_gold_is_none_and_said_once(caplog):
 def test_a_value_that_is_no_answer(gold):
     """A number somewhere in it is not the right answer. It counts neither way."""
     assert math_accuracy(["Answer: 7", f"Answer: {gold}"], answer=[gold] * 2) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reads_nothing"),
+    [(["two", "three"], True), (["two", "7"], False), ([None, "7"], False), ([None, None], False)],
+)
+def test_right_answers_that_nothing_can_read(answers, reads_nothing, caplog):
+    """Said before anything is generated. Rows without a right answer, as in a mixture, are not looked at."""
+    rows = Dataset.from_list([{"prompt": "1 + 1 =", "answer": answer} for answer in answers])
+    assert Rewards(None, rows, device="cpu").reads_nothing is reads_nothing
+    assert ("samples will have no score" in caplog.text) is reads_nothing
+    assert Rewards(None, rows.to_iterable_dataset(), device="cpu").reads_nothing is (answers[0] == "two")
+    assert not Rewards(lambda completions, **kwargs: [], rows, device="cpu").reads_nothing
 
 
 def test_other_thread():
