@@ -158,10 +158,10 @@ def collect_solutions(
         TeacherError: when the teacher cannot answer, or too many prompts stay without an answer.
         BudgetError: when the budget is used up. What was answered is written.
     """
-    if only_verified and not rewards:
+    if only_verified and (not rewards or rewards.reads_nothing):
         raise DataError(
-            "Solutions cannot be verified: the dataset has neither a `solution` nor an `answer` column. Add one, set "
-            "`reward_funcs`, or leave out --verified."
+            "Solutions cannot be verified: the dataset has neither a `solution` nor an `answer` column"
+            f"{' that math-verify can read' * bool(rewards)}. Add one, set `reward_funcs`, or leave out --verified."
         )
     reason = "it is no service that takes them"
     if in_batches and (not isinstance(teacher, BatchTeacher) or (reason := teacher.why_no_batches())):

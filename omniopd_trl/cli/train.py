@@ -326,7 +326,6 @@ def main(
         training_args.load_best_model_at_end or trainer.state.global_step not in evaluated
     ):
         trainer.evaluate()
-    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
     saved_to = output_dir
     name = script_args.dataset_name
@@ -342,6 +341,8 @@ def main(
     else:
         trainer.save_model(output_dir)
         trainer.create_model_card(**card)
+    # Last: what a teacher that no longer answers ends is saved.
+    teacher = trainer.evaluate_teacher() if script_args.evaluate_teacher else None
 
     if training_args.save_audits and trainer.accelerator.is_main_process:
         print_change(output_dir)

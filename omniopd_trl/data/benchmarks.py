@@ -359,7 +359,8 @@ def _gym_problems(name: str, split: str, limit: int | None) -> Dataset:
             {
                 "prompt": [{"role": "user", "content": text}],
                 "question": problem["question"],
-                "answer": str(problem["answer"]),
+                # A few tasks have many right answers, and name none.
+                "answer": None if problem["answer"] is None else str(problem["answer"]),
                 "gym": json.dumps({"task": task, "options": settings[split], "index": index}),
                 "id": f"{split}-{index}",
                 "source": name,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from omniopd_trl.data.datasets import column_names
@@ -55,8 +55,9 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
         else:
             advice = "Rename the column that holds the question to `prompt` (text, or a list of messages)."
         raise DataError(f"`{name}` has no `prompt` column (it has: {', '.join(columns)}). {advice}")
-    for column in _UNSUPPORTED_COLUMNS:
-        if column in columns:
+    features = dataset.features or {}
+    for column in columns:
+        if column in _UNSUPPORTED_COLUMNS or isinstance(features.get(column), Image):
             raise DataError(
                 f"`{name}` has a column `{column}`: images and tools are not supported yet, prompts are text only. "
                 f"Remove it with `dataset.remove_columns({column!r})` if the text alone is enough."

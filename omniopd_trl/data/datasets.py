@@ -73,19 +73,24 @@ def load_dataset_or_files(
         )
     try:
         if builder is not None:
-            splits = datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
+            loaded = datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
         else:
             source = str(path) if path.is_dir() else name
-            splits = datasets.load_dataset(source, name=config, streaming=streaming, **options)
-        if path.exists() and not streaming:
-            for split in splits.values():
-                split.data.validate(full=True)  # a text that is not UTF-8 would be an error when it is read
-        return splits
+            loaded = datasets.load_dataset(source, name=config, streaming=streaming, **options)
+        if not streaming and path.exists():
+            for split in loaded.values():
+                split.data.validate(full=True)  # text that is not UTF-8 would be found when its row is read
+        return loaded
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         # `datasets` wraps the actual error in a generic one ("An error occurred while generating the dataset").
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        reason = first_line(cause)
         if isinstance(error, StopIteration) or "corresponds to no data" in reason:
             reason = "it has no rows"
+        elif "Config name is missing" in reason:
+            reason = " ".join(str(cause).splitlines()[:2])  # the second line lists them
+        elif "column names don't match" in str(cause):
+            reason = "its files have different columns"
         if builder is not None:
             advice = "Check that every line is one JSON object in UTF-8, and that all have the same fields."
             if builder == "parquet":
@@ -136,6 +141,8 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
         return list(dataset.column_names)
     try:
         return list(next(iter(dataset), {}))
+    except DataError:  # such as a row without a question
+        raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(
             f"The first row of the stream cannot be read ({first_line(error.__cause__ or error)}). Check that every "

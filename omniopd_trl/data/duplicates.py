@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import LCSseq
 
-# Letters and digits in sequence, and the operators that tell one calculation from another. Other marks are formatting.
-_WORD = re.compile(r"[^\W_]+|[-+*/=<>^!|]")
+# Scripts without spaces between words: Thai and its neighbours, Japanese, Chinese.
+_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# Letters and digits in sequence, single letters of those scripts, and the operators that tell one calculation from
+# another. Other marks are formatting.
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[-+*/=<>^!|]")
 _NUMBER = re.compile(r"\d+")
 # A wording is told by three words whatever the numbers; two problems of one wording by five words with their numbers.
 _OF_WORDING, _OF_NUMBERS = 3, 5

@@ -46,11 +46,17 @@ def encode_prompts(
             raise PromptError(problem, index)
     if isinstance(prompts[0], str):
         return encode_text(tokenizer, prompts)
+
+    def rendered(index: int) -> str:
+        try:
+            return render_chat(tokenizer, prompts[index], chat_template_kwargs, "the student")
+        except DataError as error:
+            raise PromptError(str(error), index) from error
+
     for index, prompt in enumerate(prompts):
         parts = [str(message["content"]) for message in prompt if isinstance(message["content"], list)]
-        if parts and any(
-            part in render_chat(tokenizer, prompt, chat_template_kwargs, "the student") for part in parts
-        ):
+        text = rendered(index) if parts else ""
+        if any(part in text for part in parts):
             problem = "the student's chat template writes a message of parts as a list. Make its content a text."
             raise PromptError(problem, index)
     try:
@@ -58,11 +64,8 @@ def encode_prompts(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
         )["input_ids"]
     except Exception:  # a template may raise anything
-        for index, prompt in enumerate(prompts):
-            try:
-                render_chat(tokenizer, prompt, chat_template_kwargs, "the student")
-            except DataError as error:
-                raise PromptError(str(error), index) from error
+        for index in range(len(prompts)):
+            rendered(index)
         raise
     return token_ids
 

@@ -136,5 +136,7 @@ def map_prompts(dataset: AnyDataset, function: Callable[[dict[str, Any]], Any], 
 
 def _without_answer(row: dict[str, Any]) -> Any:
     messages = row[MESSAGES_COLUMN]
-    has_answer = bool(messages) and messages[-1].get("role") == "assistant"
-    return messages[:-1] if has_answer else messages
+    if not isinstance(messages, list):
+        return [messages]  # `check_dataset` refuses it, and names the row
+    last = messages[-1] if messages else None
+    return messages[:-1] if isinstance(last, dict) and last.get("role") == "assistant" else messages

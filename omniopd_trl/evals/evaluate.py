@@ -33,9 +33,10 @@ from trl.trainer.utils import get_callable_name
 from omniopd_trl.accounting.usage import NO_LEDGER, Ledger, Usage
 from omniopd_trl.audits.event_loop import EventLoopThread, release
 from omniopd_trl.audits.types import Trajectory
+from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
-from omniopd_trl.evals.math import math_accuracy, read_answers
-from omniopd_trl.evals.results import SAMPLES, EvalResult, Problem, write_json
+from omniopd_trl.evals.math import as_votes, has_right_answer, math_accuracy, read_answers
+from omniopd_trl.evals.results import SAMPLES, EvalResult, Problem, nothing_to_score, write_json
 from omniopd_trl.evals.rewards import Rewards, RewardSource
 from omniopd_trl.journal.file import journal_path, journals_of
 from omniopd_trl.journal.reader import spent
@@ -181,6 +182,8 @@ def evaluate(
         raise ConfigError(f"reward_funcs={reward_funcs!r} names nothing to score with. Leave it out for math-verify.")
     # The answers themselves are known only where math-verify reads them.
     reads_answers = rewards.functions == [math_accuracy]
+    if reads_answers and not has_right_answer(rows):
+        raise nothing_to_score(len(rows))
     context.check(dataset, "dataset")
     asked = [{**row, "prompt": context.prompt(row)} for row in rows]
     folder = None if output_dir is None else Path(output_dir)
@@ -229,6 +232,7 @@ def _rows(dataset: Dataset | None, has_function: bool) -> list[dict[str, Any]]:
             f"The dataset has neither a column `answer` nor `solution` (it has: {', '.join(columns)}). Add one, or "
             "pass `reward_funcs`."
         )
+    check_dataset(dataset, "dataset")
     return list(dataset)
 
 
@@ -622,7 +626,10 @@ def _score(
         columns = {name: [row[name] for row in repeated] for name in _GOLDS if name in repeated[0]}
         readings = read_answers(texts, **columns, lenient=settings.lenient)
         scores = [reading.score for reading in readings]
-        answers = [reading.answer for reading in readings]
+        parts = [slice(start, start + n) for start in range(0, len(texts), n)]
+        read = [reading.answer for reading in readings]
+        votes = as_votes([read[part] for part in parts], [scores[part] for part in parts], lenient=settings.lenient)
+        answers = [answer for row in votes for answer in row]
         timed_out = [reading.problem is not None for reading in readings]
     else:
         scored = _rewards(rewards, repeated, texts)

@@ -19,14 +19,14 @@ READY = b"\0in the sandbox\n"
 _MIB = 1024 * 1024
 _EPERM, _ENOSYS, _ALLOW, _KILL = 0x00050001, 0x00050026, 0x7FFF0000, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NEW_USER = 0x10000000
+_THREAD = 0x00010000
 _UNIX = 1
 
 # System calls that reach beyond the process or hold memory that no limit counts. In this order: shmget, msgget,
 # semget, memfd_create, ptrace, process_vm_readv, process_vm_writev, mount, umount2, pivot_root, unshare, setns,
-# add_key, request_key, keyctl, bpf, perf_event_open, userfaultfd, io_uring_setup.
+# add_key, request_key, keyctl, bpf, perf_event_open, userfaultfd, io_uring_setup. On x86-64 also fork and vfork.
 _REFUSED = {
-    "x86_64": (29, 68, 64, 319, 101, 310, 311, 165, 166, 155, 272, 308, 248, 249, 250, 321, 298, 323, 425),
+    "x86_64": (29, 68, 64, 319, 101, 310, 311, 165, 166, 155, 272, 308, 248, 249, 250, 321, 298, 323, 425, 57, 58),
     "aarch64": (194, 186, 190, 279, 117, 270, 271, 40, 39, 41, 97, 268, 217, 218, 219, 280, 241, 282, 425),
 }
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -35,26 +35,30 @@ _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 
 
-def limit(cpu_seconds: int, memory_mib: int, processes: int, file_mib: int) -> None:
-    """Set resource limits that the process cannot raise again. `processes=0` sets none for processes."""
+def limit(cpu_seconds: int, memory_mib: int, threads: int, file_mib: int) -> None:
+    """Set resource limits that the process cannot raise again. `threads=0` sets none for threads."""
     for name, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_mib * _MIB),
         (resource.RLIMIT_FSIZE, file_mib * _MIB),
-        (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_NPROC, threads),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_STACK, 64 * _MIB),
     ):
         hard = resource.getrlimit(name)[1]
-        if name != resource.RLIMIT_NPROC or processes:
+        if name != resource.RLIMIT_NPROC or threads:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(name, (value, value))
 
 
 def refuse_system_calls() -> None:
-    """Install a seccomp filter. Sockets other than local ones are refused: a second wall beside the empty network,
-    and the only one for `AF_VSOCK`, which no namespace separates."""
+    """Install a seccomp filter.
+
+    Sockets other than local ones are refused: a second wall beside the empty network, and the only one for `AF_VSOCK`,
+    which no namespace separates. New processes are refused, and threads are not: limits of CPU time and memory are
+    those of a process, and N processes would have N times as much.
+    """
     machine = os.uname().machine
     if machine not in _ARCH:
         return
@@ -67,7 +71,7 @@ def refuse_system_calls() -> None:
     rules += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ENOSYS)]
     rules += [(_EQUAL, 0, 4, _SOCKET[machine]), (_LOAD, 0, 0, 16), (_EQUAL, 1, 0, _UNIX)]
     rules += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
-    rules += [(_EQUAL, 0, 4, _CLONE[machine]), (_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, _NEW_USER)]
+    rules += [(_EQUAL, 0, 4, _CLONE[machine]), (_LOAD, 0, 0, 16), (_ANY_BIT, 1, 0, _THREAD)]
     rules += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
     rules += [(_RETURN, 0, 0, _ALLOW)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))

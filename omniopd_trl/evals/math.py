@@ -3,14 +3,22 @@
 """Reward functions for mathematical answers, in TRL's signature."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
+from itertools import combinations
+from numbers import Number
 from typing import Any
 
 from omniopd_trl.errors import DataError, find_extra
 from omniopd_trl.evals import workers
 
 logger = logging.getLogger(__name__)
+
+# A number as `read_answers` writes it.
+_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 
 
 def math_accuracy(
@@ -27,9 +35,9 @@ def math_accuracy(
     last 1,000 characters. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
 
     Where the right answer is a plain number, the answer must be one too. `Answer: 12 + 30 - 5` has the value 37 but
-    repeats the question, and `Answer: 37 or 38` does not decide. Formatting does not count: thousands separators,
-    trailing zeros, units, `\boxed{}`, scientific notation, a fraction in lowest terms, and what precedes an equals
-    sign.
+    repeats the question, `Answer: 37 or 38` does not decide, and `Answer: not 37` denies it. Formatting does not
+    count: thousands separators, trailing zeros, units, `\boxed{}`, scientific notation, words such as `million`, a
+    fraction in lowest terms, and what precedes an equals sign.
 
     Answers are read in other processes, and one that takes more than 3 seconds or 2 GiB is wrong: see [`workers`]. The
     time limit holds in any thread.
@@ -101,10 +109,51 @@ def read_answers(
     return readings
 
 
+def has_right_answer(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any row has an `answer` or a `solution` that can be parsed. No row is named in a warning."""
+    golds = [[_text_of_gold(row.get(name)) for name in ("answer", "solution")] for row in rows]
+    return any(reading.score is not None for reading in workers.read([("", texts, False) for texts in golds]))
+
+
+def as_votes(
+    answers: Sequence[Sequence[str | None]], scores: Sequence[Sequence[float | None]], *, lenient: bool = False
+) -> list[list[str | None]]:
+    """Answers with one text for those that are equal, as votes of a majority.
+
+    Right answers are equal, and wrong ones if one would be right where the other is. Two formulas may take seconds, so
+    wrong answers are compared only where this can change the majority: a right answer is the most frequent one, and
+    all wrong ones together are not fewer.
+
+    Args:
+        answers: the answers that [`read_answers`] reads from the samples of each problem.
+        scores: their scores.
+        lenient: argument of [`math_accuracy`].
+    """
+    votes: list[list[str | None]] = []
+    pairs: list[tuple[int, str, str]] = []
+    for row, marks in zip(answers, scores, strict=True):
+        right = next((answer for answer, mark in zip(row, marks, strict=True) if mark == 1), None)
+        numbers: dict[Fraction, str] = {}
+        texts = [right if mark == 1 else answer for answer, mark in zip(row, marks, strict=True)]
+        for index, text in enumerate(texts):
+            if text is not None and _NUMBER.fullmatch(text):
+                texts[index] = numbers.setdefault(round(Fraction(text), 6), text)
+        counts = Counter(text for text in texts if text is not None)
+        if right is not None and max(counts.values()) == counts[right] <= counts.total() / 2:
+            wrong = combinations((text for text in counts if text != right), 2)
+            pairs += [(len(votes), *pair) for pair in wrong if not all(map(_NUMBER.fullmatch, pair))]
+        votes.append(texts)
+    readings = workers.read([(f"Answer: {second}", [first], lenient) for _, first, second in pairs])
+    for (problem, first, second), reading in zip(pairs, readings, strict=True):
+        if reading.score == 1:
+            votes[problem] = [first if text == second else text for text in votes[problem]]
+    return votes
+
+
 def _text_of_gold(gold: Any) -> str | None:
-    if isinstance(gold, list):
-        return ", ".join(map(str, gold))
-    return None if gold is None else str(gold)
+    parts = gold if isinstance(gold, list) else [gold]
+    # A number in the text of anything else is not the answer.
+    return ", ".join(map(str, parts)) if all(isinstance(part, str | Number) for part in parts) else None
 
 
 def text_of_completion(completion: str | list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ A text that repeats the question (`12 + 30 - 5`) has the value of the right answ
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd
+from math import gcd, prod
 from unicodedata import normalize
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -41,19 +41,28 @@ _FORMATTING = (
     ),
 )
 _INTEGER = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d{1,3}(?:[ ]\d{3})+|\d+)"
+# `42 million` is another number than 42. In `5 hundred-dollar bills`, the word belongs to the unit.
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = rf"(?:[\s-]*\b(?:{'|'.join(_SCALES)})s?\b(?!-))"
 _NUMBER = re.compile(
     rf"""(?P<sign>[+-]\s?)?
     (?:(?P<whole>\d+)\s+(?P<part>\d+)\s?/\s?(?P<parts>\d+)           # 1 1/2
       |(?P<numerator>{_INTEGER})\s?/\s?(?P<denominator>{_INTEGER})   # 1/2
       |(?P<decimal>{_INTEGER}(?:\.\d*)?|\.\d+)
        (?:(?:\s?[*x]\s?10\s?\^\s?\{{?|[eE])(?P<exponent>[+-]?\d{{1,3}})\}}?)?
-    )(?!\d)(?:\s?(?P<percent>%|percent\b))?""",
-    re.VERBOSE,
+    )(?!\d)(?:\s?(?P<percent>%|percent\b)|\s*(?P<dozen>dozens?\b)|(?P<scales>{_SCALE}+))?""",
+    re.VERBOSE | re.IGNORECASE,
 )
 # What a text may not hold beside its number: other numbers, operators, commands, and words that calculate.
 _CALCULATES = re.compile(
     r"[\d+*^=<>!|\\√∛∜÷±∓≠≤≥\u00b9\u00b2\u00b3\u2070-\u2079]"
     r"|\b(?:sqrt|log|ln|exp|sin|cos|tan|abs|mod|half|double|twice|squared|cubed|factorial|minus|plus|times|negative)\b",
+    re.IGNORECASE,
+)
+# `not 37` is no answer, and neither is `isn't equal to 37`.
+_NEGATED = re.compile(
+    r"(?:\b(?:not|never|neither|cannot)|n['\u2019]t)"
+    r"(?:\s+(?:be|equals?|to|the|an?|number|answer|exactly|necessarily|actually|really))*\s*$",
     re.IGNORECASE,
 )
 # Before the last equals sign: one of several numbers, and the variable that has the value.
@@ -68,7 +77,8 @@ class PlainNumber:
     """A number that is written as one.
 
     Attributes:
-        values: its value; for a percentage also the value without its sign, since both are written.
+        values: its value; for a percentage also the value without its sign, and for dozens also their number, since
+            both are written.
         is_fraction: whether it is written as `a/b`.
         is_reduced: whether it is a decimal, a mixed number, or a fraction in lowest terms that is not an integer.
         has_words: whether letters stand beside it that are not a unit of one letter. They may name a variable.
@@ -79,12 +89,13 @@ class PlainNumber:
     is_reduced: bool
     has_words: bool
 
-    def equals(self, answer: "PlainNumber") -> bool:
+    def equals(self, answer: "PlainNumber", lenient: bool = False) -> bool:
         """Whether an answer gives this number, to six decimals.
 
-        `74/2` is a calculation where the number is 37 or 0.5, and a number where it is itself written as a fraction.
+        `74/2` is a calculation where the number is 37 or 0.5, unless the reading is lenient, and a number where it is
+        itself written as a fraction.
         """
-        is_number = answer.is_reduced or self.is_fraction
+        is_number = lenient or answer.is_reduced or self.is_fraction
         return is_number and bool(
             {round(value, 6) for value in self.values} & {round(value, 6) for value in answer.values}
         )
@@ -94,7 +105,8 @@ def plain_number(text: str) -> PlainNumber | None:
     r"""The number that a text consists of, apart from its formatting and words without a number.
 
     Formatting is a thousands separator, a trailing zero, a unit, a currency, a percent sign, `\boxed{}`, `\text{}`,
-    `$...$` and the like, scientific notation, and everything before the last equals sign (`x = 37`).
+    `$...$` and the like, scientific notation, and everything before the last equals sign (`x = 37`). `42 million` is
+    42,000,000, and `not 37` is no number.
 
     Returns:
         The number; `None` if the text has none, several, or a calculation.
@@ -105,10 +117,9 @@ def plain_number(text: str) -> PlainNumber | None:
         plain_number("12 + 30 - 5")  # None
         ```
     """
-    boxed = _BOXED.findall(text)
-    text = boxed[-1] if boxed else text
-    for pattern, replacement in _FORMATTING:
-        text = pattern.sub(replacement, text)
+    if boxed := [*_BOXED.finditer(text)]:
+        return number_in(text, boxed[-1][0], boxed[-1][1])
+    text = _without_formatting(text)
     defined, _, text = text.rpartition("=")
     if _CHOICE.search(defined):
         return None
@@ -116,6 +127,8 @@ def plain_number(text: str) -> PlainNumber | None:
     if found is None:
         return None
     before, after = text[: found.start()], text[found.end() :]
+    if _NEGATED.search(before):
+        return None
     if _CALCULATES.search(before) or _CALCULATES.search(after) or re.match(r"\s*[/-](?!\s?[^\W\d_])", after):
         return None
     number = _value(found)
@@ -126,12 +139,35 @@ def plain_number(text: str) -> PlainNumber | None:
         for other in re.split(rf"(?<!\w){name[1]}\s*=", defined)[1:]:
             if (earlier := plain_number(other)) is not None and value not in earlier.values:
                 return None  # `x = 37, x = 38`
+    scale = prod(_SCALES[word.removesuffix("s")] for word in re.findall(r"\w+", (found["scales"] or "").lower()))
+    other = value / 100 if found["percent"] else 12 * value if found["dozen"] else value
     return PlainNumber(
-        frozenset({value, value / 100} if found["percent"] else {value}),
+        frozenset({value * scale, other * scale}),
         is_fraction=found["numerator"] is not None,
         is_reduced=is_reduced,
         has_words=bool(re.search(r"[^\W\d_]", _UNITS.sub("", f"{before}|{after}"))),
     )
+
+
+def number_in(text: str, source: str, content: str | None = None) -> PlainNumber | None:
+    """The plain number that is written somewhere in a text, with what stands directly before and after it.
+
+    Args:
+        text: the text.
+        source: how the number is written. The last place counts.
+        content: the number without its box.
+    """
+    before, _, after = text.rpartition(source)
+    if _NEGATED.search(re.sub(r"(?:\\boxed)?[\s({]*$", "", _without_formatting(before))):
+        return None
+    scale = re.match(rf"[\s)}}]*({_SCALE}+)", _without_formatting(after), re.IGNORECASE)
+    return plain_number((source if content is None else content) + (f" {scale[1]}" if scale else ""))
+
+
+def _without_formatting(text: str) -> str:
+    for pattern, replacement in _FORMATTING:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _written_fraction(minus: str | None, *parts: str | None) -> str:

@@ -6,22 +6,31 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from omniopd_trl.data.benchmarks import make_gym_dataset
+from omniopd_trl.errors import ConfigError, find_extra
 from omniopd_trl.evals.math import text_of_completion
 from omniopd_trl.evals.sandbox import Limits, Sandbox, SandboxError, make_sandbox
 
-# Tasks whose verifiers evaluate the answer as Python or with sympy, or hold an exponent of any size: an answer may run
-# any program, or take any time and memory.
+# Tasks whose verifiers evaluate the answer as Python or with sympy, or hold an exponent or a count of any size: an
+# answer may run any program, or take any time and memory.
 EVALUATED = frozenset(
     {
-        *("binary_matrix", "coin_flip", "composite", "countdown", "intermediate_integration", "n_queens"),
-        *("polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix", "string_insertion"),
+        *("binary_matrix", "composite", "countdown", "intermediate_integration", "n_queens", "rubiks_cube"),
+        *("polynomial_multiplication", "rush_hour", "simple_integration", "spiral_matrix", "string_insertion"),
     }
 )
+
+# Tasks whose verifiers give the full score to answers that are wrong. A student in training finds them.
+UNSOUND = {
+    "coin_flip": "the first digits of the probability are right, such as 0 for 0.25",
+    "complex_arithmetic": "nan is right",
+    "game_of_life_halting": "every answer is right",
+    "puzzle24": "any four numbers that make 24 are right",
+}
 
 # An answer that takes longer ends its process, and is wrong. A run of 32 answers keeps within the limits.
 _SECONDS = 3
@@ -73,9 +82,9 @@ def reasoning_gym_accuracy(
         1.0 or 0.0 per completion, or with `partial` the task's score; `None` where a row names no problem.
 
     Raises:
-        MissingExtraError: when `reasoning_gym` is not installed.
-        ConfigError, SandboxError: when a verifier needs a sandbox, and there is none that works.
+        MissingExtraError, ConfigError, SandboxError: as [`check_tasks`].
     """
+    check_tasks(gym)
     scores: list[float | None] = [None] * len(completions)
     evaluated: dict[tuple[str, str], list[tuple[int, str, int]]] = defaultdict(list)
     for place, (completion, named) in enumerate(zip(completions, gym, strict=True)):
@@ -97,6 +106,28 @@ def reasoning_gym_accuracy(
         for place, answer, index in answers:
             scores[place] = found[answer, index]
     return [score if score is None or partial else float(score == 1.0) for score in scores]
+
+
+def check_tasks(gym: Iterable[str | None]) -> None:
+    """Refuse problems that cannot be scored.
+
+    Args:
+        gym: the column that names the problems.
+
+    Raises:
+        MissingExtraError: when `reasoning_gym` is not installed.
+        ConfigError: when a verifier gives wrong answers the full score.
+        ConfigError, SandboxError: when a verifier needs a sandbox, and there is none that works.
+    """
+    find_extra("reasoning_gym", "gym")
+    tasks = {json.loads(named)["task"] for named in gym if named is not None}
+    for task in sorted(tasks & UNSOUND.keys()):
+        raise ConfigError(
+            f"The verifier of reasoning_gym's task {task!r} gives wrong answers the full score ({UNSOUND[task]}), so "
+            "nothing can be measured with it. Choose another task, or a function of your own as `reward_funcs`."
+        )
+    if tasks & EVALUATED:
+        verifier_sandbox()
 
 
 def verifier_sandbox() -> Sandbox:

@@ -21,7 +21,7 @@ from typing import Any
 
 import math_verify
 
-from omniopd_trl.evals.numbers import PlainNumber, plain_number
+from omniopd_trl.evals.numbers import PlainNumber, number_in, plain_number
 from omniopd_trl.evals.workers import Reading
 
 # Maximum number of characters that are searched for an answer, taken from the end if no mark precedes the answer.
@@ -61,13 +61,13 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         return Reading(None)
     if gold.number is not None:
         number = _number_of(completion)
-        if number is not None and gold.number.equals(number):
+        if number is not None and gold.number.equals(number, lenient):
             # In one form, in which right answers are equal texts: `50%` is 50 or 0.5.
             return Reading(1.0, str(min(gold.number.values)))
-        if not lenient:
-            if number is None or not (number.is_reduced or gold.number.is_fraction):
-                return Reading(0.0)  # `74/2` is a calculation
+        if number is not None and (lenient or number.is_reduced or gold.number.is_fraction):
             return Reading(0.0, str(min(number.values)))
+        if not lenient:
+            return Reading(0.0)  # `74/2` is a calculation
     parsed: tuple[Any, ...] = ()
     for lists in (False, True) if lenient else (True,):
         found = _parse(completion, lists)
@@ -85,13 +85,10 @@ def _equals(gold: _Gold, parsed: tuple[Any, ...]) -> bool:
 
 
 def _comparable(parsed: tuple[Any, ...]) -> str:
-    """Expressions as a text: equal numbers have equal texts, and so have formulas that sympy writes alike."""
+    """Expressions as a text: a number by its value, and anything else as it was written."""
     source = next((part for part in parsed if isinstance(part, str)), "")
     number = plain_number(source)
-    try:
-        return str(parsed[0] if number is None or number.has_words else min(number.values))
-    except ValueError:  # a number with more digits than Python writes
-        return source
+    return source if number is None or number.has_words else str(min(number.values))
 
 
 def _number_of(text: str) -> PlainNumber | None:
@@ -106,10 +103,9 @@ def _number_of(text: str) -> PlainNumber | None:
         return number if not number.has_words or _is_constant(_parse_marked(_TEXT.sub(r"\1", text))) else None
     if marked is not None and re.search(r"\d", text):
         return None
-    source = next(
-        (part for part in _parse(text if marked is None else marked, lists=True) if isinstance(part, str)), ""
-    )
-    return plain_number(source)
+    text = text if marked is None else marked
+    source = next((part for part in _parse(text, lists=True) if isinstance(part, str)), "")
+    return number_in(text, source) if source and source in text else plain_number(source)
 
 
 def _is_constant(parsed: tuple[Any, ...]) -> bool:
@@ -121,6 +117,7 @@ def _is_constant(parsed: tuple[Any, ...]) -> bool:
 # The same right answers are parsed at every evaluation and for every sample of a prompt.
 @lru_cache(maxsize=65536)
 def _parse_gold(text: str) -> _Gold | None:
+    text = _FOREIGN.sub(_ascii, text)
     parsed = _parse(text, lists=True)
     return _Gold(parsed, _number_of(text)) if parsed else None
 

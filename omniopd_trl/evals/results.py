@@ -40,8 +40,8 @@ class Problem:
             results of other models.
         id: the dataset's `id`; `None` if it has none.
         scores: score of each sample, 1.0 for a right answer; `None` where the right answer cannot be read.
-        answers: what was read as the answer of each sample, in a comparable form; `None` without a readable answer,
-            and for custom reward functions.
+        answers: what was read as the answer of each sample, as [`~omniopd_trl.evals.math.as_votes`] writes it; `None`
+            without a readable answer, and for custom reward functions.
         truncated: whether each sample was cut at the maximum length.
         answered: whether the model gave the sample. A service may refuse it, or filter it.
         timed_out: whether the scorer had to be stopped. The sample counts as wrong.
@@ -135,6 +135,13 @@ def is_scored(problem: Problem) -> bool:
     return None not in problem.scores
 
 
+def nothing_to_score(num_problems: int) -> DataError:
+    """The error of a set without any right answer."""
+    return DataError(
+        f"None of {num_problems} problems has a right answer that can be read. Check the `answer` column."
+    )
+
+
 def metrics_of(problems: Sequence[Problem], reads_answers: bool = True) -> dict[str, Any]:
     """What an evaluation reports. Shares are of all samples of the scored problems.
 
@@ -154,9 +161,7 @@ def metrics_of(problems: Sequence[Problem], reads_answers: bool = True) -> dict[
     """
     scored = [problem for problem in problems if is_scored(problem)]
     if not scored:
-        raise DataError(
-            f"None of {len(problems)} problems has a right answer that can be read. Check the `answer` column."
-        )
+        raise nothing_to_score(len(problems))
     scores = [[s for s in problem.scores if s is not None] for problem in scored]
     n = len(scores[0])
     metrics: dict[str, Any] = {

@@ -4,7 +4,6 @@
 
 import asyncio
 import inspect
-import json
 import logging
 import math
 from collections import Counter
@@ -14,13 +13,16 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from omniopd_trl.data.datasets import column_names, named_datasets
 from omniopd_trl.errors import ConfigError, find_extra
-from omniopd_trl.evals.math import math_accuracy
+from omniopd_trl.evals.code import CodeAccuracy, check_tests, code_accuracy
+from omniopd_trl.evals.math import has_right_answer, math_accuracy
+from omniopd_trl.evals.procedural import check_tasks, reasoning_gym_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +133,7 @@ class Rewards:
     Attributes:
         function_names: name of each function, with a number where an earlier function has the same one.
         names: name of each function's mean in an evaluation.
+        reads_nothing: whether math-verify is the default and cannot read the right answers of a dataset.
 
     Raises:
         ConfigError: when a function cannot be called with what it will get, or a model cannot be used.
@@ -165,28 +168,24 @@ class Rewards:
     ):
         datasets = [one for _, one in named_datasets(None, dataset)]
         columns = [column_names(one) for one in datasets]
+        self.reads_nothing = False
         if funcs is None:
             funcs = []
             named = {name for names in columns for name in names}
-            first = (row for one in datasets for row in islice(one, 1))  # read only where it is needed
             if "tests" in named:
-                from omniopd_trl.evals.code import check_tests, code_accuracy
-
-                for row in first:
-                    if row.get("tests") is not None:
-                        check_tests(row["tests"])
-                code_accuracy.sandbox()  # a machine without one is refused before anything is generated
                 funcs = [code_accuracy]
             elif "gym" in named:
-                from omniopd_trl.evals.procedural import EVALUATED, reasoning_gym_accuracy, verifier_sandbox
-
-                find_extra("reasoning_gym", "gym")
-                if any(json.loads(row["gym"])["task"] in EVALUATED for row in first if row.get("gym")):
-                    verifier_sandbox()
                 funcs = [reasoning_gym_accuracy]
             elif {"solution", "answer"} & named:
                 find_extra("math_verify", "eval")
                 funcs = [math_accuracy]
+                self.reads_nothing = not all(map(_has_right_answer, datasets))
+                if self.reads_nothing:
+                    logger.warning(
+                        f"None of the first right answers of a dataset ({', '.join({'solution', 'answer'} & named)}) "
+                        "can be read as mathematics, so its samples will have no score. Set "
+                        f"`{option}` to a function that scores them."
+                    )
                 if lenient:
                     logger.warning(
                         "eval_lenient_answers=True: pass@1 is lenient. Where the right answer is a number, a "
@@ -211,6 +210,13 @@ class Rewards:
                 )
             for names in columns:
                 _check_signature(func, names)
+            # What cannot be scored is refused before anything is generated.
+            if isinstance(func, CodeAccuracy):
+                for tests in _cells(datasets, "tests"):
+                    check_tests(tests)
+                func.sandbox()
+            elif func is reasoning_gym_accuracy:
+                check_tasks(_cells(datasets, "gym"))
             if isinstance(func, RewardModel) and func.tokenizer.chat_template is None:
                 if any(is_conversational({"prompt": next(iter(one))["prompt"]}) for one in datasets):
                     raise ConfigError(
@@ -280,6 +286,22 @@ class Rewards:
             returned = [next(answers) if waits else value for value, waits in zip(returned, is_async, strict=True)]
         for func, name, rewards in zip(self._funcs, self.names, returned, strict=True):
             yield name, _checked(rewards, func, len(examples))
+
+
+def _cells(datasets: Sequence[Any], column: str) -> Iterator[Any]:
+    """The cells of a column that hold something: all of map-style datasets, and the first of streams."""
+    for dataset in datasets:
+        if column in column_names(dataset):
+            cells = dataset[column] if isinstance(dataset, Dataset) else [row[column] for row in islice(dataset, 1)]
+            yield from (cell for cell in cells if cell is not None)
+
+
+def _has_right_answer(dataset: Any) -> bool:
+    """Whether math-verify can read one of the first right answers: of 32 rows, or of one row of a stream."""
+    named = [name for name in ("answer", "solution") if name in column_names(dataset)]
+    rows = dataset.select_columns(named) if isinstance(dataset, Dataset) else islice(dataset, 1)
+    given = [*islice((row for row in rows if any(row.get(name) is not None for name in named)), 32)] if named else []
+    return not given or has_right_answer(given)
 
 
 def _check_signature(func: RewardFunc, columns: Sequence[str]) -> None:

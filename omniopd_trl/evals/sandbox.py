@@ -48,10 +48,10 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        cpu_seconds: CPU time of each process. This is the time limit: it does not depend on other load of the machine.
+        cpu_seconds: CPU time. This is the time limit: it does not depend on other load of the machine.
         wall_seconds: time until everything is ended. It ends programs that wait.
-        memory_mib: address space of each process.
-        processes: number of processes and threads.
+        memory_mib: address space.
+        threads: number of threads. A program cannot start processes, so the limits hold for all that it does.
         folder_mib: size of the program's folder, which is in memory, and of a file in it. The folder holds 256 files
             per MiB.
         output_mib: length of the standard output, and of the standard error.
@@ -60,7 +60,7 @@ class Limits:
     cpu_seconds: int = 10
     wall_seconds: float = 30.0
     memory_mib: int = 1024
-    processes: int = 8
+    threads: int = 8
     folder_mib: int = 16
     output_mib: int = 8
 
@@ -183,9 +183,9 @@ class LocalSandbox:
         program = source.encode("utf-8", "surrogatepass")
         limits = self.limits
         # Without root, two of the wrapper's processes count.
-        processes = 0 if self.isolation == "none" else limits.processes + 2 * (not self._root)
+        threads = 0 if self.isolation == "none" else limits.threads + 2 * (not self._root)
         inside = [*self._python, "-X", "utf8", "-c", _INSIDE]
-        inside += map(str, (len(program), limits.cpu_seconds, limits.memory_mib, processes, limits.folder_mib))
+        inside += map(str, (len(program), limits.cpu_seconds, limits.memory_mib, threads, limits.folder_mib))
         sent = program + stdin.encode("utf-8", "surrogatepass")
         start = time.monotonic()
         if self.isolation == "none":

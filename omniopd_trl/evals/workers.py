@@ -38,8 +38,8 @@ class Reading(NamedTuple):
 
     Attributes:
         score: 1.0 for a right answer and 0.0 for a wrong one; `None` if the right answer itself cannot be parsed.
-        answer: the answer in a comparable form: a number by its value, anything else as sympy writes it. `None`
-            without a readable answer: nothing is there, or something else than a number where one is expected.
+        answer: the answer: a number by its value, anything else as it was written. `None` without a readable answer:
+            nothing is there, or something else than a number where one is expected.
         problem: why the completion could not be read to its end, and counts as wrong; `None` if it could.
     """
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import repeat_iterable_dataset
 
@@ -30,6 +31,8 @@ from omniopd_trl.trainer.generation import EVALUATION_SEED
 from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.trackers import unprofiled
+
+logger = logging.get_logger(__name__)
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -173,6 +176,9 @@ def teacher_scores(
 ) -> tuple[dict[str, float], Usage]:
     """Scores of the teacher's samples, `num_eval_generations` per problem.
 
+    A sample that the teacher refuses is an empty one, which counts as wrong. Problems that it did not answer because
+    requests failed are left out, with a warning.
+
     Args:
         rewards: functions that score samples.
         dataset: evaluation set with each problem `num_eval_generations` times in a row.
@@ -215,7 +221,11 @@ def teacher_scores(
         if examples:
             prefixes = [Prefix(args.teacher_context.prompt(example), is_question=True) for example in examples]
             replies = ask(replies_of(teacher, prefixes, request))
-        pairs = [(e, r.text) for e, reply in zip(examples, replies, strict=True) for r in reply.rollouts]
+        pairs = []
+        for example, reply in zip(examples, replies, strict=True):
+            if not reply.outcomes.get("failed_requests"):
+                texts = [rollout.text for rollout in reply.rollouts]
+                pairs += [(example, text) for text in texts + [""] * (repeats - len(texts))]
         if pairs:
             inputs, texts = (list(column) for column in zip(*pairs, strict=True))
             for name, values in rewards.score(inputs, texts, run=run, trainer_state=state, **logged.arguments()):
@@ -224,6 +234,12 @@ def teacher_scores(
     except Exception as caught:  # the other processes must not wait for this one
         error = caught
     raise_together(error, accelerator.process_index)
+    failures = [str(reply.failure) for reply in replies if reply.outcomes.get("failed_requests")]
+    if (failures := gather_object(failures)) and accelerator.is_main_process:
+        logger.warning(
+            f"The teacher did not answer {len(failures)} of {len(dataset) // repeats} problems, which are not in its "
+            f"scores. The first: {failures[0]}."
+        )
     usage = sum((reply.usage for reply in replies), Usage())
     scores: dict[str, list[float]] = defaultdict(list)
     for name, reward in gather_object(samples):

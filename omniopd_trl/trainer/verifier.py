@@ -43,11 +43,9 @@ def training_rewards(
         ConfigError: when there are none, or one cannot be used.
     """
     rewards = Rewards.of(args, funcs, train_dataset, option="reward_funcs")
-    if not rewards:
-        raise ConfigError(
-            f"{needed_by} needs a reward: the training set has neither a `solution` nor an `answer` column. Add one, "
-            "or set `reward_funcs`."
-        )
+    if not rewards or rewards.reads_nothing:
+        what = "neither a `solution` nor an `answer` column" + " that math-verify can read" * bool(rewards)
+        raise ConfigError(f"{needed_by} needs a reward: the training set has {what}. Add one, or set `reward_funcs`.")
     return rewards
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,17 @@ def test_only_verified(recipe, capsys):
         assert solutions(recipe(server), "--verified") == 0
     assert sorted(row["prompt"][0]["content"] for row in rows_of()) == [f"What is {i} + {i}?" for i in range(8)]
     assert "8 solutions kept | 1 cut off | 3 not right" in capsys.readouterr().out
+
+
+def test_nothing_to_verify_with(recipe, capsys):
+    """Right answers that cannot be read are said before anything is asked, and not all solutions dropped after it."""
+    with Loopback(solve) as server:
+        path = recipe(server)
+        sums = Path("sums.jsonl")
+        sums.write_text(re.sub(r'"answer": "\d+"', '"answer": "a number"', sums.read_text()))
+        assert solutions(path, "--verified") == 1
+    assert not server.requests
+    assert "nor an `answer` column that math-verify can read" in capsys.readouterr().err
 
 
 def test_dry_run(recipe, capsys):

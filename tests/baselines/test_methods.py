@@ -271,13 +271,16 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"tokenizers of .* differ \(300 and 327 tokens, for example for"):
             make("opd", tmp_path, tiny_model_dir, tiny_teacher_dir)
 
-    def test_grpo_needs_answers(self, tmp_path, tiny_model_dir):
-        with pytest.raises(ConfigError, match="neither a `solution` nor an `answer` column"):
+    @pytest.mark.parametrize(
+        ("row", "words"), [({}, "column"), ({"answer": "two"}, "column that math-verify can read")]
+    )
+    def test_grpo_needs_answers(self, tmp_path, tiny_model_dir, row, words):
+        with pytest.raises(ConfigError, match=f"neither a `solution` nor an `answer` {words}\\. Add one"):
             make_baseline(
                 "grpo",
                 model=str(tiny_model_dir),
                 args=settings(tmp_path),
-                train_dataset=Dataset.from_list([{"prompt": "1 + 1 ="}] * 8),
+                train_dataset=Dataset.from_list([{"prompt": "1 + 1 =", **row}] * 8),
             )
 
     def test_sft_needs_solutions(self, tmp_path, tiny_model_dir):

@@ -19,6 +19,7 @@ from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.cli.train import main, resolve_checkpoint, run, summarize
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
 from omniopd_trl.evals.math import math_accuracy
+from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from tests.support import hub_stub
 from tests.support.commands import run_process, succeeded, train
 from tests.support.loopback import Fault, Loopback, wire
@@ -99,6 +100,17 @@ class TestRun:
         option = re.search(r"`(--resume_from_checkpoint true)`", line)[1].split()
         assert run(["--config", path, *option]) == 0
         assert re.search(r"step 0: (\d+) of \1 audits from the journal", caplog.text)
+
+    def test_a_teacher_that_cannot_be_evaluated(self, recipe, tmp_path, monkeypatch):
+        """The student has been trained, and is saved before the teacher is asked."""
+        monkeypatch.chdir(tmp_path)
+
+        def fail(trainer):
+            raise TeacherError("The account is empty.")
+
+        monkeypatch.setattr(OmniOPDTrainer, "evaluate_teacher", fail)
+        assert run(["--config", recipe(max_steps=1, save_strategy="no", evaluate_teacher=True)]) != 0
+        assert (tmp_path / "out" / "model.safetensors").exists()
 
     def test_lora_and_push(self, recipe, tmp_path):
         """The LoRA flags train an adapter, which reaches the Hub byte for byte, without the token or a local path."""

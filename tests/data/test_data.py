@@ -6,7 +6,7 @@ import json
 import warnings
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 
 from omniopd_trl.data import (
     PROMPT_TEMPLATES,
@@ -143,6 +143,26 @@ class TestLoading:
         with pytest.raises(DataError, match="one JSON object"):
             check_dataset(load_dataset_or_files(str(path), streaming=True)["train"])
 
+    def test_other_encoding(self, tmp_path):
+        """A file that is not UTF-8 is refused when it is loaded, and not by a traceback when its row is read."""
+        path = tmp_path / "problems" / "train.jsonl"
+        path.parent.mkdir()
+        path.write_bytes('{"question": "1"}\n{"question": "caf\xe9"}\n'.encode("latin-1"))
+        for name in (path, path.parent):
+            with pytest.raises(DataError, match=r"could not be loaded \(.*UTF8"):
+                load_dataset_or_files(str(name))
+
+    def test_reasons(self, tmp_path):
+        """Splits with different columns, and configurations to choose from, are told in words."""
+        (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "1"}\n')
+        (tmp_path / "test.jsonl").write_text('{"question": "a", "solution": "1"}\n')
+        with pytest.raises(DataError, match=r"\(its files have different columns\)"):
+            load_dataset_or_files(str(tmp_path))
+        files = "".join(f"- config_name: {name}\n  data_files: train.jsonl\n" for name in ("easy", "hard"))
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+        with pytest.raises(DataError, match=r"Config name is missing\. .*\['easy', 'hard'\]\)"):
+            load_dataset_or_files(str(tmp_path))
+
     def test_other_kind(self, tmp_path):
         """A file of a kind that is not read names the kinds that are."""
         path = tmp_path / "sums.csv"
@@ -250,6 +270,8 @@ class TestTemplates:
         dataset = Dataset.from_list([{"question": "a"}, {"question": None}])
         with pytest.raises(DataError, match=r"Row 1 has no question"):
             prepare_prompts(dataset)
+        with pytest.raises(DataError, match=r"^Row 0 has no question"):
+            check_dataset(prepare_prompts(generated([{"question": None}])))
 
     def test_all_kinds(self):
         """Splits and streams come back as what they were, with the same prompts."""
@@ -296,6 +318,14 @@ class TestCheckDataset:
         """Images and tools are refused with the way to continue without them."""
         with pytest.raises(DataError, match=rf"column `{column}`.*not supported yet.*remove_columns\('{column}'\)"):
             check_dataset(Dataset.from_list([{"prompt": "x", column: ["y"]}]))
+
+    def test_images_of_any_name(self):
+        """A column of images is refused, however it is called."""
+        features = Features({"prompt": Value("string"), "figure": Image()})
+        for streamed in (False, True):
+            rows = Dataset.from_dict({"prompt": ["x"], "figure": [None]}, features)
+            with pytest.raises(DataError, match=r"column `figure`.*not supported yet"):
+                check_dataset(rows.to_iterable_dataset() if streamed else rows)
 
     @pytest.mark.parametrize(
         ("prompt", "message"),

@@ -63,6 +63,19 @@ class TestNearDuplicates:
         other = [f"new{word}" if i % 5 == 2 else word for i, word in enumerate(text)]
         assert near_duplicates([" ".join(other)], [" ".join(text)])[0].similarity == 0.8
 
+    @pytest.mark.parametrize(
+        ("problem", "near"),
+        [
+            ("小明有3个苹果，又买了6个，现在有几个苹果？", "小明有3个苹果,又买了5个,现在有几个苹果?"),
+            ("太郎はりんごを4個持っています。全部で何個ですか。", "太郎はりんごを3個持っています。全部で何個ですか。"),
+            ("สมชายมีแอปเปิล 3 ลูก ซื้อเพิ่มอีก 5 ลูก", "สมชายมีแอปเปิล 4 ลูก ซื้อเพิ่มอีก 6 ลูก"),
+        ],
+    )
+    def test_scripts_without_spaces(self, problem, near):
+        """Their letters are compared, since a sentence would be one word."""
+        (pair,) = near_duplicates(["一个正方形的边长是4厘米，求周长。", near], [problem])
+        assert pair.training == 1
+
     def test_repetitions(self):
         """The most similar row is named, and the number of others counted."""
         near = PROBLEM.replace("positive", "natural")

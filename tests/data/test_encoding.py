@@ -147,6 +147,10 @@ class TestPrompts:
             [[{"role": "user", "content": "What is1 + 1?"}], [{"role": "user", "content": parts}]], tokenizer, None
         )
         assert first == second
+        raises = with_template("{{ 'x' + messages[0]['content'] }}")
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}]}])
+        with pytest.raises(DataError, match=r"Row 0 of `train_dataset`.*cannot render"):
+            check_prompt_lengths(rows, raises, None, None, 4)
 
 
 class TestMessages:
@@ -162,6 +166,12 @@ class TestMessages:
             assert [row["messages"] for row in prepared] == [row["messages"] for row in rows]
         with pytest.warns(UserWarning, match="`prompt_template` has no effect"):
             prepare_prompts(Dataset.from_list(rows), "math")
+
+    @pytest.mark.parametrize("messages", ["hello", ["hello"], None, {"role": "user"}])
+    def test_no_messages(self, messages):
+        """A column of that name with anything else is refused with the row."""
+        with pytest.raises(DataError, match=r"Row 0 of `train_dataset`: (`prompt` must be|a message needs)"):
+            check_dataset(prepare_prompts(Dataset.from_list([{"messages": messages}])))
 
     @pytest.mark.case("R18")
     def test_advice(self):

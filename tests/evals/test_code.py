@@ -228,6 +228,14 @@ def test_tests_that_are_no_text():
         Rewards(None, rows, device="cpu")
 
 
+def test_every_row_is_checked(box):
+    """Tests of any row that cannot be read are refused before anything is generated."""
+    rows = Dataset.from_list([{"prompt": "a", "tests": tests} for tests in (json.dumps(SUM), None, "{}")])
+    for reward_funcs in (None, CodeAccuracy(box)):
+        with pytest.raises(DataError, match=r"`tests` '\{\}' cannot be read"):
+            Rewards(reward_funcs, rows, device="cpu")
+
+
 class TestReward:
     """The function with TRL's signature."""
 

@@ -128,6 +128,12 @@ class TestMetrics:
         metrics = evaluate(ScriptedTeacher(["Answer: 2"]), dataset=rows, settings=FOUR).metrics
         assert (metrics["num_problems"], metrics["num_not_scored"], metrics["pass@1"]) == (1, 1, 1.0)
 
+    def test_equal_formulas_vote_together(self):
+        texts = ["Answer: x + 1", r"Answer: $2\sqrt{3}$", r"Answer: $\sqrt{12}$", "Answer: 2"]
+        rows = Dataset.from_list([{"prompt": "?", "answer": "1 + x"}])
+        metrics = evaluate(ScriptedTeacher(texts), dataset=rows, settings=FOUR).metrics
+        assert (metrics["pass@1"], metrics["majority@4"]) == (1 / 4, 0)
+
     def test_a_custom_function(self):
         """Graded scores have a mean, and no pass@2. It gets the columns of its sample, and may be asynchronous."""
 
@@ -282,11 +288,18 @@ class TestRefused:
             (SUMS.rename_column("prompt", "question"), "no column `prompt`"),
             (SUMS.rename_column("answer", "gold"), "neither a column `answer` nor `solution`"),
             (SUMS.select([0, 1, 0]), "Row 2 of the dataset repeats row 0"),
+            (SUMS.add_column("image", ["x"] * len(SUMS)), "images and tools are not supported yet"),
+            (
+                SUMS.map(lambda row, i: {"prompt": row["prompt"] * (i < 3)}, with_indices=True),
+                "Row 3 .* empty or blank",
+            ),
+            (SUMS.map(lambda row: {"answer": "none"}), "None of 6 problems has a right answer"),
         ],
     )
     def test_datasets(self, dataset, words):
+        """A model is not even loaded: this one is not there."""
         with pytest.raises(DataError, match=words):
-            evaluate(ScriptedTeacher(), dataset=dataset)
+            evaluate("./no-model", dataset=dataset)
 
     @pytest.mark.parametrize(
         "change", [{"num_samples": 0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"seed": -1}]

@@ -3,17 +3,21 @@
 """Math accuracy: what is read from a completion, what counts as equal, and what happens when nothing can be read."""
 
 import logging
+import math
 import re
 import sys
 import threading
 import time
+from datetime import date
 
 import pytest
+from datasets import Dataset
 
 from omniopd_trl.errors import DataError, MissingExtraError
-from omniopd_trl.evals import math_accuracy
-from omniopd_trl.evals.math import read_answers
+from omniopd_trl.evals import math_accuracy, workers
+from omniopd_trl.evals.math import as_votes, read_answers
 from omniopd_trl.evals.numbers import plain_number
+from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.evals.workers import Reading
 from tests.support import ROOT
 
@@ -47,6 +51,8 @@ def score(completion, gold, **options):
         ("Answer: \u0663\u066b\u0665", "3.5"),
         ("Answer: \u0661\u066c\u0662\u0663\u0664", "1234"),
         ("Answer: (\u0663, \u0664)", "(3, 4)"),
+        ("Answer: 3.5", "\u0663\u066b\u0665"),
+        ("Answer: \uff17", "\uff17"),
         *(
             (f"Answer: {form}", "1, 2")
             for form in ("1 or 2", "1 and 2", "x = 2 or x = 1", "x = 1, x = 2", "$x=1$, $x=2$")
@@ -161,7 +167,20 @@ def test_wrong(completion, gold):
         *((form, "0.5") for form in ("½", "\uff15\uff10\uff05")),
         *((form, "1.5") for form in ("1½", "1 ½")),
         *((form, "1234") for form in ("1'234", "1’234", "１，２３４")),
-        *((form, "16") for form in ("16 m⁴", "16 m s⁻²", "16 m/s²")),
+        *((form, "16") for form in ("16 m⁴", "16 m s⁻²", "16 m/s²", "16 degrees", "16 hundred-dollar bills")),
+        *(
+            (form, "42000000")
+            for form in (
+                "42 million",
+                "$42$ million people",
+                r"42\text{ Million}",
+                r"\boxed{42} million",
+                "42,000 thousand",
+            )
+        ),
+        *((form, "42 million") for form in ("42000000", "4.2e7", "42.0 million")),
+        *((form, "500000") for form in ("1/2 million", "5 hundred thousand", "x = 5 hundred thousand")),
+        *(("3 dozen eggs", gold) for gold in ("3", "36", "3 dozen")),
         (r"\text{16 cm}", "16"),
         ("-¾", "-0.75"),
         (r"-\frac{-1}{2}", "0.5"),
@@ -203,6 +222,12 @@ def test_a_number_in_any_form_is_right(answer, gold):
         *((form, "0.5") for form in ("2/4", "1 - 0.5", "1:2", "0,5")),
         *((form, "0.5") for form in (r"\frac{-1}{2}", r"-\frac{1}{2}")),
         *((form, "5") for form in ("5²", "5⁴", "5½", "±5", "≤ 5", "x ≠ 5", "x ≥ 5", "∛5", "\uff0d5")),
+        *((form, "42") for form in ("42 million", r"42\text{ billion}", "42 thousand dollars", "$42$ hundred", "42k")),
+        *(
+            (form, "37")
+            for form in ("not 37", "not $37$", r"not \boxed{37}", "isn’t equal to 37", "cannot be 37", "never 37")
+        ),
+        ("42", "42 million"),
         ("3", "-3"),
         ("9e999999999", "37"),
         ("1/0", "37"),
@@ -220,14 +245,23 @@ def test_the_lenient_reading_is_an_option():
     assert score("Answer: 12 + 30 - 5", "37", lenient=True) == 1.0
     assert score("Answer: 37 or 38", "38", lenient=True) == 1.0
     assert score(r"Answer: 2^{10}", "1024", lenient=True) == 1.0
+    assert score("Answer: 42 million", "42", lenient=True) == 0.0
     # Without a mark, the number that math-verify finds counts, if it is one.
     assert score("First 12, then 30, then 5 less: 37.", "37") == 1.0
     assert score("It is 12 + 30 - 5.", "37") == 0.0
+    assert score("There are 3 towns with 14 million people each, so 42 million.", "42000000") == 1.0
+    assert score("There are 3 towns with 14 million people each, so 42 million.", "42") == 0.0
+    assert score("First 12, then 30, then 5 less, which is not 37.", "37") == 0.0
+    assert score("They are not enough: she has no more than 37.", "37") == 1.0
 
 
 @pytest.mark.case("R21")
 @pytest.mark.parametrize(
-    "text", ["1," * 500, "1 " * 500, "\\frac" * 200, "{" * 500, "1/" * 500, "\\text{" * 200, "a^" * 400]
+    "text",
+    [
+        *("1," * 500, "1 " * 500, "\\frac" * 200, "{" * 500, "1/" * 500, "\\text{" * 200, "a^" * 400),
+        *("not the " * 200 + "x 1 x2", "1" + " million" * 150 + "x2", "1" + " " * 1000 + "x2", "\\boxed{}" * 100),
+    ],
 )
 def test_reading_a_number_is_fast(text):
     """Every form is read in time proportional to its length."""
@@ -284,6 +318,25 @@ def test_unreadable_gold_is_none_and_said_once(caplog):
     assert "neither as right nor as wrong" in warned[0]
 
 
+@pytest.mark.parametrize("gold", [{"a": [7]}, [7, [8]], ["7", None], b"7", True, math.nan, [], date(2024, 1, 7)])
+def test_a_value_that_is_no_answer(gold):
+    """A number somewhere in it is not the right answer. It counts neither way."""
+    assert math_accuracy(["Answer: 7", f"Answer: {gold}"], answer=[gold] * 2) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reads_nothing"),
+    [(["two", "three"], True), (["two", "7"], False), ([None, "7"], False), ([None, None], False)],
+)
+def test_right_answers_that_nothing_can_read(answers, reads_nothing, caplog):
+    """Said before anything is generated. Rows without a right answer, as in a mixture, are not looked at."""
+    rows = Dataset.from_list([{"prompt": "1 + 1 =", "answer": answer} for answer in answers])
+    assert Rewards(None, rows, device="cpu").reads_nothing is reads_nothing
+    assert ("samples will have no score" in caplog.text) is reads_nothing
+    assert Rewards(None, rows.to_iterable_dataset(), device="cpu").reads_nothing is (answers[0] == "two")
+    assert not Rewards(lambda completions, **kwargs: [], rows, device="cpu").reads_nothing
+
+
 def test_other_thread():
     """In another thread than the main one, with the same results."""
     results = []
@@ -321,7 +374,7 @@ def test_endless_repetition_is_quick_and_quiet(caplog):
         ("Answer: ४२", "42", Reading(1.0, "42")),
         ("答案：Answer：42", "42", Reading(1.0, "42")),
         ("答案：Answer：42 or 43", "42", Reading(0.0)),
-        (r"Answer: \sqrt{12}", r"2\sqrt{3}", Reading(1.0, "sqrt(12)")),
+        (r"Answer: $\sqrt{12}$", r"2\sqrt{3}", Reading(1.0, r"\sqrt{12}")),
         (r"Answer: x + 1", r"\sqrt{2}", Reading(0.0, "x + 1")),
         ("Answer: 7", "none", Reading(None)),
     ],
@@ -329,6 +382,41 @@ def test_endless_repetition_is_quick_and_quiet(caplog):
 def test_what_is_read(completion, gold, expected):
     """The last answer, in a form in which equal numbers are equal texts; `None` where nothing can be read."""
     assert read_answers([completion], answer=[gold]) == [expected]
+
+
+class TestVotes:
+    """Which answers vote together in a majority."""
+
+    def test_equal_answers(self):
+        """Formulas of one value vote together where this decides, right answers and numbers always."""
+        texts = (
+            r"\sqrt{12}",
+            "x+5",
+            "7x",
+            r"$2\sqrt{3}$",
+            "5 + x",
+            "7",
+            "none",
+            r"\frac{6}{\sqrt{3}}",
+            "7.00000001",
+            "7",
+        )
+        readings = read_answers([f"Answer: {text}" for text in texts], answer=["x + 5"] * len(texts))
+        answers, scores = [one.answer for one in readings], [one.score for one in readings]
+        assert (sum(scores), len({*answers})) == (2, 9)
+        root, right = r"\sqrt{12}", "x+5"
+        expected = [right if score else answer for answer, score in zip(answers, scores, strict=True)]
+        expected[8] = "7"
+        assert as_votes([answers], [scores]) == [expected], "7 has more votes than the right answer"
+        expected = [root, right, "7x", root, right, "7", None, root]
+        assert as_votes([answers[:8]], [scores[:8]]) == [expected]
+
+    def test_no_needless_comparison(self, monkeypatch):
+        """Nothing is compared where the majority is known: no right answer, or more of them than of all others."""
+        monkeypatch.setattr(workers, "read", lambda tasks: [] if not tasks else pytest.fail("compared"))
+        rows = [["x+5", "5+x", "y"], ["y", "y", "x+5", "5+x"], ["y"], [None, None]]
+        scores = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [None], [0.0, 0.0]]
+        assert as_votes(rows, scores) == [["x+5", "5+x", "y"], ["y", "y", "y", "5+x"], ["y"], [None, None]]
 
 
 def test_the_table_of_forms():

@@ -4,6 +4,7 @@
 
 import asyncio
 import inspect
+import json
 import re
 
 import pytest
@@ -11,7 +12,10 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from omniopd_trl.data import load_benchmark
-from omniopd_trl.evals.procedural import EVALUATED, reasoning_gym_accuracy, verifier_sandbox
+from omniopd_trl.data.benchmarks import load_benchmark_splits
+from omniopd_trl.errors import ConfigError
+from omniopd_trl.evals.math import math_accuracy
+from omniopd_trl.evals.procedural import EVALUATED, UNSOUND, reasoning_gym_accuracy, verifier_sandbox
 from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.evals.sandbox import SandboxError
 
@@ -69,15 +73,61 @@ def test_hostile_answers(box, tmp_path):
 
 
 def test_tasks_that_evaluate_answers():
-    """Every task whose verifier evaluates, sums a power or holds other tasks is in the list."""
-    evaluates = re.compile(r"\beval\(answer|parse_expr\(answer|sympify\(answer|Fraction\(answer|self\.datasets\b")
+    """Every task whose verifier evaluates, sums a power, counts as far as an answer says or holds other tasks is in
+    the list."""
+    evaluates = re.compile(
+        r"\beval\(answer|parse_expr\(answer|sympify\(answer|Fraction\(answer|self\.datasets\b"
+        r"|\] \* int\(|perform_moves\(answer"
+    )
     # Its `parse_expr` is a parser of its own.
     found = {
         name
         for name, (task, _) in DATASETS.items()
         if name != "propositional_logic" and evaluates.search(inspect.getsource(inspect.getmodule(task)))
     }
-    assert found == EVALUATED
+    assert found - UNSOUND.keys() == EVALUATED
+
+
+@pytest.mark.parametrize(("task", "answer"), [("rubiks_cube", "R999999999999"), ("rush_hour", "A+999999999999")])
+def test_hostile_counts(task, answer, box):
+    """An answer that takes any time and memory in its verifier is wrong after some seconds."""
+    row = load_benchmark(f"reasoning_gym:{task}?size=1")[0]
+    assert reasoning_gym_accuracy([f"Answer: {answer}"], [row["gym"]]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong"),
+    [("coin_flip", "0"), ("complex_arithmetic", "nan"), ("game_of_life_halting", "?"), ("puzzle24", "6*4*1*1")],
+)
+def test_unsound_verifiers(task, wrong):
+    """The package gives the full score to a wrong answer. Such a task is refused before anything is generated."""
+    assert task in UNSOUND
+    problems = list(reference := reasoning_gym.create_dataset(task, size=4, seed=10**9))
+    assert any(problem["answer"] != wrong and reference.score_answer(wrong, problem) == 1 for problem in problems)
+    dataset = load_benchmark(f"reasoning_gym:{task}?size=4")
+    for reward_funcs in (None, reasoning_gym_accuracy):
+        with pytest.raises(ConfigError, match=f"task '{task}' gives wrong answers the full score"):
+            Rewards(reward_funcs, dataset, device="cpu")
+    with pytest.raises(ConfigError, match="Choose another task"):
+        reasoning_gym_accuracy(["Answer: 1"], dataset["gym"][:1])
+
+
+def test_every_row_is_checked(monkeypatch):
+    """A set of several tasks needs a sandbox if one of them does."""
+    monkeypatch.setenv("OMNIOPD_SANDBOX", "docker")
+    joined = load_benchmark_splits("reasoning_gym:gcd?size=2,reasoning_gym:countdown?size=2")["test"]
+    with pytest.raises(ConfigError, match="no sandbox 'docker'"):
+        Rewards(None, joined, device="cpu")
+
+
+def test_tasks_with_many_right_answers():
+    """A task that names no right answer has none in its column, and is scored by its verifier, never as `None`."""
+    row = load_benchmark("reasoning_gym:graph_color?size=1")[0]
+    (problem,) = reasoning_gym.create_dataset("graph_color", size=1, seed=10**9)
+    right = json.dumps(problem["metadata"]["possible_answer"])
+    assert row["answer"] is None
+    assert reasoning_gym_accuracy([f"Answer: {right}", "Answer: None"], [row["gym"]] * 2) == [1.0, 0.0]
+    assert math_accuracy(["Answer: None"], answer=[row["answer"]]) == [None]
 
 
 def test_an_error_of_a_verifier(monkeypatch):

@@ -19,10 +19,11 @@ import pytest
 
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.evals import sandbox as sandbox_module
+from omniopd_trl.evals.inside_sandbox import _CLONE
 from omniopd_trl.evals.sandbox import Limits, LocalSandbox, RemoteSandbox, SandboxError, make_sandbox
 from tests.support.loopback import Fault, Loopback
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_mib=256, processes=6, folder_mib=4, output_mib=1)
+LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_mib=256, threads=6, folder_mib=4, output_mib=1)
 
 
 @pytest.fixture(scope="module", params=["bwrap", "namespaces"])
@@ -70,6 +71,13 @@ def gone(mark, seconds=5.0):
 def new_mark():
     """An argument of `sleep` that no other process has."""
     return f"{random.randrange(10**8, 10**9)}"
+
+
+def leave_out_filter(monkeypatch):
+    """Run programs without the filter of system calls, as on a machine that it is not written for."""
+    inside = sandbox_module._INSIDE.replace("    refuse_system_calls()\n", "")
+    assert inside != sandbox_module._INSIDE
+    monkeypatch.setattr(sandbox_module, "_INSIDE", inside)
 
 
 class TestPrograms:
@@ -145,23 +153,20 @@ class TestEscapes:
     def test_network(self, box, filtered, monkeypatch):
         """A server of this machine is not reached: by the filter of system calls, nor without it."""
         if not filtered:
-            inside = sandbox_module._INSIDE.replace("    refuse_system_calls()\n", "")
-            assert inside != sandbox_module._INSIDE
-            monkeypatch.setattr(sandbox_module, "_INSIDE", inside)
+            leave_out_filter(monkeypatch)
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(0.1)
             port = server.getsockname()[1]
             program = (
-                "import socket, subprocess\n"
+                "import os, socket\n"
                 f"try: socket.create_connection(('127.0.0.1', {port}), 2); print('connected')\n"
-                "except OSError as error: print(type(error).__name__)\n"
-                f"print(subprocess.run(['/bin/bash', '-c', 'echo > /dev/tcp/127.0.0.1/{port}'],"
-                "stderr=subprocess.DEVNULL).returncode)"
+                "except OSError as error: print(type(error).__name__, flush=True)\n"
+                f"os.execv('/bin/bash', ['bash', '-c', 'echo > /dev/tcp/127.0.0.1/{port} || echo failed'])"
             )
-            error, code = report_of(box, program).splitlines()
+            error, other = report_of(box, program).splitlines()
             # Without the filter there is a network with this process alone, which may have no route.
             assert error in (["PermissionError"] if filtered else ["ConnectionRefusedError", "OSError"])
-            assert code == "1"
+            assert other == "failed"
             with pytest.raises(TimeoutError):
                 server.accept()
 
@@ -267,20 +272,28 @@ class TestEscapes:
 class TestLimits:
     """What a program may use."""
 
-    def test_fork_bomb(self, hasty):
-        """Processes stop multiplying, and all of them end. Without a limit there would be 32."""
-        mark = new_mark()
+    def test_processes(self, box):
+        """It starts no process, by any call: two would have twice the CPU time and twice the memory."""
         program = (
-            "import os\nfor _ in range(5):\n"
-            " try: os.fork()\n"
-            " except OSError: pass\n"
-            f"print('one', flush=True); os.execv('/usr/bin/sleep', ['sleep', {mark!r}])"
+            "import ctypes, os, subprocess\nlibc = ctypes.CDLL(None)\n"
+            "calls = {'fork': os.fork, 'spawn': lambda: os.posix_spawn('/usr/bin/true', ['true'], {}),\n"
+            " 'run': lambda: subprocess.run(['true']), 'clone': lambda: libc.syscall({clone}, 17, 0, 0, 0, 0),\n"
+            " 'vfork': libc.vfork}\n"
+            "for name, call in calls.items():\n"
+            " try: print(name, call() == -1)\n"
+            " except OSError as error: print(name, type(error).__name__)"
+        ).replace("{clone}", str(_CLONE[os.uname().machine]))
+        errors = [f"{name} PermissionError" for name in ("fork", "spawn", "run")]
+        assert report_of(box, program).splitlines() == [*errors, "clone True", "vfork True"]
+
+    def test_many_threads(self, box):
+        """Threads stop multiplying."""
+        program = (
+            "import threading, time\n"
+            "try:\n for count in range(100): threading.Thread(target=time.sleep, args=(1,), daemon=True).start()\n"
+            "except RuntimeError: print(count)"
         )
-        outcome = hasty.run(program)
-        assert outcome.status == "timeout"
-        assert outcome.seconds < 20
-        assert 2 <= len(outcome.stdout.split()) <= 8
-        assert gone(mark)
+        assert int(report_of(box, program)) <= LIMITS.threads + 2
 
     @pytest.mark.parametrize("stream", ["stdout", "stderr"])
     def test_endless_output(self, box, stream):
@@ -341,8 +354,9 @@ class TestLimits:
         assert (outcome.status, outcome.stdout) == ("timeout", "ready\n")
         assert outcome.seconds < 15
 
-    def test_daemon(self, box):
-        """A process that leaves its session and group ends with the program, and does not delay the result."""
+    def test_daemon(self, box, monkeypatch):
+        """Without the filter, a process that leaves its session and group ends with the program, without a delay."""
+        leave_out_filter(monkeypatch)
         mark = new_mark()
         program = (
             "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n"
@@ -380,12 +394,13 @@ def test_without_root(box):
     if os.geteuid() != 0 or python is None:
         pytest.skip("The other tests run without root, or there is no Python that another user can run.")
     program = (
-        "import os, socket\n"
+        "import os, socket, threading, time\n"
+        "wait = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         "try: socket.create_connection(('127.0.0.1', 9), 1)\n"
         "except OSError as error: print(type(error).__name__)\n"
         "count = 0\n"
-        "try:\n while count < 100:\n  count += 1\n  if os.fork() == 0: import time; time.sleep(60)\n"
-        "except OSError: print(count <= 8)\n"
+        "try:\n while count < 100: count += 1; wait()\n"
+        "except RuntimeError: print(count <= 8)\n"
         "print(os.path.exists('/etc/passwd'), os.listdir('.'))\n"
         "try: open('/a', 'w'); print('written')\n"
         "except OSError as error: print(error.strerror)\n"
@@ -396,7 +411,7 @@ def test_without_root(box):
     )
     code = (
         "from omniopd_trl.evals.sandbox import *\n"
-        f"print(LocalSandbox({box.isolation!r}, Limits(processes=6)).run({program!r}).stdout)"
+        f"print(LocalSandbox({box.isolation!r}, Limits(threads=6)).run({program!r}).stdout)"
     )
     with tempfile.TemporaryDirectory() as folder:
         # Readable for anybody, which a clone may not be.

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError, DataError, NonFiniteError, OmniOPDError
-from omniopd_trl.teachers import LocalTeacher, ScriptedTeacher, Teacher
+from omniopd_trl.teachers import LocalTeacher, ScriptedTeacher, Teacher, TeacherReply
 from tests.support.teachers import Remote
 from tests.support.training import FOUR_MICRO_BATCHES, make_trainer, perturb, questions, script, trainable
 
@@ -403,13 +403,15 @@ def test_sets_that_are_handed_over_are_sampled_as_often_as_others(tmp_path, tiny
     assert metrics["eval_a_pass@1"] == metrics["eval_b_pass@1"] == 1.0
 
 
-def test_teacher_is_evaluated_like_the_student(tmp_path, tiny_model_dir):
-    """pass@1 of a teacher that is right on its first sample of two."""
+def test_teacher_is_evaluated_like_the_student(tmp_path, tiny_model_dir, caplog):
+    """pass@1 of a teacher that is right on its first sample of two. A sample that it refuses is wrong, and a problem
+    whose requests failed is left out with a warning."""
     answers = {row["prompt"][-1]["content"]: row["answer"] for row in questions()}
+    others = ["Answer: unknown"]
 
     def solve(prefix, index):
         assert prefix.completion == ""
-        return f"Answer: {answers[prefix.prompt[-1]['content']] if index == 0 else 'unknown'}"
+        return f"Answer: {answers[prefix.prompt[-1]['content']]}" if index == 0 else others[0]
 
     trainer = make_trainer(
         tmp_path,
@@ -420,6 +422,18 @@ def test_teacher_is_evaluated_like_the_student(tmp_path, tiny_model_dir):
     )
     assert trainer.evaluate_teacher() == {"pass@1": 0.5}
     assert trainer.teacher_usage.completion_tokens == 2 * 2 * 5
+    others[0] = None
+    assert trainer.evaluate_teacher() == {"pass@1": 0.5}
+    sample = trainer.teacher.sample
+
+    async def failing(prefixes, request):
+        replies = await sample(prefixes, request)
+        return [TeacherReply(failure="HTTP 500", outcomes={"failed_requests": 2}), *replies[1:]]
+
+    trainer.teacher.sample = failing
+    assert "did not answer" not in caplog.text
+    assert trainer.evaluate_teacher() == {"pass@1": 0.5}
+    assert "did not answer 1 of 5 problems, which are not in its scores. The first: HTTP 500." in caplog.text
     with pytest.raises(DataError, match="evaluated on one map-style dataset"):
         make_trainer(tmp_path, tiny_model_dir).evaluate_teacher()
 
