@@ -277,7 +277,7 @@ class Starts(DistillationTrainer):
             DataError: when the teacher cannot render the question.
             TeacherError: when the teacher does not answer.
         """
-        probe_teacher(self.teacher, datasets, self.args.teacher_context)
+        probe_teacher(self.teacher, datasets, self.args.teacher_context, signal=self.args.signal)
 
     def _begin(self) -> None:
         """Called when training begins."""
