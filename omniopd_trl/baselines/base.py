@@ -89,6 +89,7 @@ class Evaluator(OmniOPDTrainer):
                 setattr(args, name, default_of(name))
         self._settings: dict[str, Any] = {"method": method}
         super().__init__(args=args, teacher_model=NoTeacher() if teacher is None else teacher, **kwargs)
+        training._n_gpu = args.n_gpu  # one at most
 
     def _replay_key(self) -> dict[str, Any]:
         return self._settings
