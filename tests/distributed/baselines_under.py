@@ -59,8 +59,10 @@ def train(
     section: dict[str, Any] | None = None,
     lora: bool = False,
     solutions: str | None = None,
+    resume: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
+    """With `resume`, from this checkpoint of another run, a path below `folder`."""
     trainer: Any = make_baseline(
         method,
         model=student,
@@ -72,7 +74,7 @@ def train(
         reward_funcs=[by_text],
         peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / resume))
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     weights = {name: whole(p).float().cpu() for name, p in model.named_parameters() if p.requires_grad}
     again = trainer.evaluate()
