@@ -179,12 +179,12 @@ class Baseline(EndsAtLastStep):
         """Evaluate the student, as [`OmniOPDTrainer`] does.
 
         Raises:
-            ConfigError: before `train` under DeepSpeed.
+            ConfigError: before `train` under DeepSpeed and FSDP.
         """
         if self.evaluator.objective.is_sharded and self.optimizer is None:
             raise ConfigError(
-                "evaluate() was called before train(), and DeepSpeed prepares the student when training begins. Set "
-                "eval_on_start=True."
+                "evaluate() was called before train(), and DeepSpeed and FSDP prepare the student when training "
+                "begins. Set eval_on_start=True."
             )
         self.evaluator.follow(self)
         metrics = self.evaluator.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
