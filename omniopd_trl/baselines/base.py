@@ -89,6 +89,7 @@ class Evaluator(OmniOPDTrainer):
                 setattr(args, name, default_of(name))
         self._settings: dict[str, Any] = {"method": method}
         super().__init__(args=args, teacher_model=NoTeacher() if teacher is None else teacher, **kwargs)
+        training._n_gpu = args.n_gpu  # one at most
 
     def _replay_key(self) -> dict[str, Any]:
         return self._settings
@@ -178,12 +179,12 @@ class Baseline(EndsAtLastStep):
         """Evaluate the student, as [`OmniOPDTrainer`] does.
 
         Raises:
-            ConfigError: before `train` under DeepSpeed.
+            ConfigError: before `train` under DeepSpeed and FSDP.
         """
         if self.evaluator.objective.is_sharded and self.optimizer is None:
             raise ConfigError(
-                "evaluate() was called before train(), and DeepSpeed prepares the student when training begins. Set "
-                "eval_on_start=True."
+                "evaluate() was called before train(), and DeepSpeed and FSDP prepare the student when training "
+                "begins. Set eval_on_start=True."
             )
         self.evaluator.follow(self)
         metrics = self.evaluator.evaluate(eval_dataset, ignore_keys, metric_key_prefix)

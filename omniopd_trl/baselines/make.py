@@ -62,11 +62,7 @@ def make_baseline(
         DataError: when there are no solutions for SFT.
     """
     section = section or {}
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ConfigError(
-            f"method={method!r} does not run under FSDP yet. Launch it with DeepSpeed (`--accelerate_config zero3`) "
-            "or DDP (`--accelerate_config multi_gpu`)."
-        )
+    is_sharded = is_deepspeed_zero3_enabled() or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     trainer_class, teacher = TRAINERS[method], args.teacher_model_name_or_path
     special: dict[str, Any] = {"train_dataset": train_dataset}
     defaults: dict[str, Any] = {}
@@ -76,10 +72,10 @@ def make_baseline(
         special["train_dataset"] = data.dataset
         defaults = {"max_length": None}  # TRL would cut solutions at 1,024 tokens
     elif method == "opd":
-        if evaluate_teacher and is_deepspeed_zero3_enabled():
+        if evaluate_teacher and is_sharded:
             raise ConfigError(
-                "method='opd' splits its teacher over the processes under ZeRO-3, and evaluate_teacher samples from a "
-                "teacher in each of them. Set evaluate_teacher=False, and use `omniopd eval`."
+                "method='opd' splits its teacher over the processes under ZeRO-3 and FSDP, and evaluate_teacher "
+                "samples from a teacher in each of them. Set evaluate_teacher=False, and use `omniopd eval`."
             )
         check_teacher(model, teacher, args)
         defaults = {"beta": 0.5}

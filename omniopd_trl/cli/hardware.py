@@ -60,7 +60,7 @@ def job_of(
         )
     if script_args.method != "omniopd" and launch == "fsdp2":
         raise ConfigError(
-            f"method={script_args.method!r} does not run under FSDP yet, and --accelerate_config is {launch}. Name "
+            f"The memory of method={script_args.method!r} under --accelerate_config {launch} is not known. Name "
             "zero3, zero2, multi_gpu or single_gpu."
         )
     if not args.gradient_checkpointing:

@@ -26,11 +26,6 @@ from omniopd_trl.models.tree_attention import difference_of, takes_masks, tree_m
 MOST_OWN = 8
 
 
-def cuts_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values of each token. Sliding-window and recurrent layers keep a state."""
-    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in DynamicCache(config=model.config).layers)
-
-
 def cache_name(model: PreTrainedModel) -> str:
     """The argument for a cache. transformers 5.24 renamed it; the old name still works, with a warning."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -56,6 +51,22 @@ def prefill(
         **{cache_name(model): cache},
     )
     return cache
+
+
+@torch.no_grad()
+def cuts_cache(model: PreTrainedModel, forward: Callable[..., Any] | None = None) -> bool:
+    """Whether the model keeps keys and values of each token.
+
+    Sliding-window and recurrent layers keep a state, and some models keep nothing.
+
+    Args:
+        model: a causal language model.
+        forward: what is called for a forward pass; the model if it is `None`.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers):
+        return False
+    return all(layer.get_seq_length() == 2 for layer in prefill(model, [[1, 2]], forward).layers)
 
 
 def find_trunks(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
@@ -265,7 +276,7 @@ def why_no_tree(model: PreTrainedModel, forward: Callable[..., Any] | None = Non
     forward = forward or model
     if not takes_masks(model):
         return f"attn_implementation={model.config._attn_implementation!r} takes no mask of this form"
-    if not cuts_cache(model):
+    if not cuts_cache(model, forward):
         return "sliding-window or recurrent layers keep no state of a shorter prefix"
     rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2, 9, 8]]
     new = torch.tensor([7, 8, 9], device=model.device)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
-REFERENCE_ADAPTER = "ref"
+REFERENCE_ADAPTER = "reference"  # not "ref", which TRL's GRPO adds
 # The frozen copy of an adapter within a checkpoint. It is no adapter folder, which a push would publish.
 REFERENCE_FILE = "reference.pt"
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden states of rows that hold several continuations of one text, with a mask for each position."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -194,28 +194,39 @@ def attention_window(model: PreTrainedModel) -> int | None:
 
 
 @torch.no_grad()
-def why_not_packed(model: PreTrainedModel) -> str | None:
+def why_not_packed(
+    model: PreTrainedModel, text: Sequence[int] = (1, 2, 3, 4, 5, 6), length: int | None = None
+) -> str | None:
     """Why the model cannot compute several continuations in one row; `None` when it can.
 
-    A recurrent layer, or an attention without masks, would silently read what the mask hides. The states of a short
-    packed row are therefore compared with those of separate rows. The model should be in evaluation mode.
+    A recurrent layer, or an attention without masks, would silently read what the mask hides. A window over columns
+    would hide what a continuation far behind its text has to read. The states of a continuation of three tokens at the
+    end of a packed row are therefore compared with those of a separate row. The model should be in evaluation mode.
+
+    Args:
+        model: a causal language model, or its PEFT wrapper.
+        text: token ids of the text, at least two. The continuation leaves it in the middle.
+        length: length of the packed row, at least that of text and continuation, which is the default. Between the two
+            is padding.
     """
     if not takes_masks(model) and not _is_flex(model):
         return f"attn_implementation={model.config._attn_implementation!r} takes no mask of this form"
-    vocabulary, device = model.get_input_embeddings().num_embeddings, model.device
-    trunk, suffix, start = [1, 2, 3, 4, 5, 6], [7, 8, 9], 3
-    hidden = torch.tensor([[[0] * len(trunk) + [at] * len(suffix)] for at in (start, len(trunk))], device=device)
-    positions = [*range(len(trunk)), *range(start, start + len(suffix))]
-    row = [*trunk[:start], *suffix]
+    device, start, end = model.device, len(text) // 2, len(text)
+    suffix = [*reversed([*text, *text])][:3]
+    first = max(length or 0, end + len(suffix)) - len(suffix)
+    hidden = torch.zeros(2, 1, first + len(suffix), dtype=torch.long, device=device)
+    hidden[:, 0, first:] = torch.tensor([[start], [first]])
+    positions = [*range(end), *[end - 1] * (first - end), *range(start, start + len(suffix))]
+    row = [*text[:start], *suffix]
 
     def states(ids: list[int], mask: torch.Tensor | TreeMask, positions: list[int]) -> torch.Tensor:
-        input_ids = torch.tensor([ids], device=device) % vocabulary
-        return last_hidden_states(model, input_ids, mask, torch.tensor([positions], device=device))[0]
+        where = torch.tensor([positions], device=device)
+        return last_hidden_states(model, torch.tensor([ids], device=device), mask, where)[0]
 
     is_token = torch.ones(1, len(row), dtype=torch.bool, device=device)
     expected = states(row, is_token, [*range(len(row))])[start:]
     try:
-        found = states([*trunk, *suffix], TreeMask(*hidden), positions)[len(trunk) :]
+        found = states([*text, *[text[-1]] * (first - end), *suffix], TreeMask(*hidden), positions)[first:]
     except Exception as error:  # whatever a model does with a mask that it does not know
         return f"its forward refuses the mask ({type(error).__name__}: {first_line(error)})"
     difference = difference_of(model, found, expected)

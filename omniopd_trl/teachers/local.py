@@ -35,6 +35,7 @@ from omniopd_trl.errors import DataError, WarnOnce, first_line
 from omniopd_trl.method import SamplingFilters
 from omniopd_trl.models.growing_cache import growing_cache
 from omniopd_trl.models.loading import loading, why_not_loaded
+from omniopd_trl.models.padding import why_not_padded
 from omniopd_trl.models.prefix_tree import cache_name, cuts_cache, generate_from_tree, prefill, why_no_tree
 from omniopd_trl.models.sampling import SeededSampling
 from omniopd_trl.teachers.base import (
@@ -56,6 +57,9 @@ MAX_BATCH_TOKENS = 16_384
 # The rollouts of a trajectory are written in one row if they have at most this many times its trunk's tokens. Each new
 # token costs time for all columns of its row, also for those of other rollouts, which a mask hides.
 MOST_IN_A_TREE = 16
+
+# The text with which the model is checked when it is loaded.
+_TEXT = "Tom has 12 apples and buys 30 more."
 
 
 @contextmanager
@@ -303,6 +307,13 @@ class LocalTeacher(InProcessTeacher):
         self._pad_id: int = next(n for n in (pad_id, *eos_ids, 0) if n is not None and 0 <= n < vocab_size)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._reuses_cache = cuts_cache(model)
+        with without_generation_defaults(model):
+            reason = why_not_padded(model, tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+        if reason:
+            raise DataError(
+                f"The teacher {self.name!r} cannot continue texts of different lengths in one batch, which are padded "
+                f"on the left: {reason}. Serve it with vLLM, or use another teacher."
+            )
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
 

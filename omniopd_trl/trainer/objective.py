@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class Objective:
         self._redirect = redirect
         self._last_hidden_states = hidden_states
         plugins = ("deepspeed_plugin", "fsdp_plugin")
-        self._why_apart: str | None = None  # why branches are not packed; "" if they are
+        self._why_apart = ""  # why branches are not packed
+        self._checked = 0  # length of the longest packed row with which this was checked
         self._why_no_tree: str | None = None  # why they are not sampled from one cache; "" if they are
         self._warn_once = WarnOnce(__name__)
         self.is_sharded = any(getattr(accelerator.state, plugin, None) is not None for plugin in plugins)
@@ -293,21 +295,30 @@ class Objective:
 
     def _branched(self, student: PreTrainedModel, tokens: PackedBatch, batch: dict[str, Any]) -> BranchedBatch:
         """The batch with its branches and imitated rollouts, packed if the student can."""
-        if self._why_apart is None:
+        lengths = batch["prompt_mask"].sum(1).tolist()
+        rows = partial(BranchedBatch.of, tokens, lengths, batch["suffixes"], self._pad_token_id)
+        packed, window, width = rows(is_packed=True), attention_window(student), tokens.input_ids.size(1)
+        length = torch.tensor([packed.input_ids.size(1)], device=tokens.input_ids.device)
+        if self.is_sharded:  # a forward pass needs all processes
+            length = self._accelerator.gather(length)
+        if int(length.max()) > self._checked:
+            self._checked = int(length.max())
+            text = tokens.input_ids[tokens.attention_mask.sum(1).argmax()].tolist()[:window]
             with evaluation_mode(student):
-                self._why_apart = why_not_packed(student) or ""
-        reason, window, width = self._why_apart, attention_window(student), tokens.input_ids.size(1)
+                self._why_apart = why_not_packed(student, text, self._checked) or self._why_apart
+        reason = self._why_apart
         if not reason and window is not None and width > window:
             reason = f"a row of {width} tokens is longer than the attention window of {window}"
-        if reason and self._accelerator.is_main_process:
+        if not reason:
+            return packed
+        if self._accelerator.is_main_process:
             self._warn_once(
                 f"Each {'branch' if self._args.num_branches else 'imitated rollout'} is computed in a row that begins "
                 f"with its prefix, since {reason}. This is exact, but takes more time and memory than one row with "
                 "its trajectory.",
                 "branches",
             )
-        lengths = batch["prompt_mask"].sum(1).tolist()
-        return BranchedBatch.of(tokens, lengths, batch["suffixes"], self._pad_token_id, is_packed=not reason)
+        return rows(is_packed=False)
 
     def continues_trees(self, model: nn.Module) -> bool:
         """Whether branches can be sampled from the keys and values of their trajectory. It is said once if not.

@@ -1061,6 +1061,16 @@ class OmniOPDConfig(DistillationConfig):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} would train another policy than the one that wrote "
                 "the trajectory. Leave it out."
             )
+        if "lomo" in self.optim or "layerwise" in self.optim:
+            raise ConfigError(
+                f"optim={str(self.optim.value)!r} updates weights during the backward pass of a micro-batch, before "
+                "the others of the step and the check of the gradient. Use another optimizer."
+            )
+        if self.accelerator_config.split_batches:
+            raise ConfigError(
+                "accelerator_config={'split_batches': True} would divide `per_device_train_batch_size` by the number "
+                "of processes. Leave it out, and set the size of a device's batch."
+            )
         if self.remove_unused_columns:
             raise ConfigError(
                 "remove_unused_columns=True would remove the columns that evaluation scores against. Set it to False."

@@ -85,6 +85,13 @@ def prepare(
         JournalError: when the journal of an earlier run cannot be read.
         MissingExtraError: when an optional dependency is not installed.
     """
+    if args.n_gpu > 1:
+        # transformers would wrap the student in DataParallel, whose replicas would all compute with the same weights.
+        logger.warning(
+            f"This process sees {args.n_gpu} GPUs, and a batch is computed on one. Start one process per GPU with "
+            "`omniopd train` or `accelerate launch`."
+        )
+        args._n_gpu = 1
     if tools:
         raise ConfigError(f"tools={tools!r} were given, but tools are not supported yet. Leave them out.")
     teacher = teacher if teacher is not None else args.teacher_model_name_or_path

@@ -22,9 +22,12 @@ from transformers.utils import logging
 from trl import DistillationTrainer
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.models.padding import why_not_padded
+from omniopd_trl.models.tree_attention import sampling_attention
+from omniopd_trl.teachers.local import without_generation_defaults
 from omniopd_trl.trainer.callbacks import OnTrainBegin
 from omniopd_trl.trainer.distributed import together
-from omniopd_trl.trainer.objective import Objective
+from omniopd_trl.trainer.objective import Objective, evaluation_mode
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.plan import print_plan
 from omniopd_trl.trainer.trackers import unprofiled
@@ -61,6 +64,12 @@ def check_student(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerato
         ConfigError: when the student's adapters are not supported, nothing is trainable, or the student has no
             backbone and LM head.
     """
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ConfigError(
+            f"parallelism_config={parallelism!r}: tensor, context and sequence parallelism are not supported, since "
+            "each process has trajectories of its own. Leave them out; ZeRO-3 and FSDP2 shard the student."
+        )
     _check_adapters(model)
     _check_trainable(model)
     _check_layout(model, accelerator)
@@ -111,6 +120,22 @@ def check_logits(
             f"hidden states and LM head, which the objective uses, {ours[row, rank]:.4f}. Training would follow "
             "another policy than the one that samples. Use a student whose logits are a multiple of "
             "`lm_head(hidden_states)`, with a soft cap or without."
+        )
+
+
+def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the student generates for rows of different lengths as for each of them alone.
+
+    Raises:
+        ConfigError: when it does not: it would sample from another policy than the one that is trained.
+    """
+    with evaluation_mode(model), without_generation_defaults(model), sampling_attention(model):
+        reason = why_not_padded(model, tokenizer(_TEXT)["input_ids"][:_NUM_TOKENS])
+    if reason:
+        raise ConfigError(
+            "The student cannot generate for prompts of different lengths, which transformers pads on the left: "
+            f"{reason}. Training would follow another policy than the one that samples. Set use_vllm=True, which does "
+            "not pad, or use another student."
         )
 
 
@@ -170,6 +195,14 @@ def _check_layout(model: Any, accelerator: Accelerator) -> None:
             "Leave the LM head out of `target_modules`, or train it whole with `modules_to_save`."
         )
     is_sharded = is_deepspeed_zero3_enabled() or getattr(accelerator.state, "fsdp_plugin", None) is not None
+    known = (head.weight, getattr(head, "bias", None))
+    others = [name for name, p in head.named_parameters() if p.requires_grad and not any(p is one for one in known)]
+    if others and not isinstance(head, TrainableTokensWrapper):
+        raise ConfigError(
+            f"The LM head of the student, a {type(plain).__name__}, has trainable parameters besides its weight and "
+            f"bias, which would not be trained: {_shown(others)}. Freeze them (`requires_grad_(False)`), or use "
+            "another student."
+        )
     if isinstance(head, TrainableTokensWrapper) and is_sharded:
         raise ConfigError(
             "trainable_token_indices with tied embeddings does not work with ZeRO-3 or FSDP: PEFT replaces rows of a "
@@ -277,7 +310,7 @@ class Starts(DistillationTrainer):
             DataError: when the teacher cannot render the question.
             TeacherError: when the teacher does not answer.
         """
-        probe_teacher(self.teacher, datasets, self.args.teacher_context)
+        probe_teacher(self.teacher, datasets, self.args.teacher_context, signal=self.args.signal)
 
     def _begin(self) -> None:
         """Called when training begins."""
@@ -289,3 +322,5 @@ class Starts(DistillationTrainer):
     def _check_logits(self) -> None:
         with together(self.args.process_index), unprofiled(self.args):
             check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)
+            if not self.objective.is_sharded and not self.use_vllm:
+                check_padding(self.accelerator.unwrap_model(self.model_wrapped), self._tokenizer)

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 # Prompts that the teacher is asked with at the start, when it returns nothing for the ones before.
 PROBE_PROMPTS = 3
+# What a judge is asked to mark before there is a trajectory.
+_NOTHING = [Passage("", "", ("",))]
 
 
 def check_inputs(
@@ -288,7 +290,7 @@ def check_prompts(
     if type(teacher).check_prompt is Teacher.check_prompt:
         return
     if signal != "rollouts":
-        teacher.check_prompt(render_question("", [Passage("", "", ("",))]))
+        teacher.check_prompt(render_question("", _NOTHING))
     if signal == "judge":
         return
     for name, dataset in datasets:
@@ -302,11 +304,17 @@ def check_prompts(
                     raise DataError(f"Row {index} of `{name}`: {error}") from error
 
 
-def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]], context: TeacherContext = NO_CONTEXT) -> None:
-    """Send the teacher one question as a check: the first prompt of the first dataset.
+def probe_teacher(
+    teacher: Teacher,
+    datasets: Iterable[tuple[str, Any]],
+    context: TeacherContext = NO_CONTEXT,
+    *,
+    signal: str = "rollouts",
+) -> None:
+    """Send the teacher one question as a check: the first prompt of the first dataset, or a judge's question about it.
 
-    If the teacher returns nothing for a prompt, it is asked with the next one, `PROBE_PROMPTS` in all. `context` is
-    what only the teacher sees.
+    If the teacher returns nothing for a prompt, it is asked with the next one, `PROBE_PROMPTS` in all. The arguments
+    are those of [`check_prompts`].
 
     Raises:
         DataError: when the teacher cannot render the question.
@@ -314,6 +322,8 @@ def probe_teacher(teacher: Teacher, datasets: Iterable[tuple[str, Any]], context
     """
     for _, dataset in islice(datasets, 1):
         prompts = [context.prompt(row) for row in islice(dataset, PROBE_PROMPTS)]
+        if signal == "judge":  # which need not be able to render the prompts themselves
+            prompts = [render_question(prompt, _NOTHING) for prompt in prompts]
         for index, prompt in enumerate(prompts, start=1):
             try:
                 teacher.probe(prompt)

@@ -297,13 +297,10 @@ class TestRefused:
         with pytest.raises(ConfigError, match="method='grpo' cannot be used with these settings: generation_batch"):
             make("grpo", tmp_path, tiny_model_dir, section=section)
 
-    def test_fsdp(self, tmp_path, tiny_model_dir, monkeypatch):
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ConfigError, match=r"method='grpo' does not run under FSDP yet\. Launch it with DeepSpeed"):
-            make("grpo", tmp_path, tiny_model_dir)
-
-    def test_a_teacher_that_is_split(self, tmp_path, tiny_model_dir, monkeypatch):
-        monkeypatch.setattr("omniopd_trl.baselines.make.is_deepspeed_zero3_enabled", lambda: True)
+    @pytest.mark.parametrize("name", ["zero3", "fsdp"])
+    def test_a_teacher_that_is_split(self, tmp_path, tiny_model_dir, monkeypatch, name):
+        monkeypatch.setattr("omniopd_trl.baselines.make.is_deepspeed_zero3_enabled", lambda: name == "zero3")
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(name == "fsdp").lower())
         with pytest.raises(ConfigError, match=r"splits its teacher .* Set evaluate_teacher=False, and use `omn"):
             make("opd", tmp_path, tiny_model_dir, evaluate_teacher=True)
 
@@ -312,7 +309,7 @@ def test_evaluation_before_training_under_deepspeed(tmp_path, tiny_model_dir):
     """It is refused: DeepSpeed has not prepared the student."""
     trainer = make("grpo", tmp_path, tiny_model_dir, section={"num_generations": 2}, eval_dataset=questions(4))
     trainer.evaluator.objective.is_sharded = True
-    with pytest.raises(ConfigError, match=r"before train\(\), and DeepSpeed .* Set eval_on_start=True"):
+    with pytest.raises(ConfigError, match=r"before train\(\), and DeepSpeed and FSDP .* Set eval_on_start=True"):
         trainer.evaluate()
 
 

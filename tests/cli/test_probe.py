@@ -129,8 +129,7 @@ def test_the_cap_is_kept(probe, tmp_path, services):
 
 
 JUDGE = {"signal": "judge", "num_branches": 3}
-# The first question of a run asks for no marks.
-MARKS = judge_of(lambda messages: marks_for(messages[-1]["content"]) or "Yes.")
+MARKS = judge_of(lambda messages: marks_for(messages[-1]["content"]))
 
 
 def candidates_of(bodies):

@@ -16,6 +16,7 @@ from tests.support.back_ends import SCRIPTS, needs, run
 from tests.support.training import questions
 
 TOLERANCE = 1e-4
+SHARDED = ("zero2", "zero3", "fsdp2")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -37,6 +38,10 @@ def trained(make_tiny_model, tmp_path_factory) -> Callable[[str], tuple[dict[str
         {"name": "opd", "method": "opd", "teacher_model_name_or_path": teacher},
         {"name": "grpo", "method": "grpo", "section": {"num_generations": 2, "beta": 0.1}},
     ]
+    # What is compared with itself: precision and checkpointing that a run has by default, and a resumed run.
+    default = {**runs[-1], "lora": True, "bf16": True, "gradient_checkpointing": True}
+    runs.append({**default, "name": "default", "save_strategy": "steps", "save_steps": 1})
+    runs.append({**default, "name": "resumed", "resume": "default/checkpoint-1"})
     runs = [{**each, "student": student} for each in runs]
 
     @cache
@@ -51,11 +56,11 @@ def trained(make_tiny_model, tmp_path_factory) -> Callable[[str], tuple[dict[str
 
 
 @pytest.mark.parametrize("name", ["sft_lora", "opd", "grpo"])
-@pytest.mark.parametrize("back_end", ["zero2", "zero3"])
+@pytest.mark.parametrize("back_end", SHARDED)
 def test_agrees_with_ddp(back_end, name, trained):
     """Every metric of both evaluations and of each step, and the weights, within 1e-4."""
     (results, folder), (expected, other) = trained(back_end), trained("ddp")
-    assert results[name]["sharded"] == (back_end == "zero3")
+    assert results[name]["sharded"] == (back_end != "zero2")
     before, first, second, after, *_ = logs = results[name]["logs"]
     for here, there in zip(logs, expected[name]["logs"], strict=True):
         assert here == pytest.approx(there, rel=TOLERANCE, abs=TOLERANCE)
@@ -67,3 +72,16 @@ def test_agrees_with_ddp(back_end, name, trained):
     assert weights.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE, msg=key)
+
+
+@pytest.mark.parametrize("back_end", SHARDED)
+def test_a_resumed_run_continues_as_if_nothing_had_happened(back_end, trained):
+    results, folder = trained(back_end)
+    step, resumed = (
+        [entry for entry in results[name]["logs"] if "loss" in entry][-1] for name in ("default", "resumed")
+    )
+    assert step["step"] == resumed["step"] == 2
+    assert resumed["loss"] == pytest.approx(step["loss"], rel=1e-6, abs=1e-6)
+    weights, wanted = (load_file(folder / f"{name}.safetensors") for name in ("resumed", "default"))
+    for key, value in wanted.items():
+        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6, msg=key)

@@ -178,7 +178,7 @@ def test_the_reference_has_the_trained_tokens_and_modules(tmp_path, make_tiny_mo
 
 
 @pytest.mark.case("R13")
-@pytest.mark.parametrize("name", ["default", "ref"])
+@pytest.mark.parametrize("name", ["default", REFERENCE_ADAPTER])
 def test_only_the_adapter_is_saved(tmp_path, tiny_model_dir, tiny_tokenizer, name):
     """In a checkpoint and by `save_model`: no folder of the reference, also if the adapter has its name."""
     model = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA), adapter_name=name)

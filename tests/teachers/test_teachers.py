@@ -19,6 +19,10 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
 )
 
@@ -310,6 +314,22 @@ def test_sliding_window_models_are_prefilled_per_prefix(teacher):
     for prefix, reply in zip(PREFIXES, replies, strict=True):
         assert reply.rollouts[0].text == greedy(sliding, prefix, 12)
         assert reply.usage.cached_tokens == 0
+
+
+def test_a_model_that_reads_padding_is_refused(tiny_teacher_tokenizer):
+    """It would continue other texts than those of the shorter prefixes of a batch."""
+    config = RwkvConfig(vocab_size=330, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    with pytest.raises(DataError, match="cannot continue texts of different lengths in one batch"):
+        LocalTeacher(RwkvForCausalLM(config), tiny_teacher_tokenizer)
+
+
+def test_a_model_without_a_cache(teacher):
+    """GPT-1 keeps nothing of a prefix: it is computed again."""
+    config = OpenAIGPTConfig(vocab_size=330, n_positions=256, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    plain = LocalTeacher(OpenAIGPTLMHeadModel(config), teacher.tokenizer)
+    replies = sample(plain, PREFIXES, temperature=0)
+    for prefix, reply in zip(PREFIXES, replies, strict=True):
+        assert reply.rollouts[0].text == greedy(plain, prefix, 12)
 
 
 def test_conversations_need_a_chat_template(tiny_teacher_dir):

@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.utils import logging
 
 from omniopd_trl import OmniOPDTrainer
@@ -321,6 +329,22 @@ def test_separate_rows_take_the_same_step(tmp_path, tiny_model_dir, tiny_tokeniz
     check(trainer, tiny_model_dir, tiny_tokenizer)
     assert caplog.text.count("Each branch is computed in a row") == 1
     assert "longer than the attention window of 8" in caplog.text
+
+
+def test_windows_over_columns(tmp_path, tiny_tokenizer, caplog):
+    """GPT-Neo's local attention counts columns: a branch far behind its prefix is found, and gets a row of its own."""
+    logging.enable_propagation()
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256, "vocab_size": 300}
+    student = GPTNeoForCausalLM(
+        GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=90, initializer_range=0.3)
+    )
+    assert why_not_packed(student.eval()) is None
+    assert "differ by" in why_not_packed(student, [1, 2, 3, 4, 5, 6], 120)
+    student.save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    trainer = make_trainer(tmp_path, tmp_path / "student", **{**BRANCHES, "num_branches": 7})
+    check(trainer, tmp_path / "student", tiny_tokenizer)
+    assert "since the states of packed branches differ" in caplog.text
 
 
 # ---- Sampling ----

@@ -32,6 +32,8 @@ class StrictJudge(ScriptedTeacher):
         if prompt[0]["role"] != "system":
             raise DataError("a conversation must begin with a system message")
 
+    probe = check_prompt
+
 
 class Judge(Teacher):
     """The tests' judge as a teacher that counts what it is asked for."""
@@ -165,9 +167,8 @@ def test_recorded_marks_are_replayed(tmp_path, tiny_model_dir):
 SERVICE = {"teacher": "openai:gpt-6-luna", "save_strategy": "no", "teacher_max_concurrency": 1, "signal": "judge"}
 
 
-def marks_or_chat(messages):
-    """Marks for a question; the probe asks with a plain prompt."""
-    return marks_for(messages[1]["content"]) if len(messages) > 1 else "Hello"
+def write_marks(messages):
+    return marks_for(messages[1]["content"])
 
 
 def test_no_answer_is_paid_twice(tmp_path, tiny_model_dir, services):  # noqa: F811
@@ -177,7 +178,7 @@ def test_no_answer_is_paid_twice(tmp_path, tiny_model_dir, services):  # noqa: F
     def answer(messages):
         if len(messages) == 2:
             first.append(messages)
-        return "Sure!" if messages in first[:1] else marks_or_chat(messages)
+        return "Sure!" if messages in first[1:2] else write_marks(messages)  # the first one is the probe
 
     refused = Fault(429, wire.openai_error(429, "You exceeded your current quota", "insufficient_quota"))
     with Loopback(openai(answer), fault=lambda number, body: refused if number >= 5 else None) as server:
@@ -247,7 +248,7 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
 
 def test_a_budget_stops_a_judge(tmp_path, tiny_model_dir, services):  # noqa: F811
     """The worst case of a question is reserved: the limit is not passed."""
-    with Loopback(openai(marks_or_chat)) as server:
+    with Loopback(openai(write_marks)) as server:
         settings = {**SERVICE, "teacher_base_url": server.url + "/v1", "teacher_budget_tokens": 3500}
         trainer = make_trainer(tmp_path, tiny_model_dir, **settings)
         with pytest.raises(BudgetError, match="teacher_budget_tokens=3500"):

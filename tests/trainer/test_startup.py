@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from datasets import IterableDataset
 from peft import AdaLoraConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, T5Config
@@ -21,7 +21,7 @@ from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.models.utils import _ForwardRedirection
 
-from omniopd_trl import OmniOPDConfig
+from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError
 from omniopd_trl.teachers import ScriptedTeacher
 from omniopd_trl.trainer import startup, validation
@@ -153,6 +153,42 @@ def test_other_forwards_are_refused(tiny_model_dir, tiny_tokenizer, kind):
         model.lm_head.register_forward_hook(lambda module, inputs, logits: change[kind](logits))
     with pytest.raises(ConfigError, match="has a weight of shape" if kind == "vocabulary" else "other logits"):
         check_logits(model, tiny_tokenizer)
+
+
+def test_a_head_with_other_parameters_is_refused(tiny_tokenizer):
+    """Dory's scale of each token is 1 in a new model, and would stay there. A frozen one may."""
+    model = tiny("dory")
+    with pytest.raises(ConfigError, match="besides its weight and bias, which would not be trained: 'logit_scale'"):
+        check_logits(model, tiny_tokenizer)
+    model.lm_head.logit_scale.requires_grad_(False)
+    check_logits(model, tiny_tokenizer)
+
+
+def test_a_student_that_reads_padding_is_refused(tmp_path, tiny_tokenizer):
+    """A recurrent layer that takes no mask, and positions that count the padding. vLLM does not pad."""
+    tiny("rwkv").save_pretrained(tmp_path / "rwkv")
+    tiny_tokenizer.save_pretrained(tmp_path / "rwkv")
+    refuse(tmp_path, tmp_path / "rwkv", "cannot generate for prompts of different lengths")
+    model = tiny("gpt2")
+    forward = model.forward
+    model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+    refuse(tmp_path, model, "after a padded row differ by", tiny_tokenizer)
+
+
+def test_one_process_uses_one_gpu(tmp_path, tiny_model_dir, caplog):
+    """transformers would compute each batch with DataParallel on all that it sees."""
+    logging.enable_propagation()
+    args = OmniOPDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2)
+    args._n_gpu = 2
+    trainer = OmniOPDTrainer(str(tiny_model_dir), ScriptedTeacher(), args, questions())
+    assert trainer.args.train_batch_size == 2
+    assert "This process sees 2 GPUs" in caplog.text
+
+
+def test_other_parallelism_is_refused(tiny_model_dir):
+    accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
+    with pytest.raises(ConfigError, match="tensor, context and sequence parallelism are not supported"):
+        startup.check_student(load(tiny_model_dir), None, accelerator)
 
 
 @pytest.mark.case("R3")
