@@ -150,7 +150,10 @@ DARK = dict(
         strict=True,
     )
 )
-STYLES = ("-", "--", ":", "-.")
+# Of the runs. A line of few points has a marker as well.
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+# A legend of more names than this, or of longer ones, is below the figure. Names are cut to the width of the figure.
+_LEGEND, _COLUMN, _WIDTH = 4, 36, 64
 
 
 @dataclass(frozen=True)
@@ -230,12 +233,16 @@ class Figure:
             "text.parse_math": False,  # a name of a run may hold dollar signs
         }
         with matplotlib.rc_context(style):
-            canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
+            names = [name if len(name) <= _WIDTH else f"{name[:24]}…{name[25 - _WIDTH :]}" for name, *_ in self.lines]
+            columns = 2 if max(map(len, names)) <= _COLUMN else 1
+            below = self.has_legend and (len(names) > _LEGEND or columns == 1)
+            rows = -(-len(names) // columns) if below else 0
+            canvas = Canvas(figsize=(4.4, 2.9 + 0.16 * rows), layout="constrained")
             axes = canvas.subplots()
             by_label: dict[str, int] = {}
-            for name, number, steps, values in self.lines:
-                color = by_label.setdefault(name.partition(",")[0], len(by_label))
-                marker = "o" if len(steps) < 12 else None
+            for name, (label, number, steps, values) in zip(names, self.lines, strict=True):
+                color = by_label.setdefault(label.partition(",")[0], len(by_label))
+                marker = MARKERS[number % len(MARKERS)] if len(steps) < 12 else None
                 axes.plot(
                     steps,
                     values,
@@ -256,7 +263,9 @@ class Figure:
                 axes.set_xlim(min(every) - 1, max(every) + 1)
             axes.tick_params(length=0)
             axes.spines[["top", "right", "left"]].set_visible(False)
-            if self.has_legend:
+            if below:
+                canvas.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+            elif self.has_legend:
                 axes.legend(frameon=False, fontsize=8)
             file = io.BytesIO()
             canvas.savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)

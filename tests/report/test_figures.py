@@ -104,3 +104,8 @@ def test_drawing(tmp_path):
     (four, _) = Figure.all([run] * 4)
     styles = {*re.findall(r"stroke-dasharray: ([^;\"]+)", drawn(four))}
     assert len(styles) == 3  # and a solid line
+    run.name = 99 * "x"  # the legend is then below, and does not cover the lines
+    named, _ = map(drawn, Figure.all([run, run]))
+    heights = [float(re.search(r'height="([\d.]+)pt"', svg)[1]) for svg in (similarity, named)]
+    assert heights[0] < heights[1]
+    assert max(map(len, re.findall(r">(similarity[^<]*)<", named))) == 64
