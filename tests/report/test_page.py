@@ -168,7 +168,8 @@ def test_a_text_that_is_read_from_the_right(tmp_path, page):
     browser = page(write(tmp_path, tmp_path))
     until(lambda: texts(browser, ".panel h3"))
     places = """
-        const text = document.querySelector("article > .text").firstChild.firstChild;
+        const answer = document.querySelector("article > .text");
+        const text = document.createTreeWalker(answer, NodeFilter.SHOW_TEXT).nextNode();
         return [0, text.length - 1].map((at) => {
           const range = document.createRange();
           range.setStart(text, at);
