@@ -42,7 +42,7 @@ def export(options: argparse.Namespace) -> None:
     """
     if options.private and options.push is None:
         raise ConfigError("--private has no effect without --push REPO_ID. Leave it out, or push.")
-    from omniopd_trl.report.export import push_export, training_options, write_export
+    from omniopd_trl.report.export import obstacle, push_export, training_options, write_export
     from omniopd_trl.report.runs import Run
 
     run = Run(options.folder)
@@ -55,8 +55,9 @@ def export(options: argparse.Namespace) -> None:
     if options.push is not None:
         address = push_export(folder, options.push, private=options.private)
         sys.stdout.write(f"Pushed it to {address}.\n")
-    training = training_options(about, str(folder))
-    if training is None:
-        sys.stdout.write("It holds marks of a judge, so no run can train from it.\n")
+    if about["mixed"]:
+        sys.stdout.write(f"These settings changed between its steps: {', '.join(about['mixed'])}.\n")
+    if (held := obstacle(about)) is not None:
+        sys.stdout.write(f"It holds {held}, so no run can train from it.\n")
     else:
-        sys.stdout.write(f"Train from it with: {training}\n")
+        sys.stdout.write(f"Train from it with: {training_options(about, str(folder))}\n")

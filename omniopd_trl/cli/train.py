@@ -95,26 +95,29 @@ def summarize(
     """A short table of the results and the cost of a run.
 
     Args:
-        log_history: `trainer.state.log_history`, whose `eval_pass@1` is shown.
+        log_history: `trainer.state.log_history`, whose scores of evaluations are shown.
         seconds: wall time of training, in seconds.
         steps: optimizer steps of the run.
         usage: tokens of the teacher, with `prompt_tokens` and `completion_tokens`.
-        teacher: metrics of the teacher, with `pass@1`; `None` when it was not evaluated.
+        teacher: scores of the teacher by name; `None` when it was not evaluated.
         evaluates: whether the run has an evaluation set.
         lenient: whether answers were read leniently (`eval_lenient_answers`).
         dollars: US dollars that the teacher has cost, of this run and with all earlier runs in the folder; `None`
             without a price.
         saved_to: path of the saved model.
     """
+    from omniopd_trl.report.runs import series
     from omniopd_trl.trainer.plan import aligned
 
-    scores = [(entry.get("step", 0), entry["eval_pass@1"]) for entry in log_history if "eval_pass@1" in entry]
-    scores = [(step, score) for step, score in scores if score is not None]
     rows = []
-    if scores and scores[0][0] == 0:
-        rows.append(("student before, pass@1", f"{scores[0][1]:.3f}"))
-    if scores and scores[-1][0] > 0:
-        rows.append(("student after, pass@1", f"{scores[-1][1]:.3f} (step {scores[-1][0]})"))
+    # One for each evaluation set, or for each of several reward functions.
+    names = dict.fromkeys(name for entry in log_history for name in entry if name.startswith("eval_"))
+    for name in (name for name in names if "pass@1" in name):
+        label = name.removeprefix("eval_").replace("_pass@1", " pass@1")
+        points = series(log_history, name)
+        rows += [(f"student before, {label}", f"{score:.3f}") for step, score in points[:1] if step == 0]
+        rows += [(f"student after, {label}", f"{score:.3f} (step {step})") for step, score in points[-1:] if step > 0]
+    scores = bool(rows)
     if not scores and evaluates:
         rows.append(
             ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
@@ -127,7 +130,7 @@ def summarize(
             )
         )
     if teacher is not None:
-        rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
+        rows += [(f"teacher, {name}", f"{score:.3f}") for name, score in teacher.items() if "pass@1" in name]
     if scores or teacher is not None:
         rows.append(("reading of answers", "lenient" if lenient else "strict"))
     if steps is not None:

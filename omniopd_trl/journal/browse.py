@@ -160,7 +160,7 @@ class AuditPlace:
         rank: index of the process.
         attempt: number of the attempt at the step, in the journal of the process.
         index: index of the trajectory in the step's batch of the process.
-        size: size of the record in bytes.
+        size: size of its records in bytes.
         low: lowest `preference_of` of the chunks; `None` without chunks, or when it is not recorded.
         high: highest one.
         is_empty: whether the audit is known to have no chunks.
@@ -188,8 +188,9 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
     """
     # The newest attempt at a step counts, and supersedes all earlier ones at later steps.
     query = """
-        SELECT a.step, audits.attempt, audits.idx, length(audits.payload){columns}
-        FROM audits JOIN attempts AS a ON a.id = audits.attempt{join}
+        SELECT a.step, audits.attempt, audits.idx, length(audits.payload) + coalesce(length(t.payload), 0){columns}
+        FROM audits JOIN attempts AS a ON a.id = audits.attempt
+        LEFT JOIN trajectories AS t ON t.attempt = audits.attempt AND t.idx = audits.idx{join}
         WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
     """
     join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
@@ -282,14 +283,24 @@ def settings_of(output_dir: str | os.PathLike[str], places: Collection[AuditPlac
 
 
 def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The metrics that the runs in a folder logged, in order."""
+    """The metrics that the runs in a folder logged, in order. Those of superseded steps are left out.
+
+    The first training step that a run logs supersedes what earlier runs logged at this step and at later ones.
+    """
+    kept: list[tuple[int, dict[str, Any]]] = []
+    newest = None
     with _opened(output_dir) as journals:
         if 0 not in journals:
             return []
         path, db = journals[0]
         with explained(path):
-            rows = db.execute("SELECT * FROM logs ORDER BY id").fetchall() if _has(db, "logs") else []
-            return [decode(path, row) for row in rows]
+            for row in db.execute("SELECT * FROM logs ORDER BY id") if _has(db, "logs") else ():
+                entry, session = decode(path, row), row[1]
+                if session != newest and "loss" in entry:
+                    kept = [one for one in kept if one[0] == session or one[1].get("step", 0) < entry["step"]]
+                    newest = session
+                kept.append((session, entry))
+    return [entry for _, entry in kept]
 
 
 def _row_of(db: sqlite3.Connection, table: str, place: AuditPlace) -> Any:

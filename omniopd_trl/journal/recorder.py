@@ -98,24 +98,21 @@ class Recorder(Ledger):
         if self.journal is not None:
             self.journal.record_in_flight(self._step(), tokens, usd)
 
-    def stored(self, prompt_ids: list[list[int]]) -> list[Trajectory] | None:
-        """The current step's trajectories, if the journal holds them for exactly these prompts; otherwise `None`."""
+    def stored(self) -> list[Trajectory] | None:
+        """The current step's trajectories, if the journal holds them; otherwise `None`."""
         if self.journal is None:
             return None
         self._begin(self.journal)
-        trajectories = self.journal.trajectories(self._step())
-        if trajectories is None:
-            return None
-        if [t.prompt_ids for t in trajectories] != [list(ids) for ids in prompt_ids]:
-            if self._warns:
-                self._warn_once(
-                    f"Step {self._step()} was recorded with other prompts and is not replayed, nor are the steps "
-                    "recorded after it: the teacher is asked again and paid again. Restore the dataset and its "
-                    "order, or continue.",
-                    "prompts",
-                )
-            return None
-        return trajectories
+        return self.journal.trajectories(self._step())
+
+    def warn_about_other_prompts(self) -> None:
+        """Say once that the current step is not replayed, since it was recorded with other prompts."""
+        self._warn_once(
+            f"Step {self._step()} was recorded with other prompts, or other texts that only the teacher sees, and is "
+            "not replayed, nor are the steps recorded after it: the teacher is asked again and paid again. Restore "
+            "the dataset and its order, or continue.",
+            "prompts",
+        )
 
     def num_recorded(self) -> tuple[int, int]:
         """Steps that are replayed when training begins at the current step, and their finished audits."""

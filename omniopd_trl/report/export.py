@@ -40,6 +40,11 @@ DECISIVE = (
     *("teacher_context_column", "min_anchor_entropy", "first_rollouts"),
 )
 
+# Settings of the teacher that may change within a run: its rollouts are recorded, and no other run needs the same.
+_OF_THE_TEACHER = (
+    *("teacher_context_template", "teacher_continuation", "teacher_chat_template_kwargs", "teacher_extra_body"),
+)
+
 # Limits of what is in memory at once, and of one file.
 _ROWS, _TOKENS = 256, 200_000
 _FILE_SIZE = 256 * 2**20
@@ -160,7 +165,11 @@ def write_export(run: Run, folder: str | os.PathLike[str]) -> dict[str, Any]:
         "usd": usd,
         "settings": {name: settings[name] for name in _SETTINGS if name in settings},
         # Names of settings that some rows were recorded with other values of.
-        "mixed": [name for name in DECISIVE if any(one.get(name) != settings.get(name) for one in recorded)],
+        "mixed": [
+            name
+            for name in (*DECISIVE, *_OF_THE_TEACHER)
+            if any(one.get(name) != settings.get(name) for one in recorded)
+        ],
     }
     if student := about["settings"].get("student"):
         about["settings"]["student"] = without_folders(student)
@@ -281,18 +290,26 @@ def _prompt(prompt: Any) -> Any:
     ]
 
 
-def training_options(about: dict[str, Any], name: str) -> str | None:
+def decisive_changes(about: dict[str, Any]) -> list[str]:
+    """Settings that differ between the rows of an export, and that a training from it would have to share."""
+    return [name for name in about["mixed"] if name in DECISIVE]
+
+
+def obstacle(about: dict[str, Any]) -> str | None:
+    """What an export holds that no run can train from; `None` if one can. A training needs all rollouts."""
+    if about["settings"].get("signal", "rollouts") != "rollouts":
+        return "marks of a judge"
+    changes = decisive_changes(about)
+    return f"steps with different {', '.join(changes)}" if changes else None
+
+
+def training_options(about: dict[str, Any], name: str) -> str:
     """The options that train from an export, in addition to the recipe of the run.
 
     Args:
         about: what is known about the run.
         name: folder of the export, or id of its repository.
-
-    Returns:
-        The options; `None` if the run asked a judge: training from an export needs the rollouts of all chunks.
     """
-    if about["settings"].get("signal", "rollouts") != "rollouts":
-        return None
     off = {"num_branches": 0, "fork_candidates": 0, "scale_advantages": "false"}
     without = (f" --{option} {value}" for option, value in off.items() if about["settings"].get(option))
     return f"--teacher_model_name_or_path export:{shlex.quote(name)}{''.join(without)}"
@@ -327,6 +344,7 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
         "trajectories, chunks, rollouts": f"{number:,}, {about['num_chunks']:,}, {about['num_rollouts']:,}",
         "teacher tokens": f"{usage['prompt_tokens']:,} read, {usage['completion_tokens']:,} written",
         "cost": f"{about['usd']:,.4f} US dollars" if about["usd"] else "",
+        "changed between steps": ", ".join(f"`{name}`" for name in about["mixed"]),
         "omniopd_trl": about["omniopd_trl"],
     }
     name = repo_id or "FOLDER"
@@ -336,16 +354,14 @@ def card(about: dict[str, Any], repo_id: str | None = None) -> str:
         if settings.get("num_branches")
         else ""
     )
-    options = training_options(about, name)
     training = (
-        f"No run can train from this dataset: the teacher gave marks (`signal: {settings.get('signal')}`), and\n"
-        "training needs the rollouts of all chunks."
-        if options is None
+        f"No run can train from this dataset, since it holds {held}."
+        if (held := obstacle(about)) is not None
         else f"""\
 The recipe of the run, with this dataset in place of the teacher, asks no teacher and costs nothing:
 
 ```bash
-omniopd train --config RECIPE.yaml {options}
+omniopd train --config RECIPE.yaml {training_options(about, name)}
 ```
 {branches}
 The rollouts are scored again, so `similarity`, `prior_strength`, `posterior_baseline`, `beta` and the learning rate

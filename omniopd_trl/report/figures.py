@@ -3,15 +3,15 @@
 """Figures of the logged metrics, for the report and for papers."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from omniopd_trl.errors import import_extra
 from omniopd_trl.report.runs import Run
 
-# File name, title, label of the y axis, and metrics with their names in the legend. The first three are those of the
-# paper's Fig. 3.
+# File name, title, label of the y axis, and metrics with their names in the legend. A metric with `*` has a line for
+# each logged name that matches, such as one for each evaluation set. The first three are those of the paper's Fig. 3.
 FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("chunk_loss", "Chunk loss", "nats per audited token", {"chunk_loss": "chunk loss"}),
     (
@@ -20,7 +20,7 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "nats per token",
         {"kl/unaudited": "un-audited tokens", "kl/audited": "audited tokens"},
     ),
-    ("pass_at_1", "pass@1", "share of correct answers", {}),  # one line for each evaluation set
+    ("pass_at_1", "pass@1", "share of correct answers", {"eval_*pass@1*": ""}),
     (
         "posterior",
         "Posterior, prior and similarity",
@@ -28,6 +28,13 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         {"audit/posterior": "posterior", "audit/similarity": "similarity", "audit/prior": "prior"},
     ),
     ("spread", "Spread of the posteriors", "standard deviation", {"audit/posterior_std": "posterior"}),
+    ("marks", "Marks of the judge", "mean over chunks", {"judge/mark": "mark"}),
+    (
+        "judge",
+        "Marks with rollouts, answers without marks",
+        "share",
+        {"judge/frac_rollouts": "marked chunks with rollouts", "judge/malformed": "answers without marks"},
+    ),
     ("advantages", "Spread of the advantages", "standard deviation", {"branches/advantage_std": "advantages"}),
     (
         "branches",
@@ -38,6 +45,16 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
             "branches/diversity": "diversity of the others",
             "branches/similarity": "their similarity",
         },
+    ),
+    ("imitation", "Imitation of the rollouts", "nats per imitated token", {"imitation/loss": "cross-entropy"}),
+    ("left_out", "Rollouts left out of the imitation", "share", {"imitation/left_out": "left out"}),
+    ("context", "Rollouts that quote the teacher's context", "share", {"rollouts/context_quoted": "quote it"}),
+    ("chunks", "Chunks", "mean per trajectory", {"audit/num_chunks": "chunks"}),
+    (
+        "stopped",
+        "Agreement of the teacher with itself",
+        "share",
+        {"audit/rollout_agreement": "equal pairs of rollouts", "audit/frac_stopped": "chunks without further ones"},
     ),
     (
         "entropy",
@@ -74,7 +91,7 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "requests per step",
         {"teacher/retries": "repeated", "teacher/failed_requests": "failed"},
     ),
-    ("reward", "Reward of the trajectories", "mean", {"reward": "reward"}),
+    ("reward", "Rewards of the trajectories", "mean", {"reward": "reward", "rewards/*/mean": ""}),
     (
         "groups",
         "Groups and audits of the verifier",
@@ -101,18 +118,42 @@ FIGURES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("latency", "Latency of the teacher", "seconds per request", {"teacher/latency": "latency"}),
     ("waiting", "Waiting for the teacher", "seconds per step", {"teacher/wait_seconds": "waiting"}),
     ("length", "Length of the completions", "tokens", {"completions/mean_length": "mean"}),
+    ("clipped", "Completions cut at the maximum length", "share", {"completions/clipped_ratio": "cut"}),
+    ("copied", "Words that repeat the prompt", "share of the words", {"eval_*completions/copied_share": ""}),
+    ("off_policy", "KL from the student of the export", "nats per token", {"off_policy/kl": "KL"}),
+    ("truncated", "Truncated importance weights", "share of the tokens", {"off_policy/truncated": "truncated"}),
+    ("importance", "Importance weights", "mean", {"sampling/importance_sampling_ratio/mean": "weight"}),
+    (
+        "sampling",
+        "vLLM's log-probabilities and the student's",
+        "mean difference, nats",
+        {"sampling/sampling_logp_difference/mean": "difference"},
+    ),
+    ("loss", "Loss of the training", "mean", {"loss": "loss"}),
+    ("grad_norm", "Norm of the gradient", "before clipping", {"grad_norm": "norm"}),
 )
-COLORS = ("#2563c9", "#c2570c", "#0f8a63", "#9b3f8f", "#8a6d00")
+# These count what a run need not have: they are left out where all values are 0.
+COUNTS = {
+    *("judge", "left_out", "stopped", "shares", "lost", "requests", "tokens", "tokens_total", "dollars", "waiting"),
+    *("clipped", "copied", "truncated"),
+}
+COLORS = ("#2563c9", "#c2570c", "#0f8a63", "#9b3f8f", "#8a6d00", "#5b6470", "#1f8a9e", "#7a4a1e")
 TEXT, LINES, GROUND = "#1c2128", "#d9dee5", "#ffffff"
 # The color of each of these in a dark page.
 DARK = dict(
     zip(
         (*COLORS, TEXT, LINES, GROUND),
-        ("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f", "#e8ebf0", "#39414c", "#1b2027"),
+        (
+            *("#6db6f2", "#ff9e5e", "#4fd1a5", "#e39acb", "#e0c04f", "#a5aebb", "#67d3e0", "#d6a77a"),
+            *("#e8ebf0", "#39414c", "#1b2027"),
+        ),
         strict=True,
     )
 )
-STYLES = ("-", "--")
+# Of the runs. A line of few points has a marker as well.
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+# A legend of more names than this, or of longer ones, is below the figure. Names are cut to the width of the figure.
+_LEGEND, _COLUMN, _WIDTH = 4, 36, 64
 
 
 @dataclass(frozen=True)
@@ -124,12 +165,14 @@ class Figure:
         title: title.
         unit: label of the y axis.
         lines: for each line its name, the number of its run, its steps and its values.
+        has_legend: whether the title does not name the only line.
     """
 
     name: str
     title: str
     unit: str
     lines: tuple[tuple[str, int, tuple[float, ...], tuple[float, ...]], ...]
+    has_legend: bool = False
 
     @staticmethod
     def all(runs: Sequence[Run]) -> "list[Figure]":
@@ -138,13 +181,12 @@ class Figure:
         for name, title, unit, metrics in FIGURES:
             lines = []
             for number, run in enumerate(runs):
-                scores = {score: score.removeprefix("eval_") for score in run.names("pass@1")}
-                for metric, label in (metrics or scores).items():
+                for metric, label in _found(run, metrics):
                     if points := run.series(metric):
                         steps, values = zip(*points, strict=True)
                         lines.append((f"{label}, {run.name}" if len(runs) > 1 else label, number, steps, values))
-            if any(any(values) for _, _, _, values in lines):
-                figures.append(Figure(name, title, unit, tuple(lines)))
+            if lines and (name not in COUNTS or any(any(values) for _, _, _, values in lines)):
+                figures.append(Figure(name, title, unit, tuple(lines), max(len(metrics), len(lines)) > 1))
         return figures
 
     @property
@@ -191,12 +233,16 @@ class Figure:
             "text.parse_math": False,  # a name of a run may hold dollar signs
         }
         with matplotlib.rc_context(style):
-            canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
+            names = [name if len(name) <= _WIDTH else f"{name[:24]}…{name[25 - _WIDTH :]}" for name, *_ in self.lines]
+            columns = 2 if max(map(len, names)) <= _COLUMN else 1
+            below = self.has_legend and (len(names) > _LEGEND or columns == 1)
+            rows = -(-len(names) // columns) if below else 0
+            canvas = Canvas(figsize=(4.4, 2.9 + 0.16 * rows), layout="constrained")
             axes = canvas.subplots()
             by_label: dict[str, int] = {}
-            for name, number, steps, values in self.lines:
-                color = by_label.setdefault(name.partition(",")[0], len(by_label))
-                marker = "o" if len(steps) < 12 else None
+            for name, (label, number, steps, values) in zip(names, self.lines, strict=True):
+                color = by_label.setdefault(label.partition(",")[0], len(by_label))
+                marker = MARKERS[number % len(MARKERS)] if len(steps) < 12 else None
                 axes.plot(
                     steps,
                     values,
@@ -210,15 +256,31 @@ class Figure:
             axes.set_title(self.title, fontsize=10, fontweight="bold", loc="left")
             axes.set_xlabel("optimizer step")
             axes.set_ylabel(self.unit)
-            axes.yaxis.set_major_formatter(EngFormatter(sep="") if self._largest >= 10_000 else ScalarFormatter())
+            is_large = self._largest >= 10_000
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_large else ScalarFormatter(useOffset=False))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            if len(every := {step for _, _, steps, _ in self.lines for step in steps}) == 1:
+                axes.set_xlim(min(every) - 1, max(every) + 1)
             axes.tick_params(length=0)
             axes.spines[["top", "right", "left"]].set_visible(False)
-            if len(self.lines) > 1:
+            if below:
+                canvas.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+            elif self.has_legend:
                 axes.legend(frameon=False, fontsize=8)
             file = io.BytesIO()
             canvas.savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
         return file.getvalue()
+
+
+def _found(run: Run, metrics: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The metrics of a figure, each with its name in the legend."""
+    for metric, label in metrics.items():
+        names = run.names(metric)
+        if label:
+            yield metric, label
+        elif len(names) > 1 or len(metrics) == 1:  # a single reward function is the reward
+            for name in names:
+                yield name, name.removeprefix("eval_").removeprefix("rewards/").removesuffix("/mean")
 
 
 def bars(

@@ -83,6 +83,10 @@ def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
     """
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the page was closed or loaded again before all of it was sent
+                super().handle()
+
         def do_GET(self) -> None:
             # Another site's page could reach this server under its own name.
             if (self.headers.get("Host") or "").rpartition(":")[0] not in (HOST, "localhost"):

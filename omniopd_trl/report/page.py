@@ -167,7 +167,7 @@ def _data(name: str, value: Any) -> str:
 
 
 def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str], str]:
-    """The index of all embedded trajectories, their blocks, and a sentence on what was left out."""
+    """The index of all embedded trajectories, their blocks, and a note: what was left out, and controls."""
     prompts: dict[str, int] = {}
     rows: list[list[Any]] = []
     blocks: list[str] = []
@@ -204,7 +204,8 @@ def _audits(runs: Sequence[Run], limit: int) -> tuple[dict[str, Any], list[str],
         )
     elif not total:
         left_out = "Nothing has been audited yet."
-    return index, blocks, left_out
+    controls = (f"{run.name}: {run.control}" for run in runs if run.control)
+    return index, blocks, " ".join(filter(None, [left_out, *controls]))
 
 
 def _within(runs: Sequence[Run], limit: int) -> list[list[AuditPlace]]:
@@ -213,8 +214,8 @@ def _within(runs: Sequence[Run], limit: int) -> list[list[AuditPlace]]:
     They are those of evenly spaced prompts, and the same ones in all runs: a prompt can then be compared at several
     steps and between runs.
     """
-    # A recorded audit is compressed as well; in base64 it takes four thirds.
-    weight = {id(place): place.size * 4 / 3 for run in runs for place in run.places}
+    # Records are compressed as well. The ids in them, which the page leaves out, are at least what base64 adds.
+    weight = {id(place): place.size for run in runs for place in run.places}
     if sum(weight.values()) <= limit:
         return [run.places for run in runs]
     groups: dict[str, list[tuple[int, AuditPlace]]] = {}
@@ -228,7 +229,7 @@ def _within(runs: Sequence[Run], limit: int) -> list[list[AuditPlace]]:
     return [sorted(place for at, place in places if at == number) for number in range(len(runs))]
 
 
-def _spaced(items: list[T], sizes: list[float], limit: int) -> list[T]:
+def _spaced(items: list[T], sizes: list[int], limit: int) -> list[T]:
     """Evenly spaced items, at least one, whose sizes add up to about the limit; all of them when they fit."""
     every = max(1.0, sum(sizes) / limit)
     return [items[int(k * every)] for k in range(max(1, int(len(items) / every)))]
@@ -267,9 +268,9 @@ def _details(run: Run, trajectory: AuditedTrajectory) -> dict[str, Any]:
         "shades": _shades(map(len, pieces), trajectory.entropies) if trajectory.entropies else [],
         "chunks": chunks,
         "facts": facts_of(trajectory),
-        "failures": [
+        "notes": [
             *(f"the judge wrote: {' | '.join(answer.splitlines())}" for answer in trajectory.answers),
-            *trajectory.failures,
+            *(f"missing: {failure}" for failure in trajectory.failures),
         ],
         "context": trajectory.teacher_context,
     }
@@ -293,6 +294,7 @@ def _summary(run: Run) -> str:
     return (
         f"<h3>{escaped(run.name)}</h3>\n"
         + (f'<p class="muted">Teacher: {escaped(short_name(teacher))}</p>\n' if teacher else "")
+        + (f"<p>{escaped(run.control)}</p>\n" if run.control else "")
         + f'<dl class="cards">{cards}</dl>\n'
         f"<details><summary>All settings of {escaped(run.name)}</summary>"
         f"{settings}</details>"

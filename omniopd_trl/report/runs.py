@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run left in its folder: settings, logged metrics, and audits."""
 
+import fnmatch
 import json
+import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -54,6 +57,11 @@ class Run:
         """The settings that the run's last process recorded, by name."""
         return read_settings(self.folder)
 
+    @property
+    def control(self) -> str | None:
+        """What a control did to the numbers of its audits; `None` for another run."""
+        return control_of(self.settings.get("posterior_baseline"), bool(self.settings.get("num_branches")))
+
     @cached_property
     def logs(self) -> list[dict[str, Any]]:
         """The logged metrics, in order; those of the newest checkpoint when the journal has none."""
@@ -103,9 +111,9 @@ class Run:
             return [(step, count / asked[step]) for step, count in counts if asked.get(step)]
         return series(self.logs, metric)
 
-    def names(self, ending: str) -> list[str]:
-        """The logged metrics whose names have this ending."""
-        return sorted({name for entry in self.logs for name in entry if name.endswith(ending)})
+    def names(self, pattern: str) -> list[str]:
+        """The logged metrics whose names match a pattern of `fnmatch`, such as `eval_*pass@1*`."""
+        return fnmatch.filter(sorted({name for entry in self.logs for name in entry}), pattern)
 
     def _samples(self) -> Iterator[tuple[float, float]]:
         """How many samples an optimizer step asks the teacher for, by logged step. Not known with a judge."""
@@ -152,15 +160,17 @@ class Run:
         """The results of the run: names and values for people."""
         usage, usd = spent(self.folder)
         rows = {}
-        for name in self.names("pass@1"):
-            (first, before), (last, after) = (scores := self.series(name))[0], scores[-1]
+        for name in self.names("eval_*pass@1*"):
+            if not (scores := self.series(name)):
+                continue
+            (first, before), (last, after) = scores[0], scores[-1]
             ends = f"{before:.3f}" if first == last else f"{before:.3f} → {after:.3f}"
             rows[name.removeprefix("eval_").replace("_", " ")] = ends
         if self.logs:
             total = self.settings.get("max_steps") or 0
             step = max(entry.get("step", 0) for entry in self.logs)
             rows["step"] = f"{step:,} of {total:,}" if total > 0 else f"{step:,}"
-        rows["audited trajectories"] = f"{len(self.places):,}"
+        rows["trajectories"] = f"{len(self.places):,}"
         rows["teacher tokens read"] = f"{usage.prompt_tokens:,}"
         rows["teacher tokens written"] = f"{usage.completion_tokens:,}"
         if usd:
@@ -168,12 +178,21 @@ class Run:
         return rows
 
 
+def control_of(baseline: str | None, has_branches: bool) -> str | None:
+    """What a control did to the numbers of its audits before it trained; `None` for another baseline."""
+    changes = {"shuffled": "shuffled", "constant": "replaced by their mean"}
+    if baseline not in changes:
+        return None
+    shown = "advantages of a fork" if has_branches else "posteriors of a step"
+    return f"This run is a control: it trained with the {shown} {changes[baseline]}, and not as they are shown here."
+
+
 def series(logs: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """Steps and values of a metric. The last value of a step counts."""
+    """Steps and finite values of a metric. The last value of a step counts."""
     values = {
         entry["step"]: entry[metric]
         for entry in logs
-        if "step" in entry and isinstance(entry.get(metric), int | float)
+        if "step" in entry and isinstance(entry.get(metric), int | float) and math.isfinite(entry[metric])
     }
     return sorted(values.items())
 
@@ -259,7 +278,12 @@ def visible(text: str) -> str:
 
     A terminal obeys some of them, and others change the order in which a line is read.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _is_visible(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_visible(c: str) -> bool:
+    # Wide and narrow spaces; and the two that join letters of Persian and Hindi, or emojis.
+    return c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
 
 
 def facts_of(trajectory: AuditedTrajectory) -> list[str]:

@@ -99,6 +99,9 @@ def as_json(audited: AuditedChunk) -> dict[str, Any]:
 class HasPieces(Protocol):
     """Knows the text of each token of a completion, as [`~omniopd_trl.report.runs.Run`] does."""
 
+    @property
+    def control(self) -> str | None: ...
+
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]: ...
 
 
@@ -107,6 +110,8 @@ def print_audits(run: HasPieces, chunks: Iterable[AuditedChunk], console: Consol
 
     Texts of models may hold control characters, which a terminal would obey. They are escaped.
     """
+    if run.control is not None:
+        console.print(run.control, highlight=False)
     for audited in chunks:
         console.print(_panel(run, audited))
 
@@ -141,7 +146,8 @@ def _panel(run: HasPieces, audited: AuditedChunk) -> Panel:
     mark = "" if chunk.mark is None else f"mark {chunk.mark:.3f}   "
     k_sem = "" if marked else f"k_sem {sum(chunk.similarities):.3f} of {len(chunk.similarities)}   "
     summary = f"{mark}{k_sem}prior {chunk.prior:.3f}   posterior {chunk.posterior:.3f}{weight}"
-    whole = f"its trajectory: {len(trajectory.chunks)} chunks, {', '.join(facts_of(trajectory))}"
+    number = len(trajectory.chunks)
+    whole = f"its trajectory: {number} chunk{'s' * (number != 1)}, {', '.join(facts_of(trajectory))}"
     seen = trajectory.teacher_context
     only_teacher = () if seen is None else (Text(f"only the teacher saw: {_end(seen, PROMPT)}", style="dim"),)
     body = Group(

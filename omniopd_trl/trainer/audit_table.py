@@ -21,7 +21,7 @@ from trl.trainer.utils import log_table_to_comet_experiment
 from omniopd_trl.audits.types import Audit
 from omniopd_trl.journal.browse import AuditedTrajectory, ShownBranch, ShownChunk
 from omniopd_trl.journal.schema import Shown
-from omniopd_trl.report.runs import text_of_prompt, token_texts
+from omniopd_trl.report.runs import control_of, text_of_prompt, token_texts
 from omniopd_trl.report.terminal import CONTEXT, AuditedChunk, as_json, chunks_of, print_audits
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.step_audits import Collected, PendingAudit
@@ -64,6 +64,11 @@ class AuditTable:
         self._teacher = teacher
         self._callbacks = callbacks
         self._audited: dict[str, list[AuditedTrajectory]] = {"train": [], "eval": []}
+
+    @property
+    def control(self) -> str | None:
+        """What a control did to the numbers of the audits; `None` for another run."""
+        return control_of(self._args.posterior_baseline, self._args.num_branches > 0)
 
     def pieces(self, trajectory: AuditedTrajectory) -> list[str]:
         """The text of each token of a completion; empty for a tokenizer that is not a fast one."""

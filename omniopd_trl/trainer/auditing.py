@@ -93,6 +93,8 @@ class Audits(DistillationTrainer):
         # answers them. A judge renders none of them; see `check_prompts`.
         for row in inputs if asks and self.args.signal != "judge" else ():
             self.teacher.check_prompt(self.args.teacher_context.prompt(row))
+        if mode == "train":
+            self.step_audits.contexts = [self.args.teacher_context.of(row) for row in inputs]
         batch = super()._generate_and_score_completions(inputs)
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)

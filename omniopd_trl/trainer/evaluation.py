@@ -356,7 +356,7 @@ class Evaluates(DistillationTrainer):
         """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
 
         Returns:
-            The scores by name, including `"pass@1"`, the same on all processes.
+            The scores by name, the same on all processes: `"pass@1"`, or `"pass@1/NAME"` of several functions.
 
         Raises:
             DataError: when there is nothing to score against.

@@ -23,7 +23,7 @@ from omniopd_trl.data.encoding import encode_prompts
 from omniopd_trl.errors import ConfigError, DataError, TeacherError, first_line
 from omniopd_trl.journal.store import Journal
 from omniopd_trl.method.chunks import Chunk
-from omniopd_trl.report.export import ABOUT_FILE, DATA_FILES, DECISIVE, FORMAT
+from omniopd_trl.report.export import ABOUT_FILE, DATA_FILES, DECISIVE, FORMAT, decisive_changes
 from omniopd_trl.teachers import Teacher, TeacherOptions
 from omniopd_trl.teachers.base import Prefix, Rollout, SamplingRequest, TeacherReply
 from omniopd_trl.teachers.load import EXPORT_PREFIX
@@ -221,9 +221,9 @@ def open_export(name: str, args: OmniOPDConfig) -> tuple[Export, Dataset]:
         DataError: when there is no such export, or it cannot be read.
     """
     export = Export(name.removeprefix(EXPORT_PREFIX))
-    if export.about["mixed"]:
+    if changes := decisive_changes(export.about):
         raise ConfigError(
-            f"Steps of the export {export.source!r} were recorded with different {', '.join(export.about['mixed'])}, "
+            f"Steps of the export {export.source!r} were recorded with different {', '.join(changes)}, "
             "so no run has the settings of all. Export a run that kept its settings."
         )
     # The defaults of these are not recorded.

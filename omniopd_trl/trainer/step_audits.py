@@ -98,6 +98,7 @@ class StepAudits:
     Attributes:
         custom_weights: the argument `chunk_weights`.
         chunk_weights: the weight function in use.
+        contexts: what only the teacher sees of each row of the generation batch, which [`replay`] compares.
         on_wait: called about once a second while training waits for audits.
         known_verified: what the journal or an export holds of a verifier, for the trajectories that [`replay`] has
             returned; `None` if there is nothing.
@@ -121,6 +122,7 @@ class StepAudits:
         self._callbacks = callbacks
         self._step = step
         self.custom_weights = chunk_weights
+        self.contexts: list[str | None] = []
         self.on_wait: Callable[[], None] = lambda: None
         self.chunk_weights = get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         if self.chunk_weights.needs_average:
@@ -159,6 +161,7 @@ class StepAudits:
         """Trajectories of the current step that the journal or an export holds for these prompts; `None` to generate.
 
         Every process has to call it: generation is collective, so either all processes replay the step or none does.
+        A stream has no fingerprint, so its prompts and `contexts` are compared here.
 
         Raises:
             JournalError: on every process, when the records of one are damaged.
@@ -173,14 +176,19 @@ class StepAudits:
         stored: list[Trajectory] | None = None
         num_audits, error = 0, None
         try:
-            stored = self._recorder.stored(prompt_ids)
+            stored = self._recorder.stored()
             num_audits = journal.num_audits(step)
         except JournalError as caught:  # tell the other processes before raising, or they would wait for this one
             error = caught
-        counts = (stored is not None, error is not None, num_audits, len(stored or ()))
-        num_stored, failed, num_audits, num_trajectories = map(int, sum_over_processes(accelerator, *counts))
+        now = [(list(ids), context) for ids, context in zip(prompt_ids, self.contexts, strict=True)]
+        if differs := stored is not None and [(t.prompt_ids, t.teacher_context) for t in stored] != now:
+            stored = None
+        counts = (stored is not None, error is not None, differs, num_audits, len(stored or ()))
+        num_stored, failed, others, num_audits, num_trajectories = map(int, sum_over_processes(accelerator, *counts))
         if failed:
             raise_together(error, accelerator.process_index)
+        if others and accelerator.is_main_process:
+            self._recorder.warn_about_other_prompts()
         self._replays = num_stored == accelerator.num_processes
         if self._replays:
             self._known_forks = {i: t.forks for i, t in enumerate(stored or ()) if t.forks is not None}

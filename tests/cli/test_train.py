@@ -599,6 +599,20 @@ class TestSummarize:
         assert "before" not in summarize([middle, end], seconds=1, saved_to="out")
         assert "after" not in summarize([start], seconds=1, saved_to="out")
 
+    def test_several_scores(self):
+        """Those of each reward function, or of each evaluation set."""
+        log = [{"step": step, "eval_pass@1/a": step / 8, "eval_hard_pass@1": 0.0} for step in (0, 2)]
+        lines = summarize(log, seconds=1, teacher={"pass@1/a": 1.0, "length": 3.0}, saved_to="out").splitlines()
+        assert [" ".join(line.split()) for line in lines[:5]] == [
+            "student before, pass@1/a 0.000",
+            "student after, pass@1/a 0.250 (step 2)",
+            "student before, hard pass@1 0.000",
+            "student after, hard pass@1 0.000 (step 2)",
+            "teacher, pass@1/a 1.000",
+        ]
+        assert "not measured" not in "".join(lines)
+        assert "length" not in "".join(lines)
+
     @pytest.mark.case("U6", "R21")
     @pytest.mark.parametrize(
         ("dollars", "row"),

@@ -109,6 +109,31 @@ def test_settings_of_several_runs_in_a_folder(tmp_path):
     assert exported(12, (0,)) == (12, [])
 
 
+def test_settings_that_changed(tmp_path, capsys):
+    """The card and the command name them. Other chunks cannot be trained from, another prompt of the teacher can."""
+
+    def exported(step, **settings):
+        values = {"num_chunks": 2, **settings}
+        with journal(tmp_path, fingerprint=str(values), settings=values, num_processes=1) as open_journal:
+            open_journal.record_trajectories(step, [trajectory()])
+            open_journal.record(step, 0, audit())
+        assert main(["export", str(tmp_path)]) == 0
+        card = (tmp_path / "_export" / "README.md").read_text()
+        return card, capsys.readouterr().out
+
+    card, said = exported(0, teacher_context_template="{context}{prompt}")
+    assert "changed between" not in card + said
+    card, said = exported(1, teacher_context_template="{prompt}{context}")
+    assert "| changed between steps | `teacher_context_template` |" in card
+    assert "These settings changed between its steps: teacher_context_template.\nTrain from it with: " in said
+    assert "{prompt}" not in card  # a text of the user
+    card, said = exported(2, num_chunks=3)
+    held = "steps with different num_chunks"
+    assert f"No run can train from this dataset, since it holds {held}." in card
+    assert f"It holds {held}, so no run can train from it." in said
+    assert "omniopd train" not in card
+
+
 def test_keys_of_messages(tmp_path, caplog):
     """The column holds roles and texts; what else a message holds is named."""
     parts = [{"type": "text", "text": "2 +"}, {"type": "text", "text": "2"}]

@@ -6,13 +6,16 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from random import Random
 
 import pytest
 
+from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.journal.browse import list_audits, read_audits, read_prompts, read_spent
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.schema import ADDED
+from omniopd_trl.report.page import write_page
 from omniopd_trl.report.runs import Run, open_runs
 from omniopd_trl.teachers import Usage
 from tests.support.journals import audit, journal, trajectory
@@ -116,6 +119,17 @@ def test_shares_of_samples(run):
     assert Run(run).series("share/refused") == [(1, 16 / 64), (3, 2 / 20)]
     assert Run(run).series("share/empty") == [(1, 0)]
     assert Run(run).series("share/restarted") == []
+
+
+def test_long_prompts_count_in_the_limit(tmp_path):
+    """The page holds them as well."""
+    with journal(tmp_path, num_processes=1) as j:
+        prompts = [Random(number).randbytes(20_000).hex() for number in range(20)]
+        j.record_trajectories(0, [Trajectory(prompt, [1], [2, 3]) for prompt in prompts])
+        for index in range(20):
+            j.record(0, index, audit())
+    sizes = [len(write_page([Run(tmp_path)], max_mib=limit)) for limit in (0.2, 20)]
+    assert sizes[0] < 0.3 * 2**20 < 0.5 * 2**20 < sizes[1]
 
 
 def test_runs_whose_folders_have_one_name(good, tmp_path):

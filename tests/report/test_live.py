@@ -5,15 +5,20 @@
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from omniopd_trl.cli.main import main
+from omniopd_trl.report.live import make_server
 from scripts.chromium import open_page, until
 from tests.support.journals import audit, journal, trajectory
 from tests.support.pages import put, texts
@@ -76,6 +81,26 @@ def test_other_sites_and_paths_are_refused(tmp_path):
                 get(address + path, **headers)
             assert refused.value.code == status
             refused.value.close()
+
+
+def test_a_page_that_is_closed_before_it_is_sent(capsys):
+    """It leaves no traceback in the terminal."""
+    asked, closed = threading.Event(), threading.Event()
+
+    def page():
+        asked.set()
+        return b"late" * closed.wait(10)
+
+    with make_server(SimpleNamespace(page=page), 0) as server:
+        server.daemon_threads = False  # `server_close` waits for them
+        threading.Thread(target=server.serve_forever).start()
+        with socket.create_connection(server.server_address) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n")
+            assert asked.wait(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no further byte
+        closed.set()
+        server.shutdown()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_audits(tmp_path, capsys):

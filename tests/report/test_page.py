@@ -10,12 +10,14 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from omniopd_trl.audits.types import Branch
+from omniopd_trl.audits.types import Audit, Branch, ChunkAudit, Trajectory
 from omniopd_trl.cli.main import main
 from omniopd_trl.demo import asset_path
 from omniopd_trl.evals.evaluate import EvalSettings, evaluate
+from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.teachers import ScriptedTeacher
 from scripts.chromium import emulate, open_page, until, use_theme
+from tests.support.journals import journal
 from tests.support.pages import put, texts
 from tests.support.recorded_runs import HOSTILE, RIGHT, STUDENT, WRONG, record_run
 
@@ -143,6 +145,41 @@ def test_what_is_imitated_and_the_branches_of_a_fork(tmp_path, page):
     assert len(browser.find_elements("css selector", ".rollouts")) == 1
 
 
+def test_a_mark_without_rollouts(tmp_path, page):
+    """No table of what the teacher wrote; the judge's answer is not called missing."""
+    chunk = ChunkAudit(Chunk(0, 2, 0), "", "It is 4", (), (0.75,), 0.5, 0.625, mark=0.75)
+    with journal(tmp_path, num_processes=1) as j:
+        j.record_trajectories(0, [Trajectory("2 + 2", [1], [2, 3])])
+        j.record(0, 0, Audit((chunk,), answers=("1: 7.5",), failures=("one was refused",)))
+    browser = page(write(tmp_path, tmp_path))
+    until(lambda: texts(browser, ".panel h3"))
+    assert texts(browser, ".panel dd") == ["0.750", "0.500", "0.625", "–"]
+    assert texts(browser, ".rollouts") == []
+    assert texts(browser, ".note") == ["the judge wrote: 1: 7.5", "missing: one was refused"]
+
+
+def test_a_text_that_is_read_from_the_right(tmp_path, page):
+    """It begins at the right, and its full stop is at the left."""
+    text = "مريم لديها ملصقا."
+    chunk = ChunkAudit(Chunk(0, 2, 0), "", text, (text,), (1.0,), 0.5, 0.5)
+    with journal(tmp_path, num_processes=1) as j:
+        j.record_trajectories(0, [Trajectory(text, [1], [2, 3])])
+        j.record(0, 0, Audit((chunk,)))
+    browser = page(write(tmp_path, tmp_path))
+    until(lambda: texts(browser, ".panel h3"))
+    places = """
+        const answer = document.querySelector("article > .text");
+        const text = document.createTreeWalker(answer, NodeFilter.SHOW_TEXT).nextNode();
+        return [0, text.length - 1].map((at) => {
+          const range = document.createRange();
+          range.setStart(text, at);
+          range.setEnd(text, at + 1);
+          return range.getBoundingClientRect().left;
+        });"""
+    first, last = browser.execute_script(places)
+    assert first > last
+
+
 def test_the_fork_is_marked(report, page):
     browser = page(report, "#t=0.0.0.0")
     until(lambda: texts(browser, "article .chunk"))
@@ -240,7 +277,7 @@ def test_texts_of_models_are_not_markup(report, page):
     # What cannot be seen is shown as an escape.
     assert prompt.endswith(r"\ufffd \u{2028} \u{202e}gnorw\u{202c} \u{0}".replace(r"\ufffd", "\ufffd"))
     assert r"gpt-<b>5</b>-\u{1b}[31m" in texts(browser, ".facts")[0]
-    assert r"\u{1b}[2J\u{9b}2J[blink]" in texts(browser, ".failure")[0]
+    assert r"\u{1b}[2J\u{9b}2J[blink]" in texts(browser, ".note")[0]
     assert browser.find_elements("css selector", ":is(#details, #list) :is(img, script, b)") == []
 
 

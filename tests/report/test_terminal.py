@@ -13,6 +13,7 @@ from omniopd_trl.audits.types import Audit
 from omniopd_trl.cli.main import main
 from omniopd_trl.journal import browse
 from omniopd_trl.journal.schema import Shown
+from omniopd_trl.report.runs import visible
 from omniopd_trl.teachers import Usage
 from tests.support.journals import audit, journal, trajectory
 from tests.support.recorded_runs import RIGHT, WRONG, record_run
@@ -49,6 +50,36 @@ def test_texts_of_models_are_not_interpreted(run, capsys):
     assert r"gpt-<b>5</b>-\x1b[31m" in unwrapped
     assert r"\ud83d\u2028\u202egnorw\u202c\x00" in unwrapped
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_texts_of_any_language():
+    """Spaces of any width and joiners of letters and emojis are left; what reorders a line, or is unseen, is not."""
+    kept = "می\u200cخواهم \U0001f469\u200d\U0001f467 贴纸\u3000です 12\u202f%\xa0\n\t"
+    assert visible(kept) == kept
+    assert visible("\u202e\u2028\u200b\r\x85\ud800\U000e0001") == r"\u202e\u2028\u200b\r\x85\ud800\U000e0001"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"posterior_baseline": "shuffled"}, "the posteriors of a step shuffled"),
+        ({"posterior_baseline": "constant"}, "the posteriors of a step replaced by their mean"),
+        ({"posterior_baseline": "shuffled", "num_branches": 3}, "the advantages of a fork shuffled"),
+        ({"posterior_baseline": "batch"}, None),
+        ({"posterior_baseline": "mine.weights (0123456789ab)"}, None),
+    ],
+)
+def test_a_control(tmp_path, capsys, settings, said):
+    """Its numbers are from before the control, which both commands say."""
+    with journal(tmp_path, num_processes=1, settings=settings) as j:
+        j.record_trajectories(0, [trajectory()])
+        j.record(0, 0, audit())
+    text = " ".join(shown(capsys, tmp_path).split())
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    found = "This run is a control: it trained with "
+    assert (found in text, page.count(found)) == ((True, 2) if said else (False, 0))
+    assert not said or (said in text and said in page)
 
 
 def test_an_audit_in_numbers(run, capsys):

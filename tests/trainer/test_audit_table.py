@@ -130,7 +130,13 @@ def test_processes(monkeypatch, tmp_path):
     """The main process has the rows of all processes, and those of the newest step only."""
     ranks = Ranks()
     monkeypatch.setattr(audit_table, "gather_object", ranks.gather_object)
-    args = SimpleNamespace(num_completions_to_print=1, output_dir=str(tmp_path), report_to=[])
+    args = SimpleNamespace(
+        num_completions_to_print=1,
+        output_dir=str(tmp_path),
+        report_to=[],
+        posterior_baseline="shuffled",
+        num_branches=3,
+    )
     (tmp_path / "completions").mkdir()
 
     def process(rank):

@@ -240,7 +240,7 @@ def test_other_rows(folder, tmp_path, tiny_model_dir):
     with pytest.raises(ConfigError, match=r"min_rollouts is 1 and was 2, and can only rise"):
         opened("fewer", about={"settings": {**settings, "min_rollouts": 2}})
     with pytest.raises(ConfigError, match="recorded with different chunk_length, so"):
-        opened("mixed", about={"mixed": ["chunk_length"]})
+        opened("mixed", about={"mixed": ["chunk_length", "teacher_context_template"]})
     with pytest.raises(ConfigError, match=r"top_p=0\.9: .* without this filter"):
         opened("filtered", about={"settings": {**settings, "top_p": 0.9}}, top_p=0.9)
     del settings["min_anchor_entropy"]

@@ -239,7 +239,7 @@ def test_what_people_see_of_marks(tmp_path, tiny_model_dir, capsys):
     assert "It holds marks of a judge, so no run can train from it." in capsys.readouterr().out
     assert json.loads((tmp_path / "export" / "export.json").read_text())["settings"]["signal"] == "cascade"
     written = (tmp_path / "export" / "README.md").read_text()
-    assert "the teacher gave marks (`signal: cascade`)" in written
+    assert "it holds marks of a judge" in written
     assert "omniopd train" not in written
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.audits.types import Audit, ChunkAudit, Trajectory
@@ -17,6 +18,7 @@ from omniopd_trl.method.chunks import Chunk
 from omniopd_trl.report.page import _details
 from omniopd_trl.report.runs import Run
 from omniopd_trl.teachers import LocalTeacher, Prefix, ScriptedTeacher
+from omniopd_trl.trainer import step_audits
 from omniopd_trl.trainer.metrics import context_ratios
 from omniopd_trl.trainer.plan import prompt_lengths
 from tests.support.judge import judge
@@ -190,6 +192,36 @@ def test_streams_and_plain_prompts(tmp_path, tiny_model_dir):
     with pytest.raises(DataError, match="teacher_context_column"):
         trainer.train()
     assert trainer.teacher.calls == 0
+
+
+def test_a_stream_with_other_contexts(tmp_path, tiny_model_dir, caplog, monkeypatch):
+    """A stream has no fingerprint. What was recorded with other contexts is not replayed, which is said."""
+    logging.enable_propagation()
+    settings = {**CONTEXT, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.0}
+
+    def trained(last):
+        rows = [{**row, "answer": last} for row in questions(8)]
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), dataset=stream, **settings)
+        trainer.train(resume_from_checkpoint=any(tmp_path.iterdir()))
+        return trainer.teacher_usage.completion_tokens
+
+    first = trained("7")
+    assert trained("7") == 0
+    assert "not replayed" not in caplog.text
+    assert trained("8") == first
+    said = "was recorded with other prompts, or other texts that only the teacher sees"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    # The same prompts here, and others in another process.
+    gathered = step_audits.sum_over_processes
+    monkeypatch.setattr(
+        step_audits,
+        "sum_over_processes",
+        lambda accelerator, *counts: [0, 0, 1, *counts[3:]] if len(counts) == 5 else gathered(accelerator, *counts),
+    )
+    assert trained("8") == first
+    assert caplog.text.count(said) == 1
 
 
 def test_a_local_teacher_renders_it(tmp_path, tiny_model_dir):

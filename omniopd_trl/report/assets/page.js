@@ -181,8 +181,8 @@
       ...branches.map(([branch, count, value, advantage]) => make("tr", {}, make("td", { text: count }), similarity(value),
         make("td", { text: (advantage > 0 ? "+" : "") + number(advantage) }),
         make("td", { className: "words" }, ...difference(text, branch)))));
-    return [make("h3", { text: `Chunk ${at + 1} of ${audit.chunks.length}` }), cards, answers,
-      ...(branches.length ? [others] : [])];
+    return [make("h3", { text: `Chunk ${at + 1} of ${audit.chunks.length}` }), cards,
+      ...(n ? [answers] : []), ...(branches.length ? [others] : [])];
   };
 
   // Text nodes and spans for the characters from `start` to `end`. Offsets count characters, as Python does.
@@ -244,7 +244,7 @@
       make("h4", { text: "The student's answer" }), body, legend(row.run),
       make("div", { className: "panel" }),
       make("p", { className: "muted facts", text: `The whole trajectory: ${audit_.facts.join(" · ")}` }),
-      ...audit_.failures.map((text) => make("p", { className: "muted failure", text: `Missing: ${text}` })));
+      ...audit_.notes.map((text) => make("p", { className: "muted note", text })));
     return [result, audit_];
   };
 
