@@ -115,17 +115,11 @@ def summarize(
         rows.append(("student before, pass@1", f"{scores[0][1]:.3f}"))
     if scores and scores[-1][0] > 0:
         rows.append(("student after, pass@1", f"{scores[-1][1]:.3f} (step {scores[-1][0]})"))
-    if not scores and evaluates:
-        rows.append(
-            ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
-        )
-    if not scores and not evaluates:
-        rows.append(
-            (
-                "student, pass@1",
-                "not measured: the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch",
-            )
-        )
+    if not scores:
+        reason = "the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch"
+        if evaluates:
+            reason = "it needs an evaluation set with a `solution` or `answer` column"
+        rows.append(("student, pass@1", f"not measured: {reason}"))
     if teacher is not None:
         rows.append(("teacher, pass@1", f"{teacher['pass@1']:.3f}"))
     if scores or teacher is not None:
