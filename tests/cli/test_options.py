@@ -257,7 +257,7 @@ class TestWords:
     def test_infinity(self, recipe):
         """`transformers` makes a whole number of it."""
         with pytest.raises(ConfigError, match=r"is too large .*infinity"):
-            parse_args(["--config", recipe(save_steps=float("inf"))])
+            parse_args(["--config", recipe(save_strategy="steps", save_steps=float("inf"))])
 
     def test_cost_without_recipe(self, capsys):
         """The forecast needs a recipe, and says so in one line."""
