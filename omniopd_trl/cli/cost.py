@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniopd_trl.cli import hardware
@@ -348,38 +349,29 @@ def _describe_price(price: "Price | None", args: "OmniOPDConfig", *, is_service:
     return f"{', '.join(parts)} (dollars per million tokens, from {source})"
 
 
+# Rows of the table: the label, what it shows of a load, and whether it is about prompt caches.
+_ROWS = (
+    ("requests", "requests", False),
+    ("prompt tokens", "prompt_tokens", False),
+    ("  a cache per chunk serves", "chunk_cache.cached_tokens", True),
+    ("  a cache per trajectory serves", "trajectory_cache.cached_tokens", True),
+    ("completion tokens", "completion_tokens", False),
+    ("  of them compared", "kept_tokens", True),
+    ("dollars, no prompt cache", "no_cache.usd", False),
+    ("dollars, a cache per chunk", "chunk_cache.usd", True),
+    ("dollars, a cache per trajectory", "trajectory_cache.usd", True),
+)
+
+
 def _table(table: "dict[str, Load]") -> list[str]:
-    """The table of loads, one column each."""
-
-    def count(value: float) -> str:
-        return f"{value:,.0f}"
-
-    def dollars(value: float | None) -> str:
-        value = value or 0.0
-        return f"{value:,.4f}" if value < 1 else f"{value:,.2f}"
-
-    loads = table.values()
-    cached = any(load.trajectory_cache.cached_tokens for load in loads) or len(table) > 1
-    rows: list[tuple[str, ...]] = [
-        ("", *table),
-        ("requests", *(count(load.requests) for load in loads)),
-        ("prompt tokens", *(count(load.prompt_tokens) for load in loads)),
-    ]
-    if cached:
-        rows += [
-            ("  a cache per chunk serves", *(count(load.chunk_cache.cached_tokens) for load in loads)),
-            ("  a cache per trajectory serves", *(count(load.trajectory_cache.cached_tokens) for load in loads)),
-        ]
-    rows.append(("completion tokens", *(count(load.completion_tokens) for load in loads)))
-    if cached:
-        rows.append(("  of them compared", *(count(load.kept_tokens) for load in loads)))
-    if all(load.no_cache.usd is not None for load in loads):
-        rows.append(("dollars, no prompt cache", *(dollars(load.no_cache.usd) for load in loads)))
-        if cached:
-            rows += [
-                ("dollars, a cache per chunk", *(dollars(load.chunk_cache.usd) for load in loads)),
-                ("dollars, a cache per trajectory", *(dollars(load.trajectory_cache.usd) for load in loads)),
-            ]
+    """The table of loads, one column each. Dollars are left out where the price is not known."""
+    cached = len(table) > 1 or any(load.trajectory_cache.cached_tokens for load in table.values())
+    rows: list[tuple[str, ...]] = [("", *table)]
+    for label, name, is_of_caches in _ROWS:
+        values = [attrgetter(name)(load) for load in table.values()]
+        if None not in values and (cached or not is_of_caches):
+            digits = [(4 if value < 1 else 2) if name.endswith("usd") else 0 for value in values]
+            rows.append((label, *(f"{value:,.{n}f}" for value, n in zip(values, digits, strict=True))))
     return columns(rows)
 
 

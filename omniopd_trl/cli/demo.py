@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from omniopd_trl.cli import train
 from omniopd_trl.cli.recipes import recipe_files
+from omniopd_trl.cli.tables import say
 
 _HELP = """\
 usage: omniopd demo [--OPTION VALUE ...]
@@ -33,9 +34,8 @@ def demo(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(_HELP)
         return 0
-    sys.stdout.write(
+    say(
         "Training the student of the demo on the CPU, in about two minutes of one core. It is evaluated before and "
-        "after.\n"
+        "after."
     )
-    sys.stdout.flush()
     return train.run(["--config", str(recipe_files()["demo"]), *arguments])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.opening import open_recipe
-from omniopd_trl.cli.options import positive_int, settings_of, stray_word
+from omniopd_trl.cli.options import positive_int, settings_of
 from omniopd_trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,8 +106,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         OmniOPDError: when the settings, the model or the dataset cannot be used.
     """
-    if rest and not rest[0].startswith("-"):
-        raise stray_word(rest[0])
     if options.compare:
         given = [f"--{name}" for name in _OF_AN_EVALUATION if getattr(options, name) is not None]
         if unused := [*rest, *given]:

@@ -31,7 +31,7 @@ from omniopd_trl.cli.ablate import command as ablate
 from omniopd_trl.cli.demo import demo
 from omniopd_trl.cli.noise import is_verbose
 from omniopd_trl.cli.opening import drop_output, open_streams
-from omniopd_trl.cli.options import check_names, option_name, option_names
+from omniopd_trl.cli.options import check_names, option_name, option_names, stray_word
 from omniopd_trl.cli.recipes import recipes
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
@@ -59,13 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     listing.set_defaults(call=lambda options: recipes(options.name))
     audits.add_parsers(commands)
     ablate.add_parser(commands, main)
-    verify_estimator.add_parser(commands)
-    export.add_parser(commands)
-    data.add_parser(commands)
-    eval.add_parser(commands)
-    solutions.add_parser(commands)
-    probe.add_parser(commands)
-    cost.add_parser(commands)
+    for module in (verify_estimator, export, data, eval, solutions, probe, cost):
+        module.add_parser(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -104,6 +99,8 @@ def main(args: Sequence[str] | None = None) -> int:
         known = [*map(option_name, _option_strings(options.parser)), *(option_names() if with_recipe else ())]
         check_names([option_name(word) for word in rest if word.startswith("--")], known, "the command line")
         if with_recipe is not None:
+            if rest and not rest[0].startswith("-"):
+                raise stray_word(rest[0])
             with_recipe(options, rest)
         elif rest:
             options.parser.error(f"unrecognized arguments: {' '.join(rest)}")

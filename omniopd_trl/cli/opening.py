@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omniopd_trl.cli.noise import filter_noise
-from omniopd_trl.cli.options import LOADED, apply_env, check_arguments, check_paths, split_config, stray_word
+from omniopd_trl.cli.options import LOADED, apply_env, check_arguments, check_paths, split_config
 from omniopd_trl.errors import ConfigError
 
 
@@ -38,10 +38,8 @@ def with_recipe(command: str, config: str | None, rest: Sequence[str]) -> list[s
         rest: options of the training command.
 
     Raises:
-        ConfigError: without a recipe, or for a word that belongs to no option.
+        ConfigError: without a recipe.
     """
-    if rest and not rest[0].startswith("-"):
-        raise stray_word(rest[0])
     if config is None:
         raise ConfigError(f"`omniopd {command}` needs a recipe: add `--config RECIPE.yaml`.")
     return ["--config", config, *rest]

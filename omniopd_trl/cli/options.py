@@ -257,13 +257,15 @@ def load_yaml(path: str, kind: str, advice: str) -> Any:
         text = Path(path).read_text(encoding="utf-8")
         _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), f"The {kind} {path!r}")
         return yaml.safe_load(text)
+    except ConfigError:
+        raise
     except RecursionError as error:
         raise ConfigError(f"The {kind} {path!r} is nested too deeply. A recipe maps options to values.") from error
     except OSError as error:
         raise ConfigError(f"The {kind} {path!r} cannot be read ({error.strerror}). {advice}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The {kind} {path!r} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date such as 2026-13-01
         raise ConfigError(f"The {kind} {path!r} is not valid YAML: {error}") from error
 
 

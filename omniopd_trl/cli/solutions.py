@@ -6,13 +6,13 @@ import argparse
 import math
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniopd_trl.cli.opening import check_models, open_recipe, with_recipe
 from omniopd_trl.cli.options import positive_int
+from omniopd_trl.cli.tables import say
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -90,14 +90,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     functions = load_functions(script_args.reward_funcs)
     folder = script_args.solutions or os.path.join(args.output_dir, "solutions")
     load = _forecast(dataset, args, model_args, options)
-    _print(_describe(load, len(dataset), args, options, folder))
+    say(_describe(load, len(dataset), args, options, folder))
     if not options.dry_run:
         _collect(dataset, identity, functions, folder, args, options)
-
-
-def _print(text: object) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def _prompts(script_args: Any, dataset_args: Any, seed: int, num_prompts: int | None) -> tuple[Any, str]:
@@ -219,7 +214,7 @@ def _collect(
         only_verified=options.verified,
         context=args.teacher_context,
         in_batches=options.batch,
-        report=_print,
+        report=say,
     )
     if not progress.num_kept:
         raise DataError(
@@ -229,4 +224,4 @@ def _collect(
     train = ["omniopd", "train", "--config", options.config, "--method", "sft", "--output_dir", args.output_dir]
     if Path(folder) != Path(args.output_dir, "solutions"):
         train += ["--solutions", folder]
-    _print(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {shlex.join(train)}")
+    say(f"\nWrote {Path(folder, SOLUTIONS_FILE)}. Train on it: {shlex.join(train)}")

@@ -1,8 +1,15 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in the terminal."""
+"""Lines and tables in the terminal."""
 
+import sys
 from collections.abc import Callable, Sequence
+
+
+def say(line: object) -> None:
+    """Print a line at once, also where the output is a file."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def columns(rows: Sequence[Sequence[str]], align: Callable[[str, int], str] = str.rjust) -> list[str]:

@@ -118,17 +118,11 @@ def summarize(
         rows += [(f"student before, {label}", f"{score:.3f}") for step, score in points[:1] if step == 0]
         rows += [(f"student after, {label}", f"{score:.3f} (step {step})") for step, score in points[-1:] if step > 0]
     scores = bool(rows)
-    if not scores and evaluates:
-        rows.append(
-            ("student, pass@1", "not measured: it needs an evaluation set with a `solution` or `answer` column")
-        )
-    if not scores and not evaluates:
-        rows.append(
-            (
-                "student, pass@1",
-                "not measured: the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch",
-            )
-        )
+    if not scores:
+        reason = "the run evaluates nothing. Set `do_eval: true`, or `eval_strategy` to steps or epoch"
+        if evaluates:
+            reason = "it needs an evaluation set with a `solution` or `answer` column"
+        rows.append(("student, pass@1", f"not measured: {reason}"))
     if teacher is not None:
         rows += [(f"teacher, {name}", f"{score:.3f}") for name, score in teacher.items() if "pass@1" in name]
     if scores or teacher is not None:

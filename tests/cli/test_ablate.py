@@ -208,6 +208,11 @@ def test_two_plans_of_one_name_are_refused(tmp_path, capsys):
     assert "Rename one" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_a_file_is_refused(capsys):
+    assert main(["ablate", str(PLANS[0]), "-o", str(PLANS[0])]) == 2
+    assert "is a file. Choose another folder." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

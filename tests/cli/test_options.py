@@ -257,7 +257,7 @@ class TestWords:
     def test_infinity(self, recipe):
         """`transformers` makes a whole number of it."""
         with pytest.raises(ConfigError, match=r"is too large .*infinity"):
-            parse_args(["--config", recipe(save_steps=float("inf"))])
+            parse_args(["--config", recipe(save_strategy="steps", save_steps=float("inf"))])
 
     def test_cost_without_recipe(self, capsys):
         """The forecast needs a recipe, and says so in one line."""
@@ -267,10 +267,14 @@ class TestWords:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"beta: caf\xe9", "is not UTF-8 text .*Save it as UTF-8"), (b"beta:\t0.1", "line 1, column 6")],
+    [
+        (b"beta: caf\xe9", "is not UTF-8 text .*Save it as UTF-8"),
+        (b"beta:\t0.1", "line 1, column 6"),
+        (b"a: 2026-13-01", "month must"),
+    ],
 )
 def test_a_recipe_that_is_no_text(tmp_path, content, message):
-    """Another encoding, and a tab, which YAML does not allow."""
+    """Another encoding, a tab, which YAML does not allow, and a month that does not exist."""
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"(?s){message}"):

@@ -299,6 +299,7 @@ def test_forks_are_those_of_a_run(probe, tmp_path, monkeypatch):
         (["--num_prompts", "0"], {}, "must be a whole number"),
         ([], {"teacher_model_name_or_path": "export:out"}, "is an export"),
         ([], {"teacher_model_name_or_path": ...}, "does not set `teacher_model_name_or_path`"),
+        (["--probe_dir", __file__], {}, "test_probe.py is a file. Choose another folder."),
         ([], {"num_chunk": 5}, "Did you mean `num_chunks`?"),
     ],
 )

@@ -225,3 +225,9 @@ def test_a_push_that_fails(run, tmp_path):
 def test_the_options_of_all_methods_are_exported():
     """But the template of a context, which is a text of the user."""
     assert {*SINCE_EARLIER_RECORDS}.difference(export_module._SETTINGS) == {"teacher_context_template"}
+
+
+def test_options_for_training_can_be_pasted():
+    """A folder may have spaces in its name."""
+    options = export_module.training_options({"settings": {}}, "my runs/_export")
+    assert options == "--teacher_model_name_or_path export:'my runs/_export'"

@@ -6,17 +6,17 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omniopd_trl.cli.ablate.plan import LOG, Job, Plan, distinct, jobs_of, read_plan
-from omniopd_trl.cli.ablate.processes import Command, run_all, say, write
+from omniopd_trl.cli.ablate.processes import Command, run_all, write
 from omniopd_trl.cli.ablate.results import Result, markdown, read_result, summarize
 from omniopd_trl.cli.opening import check_writable
 from omniopd_trl.cli.options import apply_env, positive_int
+from omniopd_trl.cli.tables import say
 from omniopd_trl.errors import ConfigError, DataError, OmniOPDError
 
 
@@ -75,7 +75,7 @@ def ablate(omniopd: Command, options: argparse.Namespace) -> None:
         raise KeyboardInterrupt("The same command continues.") from error
     for plan, grid, file in tables:
         if table := _write_table(plan, grid, file):
-            sys.stdout.write(f"\n{markdown(table)}\n\nWrote {file}.json and {file}.md.\n")
+            say(f"\n{markdown(table)}\n\nWrote {file}.json and {file}.md.")
             _draw(table, file)
     if failed:
         names = ", ".join(str(job.folder) for job in failed)
@@ -126,9 +126,9 @@ def _draw(table: Mapping[str, Any], path: Path) -> None:
     try:
         paths = bars(lines, "pass@1", path, baseline=statistics.fmean(before) if before else None)
     except OmniOPDError as error:
-        sys.stdout.write(f"No figure: {error}\n")
+        say(f"No figure: {error}")
     else:
-        sys.stdout.write(f"Wrote {' and '.join(map(str, paths))}.\n")
+        say(f"Wrote {' and '.join(map(str, paths))}.")
 
 
 def _devices() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from omniopd_trl.cli import train
 from omniopd_trl.cli.ablate.plan import FINISHED, LOG, RECIPE, SOLUTIONS, Job
+from omniopd_trl.cli.tables import say
 from omniopd_trl.journal.file import journals_of
 
 # What a run imports, some eight seconds of a processor. Without a GPU, runs are forked from a process that has them.
@@ -199,11 +200,6 @@ def write(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
