@@ -208,6 +208,7 @@ def test_a_malformed_answer_is_asked_for_again_and_paid_once(services):  # noqa:
         assert first.marks == [{"3 + 4 = 7": 1.0}, {"7 x 2 = 14": 0.0, "7 x 2 = 15": 0.9}]
         assert first.answers == ("1: 10\n2: 0\n3: ten", "1: 10\n2: 0\n3: 9")
         assert [reply.outcomes.get("malformed") for reply in first.replies] == [None, 1]
+        assert [reply.failure for reply in first.replies] == [None, None]
         assert [m["role"] for m in server.bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
         assert sum((reply.usage for reply in first.replies), Usage()).completion_tokens == 20
         assert len(server.requests) == len(ledger.payments) == 2
