@@ -55,7 +55,8 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         golds: texts with the right answer, in order of precedence.
         lenient: see [`math_accuracy`].
     """
-    completion = _FOREIGN.sub(_ascii, completion)
+    # A draft inside of a model's thoughts is no answer.
+    completion = _FOREIGN.sub(_ascii, completion.rpartition("</think>")[2])
     gold = next((gold for text in golds if text is not None and (gold := _parse_gold(text))), None)
     if gold is None:
         return Reading(None)

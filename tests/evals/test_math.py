@@ -72,6 +72,8 @@ def score(completion, gold, **options):
         ("Answer:\n$$\n\\frac{1}{2}\n$$", r"\frac{1}{2}"),
         ("Answer: 7\nThat took 3 steps.", "7"),
         ("Tom has 7 apples.", "7"),
+        ("<think>Perhaps Answer: 5?</think>So it is \\boxed{7}.", "7"),
+        ("<think>Answer: 5</think>\n\nAnswer: 7", "7"),
         ([{"role": "assistant", "content": "Answer: 7"}], "7"),
         ("Answer: 7", 7),
         ("Answer: 2.5", 2.5),
@@ -94,6 +96,8 @@ def test_right(completion, gold):
         ("Answer: 8", "7"),
         ("Answer: 7\nNo.\nAnswer: 8", "7"),
         # An answer counts, not a number on the way to it.
+        ("<think>So Answer: 7</think>\n\nIt is 8.", "7"),
+        ("<think>So Answer: 7</think>", "7"),
         ("3 + 4 = 7. Answer: 8", "7"),
         ("Answer: 2^{10}", "2"),
         ("Answer: 3x + 2", "3"),
