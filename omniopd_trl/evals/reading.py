@@ -106,7 +106,8 @@ def _number_of(text: str) -> PlainNumber | None:
         return None
     text = text if marked is None else marked
     source = next((part for part in _parse(text, lists=True) if isinstance(part, str)), "")
-    return number_in(text, source) if source and source in text else plain_number(source)
+    places = [*re.finditer(rf"(?<!\d)(?<!\d[.,]){re.escape(source)}(?!\d)", text)] if source else []
+    return number_in(source, text[: places[-1].start()], text[places[-1].end() :]) if places else plain_number(source)
 
 
 def _is_constant(parsed: tuple[Any, ...]) -> bool:

@@ -255,6 +255,7 @@ def test_the_lenient_reading_is_an_option():
     assert score("It is 12 + 30 - 5.", "37") == 0.0
     assert score("There are 3 towns with 14 million people each, so 42 million.", "42000000") == 1.0
     assert score("There are 3 towns with 14 million people each, so 42 million.", "42") == 0.0
+    assert score("We add. " * 99 + r"So it is \boxed{7}." + " Towns have 17 million people." * 20, "7") == 1.0
     assert score("First 12, then 30, then 5 less, which is not 37.", "37") == 0.0
     assert score("They are not enough: she has no more than 37.", "37") == 1.0
 
