@@ -32,7 +32,8 @@ def math_accuracy(
     r"""Score whether each completion gives the right answer, with math-verify.
 
     The answer is the text after the last `Answer:`, the form that the paper's prompt requests, or else that in the
-    last 1,000 characters. Numbers, fractions, LaTeX and `\boxed{}` are compared by value: `0.5` equals `\frac{1}{2}`.
+    last 1,000 characters. What precedes the last `</think>` does not count. Numbers, fractions, LaTeX and `\boxed{}`
+    are compared by value: `0.5` equals `\frac{1}{2}`.
 
     Where the right answer is a plain number, the answer must be one too. `Answer: 12 + 30 - 5` has the value 37 but
     repeats the question, `Answer: 37 or 38` does not decide, and `Answer: not 37` denies it. Formatting does not

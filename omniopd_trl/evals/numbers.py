@@ -118,7 +118,8 @@ def plain_number(text: str) -> PlainNumber | None:
         ```
     """
     if boxed := [*_BOXED.finditer(text)]:
-        return number_in(text, boxed[-1][0], boxed[-1][1])
+        last = boxed[-1]
+        return number_in(last[1], text[: last.start()], text[last.end() :])
     text = _without_formatting(text)
     defined, _, text = text.rpartition("=")
     if _CHOICE.search(defined):
@@ -149,19 +150,18 @@ def plain_number(text: str) -> PlainNumber | None:
     )
 
 
-def number_in(text: str, source: str, content: str | None = None) -> PlainNumber | None:
+def number_in(source: str, before: str, after: str) -> PlainNumber | None:
     """The plain number that is written somewhere in a text, with what stands directly before and after it.
 
     Args:
-        text: the text.
-        source: how the number is written. The last place counts.
-        content: the number without its box.
+        source: the number, without its box.
+        before: the text before it.
+        after: the text after it.
     """
-    before, _, after = text.rpartition(source)
     if _NEGATED.search(re.sub(r"(?:\\boxed)?[\s({]*$", "", _without_formatting(before))):
         return None
     scale = re.match(rf"[\s)}}]*({_SCALE}+)", _without_formatting(after), re.IGNORECASE)
-    return plain_number((source if content is None else content) + (f" {scale[1]}" if scale else ""))
+    return plain_number(source + (f" {scale[1]}" if scale else ""))
 
 
 def _without_formatting(text: str) -> str:

@@ -55,7 +55,8 @@ def read(completion: str, golds: list[str | None], lenient: bool) -> Reading:
         golds: texts with the right answer, in order of precedence.
         lenient: see [`math_accuracy`].
     """
-    completion = _FOREIGN.sub(_ascii, completion)
+    # A draft inside of a model's thoughts is no answer.
+    completion = _FOREIGN.sub(_ascii, completion.rpartition("</think>")[2])
     gold = next((gold for text in golds if text is not None and (gold := _parse_gold(text))), None)
     if gold is None:
         return Reading(None)
@@ -105,7 +106,8 @@ def _number_of(text: str) -> PlainNumber | None:
         return None
     text = text if marked is None else marked
     source = next((part for part in _parse(text, lists=True) if isinstance(part, str)), "")
-    return number_in(text, source) if source and source in text else plain_number(source)
+    places = [*re.finditer(rf"(?<!\d)(?<!\d[.,]){re.escape(source)}(?!\d)", text)] if source else []
+    return number_in(source, text[: places[-1].start()], text[places[-1].end() :]) if places else plain_number(source)
 
 
 def _is_constant(parsed: tuple[Any, ...]) -> bool:

@@ -181,10 +181,10 @@ class Rewards:
                 funcs = [math_accuracy]
                 self.reads_nothing = not all(map(_has_right_answer, datasets))
                 if self.reads_nothing:
+                    held = " and ".join(sorted({"solution", "answer"} & named))
                     logger.warning(
-                        f"None of the first right answers of a dataset ({', '.join({'solution', 'answer'} & named)}) "
-                        "can be read as mathematics, so its samples will have no score. Set "
-                        f"`{option}` to a function that scores them."
+                        f"math-verify can read none of the first right answers of a dataset ({held}), so its "
+                        f"samples will have no score. Set `{option}` to a function that scores them."
                     )
                 if lenient:
                     logger.warning(

@@ -72,6 +72,8 @@ def score(completion, gold, **options):
         ("Answer:\n$$\n\\frac{1}{2}\n$$", r"\frac{1}{2}"),
         ("Answer: 7\nThat took 3 steps.", "7"),
         ("Tom has 7 apples.", "7"),
+        ("<think>Perhaps Answer: 5?</think>So it is \\boxed{7}.", "7"),
+        ("<think>Answer: 5</think>\n\nAnswer: 7", "7"),
         ([{"role": "assistant", "content": "Answer: 7"}], "7"),
         ("Answer: 7", 7),
         ("Answer: 2.5", 2.5),
@@ -94,6 +96,8 @@ def test_right(completion, gold):
         ("Answer: 8", "7"),
         ("Answer: 7\nNo.\nAnswer: 8", "7"),
         # An answer counts, not a number on the way to it.
+        ("<think>So Answer: 7</think>\n\nIt is 8.", "7"),
+        ("<think>So Answer: 7</think>", "7"),
         ("3 + 4 = 7. Answer: 8", "7"),
         ("Answer: 2^{10}", "2"),
         ("Answer: 3x + 2", "3"),
@@ -251,6 +255,7 @@ def test_the_lenient_reading_is_an_option():
     assert score("It is 12 + 30 - 5.", "37") == 0.0
     assert score("There are 3 towns with 14 million people each, so 42 million.", "42000000") == 1.0
     assert score("There are 3 towns with 14 million people each, so 42 million.", "42") == 0.0
+    assert score("We add. " * 99 + r"So it is \boxed{7}." + " Towns have 17 million people." * 20, "7") == 1.0
     assert score("First 12, then 30, then 5 less, which is not 37.", "37") == 0.0
     assert score("They are not enough: she has no more than 37.", "37") == 1.0
 
