@@ -306,8 +306,8 @@ class LocalTeacher(InProcessTeacher):
             reason = why_not_padded(model, tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
         if reason:
             raise DataError(
-                f"The teacher {self.name!r} cannot continue texts of different lengths in one batch, which are padded "
-                f"on the left: {reason}. Serve it with vLLM, or use another teacher."
+                f"The teacher {self.name!r} cannot continue texts of different lengths in one batch: {reason}. Serve "
+                "it with vLLM, or use another teacher."
             )
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
