@@ -175,6 +175,11 @@ def _check_adapters(model: Any) -> None:
             "trained: the reference is the student with a copy of its adapter, or without one. Merge the others into "
             "the base model, or activate one with `model.set_adapter(name)`."
         )
+    if any(getattr(model.peft_config[name], "alora_invocation_tokens", None) for name in active):
+        raise ConfigError(
+            "The student has an activated LoRA (`alora_invocation_tokens`), which PEFT switches on in its own "
+            "forward. The objective does not call it, and would train nothing. Use LoRA."
+        )
     if any(model.peft_config[name].peft_type == "ADALORA" for name in active):
         raise ConfigError(
             "The student has an AdaLoRA adapter, whose ranks are never reallocated here, since nothing calls its "

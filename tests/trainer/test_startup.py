@@ -311,6 +311,11 @@ def test_a_mixed_model_is_refused(tmp_path, tiny_model_dir, tiny_tokenizer):
     refuse(tmp_path, model, "PeftMixedModel", tiny_tokenizer)
 
 
+def test_an_activated_lora_is_refused(tmp_path, tiny_model_dir):
+    adapter = LoraConfig(**LORA, alora_invocation_tokens=[5, 6])
+    refuse(tmp_path, tiny_model_dir, "activated LoRA .* would train nothing", peft_config=adapter)
+
+
 @pytest.mark.case("R13")
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_adalora_is_refused(tmp_path, tiny_model_dir, beta):
