@@ -408,6 +408,16 @@ def test_a_loss_of_the_routers_is_refused(tmp_path, tiny_tokenizer, kind):
         refuse(tmp_path, tmp_path / "student", "router_aux_loss_coef=0.0", model_init_kwargs=settings.get(kind))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_noise_of_the_routers_is_named(tmp_path, tiny_tokenizer, caplog, noise):
+    logging.enable_propagation()
+    tiny("mixtral", router_jitter_noise=0.1).save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    options = {} if noise else {"model_init_kwargs": {"router_jitter_noise": 0.0}}
+    make_trainer(tmp_path, tmp_path / "student", **options)
+    assert ("router_jitter_noise=0.1: the routers" in caplog.text) is (noise > 0)
+
+
 @pytest.mark.case("R19")
 @pytest.mark.parametrize("adapter", [None, LoraConfig(**LORA)], ids=["full", "lora"])
 @pytest.mark.parametrize("beta", [0.0, 0, 1e-8, 0.1])
