@@ -50,6 +50,7 @@ def why_not_padded(model: Any, token_ids: list[int]) -> str | None:
     found, expected = (each.float().log_softmax(-1).clamp(min=-100) for each in (found, expected))
     found, expected = (each - each.mean(-1, keepdim=True) for each in (found, expected))
     difference = ((found - expected).norm() / expected.norm()).item()
-    if difference <= (_ROUNDING_IN_HALF if torch.finfo(model.dtype).bits <= 16 else _ROUNDING):
+    is_half = torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).bits <= 16
+    if difference <= (_ROUNDING_IN_HALF if is_half else _ROUNDING):
         return None
     return f"its logits after a row that is padded on the left differ by {difference:.2g} from those of the row alone"

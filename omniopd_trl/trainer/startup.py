@@ -337,4 +337,5 @@ class Starts(DistillationTrainer):
         with together(self.args.process_index), unprofiled(self.args):
             check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)
             if not self.objective.is_sharded and not self.use_vllm:
-                check_padding(self.accelerator.unwrap_model(self.model_wrapped), self._tokenizer)
+                with self.accelerator.autocast():  # FlashAttention computes in 16 bits only
+                    check_padding(self.accelerator.unwrap_model(self.model_wrapped), self._tokenizer)
