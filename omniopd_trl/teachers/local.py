@@ -348,7 +348,7 @@ class LocalTeacher(InProcessTeacher):
                 position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
                 logits_to_keep=longest + 1,
-            ).logits[:, :-1]
+            ).logits[:, -longest - 1 : -1]  # some models compute the others as well
             targets = input_ids[:, input_ids.size(1) - longest :, None]
             logprobs = (logits.float() / temperature).log_softmax(-1).gather(2, targets)[..., 0].cpu()
             for row, n in zip(logprobs, part, strict=True):
