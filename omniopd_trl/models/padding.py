@@ -17,9 +17,9 @@ _ROUNDING, _ROUNDING_IN_HALF = 0.01, 0.1
 def why_not_padded(model: Any, token_ids: list[int]) -> str | None:
     """Why the model cannot generate for padded rows; `None` when it can.
 
-    A recurrent layer may read the padding, and positions may count it. The logits of two tokens after a row that is
-    padded for a longer one are therefore compared with those of the row alone. The model should be in evaluation mode,
-    and without defaults of generation.
+    A recurrent layer may read the padding, and positions may count it. The logits of two tokens that are generated
+    after a row that is padded for a longer one are therefore compared with those of a forward pass of the row alone.
+    The model should be in evaluation mode, and without defaults of generation.
 
     Args:
         model: a causal language model, or its PEFT wrapper.
@@ -50,6 +50,7 @@ def why_not_padded(model: Any, token_ids: list[int]) -> str | None:
     found, expected = (each.float().log_softmax(-1).clamp(min=-100) for each in (found, expected))
     found, expected = (each - each.mean(-1, keepdim=True) for each in (found, expected))
     difference = ((found - expected).norm() / expected.norm()).item()
-    if difference <= (_ROUNDING_IN_HALF if torch.finfo(model.dtype).bits <= 16 else _ROUNDING):
+    is_half = torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).bits <= 16
+    if difference <= (_ROUNDING_IN_HALF if is_half else _ROUNDING):
         return None
-    return f"its logits after a padded row differ by {difference:.2g} from those of the row alone"
+    return f"its logits after a row that is padded on the left differ by {difference:.2g} from those of the row alone"

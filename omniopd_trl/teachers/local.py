@@ -311,8 +311,8 @@ class LocalTeacher(InProcessTeacher):
             reason = why_not_padded(model, tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
         if reason:
             raise DataError(
-                f"The teacher {self.name!r} cannot continue texts of different lengths in one batch, which are padded "
-                f"on the left: {reason}. Serve it with vLLM, or use another teacher."
+                f"The teacher {self.name!r} cannot continue texts of different lengths in one batch: {reason}. Serve "
+                "it with vLLM, or use another teacher."
             )
         self._waiting: list[_Call] = []
         self._warn_once = WarnOnce(__name__)
@@ -353,7 +353,7 @@ class LocalTeacher(InProcessTeacher):
                 position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
                 logits_to_keep=longest + 1,
-            ).logits[:, :-1]
+            ).logits[:, -longest - 1 : -1]  # some models compute the others as well
             targets = input_ids[:, input_ids.size(1) - longest :, None]
             logprobs = (logits.float() / temperature).log_softmax(-1).gather(2, targets)[..., 0].cpu()
             for row, n in zip(logprobs, part, strict=True):

@@ -88,8 +88,8 @@ def prepare(
     if args.n_gpu > 1:
         # transformers would wrap the student in DataParallel, whose replicas would all compute with the same weights.
         logger.warning(
-            f"This process sees {args.n_gpu} GPUs, and a batch is computed on one. Start one process per GPU with "
-            "`omniopd train` or `accelerate launch`."
+            f"This process sees {args.n_gpu} GPUs, and does not divide batches among them. For that, start one "
+            "process per GPU with `omniopd train` or `accelerate launch`."
         )
         args._n_gpu = 1
     if tools:

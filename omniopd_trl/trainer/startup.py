@@ -98,7 +98,8 @@ def check_logits(
         args: the configuration.
 
     Raises:
-        ConfigError: when the log-probabilities differ, or no trainable parameter affects them.
+        ConfigError: when the log-probabilities differ, no trainable parameter affects them, or the student reads later
+            tokens.
     """
     token_ids = tokenizer(_TEXT)["input_ids"][:_NUM_TOKENS]
     input_ids = torch.tensor([token_ids], device=args.device)
@@ -111,7 +112,8 @@ def check_logits(
     spread = (own[:, :1] - own[:, -1:]).clamp(min=torch.finfo(own.dtype).eps)
     difference = (ours.detach() - own).abs() / spread
     is_32_bit = args.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
-    if not difference.max() <= (_TOLERANCE if is_32_bit else _TOLERANCE_16_BIT):  # NaN too
+    tolerance = _TOLERANCE if is_32_bit else _TOLERANCE_16_BIT
+    if not difference.max() <= tolerance:  # NaN too
         row, rank = divmod(int(difference.argmax()), _NUM_RANKS)
         raise ConfigError(
             "The student computes other logits than its LM head gives: after "
@@ -121,10 +123,18 @@ def check_logits(
             "another policy than the one that samples. Use a student whose logits are a multiple of "
             "`lm_head(hidden_states)`, with a soft cap or without."
         )
+    _, alone, _ = objective.compare_with_forward(model, input_ids[:, : len(token_ids) // 2], _NUM_RANKS)
+    own, spread = own[: len(alone)], spread[: len(alone)]
+    if not ((alone - own).abs() / spread).max() <= tolerance:
+        raise ConfigError(
+            f"The student is not causal: what follows a token changes its log-probabilities, by "
+            f"{(alone - own).abs().max():.4f} nats. It would be trained on tokens that it has read. Use a causal "
+            "language model."
+        )
 
 
 def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the student generates for rows of different lengths as for each of them alone.
+    """Check that the student generates for rows of different lengths as its forward computes each of them.
 
     Raises:
         ConfigError: when it does not: it would sample from another policy than the one that is trained.
@@ -133,9 +143,8 @@ def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         reason = why_not_padded(model, tokenizer(_TEXT)["input_ids"][:_NUM_TOKENS])
     if reason:
         raise ConfigError(
-            "The student cannot generate for prompts of different lengths, which transformers pads on the left: "
-            f"{reason}. Training would follow another policy than the one that samples. Set use_vllm=True, which does "
-            "not pad, or use another student."
+            f"The student does not generate what its forward computes: {reason}. Training would follow another policy "
+            "than the one that samples. Set use_vllm=True, which does not pad, or use another student."
         )
 
 
@@ -165,6 +174,11 @@ def _check_adapters(model: Any) -> None:
             f"The student has {len(active)} active adapters ({', '.join(map(repr, active))}), but only one can be "
             "trained: the reference is the student with a copy of its adapter, or without one. Merge the others into "
             "the base model, or activate one with `model.set_adapter(name)`."
+        )
+    if any(getattr(model.peft_config[name], "alora_invocation_tokens", None) for name in active):
+        raise ConfigError(
+            "The student has an activated LoRA (`alora_invocation_tokens`), which PEFT switches on in its own "
+            "forward. The objective does not call it, and would train nothing. Use LoRA."
         )
     if any(model.peft_config[name].peft_type == "ADALORA" for name in active):
         raise ConfigError(
@@ -323,4 +337,5 @@ class Starts(DistillationTrainer):
         with together(self.args.process_index), unprofiled(self.args):
             check_logits(self.objective, self.model_wrapped, self._tokenizer, self.args)
             if not self.objective.is_sharded and not self.use_vllm:
-                check_padding(self.accelerator.unwrap_model(self.model_wrapped), self._tokenizer)
+                with self.accelerator.autocast():  # FlashAttention computes in 16 bits only
+                    check_padding(self.accelerator.unwrap_model(self.model_wrapped), self._tokenizer)

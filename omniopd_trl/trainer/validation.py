@@ -202,6 +202,14 @@ def check_student_config(model: Any, config: PretrainedConfig, args: OmniOPDConf
             f"router_aux_loss_coef={coefficient}: the loss of Eq. 8 has no load-balancing loss of the routers, so it "
             "has no effect. Leave it out of `model_init_kwargs`, and set output_router_logits=False there."
         )
+    for name in ("router_jitter_noise", "input_jitter_noise"):
+        noise = asked.get(name, getattr(text, name, None))
+        if noise and args.process_index == 0:
+            logger.warning(
+                f"{name}={noise}: the routers of the student's experts are noisy in training, so the gradient is "
+                "that of another policy than the one that samples. Set it to 0 with "
+                f"model_init_kwargs={{'{name}': 0.0}}."
+            )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -232,7 +232,7 @@ def train(
     observations = trainer.observations() if observed else None
     _, own, ours = compare(trainer.model_wrapped, torch.arange(5, 21, device=args.device)[None], 8)
     return {
-        "checks": len(checks),
+        "checks": bool(checks),
         "compared": (own - ours).abs().max().item(),
         "steps": [{key: float(entry[key]) for key in compared if key in entry} for entry in logs],
         "moved": max((after[key] - before[key]).abs().max().item() for key in after) if after else 0.0,

@@ -378,8 +378,12 @@ def test_common_prefixes(first, second):
     assert common_prefix_length(first, second) == common_prefix_length([*first], [*second]) == expected
 
 
-def test_logprobs_are_those_of_each_token_in_float64(teacher, monkeypatch):
-    """Against one forward per token in float64, for texts of different lengths, in batches of any size."""
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_logprobs_are_those_of_each_token_in_float64(teacher, monkeypatch, keeps_all):
+    """Against one forward per token in float64, for texts of different lengths, in batches of any size.
+
+    Some models take no `logits_to_keep`, and return all logits.
+    """
     prefixes = [Prefix(QUESTION, text) for text in ("", "Tom has", "Tom has 3 apples. So", "Tom")]
     texts = [" 3 apples and buys 9 more.", "", "x", " So the answer is 12"]
     model = copy.deepcopy(teacher.model).double()
@@ -391,6 +395,9 @@ def test_logprobs_are_those_of_each_token_in_float64(teacher, monkeypatch):
             values.append((logits / 0.7).log_softmax(-1)[token].item())
             ids = [*ids, token]
         expected.append(values)
+    if keeps_all:
+        forward = teacher.model.forward
+        monkeypatch.setattr(teacher.model, "forward", lambda logits_to_keep, **kwargs: forward(**kwargs))
     for size in (1, 100, 10_000):
         monkeypatch.setattr(teacher, "max_batch_tokens", size)
         found = teacher.logprobs(prefixes, texts, temperature=0.7)

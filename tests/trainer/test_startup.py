@@ -164,15 +164,24 @@ def test_a_head_with_other_parameters_is_refused(tiny_tokenizer):
     check_logits(model, tiny_tokenizer)
 
 
+def test_a_student_that_reads_later_tokens_is_refused(tiny_tokenizer):
+    """As PaliGemma does, whose text without an image is one prefix. The objective would agree with its forward."""
+    model = tiny("llama")
+    forward, everything = model.model.forward, torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    model.model.forward = lambda *args, attention_mask, **kwargs: forward(*args, **kwargs, attention_mask=everything)
+    with pytest.raises(ConfigError, match="student is not causal: what follows a token changes its log-probabilities"):
+        check_logits(model, tiny_tokenizer)
+
+
 def test_a_student_that_reads_padding_is_refused(tmp_path, tiny_tokenizer):
     """A recurrent layer that takes no mask, and positions that count the padding. vLLM does not pad."""
     tiny("rwkv").save_pretrained(tmp_path / "rwkv")
     tiny_tokenizer.save_pretrained(tmp_path / "rwkv")
-    refuse(tmp_path, tmp_path / "rwkv", "cannot generate for prompts of different lengths")
+    refuse(tmp_path, tmp_path / "rwkv", "does not generate what its forward computes: its logits after a row")
     model = tiny("gpt2")
     forward = model.forward
     model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    refuse(tmp_path, model, "after a padded row differ by", tiny_tokenizer)
+    refuse(tmp_path, model, "padded on the left differ by", tiny_tokenizer)
 
 
 def test_one_process_uses_one_gpu(tmp_path, tiny_model_dir, caplog):
@@ -302,6 +311,11 @@ def test_a_mixed_model_is_refused(tmp_path, tiny_model_dir, tiny_tokenizer):
     refuse(tmp_path, model, "PeftMixedModel", tiny_tokenizer)
 
 
+def test_an_activated_lora_is_refused(tmp_path, tiny_model_dir):
+    adapter = LoraConfig(**LORA, alora_invocation_tokens=[5, 6])
+    refuse(tmp_path, tiny_model_dir, "activated LoRA .* would train nothing", peft_config=adapter)
+
+
 @pytest.mark.case("R13")
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_adalora_is_refused(tmp_path, tiny_model_dir, beta):
@@ -392,6 +406,16 @@ def test_a_loss_of_the_routers_is_refused(tmp_path, tiny_tokenizer, kind):
         make_trainer(tmp_path, tmp_path / "student", model_init_kwargs=settings["off"])
     else:
         refuse(tmp_path, tmp_path / "student", "router_aux_loss_coef=0.0", model_init_kwargs=settings.get(kind))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_noise_of_the_routers_is_named(tmp_path, tiny_tokenizer, caplog, noise):
+    logging.enable_propagation()
+    tiny("mixtral", router_jitter_noise=0.1).save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    options = {} if noise else {"model_init_kwargs": {"router_jitter_noise": 0.0}}
+    make_trainer(tmp_path, tmp_path / "student", **options)
+    assert ("router_jitter_noise=0.1: the routers" in caplog.text) is (noise > 0)
 
 
 @pytest.mark.case("R19")
