@@ -15,7 +15,7 @@ _ROUNDING, _ROUNDING_IN_HALF = 0.01, 0.1
 
 @torch.no_grad()
 def why_not_padded(model: Any, token_ids: list[int]) -> str | None:
-    """Why the model cannot generate for padded rows; `None` when it can.
+    """Why the model cannot generate for padded rows; `None` when it can, or when its `generate` returns no logits.
 
     A recurrent layer may read the padding, and positions may count it. The logits of two tokens that are generated
     after a row that is padded for a longer one are therefore compared with those of a forward pass of the row alone.
@@ -43,6 +43,8 @@ def why_not_padded(model: Any, token_ids: list[int]) -> str | None:
         output = model.generate(input_ids=inputs, attention_mask=mask, generation_config=config)
     except Exception as error:
         return f"its `generate` fails ({type(error).__name__}: {first_line(error)})"
+    if isinstance(output, torch.Tensor):  # the `generate` of a model's repository, which returns no logits
+        return None
     found = torch.stack([logits[1] for logits in output.logits])
     alone = torch.tensor([[*short, output.sequences[1, -2]]], device=model.device)
     expected = model(input_ids=alone, use_cache=False).logits[0, -2:]
