@@ -23,6 +23,7 @@ from omniopd_trl.trainer.checkpoints import EndsAtLastStep, resume_point
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from omniopd_trl.trainer.progress import use_readable_lines
+from omniopd_trl.trainer.recording import publishable
 
 logger = logging.get_logger(__name__)
 
@@ -190,6 +191,11 @@ class Baseline(EndsAtLastStep):
         metrics = self.evaluator.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.control = self.evaluator.control
         return metrics
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        student = self.accelerator.unwrap_model(self.model)
+        with publishable(self.args, self.evaluator.objective.reference, student):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def evaluate_teacher(self: Any) -> dict[str, float]:
         """Evaluate pass@1 of the teacher, as [`OmniOPDTrainer.evaluate_teacher`] does."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
@@ -17,6 +18,7 @@ from omniopd_trl.errors import DataError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
 from omniopd_trl.journal.recorder import Recorder, save_tokenizer
+from omniopd_trl.models.reference import Reference
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.checkpoints import EndsAtLastStep, check_adapters, resume_point, state_of, unmark
 from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop, together
@@ -125,6 +127,20 @@ def warn_about_separate_folders(args: OmniOPDConfig, accelerator: Accelerator) -
         )
 
 
+@contextmanager
+def publishable(args: TrainingArguments, reference: Reference, student: PreTrainedModel) -> Iterator[None]:
+    """Context in which a student is saved without the token of `args` and the frozen copy of its adapter.
+
+    Both would be pushed: the token in `training_args.bin`, the copy as another adapter.
+    """
+    token, args.hub_token = args.hub_token, None
+    try:
+        with reference.left_out(student):
+            yield
+    finally:
+        args.hub_token = token
+
+
 class Records(EndsAtLastStep, DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
 
@@ -171,12 +187,8 @@ class Records(EndsAtLastStep, DistillationTrainer):
         self._whole_checkpoint = folder.resolve()
 
     def _save(self, output_dir=None, state_dict=None):
-        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin, which is pushed
-        try:
-            with self.objective.reference.left_out(self.accelerator.unwrap_model(self.model)):
-                super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
+        with publishable(self.args, self.objective.reference, self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
         """Wait for all processes after the last file of each, before the trainer's state marks the checkpoint."""

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -77,6 +78,7 @@ def make(
     eval_dataset=None,
     funcs=None,
     evaluate_teacher=False,
+    peft_config=None,
     **changes,
 ):
     if method == "sft":
@@ -90,6 +92,7 @@ def make(
         eval_dataset=eval_dataset,
         reward_funcs=funcs,
         evaluate_teacher=evaluate_teacher,
+        peft_config=peft_config,
     )
 
 
@@ -332,6 +335,19 @@ def test_options_without_effect(tmp_path, tiny_model_dir, caplog):
     assert "eval" not in line
     assert trainer.args.max_length == 64
     assert trainer.args.learning_rate == 1e-3
+
+
+def test_what_is_saved(tmp_path, tiny_model_dir):
+    """No token, and no copy of the adapter, which the evaluation measures the KL to."""
+    peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    changes = {"save_strategy": "steps", "save_steps": 1, "hub_token": "hf_secret"}
+    trainer = make("sft", tmp_path, tiny_model_dir, peft_config=peft_config, **changes)
+    assert trainer.evaluator.objective.reference.adapter is not None
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    assert [path.parent for path in folder.rglob("adapter_config.json")] == [folder]
+    assert torch.load(folder / "training_args.bin", weights_only=False).hub_token is None
+    assert trainer.args.hub_token == "hf_secret"
 
 
 def test_resume(tmp_path, tiny_model_dir):
