@@ -98,8 +98,8 @@ def check_logits(
         args: the configuration.
 
     Raises:
-        ConfigError: when the log-probabilities differ, no trainable parameter affects them, or the student reads later
-            tokens.
+        ConfigError: when the log-probabilities differ, or, without DeepSpeed and FSDP, no trainable parameter affects
+            them or the student reads later tokens.
     """
     token_ids = tokenizer(_TEXT)["input_ids"][:_NUM_TOKENS]
     input_ids = torch.tensor([token_ids], device=args.device)
@@ -123,6 +123,8 @@ def check_logits(
             "another policy than the one that samples. Use a student whose logits are a multiple of "
             "`lm_head(hidden_states)`, with a soft cap or without."
         )
+    if objective.is_sharded:  # DeepSpeed records the order in which the first forward passes gather
+        return
     _, alone, _ = objective.compare_with_forward(model, input_ids[:, : len(token_ids) // 2], _NUM_RANKS)
     own, spread = own[: len(alone)], spread[: len(alone)]
     # The mean: in 16 bits, a row of another length may send single tokens to other experts.
