@@ -624,7 +624,8 @@ class TestCommand:
             (("--output_dir", "o", "--temprature", "1"), "Did you mean `temperature`"),
             (("out",), "`out` belongs to no option"),
             (("--compare", "a", "b"), "holds no result"),
-            (("--compare", "a", "b", "--josn"), "--josn has no effect"),
+            (("--compare", "a", "b", "--josn"), "Did you mean `json`"),
+            (("--compare", "a", "b", "--learning_rate", "1"), "--learning_rate has no effect"),
             (("--compare", "a", "b", "--output_dir", "o"), "--output_dir has no effect"),
             (
                 ("--output_dir", "o", "--model", "scripted", "--dataset", "problems.jsonl", "--eval_seed", 2**31),
