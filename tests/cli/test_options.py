@@ -356,7 +356,7 @@ def test_recipe_that_explodes(tmp_path, text, message):
     ids=["options", "a section"],
 )
 def test_an_option_that_is_set_twice(tmp_path, text, lines):
-    """YAML would read the last value, without a word about the first."""
+    """YAML would silently read the last value."""
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     first, second = lines
