@@ -111,8 +111,8 @@ class OmniOPDConfig(DistillationConfig):
             Number of teacher continuations (rollouts) per chunk, N in the paper.
         first_rollouts (`int`, *optional*, defaults to `0`):
             Number of rollouts per chunk that are requested first. Where they are equal after the cut to the chunk's
-            length, the rest of `num_rollouts` is not requested. `0` requests all at once, as in the paper. See
-            docs/money.md.
+            length, the rest of `num_rollouts` is not requested. At least 2, and below `num_rollouts`. `0` requests all
+            at once, as in the paper. See docs/money.md.
         similarity (`str`, *optional*, defaults to `"edit"`):
             Similarity of a chunk and a rollout, with values in [0, 1], phi in the paper. One of `"edit"`, `"rouge1"`,
             `"rougeL"`, `"jaccard"`, `"bleu1"`, `"bleu2"`, `"exact"` or `"embedding"`. To use a custom function, pass
@@ -142,7 +142,7 @@ class OmniOPDConfig(DistillationConfig):
             The teacher is asked only where they differ. `0` is the paper's method. See docs/branches.md.
         fork_candidates (`int`, *optional*, defaults to `0`):
             Number of chunks per trajectory for which branches are sampled, with `num_branches`. The `num_chunks` with
-            the most diverse branches are kept. `0` samples for `num_chunks` only.
+            the most diverse branches are kept. At least `num_chunks`; `0` samples for `num_chunks` only.
         scale_advantages (`bool`, *optional*, defaults to `False`):
             Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. `"edit"` and
             other similarities with small differences need it.
@@ -363,8 +363,8 @@ class OmniOPDConfig(DistillationConfig):
         default=0,
         metadata={
             "help": "Number of rollouts per chunk that are requested first. Where they are equal after the cut to the "
-            "chunk's length, the rest of `num_rollouts` is not requested. `0` requests all at once, as in the paper. "
-            "See docs/money.md."
+            "chunk's length, the rest of `num_rollouts` is not requested. At least 2, and below `num_rollouts`. `0` "
+            "requests all at once, as in the paper. See docs/money.md."
         },
     )
     similarity: str = field(
@@ -433,7 +433,8 @@ class OmniOPDConfig(DistillationConfig):
         default=0,
         metadata={
             "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
-            "`num_chunks` with the most diverse branches are kept. `0` samples for `num_chunks` only."
+            "`num_chunks` with the most diverse branches are kept. At least `num_chunks`; `0` samples for `num_chunks` "
+            "only."
         },
     )
     scale_advantages: bool = field(
