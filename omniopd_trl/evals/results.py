@@ -222,8 +222,12 @@ class Comparison:
 def compare(first: EvalResult, second: EvalResult) -> Comparison:
     """Compare two results on the same problems. Their numbers of samples may differ.
 
+    Args:
+        first: one result. The difference is positive when its scores are higher.
+        second: the other result.
+
     Raises:
-        DataError: when they hold different problems.
+        DataError: when they hold different problems, or have scored none in common.
     """
     ours, theirs = ({problem.key: problem for problem in result.problems} for result in (first, second))
     if ours.keys() != theirs.keys():

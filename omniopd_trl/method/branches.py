@@ -63,6 +63,11 @@ def most_diverse(diversities: Sequence[float], entropies: Sequence[float], count
 
     Equal diversities are taken by the entropy at the anchor, and then from left to right.
 
+    Args:
+        diversities: `diversity` of each fork, in [0, 1).
+        entropies: entropy at the anchor of each fork, in nats.
+        count: number of forks to keep.
+
     Example:
         >>> most_diverse([0.0, 0.5, 0.5, 0.0], [1.0, 0.2, 0.3, 2.0], 3)
         [1, 2, 3]
