@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation is true: code runs, recipes parse, commands and links exist, tables say what the code says."""
 
+import argparse
 import ast
 import dataclasses
 import importlib.util
@@ -22,6 +23,7 @@ from omniopd_trl.cli.main import make_parser
 from omniopd_trl.cli.options import check_names, check_recipe, option_names
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments, parse_args
 from omniopd_trl.method.posterior import posterior_mean
+from omniopd_trl.teachers.base import OUTCOMES
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from omniopd_trl.trainer.omniopd_trainer import OmniOPDTrainer
 from scripts import configuration_reference
@@ -324,6 +326,29 @@ def test_overview_lists_every_page():
     overview = (ROOT / "docs" / "index.md").read_text("utf-8")
     missing = [page.name for page in ROOT.glob("docs/*.md") if f"]({page.name})" not in overview]
     assert missing == ["index.md"], "Add the pages to the tables of docs/index.md."
+
+
+def test_every_metric_is_documented():
+    """Each name that the trainer logs under is on the page of metrics."""
+    page = (ROOT / "docs/metrics.md").read_text("utf-8")
+    groups = "audit|branches|imitation|judge|kl|off_policy|rollouts|sampling|teacher"
+    names = {f"teacher/{name}" for name in OUTCOMES}
+    for file in ROOT.glob("omniopd_trl/trainer/*.py"):
+        names |= set(re.findall(rf'"((?:{groups})/[\w/]+)"', file.read_text("utf-8")))
+    assert len(names) > 40
+    assert [name for name in sorted(names) if f"`{name}`" not in page and f"{name}/mean`" not in page] == []
+
+
+def test_every_flag_is_documented():
+    """Each option of a command is on a page, by its long or its short name."""
+    pages = "\n".join(page.read_text("utf-8") for page in PAGES)
+    parsers, flags = [make_parser()], set()
+    while parsers:
+        for action in parsers.pop()._actions:
+            flags.add("|".join(rf"[ `]{flag}\b" for flag in action.option_strings))
+            parsers += action.choices.values() if action.nargs == argparse.PARSER else []
+    assert len(flags) > 50
+    assert [names for names in flags if not re.search(names, pages)] == []
 
 
 @pytest.mark.case("F6")
