@@ -433,8 +433,8 @@ class OmniOPDConfig(DistillationConfig):
         default=0,
         metadata={
             "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
-            "`num_chunks` with the most diverse branches are kept. At least `num_chunks`; `0` samples for `num_chunks` "
-            "only."
+            "`num_chunks` with the most diverse branches are kept. At least `num_chunks`; `0` samples for "
+            "`num_chunks` only."
         },
     )
     scale_advantages: bool = field(
