@@ -178,9 +178,7 @@ class Evaluates(DistillationTrainer):
         )
         for name, rewarded in scores:
             # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
-            gathered = accelerator.gather_for_metrics(
-                rewarded.to(accelerator.device, metric_dtype(accelerator.device))
-            )
+            gathered = accelerator.gather_for_metrics(rewarded.to(device, metric_dtype(device)))
             scored = gathered[~gathered.isnan()]
             self.step_metrics.add_global("eval", name, scored.sum().item(), scored.numel())
         copied = [copied_share(text_of_prompt(row["prompt"]), text) for row, text in zip(inputs, texts, strict=True)]
