@@ -20,6 +20,7 @@ from typing import Any
 from trl import ModelConfig
 
 from omniopd_trl.cli.recipe import OmniOPDScriptArguments
+from omniopd_trl.trainer.help_texts import entries_of
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 from scripts.pages import update
 
@@ -83,9 +84,6 @@ INHERITED: dict[str, tuple[type, tuple[str, ...]]] = {
     ),
 }
 
-_GROUP = re.compile(r"^ *> (Parameters that control .+)$")
-_ENTRY = re.compile(r"^ *(\w+) \(`.*\):$")
-
 
 def groups_of(config: type) -> dict[str, list[str]]:
     """The fields that a configuration class itself defines, in the groups of its docstring.
@@ -94,12 +92,8 @@ def groups_of(config: type) -> dict[str, list[str]]:
         ValueError: when the docstring and the class do not name the same fields.
     """
     groups: dict[str, list[str]] = {}
-    fields: list[str] = []
-    for line in (config.__doc__ or "").splitlines():
-        if match := _GROUP.match(line):
-            fields = groups.setdefault(match[1], [])
-        elif groups and (match := _ENTRY.match(line)):
-            fields.append(match[1])
+    for title, name, _ in entries_of(config):
+        groups.setdefault(title, []).append(name)
     documented = {name for group in groups.values() for name in group}
     own = set(own_fields(config))
     if documented != own:

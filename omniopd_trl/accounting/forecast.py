@@ -322,11 +322,7 @@ class _Sum:
             cache[0] += count * read
             cache[1] += count * new
             if rates is not None:
-                read_price = rates.input if rates.cache_read is None else rates.cache_read
-                write_price = rates.input if rates.cache_write is None else rates.cache_write
-                plain = requests * prompt - read - new
-                usd = plain * rates.input + read * read_price + new * write_price + completion * rates.output
-                cache[2] += count * usd / 1e6
+                cache[2] += count * rates.dollars(requests * prompt, read, new, completion)
 
     def mean(self, number: int) -> Load:
         """The mean over `number` prompts."""

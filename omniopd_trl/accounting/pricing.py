@@ -54,13 +54,14 @@ class Price:
 
     def cost(self, usage: Usage) -> float:
         """Dollars for the usage of one request."""
-        prompt, read, written = prompt_parts(usage)
+        return self.dollars(*prompt_parts(usage), usage.completion_tokens)
+
+    def dollars(self, prompt: float, read: float, written: float, completion: float) -> float:
+        """Dollars for tokens at these rates; `read` and `written` are the part of the prompt in a cache."""
         read_price = self.input if self.cache_read is None else self.cache_read
         write_price = self.input if self.cache_write is None else self.cache_write
         plain = prompt - read - written
-        return (
-            plain * self.input + read * read_price + written * write_price + usage.completion_tokens * self.output
-        ) / 1e6
+        return (plain * self.input + read * read_price + written * write_price + completion * self.output) / 1e6
 
     def worst_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """The most that a request of at most this size can cost, in dollars."""

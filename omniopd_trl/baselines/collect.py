@@ -419,10 +419,8 @@ def _verify(
     """Whether each solution is right: all functions give it 1. `None` where a function declines to score."""
     if not rewards or not rollouts:
         return [None] * len(rollouts)
-    logs: dict[str, Any] = {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
     texts = [rollout.text for rollout in rollouts]
-    scored = rewards.score([example] * len(texts), texts, run=loop.run, trainer_state=None, **logs)
-    columns = [values.tolist() for _, values in scored]
+    columns = [values.tolist() for _, values in rewards.score([example] * len(texts), texts, run=loop.run)]
     return [
         None if any(score != score for score in scores) else all(score >= 1 for score in scores)
         for scores in zip(*columns, strict=True)

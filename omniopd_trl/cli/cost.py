@@ -154,12 +154,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from omniopd_trl.cli.recipe import load_splits, parse_args
     from omniopd_trl.data.checks import prompts_per_step
+    from omniopd_trl.evals.results import aligned
     from omniopd_trl.models.loading import load_tokenizer
     from omniopd_trl.teachers.load import capabilities_by_name, is_export, split_name
     from omniopd_trl.teachers.options import TeacherOptions
     from omniopd_trl.trainer.plan import (
         Requests,
-        aligned,
         forecast_run,
         num_steps,
         stopped_share_of,

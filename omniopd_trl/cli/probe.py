@@ -423,8 +423,8 @@ def _write(result: dict[str, Any], verdict: "Verdict", folder: Path, options: ar
 
 
 def _text(result: dict[str, Any], verdict: "Verdict") -> str:
+    from omniopd_trl.evals.results import aligned
     from omniopd_trl.report.probe import cost_rows, measured_rows, signal_rows
-    from omniopd_trl.trainer.plan import aligned
 
     models = [("teacher", str(result["teacher"])), ("student", str(result["student"]))]
     parts = [aligned([*models, *measured_rows(result), *cost_rows(result)])]

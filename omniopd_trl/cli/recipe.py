@@ -6,10 +6,9 @@ import argparse
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -24,17 +23,22 @@ from omniopd_trl.cli.options import (
     stray_word,
 )
 from omniopd_trl.errors import ConfigError, OmniOPDError
+from omniopd_trl.trainer.help_texts import entries_of, with_help
 
 if TYPE_CHECKING:
     from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 
 @dataclass
+@with_help
 class OmniOPDScriptArguments(ScriptArguments):
     """
     Arguments of the training command, in addition to [`~trl.ScriptArguments`].
 
     Args:
+        dataset_name (`str`, *optional*):
+            Id of a dataset on the Hub; path of a .json, .jsonl or .parquet file or of a folder of these;
+            `"benchmark:TRAINING,EVALUATION"` for sets of docs/datasets.md; or `"reasoning_gym:TASK"`.
         prompt_template (`str`, *optional*):
             Template that turns a `question` or `problem` column into a prompt: `"math"` (the paper's Table 7), or a
             string that contains `{question}` once. By default, the question itself is the prompt.
@@ -60,66 +64,15 @@ class OmniOPDScriptArguments(ScriptArguments):
             Options of [`~trl.GRPOConfig`] that apply to method `"grpo"` only, such as `{"num_generations": 8}`.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Id of a dataset on the Hub; path of a .json, .jsonl or .parquet file or of a folder of these; "
-            "'benchmark:TRAINING,EVALUATION' for sets of docs/datasets.md; or 'reasoning_gym:TASK'."
-        },
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Template that turns a `question` or `problem` column into a prompt: 'math' (the paper's Table "
-            "7), or a string that contains {question} once. By default, the question itself is the prompt."
-        },
-    )
-    evaluate_teacher: bool = field(
-        default=False,
-        metadata={"help": "Whether to measure the teacher's pass@1 on the evaluation set after training."},
-    )
-    method: str = field(
-        default="omniopd",
-        metadata={
-            "help": "What to train with: 'omniopd'; or a baseline, with TRL's own trainer and the same evaluation: "
-            "'sft' on the teacher's solutions, 'opd' on the probabilities of a local teacher, or 'grpo' on rewards."
-        },
-    )
-    solutions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Solutions of the teacher: the folder that `omniopd solutions` writes and method 'sft' trains on, "
-            "or any dataset with the columns `prompt` and `completion`. Defaults to `solutions` in `output_dir`."
-        },
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Functions that score answers, in the evaluation of every method, as the reward of method 'grpo', "
-            "and as that of 'omniopd' if `reward_weight` or `audit_trajectories` use rewards: dotted paths of "
-            "functions with the signature of TRL's `reward_funcs`, such as `my_package.rewards.code`, or ids or paths "
-            "of sequence classification models. By default, math-verify compares with the `solution` or `answer` "
-            "column, and programs are run on the column `tests`."
-        },
-    )
-    sft: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Options of `SFTConfig` that apply to method 'sft' only, such as `{\"learning_rate\": 1e-5}`."
-        },
-    )
-    opd: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Options of `DistillationConfig` that apply to method 'opd' only. `beta` defaults to 0.5 there."
-        },
-    )
-    grpo: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Options of `GRPOConfig` that apply to method 'grpo' only, such as `{\"num_generations\": 8}`."
-        },
-    )
+    dataset_name: str | None = None
+    prompt_template: str | None = None
+    evaluate_teacher: bool = False
+    method: str = "omniopd"
+    solutions: str | None = None
+    reward_funcs: list[str] | None = None
+    sft: dict[str, Any] | str | None = None
+    opd: dict[str, Any] | str | None = None
+    grpo: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         check_method_name(self.method)
@@ -165,18 +118,14 @@ _FIRST = {
     ),
     "Method and baselines": ("method", "solutions", "reward_funcs", *SECTIONS),
 }
-_ENTRY = re.compile(r"^ *(?:> (?P<group>Parameters that control .+)|(?P<name>\w+) \(`.*\):)$")
 
 
 def option_groups() -> dict[str, list[str]]:
     """The option names by group title of `--help`: first those of this package, then the inherited ones."""
     groups = {title: list(names) for title, names in _FIRST.items()}
     script, config, model, mixture = dataclass_types()
-    title = ""
-    for match in filter(None, map(_ENTRY.match, (config.__doc__ or "").splitlines())):
-        title = match["group"] or title
-        if match["name"] and title:
-            groups.setdefault(title, []).append(match["name"])
+    for title, name, _ in entries_of(config):
+        groups.setdefault(title, []).append(name)
     for origin in (*config.__mro__, *script.__mro__, model, mixture):
         names = [name for name in inspect.get_annotations(origin) if not name.startswith("_")]
         package = origin.__module__.partition(".")[0]

@@ -147,7 +147,7 @@ def _max_tokens(args: "OmniOPDConfig") -> int:
 
 
 def _describe(load: "Load", num_prompts: int, args: "OmniOPDConfig", options: argparse.Namespace, folder: str) -> str:
-    from omniopd_trl.trainer.plan import aligned
+    from omniopd_trl.evals.results import aligned
 
     most = "" if options.solution_length else "at most "
     rows = [

@@ -106,8 +106,8 @@ def summarize(
             without a price.
         saved_to: path of the saved model.
     """
+    from omniopd_trl.evals.results import aligned
     from omniopd_trl.report.runs import series
-    from omniopd_trl.trainer.plan import aligned
 
     rows = []
     # One for each evaluation set, or for each of several reward functions.

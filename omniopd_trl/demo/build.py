@@ -24,7 +24,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -185,16 +185,14 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast,
     held_out: set[str],
     start: Path | None = None,
-    log: Callable[[str], None] = _say,
 ) -> Qwen3ForCausalLM:
-    """Train one model.
+    """Train one model, and print the loss every 100 steps.
 
     Args:
         recipe: sizes, lessons and optimization.
         tokenizer: gives the vocabulary and the chat format.
         held_out: questions that are excluded from training.
         start: folder of the model whose weights it starts from; `None` for random weights.
-        log: called with the loss, in nats per learned token, every 100 steps.
 
     Returns:
         The model, in bfloat16.
@@ -234,7 +232,7 @@ def make_model(
         schedule.step()
         losses.append(loss.item())
         if step % 100 == 0:
-            log(f"  step {step}: loss {sum(losses) / len(losses):.4f} nats, {time.monotonic() - began:.0f} s")
+            _say(f"  step {step}: loss {sum(losses) / len(losses):.4f} nats, {time.monotonic() - began:.0f} s")
             losses = []
     return model.to(torch.bfloat16)
 

@@ -22,7 +22,7 @@ class Accuracy:
 
     Attributes:
         mse: mean squared error.
-        mse_interval: its confidence interval, by bootstrap over trajectories.
+        mse_interval: its 95% confidence interval, by bootstrap over trajectories.
         correlation: Pearson correlation with the truth; NaN if one of both is constant.
         correlation_interval: its confidence interval.
     """
@@ -68,9 +68,7 @@ def accuracy(
     truth: ArrayLike,
     groups: Sequence[Hashable],
     *,
-    level: float = 0.95,
     num_resamples: int = 2000,
-    seed: int = 0,
 ) -> Accuracy:
     """Mean squared error and Pearson correlation of estimates.
 
@@ -80,9 +78,7 @@ def accuracy(
         estimates: `(K,)`, an estimate for each chunk.
         truth: `(K,)`, from [`true_support`].
         groups: the trajectory of each chunk.
-        level: confidence level.
         num_resamples: number of resamples.
-        seed: seed of the resampling.
 
     Raises:
         DataError: when there are no chunks, or the lengths differ.
@@ -97,11 +93,11 @@ def accuracy(
     index = {group: row for row, group in enumerate(dict.fromkeys(groups))}
     sums = np.zeros((len(index), of_chunk.shape[1]))
     np.add.at(sums, [index[group] for group in groups], of_chunk)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), size=num_resamples)
     mse, correlation = _statistics(sums.sum(0))
     resampled_mse, resampled_correlation = _statistics(drawn @ sums)
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails = (0.025, 0.975)
     return Accuracy(
         float(mse),
         Interval(*np.quantile(resampled_mse, tails).tolist()),

@@ -661,14 +661,7 @@ def _rewards(rewards: Rewards, rows: list[dict[str, Any]], texts: list[str]) -> 
     try:
         for start in range(0, len(texts), _SCORED):
             part = slice(start, start + _SCORED)
-            for name, values in rewards.score(
-                rows[part],
-                texts[part],
-                run=loop.run,
-                trainer_state=None,
-                log_metric=lambda name, value: None,
-                log_extra=lambda column, values: None,
-            ):
+            for name, values in rewards.score(rows[part], texts[part], run=loop.run):
                 scores[name] += [None if value != value else value for value in values.tolist()]
     finally:
         loop.close()

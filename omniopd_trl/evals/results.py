@@ -263,7 +263,7 @@ def _mean(problem: Problem) -> float:
 
 def table_of(result: EvalResult) -> str:
     """The metrics as lines of text."""
-    return _aligned(rows_of(result))
+    return aligned(rows_of(result))
 
 
 def rows_of(result: EvalResult) -> list[tuple[str, str]]:
@@ -322,7 +322,7 @@ def table_of_comparison(comparison: Comparison, names: tuple[str, str]) -> str:
         (f"differs: {name}", f"{_short(ours)} and {_short(theirs)}")
         for name, (ours, theirs) in comparison.differences.items()
     ]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def as_json(comparison: Comparison) -> Mapping[str, Any]:
@@ -336,6 +336,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _aligned(rows: Sequence[tuple[str, str]]) -> str:
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

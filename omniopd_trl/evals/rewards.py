@@ -33,6 +33,8 @@ RewardSource: TypeAlias = RewardFunc | str | PreTrainedModel
 
 # Arguments that every function gets. A column of the dataset with one of these names is not passed.
 _ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+# Without a trainer.
+_DROPPED = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
 
 
 class RewardModel:
@@ -259,7 +261,8 @@ class Rewards:
             texts: the completions.
             completion_ids: token ids of the completions. `None` for completions of a teacher.
             run: function that runs a coroutine and returns its result. Asynchronous functions run in it together.
-            **kwargs: passed to the functions: `trainer_state`, `log_metric` and `log_extra`.
+            **kwargs: passed to the functions: `trainer_state`, `log_metric` and `log_extra`. By default there is no
+                state, and what they log is dropped.
 
         Returns:
             For each function, the metric's name and `(N,)` scores, float64. NaN if the function declines to score.
@@ -272,7 +275,7 @@ class Rewards:
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         call: dict[str, Any] = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}
-        call |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
+        call |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids} | _DROPPED | kwargs
         is_async = [is_async_callable(func) for func in self._funcs]
         returned = [None if waits else func(**call) for func, waits in zip(self._funcs, is_async, strict=True)]
 

@@ -120,7 +120,6 @@ def remote_teacher(
     budget: Budget | None = None,
     extra_body: dict[str, Any] | None = None,
     extra_headers: dict[str, str] | None = None,
-    today: date | None = None,
 ) -> RemoteTeacher:
     """Create the teacher behind a service from a name such as `anthropic:claude-haiku-4-5`. Sends no request.
 
@@ -136,7 +135,6 @@ def remote_teacher(
         budget: budget of the teacher. Defaults to no limit.
         extra_body: fields that are added to the body of each request. `None` as a value leaves a field out.
         extra_headers: headers that are added to each request.
-        today: date that shutdown dates are compared with. Defaults to the current date.
 
     Raises:
         ConfigError: when the provider does not exist, or does not support the continuation; when the address, a key, a
@@ -155,7 +153,7 @@ def remote_teacher(
                 f"{', '.join(CONTINUATIONS[provider])}."
             )
         capabilities = replace(capabilities, continuation=continuation)
-    warn_shutdown(name, capabilities, today or date.today())
+    warn_shutdown(name, capabilities, date.today())
     options: dict[str, Any] = {
         "base_url": base_url,
         "settings": settings,

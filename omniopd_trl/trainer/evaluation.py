@@ -18,15 +18,14 @@ from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import repeat_iterable_dataset
 
-from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
 from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.report.runs import text_of_prompt
-from omniopd_trl.teachers import Prefix, SamplingRequest, Teacher, TeacherReply, Usage
+from omniopd_trl.teachers import Prefix, SamplingRequest, TeacherReply, Usage
 from omniopd_trl.teachers.base import replies_of
-from omniopd_trl.trainer.distributed import raise_together
+from omniopd_trl.trainer.distributed import together
 from omniopd_trl.trainer.generation import EVALUATION_SEED
 from omniopd_trl.trainer.metrics import metric_dtype, sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
@@ -76,15 +75,23 @@ def call_rewards(
 ) -> tuple[list[tuple[str, torch.Tensor]], Logged]:
     """Scores of this process's completions by each function, and what the functions log themselves.
 
-    Every process has to call it at the same point. The arguments are those of [`student_scores`].
+    Every process has to call it at the same point.
+
+    Args:
+        rewards: the functions.
+        inputs: dataset row of each completion.
+        texts: the completions.
+        completion_ids: their tokens.
+        accelerator: accelerator of the run.
+        state: trainer state, passed to the functions.
+        run: function that runs a coroutine and returns its result.
 
     Raises:
         Exception: on every process, when a function of one raises an error, or does not return one score per sample.
     """
     logged = Logged()
     scores: list[tuple[str, torch.Tensor]] = []
-    error: Exception | None = None
-    try:
+    with together(accelerator.process_index):
         scores = list(rewards.score(inputs, texts, completion_ids, run=run, trainer_state=state, **logged.arguments()))
         for column, values in logged.extra.items():
             if len(values) != len(texts):
@@ -92,9 +99,6 @@ def call_rewards(
                     f"A reward function called log_extra({column!r}, ...) with {len(values)} values for {len(texts)} "
                     "samples. It must pass one per sample."
                 )
-    except Exception as caught:  # the other processes must not wait for this one
-        error = caught
-    raise_together(error, accelerator.process_index)
     return scores, logged
 
 
@@ -109,144 +113,6 @@ def metrics_of(logged: Logged, accelerator: Accelerator) -> Iterator[tuple[str, 
 def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Columns of equal length as rows."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def student_scores(
-    rewards: Rewards,
-    inputs: list[dict[str, Any]],
-    batch: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    state: TrainerState,
-    run: Run,
-    table: list[dict[str, Any]] | None = None,
-) -> Iterator[tuple[str, float, int]]:
-    """Scores of an evaluation batch, over all processes.
-
-    Args:
-        rewards: functions that score samples; without any, nothing is returned.
-        inputs: dataset row of each sample.
-        batch: batch with `prompt_ids`, `(B, P)`, and `completion_ids` and `completion_mask`, `(B, T)`.
-        tokenizer: the student's tokenizer.
-        accelerator: accelerator of the run.
-        state: trainer state, passed to the functions.
-        run: function that runs a coroutine and returns its result.
-        table: rows of the table of completions, to which the samples of all processes are added.
-
-    Returns:
-        For each function, for the share of a completion that repeats the prompt (`copied_share`), and for each metric
-        that a function logs: the name, the sum of the values and their number.
-
-    Raises:
-        Exception: as [`call_rewards`].
-    """
-    if not rewards:
-        return
-    completion_ids, texts = decoded(batch, tokenizer)
-    scores, logged = call_rewards(rewards, inputs, texts, completion_ids, accelerator, state, run)
-    for name, rewarded in scores:
-        # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
-        gathered = accelerator.gather_for_metrics(rewarded.to(accelerator.device, metric_dtype(accelerator.device)))
-        scored = gathered[~gathered.isnan()]
-        yield name, scored.sum().item(), scored.numel()
-    copied = [copied_share(text_of_prompt(row["prompt"]), text) for row, text in zip(inputs, texts, strict=True)]
-    gathered = accelerator.gather_for_metrics(torch.tensor(copied, device=accelerator.device))
-    yield "completions/copied_share", gathered.sum().item(), gathered.numel()
-    yield from metrics_of(logged, accelerator)
-    if table is not None:
-        columns = {
-            "prompt": tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True),
-            "completion": texts,
-            **{name: rewarded.tolist() for name, rewarded in scores},
-            **logged.extra,
-        }
-        table += accelerator.gather_for_metrics(rows_of(columns), use_gather_object=True)
-
-
-def teacher_scores(
-    rewards: Rewards,
-    dataset: Any,
-    teacher: Teacher,
-    ask: Run,
-    run: Run,
-    ledger: Ledger,
-    accelerator: Accelerator,
-    args: OmniOPDConfig,
-    state: TrainerState,
-) -> tuple[dict[str, float], Usage]:
-    """Scores of the teacher's samples, `num_eval_generations` per problem.
-
-    A sample that the teacher refuses is an empty one, which counts as wrong. Problems that it did not answer because
-    requests failed are left out, with a warning.
-
-    Args:
-        rewards: functions that score samples.
-        dataset: evaluation set with each problem `num_eval_generations` times in a row.
-        teacher: the teacher to evaluate.
-        ask: function that runs a coroutine of the teacher and returns its result.
-        run: function that runs a coroutine of a reward function and returns its result.
-        ledger: ledger where the teacher's requests are counted.
-        accelerator: accelerator of the run.
-        args: configuration of the run.
-        state: trainer state, passed to the functions.
-
-    Returns:
-        The mean scores by name and the tokens used, both over all processes.
-
-    Raises:
-        DataError: when there is nothing to score against.
-    """
-    if not isinstance(dataset, Dataset) or not rewards:
-        raise DataError(
-            "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
-            f"`eval_reward_funcs`. Got {type(dataset).__name__}."
-        )
-    args.teacher_context.check(dataset, "eval_dataset")
-    repeats = args.num_eval_generations
-    request = SamplingRequest(
-        num_samples=repeats,
-        max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length),
-        temperature=args.teacher_temperature,
-        top_p=args.teacher_top_p,
-        seed=EVALUATION_SEED,
-        ledger=ledger,
-    )
-    samples: list[tuple[str, float]] = []
-    replies: list[TeacherReply] = []
-    error: Exception | None = None
-    mine = range(accelerator.process_index, len(dataset) // repeats, accelerator.num_processes)
-    examples = [dataset[problem * repeats] for problem in mine]
-    logged = Logged()
-    try:
-        if examples:
-            prefixes = [Prefix(args.teacher_context.prompt(example), is_question=True) for example in examples]
-            replies = ask(replies_of(teacher, prefixes, request))
-        pairs = []
-        for example, reply in zip(examples, replies, strict=True):
-            if not reply.outcomes.get("failed_requests"):
-                texts = [rollout.text for rollout in reply.rollouts]
-                pairs += [(example, text) for text in texts + [""] * (repeats - len(texts))]
-        if pairs:
-            inputs, texts = (list(column) for column in zip(*pairs, strict=True))
-            for name, values in rewards.score(inputs, texts, run=run, trainer_state=state, **logged.arguments()):
-                samples.extend((name, value) for value in values.tolist())
-            samples.extend((name, value) for name, values in logged.metrics.items() for value in values)
-    except Exception as caught:  # the other processes must not wait for this one
-        error = caught
-    raise_together(error, accelerator.process_index)
-    failures = [str(reply.failure) for reply in replies if reply.outcomes.get("failed_requests")]
-    if (failures := gather_object(failures)) and accelerator.is_main_process:
-        logger.warning(
-            f"The teacher did not answer {len(failures)} of {len(dataset) // repeats} problems, which are not in its "
-            f"scores. The first: {failures[0]}."
-        )
-    usage = sum((reply.usage for reply in replies), Usage())
-    scores: dict[str, list[float]] = defaultdict(list)
-    for name, reward in gather_object(samples):
-        if reward == reward:  # not NaN
-            scores[name].append(reward)
-    means = {name: sum(values) / len(values) for name, values in scores.items()}
-    return means, sum(gather_object([usage]), Usage())
 
 
 def repeated(dataset: Any, num_samples: int) -> Any:
@@ -302,18 +168,32 @@ class Evaluates(DistillationTrainer):
 
     def _score_samples(self, inputs: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> None:
         """Add the scores of an evaluation batch to the metrics, and its samples to the table of completions."""
-        scores = student_scores(
-            self._rewards,
-            inputs,
-            batch,
-            self._tokenizer,
-            self.accelerator,
-            self.state,
-            run=self.step_audits.ask,
-            table=self._eval_samples if self.log_completions else None,
+        rewards, accelerator, tokenizer = self._rewards, self.accelerator, self._tokenizer
+        if not rewards:
+            return
+        device = accelerator.device
+        completion_ids, texts = decoded(batch, tokenizer)
+        scores, logged = call_rewards(
+            rewards, inputs, texts, completion_ids, accelerator, self.state, self.step_audits.ask
         )
-        for name, total, count in scores:
+        for name, rewarded in scores:
+            # Gathered per sample: `gather_for_metrics` drops the samples that pad the last batch of several processes.
+            gathered = accelerator.gather_for_metrics(rewarded.to(device, metric_dtype(device)))
+            scored = gathered[~gathered.isnan()]
+            self.step_metrics.add_global("eval", name, scored.sum().item(), scored.numel())
+        copied = [copied_share(text_of_prompt(row["prompt"]), text) for row, text in zip(inputs, texts, strict=True)]
+        gathered = accelerator.gather_for_metrics(torch.tensor(copied, device=device))
+        self.step_metrics.add_global("eval", "completions/copied_share", gathered.sum().item(), gathered.numel())
+        for name, total, count in metrics_of(logged, accelerator):
             self.step_metrics.add_global("eval", name, total, count)
+        if self.log_completions:
+            columns = {
+                "prompt": tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True),
+                "completion": texts,
+                **{name: rewarded.tolist() for name, rewarded in scores},
+                **logged.extra,
+            }
+            self._eval_samples += accelerator.gather_for_metrics(rows_of(columns), use_gather_object=True)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -355,31 +235,73 @@ class Evaluates(DistillationTrainer):
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluate pass@1 of the teacher on the evaluation set, with `num_eval_generations` samples per problem.
 
+        A sample that the teacher refuses is an empty one, which counts as wrong. Problems that it did not answer
+        because requests failed are left out, with a warning.
+
         Returns:
             The scores by name, the same on all processes: `"pass@1"`, or `"pass@1/NAME"` of several functions.
 
         Raises:
             DataError: when there is nothing to score against.
         """
-
-        def ask(coroutine: Coroutine[Any, Any, list[TeacherReply]]) -> list[TeacherReply]:
-            try:
-                with self._recording():
-                    return self.step_audits.ask(coroutine)
-            finally:
-                if not self.is_in_train:
-                    self.step_audits.release()
-
-        scores, usage = teacher_scores(
-            self._rewards,
-            self.eval_dataset,
-            self.teacher,
-            ask,
-            self.step_audits.ask,
-            self._recorder,
-            self.accelerator,
-            self.args,
-            self.state,
+        rewards, dataset, args, accelerator = self._rewards, self.eval_dataset, self.args, self.accelerator
+        if not isinstance(dataset, Dataset) or not rewards:
+            raise DataError(
+                "The teacher is evaluated on one map-style dataset with a `solution` or `answer` column, or with "
+                f"`eval_reward_funcs`. Got {type(dataset).__name__}."
+            )
+        args.teacher_context.check(dataset, "eval_dataset")
+        repeats = args.num_eval_generations
+        request = SamplingRequest(
+            num_samples=repeats,
+            max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length),
+            temperature=args.teacher_temperature,
+            top_p=args.teacher_top_p,
+            seed=EVALUATION_SEED,
+            ledger=self._recorder,
         )
-        self.teacher_usage += usage
-        return scores
+        mine = range(accelerator.process_index, len(dataset) // repeats, accelerator.num_processes)
+        examples = [dataset[problem * repeats] for problem in mine]
+        replies: list[TeacherReply] = []
+        samples: list[tuple[str, float]] = []
+        try:
+            with self._recording(), together(accelerator.process_index):
+                if examples:
+                    prefixes = [Prefix(args.teacher_context.prompt(example), is_question=True) for example in examples]
+                    replies = self.step_audits.ask(replies_of(self.teacher, prefixes, request))
+                samples = self._score_replies(examples, replies)
+        finally:
+            if not self.is_in_train:
+                self.step_audits.release()
+        failures = [str(reply.failure) for reply in replies if reply.outcomes.get("failed_requests")]
+        if (failures := gather_object(failures)) and accelerator.is_main_process:
+            logger.warning(
+                f"The teacher did not answer {len(failures)} of {len(dataset) // repeats} problems, which are not in "
+                f"its scores. The first: {failures[0]}."
+            )
+        usage = sum((reply.usage for reply in replies), Usage())
+        self.teacher_usage += sum(gather_object([usage]), Usage())
+        scores: dict[str, list[float]] = defaultdict(list)
+        for name, reward in gather_object(samples):
+            if reward == reward:  # not NaN
+                scores[name].append(reward)
+        return {name: sum(values) / len(values) for name, values in scores.items()}
+
+    def _score_replies(
+        self, examples: Sequence[dict[str, Any]], replies: Sequence[TeacherReply]
+    ) -> list[tuple[str, float]]:
+        """Name and value of each score of the teacher's samples, and of each metric that a function logs."""
+        pairs = []
+        for example, reply in zip(examples, replies, strict=True):
+            if not reply.outcomes.get("failed_requests"):
+                texts = [rollout.text for rollout in reply.rollouts]
+                pairs += [(example, text) for text in texts + [""] * (self.args.num_eval_generations - len(texts))]
+        if not pairs:
+            return []
+        logged = Logged()
+        inputs, texts = (list(column) for column in zip(*pairs, strict=True))
+        scores = self._rewards.score(
+            inputs, texts, run=self.step_audits.ask, trainer_state=self.state, **logged.arguments()
+        )
+        samples = [(name, value) for name, values in scores for value in values.tolist()]
+        return samples + [(name, value) for name, values in logged.metrics.items() for value in values]

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers.utils import logging
 from trl.trainer.utils import nanstd
 
 from omniopd_trl.accounting.budget import Budget
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.audits.types import Audit, PolicyScores, Trajectory
-from omniopd_trl.errors import NonFiniteError
+from omniopd_trl.errors import NonFiniteError, WarnOnce
 from omniopd_trl.evals.copying import num_quotes
 from omniopd_trl.journal.schema import Shown
 from omniopd_trl.method.branches import diversity, leave_one_out
@@ -24,8 +23,6 @@ from omniopd_trl.report.runs import text_of_prompt
 from omniopd_trl.teachers import OUTCOMES, Usage
 from omniopd_trl.teachers.base import REQUEST_MILLISECONDS
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-
-logger = logging.get_logger(__name__)
 
 # In nats per token. Rounding in bfloat16 gives about 1e-4 for a student that equals its reference.
 LARGE_FIRST_KL = 0.05
@@ -93,7 +90,7 @@ class Metrics:
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce(__name__)
         # Trajectories that are audited, and number, sum and sum of squares of the posteriors, of the current step or
         # evaluation batch, over all processes.
         self._posteriors = [0.0] * 4
@@ -139,13 +136,13 @@ class Metrics:
             raise non_finite("the loss", self._step())
         kl, count = ratios["kl/unaudited"]
         if mode == "train" and self._step() == 0 and count and kl / count > LARGE_FIRST_KL:
-            self.warn_once(
-                "first kl",
+            self._warn_once(
                 f"Before the first update the student is {kl / count:.3g} nats per token away from its reference, "
                 "which should be the same model. One cause is dropout: set disable_dropout=True; attention dropout "
                 "is set in the model's configuration (model_init_kwargs={'attention_dropout': 0.0}). Another cause is "
                 "`ref_model_init_kwargs` that load a different model: the anchor then pulls towards that model "
                 "instead of the initial student.",
+                "first kl",
             )
 
     def add_audits(
@@ -195,7 +192,7 @@ class Metrics:
         if is_last:
             self._add_spread(mode, is_branched)
         for kind, message in audit_warnings(audits, self._args):
-            self.warn_once(kind, message)
+            self._warn_once(message, kind)
 
     def _add_spread(self, mode: str, is_branched: bool) -> None:
         """Add the standard deviation of the posteriors of a step, and warn when it stays too small to learn from.
@@ -204,7 +201,7 @@ class Metrics:
         """
         (num_chosen, count, total, squares), self._posteriors = self._posteriors, [0.0] * 4
         if num_chosen and not count:
-            self.warn_once("no chunks", self._why_no_chunks())
+            self._warn_once(self._why_no_chunks(), "no chunks")
         if count < 2:
             return
         mean = total / count
@@ -221,13 +218,13 @@ class Metrics:
             return
         baseline = "posterior_baseline='batch', " if is_plain and spread >= LEAST_SPREAD else ""
         what = "advantages of the branches" if is_branched else "posteriors of the chunks"
-        self.warn_once(
-            "no signal",
+        self._warn_once(
             f"For {STEPS_WITHOUT_SIGNAL} steps the {what} have hardly differed: at step "
             f"{self._step()} their standard deviation is {spread:.3g} around a mean of {mean:.3g}. All get "
             "almost the same weight, and the student learns little. Inspect the rollouts, and try the following: "
             f"{baseline}another `similarity` or `chunk_length`, or a teacher whose style is closer to the student's. "
             "See docs/metrics.md.",
+            "no signal",
         )
 
     def _why_no_chunks(self) -> str:
@@ -284,10 +281,10 @@ class Metrics:
         difference = sampling_difference(sampled, logprobs)
         total, count = sum_over_processes(self._accelerator, difference.sum().item(), len(difference))
         if not count:
-            self.warn_once(
-                "no logprobs",
+            self._warn_once(
                 f"vLLM returned no log-probabilities at step {self._step()}: nothing shows whether it runs the "
                 "trained student, and importance_sampling_correction has no effect. See docs/generation.md.",
+                "no logprobs",
             )
             return
         largest = torch.tensor([max(difference.tolist(), default=0.0)], device=self._accelerator.device)
@@ -296,13 +293,13 @@ class Metrics:
         self._logged[mode][f"{name}/mean"].append(mean)
         self._logged[mode][f"{name}/max"].append(self._accelerator.gather(largest).max().item())
         if mean > LARGE_DIFFERENCE:
-            self.warn_once(
-                "sampling",
+            self._warn_once(
                 f"The log-probabilities that vLLM sampled with at step {self._step()} differ from the "
                 f"student's by {mean:.3g} nats per token on average, more than {LARGE_DIFFERENCE}: it does "
                 "not run the trained student. Its weights were not updated, or its precision, its sampling "
                 "settings (`generation_kwargs`) or, behind a server, `--logprobs-mode processed_logprobs` differ. "
                 "See docs/generation.md.",
+                "sampling",
             )
 
     def add_drift(self, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
@@ -325,10 +322,10 @@ class Metrics:
         left_out = imitated.count(None)
         self.add("train", {"imitation/left_out": (left_out, len(imitated))})
         if len(imitated) >= 10 and left_out > MANY_LEFT_OUT * len(imitated):
-            self.warn_once(
-                "imitation",
+            self._warn_once(
                 f"{left_out} of {len(imitated)} rollouts of a batch are not imitated at step {self._step()}: with the "
                 "student's tokenizer they do not begin where the student's text ends. See docs/imitation.md.",
+                "imitation",
             )
 
     def add_importance(self, mode: str, ratio: torch.Tensor) -> None:
@@ -372,12 +369,6 @@ class Metrics:
         self._logged[mode].clear()
         self._sums[mode].clear()
         self._posteriors = [0.0] * 4
-
-    def warn_once(self, kind: str, message: str) -> None:
-        """Log a warning unless one of the same kind was logged before."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning(message)
 
 
 def non_finite(what: str, step: int) -> NonFiniteError:

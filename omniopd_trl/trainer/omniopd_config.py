@@ -5,7 +5,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from transformers import GenerationConfig
@@ -24,6 +24,7 @@ from omniopd_trl.teachers.context import TeacherContext
 from omniopd_trl.teachers.instruct.judge import Signal
 from omniopd_trl.teachers.remote.settings import Continuation
 from omniopd_trl.trainer.credentials import check_credentials
+from omniopd_trl.trainer.help_texts import with_help
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +85,7 @@ _POSITIVE = (
 
 
 @dataclass
+@with_help
 class OmniOPDConfig(DistillationConfig):
     r"""
     Configuration class for the [`OmniOPDTrainer`].
@@ -188,7 +190,8 @@ class OmniOPDConfig(DistillationConfig):
             `vllm_importance_sampling_correction` does in [`~trl.GRPOConfig`], and with the three filters its
             log-probability is that of the filtered policy. Otherwise the sampler is the policy, and nothing changes.
         importance_sampling_clip_max (`float`, *optional*, defaults to `3.0`):
-            Upper bound of the ratio, as `vllm_importance_sampling_clip_max` in [`~trl.GRPOConfig`].
+            Upper bound of the ratio of the policy's probability of a token to the sampler's, as
+            `vllm_importance_sampling_clip_max` in [`~trl.GRPOConfig`].
         ref_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` when loading the reference model, in addition
             to `model_init_kwargs`. If set, and the student is passed as an instance, the reference model is loaded
@@ -334,462 +337,81 @@ class OmniOPDConfig(DistillationConfig):
     ]
 
     # Parameters that control the audits
-    num_chunks: int = field(
-        default=10,
-        metadata={
-            "help": "Number of audited chunks per trajectory, M in the paper. A trajectory has fewer if it is too "
-            "short for that many."
-        },
-    )
-    chunk_length: int = field(
-        default=50,
-        metadata={
-            "help": "Number of student tokens per chunk, C in the paper. Must not exceed `max_completion_length`."
-        },
-    )
-    min_chunk_length: int = field(
-        default=8,
-        metadata={
-            "help": "Minimum length of an audited trajectory in tokens. A trajectory that is shorter than "
-            "`chunk_length` gives one chunk of its own length. A trajectory that is shorter than this value is not "
-            "audited."
-        },
-    )
-    num_rollouts: int = field(
-        default=10,
-        metadata={"help": "Number of teacher continuations (rollouts) per chunk, N in the paper."},
-    )
-    first_rollouts: int = field(
-        default=0,
-        metadata={
-            "help": "Number of rollouts per chunk that are requested first. Where they are equal after the cut to the "
-            "chunk's length, the rest of `num_rollouts` is not requested. At least 2, and below `num_rollouts`. `0` "
-            "requests all at once, as in the paper. See docs/money.md."
-        },
-    )
-    similarity: str = field(
-        default="edit",
-        metadata={
-            "help": "Similarity of a chunk and a rollout, with values in [0, 1], phi in the paper. One of 'edit', "
-            "'rouge1', 'rougeL', 'jaccard', 'bleu1', 'bleu2', 'exact' or 'embedding'. To use a custom function, pass "
-            "it to the trainer as `similarity`."
-        },
-    )
-    prior_strength: float = field(
-        default=1.0,
-        metadata={
-            "help": "Strength of the Dirichlet-multinomial prior, alpha in the paper. `0` gives the frequentist "
-            "estimator."
-        },
-    )
-    prior: str = field(
-        default="policy",
-        metadata={
-            "help": "Model whose probabilities form the prior of Eq. 4. 'policy' is the current student, as in the "
-            "paper's equations; 'reference' is the initial student, as in the paper's text, and costs one forward "
-            "pass of the reference model per trajectory."
-        },
-    )
-    chunk_overlap: str = field(
-        default="resample",
-        metadata={
-            "help": "How to handle a chunk that overlaps a selected one. 'resample' skips it and takes the "
-            "next-highest entropy; 'merge' selects exactly `num_chunks` anchor tokens and merges windows that "
-            "overlap or touch."
-        },
-    )
-    chunk_placement: str = field(
-        default="start",
-        metadata={
-            "help": "Position of a chunk relative to its anchor token. 'start' begins the chunk at the anchor; "
-            "'center' places the anchor in the middle."
-        },
-    )
-    chunk_selection: str = field(
-        default="entropy",
-        metadata={
-            "help": "How to select the anchor tokens. 'entropy' selects those with the highest entropy of the "
-            "student; 'uniform' draws them at random (the paper's ablation)."
-        },
-    )
-    min_anchor_entropy: float = field(
-        default=0.0,
-        metadata={
-            "help": "Only tokens whose entropy is above this are anchors, in nats. A trajectory then has fewer "
-            "chunks, or none: where the student has no alternative, an answer of the teacher teaches little. `0` is "
-            "the paper's method, without a limit."
-        },
-    )
-    num_branches: int = field(
-        default=0,
-        metadata={
-            "help": "Number of further continuations that the student writes in the place of each chunk, K. They are "
-            "compared with the same rollouts as the chunk, and all of them are trained, each by its advantage over "
-            "the others. The teacher is asked only where they differ. `0` is the paper's method. See "
-            "docs/branches.md."
-        },
-    )
-    fork_candidates: int = field(
-        default=0,
-        metadata={
-            "help": "Number of chunks per trajectory for which branches are sampled, with `num_branches`. The "
-            "`num_chunks` with the most diverse branches are kept. At least `num_chunks`; `0` samples for "
-            "`num_chunks` only."
-        },
-    )
-    scale_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to divide the advantages of a fork by their standard deviation, with `num_branches`. "
-            "'edit' and other similarities with small differences need it."
-        },
-    )
-    signal: str = field(
-        default="rollouts",
-        metadata={
-            "help": "What the teacher is asked for. 'rollouts' are continuations that chunks are compared with, as in "
-            "the paper. 'judge' asks for a mark of each chunk, or of each branch, with one request per trajectory; "
-            "the mark takes the place of the mean similarity, and counts as one observation. 'cascade' asks for marks "
-            "first, and for rollouts of the chunks whose marks are between `cascade_low` and `cascade_high`. The "
-            "teacher must be able to follow an instruction. See docs/judge.md."
-        },
-    )
-    cascade_low: float = field(
-        default=0.3,
-        metadata={
-            "help": "Chunks with a mark of at most this get no rollouts, with `signal='cascade'`: they are clearly "
-            "bad."
-        },
-    )
-    cascade_high: float = field(
-        default=0.7,
-        metadata={
-            "help": "Chunks with a mark of at least this get no rollouts, with `signal='cascade'`: they are clearly "
-            "good."
-        },
-    )
+    num_chunks: int = 10
+    chunk_length: int = 50
+    min_chunk_length: int = 8
+    num_rollouts: int = 10
+    first_rollouts: int = 0
+    similarity: str = "edit"
+    prior_strength: float = 1.0
+    prior: str = "policy"
+    chunk_overlap: str = "resample"
+    chunk_placement: str = "start"
+    chunk_selection: str = "entropy"
+    min_anchor_entropy: float = 0.0
+    num_branches: int = 0
+    fork_candidates: int = 0
+    scale_advantages: bool = False
+    signal: str = "rollouts"
+    cascade_low: float = 0.3
+    cascade_high: float = 0.7
 
     # Parameters that control the loss
-    beta: float = field(
-        default=0.1,
-        metadata={
-            "help": "Weight of the anchor, KL(ref || theta) on un-audited tokens, beta in the paper. As in "
-            "`GRPOConfig`, it is the coefficient of a KL to a reference model, and values above 1 are allowed. It is "
-            "not the interpolation coefficient that has this name in `DistillationConfig`. If `0`, the reference "
-            "model is not loaded."
-        },
-    )
-    loss_normalization: str = field(
-        default="tokens",
-        metadata={
-            "help": "How to normalize the loss of Eq. 8. 'tokens' divides the whole loss by the number of completion "
-            "tokens in the global batch; 'sum' computes Eq. 8 per sequence and averages over sequences; 'components' "
-            "averages each of the two terms over its own tokens."
-        },
-    )
-    posterior_baseline: str = field(
-        default="none",
-        metadata={
-            "help": "Baseline that is subtracted from the posterior means before they weight the chunk loss. 'none' "
-            "is the paper's method. 'batch' subtracts the mean over the global batch; 'trajectory' subtracts the "
-            "mean of the other chunks of the same trajectory; 'moving_average' subtracts the mean of earlier "
-            "batches. The guarantees of Theorem 4.1 (a, b) hold for 'none' only. Two controls replace the "
-            "posteriors: 'shuffled' permutes them among the chunks of the global batch, and 'constant' gives every "
-            "chunk their mean. To use a custom function, pass it to the trainer as `chunk_weights`."
-        },
-    )
-    rollout_imitation: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a cross-entropy on the first tokens of the rollouts, after the student's own prefix, "
-            "in addition to the loss of the chunks. It needs `min_anchor_entropy`. `0` is the paper's method, in "
-            "which no text of the teacher is trained. See docs/imitation.md."
-        },
-    )
-    rollout_imitation_tokens: int = field(
-        default=3,
-        metadata={"help": "Number of student tokens of each rollout that are imitated, with `rollout_imitation`."},
-    )
-    importance_sampling_correction: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to correct the chunk loss where the student's tokens were not sampled from the policy "
-            "that is trained: with `top_p`, `top_k` or `min_p`, and with vLLM, whose log-probabilities differ "
-            "slightly. Otherwise nothing changes."
-        },
-    )
-    importance_sampling_clip_max: float = field(
-        default=3.0,
-        metadata={"help": "Upper bound of the ratio of the policy's probability of a token to the sampler's."},
-    )
-    ref_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when loading the reference model, "
-            "in addition to `model_init_kwargs`. If set, and the student is passed as an instance, the reference "
-            "model is loaded from the student's path or id instead of copied."
-        },
-    )
-    ref_model_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to keep the reference model in CPU memory between uses. Each layer is on the device only "
-            "while it computes, and is copied there once per micro-batch. It has no effect with LoRA, which needs no "
-            "copy of the model."
-        },
-    )
-    mask_truncated_completions: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to exclude completions that were truncated at `max_completion_length` from training. An "
-            "excluded completion is neither audited nor anchored, and its tokens do not count in "
-            "`loss_normalization`. By default, truncated completions are trained on like any other, since the audits "
-            "judge chunks and not the end."
-        },
-    )
+    beta: float = 0.1
+    loss_normalization: str = "tokens"
+    posterior_baseline: str = "none"
+    rollout_imitation: float = 0.0
+    rollout_imitation_tokens: int = 3
+    importance_sampling_correction: bool = True
+    importance_sampling_clip_max: float = 3.0
+    ref_model_init_kwargs: dict[str, Any] | str | None = None
+    ref_model_offload: bool = False
+    mask_truncated_completions: bool = False
 
     # Parameters that control the verifier
-    num_generations: int = field(
-        default=1,
-        metadata={
-            "help": "Number of trajectories per prompt and step, G, as in `GRPOConfig`. The trajectories of a step "
-            "(`per_device_train_batch_size` x `gradient_accumulation_steps` x processes) must be divisible by it, and "
-            "a step has G times fewer prompts."
-        },
-    )
-    reward_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a policy gradient on rewards, in addition to the loss of Eq. 8. Each completion token "
-            "is reinforced by this times the advantage of its trajectory, the reward minus the mean of its group. "
-            "Needs `num_generations` of at least 2. `0` adds nothing. See docs/verifier.md."
-        },
-    )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Weight of each reward function in the reward, as in `GRPOConfig`. Defaults to 1 for each."},
-    )
-    audit_trajectories: str = field(
-        default="all",
-        metadata={
-            "help": "Trajectories that the teacher is asked about. 'all' is the paper's method. 'wrong' leaves out "
-            "those whose reward functions all give at least 1; 'mixed' leaves out the groups whose rewards are all "
-            "equal. No request is sent for the others, and their tokens are un-audited."
-        },
-    )
+    num_generations: int = 1
+    reward_weight: float = 0.0
+    reward_weights: list[float] | None = None
+    audit_trajectories: str = "all"
 
     # Parameters that control the teacher
-    teacher_temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Sampling temperature of the teacher. `0` is greedy decoding, which makes all rollouts of a chunk "
-            "equal."
-        },
-    )
-    teacher_top_p: float = field(
-        default=1.0,
-        metadata={"help": "Top-p (nucleus) sampling parameter of the teacher."},
-    )
-    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for the teacher's chat template. A local model and your own server default to "
-            "the student's `chat_template_kwargs`; closed services get none. `{}` passes none."
-        },
-    )
-
-    teacher_context_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the dataset that only the teacher sees, beside the prompt: a reference solution, an "
-            "answer, a rubric or feedback. The student's prompt is unchanged. Needed in an evaluation set if the "
-            "teacher is asked there (`audit_eval`, `evaluate_teacher`). By default, the teacher sees what the student "
-            "sees."
-        },
-    )
-    teacher_context_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Template of the teacher's prompt, with {prompt} and {context} once each. It replaces a prompt of "
-            "plain text, and the content of the last message of the user in a conversation. By default, the context "
-            "comes before the prompt, with the request to neither mention nor quote it."
-        },
-    )
-    keep_special_tokens: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the teacher's prefix keeps the special tokens inside the student's text, such as "
-            "gpt-oss's `<|channel|>`. By default they are left out, since they mean nothing to a teacher of another "
-            "family."
-        },
-    )
-    min_rollouts: int = field(
-        default=1,
-        metadata={
-            "help": "Minimum number of rollouts per chunk. A chunk with fewer is dropped, and its tokens count as "
-            "un-audited."
-        },
-    )
-    max_failed_chunks: float = field(
-        default=0.2,
-        metadata={
-            "help": "Maximum fraction of the chunks of a batch that may be dropped. If more are dropped, the run "
-            "saves a checkpoint and stops."
-        },
-    )
+    teacher_temperature: float = 1.0
+    teacher_top_p: float = 1.0
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = None
+    teacher_context_column: str | None = None
+    teacher_context_template: str | None = None
+    keep_special_tokens: bool = False
+    min_rollouts: int = 1
+    max_failed_chunks: float = 0.2
 
     # Parameters that control a teacher behind a service
-    teacher_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Base URL of the service, for example `http://127.0.0.1:8000/v1` for a `vllm:` or `openai:` "
-            "teacher. Defaults to the SDK's own."
-        },
-    )
-    teacher_tokenizer_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer whose chat template renders the prompts of a `raw` continuation, for a `vllm:` or "
-            "`openai:` teacher. Defaults to the teacher's name."
-        },
-    )
-    teacher_continuation: str | None = field(
-        default=None,
-        metadata={
-            "help": "How to ask the teacher to continue the student's text: 'raw', 'continue_final', 'prefill', "
-            "'prefix_flag' or 'instruct'. Defaults to what the model is known to support."
-        },
-    )
-    teacher_extra_body: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'Fields that are added to the body of each request, for example `{"top_k": 40}`. They replace the '
-            "teacher's own fields of the same name; `null` as a value leaves a field out. No secrets: keys are read "
-            "from the environment."
-        },
-    )
-    teacher_extra_headers: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'Headers that are added to each request, for example `{"X-Title": "distillation"}`. No secrets: '
-            "keys are read from the environment."
-        },
-    )
-    teacher_max_concurrency: int = field(
-        default=64,
-        metadata={"help": "Maximum number of requests in flight, over all processes of the job."},
-    )
-    teacher_requests_per_minute: float | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of requests per minute, over all processes of the job. No limit by default."
-        },
-    )
-    teacher_tokens_per_minute: float | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of prompt and completion tokens per minute, over all processes of the job. No "
-            "limit by default."
-        },
-    )
-    teacher_timeout: float = field(
-        default=120.0,
-        metadata={"help": "Timeout of one attempt of a request, in seconds."},
-    )
-    teacher_max_attempts: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of attempts per request, including the first. Defaults to as many as fit into "
-            "`teacher_max_seconds`, of which at most six may be ones that the service may charge for (no answer, or "
-            "an answer that cannot be read)."
-        },
-    )
-    teacher_max_seconds: float = field(
-        default=600.0,
-        metadata={"help": "Maximum time for all attempts of a request, including the waits between them, in seconds."},
-    )
-    teacher_max_retry_after: float = field(
-        default=120.0,
-        metadata={"help": "Longest wait that the service may ask for, in seconds. A longer one stops the run."},
-    )
-    teacher_budget_usd: float | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum amount that the job may spend, in US dollars, including earlier runs with the same "
-            "`output_dir`. A request is sent only if its worst case fits into the budget. See docs/money.md for what "
-            "the budget does not cover, such as a service that uses more tokens than requested, or a change of "
-            "prices."
-        },
-    )
-    teacher_budget_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of prompt and completion tokens that the job may use, including earlier runs with "
-            "the same `output_dir`. A request is sent only if its worst case fits into the budget (see "
-            "docs/money.md)."
-        },
-    )
-    teacher_input_price: float | None = field(
-        default=None,
-        metadata={"help": "Price of prompt tokens, in US dollars per million. Defaults to the price in genai-prices."},
-    )
-    teacher_output_price: float | None = field(
-        default=None,
-        metadata={
-            "help": "Price of completion tokens, in US dollars per million. Defaults to the price in genai-prices."
-        },
-    )
-    teacher_cached_price: float | None = field(
-        default=None,
-        metadata={
-            "help": "Price of prompt tokens that are read from a cache, in US dollars per million. Defaults to "
-            "`teacher_input_price` if that is set, and to the price in genai-prices otherwise."
-        },
-    )
-    save_audits: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to write trajectories and audits to a journal in `output_dir` before they are used. A "
-            "run with `resume_from_checkpoint` replays the journal and does not pay for them again."
-        },
-    )
+    teacher_base_url: str | None = None
+    teacher_tokenizer_name_or_path: str | None = None
+    teacher_continuation: str | None = None
+    teacher_extra_body: dict[str, Any] | str | None = None
+    teacher_extra_headers: dict[str, Any] | str | None = None
+    teacher_max_concurrency: int = 64
+    teacher_requests_per_minute: float | None = None
+    teacher_tokens_per_minute: float | None = None
+    teacher_timeout: float = 120.0
+    teacher_max_attempts: int | None = None
+    teacher_max_seconds: float = 600.0
+    teacher_max_retry_after: float = 120.0
+    teacher_budget_usd: float | None = None
+    teacher_budget_tokens: int | None = None
+    teacher_input_price: float | None = None
+    teacher_output_price: float | None = None
+    teacher_cached_price: float | None = None
+    save_audits: bool = True
 
     # Parameters that control the evaluation
-    audit_eval: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to ask the teacher for audits during evaluation as well. By default, evaluation reports "
-            "the KL, the entropy and, if the evaluation set has a column `answer`, `solution` or `tests`, pass@1."
-        },
-    )
-    num_eval_generations: int = field(
-        default=1,
-        metadata={"help": "Number of samples per evaluation problem. pass@1 is averaged over them."},
-    )
-    eval_lenient_answers: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether an answer that is not a plain number can be right where the right answer is one. By "
-            "default `Answer: 12 + 30 - 5` is wrong where 37 is right, since it may repeat the question."
-        },
-    )
+    audit_eval: bool = False
+    num_eval_generations: int = 1
+    eval_lenient_answers: bool = False
 
     # Parameters that control the logging
-    log_completions: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to log the completions and the audited chunks of the last step every `logging_steps` "
-            "steps, and those of each evaluation. Both tables are printed, written to `completions/` in "
-            "`output_dir`, and sent to W&B and Trackio; the audits also to TensorBoard and Comet."
-        },
-    )
-    num_completions_to_print: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of completions, and of audited chunks, to print. Defaults to all completions and five "
-            "chunks. The chunks are evenly spaced by their posterior, and with branches by their advantage."
-        },
-    )
+    log_completions: bool = False
+    num_completions_to_print: int | None = None
 
     def __post_init__(self):
         self._check_compilation()

@@ -17,6 +17,7 @@ from omniopd_trl.accounting.pricing import Price
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
 from omniopd_trl.data.checks import check_step_is_filled, prompt_ids, prompts_per_step
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.evals.results import aligned
 from omniopd_trl.report.runs import PROBE
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
@@ -337,12 +338,6 @@ def _per_chunk(args: OmniOPDConfig) -> str:
     marks = "1 mark" if not args.num_branches else f"up to {args.num_branches + 1} marks"
     between = f"up to {rollouts} (forecast for marks that all are between the thresholds)"
     return {"rollouts": rollouts, "judge": marks, "cascade": f"{marks} and {between}"}[args.signal]
-
-
-def aligned(rows: list[tuple[str, str]]) -> str:
-    """Names and values in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def print_plan(trainer: Any, recorded: tuple[int, int]) -> None:

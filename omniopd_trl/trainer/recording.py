@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run records and resumes from, the same on all processes: its journal and its checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,55 +17,14 @@ from trl import DistillationTrainer
 from omniopd_trl.errors import DataError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
-from omniopd_trl.journal.recorder import Recorder, save_tokenizer
+from omniopd_trl.journal.recorder import save_tokenizer
 from omniopd_trl.models.reference import Reference
-from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.checkpoints import EndsAtLastStep, check_adapters, resume_point, state_of, unmark
 from omniopd_trl.trainer.distributed import Failure, on_every_process, raise_together, stop, together
 from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
-
-
-@contextmanager
-def recording(
-    recorder: Recorder,
-    key: Mapping[str, Any],
-    teacher: Teacher,
-    args: OmniOPDConfig,
-    accelerator: Accelerator,
-    *,
-    replay: bool,
-) -> Iterator[None]:
-    """Context in which a recorder writes to the journal of this process. Every process has to enter it together.
-
-    Args:
-        recorder: the recorder of this process.
-        key: result of [`replay_key`].
-        teacher: the teacher.
-        args: configuration of the run.
-        accelerator: accelerator of the run.
-        replay: whether records of earlier runs are replayed.
-
-    Raises:
-        JournalError: on every process, when the journal of one cannot be used.
-    """
-    rank = accelerator.process_index
-    opened = recorder.open(
-        journal_path(args.output_dir, rank),
-        teacher.budget,
-        replay=replay,
-        run=str(args.run_name or Path(args.output_dir).name),
-        teacher=teacher.name,
-        fingerprint=fingerprint(key),
-        settings=key,
-        rank=rank,
-        num_processes=accelerator.num_processes,
-    )
-    with ExitStack() as stack:
-        on_every_process(lambda: stack.enter_context(opened), rank)
-        yield
 
 
 def checkpoint_to_resume(value: str | bool, output_dir: str, accelerator: Accelerator) -> str | None:
@@ -204,11 +163,27 @@ class Records(EndsAtLastStep, DistillationTrainer):
 
         Args:
             replay: whether records of earlier runs are replayed.
+
+        Raises:
+            JournalError: on every process, when the journal of one cannot be used.
         """
         if not self.args.save_audits or self._recorder.journal is not None:
             yield
             return
-        with recording(self._recorder, self._replay_key(), self.teacher, self.args, self.accelerator, replay=replay):
+        args, rank, key = self.args, self.accelerator.process_index, self._replay_key()
+        opened = self._recorder.open(
+            journal_path(args.output_dir, rank),
+            self.teacher.budget,
+            replay=replay,
+            run=str(args.run_name or Path(args.output_dir).name),
+            teacher=self.teacher.name,
+            fingerprint=fingerprint(key),
+            settings=key,
+            rank=rank,
+            num_processes=self.accelerator.num_processes,
+        )
+        with ExitStack() as stack:
+            on_every_process(lambda: stack.enter_context(opened), rank)
             if self.accelerator.is_main_process:
                 save_tokenizer(self._tokenizer, journal_path(self.args.output_dir, 0).parent)
             try:

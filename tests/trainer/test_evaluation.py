@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.journal.file import journal_path
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.support.training import make_trainer, questions
 
@@ -235,6 +236,13 @@ class TestRewardFunctions:
         metrics = trainer.evaluate()
         assert {name: metrics[f"eval_pass@1/{name}"] for name in expected} == expected
         assert trainer.evaluate_teacher() == {f"pass@1/{name}": value for name, value in expected.items()}
+
+    def test_a_process_without_a_problem_opens_its_journal(self, tmp_path, tiny_model_dir):
+        """All processes open their journals together: with fewer problems than processes, some have none to ask."""
+        trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=EASY, eval_reward_funcs=also_slow)
+        trainer.eval_dataset = trainer.eval_dataset.select([])
+        assert trainer.evaluate_teacher() == {}
+        assert journal_path(tmp_path, 0).exists()
 
     def test_an_asynchronous_function_in_a_running_loop(self, tmp_path, tiny_model_dir):
         """As in a notebook, whose cells run in an event loop."""
