@@ -247,9 +247,8 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
                 "used. Remove one of them."
             )
         for part in dataset_args.datasets:
-            builder = local_builder(part.path)
-            if builder is not None:
-                part.path, part.data_files = builder, {part.split: part.path}
+            if (local := local_builder(part.path)) is not None:
+                part.path, part.data_files = local[0], {part.split: local[1]}
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
         raise ConfigError(
