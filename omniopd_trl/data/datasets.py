@@ -72,7 +72,8 @@ def load_dataset_or_files(
     local = local_builder(name)
     if local is not None and config is not None:
         raise DataError(
-            f"The configuration {config!r} of the dataset is set, and the local dataset {name!r} has none. Leave it out."
+            f"The configuration {config!r} of the dataset is set, and the local dataset {name!r} has none. Leave it "
+            "out."
         )
     try:
         if local is not None:
