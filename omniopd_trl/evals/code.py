@@ -225,8 +225,8 @@ def _parse(tests: str) -> dict[str, Any]:
 def check_tests(column: Iterable[Any]) -> None:
     """Refuse tests that cannot be read.
 
-    Sets of problems have gigabytes of tests, which would take minutes: after the first 100 million characters, only
-    the first and the last character of each row are looked at. Damaged tests may then be found when they are used.
+    Sets of problems have gigabytes of tests, which take a minute and more. After the first 100 million characters only
+    the first and the last one of each row are looked at: damaged tests may then be found when they are used.
 
     Args:
         column: the cells of the column of tests.
