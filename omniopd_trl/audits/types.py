@@ -130,6 +130,7 @@ class Trajectory:
             selected by the audit.
         teacher_context: what only the teacher sees of the row, beside the prompt; `None` for nothing.
         verified: what the verifier says; `None` without one.
+        row: hash of the row of a stream that the verifier has scored; `None` for any other.
     """
 
     prompt: Prompt
@@ -141,6 +142,7 @@ class Trajectory:
     forks: tuple[Fork, ...] | None = None
     teacher_context: str | None = None
     verified: Verified | None = None
+    row: str | None = None
 
     @property
     def is_chosen(self) -> bool:

@@ -167,7 +167,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     )
 
     logging.set_verbosity_error()
-    script_args, args, model_args, dataset_args = parse_args(arguments)
+    script_args, args, model_args, dataset_args = parse_args(arguments, "omniopd cost --config RECIPE.yaml")
     teacher = args.teacher_model_name_or_path
     method = script_args.method
     named = {} if method == "grpo" else {"teacher_model_name_or_path": teacher}

@@ -38,4 +38,4 @@ def demo(arguments: Sequence[str]) -> int:
         "Training the student of the demo on the CPU, in about two minutes of one core. It is evaluated before and "
         "after."
     )
-    return train.run(["--config", str(recipe_files()["demo"]), *arguments])
+    return train.run(["--config", str(recipe_files()["demo"]), *arguments], "omniopd demo")

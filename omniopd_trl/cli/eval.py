@@ -133,7 +133,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     # a sample.
     unused = ["--use_cpu", "true", "--chunk_length", "1", "--min_chunk_length", "1"]
     unused += ["--temperature", "1"] if is_greedy else []  # a student in training cannot be greedy
-    parsed = parse_args([*arguments, "--output_dir", options.output_dir, *unused])
+    parsed = parse_args([*arguments, "--output_dir", options.output_dir, *unused], "omniopd eval")
     script_args, args, model_args, dataset_args = parsed
     if options.dataset is not None:
         dataset_args.datasets = []  # those of the recipe

@@ -58,11 +58,6 @@ def job_of(
             f"--accelerate_config single_gpu is for one process, and --num_processes is {options.num_processes}. "
             "Leave out one of them."
         )
-    if script_args.method != "omniopd" and launch == "fsdp2":
-        raise ConfigError(
-            f"The memory of method={script_args.method!r} under --accelerate_config {launch} is not known. Name "
-            "zero3, zero2, multi_gpu or single_gpu."
-        )
     if not args.gradient_checkpointing:
         raise ConfigError(
             "gradient_checkpointing=False: the memory of all layers' activations is not known. Set it to true, or "

@@ -184,7 +184,7 @@ def train(arguments: Sequence[str]) -> int:
 
     from omniopd_trl.cli.recipe import make_parser
 
-    parser = make_parser(prog="omniopd train")
+    parser = make_parser(command="omniopd train --config RECIPE.yaml")
     launch_parser = launch_command_parser()
     # The generated usage line would list some two hundred options.
     launch_parser.prog, launch_parser.usage = "omniopd train", parser.usage

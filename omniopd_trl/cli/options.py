@@ -169,8 +169,8 @@ def _parse_mapping(name: str, value: Any, keys: str = "keys") -> dict[str, Any]:
             value = json.loads(value)
         except ValueError as error:
             raise ConfigError(
-                f"`{name}` is {value!r:.200}, which is not valid JSON ({error}). Write it as in "
-                f"--{name} '{{\"learning_rate\": 1e-5}}', with {keys} of your own."
+                f"`{name}` is {value!r:.200}, which is not valid JSON ({error}). Write it as "
+                f"--{name} '{{\"KEY\": VALUE}}', with {keys} in double quotes."
             ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"`{name}` is {value!r:.200}; it must be a mapping of {keys} to values.")

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from omniopd_trl.trainer.plan import PROBE_FOLDER, num_steps
     from omniopd_trl.trainer.probing import AGAIN
 
-    script_args, args, model_args, dataset_args = parse_args(arguments)
+    script_args, args, model_args, dataset_args = parse_args(arguments, "omniopd probe --config RECIPE.yaml")
     check_models(
         options.config,
         model_name_or_path=model_args.model_name_or_path,

@@ -88,14 +88,19 @@ def dataclass_types() -> tuple[type, ...]:
 
 
 def make_parser(
-    subparsers: "argparse._SubParsersAction[Any] | None" = None, prog: str | None = None
+    subparsers: "argparse._SubParsersAction[Any] | None" = None, command: str | None = None
 ) -> argparse.ArgumentParser:
-    """The parser of the training command, or of a subcommand `train` as in TRL."""
-    prog = prog or "python -m omniopd_trl.train"
+    """The parser of a command that reads a recipe, or of a subcommand `train` as in TRL.
+
+    Args:
+        subparsers: the subcommands.
+        command: the command in messages, with what it needs before the options. Defaults to the training as a module.
+    """
+    command = command or "python -m omniopd_trl.train --config RECIPE.yaml"
     settings: dict[str, Any] = {
         "description": "Distil a text-only teacher into a student with OmniOPD.",
         # The generated usage line would list some three hundred options, and every error prints it.
-        "usage": f"{prog} --config RECIPE.yaml [--OPTION VALUE ...]",
+        "usage": f"{command} [--OPTION VALUE ...]",
         # An abbreviated option may be mistyped, so `--num_chunk` must not be read as `--num_chunks`.
         "allow_abbrev": False,
     }
@@ -104,7 +109,7 @@ def make_parser(
             "train", help="Train a student from a recipe", dataclass_types=dataclass_types(), **settings
         )
     else:
-        parser = TrlParser(dataclass_types(), prog=prog, **settings)
+        parser = TrlParser(dataclass_types(), prog=command.partition(" --")[0], **settings)
     _group_options(parser)
     return parser
 
@@ -143,12 +148,13 @@ def _group_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(
-    args: Sequence[str] | None = None,
+    args: Sequence[str] | None = None, command: str | None = None
 ) -> "tuple[OmniOPDScriptArguments, OmniOPDConfig, ModelConfig, DatasetMixtureConfig]":
     """Parse the command line and its recipe.
 
     Args:
         args: the command line; `None` uses that of the process.
+        command: as for [`make_parser`].
 
     Returns:
         `(script_args, training_args, model_args, dataset_args)`.
@@ -158,7 +164,7 @@ def parse_args(
     """
     arguments = split_config(sys.argv[1:] if args is None else args)
     check_arguments(arguments)
-    parser = make_parser()
+    parser = make_parser(command=command)
     try:
         *parsed, strays = parser.parse_args_and_config(arguments, return_remaining_strings=True)  # type: ignore[attr-defined]
     except OmniOPDError:
@@ -196,9 +202,8 @@ def load_splits(script_args: OmniOPDScriptArguments, dataset_args: DatasetMixtur
                 "used. Remove one of them."
             )
         for part in dataset_args.datasets:
-            builder = local_builder(part.path)
-            if builder is not None:
-                part.path, part.data_files = builder, {part.split: part.path}
+            if (local := local_builder(part.path)) is not None:
+                part.path, part.data_files = local[0], {part.split: local[1]}
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
         raise ConfigError(

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from omniopd_trl.cli.recipe import load_functions, parse_args
 
-    script_args, args, model_args, dataset_args = parse_args(arguments)
+    script_args, args, model_args, dataset_args = parse_args(arguments, "omniopd solutions --config RECIPE.yaml")
     check_models(
         options.config,
         model_name_or_path=model_args.model_name_or_path,  # its tokenizer measures the prompts

@@ -429,11 +429,12 @@ def wait_for_all() -> None:
         distributed.destroy_process_group()
 
 
-def run(args: Sequence[str] | None = None) -> int:
+def run(args: Sequence[str] | None = None, command: str | None = None) -> int:
     """The command: parse, train, and turn this package's errors into one line.
 
     Args:
         args: the command line; `None` uses that of the process.
+        command: what was typed, for messages. Defaults to the training as a module.
 
     Returns:
         The exit code: 0 for success, 2 for invalid settings, 1 for any other error of this package, 130 after
@@ -447,7 +448,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
         from omniopd_trl.cli.recipe import parse_args
 
-        parsed = parse_args(arguments)
+        parsed = parse_args(arguments, command)
         main(*parsed)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", "0")) == 0:

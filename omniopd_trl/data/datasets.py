@@ -17,19 +17,21 @@ AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, Iterab
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def local_builder(name: str) -> str | None:
-    """The builder of `datasets.load_dataset` that reads the local file `name`.
+def local_builder(name: str) -> tuple[str, str] | None:
+    """The builder of `datasets.load_dataset` that reads the local file `name`, or what `Dataset.save_to_disk` wrote.
 
     Args:
         name: a path or the id of a dataset.
 
     Returns:
-        `"json"` or `"parquet"` if `name` is a file of that type, `None` if it is not a local file.
+        `"json"`, `"parquet"` or `"arrow"`, with the path or pattern of the files; `None` if it is neither.
 
     Raises:
         DataError: when `name` has a file ending and no such file exists, or is a file of another type.
     """
     path = Path(name).expanduser()
+    if (path / datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
+        return "arrow", str(path / "*.arrow")
     builder = _BUILDERS.get(path.suffix.lower())
     if path.is_file() and builder is None:
         raise DataError(
@@ -41,7 +43,7 @@ def local_builder(name: str) -> str | None:
             f"There is no dataset file {name!r} (looked in {Path.cwd()}). Check the path; a dataset of the Hub is "
             "named without a file ending."
         )
-    return builder
+    return None if builder is None else (builder, str(path))
 
 
 def load_dataset_or_files(
@@ -52,7 +54,8 @@ def load_dataset_or_files(
     Args:
         name: id of a dataset on the Hub; or a `.json`, `.jsonl` or `.parquet` file, which becomes the split
             `"train"`; or a folder of such files, whose names tell their splits (`train.jsonl`, `test.jsonl`,
-            `train-00000-of-00002.parquet`, ...), as in a dataset repository on the Hub.
+            `train-00000-of-00002.parquet`, ...), as in a dataset repository on the Hub; or a folder that
+            `save_to_disk` has written, of a single `Dataset` as the split `"train"`.
         config: name of the dataset's configuration.
         streaming: whether to read rows on demand instead of preparing all of them first.
         **options: for a dataset of the Hub, other arguments of `datasets.load_dataset`, such as `revision`.
@@ -66,14 +69,15 @@ def load_dataset_or_files(
     path = Path(name).expanduser()
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
         raise DataError(f"There is no dataset file or folder {name!r} (looked in {Path.cwd()}). Check the path.")
-    builder = local_builder(name)
-    if builder is not None and config is not None:
+    local = local_builder(name)
+    if local is not None and config is not None:
         raise DataError(
-            f"The configuration {config!r} of the dataset is set, and the local file {name!r} has none. Leave it out."
+            f"The configuration {config!r} of the dataset is set, and the local dataset {name!r} has none. Leave it "
+            "out."
         )
     try:
-        if builder is not None:
-            loaded = datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming)
+        if local is not None:
+            loaded = datasets.load_dataset(local[0], data_files={"train": local[1]}, streaming=streaming)
         else:
             source = str(path) if path.is_dir() else name
             loaded = datasets.load_dataset(source, name=config, streaming=streaming, **options)
@@ -91,9 +95,9 @@ def load_dataset_or_files(
             reason = " ".join(str(cause).splitlines()[:2])  # the second line lists them
         elif "column names don't match" in str(cause):
             reason = "its files have different columns"
-        if builder is not None:
+        if local is not None:
             advice = "Check that every line is one JSON object in UTF-8, and that all have the same fields."
-            if builder == "parquet":
+            if local[0] != "json":
                 advice = "Check that the file is complete."
         elif path.is_dir():
             advice = "The folder must hold .json, .jsonl or .parquet files such as train.jsonl and test.jsonl."

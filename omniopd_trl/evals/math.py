@@ -36,9 +36,9 @@ def math_accuracy(
     are compared by value: `0.5` equals `\frac{1}{2}`.
 
     Where the right answer is a plain number, the answer must be one too. `Answer: 12 + 30 - 5` has the value 37 but
-    repeats the question, `Answer: 37 or 38` does not decide, and `Answer: not 37` denies it. Formatting does not
-    count: thousands separators, trailing zeros, units, `\boxed{}`, scientific notation, words such as `million`, a
-    fraction in lowest terms, and what precedes an equals sign.
+    repeats the question, `Answer: 37 or 38` does not decide, `Answer: not 37` and `Answer: 37 is wrong` deny it.
+    Formatting does not count: thousands separators, trailing zeros, units, `\boxed{}`, scientific notation, words such
+    as `million`, a fraction in lowest terms, and what precedes an equals sign.
 
     Answers are read in other processes, and one that takes more than 3 seconds or 2 GiB is wrong: see [`workers`]. The
     time limit holds in any thread.

@@ -65,6 +65,12 @@ _NEGATED = re.compile(
     r"(?:\s+(?:be|equals?|to|the|an?|number|answer|exactly|necessarily|actually|really))*\s*$",
     re.IGNORECASE,
 )
+# Nor is `37 is wrong`, or `37 isn't the right answer`. `37 is not prime` says something else of it.
+_DENIED = re.compile(
+    r"[\s)}]*(?:is|was)(?:\s+(?:wrong|incorrect|false)"
+    r"|(?:\s+not|n['\u2019]t)(?:\s+(?:the|a|an|my|our|final|right|correct))*\s+(?:answer|solution|right|correct))\b",
+    re.IGNORECASE,
+)
 # Before the last equals sign: one of several numbers, and the variable that has the value.
 _CHOICE = re.compile(r"\d.*\bor\b", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"([^\W\d_]+)\s*$")
@@ -106,7 +112,7 @@ def plain_number(text: str) -> PlainNumber | None:
 
     Formatting is a thousands separator, a trailing zero, a unit, a currency, a percent sign, `\boxed{}`, `\text{}`,
     `$...$` and the like, scientific notation, and everything before the last equals sign (`x = 37`). `42 million` is
-    42,000,000, and `not 37` is no number.
+    42,000,000, and neither `not 37` nor `37 is wrong` is a number.
 
     Returns:
         The number; `None` if the text has none, several, or a calculation.
@@ -128,7 +134,7 @@ def plain_number(text: str) -> PlainNumber | None:
     if found is None:
         return None
     before, after = text[: found.start()], text[found.end() :]
-    if _NEGATED.search(before):
+    if _NEGATED.search(before) or _DENIED.match(after):
         return None
     if _CALCULATES.search(before) or _CALCULATES.search(after) or re.match(r"\s*[/-](?!\s?[^\W\d_])", after):
         return None
@@ -158,9 +164,10 @@ def number_in(source: str, before: str, after: str) -> PlainNumber | None:
         before: the text before it.
         after: the text after it.
     """
-    if _NEGATED.search(re.sub(r"(?:\\boxed)?[\s({]*$", "", _without_formatting(before))):
+    after = _without_formatting(after)
+    if _NEGATED.search(re.sub(r"(?:\\boxed)?[\s({]*$", "", _without_formatting(before))) or _DENIED.match(after):
         return None
-    scale = re.match(rf"[\s)}}]*({_SCALE}+)", _without_formatting(after), re.IGNORECASE)
+    scale = re.match(rf"[\s)}}]*({_SCALE}+)", after, re.IGNORECASE)
     return plain_number(source + (f" {scale[1]}" if scale else ""))
 
 

@@ -214,8 +214,7 @@ class Rewards:
                 _check_signature(func, names)
             # What cannot be scored is refused before anything is generated.
             if isinstance(func, CodeAccuracy):
-                for tests in _cells(datasets, "tests"):
-                    check_tests(tests)
+                check_tests(_cells(datasets, "tests"))
                 func.sandbox()
             elif func is reasoning_gym_accuracy:
                 check_tasks(_cells(datasets, "gym"))

@@ -108,9 +108,9 @@ class Recorder(Ledger):
     def warn_about_other_prompts(self) -> None:
         """Say once that the current step is not replayed, since it was recorded with other prompts."""
         self._warn_once(
-            f"Step {self._step()} was recorded with other prompts, or other texts that only the teacher sees, and is "
-            "not replayed, nor are the steps recorded after it: the teacher is asked again and paid again. Restore "
-            "the dataset and its order, or continue.",
+            f"Step {self._step()} was recorded with other prompts, or other texts that only the teacher sees, or "
+            "other columns for a verifier, and is not replayed, nor are the steps recorded after it: the teacher is "
+            "asked again and paid again. Restore the dataset and its order, or continue.",
             "prompts",
         )
 

@@ -79,6 +79,7 @@ logger = logging.getLogger(__name__)
 # The values of a recorded trajectory, in order. The last ones are left out when they are `None`.
 _TRAJECTORY = (
     *("prompt", "prompt_ids", "completion_ids", "seed", "sampling_logprobs", "forks", "teacher_context", "verified"),
+    "row",
 )
 
 
@@ -214,7 +215,8 @@ class Journal:
         payloads = []
         for t in trajectories:
             verified = None if t.verified is None else asdict(t.verified)
-            optional = [t.sampling_logprobs, None, t.teacher_context, verified]  # forks follow: see `record_forks`
+            # Forks follow: see `record_forks`.
+            optional = [t.sampling_logprobs, None, t.teacher_context, verified, t.row]
             while optional and optional[-1] is None:
                 optional.pop()
             payloads.append(encode([t.prompt, t.prompt_ids, t.completion_ids, t.seed, *optional]))

@@ -57,6 +57,7 @@ class Audits(DistillationTrainer):
             callbacks=self.callback_handler,
             step=lambda: self.state.global_step,
             chunk_weights=chunk_weights,
+            is_stream=isinstance(self.train_dataset, IterableDataset),
         )
         self._audit_table = AuditTable(
             self.accelerator, self.args, self._tokenizer, self.teacher.name, self.callback_handler
@@ -94,7 +95,7 @@ class Audits(DistillationTrainer):
         for row in inputs if asks and self.args.signal != "judge" else ():
             self.teacher.check_prompt(self.args.teacher_context.prompt(row))
         if mode == "train":
-            self.step_audits.contexts = [self.args.teacher_context.of(row) for row in inputs]
+            self.step_audits.rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         batch["weights"] = torch.zeros_like(batch["completion_mask"], dtype=torch.float32)
         batch["audited_mask"] = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)

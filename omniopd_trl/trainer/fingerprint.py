@@ -120,6 +120,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return _hash(settings)
 
 
+def hash_of_row(row: Mapping[str, Any]) -> str:
+    """The hash of a row of a dataset."""
+    return _hash(_as_json(row))
+
+
 def teacher_key(teacher: Teacher) -> dict[str, Any]:
     """What identifies a teacher without its weights, by name. The values can be written as JSON, without secrets."""
     return {

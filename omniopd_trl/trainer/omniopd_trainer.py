@@ -94,7 +94,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
             Custom similarity of a chunk and a rollout, with values in [0, 1]. Replaces `args.similarity`.
         chunk_weights (`Callable[[StepChunks], torch.Tensor]`, *optional*):
             Custom function from the K audited chunks of a step to their weights in the loss, `(K,)`. Replaces
-            `args.posterior_baseline`. See [`~omniopd_trl.method.StepChunks`] for its argument.
+            `args.posterior_baseline`, which must be `"none"`. See [`~omniopd_trl.method.StepChunks`] for its argument.
         eval_reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`], or a list of them, *optional*):
             Functions that score evaluation samples, as [`~trl.GRPOTrainer`]'s `reward_funcs`: synchronous or
             asynchronous functions, or sequence classification models with one label, by path, *model id* or instance.

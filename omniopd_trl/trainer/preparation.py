@@ -117,6 +117,11 @@ def prepare(
             f"`chunk_weights` cannot be used with num_branches={args.num_branches}: the advantages of branches "
             "are the weights. Leave one of them out."
         )
+    if chunk_weights is not None and args.posterior_baseline != "none":
+        raise ConfigError(
+            f"posterior_baseline={args.posterior_baseline!r} has no effect beside `chunk_weights`, which replaces it. "
+            "Leave one of them out."
+        )
     # Raise an error of `chunk_weights` before models are loaded.
     get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
     rewards = Rewards.of(args, eval_reward_funcs, eval_dataset)

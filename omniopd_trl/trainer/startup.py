@@ -188,6 +188,14 @@ def _check_adapters(model: Any) -> None:
             "The student has an AdaLoRA adapter, whose ranks are never reallocated here, since nothing calls its "
             "`update_and_allocate` after a step. Use LoRA."
         )
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and len(kinds) < config.num_hidden_layers:
+        raise ConfigError(
+            f"The adapter repeats layers of the student (`layer_replication`), and PEFT leaves the {len(kinds)} "
+            f"`layer_types` of its configuration as they are: a {config.model_type} cannot compute with "
+            f"{config.num_hidden_layers} layers. Leave `layer_replication` out."
+        )
 
 
 def _check_trainable(model: nn.Module) -> None:

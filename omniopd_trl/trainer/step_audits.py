@@ -31,6 +31,7 @@ from omniopd_trl.method.weights import StepChunks, WeightFunction, get_chunk_wei
 from omniopd_trl.trainer.callbacks import PosteriorAverage
 from omniopd_trl.trainer.distributed import Failure, first_failure, raise_together, together
 from omniopd_trl.trainer.exported import Export, ExportedTrajectory, check_prompt_ids, rescore
+from omniopd_trl.trainer.fingerprint import hash_of_row
 from omniopd_trl.trainer.metrics import sum_over_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
@@ -94,11 +95,12 @@ class StepAudits:
         callbacks: callbacks of the trainer; [`PosteriorAverage`] is added if the weights need a moving average.
         step: function that returns the current optimizer step.
         chunk_weights: custom weight function; `None` uses `args.posterior_baseline`.
+        is_stream: whether the training set is a stream, which has no fingerprint.
 
     Attributes:
         custom_weights: the argument `chunk_weights`.
         chunk_weights: the weight function in use.
-        contexts: what only the teacher sees of each row of the generation batch, which [`replay`] compares.
+        rows: rows of the generation batch, which [`replay`] compares.
         on_wait: called about once a second while training waits for audits.
         known_verified: what the journal or an export holds of a verifier, for the trajectories that [`replay`] has
             returned; `None` if there is nothing.
@@ -114,6 +116,7 @@ class StepAudits:
         callbacks: CallbackHandler,
         step: Callable[[], int],
         chunk_weights: WeightFunction | None = None,
+        is_stream: bool = False,
     ):
         self._auditor = auditor
         self._recorder = recorder
@@ -122,7 +125,8 @@ class StepAudits:
         self._callbacks = callbacks
         self._step = step
         self.custom_weights = chunk_weights
-        self.contexts: list[str | None] = []
+        self.rows: list[dict[str, Any]] = []
+        self._hashes_rows = is_stream and args.uses_rewards
         self.on_wait: Callable[[], None] = lambda: None
         self.chunk_weights = get_chunk_weights(args.posterior_baseline if chunk_weights is None else chunk_weights)
         if self.chunk_weights.needs_average:
@@ -161,7 +165,8 @@ class StepAudits:
         """Trajectories of the current step that the journal or an export holds for these prompts; `None` to generate.
 
         Every process has to call it: generation is collective, so either all processes replay the step or none does.
-        A stream has no fingerprint, so its prompts and `contexts` are compared here.
+        A stream has no fingerprint, so its prompts are compared here, with what the teacher and the verifier see of
+        `rows`.
 
         Raises:
             JournalError: on every process, when the records of one are damaged.
@@ -180,8 +185,8 @@ class StepAudits:
             num_audits = journal.num_audits(step)
         except JournalError as caught:  # tell the other processes before raising, or they would wait for this one
             error = caught
-        now = [(list(ids), context) for ids, context in zip(prompt_ids, self.contexts, strict=True)]
-        if differs := stored is not None and [(t.prompt_ids, t.teacher_context) for t in stored] != now:
+        now = [(list(ids), *self._seen(row)) for ids, row in zip(prompt_ids, self.rows, strict=True)]
+        if differs := stored is not None and [(t.prompt_ids, t.teacher_context, t.row) for t in stored] != now:
             stored = None
         counts = (stored is not None, error is not None, differs, num_audits, len(stored or ()))
         num_stored, failed, others, num_audits, num_trajectories = map(int, sum_over_processes(accelerator, *counts))
@@ -196,6 +201,10 @@ class StepAudits:
         if self._replays and accelerator.is_main_process:
             logger.warning(f"step {step}: {num_audits} of {num_trajectories} audits from the journal")
         return stored if self._replays else None
+
+    def _seen(self, row: dict[str, Any]) -> tuple[str | None, str | None]:
+        """What only the teacher sees of a row, and what identifies the row for a verifier."""
+        return self._args.teacher_context.of(row), hash_of_row(row) if self._hashes_rows else None
 
     def _from_export(self, export: Export, prompt_ids: list[list[int]]) -> list[Trajectory]:
         first = self._accelerator.process_index * len(prompt_ids)
@@ -223,7 +232,8 @@ class StepAudits:
         """
         prompt_masks, completion_masks = batch["prompt_mask"].bool(), batch["completion_mask"].bool()
         key = (self._args.seed, mode, self._step(), self._accelerator.process_index)
-        context, verified = self._args.teacher_context, batch.get("verified")
+        verified = batch.get("verified")
+        seen = [self._seen(row) for row in rows]
         return [
             Trajectory(
                 prompt=row["prompt"],
@@ -231,8 +241,9 @@ class StepAudits:
                 completion_ids=batch["completion_ids"][b][completion_masks[b]].tolist(),
                 seed=random.Random(repr((*key, b))).getrandbits(31),
                 sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs[b],
-                teacher_context=context.of(row),
+                teacher_context=seen[b][0],
                 verified=None if verified is None else verified[b],
+                row=seen[b][1],
             )
             for b, row in enumerate(rows)
         ]

@@ -474,6 +474,9 @@ class TestHardware:
         words = ("--num_processes", 2, "--accelerate_config", "zero3", "--use_peft", "true")
         rows = forecast("--gpu", "l4", *words, **two)
         assert "; zero3, LoRA," in rows["hardware"]
+        words = ("--num_processes", 2, "--accelerate_config", "fsdp2", "--gpu", "h100-80")
+        ours, *others = (forecast(*words, method=method, **two) for method in ("omniopd", "sft", "grpo"))
+        assert all(other["memory of training"] == ours["memory of training"] for other in others), "an upper bound"
 
     def test_engine(self, forecast):
         """A colocated vLLM that sleeps, a server, and a limit that is reached before the GPU's."""
@@ -541,7 +544,6 @@ class TestHardware:
             ({"use_peft": True, "load_in_4bit": True}, [], 2, "memory of a quantized student is not known"),
             ({}, ["--accelerate_config", "single_gpu", "--num_processes", "2"], 2, "Leave out one of them"),
             ({"optim": "adamw_bnb_8bit"}, ["--accelerate_config", "zero3"], 2, "known for single_gpu and multi_gpu"),
-            ({"method": "grpo"}, ["--accelerate_config", "fsdp2"], 2, "memory of method='grpo' under"),
             ({"use_peft": True, "lora_target_modules": ["x"]}, [], 2, "the size of the adapter is not known"),
             ({"model_name_or_path": "no/model", "max_steps": 1}, ["--prompt_length", "9"], 1, "sizes of 'no/model'"),
             ({"method": "opd"}, [], 2, "the teacher 'anthropic:claude-haiku-4-5' returns text"),

@@ -62,9 +62,9 @@ class TestDemo:
     def test_arguments(self, monkeypatch, capsys):
         """It runs the recipe that ships, with the options that are given, and returns the exit code of the run."""
         calls = []
-        monkeypatch.setattr(train, "run", lambda arguments: calls.append(arguments) or 7)
+        monkeypatch.setattr(train, "run", lambda *given: calls.append(given) or 7)
         assert main(["demo", "--seed", "1"]) == 7
-        assert calls == [["--config", str(recipe_files()["demo"]), "--seed", "1"]]
+        assert calls == [(["--config", str(recipe_files()["demo"]), "--seed", "1"], "omniopd demo")]
         assert capsys.readouterr().out.startswith("Training the student of the demo on the CPU")
 
     @pytest.mark.case("U9")

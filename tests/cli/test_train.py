@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from omniopd_trl.cli.main import main as cli
 from omniopd_trl.cli.recipe import parse_args
 from omniopd_trl.cli.train import main, resolve_checkpoint, run, summarize
 from omniopd_trl.errors import ConfigError, DataError, TeacherError
@@ -263,6 +264,7 @@ class TestMistakes:
             ({"output_dir": "recipe.yaml"}, "recipe.yaml is a file. Choose another folder."),
             ({"output_dir": "recipe.yaml/out"}, "recipe.yaml is a file. Choose another folder."),
             ({"generation_kwargs": "{top_k"}, "`generation_kwargs` is '{top_k', which is not valid JSON"),
+            ({"generation_kwargs": "{top_k"}, "Write it as --generation_kwargs '{\"KEY\": VALUE}'"),
             ({"chat_template_kwargs": "5"}, "`chat_template_kwargs` is 5; it must be a mapping of keys to values."),
         ],
     )
@@ -319,6 +321,19 @@ class TestMistakes:
         usage, error = capsys.readouterr().err.splitlines()
         assert usage == "usage: python -m omniopd_trl.train --config RECIPE.yaml [--OPTION VALUE ...]"
         assert "invalid int value: 'ten'" in error
+
+    @pytest.mark.parametrize("command", ["cost", "demo", "eval", "probe", "solutions", "train"])
+    def test_argparse_of_a_command(self, recipe, tmp_path, capsys, command):
+        """The usage is that of the command that was typed."""
+        options = {"demo": [], "eval": ["--output_dir", str(tmp_path / "eval")]}.get(command, [])
+        options += [] if command == "demo" else ["--config", recipe()]
+        with pytest.raises(SystemExit) as exit_info:
+            cli([command, *options, "--num_chunks", "ten"])
+        assert exit_info.value.code == 2
+        usage, error = capsys.readouterr().err.splitlines()
+        needed = "" if command in ("demo", "eval") else " --config RECIPE.yaml"
+        assert usage == f"usage: omniopd {command}{needed} [--OPTION VALUE ...]"
+        assert error.startswith(f"omniopd {command}: error: argument --num_chunks")
 
     def test_control_c_within_an_import(self, tmp_path):
         """The import is not tried again for the message: half of a package may be loaded."""

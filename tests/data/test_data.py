@@ -77,6 +77,16 @@ class TestLoading:
             Dataset.from_list([row]).to_parquet(folder / f"train-0000{index}-of-00002.parquet")
         assert load_dataset_or_files(str(folder))["train"].to_list() == ROWS
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_saved_to_disk(self, tmp_path, streaming):
+        """A dataset that was saved by itself is the split `train`; saved splits keep their names."""
+        saved = Dataset.from_list(ROWS)
+        saved.save_to_disk(tmp_path / "one", num_shards=2)
+        DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / "two")
+        assert list(load_dataset_or_files(str(tmp_path / "one"), streaming=streaming)["train"]) == ROWS
+        splits = load_dataset_or_files(str(tmp_path / "two"), streaming=streaming)
+        assert {name: list(split) for name, split in splits.items()} == {"train": ROWS, "test": ROWS[:1]}
+
     @pytest.mark.parametrize("name", ["sums.jsonl", "./sums", "/nowhere/sums", "folder/sums.parquet"])
     def test_missing(self, tmp_path, monkeypatch, name):
         """A path where nothing is says so, and where it looked."""
@@ -178,7 +188,7 @@ class TestLoading:
     def test_local_builder(self, tmp_path):
         """A Hub id has no local builder; a file has its own."""
         assert local_builder("openai/gsm8k") is None
-        assert local_builder(str(write_lines(tmp_path / "a.JSONL", ROWS))) == "json"
+        assert local_builder(str(write_lines(tmp_path / "a.JSONL", ROWS))) == ("json", str(tmp_path / "a.JSONL"))
 
     def test_split_that_is_missing(self):
         """The message names the option and lists the splits."""

@@ -13,7 +13,8 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from omniopd_trl.errors import DataError
-from omniopd_trl.evals.code import CodeAccuracy, program_of, run_tests, same_output
+from omniopd_trl.evals import code
+from omniopd_trl.evals.code import CodeAccuracy, check_tests, program_of, run_tests, same_output
 from omniopd_trl.evals.rewards import Rewards
 from omniopd_trl.evals.sandbox import Limits, Outcome, SandboxError, make_sandbox
 
@@ -234,6 +235,18 @@ def test_every_row_is_checked(box):
     for reward_funcs in (None, CodeAccuracy(box)):
         with pytest.raises(DataError, match=r"`tests` '\{\}' cannot be read"):
             Rewards(reward_funcs, rows, device="cpu")
+
+
+def test_gigabytes_of_tests(monkeypatch):
+    """Beyond a limit, a row is refused before a run if it is cut off or no text, and otherwise when it is used."""
+    monkeypatch.setattr(code, "_PARSED", 1)
+    whole, damaged = json.dumps(SUM), '{"inputs": [}'
+    check_tests([whole, damaged, f" {whole}\n"])
+    for other in (whole[:-9], "", 3):
+        with pytest.raises(DataError, match="`tests`"):
+            check_tests([whole, other])
+    with pytest.raises(DataError, match="cannot be read"):
+        run_tests("print(1)", damaged, None)
 
 
 class TestReward:

@@ -231,6 +231,7 @@ def test_a_number_in_any_form_is_right(answer, gold):
             (form, "37")
             for form in ("not 37", "not $37$", r"not \boxed{37}", "isn’t equal to 37", "cannot be 37", "never 37")
         ),
+        *((form, "37") for form in ("37 is wrong", r"\boxed{37} is not the right answer.", "$37$ isn’t correct")),
         ("42", "42 million"),
         ("3", "-3"),
         ("9e999999999", "37"),
@@ -258,6 +259,8 @@ def test_the_lenient_reading_is_an_option():
     assert score("We add. " * 99 + r"So it is \boxed{7}." + " Towns have 17 million people." * 20, "7") == 1.0
     assert score("First 12, then 30, then 5 less, which is not 37.", "37") == 0.0
     assert score("They are not enough: she has no more than 37.", "37") == 1.0
+    assert score("First 12, then 30, then 5 less, so 37 is incorrect.", "37") == 0.0
+    assert score("Answer: 37 is not prime, and is the answer.", "37") == 1.0
 
 
 @pytest.mark.case("R21")

@@ -309,6 +309,31 @@ def test_models_that_cannot_pack(tiny_model_dir):
     assert "takes no mask of this form" in why_not_packed(model)
 
 
+def test_sharded_processes_check_rows_together(monkeypatch):
+    """A forward of a sharded student needs all of them: also one with shorter rows, or without any branch."""
+    ranks, checked = Ranks(), ([], [])
+    monkeypatch.setattr(objective, "attention_window", lambda model: None)
+    monkeypatch.setattr(objective, "why_not_packed", lambda model, text, n: checked[ranks.local.rank].append(n))
+    accelerator = SimpleNamespace(gather=ranks.gather, state=SimpleNamespace(deepspeed_plugin=object()))
+    parts = {"accelerator": accelerator, "args": SimpleNamespace(corrected_filters=None), "pad_token_id": 0}
+    branch = [Suffix(1, (5, 6, 7), 1.0)]
+    steps = [(4, branch), (5, []), (20, branch)], [(9, []), (3, branch), (2, [])]
+
+    def run(rank):
+        ranks.local.rank = rank
+        one, found = objective.Objective(None, 1.0, **parts, redirect=None, hidden_states=None), []
+        for length, suffixes in steps[rank]:
+            ids = torch.ones(1, length, dtype=torch.long)
+            batch = dict.fromkeys(("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"), ids)
+            batch |= {"audited_mask": ids.bool(), "weights": ids.float(), "suffixes": [suffixes]}
+            found.append(one._branched(torch.nn.Identity(), PackedBatch.of(batch, 0), batch).input_ids.size(1))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(run, (0, 1))] == [[10, 10, 42], [18, 8, 4]]
+    assert checked == ([18, 42], [18, 42])
+
+
 def test_attention_windows(tiny_model_dir):
     """None for full attention; the shortest one otherwise."""
     model = load(tiny_model_dir)

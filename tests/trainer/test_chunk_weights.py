@@ -98,6 +98,12 @@ def test_a_result_that_is_none(tmp_path, tiny_model_dir):
         make_trainer(tmp_path, tiny_model_dir, chunk_weights=0.5)
 
 
+def test_a_control_beside_a_function(tmp_path, tiny_model_dir):
+    """It would have no effect, and the tables of the run would call it a control."""
+    with pytest.raises(ConfigError, match=r"posterior_baseline='shuffled' has no effect beside `chunk_weights`"):
+        make_trainer(tmp_path, tiny_model_dir, chunk_weights=lambda c: c.posteriors, posterior_baseline="shuffled")
+
+
 @pytest.mark.parametrize(
     ("fails", "error", "message"),
     [

@@ -316,6 +316,11 @@ def test_an_activated_lora_is_refused(tmp_path, tiny_model_dir):
     refuse(tmp_path, tiny_model_dir, "activated LoRA .* would train nothing", peft_config=adapter)
 
 
+def test_repeated_layers_are_refused(tmp_path, tiny_model_dir):
+    adapter = LoraConfig(**LORA, layer_replication=[[0, 2], [0, 2]])
+    refuse(tmp_path, tiny_model_dir, r"the 2 `layer_types` .* a qwen3 cannot .* 4 layers", peft_config=adapter)
+
+
 @pytest.mark.case("R13")
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_adalora_is_refused(tmp_path, tiny_model_dir, beta):

@@ -8,6 +8,8 @@ import re
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
+from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig
 from omniopd_trl.cli.main import main
@@ -387,6 +389,28 @@ def test_groups_of_a_stream(tmp_path, tiny_model_dir, shuffle):
     order = [row["prompt"][-1]["content"] for row in questions(5)]
     seen = [group[0] for group in groups]
     assert (seen == [*order, order[0]]) != shuffle
+
+
+def test_a_stream_with_other_answers(tmp_path, tiny_model_dir, caplog):
+    """What was recorded with other right answers is neither replayed nor rewarded as before."""
+    logging.enable_propagation()
+
+    def trained(answer):
+        stream = Dataset.from_list([{**row, "answer": answer} for row in questions(8)]).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here(), dataset=stream, learning_rate=0.0, **settings)
+        trainer.train(resume_from_checkpoint=any(tmp_path.iterdir()))
+        return trainer.teacher_usage.completion_tokens, trainer.batches[0]["advantages"].abs().sum()
+
+    def is_even(answer, completion_ids, **kwargs):
+        return [float(one == "even" and len(ids) % 2 == 0) for one, ids in zip(answer, completion_ids, strict=True)]
+
+    settings = {**VERIFIER, "reward_funcs": is_even, "per_device_train_batch_size": 4}
+    tokens, advantage = trained("even")
+    assert advantage > 0
+    assert trained("even") == (0, advantage)
+    assert "not replayed" not in caplog.text
+    assert trained("none") == (tokens, 0)
+    assert "or other columns for a verifier, and is not replayed" in caplog.text
 
 
 def test_the_forecast_counts_groups(run):
