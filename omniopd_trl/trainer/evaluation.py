@@ -20,6 +20,7 @@ from trl.trainer.utils import repeat_iterable_dataset
 
 from omniopd_trl.accounting.usage import Ledger
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
+from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
 from omniopd_trl.evals.rewards import Rewards
@@ -181,7 +182,7 @@ def teacher_scores(
 
     Args:
         rewards: functions that score samples.
-        dataset: evaluation set with each problem `num_eval_generations` times in a row.
+        dataset: evaluation set.
         teacher: the teacher to evaluate.
         ask: function that runs a coroutine of the teacher and returns its result.
         run: function that runs a coroutine of a reward function and returns its result.
@@ -214,8 +215,8 @@ def teacher_scores(
     samples: list[tuple[str, float]] = []
     replies: list[TeacherReply] = []
     error: Exception | None = None
-    mine = range(accelerator.process_index, len(dataset) // repeats, accelerator.num_processes)
-    examples = [dataset[problem * repeats] for problem in mine]
+    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    examples = [dataset[problem] for problem in mine]
     logged = Logged()
     try:
         if examples:
@@ -237,7 +238,7 @@ def teacher_scores(
     failures = [str(reply.failure) for reply in replies if reply.outcomes.get("failed_requests")]
     if (failures := gather_object(failures)) and accelerator.is_main_process:
         logger.warning(
-            f"The teacher did not answer {len(failures)} of {len(dataset) // repeats} problems, which are not in its "
+            f"The teacher did not answer {len(failures)} of {len(dataset)} problems, which are not in its "
             f"scores. The first: {failures[0]}."
         )
     usage = sum((reply.usage for reply in replies), Usage())
@@ -250,15 +251,13 @@ def teacher_scores(
 
 
 def repeated(dataset: Any, num_samples: int) -> Any:
-    """The dataset, or each of a `dict` of datasets, with each example `num_samples` times in a row.
+    """The dataset with each example `num_samples` times in a row.
 
     The dataset is repeated and not the sampler, since accelerate computes from the length of the dataset how many
     samples of the last batch are padding.
     """
-    if num_samples == 1 or dataset is None:
+    if num_samples == 1:
         return dataset
-    if isinstance(dataset, dict):
-        return {name: repeated(part, num_samples) for name, part in dataset.items()}
     if isinstance(dataset, IterableDataset):
         return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
     return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
@@ -286,16 +285,23 @@ class Evaluates(DistillationTrainer):
         # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
         return SequentialSampler(eval_dataset)
 
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if not is_training:  # any set: the caller may pass one, or have replaced that of the constructor
+            name = "test_dataset" if description == "test" else "eval_dataset"
+            check_dataset(dataset, name)
+            if self.args.audit_eval:
+                self.args.teacher_context.check(dataset, name)
+            dataset = repeated(dataset, self.args.num_eval_generations)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
-        if not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
         return metrics
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        test_dataset = repeated(test_dataset, self.args.num_eval_generations)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
         return output
