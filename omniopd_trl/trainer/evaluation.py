@@ -288,13 +288,21 @@ class Evaluates(DistillationTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if not is_training:  # any set: the caller may pass one, or have replaced that of the constructor
-            name = "test_dataset" if description == "test" else "eval_dataset"
-            check_dataset(dataset, name)
-            if self.args.audit_eval:
-                self.args.teacher_context.check(dataset, name)
-            dataset = repeated(dataset, self.args.num_eval_generations)
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        load, args = super()._get_dataloader, self.args
+        if is_training:
+            return load(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        # Any set: the caller may pass one, or have replaced that of the constructor.
+        name = "test_dataset" if description == "test" else "eval_dataset"
+        check_dataset(dataset, name)
+        if args.audit_eval:
+            args.teacher_context.check(dataset, name)
+        # All samples count, and a loader that is kept for its workers would be used for other sets as well.
+        before = args.dataloader_drop_last, args.dataloader_persistent_workers
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
+        try:
+            return load(repeated(dataset, args.num_eval_generations), description, batch_size, sampler_fn)
+        finally:
+            args.dataloader_drop_last, args.dataloader_persistent_workers = before
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

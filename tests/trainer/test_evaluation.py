@@ -68,6 +68,15 @@ class TestEachCountsItsOwn:
         trainer.evaluate("a")
         assert len(seen) == 18
 
+    def test_options_of_the_loader(self, tmp_path, tiny_model_dir):
+        """Persistent workers belong to one set, and no sample is dropped."""
+        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_drop_last": True}
+        trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=EASY, eval_reward_funcs=by_length, **options)
+        assert trainer.evaluate()["eval_pass@1"] == 1.0
+        assert trainer.evaluate(HARD)["eval_pass@1"] == 0.0
+        assert trainer.args.dataloader_drop_last
+        assert trainer.args.dataloader_persistent_workers
+
     @pytest.mark.parametrize(
         ("dataset", "message"),
         [
