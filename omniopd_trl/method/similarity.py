@@ -17,6 +17,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 from rapidfuzz.process import cpdist
 
 from omniopd_trl.errors import ConfigError, import_extra
+from omniopd_trl.method.custom import why_not_called
 
 Similarity = Callable[[str, str], float]
 _Prepared = TypeVar("_Prepared")
@@ -53,8 +54,8 @@ def get_similarity(
         A function of two texts, the chunk first. `similarity_matrix` scores many pairs with it at once.
 
     Raises:
-        ConfigError: when the name is unknown. The returned function raises it when a custom function returns
-            anything but a finite number in [0, 1].
+        ConfigError: when the name is unknown, or a custom function cannot be called with two texts. The returned
+            function raises it when a custom function returns anything but a finite number in [0, 1].
         MissingExtraError: for `"embedding"`, when sentence-transformers is not installed.
 
     Example:
@@ -78,6 +79,11 @@ def get_similarity(
         raise ConfigError(
             f"`similarity` is {name_or_callable!r}, which is neither a name nor a function. "
             f"Use one of {', '.join([*_NAMED, 'embedding'])}, or pass a function of two texts."
+        )
+    if why := why_not_called(name_or_callable, 2):
+        raise ConfigError(
+            f"The similarity function {name_or_callable!r} cannot be called with two texts: {why}. Pass a function "
+            "`f(chunk, rollout)` that returns a number in [0, 1]."
         )
     return _Own(name_or_callable)
 

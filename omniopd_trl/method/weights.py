@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omniopd_trl.errors import ConfigError
+from omniopd_trl.method.custom import why_not_called
 from omniopd_trl.method.posterior import as_float
 
 Baseline = Literal["none", "batch", "trajectory", "moving_average", "shuffled", "constant"]
@@ -133,7 +134,7 @@ def get_chunk_weights(name_or_callable: str | WeightFunction) -> ChunkWeights:
         The function, with a check of its result.
 
     Raises:
-        ConfigError: when the name is unknown, or the argument is neither a name nor a function.
+        ConfigError: when the name is unknown, or the argument is neither a name nor a function of one argument.
 
     Example:
         >>> chunks = StepChunks(torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0, 0, 1]))
@@ -155,6 +156,11 @@ def get_chunk_weights(name_or_callable: str | WeightFunction) -> ChunkWeights:
         raise ConfigError(
             f"`chunk_weights` is {name_or_callable!r}, which is neither a name nor a function. Use one of "
             f"{', '.join(BASELINES)}, or pass a function of `StepChunks`."
+        )
+    if why := why_not_called(name_or_callable, 1):
+        raise ConfigError(
+            f"The weight function {name_or_callable!r} cannot be called with the chunks of a step: {why}. Pass a "
+            "function `f(chunks)` that returns a tensor of the shape of `chunks.posteriors`."
         )
     return ChunkWeights(name_or_callable)
 

@@ -56,14 +56,21 @@ class Prefix:
 
     @property
     def messages(self) -> Messages:
-        """The prompt as messages, in a new list. Plain text is one message of the user."""
-        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+        """The prompt as messages with a role and a content, in a new list. Plain text is one message of the user.
+
+        Other keys are left out, since services refuse those that they do not know. `datasets` adds each key that a
+        message of any row has to all messages, as `None`.
+        """
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return [{key: message[key] for key in ("role", "content")} for message in self.prompt]
 
 
 def split_system(messages: Messages) -> tuple[str, Messages]:
-    """The text of the system's messages, joined by blank lines, and the other messages."""
-    system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
-    return system, [message for message in messages if message["role"] != "system"]
+    """The text of the messages of the system and of a developer, joined by blank lines, and the other messages."""
+    above = ("system", "developer")
+    system = "\n\n".join(str(message["content"]) for message in messages if message["role"] in above)
+    return system, [message for message in messages if message["role"] not in above]
 
 
 def text_of_content(content: Any) -> Any:

@@ -214,7 +214,7 @@ def load_teacher(
         role: what a model in this process is called in messages.
 
     Raises:
-        ConfigError: when there is no such teacher, or it cannot enforce an option.
+        ConfigError: when there is no such teacher, or it cannot enforce an option, or has no name.
         DataError: when a model cannot be loaded.
     """
     options = options or TeacherOptions()
@@ -226,6 +226,12 @@ def load_teacher(
         )
     check_options(kind, name, options, role)
     if isinstance(teacher, Teacher):
+        own_name = getattr(teacher, "name", None)
+        if not isinstance(own_name, str) or not own_name:
+            raise ConfigError(
+                f"The teacher, a {type(teacher).__name__}, has name={own_name!r}, but it needs a text, which names it "
+                'in logs and identifies its recorded answers. Give the class a `name = "..."`.'
+            )
         return teacher
     if kind == "scripted":
         return _demo_judge(options) if name == JUDGE else ScriptedTeacher()

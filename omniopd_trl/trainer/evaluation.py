@@ -19,6 +19,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import repeat_iterable_dataset
 
 from omniopd_trl.audits.auditor import TEACHER_TOKENS_PER_STUDENT_TOKEN
+from omniopd_trl.data.checks import check_dataset
 from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.evals.copying import copied_share
 from omniopd_trl.evals.rewards import Rewards
@@ -116,15 +117,13 @@ def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def repeated(dataset: Any, num_samples: int) -> Any:
-    """The dataset, or each of a `dict` of datasets, with each example `num_samples` times in a row.
+    """The dataset with each example `num_samples` times in a row.
 
     The dataset is repeated and not the sampler, since accelerate computes from the length of the dataset how many
     samples of the last batch are padding.
     """
-    if num_samples == 1 or dataset is None:
+    if num_samples == 1:
         return dataset
-    if isinstance(dataset, dict):
-        return {name: repeated(part, num_samples) for name, part in dataset.items()}
     if isinstance(dataset, IterableDataset):
         return repeat_iterable_dataset(dataset, mini_repeat_count=num_samples)
     return dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
@@ -152,16 +151,31 @@ class Evaluates(DistillationTrainer):
         # TRL shuffles with the run's seed. Runs with other seeds would then draw other samples for a problem.
         return SequentialSampler(eval_dataset)
 
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        load, args = super()._get_dataloader, self.args
+        if is_training:
+            return load(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        # Any set: the caller may pass one, or have replaced that of the constructor.
+        name = "test_dataset" if description == "test" else "eval_dataset"
+        check_dataset(dataset, name)
+        if args.audit_eval:
+            args.teacher_context.check(dataset, name)
+        # All samples count, and a loader that is kept for its workers would be used for other sets as well.
+        before = args.dataloader_drop_last, args.dataloader_persistent_workers
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
+        try:
+            return load(repeated(dataset, args.num_eval_generations), description, batch_size, sampler_fn)
+        finally:
+            args.dataloader_drop_last, args.dataloader_persistent_workers = before
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # A name refers to a set that is already repeated. For a dictionary, this method is called again for each set.
-        if not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = repeated(eval_dataset, self.args.num_eval_generations)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
         return metrics
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        test_dataset = repeated(test_dataset, self.args.num_eval_generations)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._audit_table.show("eval", self.state.global_step, metric_key_prefix)
         return output
@@ -251,17 +265,16 @@ class Evaluates(DistillationTrainer):
                 f"`eval_reward_funcs`. Got {type(dataset).__name__}."
             )
         args.teacher_context.check(dataset, "eval_dataset")
-        repeats = args.num_eval_generations
         request = SamplingRequest(
-            num_samples=repeats,
+            num_samples=args.num_eval_generations,
             max_tokens=int(TEACHER_TOKENS_PER_STUDENT_TOKEN * args.max_completion_length),
             temperature=args.teacher_temperature,
             top_p=args.teacher_top_p,
             seed=EVALUATION_SEED,
             ledger=self._recorder,
         )
-        mine = range(accelerator.process_index, len(dataset) // repeats, accelerator.num_processes)
-        examples = [dataset[problem * repeats] for problem in mine]
+        mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        examples = [dataset[problem] for problem in mine]
         replies: list[TeacherReply] = []
         samples: list[tuple[str, float]] = []
         try:
@@ -276,7 +289,7 @@ class Evaluates(DistillationTrainer):
         failures = [str(reply.failure) for reply in replies if reply.outcomes.get("failed_requests")]
         if (failures := gather_object(failures)) and accelerator.is_main_process:
             logger.warning(
-                f"The teacher did not answer {len(failures)} of {len(dataset) // repeats} problems, which are not in "
+                f"The teacher did not answer {len(failures)} of {len(dataset)} problems, which are not in "
                 f"its scores. The first: {failures[0]}."
             )
         usage = sum((reply.usage for reply in replies), Usage())

@@ -421,6 +421,7 @@ class OmniOPDConfig(DistillationConfig):
             renamed = name.replace("gradient", "activation")
             if getattr(self, renamed, "") is None:
                 setattr(self, renamed, getattr(self, name))
+        self.max_grad_norm = self.max_grad_norm or 0.0  # `None` would raise an error after the first paid batch
         # In the base class, `beta` is an interpolation coefficient, and values outside of [0, 1] are refused.
         beta, self.beta = self.beta, 0.0
         try:
@@ -720,14 +721,13 @@ class OmniOPDConfig(DistillationConfig):
                 "out-of-memory error. Set `per_device_train_batch_size` yourself."
             )
 
-        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
-            if not self.audit_eval:
-                raise ConfigError(
-                    f"load_best_model_at_end=True with metric_for_best_model={self.metric_for_best_model!r}: without "
-                    "audit_eval the evaluation loss is the distance from the initial student, and the best model "
-                    "would be the one that has learned least. Set metric_for_best_model='eval_pass@1' with "
-                    "greater_is_better=True, or another metric."
-                )
+        if self.metric_for_best_model in ("loss", "eval_loss") and not self.audit_eval:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric_for_best_model!r}, the default of load_best_model_at_end and of "
+                "lr_scheduler_type='reduce_lr_on_plateau': without audit_eval the evaluation loss is the distance "
+                "from the initial student, and the best model would be the one that has learned least. Set "
+                "metric_for_best_model='eval_pass@1' with greater_is_better=True, or another metric."
+            )
 
     def _check_generation_kwargs(self) -> None:
         kwargs: dict[str, Any] = self.generation_kwargs or {}

@@ -23,7 +23,7 @@ from omniopd_trl.models.loading import loading
 from omniopd_trl.models.reference import Reference, needs_copy
 from omniopd_trl.teachers import Teacher
 from omniopd_trl.trainer.auditing import Audits
-from omniopd_trl.trainer.evaluation import Evaluates, repeated, uncast
+from omniopd_trl.trainer.evaluation import Evaluates, uncast
 from omniopd_trl.trainer.generation import Generates
 from omniopd_trl.trainer.hub import PushesToHub
 from omniopd_trl.trainer.metrics import non_finite, sum_over_processes
@@ -155,7 +155,7 @@ class OmniOPDTrainer(Starts, Records, PushesToHub, Generates, Audits, Evaluates)
                 teacher_model=None,
                 args=args,
                 train_dataset=prepared.train_dataset,
-                eval_dataset=repeated(eval_dataset, args.num_eval_generations),
+                eval_dataset=eval_dataset,
                 processing_class=prepared.processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,

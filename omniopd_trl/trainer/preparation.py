@@ -24,7 +24,7 @@ from omniopd_trl.trainer.evaluation import repeated
 from omniopd_trl.trainer.exported import Export, check_first_step, open_export
 from omniopd_trl.trainer.hub import open_repo
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
-from omniopd_trl.trainer.validation import check_inputs, check_prompts
+from omniopd_trl.trainer.validation import check_inputs, check_own_weights, check_prompts
 from omniopd_trl.trainer.verifier import training_rewards
 
 logger = logging.get_logger(__name__)
@@ -143,6 +143,7 @@ def prepare(
         )
     if args.use_vllm:
         import_extra("vllm", "vllm")
+    check_own_weights(model, teacher)
     recorder = Recorder(step)
     paid = spent_before(teacher, args)
     datasets = list(named_datasets(train_dataset, eval_dataset))

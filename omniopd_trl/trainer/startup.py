@@ -52,17 +52,23 @@ _TOLERANCE = 0.002
 _SAMPLES = 1000
 
 
-def check_student(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerator) -> None:
+def check_student(
+    model: nn.Module,
+    args: OmniOPDConfig,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     """Check the student as loaded and wrapped by PEFT, without a forward pass.
 
     Args:
         model: the student.
         args: the configuration.
         accelerator: accelerator of the run.
+        optimizer: optimizer of the caller; `None` for one that the trainer creates.
 
     Raises:
-        ConfigError: when the student's adapters are not supported, nothing is trainable, or the student has no
-            backbone and LM head.
+        ConfigError: when the student's adapters are not supported, nothing is trainable or in the optimizer, or the
+            student has no backbone and LM head.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
@@ -71,7 +77,7 @@ def check_student(model: nn.Module, args: OmniOPDConfig, accelerator: Accelerato
             "each process has trajectories of its own. Leave them out; ZeRO-3 and FSDP2 shard the student."
         )
     _check_adapters(model)
-    _check_trainable(model)
+    _check_trainable(model, optimizer)
     _check_layout(model, accelerator)
     if accelerator.is_main_process:
         _warn_about_rounding(model, args, accelerator)
@@ -198,10 +204,19 @@ def _check_adapters(model: Any) -> None:
         )
 
 
-def _check_trainable(model: nn.Module) -> None:
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+def _check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trainable:
         raise ConfigError(
             f"The student has no trainable parameter: every audit would be paid, and nothing trained. {_advice(model)}"
+        )
+    if optimizer is not None and not any(
+        id(p) in trainable for group in optimizer.param_groups for p in group["params"]
+    ):
+        raise ConfigError(
+            "The optimizer of `optimizers` has no trainable parameter of the student: every audit would be paid, and "
+            "nothing trained. Pass the student as the instance whose parameters it has, without `peft_config`, which "
+            "adds others; or leave `optimizers` out."
         )
 
 
@@ -307,7 +322,7 @@ class Starts(DistillationTrainer):
     def _check_student(self) -> None:
         """Check the student as loaded, and make the layers of bitsandbytes pass a gradient on."""
         with together(self.args.process_index):
-            check_student(self.model, self.args, self.accelerator)
+            check_student(self.model, self.args, self.accelerator, self.optimizer)
         for module in self.model.modules():
             # On some CPUs, bitsandbytes permanently repacks the weights of a layer in evaluation mode into a form
             # without a gradient. The layers below it would no longer be trained.

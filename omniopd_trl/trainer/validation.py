@@ -10,12 +10,13 @@ from typing import Any
 import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
-from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, check_step_is_filled, prompts_per_step
+from omniopd_trl.data.checks import check_dataset, check_prompt_lengths, prompts_per_step
 from omniopd_trl.data.datasets import named_datasets
 from omniopd_trl.data.encoding import special_tokens_of_answers
 from omniopd_trl.errors import ConfigError, DataError, NoRolloutError, find_extra, first_line
@@ -25,6 +26,7 @@ from omniopd_trl.teachers.context import NO_CONTEXT, TeacherContext
 from omniopd_trl.teachers.instruct.judge import Passage, render_question
 from omniopd_trl.trainer.distributed import warn_about_lost_processes
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
+from omniopd_trl.trainer.plan import num_steps
 
 logger = logging.get_logger(__name__)
 
@@ -90,8 +92,9 @@ def check_inputs(
         )
     sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     prompts_per_step(*sizes, args.num_generations)
-    if isinstance(train_dataset, Dataset):
-        check_step_is_filled(len(train_dataset), *sizes, args.num_generations)
+    if train_dataset is not None:
+        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+        num_steps(args, rows, args.world_size, args.num_generations)
     return processing_class
 
 
@@ -273,6 +276,27 @@ def check_vllm_can_follow(config: PretrainedConfig, args: OmniOPDConfig, quantiz
             "use_vllm=True with a quantized student: its adapters would be merged into quantized weights for each "
             "transfer, which loses most of the update and changes the reference. Set use_vllm=False, or train LoRA on "
             "a student that is not quantized."
+        )
+
+
+def check_own_weights(model: Any, teacher: Any) -> None:
+    """Check that a teacher does not compute with the weights of the student.
+
+    Args:
+        model: name, path or instance of the student.
+        teacher: name, model or teacher, such as a `LocalTeacher` with a model.
+
+    Raises:
+        ConfigError: when it does: it would be trained with the student, or freeze it.
+    """
+    other = getattr(teacher, "model", teacher)
+    if not (isinstance(model, nn.Module) and isinstance(other, nn.Module)):
+        return
+    weights = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in weights for parameter in other.parameters()):
+        raise ConfigError(
+            "The teacher has the weights of the student's instance, and would be trained with it. Pass the path of "
+            "the model as `teacher_model`, or another instance (`copy.deepcopy(model)`)."
         )
 
 

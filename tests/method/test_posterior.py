@@ -246,6 +246,8 @@ def test_bad_baseline() -> None:
         get_chunk_weights("mean")
     with pytest.raises(ConfigError, match="`chunk_weights` is 3, which is neither a name nor a function"):
         get_chunk_weights(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"cannot be called with the chunks of a step: too many.*f\(chunks\)"):
+        get_chunk_weights(lambda: 1.0)  # type: ignore[arg-type, misc]
     for ids in (TRAJECTORIES[:3], TRAJECTORIES[None]):
         with pytest.raises(ConfigError, match="one value for each chunk"):
             StepChunks(POSTERIORS, ids)

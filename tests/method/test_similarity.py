@@ -260,6 +260,21 @@ def test_own_function() -> None:
     assert seen == [("abc", "d"), ("abc", "abc")]
 
 
+async def _waits(chunk: str, rollout: str) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [(lambda chunk: 1.0, "too many"), (lambda a, b, *, c: 1.0, "missing a required"), (_waits, "it is asynchronous")],
+)
+def test_own_function_is_not_called_with_two_texts(function: Any, why: str) -> None:
+    """Said before a teacher is asked. A function in C need not have a signature."""
+    with pytest.raises(ConfigError, match=rf"cannot be called with two texts: {why}.*f\(chunk, rollout\)"):
+        get_similarity(function)
+    assert get_similarity(max)  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize("value", [True, 1, np.float32(0.25), np.float64(1.0), 1 + 1e-7, -1e-7, np.array(0.5)])
 def test_own_function_returns_any_number(value: Any) -> None:
     """Whatever is a number counts, and rounding is forgiven."""

@@ -55,6 +55,19 @@ def test_content_parts(service, continuation, tiny_teacher_tokenizer):
     assert "'type': 'text'" not in str(sent[0]) or service.name.startswith("anthropic")
 
 
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_other_keys_of_messages(service, tiny_teacher_tokenizer):
+    """Services get roles and contents. Claude and Gemini have no developer: its message is one of the system."""
+    role = "developer" if service in (CLAUDE, GEMINI) else "system"
+    keyed = [{**QUESTION[0], "role": role, "name": None}, {**QUESTION[1], "name": "Tom", "id": 3}]
+    sent = []
+    for messages in (keyed, QUESTION):
+        with Loopback(service.answer) as server:
+            ask(teacher_of(service, server, tokenizer=tiny_teacher_tokenizer), Prefix(messages, "It is"))
+        sent.append(server.bodies)
+    assert sent[0] == sent[1]
+
+
 @pytest.mark.parametrize("part", [{"type": "image", "image": "x.png"}, {"type": "text", "text": None}, "text", {}])
 def test_parts_that_are_no_text(part):
     """Nothing is turned into the words of a Python object in silence."""

@@ -139,6 +139,19 @@ def test_the_best_model_is_not_the_one_that_moved_least():
         config(**best)
     assert config(**best, metric_for_best_model="eval_pass@1").greater_is_better
     assert config(**best, audit_eval=True).metric_for_best_model == "loss"
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5}
+    for early in (
+        {"metric_for_best_model": "eval_loss"},
+        plateau,
+    ):  # a callback may stop early, or the rate be reduced
+        with pytest.raises(ConfigError, match=r"metric_for_best_model='(eval_)?loss'.*eval_pass@1"):
+            config(**early)
+    assert config(**plateau, metric_for_best_model="pass@1").lr_scheduler_type == "reduce_lr_on_plateau"
+
+
+def test_no_clipping():
+    """`None` is what `0` is. transformers compares it with a number when the first gradient is there."""
+    assert config(max_grad_norm=None).max_grad_norm == config(max_grad_norm=0.0).max_grad_norm == 0.0
 
 
 def test_no_limit_is_no_filter():

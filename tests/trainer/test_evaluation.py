@@ -17,7 +17,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, DataError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.teachers import ScriptedTeacher
 from tests.support.training import make_trainer, questions
@@ -64,6 +64,41 @@ class TestEachCountsItsOwn:
         trainer = make_trainer(tmp_path, tiny_model_dir, eval_reward_funcs=reward, num_eval_generations=3)
         assert trainer.predict(questions(2)).metrics["test_pass@1"] == 1.0
         assert len(seen) == 6
+        trainer.eval_dataset = {"a": questions(2)}  # as do sets that take the place of the constructor's
+        trainer.evaluate()
+        trainer.evaluate("a")
+        assert len(seen) == 18
+
+    def test_options_of_the_loader(self, tmp_path, tiny_model_dir):
+        """Persistent workers belong to one set, and no sample is dropped."""
+        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_drop_last": True}
+        trainer = make_trainer(tmp_path, tiny_model_dir, eval_dataset=EASY, eval_reward_funcs=by_length, **options)
+        assert trainer.evaluate()["eval_pass@1"] == 1.0
+        assert trainer.evaluate(HARD)["eval_pass@1"] == 0.0
+        assert trainer.args.dataloader_drop_last
+        assert trainer.args.dataloader_persistent_workers
+
+    @pytest.mark.parametrize(
+        ("dataset", "message"),
+        [
+            ([{"prompt": "Tom has"}], "is a list; it must be a `datasets.Dataset`"),
+            (Dataset.from_list([{"question": "Tom has"}]), "has no `prompt` column"),
+            (Dataset.from_list([{"prompt": "Tom has", "tools": "[]"}]), "has a column `tools`"),
+            (questions(2), "has no column 'hint'"),
+        ],
+    )
+    def test_sets_are_checked(self, tmp_path, tiny_model_dir, dataset, message):
+        """Those that are passed to `evaluate` and `predict`, and those that replace the constructor's."""
+        train = questions().add_column("hint", ["It is 12."] * 8)
+        settings = {"teacher_context_column": "hint", "audit_eval": True}
+        trainer = make_trainer(tmp_path, tiny_model_dir, dataset=train, **settings)
+        with pytest.raises(DataError, match=f"`test_dataset` {message}"):
+            trainer.predict(dataset)
+        with pytest.raises(DataError, match=f"`eval_dataset` {message}"):
+            trainer.evaluate(dataset)
+        trainer.eval_dataset = dataset
+        with pytest.raises(DataError, match=f"`eval_dataset` {message}"):
+            trainer.evaluate()
 
     def test_a_prefix_is_used_as_it_is(self, tmp_path, tiny_model_dir):
         """`evaluate(other, metric_key_prefix="test")` and `predict(other, metric_key_prefix="final")`."""

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
 from omniopd_trl.errors import ConfigError, DataError, MissingExtraError, OmniOPDError
-from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, ScriptedTeacher
+from omniopd_trl.teachers import LocalTeacher, Prefix, SamplingRequest, ScriptedTeacher, Teacher
 from tests.conftest import CHATML
 from tests.support.other_tokenizers import appending, channels
 from tests.support.training import make_trainer, questions
@@ -57,6 +57,25 @@ class TestTeachers:
     def test_no_teacher(self, tmp_path, tiny_model_dir, teacher):
         """Anything else is named, with what a teacher may be."""
         refused(ConfigError, r"teacher_model=.* is no teacher.*subclass", tmp_path, tiny_model_dir, teacher=teacher)
+
+    @pytest.mark.usefixtures("not_loaded")
+    @pytest.mark.parametrize("name", ["absent", None, ""])
+    def test_no_name(self, tmp_path, tiny_model_dir, name):
+        """A custom teacher needs a name, which the journal holds."""
+        named = {} if name == "absent" else {"name": name}
+        teacher = type("Nameless", (Teacher,), {"sample": ScriptedTeacher.sample, **named})()
+        refused(
+            ConfigError, "a Nameless, has name=.*identifies its recorded", tmp_path, tiny_model_dir, teacher=teacher
+        )
+
+    @pytest.mark.parametrize("kind", ["instance", "adapter", "local"])
+    def test_the_student_itself(self, tmp_path, tiny_model_dir, tiny_tokenizer, kind):
+        """A teacher that would be trained with the student, whose instance is not frozen by the attempt."""
+        student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        teacher = LocalTeacher(student, tiny_tokenizer) if kind == "local" else student
+        model = get_peft_model(student, LoraConfig(r=2)) if kind == "adapter" else student
+        refused(ConfigError, r"has the weights of the student's.*deepcopy\(model\)", tmp_path, model, teacher=teacher)
+        assert kind == "local" or any(parameter.requires_grad for parameter in model.parameters())
 
     @pytest.mark.case("R7")
     def test_template_of_a_local_teacher(self, tmp_path, tiny_model_dir, tiny_teacher_dir):
@@ -158,6 +177,27 @@ class TestStudents:
         """An optimizer whose package is missing is refused before the student is loaded."""
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         refused(MissingExtraError, r"pip install -e '\.\[bitsandbytes\]'", tmp_path, tiny_model_dir, optim=optim)
+
+    @pytest.mark.usefixtures("not_loaded")
+    def test_stream_without_steps(self, tmp_path, tiny_model_dir):
+        """A stream has no length: transformers would say so once the student is loaded."""
+        stream = questions().to_iterable_dataset()
+        refused(ConfigError, "max_steps=-1: a streaming", tmp_path, tiny_model_dir, dataset=stream, max_steps=-1)
+
+    @pytest.mark.parametrize("settings", [{}, {"peft_config": LoraConfig(r=2)}])
+    def test_optimizer_of_other_parameters(self, tmp_path, tiny_model_dir, settings):
+        """One of the parameters of another instance, or of those that an adapter freezes, would train nothing."""
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+        student = model if settings else tiny_model_dir
+        refused(
+            *(ConfigError, "no trainable parameter of the student", tmp_path, student),
+            optimizers=optimizers,
+            **settings,
+        )
+        if not settings:
+            head = torch.optim.SGD([model.lm_head.weight], lr=0.1)  # a part is enough
+            assert make_trainer(tmp_path, model, optimizers=(head, None)).optimizer is head
 
     @pytest.mark.case("U9")
     def test_bars_name_the_model(self, tmp_path, tiny_model_dir, tiny_teacher_dir):

@@ -35,6 +35,9 @@ HOOKS = {
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
+    "_get_dataloader": [
+        *("self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
+    ],
     "_get_eval_sampler": ["self", "eval_dataset"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_train_sampler": ["self", "dataset"],
