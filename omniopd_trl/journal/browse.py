@@ -4,6 +4,7 @@
 
 import os
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -298,7 +299,8 @@ def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path, db = journals[0]
         with explained(path):
             for row in db.execute("SELECT * FROM logs ORDER BY id") if _has(db, "logs") else ():
-                entry, session = decode(path, row), row[1]
+                # The names of all entries are equal: one text for each takes half of the memory.
+                entry, session = {sys.intern(name): value for name, value in decode(path, row).items()}, row[1]
                 if session != newest and "loss" in entry:
                     kept = [one for one in kept if one[0] == session or one[1].get("step", 0) < entry["step"]]
                     newest = session

@@ -9,17 +9,20 @@ from contextlib import closing
 from random import Random
 
 import pytest
+from tokenizers import Tokenizer
 
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.cli.main import main
+from omniopd_trl.demo import asset_path
 from omniopd_trl.journal import browse, store
 from omniopd_trl.journal.browse import list_audits, read_audits, read_prompts, read_spent
 from omniopd_trl.journal.file import connect, journal_path
+from omniopd_trl.journal.recorder import Recorder
 from omniopd_trl.journal.schema import ADDED, COUNTS
 from omniopd_trl.report.page import write_page
-from omniopd_trl.report.runs import Run, open_runs
+from omniopd_trl.report.runs import Run, open_runs, token_texts
 from omniopd_trl.teachers import Usage
-from tests.support.journals import audit, journal, trajectory
+from tests.support.journals import SETTINGS, audit, journal, trajectory
 from tests.support.recorded_runs import record_run
 
 
@@ -223,3 +226,30 @@ def test_reading_a_journal_is_linear_in_its_steps(tmp_path, monkeypatch):
 
     for small, large in zip(measured(40), measured(160), strict=True):
         assert large < 6 * small
+
+
+def test_what_many_records_share_is_held_once(tmp_path):
+    """The names of metrics in a long log, the texts of tokens, and what was paid while no journal was open."""
+    with journal(tmp_path) as one:
+        for step in range(2):
+            one.record_log({"step": step, "metric/of many": 0.5})
+    first, second = (list(entry)[1] for entry in browse.read_logs(tmp_path))
+    assert first is second
+
+    class Known(dict):
+        def __iter__(self):
+            raise AssertionError("all known texts are read for each trajectory")
+
+        keys = __iter__
+
+    tokenizer = Tokenizer.from_file(asset_path("student") + "/tokenizer.json")
+    ids = tokenizer.encode("Leo has 7 beads.").ids
+    assert "".join(token_texts(tokenizer, ids, Known())) == "Leo has 7 beads."
+
+    recorder = Recorder(lambda: 0)
+    for usd in (None, 0.5, None, 0.25):
+        recorder.paid(Usage(1, 0, 2), usd)
+    with recorder.open(journal_path(tmp_path / "new", 0), None, replay=False, **SETTINGS):
+        (row,) = recorder.journal.ledger()
+        assert (row.usage, row.usd) == (Usage(4, 0, 8), 0.75)
+    assert recorder._unrecorded == (Usage(), None)
