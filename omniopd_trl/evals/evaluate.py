@@ -514,9 +514,8 @@ def _generate(
     )
 
     # Enough for all slots of a service. The requests of all problems of a large set would take gigabytes.
-    problems = asyncio.Semaphore(
-        teacher.settings.max_concurrency if isinstance(teacher, RemoteTeacher) else group_size
-    )
+    slots = teacher.settings.max_concurrency if isinstance(teacher, RemoteTeacher) else group_size
+    problems = asyncio.Semaphore(slots)
 
     async def ask(index: int) -> _Answered:
         async with problems:

@@ -191,8 +191,8 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
     query = """
         SELECT a.step, audits.attempt, audits.idx, length(audits.payload) + coalesce(length(t.payload), 0){columns}
         FROM audits JOIN (
-            SELECT id, step, min(step) OVER (ORDER BY id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS later
-            FROM attempts
+            SELECT id, step, min(step) OVER later AS later FROM attempts
+            WINDOW later AS (ORDER BY id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
         ) AS a ON a.id = audits.attempt
         LEFT JOIN trajectories AS t ON t.attempt = audits.attempt AND t.idx = audits.idx{join}
         WHERE a.later IS NULL OR a.step < a.later

@@ -242,7 +242,7 @@ def test_what_many_records_share_is_held_once(tmp_path):
 
         keys = __iter__
 
-    tokenizer = Tokenizer.from_file(asset_path("student") + "/tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(asset_path("student") / "tokenizer.json"))
     ids = tokenizer.encode("Leo has 7 beads.").ids
     assert "".join(token_texts(tokenizer, ids, Known())) == "Leo has 7 beads."
 
