@@ -13,6 +13,7 @@ The same call continues an evaluation that was interrupted: problems with a line
 in the journal are not paid for again.
 """
 
+import asyncio
 import hashlib
 import json
 import platform
@@ -512,10 +513,15 @@ def _generate(
         min_p=settings.min_p,
     )
 
+    # Enough for all slots of a service. The requests of all problems of a large set would take gigabytes.
+    slots = teacher.settings.max_concurrency if isinstance(teacher, RemoteTeacher) else group_size
+    problems = asyncio.Semaphore(slots)
+
     async def ask(index: int) -> _Answered:
-        ledger = ledgers(index)
-        prefix = Prefix(prompts[index], is_question=True)
-        (reply,) = await replies_of(teacher, [prefix], replace(request, ledger=ledger))
+        async with problems:
+            ledger = ledgers(index)
+            prefix = Prefix(prompts[index], is_question=True)
+            (reply,) = await replies_of(teacher, [prefix], replace(request, ledger=ledger))
         is_counted = True
         if isinstance(ledger, AuditLedger):
             is_counted = not ledger.num_kept

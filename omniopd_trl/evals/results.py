@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class EvalResult:
     reads_answers: bool = True
     cost: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property  # the bootstrap of 50,000 problems takes seconds
     def metrics(self) -> dict[str, Any]:
         return metrics_of(self.problems, self.reads_answers)
 

@@ -4,6 +4,7 @@
 
 import os
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -189,9 +190,12 @@ def list_audits(output_dir: str | os.PathLike[str], step: int | None = None) -> 
     # The newest attempt at a step counts, and supersedes all earlier ones at later steps.
     query = """
         SELECT a.step, audits.attempt, audits.idx, length(audits.payload) + coalesce(length(t.payload), 0){columns}
-        FROM audits JOIN attempts AS a ON a.id = audits.attempt
+        FROM audits JOIN (
+            SELECT id, step, min(step) OVER later AS later FROM attempts
+            WINDOW later AS (ORDER BY id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+        ) AS a ON a.id = audits.attempt
         LEFT JOIN trajectories AS t ON t.attempt = audits.attempt AND t.idx = audits.idx{join}
-        WHERE NOT EXISTS (SELECT * FROM attempts AS b WHERE b.id > a.id AND b.step <= a.step)
+        WHERE a.later IS NULL OR a.step < a.later
     """
     join = " LEFT JOIN shown ON shown.attempt = audits.attempt AND shown.idx = audits.idx"
     columns = ", low, high, shown.idx IS NOT NULL AND low IS NULL"
@@ -295,7 +299,8 @@ def read_logs(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path, db = journals[0]
         with explained(path):
             for row in db.execute("SELECT * FROM logs ORDER BY id") if _has(db, "logs") else ():
-                entry, session = decode(path, row), row[1]
+                # The names of all entries are equal: one text for each takes half of the memory.
+                entry, session = {sys.intern(name): value for name, value in decode(path, row).items()}, row[1]
                 if session != newest and "loss" in entry:
                     kept = [one for one in kept if one[0] == session or one[1].get("step", 0) < entry["step"]]
                     newest = session
@@ -317,9 +322,10 @@ def _read(path: Path, db: sqlite3.Connection, place: AuditPlace) -> AuditedTraje
     prompt, prompt_ids, completion_ids, seed, sampled, _, context, verified = [*recorded, *[None] * 4][:8]
     # A resumed run finishes the audits of an earlier session: both have paid.
     paid = f"SELECT {', '.join(f'sum({name})' for name in TOKENS)}, sum(usd) FROM usage"
+    # By single sessions, since a range of them would read all that they paid. For `+` see `COUNTS` in schema.py.
     sums = db.execute(
-        f"SELECT teacher, sums.* FROM sessions, ({paid} WHERE step = ? AND idx = ? "
-        "AND session BETWEEN (SELECT session FROM attempts WHERE id = ?) AND ?) AS sums WHERE id = ?",
+        f"SELECT teacher, sums.* FROM sessions, ({paid} WHERE step = ? AND idx = ? AND session IN (SELECT +id "
+        "FROM sessions WHERE id BETWEEN (SELECT session FROM attempts WHERE id = ?) AND ?)) AS sums WHERE id = ?",
         (place.step, place.index, place.attempt, row[2], row[2]),
     ).fetchone()
     if sums is None:

@@ -31,8 +31,8 @@ class Recorder(Ledger):
     def __init__(self, step: Callable[[], int]):
         self.journal: Journal | None = None
         self._step = step
-        # Usage and cost while no journal was open: the probe, and an evaluation after training.
-        self._unrecorded: list[tuple[Usage, float | None]] = []
+        # Usage and cost while no journal was open: the probe, an evaluation after training, a run without one.
+        self._unrecorded: tuple[Usage, float | None] = Usage(), None
         self._begun = False
         self._replay = False
         self._warns = True
@@ -60,8 +60,9 @@ class Recorder(Ledger):
             self.journal = journal
             self._begun, self._replay, self._warn_once = False, replay, WarnOnce(__name__)
             self._warns = settings["rank"] == 0  # the journals of the others hold the same steps
-            while self._unrecorded:
-                self.paid(*self._unrecorded.pop())
+            if self._unrecorded != (Usage(), None):
+                self.paid(*self._unrecorded)
+                self._unrecorded = Usage(), None
             if journal.lost is not None:
                 _warn_about_lost_requests(*journal.lost)
             if budget is not None:
@@ -90,7 +91,8 @@ class Recorder(Ledger):
 
     def paid(self, usage: Usage, usd: float | None) -> None:
         if self.journal is None:
-            self._unrecorded.append((usage, usd))
+            before, dollars = self._unrecorded
+            self._unrecorded = before + usage, dollars if usd is None else (dollars or 0.0) + usd
         else:
             self.journal.record_usage(self._step(), None, usage, usd)
 

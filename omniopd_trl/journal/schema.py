@@ -137,14 +137,16 @@ LEDGER = f"""
     ) JOIN sessions ON sessions.id = session
     GROUP BY run, step, teacher ORDER BY min(session), step
 """
+# `+` makes an id a plain number, as the column that it is compared with: otherwise SQLite uses no index, and the time
+# grows with the square of the number of steps.
 COUNTS = """
-    SELECT id, (SELECT count(*) FROM trajectories WHERE attempt = attempts.id),
-        (SELECT count(*) FROM audits WHERE attempt = attempts.id),
-        (SELECT count(*) FROM audits WHERE attempt = attempts.id)
+    SELECT id, (SELECT count(*) FROM trajectories WHERE attempt = +attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = +attempts.id),
+        (SELECT count(*) FROM audits WHERE attempt = +attempts.id)
     FROM attempts
 """
 ATTEMPTS = """
     SELECT attempts.id, step, session, fingerprint, num_processes,
-        num_trajectories, num_audits, num_asked OR EXISTS (SELECT * FROM answers WHERE attempt = attempts.id)
+        num_trajectories, num_audits, num_asked OR EXISTS (SELECT * FROM answers WHERE attempt = +attempts.id)
     FROM attempts JOIN sessions ON sessions.id = session JOIN progress ON attempt = attempts.id ORDER BY attempts.id
 """

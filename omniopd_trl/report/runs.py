@@ -215,7 +215,7 @@ def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int], known: dict[int,
         return str(tokenizer.decode([*letter, *ids])).removeprefix(tokenizer.decode(letter))
 
     ids = list(token_ids)
-    for token in {*ids} - known.keys():
+    for token in {token for token in ids if token not in known}:
         known[token] = added([token])
     pieces = [known[token] for token in ids]
     if ids:

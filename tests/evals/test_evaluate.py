@@ -28,6 +28,7 @@ from omniopd_trl.teachers.options import TeacherOptions
 from tests.support.commands import ENVIRONMENT
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import KEYS, SERVICES, services  # noqa: F401 (a fixture)
+from tests.support.services import Scripted
 
 SUMS = Dataset.from_list([{"prompt": f"{n} + {n} =", "answer": str(2 * n)} for n in range(6)])
 FOUR = EvalSettings(num_samples=4, max_tokens=24)
@@ -374,6 +375,24 @@ def answer_sums(monkeypatch):
 def ask(server, folder, **options):
     options = TeacherOptions(teacher_base_url=server.url + OPENAI.path, **{**PRICES, **options})
     return evaluate(OPENAI.name, dataset=CHATS, settings=TWO, output_dir=folder, options=options)
+
+
+def test_problems_of_a_large_set_wait_without_their_requests():
+    """No more problems than slots are in progress: the requests of all of them would take gigabytes."""
+    counts = [0]
+
+    class Counted(Scripted):
+        async def sample(self, prefixes, request):
+            counts.append(counts[-1] + 1)
+            try:
+                return await super().sample(prefixes, request)
+            finally:
+                counts.append(counts[-1] - 1)
+
+    teacher = Counted(most=3)
+    rows = Dataset.from_list([{"prompt": f"{n} + {n} =", "answer": str(2 * n)} for n in range(40)])
+    assert evaluate(teacher, dataset=rows, settings=FOUR).metrics["num_problems"] == 40
+    assert (len(teacher.seen), teacher.most, max(counts)) == (40, 3, 3)
 
 
 @pytest.mark.usefixtures("services")

@@ -9,16 +9,20 @@ from contextlib import closing
 from random import Random
 
 import pytest
+from tokenizers import Tokenizer
 
 from omniopd_trl.audits.types import Trajectory
 from omniopd_trl.cli.main import main
+from omniopd_trl.demo import asset_path
+from omniopd_trl.journal import browse, store
 from omniopd_trl.journal.browse import list_audits, read_audits, read_prompts, read_spent
-from omniopd_trl.journal.file import journal_path
-from omniopd_trl.journal.schema import ADDED
+from omniopd_trl.journal.file import connect, journal_path
+from omniopd_trl.journal.recorder import Recorder
+from omniopd_trl.journal.schema import ADDED, COUNTS
 from omniopd_trl.report.page import write_page
-from omniopd_trl.report.runs import Run, open_runs
+from omniopd_trl.report.runs import Run, open_runs, token_texts
 from omniopd_trl.teachers import Usage
-from tests.support.journals import audit, journal, trajectory
+from tests.support.journals import SETTINGS, audit, journal, trajectory
 from tests.support.recorded_runs import record_run
 
 
@@ -185,3 +189,67 @@ def test_prompts_alone(tmp_path, length):
         j.record_trajectories(0, [type(one)(prompt, one.prompt_ids, one.completion_ids)])
         j.record(0, 0, audit())
     assert list(read_prompts(tmp_path, list_audits(tmp_path))) == [prompt]
+
+
+def test_reading_a_journal_is_linear_in_its_steps(tmp_path, monkeypatch):
+    """SQLite's work for the audits of a run, and for opening its journal, doubles with the number of steps."""
+    work = [0]
+
+    def count():
+        work[0] += 1
+
+    def counted(*arguments):
+        db = connect(*arguments)
+        db.set_progress_handler(count, 10)  # once per ten instructions of SQLite
+        return db
+
+    def measured(steps):
+        folder = tmp_path / str(steps)
+        with journal(folder) as one:
+            for step in range(steps):
+                one.record_trajectories(step, [trajectory()])
+                one.record_answer(step, 0, "request", 0, [], Usage(1))
+                one.record_usage(step, 0, Usage(1), 0.1)
+                if step % 2:
+                    one.record(step, 0, audit())
+        with monkeypatch.context() as patch:
+            patch.setattr(browse, "connect", counted)
+            patch.setattr(store, "connect", counted)
+            work[0] = 0
+            read = list(read_audits(folder, list_audits(folder)))
+            assert (len(read), read[-1].usd) == (steps // 2, 0.1)
+            reading, work[0] = work[0], 0
+            with journal(folder, replay=True) as one:
+                assert one.num_recorded(0) == (steps, steps // 2)
+                one._db.execute(COUNTS).fetchall()  # an upgrade of an earlier version
+            return reading, work[0]
+
+    for small, large in zip(measured(40), measured(160), strict=True):
+        assert large < 6 * small
+
+
+def test_what_many_records_share_is_held_once(tmp_path):
+    """The names of metrics in a long log, the texts of tokens, and what was paid while no journal was open."""
+    with journal(tmp_path) as one:
+        for step in range(2):
+            one.record_log({"step": step, "metric/of many": 0.5})
+    first, second = (list(entry)[1] for entry in browse.read_logs(tmp_path))
+    assert first is second
+
+    class Known(dict):
+        def __iter__(self):
+            raise AssertionError("all known texts are read for each trajectory")
+
+        keys = __iter__
+
+    tokenizer = Tokenizer.from_file(str(asset_path("student") / "tokenizer.json"))
+    ids = tokenizer.encode("Leo has 7 beads.").ids
+    assert "".join(token_texts(tokenizer, ids, Known())) == "Leo has 7 beads."
+
+    recorder = Recorder(lambda: 0)
+    for usd in (None, 0.5, None, 0.25):
+        recorder.paid(Usage(1, 0, 2), usd)
+    with recorder.open(journal_path(tmp_path / "new", 0), None, replay=False, **SETTINGS):
+        (row,) = recorder.journal.ledger()
+        assert (row.usage, row.usd) == (Usage(4, 0, 8), 0.75)
+    assert recorder._unrecorded == (Usage(), None)
