@@ -149,13 +149,14 @@ def test_cancelled_as_it_is_sent():
         assert asyncio.run(asyncio.wait_for(send(f"{server.url}/v1/completions"), 5.0))
 
 
-def test_answer_that_breaks_off():
+@pytest.mark.parametrize("answer", [b"content-length: 2\r\n\r\n{", b"content-length: -5\r\n\r\n{}"])
+def test_answer_that_breaks_off(answer):
     """The answer had begun, so it was computed, also on a connection that was used again."""
 
     async def serve(reader, writer):
-        for ending in (b"{}", b"{"):
+        for part in (b"content-length: 2\r\n\r\n{}", answer):
             await reader.readuntil(b"}")
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" + ending)
+            writer.write(b"HTTP/1.1 200 OK\r\n" + part)
         await writer.drain()
         writer.close()
 

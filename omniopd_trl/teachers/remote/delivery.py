@@ -79,11 +79,10 @@ class Delivery:
             return not _names(error) & _BEFORE
         if self._sent_at is None:
             return False
+        # An answer whose headers cannot be parsed is an answer.
+        answered = self._answered or any(type(cause).__module__.startswith("h11.") for cause in causes(error))
         # A service closes connections that are idle. If one is used in this moment, nobody reads the request.
-        stale = not (self._on_new_connection or self._answered) and _names(error) & {
-            "ReadError",
-            "RemoteProtocolError",
-        }
+        stale = not (self._on_new_connection or answered) and _names(error) & {"ReadError", "RemoteProtocolError"}
         return not (stale and time.monotonic() - self._sent_at < STALE_SECONDS)
 
 
