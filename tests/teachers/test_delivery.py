@@ -46,7 +46,7 @@ def test_dropped_while_it_is_computed(service, monkeypatch):
 
 
 def test_stopped_while_an_answer_arrives():
-    """A process that is stopped past a limit, as by Control-Z, reads what has arrived and does not pay for it again."""
+    """A process that is stopped past a limit, as by Control-Z, reads what has arrived: it is not paid for again."""
 
     async def receive():
         loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The time limit of an attempt, and whether a request without an answer reached the service, which may charge for it."""
+"""The time limit of an attempt, and whether a request without an answer reached the service, which may charge it."""
 
 import asyncio
 import time
