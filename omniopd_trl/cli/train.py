@@ -418,9 +418,9 @@ class ControlC:
 
         def repeat() -> None:
             time.sleep(0.05)  # until the main thread has left the hook
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-        self.last, main = None, threading.main_thread().ident or 0
+        self.last = None
         _thread.start_new_thread(repeat, ())  # takes no lock that the main thread may hold
 
 
