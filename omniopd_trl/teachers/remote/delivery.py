@@ -80,7 +80,7 @@ class Delivery:
         if self._sent_at is None:
             return False
         # An answer whose headers cannot be parsed is an answer.
-        answered = self._answered or any(type(cause).__module__.startswith("h11.") for cause in causes(error))
+        answered = self._answered or any(type(e.__context__).__module__.startswith("h11.") for e in causes(error))
         # A service closes connections that are idle. If one is used in this moment, nobody reads the request.
         stale = not (self._on_new_connection or answered) and _names(error) & {"ReadError", "RemoteProtocolError"}
         return not (stale and time.monotonic() - self._sent_at < STALE_SECONDS)
