@@ -33,6 +33,7 @@ from omniopd_trl.cli.noise import is_verbose
 from omniopd_trl.cli.opening import drop_output, open_streams
 from omniopd_trl.cli.options import check_names, option_name, option_names, stray_word
 from omniopd_trl.cli.recipes import recipes
+from omniopd_trl.cli.train import ControlC
 from omniopd_trl.errors import ConfigError, OmniOPDError
 
 # Commands that also take the options of the training command.
@@ -86,6 +87,8 @@ def main(args: Sequence[str] | None = None) -> int:
         `omniopd train`, the exit code of the training. argparse itself exits with 2 for an invalid command line.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        ControlC().install()
     open_streams()
     try:
         if arguments[:1] == ["train"]:

@@ -11,6 +11,7 @@ A recipe is a YAML file of options, which the command line overrides. The option
 them.
 """
 
+import _thread
 import atexit
 import logging
 import os
@@ -380,22 +381,47 @@ class ControlC:
 
     The terminal sends the signal to every process, and a launcher also forwards it to the processes that it started.
     The second delivery must not interrupt the cleanup that the first one started.
+
+    Python ignores what a handler raises during garbage collection, in the callback of a weak reference or a finalizer.
+    The signal is then delivered again.
+
+    Attributes:
+        last: time of the last delivery; `None` before the first.
+        exit_code: set when all is said and done. Another Control-C then ends the process at once.
     """
 
     def __init__(self) -> None:
         self.last: float | None = None
+        self.exit_code: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         now, last = time.monotonic(), self.last
         self.last = now
-        if last is None or now - last > 1:
-            raise KeyboardInterrupt
+        if last is not None and now - last <= 1:
+            return
+        if self.exit_code is not None:
+            os._exit(self.exit_code)
+        raise KeyboardInterrupt
 
     def install(self) -> None:
         """Install the handler, unless SIGINT is ignored, as in a background job."""
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self)
+            sys.unraisablehook = self.repeat_if_ignored
+
+    def repeat_if_ignored(self, ignored: "sys.UnraisableHookArgs") -> None:
+        """The hook for exceptions that Python ignores."""
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(ignored)
+            return
+
+        def repeat() -> None:
+            time.sleep(0.05)  # until the main thread has left the hook
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        self.last = None
+        _thread.start_new_thread(repeat, ())  # takes no lock that the main thread may hold
 
 
 def describe_interruption(args: "OmniOPDConfig | None", step: int | None) -> str:
@@ -482,6 +508,8 @@ def leave(code: int) -> typing.NoReturn:
     Args:
         code: the exit code.
     """
+    if isinstance(handler := signal.getsignal(signal.SIGINT), ControlC):
+        handler.exit_code = code
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
     # As the interpreter does before its teardown: wait for other threads, then run the registered exit functions.

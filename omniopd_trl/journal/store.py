@@ -127,6 +127,7 @@ class Journal:
         self._key = (fingerprint, num_processes)
         self._mutex = threading.Lock()
         self._checked: set[int] = set()  # attempts whose records are known to be whole
+        self._not_counted: JournalError | None = None
         with ExitStack() as stack:  # closes everything after an error
             with explained(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -375,7 +376,7 @@ class Journal:
         """
         payload = encode(answer)
         _check_amount(step, usd)
-        with self._transaction() as db:
+        with self._counting() as db:
             _insert(db, "answers", self._attempt_to_add_to(step), index, request, start, payload)
             _add_usage(db, self._session, step, index, usage, usd)
 
@@ -442,7 +443,7 @@ class Journal:
             JournalError: when it cannot be written, or the cost is not finite.
         """
         _check_amount(step, usd)
-        with self._transaction() as db:
+        with self._counting() as db:
             _add_usage(db, self._session, step, -1 if index is None else index, usage, usd)
 
     def record_in_flight(self, step: int, tokens: int, usd: float | None = None) -> None:
@@ -454,8 +455,12 @@ class Journal:
             usd: maximum cost in US dollars; `None` without a price.
 
         Raises:
-            JournalError: when it cannot be written.
+            JournalError: when it cannot be written, or a request was not counted: nothing more may be sent.
         """
+        if self._not_counted is not None:
+            if tokens:
+                raise JournalError(str(self._not_counted))
+            return
         with self._transaction() as db:
             if tokens:
                 _insert(db, "under_way", self._session, step, tokens, usd)
@@ -496,6 +501,19 @@ class Journal:
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._mutex, explained(self.path):
             yield self._db
+
+    @contextmanager
+    def _counting(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that counts a request. If it fails, the record of the requests in flight stays.
+
+        The next process counts their worst case.
+        """
+        try:
+            with self._transaction() as db:
+                yield db
+        except JournalError as error:
+            self._not_counted = error
+            raise
 
     @contextmanager
     def _transaction(self, synchronous: str = "NORMAL") -> Iterator[sqlite3.Connection]:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run records and resumes from, the same on all processes: its journal and its checkpoint."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,12 +11,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
 
-from omniopd_trl.errors import DataError
+from omniopd_trl.errors import RESUME, DataError, OmniOPDError, first_line
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import identity_of_first
 from omniopd_trl.journal.recorder import save_tokenizer
@@ -25,6 +28,9 @@ from omniopd_trl.trainer.fingerprint import fingerprint, replay_key
 from omniopd_trl.trainer.omniopd_config import OmniOPDConfig
 
 logger = logging.get_logger(__name__)
+
+# A full or failing disk, a quota, a limit on the size of files, a disk that can only be read.
+_DISK = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def checkpoint_to_resume(value: str | bool, output_dir: str, accelerator: Accelerator) -> str | None:
@@ -100,6 +106,26 @@ def publishable(args: TrainingArguments, reference: Reference, student: PreTrain
         args.hub_token = token
 
 
+@contextmanager
+def saving(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Context in which a folder is saved. What a full or failing disk raises becomes one line.
+
+    Raises:
+        OmniOPDError: when the disk is full or read-only, or fails. Other errors are raised unchanged.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch and safetensors raise types of their own, without a number.
+        of_disk = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+        if not of_disk and getattr(error, "errno", None) not in _DISK:
+            raise
+        raise OmniOPDError(
+            f"{str(folder)!r} cannot be saved ({first_line(error).rstrip('.')}). Check that the disk has room and can "
+            f"be written to, then {RESUME}."
+        ) from error
+
+
 class Records(EndsAtLastStep, DistillationTrainer):
     """The hooks of [`OmniOPDTrainer`] for checkpoints and the journal, and for resuming from both."""
 
@@ -137,16 +163,18 @@ class Records(EndsAtLastStep, DistillationTrainer):
     def _save_checkpoint(self, model, trial):
         """Save a checkpoint. The trainer's state is written last and marks it as complete: remove an old one first."""
         folder = self._checkpoint_folder()
-        if self.args.should_save:
-            unmark(folder)
-            if not self.args.save_only_model:
-                self.objective.reference.save(folder)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with saving(folder):
+            if self.args.should_save:
+                unmark(folder)
+                if not self.args.save_only_model:
+                    self.objective.reference.save(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
         self._whole_checkpoint = folder.resolve()
 
     def _save(self, output_dir=None, state_dict=None):
-        with publishable(self.args, self.objective.reference, self.accelerator.unwrap_model(self.model)):
+        student = self.accelerator.unwrap_model(self.model)
+        with saving(output_dir or self.args.output_dir), publishable(self.args, self.objective.reference, student):
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
@@ -206,14 +234,17 @@ class Records(EndsAtLastStep, DistillationTrainer):
     def _stop(self, failure: Failure) -> Exception:
         """Save a checkpoint and return the error to raise. Every process has to call it, or the others would wait."""
         self.step_audits.cancel()  # spend nothing more
-        where = ""
+        text, where = failure.text.rstrip(), ""
+        text += "" if text.endswith((".", "!", "?", "…")) else "."
         if self.is_in_train:
             # Do not overwrite a complete checkpoint of this step.
             if self._whole_checkpoint != self._checkpoint_folder().resolve():
-                self._save_checkpoint(self.model, trial=None)
+                try:
+                    self._save_checkpoint(self.model, trial=None)
+                except OmniOPDError as error:  # of this process alone
+                    message = f"Stopped at step {self.state.global_step}: {text} {error}"
+                    return stop(failure._replace(is_ours=False), message)
             # A launcher ends all processes as soon as one has ended, and another may still be writing.
             self.accelerator.wait_for_everyone()
             where = f" A checkpoint is in {self.args.output_dir}; fix the cause and resume from it."
-        text = failure.text.rstrip()
-        end = "" if text.endswith((".", "!", "?", "…")) else "."
-        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{end}{where}")
+        return stop(failure, f"Stopped at step {self.state.global_step}: {text}{where}")

@@ -350,6 +350,28 @@ class TestMistakes:
         assert process.returncode == 128 + signal.SIGINT
         assert process.stderr == "\nInterrupted outside of the training's steps.\n"
 
+    def test_control_c_that_python_ignores(self, tmp_path):
+        """One in a weak reference's callback, as during garbage collection, is repeated. Nothing delays the end."""
+        code = (
+            "import atexit, signal, time, weakref, omniopd_trl.cli.train as t\n"
+            "handler = t.ControlC()\n"
+            "handler.install()\n"
+            "def interrupt(*args):\n"
+            "    handler.last = None\n"
+            "    signal.raise_signal(signal.SIGINT)\n"
+            "def hang():\n"
+            "    interrupt()\n"
+            "    time.sleep(200)\n"
+            "atexit.register(hang)\n"
+            "try:\n"
+            "    kept = weakref.ref(set(), interrupt)\n"
+            "    time.sleep(200)\n"
+            "except KeyboardInterrupt:\n"
+            "    t.leave(130)"
+        )
+        process = run_process(sys.executable, "-c", code, cwd=tmp_path)
+        assert (process.returncode, process.stderr) == (130, "")
+
     @pytest.mark.case("A3")
     def test_control_c_while_the_teacher_is_asked(self, recipe, tmp_path, monkeypatch, capsys):
         """The server does not answer the question at the start: one Control-C ends the command."""

@@ -553,6 +553,22 @@ def test_cannot_write(tmp_path):
         j.record_usage(0, 0, Usage())
 
 
+def test_a_request_that_cannot_be_counted(tmp_path):
+    """On a full disk, what was in flight stays recorded for the next process to count, and nothing more is sent."""
+    with journal(tmp_path) as j:
+        j.record_in_flight(0, 90, 0.5)
+        (pages,) = j._db.execute("PRAGMA page_count").fetchone()
+        j._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(JournalError, match="full"):
+            for index in range(1000):
+                j.record_usage(0, index, Usage(1))
+        j.record_in_flight(0, 0)
+        with pytest.raises(JournalError, match="full"):
+            j.record_in_flight(0, 10, 0.1)
+    with journal(tmp_path) as j:
+        assert j.lost == (90, 0.5)
+
+
 def test_error_types():
     """One root, and a type of the standard library."""
     assert issubclass(JournalError, OmniOPDError)

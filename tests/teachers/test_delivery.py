@@ -3,13 +3,16 @@
 """Whether a request without an answer reached the service: what did not is not charged."""
 
 import asyncio
+import socket
+import time
 
 import httpx2
 import pytest
 
 from omniopd_trl.teachers.base import Prefix
-from omniopd_trl.teachers.remote import delivery
-from omniopd_trl.teachers.remote.delivery import Delivery, trace_delivery
+from omniopd_trl.teachers.remote import delivery, retries
+from omniopd_trl.teachers.remote.delivery import Delivery, time_limit, trace_delivery
+from omniopd_trl.teachers.remote.retries import AttemptClock
 from omniopd_trl.teachers.remote.settings import EngineSettings
 from tests.support.loopback import Fault, Loopback, wire
 from tests.support.loopback.teachers import SERVICES, ask, services, teacher_of  # noqa: F401 (a fixture)
@@ -42,17 +45,59 @@ def test_dropped_while_it_is_computed(service, monkeypatch):
     assert teacher.budget.forfeited_tokens > 0
 
 
+def test_stopped_while_an_answer_arrives():
+    """A process that is stopped past a limit, as by Control-Z, reads what has arrived: it is not paid for again."""
+
+    async def receive():
+        loop = asyncio.get_running_loop()
+
+        def stop():
+            service.send(b"answer")
+            time.sleep(0.3)  # nothing of this process runs
+
+        loop.call_soon(stop)
+        async with time_limit(0.1):
+            return await loop.sock_recv(client, 10)
+
+    service, client = socket.socketpair()
+    client.setblocking(False)
+    with service, client:
+        assert asyncio.run(receive()) == b"answer"
+
+
+def test_the_client_has_no_limits_of_its_own():
+    """They would end an attempt after a stop, too."""
+
+    async def send(url):
+        async with httpx2.AsyncClient(event_hooks={"request": [trace_delivery]}, timeout=0.01) as client:
+            Delivery()
+            return await client.post(url, json={"model": "m", "prompt": ""})
+
+    with Loopback(wire.openai, delay=0.2) as server:
+        assert asyncio.run(send(f"{server.url}/v1/completions")).status_code == 200
+
+
+def test_a_stop_uses_up_one_attempt(monkeypatch):
+    """An attempt counts at most its limit, so a request is repeated after a stop that is longer than all of them."""
+    monkeypatch.setattr(retries.time, "monotonic", iter([0.0, 5000.0]).__next__)
+    clock = AttemptClock(600.0, timeout=120.0)
+    with clock:
+        pass
+    assert clock.busy == 120.0
+
+
 def arrived(url, *, before=0, timeout=5.0, headers=None, **kwargs):
     """Whether the last of `before + 1` requests of one client may have arrived, which has to fail."""
 
     async def send():
-        async with httpx2.AsyncClient(event_hooks={"request": [trace_delivery]}, timeout=timeout, **kwargs) as client:
+        async with httpx2.AsyncClient(event_hooks={"request": [trace_delivery]}, **kwargs) as client:
             for _ in range(before):
                 await client.post(url, json={"model": "m", "prompt": ""})
             attempt = Delivery()
             try:
-                await client.post(url, json={"model": "m", "prompt": ""}, headers=headers)
-            except httpx2.HTTPError as error:
+                async with time_limit(timeout):
+                    await client.post(url, json={"model": "m", "prompt": ""}, headers=headers)
+            except (httpx2.HTTPError, TimeoutError) as error:
                 return attempt.may_have_arrived(error)
             raise AssertionError("answered")
 
@@ -104,13 +149,14 @@ def test_cancelled_as_it_is_sent():
         assert asyncio.run(asyncio.wait_for(send(f"{server.url}/v1/completions"), 5.0))
 
 
-def test_answer_that_breaks_off():
+@pytest.mark.parametrize("answer", [b"content-length: 2\r\n\r\n{", b"content-length: -5\r\n\r\n{}"])
+def test_answer_that_breaks_off(answer):
     """The answer had begun, so it was computed, also on a connection that was used again."""
 
     async def serve(reader, writer):
-        for ending in (b"{}", b"{"):
+        for part in (b"content-length: 2\r\n\r\n{}", answer):
             await reader.readuntil(b"}")
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" + ending)
+            writer.write(b"HTTP/1.1 200 OK\r\n" + part)
         await writer.drain()
         writer.close()
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that end too soon: what was paid for is not paid for again."""
 
+import errno
 import json
 import os
 import re
@@ -16,10 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from omniopd_trl.errors import BudgetError, DataError, TeacherError
+from omniopd_trl.errors import BudgetError, DataError, OmniOPDError, TeacherError
 from omniopd_trl.journal.file import journal_path
 from omniopd_trl.journal.reader import spent
 from omniopd_trl.journal.schema import JournalError
@@ -448,6 +450,37 @@ def test_a_budget_that_is_used_up_saves_and_stops(tmp_path, tiny_model_dir, capl
     assert re.findall(r"step (\d): \d of 8 audits from the journal", caplog.text) == ["1"]
     # At most six of the eight trajectories of a step have chunks; five audits of step 1 were there already.
     assert 2 * 5 < rich.calls <= 1 + 2 * 6
+
+
+def test_a_full_disk(tmp_path, tiny_model_dir, monkeypatch):
+    """When no checkpoint can be saved either, one line has both reasons, and this process does not wait for others."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, teacher=Here(fail_at=3))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(
+        TeacherError, match=r"step 0: the key was .*\. '.*checkpoint-0' cannot be saved \(.*No space"
+    ) as caught:
+        trainer.train()
+    assert not caught.value.on_every_process
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file"), True),
+        (RuntimeError("a bug"), False),
+        (ConnectionError("of a tracker"), False),
+    ],
+)
+def test_what_a_full_disk_raises(error, explained):
+    """Errors of the disk become one line; others keep their traceback."""
+    with pytest.raises(OmniOPDError if explained else type(error), match="cannot be saved" if explained else None):
+        with recording.saving("out"):
+            raise error
 
 
 @pytest.mark.slow

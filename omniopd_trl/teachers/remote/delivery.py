@@ -1,9 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a request that got no answer reached the service, which may then charge for it."""
+"""The time limit of an attempt, and whether a request without an answer reached the service, which may charge it."""
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +19,27 @@ _BEFORE = {"ConnectError", "ConnectTimeout", "PoolTimeout", "WriteError", "Write
 _BEFORE |= {"LocalProtocolError", "UnsupportedProtocol"}
 
 _CURRENT: ContextVar["Delivery | None"] = ContextVar("delivery", default=None)
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[None]:
+    """As `asyncio.timeout`, with more time after this process was stopped, for example by Control-Z or a scheduler.
+
+    When it continues, the limits are over, and answers that have arrived since are not read yet. They are paid for.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    async with asyncio.timeout(None) as limit:
+
+        def end() -> None:
+            now = loop.time()
+            limit.reschedule(now + min(now - deadline, seconds))
+
+        timer = loop.call_at(deadline, end)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class Delivery:
@@ -56,11 +79,10 @@ class Delivery:
             return not _names(error) & _BEFORE
         if self._sent_at is None:
             return False
+        # An answer whose headers cannot be parsed is an answer.
+        answered = self._answered or any(type(e.__context__).__module__.startswith("h11.") for e in causes(error))
         # A service closes connections that are idle. If one is used in this moment, nobody reads the request.
-        stale = not (self._on_new_connection or self._answered) and _names(error) & {
-            "ReadError",
-            "RemoteProtocolError",
-        }
+        stale = not (self._on_new_connection or answered) and _names(error) & {"ReadError", "RemoteProtocolError"}
         return not (stale and time.monotonic() - self._sent_at < STALE_SECONDS)
 
 
@@ -70,7 +92,10 @@ def _names(error: BaseException) -> set[str]:
 
 
 async def trace_delivery(request: Any) -> None:
-    """A hook for the requests of an `httpx2.AsyncClient`: note how far the current attempt gets."""
+    """A hook for the requests of an `httpx2.AsyncClient`: note how far the current attempt gets.
+
+    An attempt has a `time_limit`, and the client needs no limits of its own.
+    """
     delivery = _CURRENT.get()
     if delivery is not None:
-        request.extensions = {**request.extensions, "trace": delivery.trace}
+        request.extensions = {**request.extensions, "trace": delivery.trace, "timeout": {}}

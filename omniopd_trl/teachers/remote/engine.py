@@ -38,7 +38,7 @@ from omniopd_trl.teachers.base import (
 )
 from omniopd_trl.teachers.instruct.prompt import INSTRUCTION
 from omniopd_trl.teachers.remote.answers import Asked, Response, from_kept, to_kept
-from omniopd_trl.teachers.remote.delivery import Delivery
+from omniopd_trl.teachers.remote.delivery import Delivery, time_limit
 from omniopd_trl.teachers.remote.failures import (
     LEARNED,
     MAX_QUOTED,
@@ -496,7 +496,7 @@ class RemoteTeacher(Teacher):
             BudgetError: when the request might exceed the budget.
             RequestFailedError: when the service refuses several samples per request.
         """
-        clock = AttemptClock(self.settings.max_seconds)
+        clock = AttemptClock(self.settings.max_seconds, self.settings.timeout)
         most = self.settings.max_attempts or (None if self.answer_in_batch is None else BATCH_ATTEMPTS)
         try:
             async for attempt in AsyncRetrying(
@@ -572,7 +572,7 @@ class RemoteTeacher(Teacher):
         capabilities, delivery = self.capabilities, Delivery()
         try:
             _ = self.client  # before the limit begins: importing an SDK takes seconds on a busy machine
-            async with asyncio.timeout(min(self.settings.timeout, seconds)):
+            async with time_limit(min(self.settings.timeout, seconds)):
                 response = await self.request(prefix, num_samples, request)
         except Exception as error:
             arrived = delivery.may_have_arrived(error)

@@ -81,10 +81,14 @@ def stop_after(most: int | None) -> stop_base:
 
 
 class AttemptClock(stop_base):
-    """Stops a request when its attempts and the waits between them have taken `seconds`; `with` times an attempt."""
+    """Stops a request when its attempts and the waits between them have taken `seconds`; `with` times an attempt.
 
-    def __init__(self, seconds: float):
+    An attempt counts at most its `timeout`: it takes longer only when this process was stopped.
+    """
+
+    def __init__(self, seconds: float, timeout: float):
         self.seconds = seconds
+        self.timeout = timeout
         self.busy = 0.0
         self._entered = 0.0
 
@@ -98,7 +102,7 @@ class AttemptClock(stop_base):
         self._entered = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self.busy += time.monotonic() - self._entered
+        self.busy += min(time.monotonic() - self._entered, self.timeout)
 
 
 def may_be_repeated(error: BaseException) -> bool:
