@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The omniopd_trl Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Imports continue way: a folder of the package imports from the folders before it only."""
+"""Imports have one direction: a folder of the package imports from the folders before it only."""
 
 import ast
 import subprocess
