@@ -64,6 +64,8 @@ def why_not_loaded(name: str, error: Exception) -> str:
         error: the error of `transformers`, of which the first line is quoted.
     """
     folder, reason = Path(name), first_line(error)
+    if isinstance(error, ImportError):  # a package for its quantization or its attention
+        return reason
     if folder.is_dir():
         checkpoints = sorted(path.parent.name for path in folder.glob("checkpoint-*/config.json"))
         if (folder / "adapter_config.json").is_file():

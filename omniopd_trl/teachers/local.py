@@ -272,7 +272,7 @@ class LocalTeacher(InProcessTeacher):
             try:
                 with _whole(), loading(role):
                     model = _load(model, kwargs)
-            except (OSError, ValueError) as error:
+            except (ImportError, OSError, ValueError) as error:
                 raise DataError(
                     f"The {role} {self.name!r} cannot be loaded: {why_not_loaded(self.name, error)}"
                 ) from error

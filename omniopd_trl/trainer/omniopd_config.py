@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, find_extra
 from omniopd_trl.method.chunks import Overlap, Placement, Selection
 from omniopd_trl.method.importance import SamplingFilters
 from omniopd_trl.method.loss import NORMALIZATIONS
@@ -416,6 +416,8 @@ class OmniOPDConfig(DistillationConfig):
     def __post_init__(self):
         self._check_compilation()
         self._check_numbers()
+        if self.deepspeed:
+            find_extra("deepspeed", "deepspeed")
         for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             # The names since transformers 5.23. TRL sets the old ones, for which transformers logs a warning.
             renamed = name.replace("gradient", "activation")

@@ -11,7 +11,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
@@ -56,7 +56,7 @@ def check_inputs(
     """
     warn_about_lost_processes(args.world_size)
     check_reporting(args)
-    check_optimizer(args)
+    check_bitsandbytes(args, quantization_config)
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_dataset(dataset, name)
         if dataset is train_dataset or args.audit_eval:
@@ -113,13 +113,14 @@ def check_reporting(args: OmniOPDConfig) -> None:
         ) from error
 
 
-def check_optimizer(args: OmniOPDConfig) -> None:
-    """Check the package of an optimizer of bitsandbytes, which is otherwise missed when training begins.
+def check_bitsandbytes(args: OmniOPDConfig, quantization_config: Any) -> None:
+    """Check the package of a quantized student, or of an optimizer that is otherwise missed when training begins.
 
     Raises:
         MissingExtraError: when it is not installed.
     """
-    if re.match(r"paged_|\w*bnb|(adamw|lion|ademamix)_(8|32)bit|ademamix", args.optim):
+    optimizers = r"paged_|\w*bnb|(adamw|lion|ademamix)_(8|32)bit|ademamix"
+    if isinstance(quantization_config, BitsAndBytesConfig) or re.match(optimizers, args.optim):
         find_extra("bitsandbytes", "bitsandbytes")
 
 

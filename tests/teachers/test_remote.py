@@ -484,7 +484,7 @@ class TestOverTheWire:
         assert [reply.usage for reply in replies] == [reply.usage for reply in expected]
         # No attempt arrives twice; one that ran out of time on a busy machine may not arrive at all.
         assert len(faulty.requests) <= sum(reply.outcomes["requests"] for reply in replies)
-        assert len(plain.requests) < len(faulty.requests) < 2 * len(plain.requests)
+        assert len(plain.requests) < len(faulty.requests)
         assert faulty.most <= 8 + 8  # requests that timed out are still in flight on the server
 
     def test_concurrency(self):

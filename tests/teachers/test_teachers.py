@@ -7,6 +7,7 @@ import copy
 import math
 from collections import Counter
 from itertools import takewhile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -348,6 +349,14 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
         load_teacher(str(tmp_path / "nowhere"))
     assert issubclass(DataError, ValueError)
     assert issubclass(DataError, OmniOPDError)
+
+
+def test_a_package_that_is_missing_for_a_teacher(tiny_teacher_dir, monkeypatch):
+    """The reason of `transformers` is quoted, and the folder is not suspected."""
+    missing = Mock(side_effect=ImportError("FlashAttention2 cannot be used: it doesn't seem to be installed."))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", missing)
+    with pytest.raises(DataError, match=r"The teacher .* cannot be loaded: FlashAttention2 .* installed\.$"):
+        LocalTeacher(str(tiny_teacher_dir))
 
 
 def test_scripted_teacher_is_deterministic():

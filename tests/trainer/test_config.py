@@ -4,6 +4,7 @@
 
 import math
 import re
+import sys
 import traceback
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from omniopd_trl import OmniOPDConfig
-from omniopd_trl.errors import ConfigError
+from omniopd_trl.errors import ConfigError, MissingExtraError
 
 
 def config(**overrides) -> OmniOPDConfig:
@@ -292,3 +293,10 @@ def test_secrets_are_refused(name, value, words, monkeypatch):
 def test_what_looks_like_a_secret_and_is_none(name, value):
     """Names of special tokens, counts of tokens, and addresses without a password stay."""
     assert getattr(config(**{name: value}), name) == value
+
+
+def test_missing_deepspeed(monkeypatch):
+    """A configuration of DeepSpeed without the package names the extra; `transformers` would not."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[deepspeed\]'"):
+        config(deepspeed={"zero_optimization": {"stage": 2}})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from omniopd_trl import OmniOPDConfig, OmniOPDTrainer
@@ -198,6 +198,13 @@ class TestStudents:
         if not settings:
             head = torch.optim.SGD([model.lm_head.weight], lr=0.1)  # a part is enough
             assert make_trainer(tmp_path, model, optimizers=(head, None)).optimizer is head
+
+    def test_quantization(self, tmp_path, tiny_model_dir, monkeypatch):
+        """So is a quantized student."""
+        quantized = BitsAndBytesConfig(load_in_8bit=True)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        message = r"pip install -e '\.\[bitsandbytes\]'"
+        refused(MissingExtraError, message, tmp_path, tiny_model_dir, quantization_config=quantized)
 
     @pytest.mark.case("U9")
     def test_bars_name_the_model(self, tmp_path, tiny_model_dir, tiny_teacher_dir):
