@@ -215,6 +215,7 @@ TABLES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("results.md", "results/demo/real_model_settings.json", ablation),
     ("results.md", "results/demo/real_model_options.json", ablation),
     ("results.md", "results/known_answers.json", known_answers),
+    ("results.md", "results/demo/real_model_longer.json", ablation),
     ("estimator.md", "results/gradient_variance/varied.json", gradient_variance),
 )
 

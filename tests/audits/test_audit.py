@@ -303,7 +303,7 @@ def test_nothing_can_be_encoded(tiny_tokenizer):
     ("phi", "error"),
     [
         (lambda chunk, rollout: chunk.nonsense(), AttributeError),
-        (lambda chunk: 1.0, TypeError),
+        (lambda chunk, rollout: chunk + 1, TypeError),
         (lambda chunk, rollout: float("nan"), ConfigError),
         (lambda chunk, rollout: 2.0 if rollout == "dexy" else 1.0, ConfigError),  # one is enough: it is no number
     ],
