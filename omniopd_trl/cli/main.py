@@ -87,8 +87,9 @@ def main(args: Sequence[str] | None = None) -> int:
         `omniopd train`, the exit code of the training. argparse itself exits with 2 for an invalid command line.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    control_c = ControlC()
     if args is None:
-        ControlC().install()
+        control_c.install()
     open_streams()
     try:
         if arguments[:1] == ["train"]:
@@ -123,6 +124,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except OmniOPDError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        # torch imports numpy and ignores what that raises: a Control-C in between is lost, and later imports fail.
+        if control_c.last is None or is_verbose():
+            raise
+        sys.stderr.write("Interrupted.\n")
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -372,6 +372,22 @@ class TestMistakes:
         process = run_process(sys.executable, "-c", code, cwd=tmp_path)
         assert (process.returncode, process.stderr) == (130, "")
 
+    def test_control_c_that_an_import_ignores(self, tmp_path):
+        """torch ignores what an import of numpy raises. Whatever fails later is no error of its own."""
+        code = (
+            "import signal, sys, omniopd_trl.cli.main as m\n"
+            "def demo(arguments):\n"
+            "    try:\n"
+            "        signal.raise_signal(signal.SIGINT)\n"
+            "    except KeyboardInterrupt:\n"
+            "        raise RecursionError('numpy is imported in part')\n"
+            "m.demo = demo\n"
+            "sys.argv = ['omniopd', 'demo']\n"
+            "sys.exit(m.main())"
+        )
+        process = run_process(sys.executable, "-c", code, cwd=tmp_path)
+        assert (process.returncode, process.stderr) == (130, "Interrupted.\n")
+
     @pytest.mark.case("A3")
     def test_control_c_while_the_teacher_is_asked(self, recipe, tmp_path, monkeypatch, capsys):
         """The server does not answer the question at the start: one Control-C ends the command."""
